@@ -1,0 +1,1 @@
+"""What a soft prompt is and where it is kept."""

@@ -1,0 +1,59 @@
+"""What can go wrong in the prompt store.
+
+PromptStoreError
+├── PromptNotFoundError      no such name, version or alias
+├── InvalidPromptError       the uploaded files are not a soft prompt that this base can serve; lists every fault
+├── PromptConflictError      the catalog is not in the state that the caller expected
+├── PromptTooLargeError      a file is over the size limit
+└── CorruptBlobError         stored bytes no longer match their digest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class PromptStoreError(Exception):
+    """Base of all errors of the prompt store."""
+
+
+class PromptNotFoundError(PromptStoreError):
+    """No such name, version or alias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong with an uploaded soft prompt.
+
+    Attributes:
+        code: Stable identifier, such as ``shape_mismatch``.
+        message: What is wrong, with the numbers.
+        file: The file that it was found in, if it was in one.
+        field: The configuration key or tensor name, if there is one.
+    """
+
+    code: str
+    message: str
+    file: str | None = None
+    field: str | None = None
+
+
+class InvalidPromptError(PromptStoreError):
+    """The uploaded files are not a soft prompt that this base can serve."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("; ".join(fault.message for fault in faults))
+        self.faults = tuple(faults)
+
+
+class PromptConflictError(PromptStoreError):
+    """The catalog is not in the state that the caller expected."""
+
+
+class PromptTooLargeError(PromptStoreError):
+    """A file is over the size limit."""
+
+
+class CorruptBlobError(PromptStoreError):
+    """Stored bytes no longer match their digest."""

@@ -1,0 +1,241 @@
+"""The nouns of the prompt store: plain frozen data, free of HTTP, torch and the engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+"""What a soft prompt's name, an alias or a tag may look like (matched whole)."""
+
+DEFAULT_ALIAS = "latest"
+"""The alias that a bare name means, and that an upload moves unless it says otherwise."""
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class PeftType(StrEnum):
+    """The prompt-learning methods that are served; the values are PEFT's own."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+
+    @property
+    def is_key_values(self) -> bool:
+        """Whether the trained rows are keys and values for every layer, rather than input embeddings."""
+        return self is PeftType.PREFIX_TUNING
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelSpec:
+    """What has to be known of the resident model to tell whether a soft prompt fits it.
+
+    Attributes:
+        name: The name under which the base is served.
+        embedding_width: Width of a row of input embeddings (the hidden size, except where a model projects).
+        num_layers: Decoder layers that hold keys and values.
+        num_kv_heads: Key/value heads of each layer.
+        head_dim: Width of one head.
+        max_model_len: Positions that one sequence may take, virtual tokens included.
+        dtype: The serving dtype: ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    name: str
+    embedding_width: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    dtype: str
+
+    @property
+    def key_values_width(self) -> int:
+        """Width of one row of a key/value prefix: K and V of every layer and head, side by side."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """One tensor as a safetensors file holds it.
+
+    Attributes:
+        dtype: The format's name of the element type, such as ``F32`` or ``BF16``.
+        shape: The sizes of the dimensions.
+        data: Little-endian elements in row-major order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPrompt:
+    """A parsed soft prompt: what was trained, and how it enters the model.
+
+    Attributes:
+        peft_type: The method that trained it.
+        task_type: PEFT's task type; ``CAUSAL_LM`` for everything that generates.
+        num_virtual_tokens: Positions that it takes before the text.
+        base_model_name_or_path: The base that its configuration names; informational.
+        tensors: The tensors of the weights file, by name.
+        config: The whole of ``adapter_config.json``.
+    """
+
+    peft_type: PeftType
+    task_type: str
+    num_virtual_tokens: int
+    base_model_name_or_path: str | None
+    tensors: Mapping[str, TensorData]
+    config: Mapping[str, object] = field(repr=False)
+
+    @property
+    def prompt_embeddings(self) -> TensorData:
+        """The trained rows: [num_virtual_tokens, embedding width] or [num_virtual_tokens, key/value width]."""
+        return self.tensors["prompt_embeddings"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRef:
+    """A soft prompt as a request names it: ``NAME``, ``NAME@3`` (a version) or ``NAME@canary`` (an alias).
+
+    Attributes:
+        name: The soft prompt's name.
+        version: The version asked for, or None.
+        alias: The alias asked for, or None; exactly one of version and alias is set.
+    """
+
+    name: str
+    version: int | None = None
+    alias: str | None = DEFAULT_ALIAS
+
+    @classmethod
+    def parse(cls, text: str) -> PromptRef:
+        """Read ``NAME[@SELECTOR]``.
+
+        Raises:
+            ValueError: If the name, the version or the alias is not well formed.
+        """
+        name, at, selector = text.partition("@")
+        check_name(name, "name")
+        if not at:
+            return cls(name)
+        if selector.isascii() and selector.isdigit():
+            if selector[0] == "0" or len(selector) > 18:
+                raise ValueError(f"{selector[:32]!r} is not a version number")
+            return cls(name, version=int(selector), alias=None)
+        check_name(selector, "alias")
+        return cls(name, alias=selector)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version if self.alias is None else self.alias}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of a version, byte for byte as it was uploaded.
+
+    Attributes:
+        filename: ``adapter_config.json`` or ``adapter_model.safetensors``.
+        sha256: Hex digest of its bytes; also its address in the blob directory.
+        size: Bytes.
+    """
+
+    filename: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptVersion:
+    """One immutable version of a named soft prompt, as the catalog records it.
+
+    Attributes:
+        name: The soft prompt's name.
+        version: Its number, counted from 1 for each name.
+        digest: Hex sha256 over the version's files; the identity of its keys and values everywhere.
+        peft_type: The method that trained it.
+        task_type: PEFT's task type.
+        num_virtual_tokens: Positions that it takes before the text.
+        dtype: safetensors' name of the trained rows' element type.
+        base_model_name_or_path: The base that its configuration names, if any.
+        files: The stored files.
+        created_at: When it was published, UTC.
+        description: Free text.
+        tags: Words to list by.
+        metadata: The uploader's own JSON object.
+    """
+
+    name: str
+    version: int
+    digest: str
+    peft_type: PeftType
+    task_type: str
+    num_virtual_tokens: int
+    dtype: str
+    base_model_name_or_path: str | None
+    files: tuple[StoredFile, ...]
+    created_at: datetime
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self.files)
+
+    def file(self, filename: str) -> StoredFile | None:
+        """The stored file of that name, or None."""
+        return next((file for file in self.files if file.filename == filename), None)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSummary:
+    """A name with its newest state, as a listing shows it.
+
+    Attributes:
+        name: The soft prompt's name.
+        aliases: Version number by alias.
+        latest: The version that the bare name means (alias ``latest``), or the highest that is left.
+        num_versions: Versions that are not deleted.
+    """
+
+    name: str
+    aliases: Mapping[str, int]
+    latest: PromptVersion
+    num_versions: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedPrompt:
+    """A version that cannot be collected until its lease is released.
+
+    Attributes:
+        version: What was resolved.
+        weights_path: The weights file in the local blob directory; readable while the lease lasts.
+    """
+
+    version: PromptVersion
+    weights_path: Path
+
+
+def check_name(text: str, what: str) -> str:
+    """Return a well-formed name, alias or tag unchanged.
+
+    Raises:
+        ValueError: If it does not match ``[a-z0-9][a-z0-9._-]{0,127}``, or is an alias of digits only.
+    """
+    if NAME_PATTERN.fullmatch(text) is None:
+        raise ValueError(
+            f"{what} {text[:64]!r} is not valid: 1 to 128 of a-z, 0-9, '.', '_', '-', starting with a letter or digit"
+        )
+    if what == "alias" and text.isdigit():
+        raise ValueError(f"alias {text!r} is not valid: an alias of digits only would read as a version")
+    return text

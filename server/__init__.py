@@ -1,0 +1,1 @@
+"""Prelude: an inference server with hot-swappable soft prompts."""

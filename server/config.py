@@ -1,0 +1,98 @@
+"""One frozen tree of settings. Flags and ``PRELUDE_*`` variables fill it (server/cli.py); nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What the engine process needs to know.
+
+    Attributes:
+        model: A hub id or a directory that transformers can load.
+        revision: The hub revision, where ``model`` is a hub id.
+        device: Where the model runs; ``auto`` takes CUDA where there is one.
+        dtype: The serving dtype; ``auto`` takes the checkpoint's, or float32 where that is float16 on a CPU.
+        max_model_len: Positions of one sequence, virtual tokens included; None means the model's own limit.
+        max_num_seqs: Sequences that run in one step.
+        max_num_batched_tokens: Tokens computed in one step; longer prompts are prefilled in chunks.
+        block_size: Positions in one key/value block.
+        kv_cache_memory: Bytes for keys and values; None sizes them from the memory that is free.
+        enable_prefix_caching: Whether full blocks of text are kept for later sequences with the same opening.
+        num_threads: CPU threads of the model's products; None takes every core.
+    """
+
+    model: str
+    revision: str | None = None
+    device: Device = "auto"
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """Where soft prompts are kept.
+
+    Attributes:
+        path: Directory of the catalog and the blobs.
+        max_upload_bytes: Largest file that an upload may hold.
+        require_same_base: Refuse a soft prompt whose configuration names another base than the resident one.
+    """
+
+    path: Path = Path("prelude-store")
+    max_upload_bytes: int = 512 * 1024 * 1024
+    require_same_base: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    """The HTTP front.
+
+    Attributes:
+        host: Address to bind; anything but loopback needs keys.
+        port: TCP port; 0 takes a free one.
+        api_key_file: A file with one key a line; None serves everybody who can connect.
+        max_waiting: Requests admitted beyond those that run, before the door answers 429.
+        max_body_bytes: Largest JSON body.
+        drain_seconds: How long running requests may finish after SIGTERM.
+        metrics_top_prompts: Soft prompts that get a metric label of their own; the others share ``other``.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    max_waiting: int = 1024
+    max_body_bytes: int = 8 * 1024 * 1024
+    drain_seconds: float = 30.0
+    metrics_top_prompts: int = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that a server is started with.
+
+    Attributes:
+        engine: The engine process.
+        served_model_name: The base's name in the API; None takes the model's own id or directory name.
+        store: The prompt store.
+        http: The HTTP front.
+        log_level: Python's level name.
+    """
+
+    engine: EngineSettings
+    served_model_name: str | None = None
+    store: StoreSettings = field(default_factory=StoreSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
+    log_level: str = "INFO"

@@ -1,0 +1,230 @@
+"""Attention over paged keys and values, as the transformers models call it.
+
+transformers lets a model's attention be replaced by name (``AttentionInterface``) and hands the function queries,
+new keys and new values with positions already applied. Ours writes the new keys and values into the blocks, then
+reads every sequence's own. So a model needs no code of ours, and no sequence is ever padded.
+
+The flat batch holds rows of many sequences side by side: [1, heads, rows, head_dim]. Which rows belong to whom,
+and where their keys lie, is an ``AttentionMetadata`` that the model runner makes once a step for all layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from server.engine.kv_cache import KVCache
+
+_backend_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A group of rows that one attention call computes.
+
+    Attributes:
+        start: First row of the flat batch.
+        stop: Row after the last.
+        slots: [sequences, keys] int64, the slot of each key position; what lies past a sequence's end is masked.
+        query_positions: [sequences, rows of each] int64.
+    """
+
+    start: int
+    stop: int
+    slots: torch.Tensor
+    query_positions: torch.Tensor
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Which rows attend to which keys, for one step.
+
+    Attributes:
+        slot_mapping: [rows] int64, where each row's own key and value are written.
+        groups: All decodes together (one row each), then each prefill chunk by itself.
+        masks: Additive masks by (group, window), made when a layer first asks.
+    """
+
+    slot_mapping: torch.Tensor
+    groups: list[Rows]
+    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+
+class AttentionBackend(ABC):
+    """Paged attention for one model on one device.
+
+    Registers itself with transformers under ``name`` (a model is switched to it by ``set_attn_implementation``)
+    until ``close``.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.name = f"prelude_{type(self).__name__.lower()}_{next(_backend_numbers)}"
+        self._metadata: AttentionMetadata | None = None
+        AttentionInterface.register(self.name, self._forward)
+        # Causality and windows are decided here by position; a mask over the flat batch would mean nothing.
+        AttentionMaskInterface.register(self.name, _no_mask)
+
+    def close(self) -> None:
+        """Take the name out of transformers' tables."""
+        for table in (AttentionInterface, AttentionMaskInterface):
+            table._global_mapping.pop(self.name, None)  # noqa: SLF001 - there is no public way to unregister
+
+    def begin(self, metadata: AttentionMetadata) -> None:
+        """Set what the next forward pass attends to."""
+        self._metadata = metadata
+
+    def end(self) -> None:
+        """Forget it, so that a stray forward pass fails instead of reading old blocks."""
+        self._metadata = None
+
+    def _forward(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        **unsupported: object,
+    ) -> tuple[torch.Tensor, None]:
+        metadata = self._metadata
+        if metadata is None:
+            raise RuntimeError("a forward pass outside of a step")
+        for name in ("softcap", "s_aux", "position_bias"):
+            if unsupported.get(name) is not None:
+                raise NotImplementedError(f"attention with {name} is not supported")
+        layer = module.layer_idx
+        if not isinstance(layer, int):
+            raise TypeError(f"{type(module).__name__} does not know its layer")
+        keys, values = self.cache.layer(layer)
+        # A sequence that overflows may not leave NaN in a block: its next owner would multiply it by 0.
+        keys[metadata.slot_mapping] = torch.nan_to_num(key[0].transpose(0, 1))
+        values[metadata.slot_mapping] = torch.nan_to_num(value[0].transpose(0, 1))
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return self.attend(query[0], keys, values, metadata, scale, sliding_window)[None], None
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attention of all rows of the flat batch.
+
+        Args:
+            query: [heads, rows, head_dim].
+            keys: [slots, kv_heads, head_dim], new ones included.
+            values: Likewise.
+            metadata: Whose rows and keys are whose.
+            scale: Factor of the scores.
+            window: Newest keys that a row sees, itself included; None for all.
+
+        Returns:
+            [rows, heads, head_dim].
+        """
+
+
+class SDPABackend(AttentionBackend):
+    """The reference for every device: gathers each group's keys and calls torch's SDPA.
+
+    Heads that share a key/value head are laid side by side as rows, so keys are never repeated.
+    """
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """One SDPA call for all decodes, and one for each prefill chunk; shapes as in the base class."""
+        num_heads, num_rows, head_dim = query.shape
+        num_kv_heads = keys.shape[1]
+        output = query.new_empty(num_rows, num_heads, head_dim)
+        for index, rows in enumerate(metadata.groups):
+            num_seqs, per_seq = rows.query_positions.shape
+            # [heads, rows] -> [seqs, kv_heads, heads of each * rows of each]
+            q = query[:, rows.start : rows.stop].reshape(num_kv_heads, -1, num_seqs, per_seq, head_dim)
+            q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv_heads, -1, head_dim)
+            k = keys[rows.slots].transpose(1, 2)
+            v = values[rows.slots].transpose(1, 2)
+            mask = self._mask(metadata, index, window, num_heads // num_kv_heads, q.dtype)
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
+            output[rows.start : rows.stop] = attended.reshape(-1, num_heads, head_dim)
+        return output
+
+    def _mask(
+        self, metadata: AttentionMetadata, index: int, window: int | None, group_size: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[seqs, 1, heads of each kv head * rows of each, keys]: 0 where a row sees a key, else -inf."""
+        mask = metadata.masks.get((index, window))
+        if mask is None:
+            rows = metadata.groups[index]
+            key_positions = torch.arange(rows.slots.shape[1], device=rows.slots.device)
+            query_positions = rows.query_positions[:, :, None]
+            hidden = key_positions > query_positions
+            if window is not None:
+                hidden |= key_positions <= query_positions - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            mask = mask[:, None].repeat(1, 1, group_size, 1)
+            metadata.masks[index, window] = mask
+        return mask
+
+
+def make_metadata(
+    spans: Sequence[tuple[Sequence[int], int, int]], block_size: int, device: torch.device
+) -> AttentionMetadata:
+    """Lay out one step's rows.
+
+    Args:
+        spans: (block table, first position, number of positions) of each chunk, single positions first.
+        block_size: Positions in a block.
+        device: Where the tensors are wanted.
+    """
+    num_decodes = 0
+    while num_decodes < len(spans) and spans[num_decodes][2] == 1:
+        num_decodes += 1
+    groups: list[Rows] = []
+    slot_mapping: list[torch.Tensor] = []
+    first_row = 0
+    for batch in (spans[:num_decodes], *([span] for span in spans[num_decodes:])):
+        if not batch:
+            continue
+        per_seq = batch[0][2]
+        starts = torch.tensor([start for _, start, _ in batch])
+        query_positions = starts[:, None] + torch.arange(per_seq)
+        num_keys = int(starts.max()) + per_seq
+        num_blocks = -(-num_keys // block_size)
+        # Short tables are filled up with block 0, whose content the mask hides.
+        tables = torch.tensor([_fit(table, num_blocks) for table, _, _ in batch])
+        slots = (tables[:, :, None] * block_size + torch.arange(block_size)).flatten(1)[:, :num_keys]
+        slot_mapping.append(slots.gather(1, query_positions).flatten())
+        last_row = first_row + len(batch) * per_seq
+        groups.append(Rows(first_row, last_row, slots.to(device), query_positions.to(device)))
+        first_row = last_row
+    return AttentionMetadata(torch.cat(slot_mapping).to(device), groups)
+
+
+def _fit(table: Sequence[int], length: int) -> list[int]:
+    fitted = list(table[:length])
+    return fitted + [0] * (length - len(fitted))
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    return None

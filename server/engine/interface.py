@@ -1,0 +1,104 @@
+"""The engine as the API sees it: narrow enough that a test hands in a fake, or another engine stands behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.engine.types import EngineStats, FinishReason, ModelInfo, SamplingParams, SoftPromptSource
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One text to continue.
+
+    Attributes:
+        request_id: Unique among the requests in flight.
+        prompt_token_ids: At least one text token.
+        params: How to sample.
+        soft_prompt: What stands before the text, or None.
+        salt: Keeps cached prefixes apart between tenants.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    soft_prompt: SoftPromptSource | None = None
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one request; the last event, and only that, has a finish reason.
+
+    Attributes:
+        token_ids: New tokens since the last event; empty only where the request ended without one.
+        finish_reason: ``stop``, ``length`` or ``abort`` at the end, else None.
+        stop_token_id: The token that ended the text, if one did; it is the last of ``token_ids``.
+        num_cached_tokens: Text tokens that a cached prefix saved.
+    """
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    stop_token_id: int | None
+    num_cached_tokens: int
+
+
+class Engine(Protocol):
+    """What the API needs of an engine."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """The resident model.
+
+        Raises:
+            EngineNotReadyError: If it is not loaded yet.
+        """
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken: loaded, alive, not draining."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's state after its newest step."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """Continue one text. Closing the iterator early (or cancelling it) aborts the sequence.
+
+        Raises:
+            EngineNotReadyError: If the engine is loading or draining.
+            EngineDeadError: If the engine process ends before the last event.
+            RequestFailedError: If the engine could not finish this request, with the reason.
+        """
+        ...
+
+    async def prepare(self, soft_prompt: SoftPromptSource) -> None:
+        """Bring a soft prompt onto the device before its first request.
+
+        Raises:
+            EngineNotReadyError: If the engine is loading or draining.
+            EngineDeadError: If the engine process ends meanwhile.
+            RequestFailedError: If the soft prompt cannot be loaded.
+        """
+        ...
+
+    async def start(self) -> None:
+        """Start the engine and wait until it is ready.
+
+        Raises:
+            EngineStartError: If it cannot start.
+        """
+        ...
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Take no new requests, wait for those in flight, abort what is left after the timeout."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine; requests still in flight fail with EngineDeadError."""
+        ...

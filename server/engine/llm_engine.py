@@ -1,0 +1,217 @@
+"""The engine: schedule, run, postprocess."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from server.config import EngineSettings
+from server.engine.block_manager import BlockManager
+from server.engine.messages import AddRequest
+from server.engine.model_runner import ModelRunner
+from server.engine.sampler import NOT_FINITE
+from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.soft_prompts import SoftPromptLoader
+from server.engine.types import EngineStats, FinishReason, ModelInfo, Sequence, TokenOutput
+
+logger = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """Continues many texts at once, one token of each a step.
+
+    Not thread-safe: one thread adds, aborts and steps.
+
+    Args:
+        settings: The model and its limits.
+        on_loaded: Called from another thread when a soft prompt has been read, so that a sleeping loop wakes.
+
+    Raises:
+        EngineStartError: If the model cannot be served with these settings.
+    """
+
+    def __init__(self, settings: EngineSettings, on_loaded: Callable[[], None] = lambda: None) -> None:
+        self.runner = ModelRunner(settings)
+        self._settings = settings
+        self.scheduler = self._make_scheduler()
+        spec = self.runner.cache_spec
+        self.soft_prompts = SoftPromptLoader(
+            embedding_width=self.model.embedding_width,
+            key_values_width=2 * spec.num_layers * spec.num_kv_heads * spec.head_dim,
+            dtype=self.runner.dtype,
+            on_loaded=on_loaded,
+        )
+        self._loading: dict[str, list[Sequence]] = {}
+        self._stats = EngineStats(num_blocks=self.model.num_blocks)
+
+    @property
+    def model(self) -> ModelInfo:
+        """The resident model."""
+        return self.runner.info
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has anything to do now; sequences whose soft prompt is being read do not count."""
+        return self.scheduler.has_work
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that have not ended, wherever they wait."""
+        return self.scheduler.num_sequences + sum(len(seqs) for seqs in self._loading.values())
+
+    def add(self, request: AddRequest) -> list[TokenOutput]:
+        """Admit a sequence; returns its only output if it is refused."""
+        seq = Sequence(
+            request.request_id, request.prompt_token_ids, request.params, request.soft_prompt, salt=request.salt
+        )
+        source = seq.soft_prompt
+        try:
+            self.scheduler.check(seq)
+        except ValueError as error:
+            return [_failure(seq, str(error))]
+        self._stats.prompt_tokens += seq.num_prompt_tokens
+        self._stats.virtual_tokens += seq.num_virtual_tokens
+        if source is None or self.soft_prompts.acquire(source):
+            self.scheduler.add(seq)
+        else:
+            self._loading.setdefault(source.digest, []).append(seq)
+        return []
+
+    def abort(self, request_id: str) -> list[TokenOutput]:
+        """End a sequence; returns its last output, or nothing if it had ended already."""
+        seq = self.scheduler.abort(request_id)
+        if seq is None:
+            seq = self._abort_loading(request_id)
+        if seq is None:
+            return []
+        self._let_go(seq)
+        return [TokenOutput(request_id, [], FinishReason.ABORT)]
+
+    def take_loaded(self) -> list[TokenOutput]:
+        """Let sequences go on whose soft prompts have been read; returns the ends of those that could not be."""
+        outputs: list[TokenOutput] = []
+        for digest, error in self.soft_prompts.take_loaded():
+            for seq in self._loading.pop(digest, []):
+                if error is None:
+                    self.scheduler.add(seq)
+                else:
+                    outputs.append(_failure(seq, error))
+        return outputs
+
+    def step(self) -> list[TokenOutput]:
+        """One token for every sequence that is ready for it; returns what is new."""
+        outputs = self.take_loaded()
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan.is_empty:
+            return outputs
+        try:
+            tokens = self.runner.run(plan, self.soft_prompts)
+        except Exception as error:
+            logger.exception("a step failed; its sequences end and the cache is emptied")
+            return outputs + self._fail_all(f"{type(error).__name__}: {error}")
+        outputs += self._postprocess(plan, tokens)
+        self._note_step(plan, time.perf_counter() - started)
+        return outputs
+
+    @property
+    def stats(self) -> EngineStats:
+        """The state now."""
+        stats, blocks = self._stats, self.scheduler.block_manager
+        stats.num_running = len(self.scheduler.running)
+        stats.num_waiting = self.num_unfinished - stats.num_running
+        stats.num_cached_blocks = blocks.num_cached
+        stats.num_used_blocks = blocks.num_blocks - blocks.num_available
+        stats.num_preemptions = self.scheduler.num_preemptions
+        stats.prefix_cache_queries = blocks.stats.queries
+        stats.prefix_cache_hits = blocks.stats.hits
+        filled = [run for run in blocks.runs.values() if run.is_filled]
+        stats.soft_prompts_resident = len(filled)
+        stats.soft_prompt_bytes = sum(len(run.blocks) for run in filled) * self.runner.cache_spec.block_bytes
+        stats.soft_prompt_loads = blocks.stats.run_loads
+        stats.soft_prompt_evictions = blocks.stats.run_evictions
+        return stats
+
+    def close(self) -> None:
+        """End the reading thread and let go of the model."""
+        self.soft_prompts.close()
+        self.runner.close()
+
+    def _make_scheduler(self) -> Scheduler:
+        blocks = BlockManager(
+            self.model.num_blocks,
+            self.model.block_size,
+            enable_prefix_caching=self._settings.enable_prefix_caching,
+        )
+        return Scheduler(
+            blocks,
+            max_num_seqs=self._settings.max_num_seqs,
+            max_num_batched_tokens=self._settings.max_num_batched_tokens,
+            max_model_len=self.model.max_model_len,
+        )
+
+    def _postprocess(self, plan: StepPlan, tokens: list[int]) -> list[TokenOutput]:
+        outputs: list[TokenOutput] = []
+        sampled = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
+        for seq, token in zip(sampled, tokens, strict=True):
+            if token == NOT_FINITE:
+                self._finish(seq, FinishReason.ERROR)
+                outputs.append(_failure(seq, "the model computed a value that is not finite for this text"))
+                continue
+            seq.token_ids.append(token)
+            self._stats.generation_tokens += 1
+            output = TokenOutput(seq.request_id, [token])
+            if seq.num_new_tokens == 1:
+                output.num_cached_tokens = seq.num_cached_tokens
+            if self._ends(seq, token):
+                seq.stop_token_id = output.stop_token_id = token
+                self._finish(seq, FinishReason.STOP)
+            elif seq.num_new_tokens == seq.params.max_tokens:
+                self._finish(seq, FinishReason.LENGTH)
+            output.finish_reason = seq.finish_reason
+            outputs.append(output)
+        return outputs
+
+    def _ends(self, seq: Sequence, token: int) -> bool:
+        if token in seq.params.stop_token_ids:
+            return True
+        return not seq.params.ignore_eos and token in self.model.eos_token_ids
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(seq, reason)
+        self._let_go(seq)
+
+    def _let_go(self, seq: Sequence) -> None:
+        if seq.soft_prompt is not None:
+            self.soft_prompts.release(seq.soft_prompt)
+
+    def _abort_loading(self, request_id: str) -> Sequence | None:
+        for seqs in self._loading.values():
+            for seq in seqs:
+                if seq.request_id == request_id:
+                    seqs.remove(seq)
+                    return seq
+        return None
+
+    def _fail_all(self, message: str) -> list[TokenOutput]:
+        """End everything that a broken step may have touched; its blocks hold nothing that can be trusted."""
+        seqs = [*self.scheduler.running, *self.scheduler.waiting]
+        for seq in seqs:
+            self._let_go(seq)
+        self.scheduler = self._make_scheduler()
+        return [_failure(seq, message) for seq in seqs]
+
+    def _note_step(self, plan: StepPlan, seconds: float) -> None:
+        stats = self._stats
+        stats.steps += 1
+        stats.step_seconds = seconds
+        stats.batch_size = sum(chunk.seq is not None for chunk in plan.chunks)
+        stats.batch_tokens = plan.num_tokens
+        stats.batch_distinct_prompts = plan.num_distinct_prompts
+        stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, stats.batch_distinct_prompts)
+
+
+def _failure(seq: Sequence, message: str) -> TokenOutput:
+    seq.finish_reason = FinishReason.ERROR
+    return TokenOutput(seq.request_id, [], FinishReason.ERROR, error=message)

@@ -1,0 +1,79 @@
+"""What crosses between the API process and the engine process: msgspec structs, never pickle.
+
+A frame is four bytes of length (big endian) and that many bytes of MessagePack, tagged with the struct's name.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from server.config import EngineSettings
+from server.engine.types import EngineStats, ModelInfo, SamplingParams, SoftPromptSource, TokenOutput
+
+FRAME_HEADER_BYTES = 4
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """The first message: load the model. Answered by Ready or StartFailed."""
+
+    settings: EngineSettings
+
+
+class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Admit a sequence. Exactly one output with a finish reason follows."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    soft_prompt: SoftPromptSource | None = None
+    salt: str = ""
+
+
+class AbortRequest(msgspec.Struct, tag=True, frozen=True):
+    """End a sequence now; ignored when it has ended already."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True):
+    """Stop after the step under way."""
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The model is loaded and the cache is sized."""
+
+    model: ModelInfo
+
+
+class StartFailed(msgspec.Struct, tag=True, frozen=True):
+    """The engine cannot start with these settings, and ends."""
+
+    message: str
+
+
+class StepOutputs(msgspec.Struct, tag=True, frozen=True):
+    """What one step did, and the engine's state after it."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+ToEngine = Start | AddRequest | AbortRequest | Shutdown
+FromEngine = Ready | StartFailed | StepOutputs
+
+encoder = msgspec.msgpack.Encoder()
+to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode_frame(message: ToEngine | FromEngine) -> bytes:
+    """One message as it goes over the socket.
+
+    Raises:
+        ValueError: If it is longer than a frame may be.
+    """
+    body = encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body

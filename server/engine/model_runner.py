@@ -1,0 +1,233 @@
+"""The frozen model: loading it, checking that paged attention serves it exactly, and running one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from server.config import EngineSettings
+from server.engine.attention import AttentionBackend, SDPABackend, make_metadata
+from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Chunk, StepPlan
+from server.engine.soft_prompts import SoftPromptLoader
+from server.engine.types import ModelInfo
+from server.errors import EngineStartError
+
+PROBE_TOKENS = 24
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Largest difference between two ways to the same logits, as a share of their standard deviation."""
+
+
+class ModelRunner:
+    """One model with its key/value cache.
+
+    Args:
+        settings: What to load, and how much memory it may take.
+
+    Attributes:
+        info: What was loaded.
+        cache_spec: The shape of its keys and values.
+
+    Raises:
+        EngineStartError: If the model cannot be loaded or served exactly, or memory is short.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.device = _device(settings.device)
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        self.model, config = _load(settings, self.device)
+        self.dtype: torch.dtype = self.model.dtype
+        max_model_len = _max_model_len(settings.max_model_len, config)
+        num_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        self.cache_spec = KVCacheSpec(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=head_dim,
+            block_size=settings.block_size,
+            dtype=self.dtype,
+        )
+        try:
+            num_blocks = num_blocks_for(
+                self.cache_spec,
+                self.device,
+                memory=settings.kv_cache_memory,
+                max_model_len=max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+            )
+        except ValueError as error:
+            raise EngineStartError(str(error)) from error
+        self.cache = KVCache(self.cache_spec, num_blocks, self.device)
+        self.backend: AttentionBackend = SDPABackend(self.cache)
+        self.sampler = Sampler()
+        self._embed_tokens: nn.Module = self.model.get_input_embeddings()
+        self._check_exactness(config.vocab_size)
+        self.info = ModelInfo(
+            architecture=type(self.model).__name__,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+            embedding_width=int(self._embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]),
+            num_layers=self.cache_spec.num_layers,
+            num_kv_heads=self.cache_spec.num_kv_heads,
+            head_dim=head_dim,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len,
+            block_size=settings.block_size,
+            num_blocks=num_blocks,
+            eos_token_ids=_eos_token_ids(config, self.model.generation_config),
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> list[int]:
+        """Do one step.
+
+        Args:
+            plan: What to fill, to copy and to compute.
+            soft_prompts: Where the rows of the soft prompts being filled are.
+
+        Returns:
+            A new token (or NOT_FINITE) for each chunk that samples, in order.
+        """
+        for run in plan.key_value_fills:
+            self.cache.fill(run.blocks, soft_prompts.rows(run.source))
+        self.cache.copy_blocks(plan.block_copies)
+        if not plan.chunks:
+            return []
+        spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in plan.chunks]
+        last_rows: list[int] = []
+        row = 0
+        for chunk in plan.chunks:
+            row += chunk.num_tokens
+            if chunk.samples:
+                last_rows.append(row - 1)
+        # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
+        logits = self._forward(spans, self._inputs(plan.chunks, soft_prompts), last_rows or [row - 1])
+        seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
+        return self.sampler.sample(logits, seqs) if seqs else []
+
+    def close(self) -> None:
+        """Take the backend out of transformers' tables."""
+        self.backend.close()
+
+    def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
+        """Token ids [1, rows], or embeddings [1, rows, width] where soft prompts' rows stand among them."""
+        token_ids: list[int] = []
+        splices: list[tuple[int, torch.Tensor]] = []
+        for chunk in chunks:
+            if chunk.seq is not None:
+                first = chunk.start - chunk.seq.num_virtual_tokens
+                token_ids += chunk.seq.token_ids[first : first + chunk.num_tokens]
+            elif chunk.run is not None:
+                rows = soft_prompts.rows(chunk.run.source)[chunk.start : chunk.stop]
+                splices.append((len(token_ids), rows))
+                token_ids += [0] * chunk.num_tokens
+        ids = torch.tensor([token_ids], device=self.device)
+        if not splices:
+            return {"input_ids": ids}
+        embeds: torch.Tensor = self._embed_tokens(ids)
+        for first, rows in splices:
+            embeds[0, first : first + len(rows)] = rows.to(embeds)
+        return {"inputs_embeds": embeds}
+
+    def _forward(
+        self,
+        spans: Sequence[tuple[Sequence[int], int, int]],
+        inputs: dict[str, torch.Tensor],
+        logit_rows: Sequence[int],
+    ) -> torch.Tensor:
+        """Logits [len(logit_rows), vocabulary] of one flat batch."""
+        self.backend.begin(make_metadata(spans, self.cache_spec.block_size, self.device))
+        positions = torch.cat([torch.arange(start, start + count) for _, start, count in spans])
+        try:
+            logits: torch.Tensor = self.model(
+                **inputs,
+                position_ids=positions[None].to(self.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(logit_rows, device=self.device),
+            ).logits
+        finally:
+            self.backend.end()
+        return logits[0]
+
+    @torch.inference_mode()
+    def _check_exactness(self, vocab_size: int) -> None:
+        """Compare a text's logits over paged blocks, in two chunks, with the model's own eager attention.
+
+        Which models work is decided by this, not by a list: some ignore the attention interface, some compute
+        something else through it, and wrong tokens are worse than a refusal. The probe is longer than a chunk and
+        runs beside a second sequence, as in service. It leaves nothing behind in blocks that are handed out later,
+        because every position is written before it is read.
+        """
+        ids = torch.arange(PROBE_TOKENS, device=self.device)[None] * 7919 % vocab_size
+        positions = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        try:
+            self.model.set_attn_implementation("eager")
+            expected = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            self.model.set_attn_implementation(self.backend.name)
+            half, per_seq = PROBE_TOKENS // 2, -(-PROBE_TOKENS // self.cache_spec.block_size)
+            table = list(range(per_seq))
+            other = [block + per_seq for block in table] if 2 * per_seq <= self.cache.num_blocks else table
+            self._forward([(table, 0, half)], {"input_ids": ids[:, :half]}, [half - 1])
+            spans = [(other, 0, half), (table, half, PROBE_TOKENS - half)]
+            got = self._forward(spans, {"input_ids": ids}, range(PROBE_TOKENS))
+        except Exception as error:
+            raise EngineStartError(
+                f"{type(self.model).__name__} cannot be served: its attention does not go through transformers' "
+                f"attention interface as Prelude needs it ({type(error).__name__}: {error})"
+            ) from error
+        difference = (got.float() - expected.float()).abs().max().item()
+        allowed = PROBE_TOLERANCE[self.dtype] * expected.float().std().item()
+        if not difference <= allowed:
+            raise EngineStartError(
+                f"{type(self.model).__name__} cannot be served: over paged keys and values its logits differ from "
+                f"its own by {difference:.3g}, more than rounding explains ({allowed:.3g})"
+            )
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EngineStartError("--device cuda: torch finds no CUDA device")
+    return torch.device(wanted)
+
+
+def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    try:
+        config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+        dtype: torch.dtype | str = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        if dtype == "auto" and device.type == "cpu" and config.dtype == torch.float16:
+            dtype = torch.float32  # CPUs have no fast float16 products
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model, revision=settings.revision, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
+    module: nn.Module = model
+    module.to(device).eval().requires_grad_(False)
+    return model, config.get_text_config(decoder=True)
+
+
+def _max_model_len(wanted: int | None, config: PreTrainedConfig) -> int:
+    own = getattr(config, "max_position_embeddings", None)
+    if wanted is None:
+        if own is None:
+            raise EngineStartError("the model does not say how long its context is: give --max-model-len")
+        return int(own)
+    if own is not None and wanted > own:
+        raise EngineStartError(f"--max-model-len {wanted} is more than the model's own limit of {own} positions")
+    return wanted
+
+
+def _eos_token_ids(config: PreTrainedConfig, generation_config: GenerationConfig | None) -> tuple[int, ...]:
+    eos = getattr(generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

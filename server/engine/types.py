@@ -1,0 +1,241 @@
+"""The engine's own nouns. Plain data: no torch, no HTTP."""
+
+from __future__ import annotations
+
+import random
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; the values are the API's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen, and when to stop.
+
+    Attributes:
+        max_tokens: New tokens at most, at least 1.
+        temperature: 0 is greedy; the logits are divided by anything else.
+        top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
+        top_k: Most likely tokens that are kept; 0 keeps all.
+        seed: Seeds this sequence's own random numbers; None draws them from the operating system.
+        stop_token_ids: Tokens that end the sequence (the tokenizer's end-of-sequence ids come with the model).
+        ignore_eos: Whether end-of-sequence tokens are ordinary ones.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+
+class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A soft prompt as it crosses to the engine: who it is, and where its tensor lies.
+
+    Attributes:
+        digest: Content digest, hex; the identity of its keys and values, never a name.
+        num_virtual_tokens: Positions that it takes.
+        is_key_values: True for keys and values of every layer, False for rows of input embeddings.
+        path: A safetensors file on this machine that holds ``prompt_embeddings``.
+    """
+
+    digest: str
+    num_virtual_tokens: int
+    is_key_values: bool
+    path: str
+
+
+class Sequence:
+    """One text being continued: its tokens, its blocks, and how far its keys and values reach.
+
+    Positions count virtual tokens first: token ``token_ids[i]`` stands at position ``num_virtual_tokens + i``.
+
+    Attributes:
+        request_id: The caller's name for it.
+        token_ids: The prompt's text tokens, then the new ones.
+        num_prompt_tokens: How many of them came with the request.
+        params: How to sample.
+        soft_prompt: What stands before the text, or None.
+        salt: The tenant's part of the prefix-cache key.
+        block_table: Block ids by position // block_size; the first may be shared with others.
+        block_hashes: Chain hash of each full block of ``block_table`` that has been registered or matched.
+        num_computed: Positions whose keys and values are in the cache or are written in the step under way.
+        num_cached_tokens: Text tokens that a cached prefix saved, at first admission.
+        finish_reason: Set once, when the sequence has ended.
+        stop_token_id: The token that ended it, when one did.
+        rng: This sequence's random numbers.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "finish_reason",
+        "num_cached_tokens",
+        "num_computed",
+        "num_prompt_tokens",
+        "num_virtual_tokens",
+        "params",
+        "request_id",
+        "rng",
+        "salt",
+        "soft_prompt",
+        "stop_token_id",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        soft_prompt: SoftPromptSource | None = None,
+        salt: str = "",
+    ) -> None:
+        if not prompt_token_ids:
+            raise ValueError("a sequence needs at least one text token")
+        self.request_id = request_id
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.params = params
+        self.soft_prompt = soft_prompt
+        self.num_virtual_tokens = soft_prompt.num_virtual_tokens if soft_prompt else 0
+        self.salt = salt
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_computed = 0
+        self.num_cached_tokens: int | None = None
+        self.finish_reason: FinishReason | None = None
+        self.stop_token_id: int | None = None
+        self.rng = random.Random(params.seed)  # noqa: S311 - sampling, not secrets
+
+    @property
+    def num_positions(self) -> int:
+        """Virtual tokens and text together."""
+        return self.num_virtual_tokens + len(self.token_ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest token's keys and values are missing."""
+        return self.num_computed == self.num_positions - 1 and self.num_new_tokens > 0
+
+
+class TokenOutput(msgspec.Struct, array_like=True):
+    """What one step did for one sequence.
+
+    Attributes:
+        request_id: Which sequence.
+        token_ids: New tokens, in order (none, when it only ended).
+        finish_reason: Set in the last output of a sequence.
+        stop_token_id: The token that ended it, when one did.
+        num_cached_tokens: Text tokens that a cached prefix saved; in the first output.
+        error: What went wrong, when ``finish_reason`` is ``error``.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """The engine's state after a step; counters count from the engine's start.
+
+    Attributes:
+        num_running: Sequences that hold blocks and take part in steps.
+        num_waiting: Sequences that wait for blocks, for a place or for their soft prompt's file.
+        num_blocks: Key/value blocks in all.
+        num_used_blocks: Blocks that some sequence refers to.
+        num_cached_blocks: Blocks that hold only an idle, reusable prefix.
+        num_preemptions: Sequences whose blocks were taken back, to be computed again.
+        prefix_cache_queries: Text tokens looked up in the prefix cache.
+        prefix_cache_hits: Text tokens found there.
+        prompt_tokens: Text tokens of admitted prompts.
+        generation_tokens: Tokens generated.
+        virtual_tokens: Virtual tokens of admitted sequences.
+        soft_prompts_resident: Soft prompts whose keys and values are on the device.
+        soft_prompt_bytes: Bytes of the blocks that hold them.
+        soft_prompt_loads: Times a soft prompt was filled into blocks.
+        soft_prompt_evictions: Times one was dropped from them.
+        steps: Forward passes.
+        step_seconds: Wall time of the last one.
+        batch_size: Sequences in the last one.
+        batch_tokens: Tokens computed in the last one.
+        batch_distinct_prompts: Distinct soft prompts in the last one.
+        max_batch_distinct_prompts: The most distinct soft prompts that any one step has mixed.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    virtual_tokens: int = 0
+    soft_prompts_resident: int = 0
+    soft_prompt_bytes: int = 0
+    soft_prompt_loads: int = 0
+    soft_prompt_evictions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    batch_size: int = 0
+    batch_tokens: int = 0
+    batch_distinct_prompts: int = 0
+    max_batch_distinct_prompts: int = 0
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The resident model, as the engine measured it.
+
+    Attributes:
+        architecture: transformers' class name.
+        dtype: The serving dtype.
+        device: ``cpu`` or ``cuda``.
+        embedding_width: Width of a row of input embeddings.
+        num_layers: Decoder layers with keys and values.
+        num_kv_heads: Key/value heads of a layer.
+        head_dim: Width of a head.
+        vocab_size: Rows of the logits.
+        max_model_len: Positions of one sequence, virtual tokens included.
+        block_size: Positions in a block.
+        num_blocks: Blocks of the key/value cache.
+        eos_token_ids: Tokens that end a text.
+    """
+
+    architecture: str
+    dtype: str
+    device: str
+    embedding_width: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]

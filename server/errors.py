@@ -1,0 +1,80 @@
+"""What the server can answer with instead of a result.
+
+ServerError
+├── InvalidRequestError      the request is wrong; names the field
+├── AuthenticationError      no key, or an unknown one
+├── NotFoundError
+│   ├── ModelNotFoundError
+│   └── SoftPromptNotFoundError
+├── UnsupportedError         a known field whose feature this server does not have
+├── EngineError
+│   ├── EngineNotReadyError  still loading, or draining
+│   ├── EngineDeadError      the engine process ended while the request was in flight
+│   ├── OverloadedError      no admission permit is free
+│   └── RequestFailedError   the engine could not finish this one request
+└── EngineStartError         the engine cannot start: wrong model, too little memory
+"""
+
+from __future__ import annotations
+
+
+class ServerError(Exception):
+    """Base of all errors that a client or an operator is told about.
+
+    Attributes:
+        message: For people.
+        param: The request's field at fault, if there is one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(ServerError):
+    """The request is wrong."""
+
+
+class AuthenticationError(ServerError):
+    """No key was sent, or one that is not known."""
+
+
+class NotFoundError(ServerError):
+    """What the request names does not exist."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """The ``model`` field names neither the base nor a soft prompt."""
+
+
+class SoftPromptNotFoundError(NotFoundError):
+    """The named soft prompt, version or alias does not exist."""
+
+
+class UnsupportedError(ServerError):
+    """A known field asks for a feature that this server does not have."""
+
+
+class EngineError(ServerError):
+    """The engine did not produce a result."""
+
+
+class EngineNotReadyError(EngineError):
+    """The engine is still loading the model, or drains before it stops."""
+
+
+class EngineDeadError(EngineError):
+    """The engine process ended while the request was in flight."""
+
+
+class OverloadedError(EngineError):
+    """No admission permit is free."""
+
+
+class RequestFailedError(EngineError):
+    """The engine could not finish this one request; others are not affected."""
+
+
+class EngineStartError(ServerError):
+    """The engine cannot start with these settings."""
