@@ -14,6 +14,7 @@ from server.engine.sampler import NOT_FINITE
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.soft_prompts import SoftPromptLoader
 from server.engine.types import EngineStats, FinishReason, ModelInfo, Sequence, TokenOutput
+from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,12 @@ class LLMEngine:
     """
 
     def __init__(self, settings: EngineSettings, on_loaded: Callable[[], None] = lambda: None) -> None:
-        self.runner = ModelRunner(settings)
         self._settings = settings
-        self.scheduler = self._make_scheduler()
+        self.runner = ModelRunner(settings)
+        try:
+            self.scheduler = self._make_scheduler()
+        except ValueError as error:
+            raise EngineStartError(str(error)) from error
         spec = self.runner.cache_spec
         self.soft_prompts = SoftPromptLoader(
             embedding_width=self.model.embedding_width,

@@ -18,6 +18,8 @@ from server.engine.types import ModelInfo
 from server.errors import EngineStartError
 
 PROBE_TOKENS = 24
+"""Length of the text that the check at the start computes in two ways; less where the context is shorter."""
+
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference between two ways to the same logits, as a share of their standard deviation."""
 
@@ -66,7 +68,7 @@ class ModelRunner:
         self.backend: AttentionBackend = SDPABackend(self.cache)
         self.sampler = Sampler()
         self._embed_tokens: nn.Module = self.model.get_input_embeddings()
-        self._check_exactness(config.vocab_size)
+        self._check_exactness(config.vocab_size, max_model_len)
         self.info = ModelInfo(
             architecture=type(self.model).__name__,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -155,26 +157,37 @@ class ModelRunner:
         return logits[0]
 
     @torch.inference_mode()
-    def _check_exactness(self, vocab_size: int) -> None:
-        """Compare a text's logits over paged blocks, in two chunks, with the model's own eager attention.
+    def _check_exactness(self, vocab_size: int, max_model_len: int) -> None:
+        """Compare the logits of two texts, side by side over paged blocks, with the model's own eager attention.
 
         Which models work is decided by this, not by a list: some ignore the attention interface, some compute
-        something else through it, and wrong tokens are worse than a refusal. The probe is longer than a chunk and
-        runs beside a second sequence, as in service. It leaves nothing behind in blocks that are handed out later,
-        because every position is written before it is read.
+        something else through it, and wrong tokens are worse than a refusal. One text is prefilled in two chunks,
+        the second of them behind the other text, so that a model which attends over the flat batch by itself shows.
+        Nothing is left behind, for every position of a block is written before it is read.
         """
-        ids = torch.arange(PROBE_TOKENS, device=self.device)[None] * 7919 % vocab_size
-        positions = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        block_size = self.cache_spec.block_size
+        length = min(PROBE_TOKENS, max_model_len, self.cache.num_blocks // 2 * block_size)
+        ids = torch.arange(length, device=self.device)[None] * 7919 % vocab_size
+        half, per_seq = length // 2, -(-length // block_size)
+        other_ids = ids[:, :half].flip(1)
         try:
             self.model.set_attn_implementation("eager")
-            expected = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            expected = torch.cat(
+                [
+                    self.model(
+                        input_ids=text, position_ids=torch.arange(text.shape[1])[None].to(text), use_cache=False
+                    ).logits[0]
+                    for text in (other_ids, ids)
+                ]
+            )
             self.model.set_attn_implementation(self.backend.name)
-            half, per_seq = PROBE_TOKENS // 2, -(-PROBE_TOKENS // self.cache_spec.block_size)
             table = list(range(per_seq))
-            other = [block + per_seq for block in table] if 2 * per_seq <= self.cache.num_blocks else table
-            self._forward([(table, 0, half)], {"input_ids": ids[:, :half]}, [half - 1])
-            spans = [(other, 0, half), (table, half, PROBE_TOKENS - half)]
-            got = self._forward(spans, {"input_ids": ids}, range(PROBE_TOKENS))
+            other = [block + per_seq for block in table]
+            first = self._forward([(table, 0, half)], {"input_ids": ids[:, :half]}, range(half))
+            spans = [(other, 0, half), (table, half, length - half)]
+            rest = torch.cat([other_ids, ids[:, half:]], dim=1)
+            both = self._forward(spans, {"input_ids": rest}, range(length))
+            got = torch.cat([both[:half], first, both[half:]])
         except Exception as error:
             raise EngineStartError(
                 f"{type(self.model).__name__} cannot be served: its attention does not go through transformers' "

@@ -1,0 +1,44 @@
+"""Fixtures of the engine's tests: families of models, and engines that are closed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from server.config import EngineSettings
+from server.engine.llm_engine import LLMEngine
+from tests.engine.harness import Family
+from tests.engine.harness import make_family as harness_make_family
+
+
+@pytest.fixture(scope="session")
+def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    made: dict[str, Family] = {}
+
+    def make(name: str) -> Family:
+        if name not in made:
+            made[name] = harness_make_family(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def llama(make_family: Callable[[str], Family]) -> Family:
+    return make_family("llama")
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., LLMEngine]]:
+    engines: list[LLMEngine] = []
+
+    def make(family: Family, **settings: object) -> LLMEngine:
+        defaults = {"dtype": "float32", "kv_cache_memory": 4 * 2**20}
+        engine = LLMEngine(EngineSettings(model=str(family.path), **{**defaults, **settings}))
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import pytest
+
+from server.engine.block_manager import BlockManager, SoftPromptRun
+from server.engine.types import SamplingParams, Sequence, SoftPromptSource
+
+
+def source(num_virtual_tokens: int, digest: str = "d", *, is_key_values: bool = True) -> SoftPromptSource:
+    return SoftPromptSource(
+        digest=digest, num_virtual_tokens=num_virtual_tokens, is_key_values=is_key_values, path="/nowhere"
+    )
+
+
+def sequence(
+    tokens: list[int], soft_prompt: SoftPromptSource | None = None, salt: str = "", name: str = "s"
+) -> Sequence:
+    return Sequence(name, tokens, SamplingParams(), soft_prompt, salt=salt)
+
+
+def filled_run(blocks: BlockManager, soft_prompt: SoftPromptSource, salt: str = "") -> SoftPromptRun:
+    run = blocks.acquire_run(soft_prompt, salt)
+    assert run is not None
+    run.num_computed = soft_prompt.num_virtual_tokens
+    return run
+
+
+def compute(blocks: BlockManager, seq: Sequence, run: SoftPromptRun | None = None) -> None:
+    seq.num_computed = seq.num_positions
+    blocks.register(seq, run, seq.num_positions)
+
+
+def test_needs_blocks() -> None:
+    with pytest.raises(ValueError, match="at least one block"):
+        BlockManager(0, 4)
+
+
+def test_second_sequence_shares_full_blocks_of_the_same_text() -> None:
+    blocks = BlockManager(10, 4)
+    first, second = sequence([1, 2, 3, 4, 5, 6, 7, 8, 9]), sequence([1, 2, 3, 4, 5, 6, 7, 8, 10])
+    assert blocks.admit(first, None).num_cached_tokens == 0
+    compute(blocks, first)
+    admission = blocks.admit(second, None)
+    assert admission.num_cached_tokens == 8
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+    assert second.num_computed == 8
+    blocks.check_integrity([(first, None), (second, None)])
+
+
+def test_last_token_is_always_computed() -> None:
+    blocks = BlockManager(10, 4)
+    first, second = sequence([1, 2, 3, 4]), sequence([1, 2, 3, 4])
+    blocks.admit(first, None)
+    compute(blocks, first)
+    assert blocks.admit(second, None).num_cached_tokens == 0
+
+
+def test_cached_prefix_survives_its_sequence_and_is_evicted_oldest_first() -> None:
+    blocks = BlockManager(4, 2)
+    for text in ([1, 2], [3, 4], [5, 6], [7, 8]):
+        seq = sequence(text)
+        blocks.admit(seq, None)
+        compute(blocks, seq)
+        blocks.free(seq)
+    assert blocks.num_cached == 4
+    newcomer = sequence([9, 10])
+    blocks.admit(newcomer, None)
+    again, gone = sequence([3, 4, 0], name="again"), sequence([1, 2, 0], name="gone")
+    assert blocks.admit(again, None).num_cached_tokens == 2
+    blocks.free(again)
+    assert blocks.admit(gone, None).num_cached_tokens == 0
+
+
+def test_prefix_caching_can_be_off() -> None:
+    blocks = BlockManager(10, 4, enable_prefix_caching=False)
+    for _ in range(2):
+        seq = sequence([1, 2, 3, 4, 5])
+        assert blocks.admit(seq, None).num_cached_tokens == 0
+        compute(blocks, seq)
+        blocks.free(seq)
+    assert blocks.num_cached == 0
+
+
+def test_soft_prompt_is_one_run_for_all() -> None:
+    blocks = BlockManager(20, 4)
+    soft_prompt = source(8)
+    run = filled_run(blocks, soft_prompt)
+    assert blocks.acquire_run(soft_prompt, "") is run
+    first, second = sequence([1, 2], soft_prompt, name="a"), sequence([3, 4], soft_prompt, name="b")
+    for seq in (first, second):
+        assert blocks.admit(seq, run).copy is None  # the block size divides it: nothing to copy
+        assert seq.block_table[:2] == run.blocks
+        assert seq.num_computed == 8
+    blocks.check_integrity([(first, run), (second, run)])
+    assert blocks.num_available == 20 - 2 - 2
+
+
+def test_partial_last_block_is_copied_for_each_sequence() -> None:
+    blocks = BlockManager(20, 4)
+    soft_prompt = source(6)
+    run = filled_run(blocks, soft_prompt)
+    blocks.acquire_run(soft_prompt, "")
+    first, second = sequence([1], soft_prompt, name="a"), sequence([2], soft_prompt, name="b")
+    copies = [blocks.admit(seq, run).copy for seq in (first, second)]
+    assert [copy[0] for copy in copies] == [run.blocks[1]] * 2
+    assert [copy[1] for copy in copies] == [first.block_table[1], second.block_table[1]]
+    assert len({run.blocks[1], first.block_table[1], second.block_table[1]}) == 3
+    blocks.check_integrity([(first, run), (second, run)])
+
+
+def test_text_after_a_partial_block_is_shared_without_a_copy() -> None:
+    blocks = BlockManager(20, 4)
+    soft_prompt = source(6)
+    run = filled_run(blocks, soft_prompt)
+    blocks.acquire_run(soft_prompt, "")
+    first, second = sequence([1, 2, 3], soft_prompt, name="a"), sequence([1, 2, 4], soft_prompt, name="b")
+    blocks.admit(first, run)
+    compute(blocks, first, run)
+    admission = blocks.admit(second, run)
+    assert admission.copy is None
+    assert admission.num_cached_tokens == 2  # positions 4 to 7: two virtual tokens and two of the text
+    assert second.block_table[1] == first.block_table[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((None, ""), (None, "other")), ((source(4, "x"), ""), (source(4, "y"), "")), ((source(4, "x"), ""), (None, ""))],
+    ids=["tenant", "soft prompt", "bare"],
+)
+def test_nothing_is_shared_across_tenants_or_soft_prompts(first: tuple, second: tuple) -> None:
+    blocks = BlockManager(40, 4)
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for (soft_prompt, salt), name in ((first, "a"), (second, "b")):
+        run = filled_run(blocks, soft_prompt, salt) if soft_prompt else None
+        seq = sequence(text, soft_prompt, salt, name)
+        assert blocks.admit(seq, run).num_cached_tokens == 0
+        compute(blocks, seq, run)
+
+
+def test_idle_run_is_evicted_whole_and_counted() -> None:
+    blocks = BlockManager(4, 4)
+    run = filled_run(blocks, source(10))
+    blocks.release_run(run)
+    assert blocks.num_cached == 3
+    seq = sequence(list(range(5)))
+    assert blocks.admit(seq, None) is not None
+    assert blocks.runs == {}
+    assert blocks.stats.run_evictions == 1
+    blocks.check_integrity([(seq, None)])
+
+
+def test_used_run_is_never_evicted() -> None:
+    blocks = BlockManager(4, 4)
+    run = filled_run(blocks, source(10))
+    assert blocks.admit(sequence(list(range(5))), None) is None
+    assert list(blocks.runs.values()) == [run]
+
+
+def test_unfilled_run_is_dropped_with_its_last_reference() -> None:
+    blocks = BlockManager(4, 4)
+    run = blocks.acquire_run(source(10), "")
+    blocks.release_run(run)
+    assert blocks.runs == {}
+    assert blocks.num_available == 4
+    with pytest.raises(AssertionError, match="more often"):
+        blocks.release_run(run)
+
+
+def test_too_few_blocks_change_nothing() -> None:
+    blocks = BlockManager(3, 4)
+    seq = sequence(list(range(9)))
+    assert blocks.acquire_run(source(13), "") is None
+    assert blocks.admit(seq, None, headroom=1) is None
+    assert seq.block_table == []
+    assert blocks.num_available == 3
+    assert blocks.admit(seq, None) is not None
+    assert not blocks.extend(seq, 13)
+    assert blocks.extend(seq, 12)
+    blocks.check_integrity([(seq, None)])
+
+
+def test_blocks_to_finish_counts_the_copied_block() -> None:
+    blocks = BlockManager(8, 4)
+    assert blocks.blocks_to_finish(None, 9) == 3
+    assert blocks.blocks_to_finish(source(8), 12) == 3
+    assert blocks.blocks_to_finish(source(6), 12) == 4
+
+
+def test_integrity_check_finds_a_lost_block() -> None:
+    blocks = BlockManager(4, 4)
+    seq = sequence([1, 2])
+    blocks.admit(seq, None)
+    with pytest.raises(AssertionError, match="lost"):
+        blocks.check_integrity([])

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.detokenizer import IncrementalDetokenizer
+
+
+def decode(token_ids: list[int]) -> str:
+    """One token, one byte: the hardest case, since characters span tokens."""
+    return bytes(token_ids).decode("utf-8", errors="replace")
+
+
+def feed(
+    text: str, stop: list[str], *, include: bool = False, size: int = 1
+) -> tuple[list[str], IncrementalDetokenizer]:
+    detokenizer = IncrementalDetokenizer(decode, stop=stop, include_stop_str=include)
+    data = list(text.encode())
+    pieces = [detokenizer.append(data[i : i + size]) for i in range(0, len(data), size)]
+    return [*pieces, detokenizer.finish()], detokenizer
+
+
+@given(st.text(max_size=60), st.integers(1, 7))
+def test_pieces_add_up_to_the_text(text: str, size: int) -> None:
+    text = text.replace("\ufffd", "")
+    pieces, detokenizer = feed(text, [], size=size)
+    assert "".join(pieces) == text == detokenizer.text
+
+
+@given(st.text(alphabet="abc", max_size=40), st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3))
+def test_result_does_not_depend_on_how_tokens_arrive(text: str, stop: list[str]) -> None:
+    results = {(tuple(d.text for d in [feed(text, stop, size=size)[1]])) for size in (1, 2, 5, 100)}
+    assert len(results) == 1
+
+
+@given(
+    st.text(alphabet="abc", max_size=40),
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
+    pieces, detokenizer = feed(text, stop)
+    result = "".join(pieces)
+    ends = [text.find(word) + len(word) for word in stop if word in text]
+    assert detokenizer.stopped == bool(ends)
+    if ends:
+        assert result + detokenizer.stop_string == text[: min(ends)]
+    else:
+        assert result == text
+
+
+def test_incomplete_characters_are_held_back() -> None:
+    detokenizer = IncrementalDetokenizer(decode)
+    first, *rest = "é".encode()
+    assert detokenizer.append([first]) == ""
+    assert detokenizer.append(rest) == "é"
+
+
+def test_incomplete_character_at_the_end_is_shown_as_what_it_is() -> None:
+    detokenizer = IncrementalDetokenizer(decode)
+    assert detokenizer.append([ord("a"), 0xC3]) == "a"
+    assert detokenizer.finish() == "\ufffd"
+
+
+def test_beginning_of_a_stop_string_is_held_back_until_it_is_clear() -> None:
+    detokenizer = IncrementalDetokenizer(decode, stop=["END"])
+    assert detokenizer.append(list(b"xE")) == "x"
+    assert detokenizer.append(list(b"N")) == ""
+    assert detokenizer.append(list(b"x")) == "ENx"
+    assert detokenizer.append(list(b"EN")) == ""
+    assert detokenizer.finish() == "EN"
+
+
+@pytest.mark.parametrize(("include", "want"), [(False, "ab"), (True, "abEND")])
+def test_stop_string_is_kept_only_when_asked_for(*, include: bool, want: str) -> None:
+    pieces, detokenizer = feed("abENDmore", ["END"], include=include, size=3)
+    assert "".join(pieces) == want
+    assert detokenizer.stop_string == "END"
+    assert detokenizer.append([65]) == ""

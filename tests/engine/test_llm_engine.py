@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BloomConfig
+
+from server.config import EngineSettings
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import AddRequest
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.errors import EngineStartError
+from tests.engine.harness import CONTEXT, VOCABULARY, Family, add, greedy, random_text, run, tokens
+
+TEXT = random_text(random.Random(3), 24, 24)
+
+
+def rows_file(path: Path, rows: torch.Tensor) -> SoftPromptSource:
+    save_file({"prompt_embeddings": rows}, path)
+    return SoftPromptSource(digest=path.stem, num_virtual_tokens=len(rows), is_key_values=False, path=str(path))
+
+
+def test_describes_its_model(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    model = make_engine(llama).model
+    assert (model.architecture, model.dtype, model.device) == ("LlamaForCausalLM", "float32", "cpu")
+    assert (model.embedding_width, model.num_layers, model.num_kv_heads, model.head_dim) == (48, 3, 2, 12)
+    assert (model.vocab_size, model.max_model_len) == (VOCABULARY, CONTEXT)
+
+
+def test_stops_at_length_stop_token_and_eos(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine(llama)
+    want = llama.expected(None, TEXT, 10)
+    stop = want[4]
+    first = want.index(stop)
+    add(engine, "length", TEXT, greedy(10))
+    add(engine, "stop", TEXT, greedy(10, stop_token_ids=(stop,)))
+    outputs = run(engine)
+    assert tokens(outputs["length"]) == want
+    assert outputs["length"][-1].finish_reason is FinishReason.LENGTH
+    assert tokens(outputs["stop"]) == want[: first + 1]
+    assert (outputs["stop"][-1].finish_reason, outputs["stop"][-1].stop_token_id) == (FinishReason.STOP, stop)
+
+
+def test_seeded_sampling_is_the_same_in_every_batch(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.3, top_p=0.95, seed=11)
+    soft_prompt = llama.soft_prompts["prefix_13"]
+    alone = make_engine(llama)
+    add(alone, "mine", TEXT, params, soft_prompt=soft_prompt)
+    want = tokens(run(alone)["mine"])
+    crowded = make_engine(llama, block_size=4, max_num_batched_tokens=32, max_num_seqs=8)
+    for index, source in enumerate(llama.soft_prompts.values()):
+        add(
+            crowded, f"other{index}", TEXT[index:], SamplingParams(max_tokens=20, temperature=1.0), soft_prompt=source
+        )
+    add(crowded, "mine", TEXT, params, soft_prompt=soft_prompt)
+    assert tokens(run(crowded)["mine"]) == want
+
+
+def test_abort_in_every_state(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine(llama, max_num_seqs=1)
+    add(engine, "loading", TEXT, greedy(9), soft_prompt=llama.soft_prompts["p_tuning_7"])
+    add(engine, "running", TEXT, greedy(9))
+    add(engine, "waiting", TEXT, greedy(9))
+    assert [o.finish_reason for o in engine.abort("loading")] == [FinishReason.ABORT]
+    engine.step()
+    assert engine.stats.num_running == 1
+    for name in ("running", "waiting"):
+        assert [o.finish_reason for o in engine.abort(name)] == [FinishReason.ABORT]
+        assert engine.abort(name) == []
+    assert engine.num_unfinished == 0
+    assert engine.stats.num_used_blocks == 0
+
+
+def test_what_never_fits_is_refused_with_the_three_lengths(
+    llama: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
+    engine = make_engine(llama)
+    request = AddRequest(
+        request_id="r",
+        prompt_token_ids=[1] * 230,
+        params=greedy(9),
+        soft_prompt=llama.soft_prompts["prompt_tuning_20"],
+    )
+    (output,) = engine.add(request)
+    assert output.finish_reason is FinishReason.ERROR
+    assert output.error == (
+        "20 virtual tokens, 230 text tokens and 9 new ones are more than the 256 positions of the context"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make_file", "message"),
+    [
+        (lambda path: None, "cannot be read"),
+        (lambda path: path.write_bytes(b"\x80\x04K\x01."), "cannot be read"),
+        (lambda path: save_file({"other": torch.zeros(4, 48)}, path), "cannot be read"),
+        (
+            lambda path: save_file({"prompt_embeddings": torch.zeros(4, 47)}, path),
+            r"shape \(4, 47\); this model needs \(4, 48\)",
+        ),
+    ],
+    ids=["missing", "pickle", "other tensor", "other width"],
+)
+def test_soft_prompt_that_cannot_be_loaded_fails_its_requests_alone(
+    make_file: Callable[[Path], object],
+    message: str,
+    llama: Family,
+    make_engine: Callable[..., LLMEngine],
+    tmp_path: Path,
+) -> None:
+    engine = make_engine(llama)
+    path = tmp_path / "broken.safetensors"
+    make_file(path)
+    broken = SoftPromptSource(digest="broken", num_virtual_tokens=4, is_key_values=False, path=str(path))
+    add(engine, "bad", TEXT, greedy(5), soft_prompt=broken)
+    add(engine, "good", TEXT, greedy(5))
+    outputs = run(engine)
+    (bad,) = outputs["bad"]
+    assert bad.finish_reason is FinishReason.ERROR
+    assert re.search(message, bad.error)
+    assert tokens(outputs["good"]) == llama.expected(None, TEXT, 5)
+    save_file({"prompt_embeddings": torch.ones(4, 48)}, path)
+    add(engine, "mended", TEXT, greedy(5), soft_prompt=broken)
+    assert len(tokens(run(engine)["mended"])) == 5
+
+
+def test_overflow_fails_one_request_and_poisons_no_block(
+    llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
+) -> None:
+    engine = make_engine(llama, block_size=4, kv_cache_memory=200_000)
+    poison = rows_file(tmp_path / "poison.safetensors", torch.full((6, 48), float("nan")))
+    healthy = llama.soft_prompts["prompt_tuning_8"]
+    for turn in range(3):
+        add(engine, f"bad{turn}", TEXT, greedy(5), soft_prompt=poison)
+        add(engine, f"good{turn}", TEXT, greedy(5), soft_prompt=healthy)
+    outputs = run(engine)
+    # Keys of a row that is not finite are written as zeros, so a text after it may still be finite: never wrong
+    # for others is what counts.
+    for turn in range(3):
+        assert tokens(outputs[f"good{turn}"]) == llama.expected("prompt_tuning_8", TEXT, 5)
+    assert torch.isfinite(engine.runner.cache.tensor).all()
+
+
+def test_a_step_that_raises_ends_its_sequences_and_the_engine_goes_on(
+    llama: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llama)
+    source = llama.soft_prompts["prefix_13"]
+    add(engine, "a", TEXT, greedy(5), soft_prompt=source)
+    add(engine, "b", TEXT, greedy(5))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("kernel fault")))
+        outputs = run(engine)
+    assert {name: [o.error for o in outs] for name, outs in outputs.items()} == {
+        "a": ["RuntimeError: kernel fault"],
+        "b": ["RuntimeError: kernel fault"],
+    }
+    add(engine, "after", TEXT, greedy(5), soft_prompt=source)
+    assert tokens(run(engine)["after"]) == llama.expected("prefix_13", TEXT, 5)
+
+
+def test_bfloat16_runs_every_type(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine(llama, dtype="bfloat16")
+    for key, source in llama.soft_prompts.items():
+        add(engine, key, TEXT, greedy(6), soft_prompt=source)
+    outputs = run(engine)
+    assert all(len(tokens(outputs[key])) == 6 for key in llama.soft_prompts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 999}, "--max-model-len 999 is more than the model's own limit of 256"),
+        ({"kv_cache_memory": 1000}, "MiB too few: raise --kv-cache-memory or lower --max-model-len"),
+        ({"device": "cuda"}, "no CUDA device"),
+        ({"max_num_seqs": 99, "max_num_batched_tokens": 10}, "max_num_seqs 99 has to be"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, object], message: str, llama: Family) -> None:
+    if settings.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(EngineStartError, match=message):
+        LLMEngine(EngineSettings(model=str(llama.path), **settings))
+
+
+def test_missing_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineStartError, match="cannot load the model"):
+        LLMEngine(EngineSettings(model=str(tmp_path / "nothing")))
+
+
+def test_model_that_attends_otherwise_is_refused(tmp_path: Path) -> None:
+    """Bloom adds a bias by distance, which the attention interface does not carry: its tokens would be wrong."""
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(EngineStartError, match="cannot be served"):
+        LLMEngine(EngineSettings(model=str(tmp_path), dtype="float32", max_model_len=64))
