@@ -1,7 +1,11 @@
 """What the server can answer with instead of a result.
 
 ServerError
+├── ConfigurationError       the settings cannot be used; told to the operator at start-up
 ├── InvalidRequestError      the request is wrong; names the field
+│   ├── ContextLengthError   the text, the soft prompt and the new tokens do not fit the context
+│   ├── PayloadTooLargeError the body is over its limit
+│   └── MediaTypeError       the body is not of a type that the path takes
 ├── AuthenticationError      no key, or an unknown one
 ├── NotFoundError
 │   ├── ModelNotFoundError
@@ -32,8 +36,24 @@ class ServerError(Exception):
         self.param = param
 
 
+class ConfigurationError(ServerError):
+    """The settings cannot be used as they are."""
+
+
 class InvalidRequestError(ServerError):
     """The request is wrong."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """The text, the soft prompt and the new tokens together do not fit the model's context."""
+
+
+class PayloadTooLargeError(InvalidRequestError):
+    """The body is over its size limit."""
+
+
+class MediaTypeError(InvalidRequestError):
+    """The body's content type is not one that the path takes."""
 
 
 class AuthenticationError(ServerError):
