@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from server.config import EngineSettings
 from server.engine.interface import GenerateRequest, TokenEvent
@@ -105,7 +105,7 @@ class AsyncEngine:
         self._stats = EngineStats(num_blocks=first.model.num_blocks)
         self._reading = asyncio.create_task(self._read(reader), name="engine-reader")
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Continue one text; see ``Engine.generate``."""
         if not self.is_ready or self._writer is None:
             raise EngineNotReadyError("the engine takes no requests now")

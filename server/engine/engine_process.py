@@ -15,6 +15,8 @@ import sys
 import threading
 from queue import Empty, SimpleQueue
 
+from transformers.utils.logging import disable_progress_bar
+
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import (
     FRAME_HEADER_BYTES,
@@ -130,6 +132,7 @@ def main() -> None:
     logging.basicConfig(
         level=os.environ.get("PRELUDE_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s engine %(message)s"
     )
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     # Ctrl-C reaches the whole terminal; the server decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,8 +67,8 @@ class Engine(Protocol):
         """The engine's state after its newest step."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        """Continue one text. Closing the iterator early (or cancelling it) aborts the sequence.
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Continue one text. Closing the generator early (or cancelling it) aborts the sequence.
 
         Raises:
             EngineNotReadyError: If the engine is loading or draining.

@@ -1,0 +1,225 @@
+"""PEFT directory files -> SoftPrompt.
+
+Only what serving needs is read from ``adapter_config.json``. Keys that steer training or loading in PEFT
+(``prompt_tuning_init_state_dict_path``, ``auto_mapping``, ``tokenizer_name_or_path``, ``revision``, ...) are kept as
+data and never acted on: no path is opened, no module imported, no URL fetched. Unknown keys are taken as PEFT takes
+them: other releases write other keys, and none of them changes what a saved prompt's rows mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.tensors import read_tensors
+from prompt_store.types import CONFIG_FILE, PeftType, SoftPrompt, TensorData
+
+MAX_CONFIG_BYTES = 1024 * 1024
+MAX_CONFIG_DEPTH = 32
+MAX_BASE_NAME_CHARS = 1024
+
+TASK_TYPE = "CAUSAL_LM"
+"""The task type that is served."""
+
+_OTHER_SOFT_PROMPTS = ("MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
+
+_TRAINED_WITHOUT_TASK = "PEFT's own generate() ignores a prompt without a task type"
+_TRAINED_FOR_OTHER_TASK = "prompts for other tasks come with a head or an encoder, which are not served yet"
+
+
+def parse_soft_prompt(config_bytes: bytes, weights: bytes | Path) -> SoftPrompt:
+    """Read a PEFT directory's two files. Whether they fit a base model is for ``validation`` to say.
+
+    Args:
+        config_bytes: ``adapter_config.json``.
+        weights: ``adapter_model.safetensors``: its bytes or its path.
+
+    Raises:
+        InvalidPromptError: With every fault of the two files that can be seen without a base model.
+        OSError: If the path cannot be read.
+    """
+    config: dict[str, object] = {}
+    faults: list[Fault] = []
+    try:
+        config = read_config(config_bytes)
+        faults += config_faults(config)
+    except InvalidPromptError as error:
+        faults += error.faults
+    try:
+        tensors = read_tensors(weights)
+    except InvalidPromptError as error:
+        faults += error.faults
+    if faults:
+        raise InvalidPromptError(faults)
+    return to_soft_prompt(config, tensors)
+
+
+def to_soft_prompt(config: Mapping[str, object], tensors: Mapping[str, TensorData]) -> SoftPrompt:
+    """Put a configuration in which ``config_faults`` found none, and the tensors, together."""
+    num_virtual_tokens, base_name = config["num_virtual_tokens"], config.get("base_model_name_or_path")
+    if not isinstance(num_virtual_tokens, int) or not isinstance(base_name, str | None):
+        raise AssertionError("config_faults let a wrong type pass")
+    return SoftPrompt(
+        peft_type=PeftType(str(config["peft_type"])),
+        task_type=str(config["task_type"]),
+        num_virtual_tokens=num_virtual_tokens,
+        base_model_name_or_path=base_name,
+        tensors=tensors,
+        config=config,
+    )
+
+
+def read_config(data: bytes) -> dict[str, object]:
+    """Parse ``adapter_config.json`` as strict JSON: one object, no key twice, finite numbers, bounded size and depth.
+
+    Raises:
+        InvalidPromptError: With the fault ``config_too_large`` or ``invalid_json``.
+    """
+    if len(data) > MAX_CONFIG_BYTES:
+        raise _invalid("config_too_large", f"{len(data)} bytes; at most {MAX_CONFIG_BYTES} are taken")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _invalid("invalid_json", f"not UTF-8 at byte {error.start}") from error
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
+    except RecursionError as error:
+        raise _invalid("invalid_json", f"nested deeper than {MAX_CONFIG_DEPTH} levels") from error
+    except ValueError as error:
+        raise _invalid("invalid_json", f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _invalid("invalid_json", "not a JSON object")
+    _check_depth(value)
+    return value
+
+
+def config_faults(config: Mapping[str, object]) -> list[Fault]:
+    """Everything wrong with the fields that serving reads, without regard to a base model."""
+    return [
+        *_peft_type_faults(config),
+        *_task_type_faults(config),
+        *_integer_faults(config),
+        *_submodule_faults(config),
+        *_base_name_faults(config),
+    ]
+
+
+def positive_integer(config: Mapping[str, object], key: str) -> int | None:
+    """The value of ``key`` if it is an integer of at least 1, else None. JSON's ``true`` is not an integer."""
+    value = config.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
+
+
+def _peft_type_faults(config: Mapping[str, object]) -> list[Fault]:
+    supported = f"supported are {', '.join(PeftType)}"
+    value = config.get("peft_type")
+    if value is None:
+        return [_fault("missing_field", f"peft_type is missing; {supported}", "peft_type")]
+    if not isinstance(value, str):
+        return [_fault("invalid_field", f"peft_type has to be a string, not {_shown(value)}", "peft_type")]
+    if value in PeftType.__members__:
+        return []
+    reason = "is not served yet" if value in _OTHER_SOFT_PROMPTS else "is not a soft prompt that is served here"
+    return [_fault("unsupported_peft_type", f"peft_type {_shown(value)} {reason}; {supported}", "peft_type")]
+
+
+def _task_type_faults(config: Mapping[str, object]) -> list[Fault]:
+    value = config.get("task_type")
+    if value is not None and not isinstance(value, str):
+        return [_fault("invalid_field", f"task_type has to be a string, not {_shown(value)}", "task_type")]
+    if value == TASK_TYPE:
+        return []
+    found, reason = ("missing or null", _TRAINED_WITHOUT_TASK) if value is None else (value, _TRAINED_FOR_OTHER_TASK)
+    return [
+        _fault(
+            "unsupported_task_type", f"task_type has to be {TASK_TYPE}, not {_shown(found)}: {reason}", "task_type"
+        )
+    ]
+
+
+def _integer_faults(config: Mapping[str, object]) -> list[Fault]:
+    faults = []
+    if config.get("num_virtual_tokens") is None:
+        faults.append(_fault("missing_field", "num_virtual_tokens is missing", "num_virtual_tokens"))
+    for key in ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads"):
+        value = config.get(key)
+        if value is not None and positive_integer(config, key) is None:
+            faults.append(
+                _fault("invalid_field", f"{key} has to be an integer of at least 1, not {_shown(value)}", key)
+            )
+    return faults
+
+
+def _submodule_faults(config: Mapping[str, object]) -> list[Fault]:
+    key = "num_transformer_submodules"
+    value = config.get(key)
+    if value is None or positive_integer(config, key) == 1:
+        return []
+    return [_fault("unsupported_submodules", f"{key} has to be 1 or null for {TASK_TYPE}, not {_shown(value)}", key)]
+
+
+def _base_name_faults(config: Mapping[str, object]) -> list[Fault]:
+    key = "base_model_name_or_path"
+    value = config.get(key)
+    if value is None or (isinstance(value, str) and len(value) <= MAX_BASE_NAME_CHARS and value.isprintable()):
+        return []
+    return [
+        _fault("invalid_field", f"{key} has to be null or at most {MAX_BASE_NAME_CHARS} printable characters", key)
+    ]
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    items = dict(pairs)
+    if len(items) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {_shown(twice)} appears twice")
+    return items
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text[:32]} is out of range")
+    return value
+
+
+def _check_depth(value: object) -> None:
+    level, depth = [value], 0
+    while level := [
+        child
+        for node in level
+        if isinstance(node, dict | list)
+        for child in (node.values() if isinstance(node, dict) else node)
+    ]:
+        depth += 1
+        if depth > MAX_CONFIG_DEPTH:
+            raise _invalid("invalid_json", f"nested deeper than {MAX_CONFIG_DEPTH} levels")
+
+
+def _shown(value: object) -> str:
+    """A value as a message quotes it: short and in ASCII, whatever was uploaded."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return "a huge integer"  # Python refuses to print beyond 4,300 digits
+    if isinstance(value, dict | list):
+        return f"a JSON {'object' if isinstance(value, dict) else 'array'}"
+    text = ascii(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fault(code: str, message: str, field: str | None = None) -> Fault:
+    return Fault(code, f"{CONFIG_FILE}: {message}", CONFIG_FILE, field)
+
+
+def _invalid(code: str, message: str) -> InvalidPromptError:
+    return InvalidPromptError([_fault(code, message)])

@@ -1,0 +1,111 @@
+"""Safetensors files as raw tensors, read by the format's own library: nothing executed, nothing unpickled.
+
+The library checks that the header is well formed and that the tensors cover the file without gaps or overlaps
+(https://github.com/huggingface/safetensors#format). A path is mapped, not read: a file of 512 MiB costs no memory of
+its own. The mapping is safe because staged files and blobs are ours alone and are never truncated.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from pathlib import Path
+
+from safetensors import SafetensorError, deserialize, safe_open
+
+from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.types import WEIGHTS_FILE, TensorData
+
+MAX_HEADER_BYTES = 1024 * 1024
+"""A soft prompt has a handful of tensors; the library alone would parse a header of 100 MB."""
+
+_LENGTH_BYTES = 8
+"""The file begins with the header's length, a little-endian 64-bit integer."""
+
+_ELEMENT_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+_PICKLE_MAGICS = (b"PK\x03\x04", b"PK\x05\x06", b"\x80")
+"""torch.save writes a zip archive of pickles; before 1.6 a bare pickle, which begins with its PROTO opcode."""
+
+
+def read_tensors(weights: bytes | Path) -> dict[str, TensorData]:
+    """Read the tensors of a safetensors file, by name.
+
+    Args:
+        weights: The file's bytes, or its path; a path's data are views of the mapped file.
+
+    Raises:
+        InvalidPromptError: If it is not a safetensors file, with the fault ``pickle_file``, ``header_too_large``,
+            ``invalid_safetensors`` or ``unsupported_dtype``.
+        OSError: If the path cannot be read.
+    """
+    if isinstance(weights, bytes):
+        _check_opening(weights[:_LENGTH_BYTES], len(weights))
+        try:
+            return {
+                name: TensorData(tensor["dtype"], tuple(tensor["shape"]), tensor["data"])
+                for name, tensor in deserialize(weights)  # type: ignore[no-untyped-call]
+            }
+        except SafetensorError as error:
+            raise _invalid("invalid_safetensors", f"not a valid safetensors file: {error}") from error
+    with weights.open("rb") as file:
+        opening = file.read(_LENGTH_BYTES)
+        _check_opening(opening, weights.stat().st_size)
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return _map_tensors(weights, mapped, data_start=_LENGTH_BYTES + int.from_bytes(opening, "little"))
+
+
+def _check_opening(opening: bytes, size: int) -> None:
+    """Refuse what is plainly something else, or has a header out of all proportion, before the library parses it."""
+    header_bytes = int.from_bytes(opening, "little")
+    # A pickle's first byte could also open a valid header of 128 bytes; its length then tells.
+    if opening.startswith(_PICKLE_MAGICS) and header_bytes > max(0, size - _LENGTH_BYTES):
+        raise _invalid(
+            "pickle_file",
+            "this is a pickle / torch.save file; only safetensors is taken: "
+            "re-save with save_pretrained(..., safe_serialization=True)",
+        )
+    if size <= _LENGTH_BYTES:
+        raise _invalid("invalid_safetensors", f"not a valid safetensors file: it has only {size} bytes")
+    if header_bytes > size - _LENGTH_BYTES:
+        raise _invalid(
+            "invalid_safetensors",
+            f"not a valid safetensors file, or cut short: its header claims {header_bytes} bytes "
+            f"and the whole file has {size}",
+        )
+    if header_bytes > MAX_HEADER_BYTES:
+        raise _invalid(
+            "header_too_large", f"its header has {header_bytes} bytes; at most {MAX_HEADER_BYTES} are taken"
+        )
+
+
+def _map_tensors(path: Path, mapped: memoryview, data_start: int) -> dict[str, TensorData]:
+    """Views of the mapped file: the library vouches that the tensors follow each other without a gap."""
+    tensors: dict[str, TensorData] = {}
+    position = data_start
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.offset_keys():
+                view = file.get_slice(name)
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                if dtype not in _ELEMENT_BITS:
+                    raise _invalid("unsupported_dtype", f"tensor {name[:100]!r} has the unknown dtype {dtype}", name)
+                num_bytes = math.prod(shape) * _ELEMENT_BITS[dtype] // 8
+                tensors[name] = TensorData(dtype, shape, mapped[position : position + num_bytes])
+                position += num_bytes
+    except SafetensorError as error:
+        raise _invalid("invalid_safetensors", f"not a valid safetensors file: {error}") from error
+    if position != len(mapped):
+        raise _invalid("invalid_safetensors", f"its tensors end at byte {position}; the file has {len(mapped)}")
+    return tensors
+
+
+def _invalid(code: str, message: str, field: str | None = None) -> InvalidPromptError:
+    return InvalidPromptError([Fault(code, f"{WEIGHTS_FILE}: {message}", WEIGHTS_FILE, field)])

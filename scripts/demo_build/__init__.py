@@ -1,0 +1,1 @@
+"""How the embedded demo model and its soft prompts are made."""

@@ -1,0 +1,68 @@
+"""Held-out accuracy with a soft prompt, without one, and with an instruction in words, by the server's own engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from demo_build.grammar import TASKS
+from server.config import EngineSettings
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import AddRequest
+from server.engine.types import SamplingParams, SoftPromptSource
+
+MAX_TOKENS = 48
+
+
+def _source(folder: Path) -> SoftPromptSource:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return SoftPromptSource(
+        digest=folder.name,
+        num_virtual_tokens=config["num_virtual_tokens"],
+        is_key_values=config["peft_type"] == "PREFIX_TUNING",
+        path=str(folder / "adapter_model.safetensors"),
+    )
+
+
+def _accuracy(
+    engine: LLMEngine,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[dict[str, str]],
+    source: SoftPromptSource | None,
+) -> float:
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
+    answers: dict[str, list[int]] = {str(index): [] for index in range(len(pairs))}
+    for index, pair in enumerate(pairs):
+        ids = tokenizer.encode(pair["input"], add_special_tokens=False)
+        engine.add(AddRequest(request_id=str(index), prompt_token_ids=ids, params=params, soft_prompt=source))
+    while engine.num_unfinished:
+        for output in engine.step():
+            answers[output.request_id] += output.token_ids
+    right = sum(
+        tokenizer.decode(answers[str(index)], skip_special_tokens=True).strip() == pair["output"]
+        for index, pair in enumerate(pairs)
+    )
+    return right / len(pairs)
+
+
+def evaluate(model_folder: Path, soft_prompts: Path, heldout: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy by dtype, task and way of asking."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = LLMEngine(EngineSettings(model=str(model_folder), dtype=dtype, kv_cache_memory=256 * 2**20))
+        for task, grammar in TASKS.items():
+            pairs = [json.loads(line) for line in (heldout / f"{task}.jsonl").read_text().splitlines()]
+            asked = [{**pair, "input": f"{grammar.instructions[0]}\n{pair['input']}"} for pair in pairs]
+            row = {
+                "without": _accuracy(engine, tokenizer, pairs, None),
+                "in_words": _accuracy(engine, tokenizer, asked, None),
+            }
+            if (soft_prompts / task).exists():
+                row["with"] = _accuracy(engine, tokenizer, pairs, _source(soft_prompts / task))
+            figures.setdefault(dtype, {})[task] = {key: round(value, 4) for key, value in row.items()}
+            print(dtype, task, figures[dtype][task], flush=True)
+        engine.close()
+    return figures

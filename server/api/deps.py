@@ -1,0 +1,197 @@
+"""What the routes are handed: the server's parts, and whether it serves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Protocol, TypedDict
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from prompt_store.types import BaseModelSpec
+from server.api.admission import Admission
+from server.api.store_threads import StoreThreads
+from server.config import Settings
+from server.engine.interface import Engine
+from server.errors import EngineDeadError, EngineNotReadyError, EngineStartError, MediaTypeError, ServerError
+from server.metrics import Metrics
+
+
+class ChatTurn(TypedDict):
+    """One message as a chat template takes it."""
+
+    role: str
+    content: str
+
+
+class Tokenizer(Protocol):
+    """The base model's tokenizer as the API needs it."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model came with a chat template."""
+        ...
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Texts to token ids, off the event loop."""
+        ...
+
+    async def render_chat(self, messages: Sequence[ChatTurn]) -> str:
+        """A conversation as the model's own template writes it, ready for the assistant's answer.
+
+        Raises:
+            InvalidRequestError: If the template refuses the conversation.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Token ids to text; fast enough for the event loop on the few tokens of a step."""
+        ...
+
+    def close(self) -> None:
+        """End its threads."""
+        ...
+
+
+class Phase(StrEnum):
+    """Where the server stands between its start and its end."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    FAILED = "failed"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Whether the server serves, and why not.
+
+    Attributes:
+        phase: Where it stands.
+        failure: What kept the engine from starting, when ``phase`` is ``failed``.
+    """
+
+    phase: Phase = Phase.LOADING
+    failure: ServerError | None = None
+
+    def serve(self) -> None:
+        """The model is loaded (unless the server is stopping already)."""
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.SERVING
+
+    def fail(self, error: ServerError) -> None:
+        """The engine cannot start."""
+        self.phase = Phase.FAILED
+        self.failure = error
+
+    def drain(self) -> None:
+        """Take no new requests any more."""
+        if self.phase is not Phase.FAILED:
+            self.phase = Phase.DRAINING
+
+
+@dataclass(slots=True, kw_only=True)
+class Services:
+    """The server's parts; one for each application.
+
+    Attributes:
+        settings: What it was started with.
+        base_name: The base model's name in the API.
+        engine: Where tokens come from.
+        store: Where soft prompts are kept.
+        admission: The permits.
+        metrics: Every measurement.
+        lifecycle: Whether it serves.
+        loaded_tokenizer: None until the model is loaded.
+        created: When the server started, in Unix seconds.
+    """
+
+    settings: Settings
+    base_name: str
+    engine: Engine
+    store: StoreThreads
+    admission: Admission
+    metrics: Metrics
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    loaded_tokenizer: Tokenizer | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's tokenizer.
+
+        Raises:
+            EngineNotReadyError: If it is not loaded yet.
+        """
+        if self.loaded_tokenizer is None:
+            raise EngineNotReadyError("the model is still being loaded")
+        return self.loaded_tokenizer
+
+    @property
+    def base_spec(self) -> BaseModelSpec:
+        """What a soft prompt has to fit.
+
+        Raises:
+            EngineNotReadyError: If the model is not loaded yet.
+        """
+        model = self.engine.model
+        return BaseModelSpec(
+            name=self.base_name,
+            embedding_width=model.embedding_width,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            max_model_len=model.max_model_len,
+            dtype=model.dtype,
+        )
+
+    def require_ready(self) -> None:
+        """Return if new requests are taken.
+
+        Raises:
+            EngineNotReadyError: If the model is loading, or the server drains.
+            EngineStartError: If the model could not be loaded.
+            EngineDeadError: If the engine process has ended.
+        """
+        match self.lifecycle.phase:
+            case Phase.LOADING:
+                raise EngineNotReadyError("the model is still being loaded")
+            case Phase.DRAINING:
+                raise EngineNotReadyError("the server is shutting down")
+            case Phase.FAILED:
+                raise EngineStartError(f"the engine could not start: {self.lifecycle.failure}")
+            case Phase.SERVING:
+                if not self.engine.is_ready:
+                    raise EngineDeadError("the engine process has ended")
+
+
+async def get_services(request: Request) -> Services:
+    """The application's services, for FastAPI's dependencies."""
+    services = request.app.state.services
+    if not isinstance(services, Services):
+        raise TypeError("the application was not made by create_app")
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+
+
+async def require_ready(services: ServicesDep) -> None:
+    """A route's dependency that refuses requests while the server does not serve."""
+    services.require_ready()
+
+
+async def require_json(request: Request) -> None:
+    """A route's dependency that refuses bodies which are not declared as JSON.
+
+    Browsers send other types across origins without asking; they cannot send this one.
+
+    Raises:
+        MediaTypeError: If the body is not declared as JSON.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise MediaTypeError("the body has to be JSON, with 'Content-Type: application/json'")

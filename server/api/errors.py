@@ -1,0 +1,194 @@
+"""The one table from exceptions to HTTP, and OpenAI's error shape for everything that is not a result."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from prompt_store.errors import (
+    CorruptBlobError,
+    InvalidPromptError,
+    PromptConflictError,
+    PromptNotFoundError,
+    PromptStoreError,
+    PromptTooLargeError,
+)
+from server.errors import (
+    AuthenticationError,
+    ContextLengthError,
+    EngineDeadError,
+    EngineNotReadyError,
+    EngineStartError,
+    InvalidRequestError,
+    MediaTypeError,
+    ModelNotFoundError,
+    NotFoundError,
+    OverloadedError,
+    PayloadTooLargeError,
+    RequestFailedError,
+    ServerError,
+    SoftPromptNotFoundError,
+    UnsupportedError,
+)
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ERROR = "invalid_request_error"
+_SERVER_ERROR = "server_error"
+_UNAVAILABLE = "service_unavailable_error"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """How one class of exceptions is answered.
+
+    Attributes:
+        status: HTTP status.
+        type: OpenAI's ``error.type``.
+        code: OpenAI's ``error.code``.
+        headers: Headers that go with it.
+        is_public: Whether the exception's own text is for the client.
+    """
+
+    status: int
+    type: str
+    code: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    is_public: bool = True
+
+
+_INTERNAL = _Row(500, _SERVER_ERROR, "internal_error", is_public=False)
+_CLOSE = {"connection": "close"}
+
+_TABLE: dict[type[Exception], _Row] = {
+    InvalidRequestError: _Row(400, _REQUEST_ERROR, "invalid_request"),
+    ContextLengthError: _Row(400, _REQUEST_ERROR, "context_length_exceeded"),
+    UnsupportedError: _Row(400, _REQUEST_ERROR, "unsupported_parameter"),
+    InvalidPromptError: _Row(400, _REQUEST_ERROR, "invalid_prompt"),
+    AuthenticationError: _Row(401, _REQUEST_ERROR, "invalid_api_key", {"www-authenticate": "Bearer"}),
+    NotFoundError: _Row(404, _REQUEST_ERROR, "not_found"),
+    ModelNotFoundError: _Row(404, _REQUEST_ERROR, "model_not_found"),
+    SoftPromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
+    PromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
+    PromptConflictError: _Row(409, "conflict_error", "conflict", {"x-should-retry": "false"}),
+    # What is left of a body that is too large is not read, so the connection cannot carry another request.
+    PayloadTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
+    PromptTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
+    MediaTypeError: _Row(415, _REQUEST_ERROR, "unsupported_media_type"),
+    OverloadedError: _Row(429, "rate_limit_error", "overloaded", {"retry-after": "1"}),
+    RequestFailedError: _Row(500, _SERVER_ERROR, "request_failed"),
+    EngineNotReadyError: _Row(503, _UNAVAILABLE, "engine_not_ready", {"retry-after": "2"}),
+    EngineDeadError: _Row(503, _UNAVAILABLE, "engine_dead", {"retry-after": "10"}),
+    EngineStartError: _Row(503, _UNAVAILABLE, "engine_start_failed", {"retry-after": "30"}),
+    CorruptBlobError: _Row(500, _SERVER_ERROR, "corrupt_prompt", is_public=False),
+    ServerError: _INTERNAL,
+    PromptStoreError: _INTERNAL,
+}
+
+_HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+
+_PUBLIC_TEXT = {
+    "internal_error": "the server failed to handle this request; its log has the reason under this X-Request-ID",
+    "corrupt_prompt": "the stored soft prompt is damaged and cannot be used; upload it again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """An error as a client gets it: as a response of its own, or as one event of a stream.
+
+    Attributes:
+        status: HTTP status, where it is a response of its own.
+        type: OpenAI's ``error.type``.
+        code: Stable word for programs.
+        message: For people.
+        param: The request's field at fault, if there is one.
+        details: Every fault found, where there can be several.
+        headers: Headers that go with the response.
+    """
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    details: Sequence[Mapping[str, object]] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> bytes:
+        """The JSON object ``{"error": {...}}``."""
+        error: dict[str, object] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        if self.details is not None:
+            error["details"] = list(self.details)
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        """The error as a response of its own."""
+        return Response(self.body, self.status, dict(self.headers), media_type="application/json")
+
+
+def describe(error: Exception, *, request_id: str) -> ErrorReply:
+    """Look an exception up in the table; what is not in it is a bug, logged here and hidden from the client."""
+    if isinstance(error, RequestValidationError):
+        return _describe_validation(error)
+    if isinstance(error, HTTPException):
+        return _describe_http(error)
+    row = next((_TABLE[cls] for cls in type(error).__mro__ if cls in _TABLE), _INTERNAL)
+    if row.status >= 500 and not row.is_public:
+        logger.error("request %s failed", request_id, exc_info=error)
+    message = (str(error) if row.is_public else _PUBLIC_TEXT[row.code]) or row.code
+    details = None
+    if isinstance(error, InvalidPromptError):
+        details = [
+            {"code": fault.code, "message": fault.message, "file": fault.file, "field": fault.field}
+            for fault in error.faults
+        ]
+    param = error.param if isinstance(error, ServerError) else None
+    return ErrorReply(row.status, row.type, row.code, message, param, details, row.headers)
+
+
+def _describe_http(error: HTTPException) -> ErrorReply:
+    """What Starlette and FastAPI raise themselves: unknown paths, wrong methods, unreadable bodies."""
+    type_ = _REQUEST_ERROR if error.status_code < 500 else _SERVER_ERROR
+    code = _HTTP_CODES.get(error.status_code, "http_error")
+    return ErrorReply(error.status_code, type_, code, error.detail, headers=error.headers or {})
+
+
+def _describe_validation(error: RequestValidationError) -> ErrorReply:
+    details = [_fault(item) for item in error.errors()]
+    first = details[0]
+    param = first["field"]
+    message = f"{param}: {first['message']}" if param else str(first["message"])
+    if len(details) > 1:
+        message += f" (and {len(details) - 1} more, see details)"
+    return ErrorReply(400, _REQUEST_ERROR, "invalid_request", message, param, details)
+
+
+def _fault(item: Mapping[str, object]) -> dict[str, str | None]:
+    """One of pydantic's errors, without the input: that may be long, and need not be representable in JSON."""
+    kind, message, loc = str(item["type"]), str(item["msg"]), item["loc"]
+    if kind == "json_invalid":
+        return {"code": kind, "message": "the body is not valid JSON", "field": None}
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+    return {"code": kind, "message": message, "field": field_path(loc[1:]) if isinstance(loc, tuple) else None}
+
+
+def field_path(loc: Sequence[str | int]) -> str | None:
+    """OpenAI's way to name a nested field, such as ``messages[0].content``; None for the whole body."""
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path or None

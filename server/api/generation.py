@@ -1,0 +1,290 @@
+"""The life of a generation request: validate, lease, admit, generate, and give everything back exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from prompt_store.errors import PromptNotFoundError
+from prompt_store.types import LeasedPrompt
+from server.api.admission import Permits
+from server.api.deps import Services
+from server.api.protocol import GenerationBody
+from server.api.resolution import Target
+from server.api.responses import PromptTokensDetails, Usage
+from server.engine.detokenizer import IncrementalDetokenizer
+from server.engine.interface import GenerateRequest, TokenEvent
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one choice gained.
+
+    Attributes:
+        index: Which choice.
+        text: New text that is safe to show; may be empty.
+        token_ids: New tokens, those included that show no text.
+        finish_reason: ``stop`` or ``length`` in the choice's last delta, else None.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class Generation:
+    """One admitted request: a sequence for each of its prompts, all with the same version of one soft prompt.
+
+    Attributes:
+        prompts: Text tokens of each sequence.
+        num_virtual_tokens: Positions that the soft prompt takes in each sequence.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        body: GenerationBody,
+        prompts: list[list[int]],
+        *,
+        max_tokens: Sequence[int],
+        leased: LeasedPrompt | None,
+        permits: Permits,
+        arrival: float,
+    ) -> None:
+        self.prompts = prompts
+        self.num_virtual_tokens = leased.version.num_virtual_tokens if leased else 0
+        self._services = services
+        self._body = body
+        self._max_tokens = max_tokens
+        self._soft_prompt = _soft_prompt_source(leased)
+        self._permits = permits
+        self._arrival = arrival
+        self._id = uuid.uuid4().hex
+        self._num_new = [0] * len(prompts)
+        self._num_cached = [0] * len(prompts)
+        self._finish_reasons: list[str | None] = [None] * len(prompts)
+        self._seen_token = False
+
+    @property
+    def outcome(self) -> str:
+        """How the request has ended, for the metrics: ``abort`` while some sequence has not."""
+        if None in self._finish_reasons:
+            return "abort"
+        return "length" if "length" in self._finish_reasons else "stop"
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        num_prompt, num_new = sum(map(len, self.prompts)), sum(self._num_new)
+        num_virtual = self.num_virtual_tokens * len(self.prompts)
+        details = PromptTokensDetails(sum(self._num_cached), num_virtual)
+        return Usage(num_prompt, num_new, num_prompt + num_new, details)
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """All sequences' deltas as they come. Closing it early aborts every sequence that still runs.
+
+        Raises:
+            EngineError: If one sequence fails; the others are aborted.
+        """
+        if len(self.prompts) == 1:
+            async with aclosing(self._sequence(0)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.prompts))]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                item = await queue.get()
+                if item is None:
+                    num_running -= 1
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(self, index: int, queue: asyncio.Queue[Delta | Exception | None]) -> None:
+        try:
+            async with aclosing(self._sequence(index)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+        except Exception as error:  # raised again by the reader of the queue
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    async def _sequence(self, index: int) -> AsyncGenerator[Delta, None]:
+        body = self._body
+        decode = partial(self._services.tokenizer.decode, skip_special_tokens=body.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(decode, stop=body.stop, include_stop_str=body.include_stop_str_in_output)
+        events = self._services.engine.generate(self._request(index))
+        newest = self._arrival
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    newest = self._observe(index, event, newest)
+                    if event.finish_reason is FinishReason.ABORT:
+                        raise EngineNotReadyError("the server is shutting down and cut the request off")
+                    text_ids = event.token_ids
+                    if event.stop_token_id is not None and not body.include_stop_str_in_output:
+                        text_ids = text_ids[:-1]
+                    text = detokenizer.append(text_ids)
+                    reason = None if event.finish_reason is None else event.finish_reason.value
+                    if reason is not None:
+                        text += detokenizer.finish()
+                    if detokenizer.stopped:
+                        reason = FinishReason.STOP.value
+                    self._finish_reasons[index] = reason
+                    yield Delta(index, text, event.token_ids, reason)
+                    if reason is not None:
+                        return
+            raise EngineNotReadyError("the engine ended the request without a reason")
+        finally:
+            self._permits.release_one()
+
+    def _observe(self, index: int, event: TokenEvent, newest: float) -> float:
+        """Count an event's tokens and time; returns when the sequence's newest token came."""
+        self._num_cached[index] = event.num_cached_tokens
+        if not event.token_ids:
+            return newest
+        now, metrics = time.monotonic(), self._services.metrics
+        if not self._seen_token:
+            self._seen_token = True
+            metrics.observe_first_token(now - self._arrival)
+        if self._num_new[index]:
+            metrics.observe_inter_token(now - newest)
+        self._num_new[index] += len(event.token_ids)
+        return now
+
+    def _request(self, index: int) -> GenerateRequest:
+        body = self._body
+        params = SamplingParams(
+            max_tokens=self._max_tokens[index],
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(body.top_k, 0),
+            seed=body.seed,
+            stop_token_ids=tuple(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+        )
+        return GenerateRequest(f"{self._id}-{index}", self.prompts[index], params, self._soft_prompt)
+
+
+@asynccontextmanager
+async def admitted(
+    services: Services,
+    target: Target,
+    body: GenerationBody,
+    prompts: list[list[int]],
+    *,
+    default_max_tokens: int | None,
+    arrival: float,
+) -> AsyncIterator[Generation]:
+    """Check, lease and admit a request; everything is given back when the block ends, however it ends.
+
+    Args:
+        services: The server.
+        target: What the request resolved to.
+        body: Its fields.
+        prompts: Text tokens of each sequence.
+        default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
+        arrival: When the request came, by the monotonic clock.
+
+    Raises:
+        InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many.
+        NotFoundError: If there is no such soft prompt.
+        OverloadedError: If no permits are free.
+    """
+    _check_tokens(prompts, body.stop_token_ids, vocab_size=services.engine.model.vocab_size)
+    async with AsyncExitStack() as stack:
+        leased = None
+        if target.ref is not None:
+            try:
+                leased = await stack.enter_async_context(services.store.lease(target.ref))
+            except PromptNotFoundError as error:
+                raise target.not_found(error) from error
+        max_tokens = [
+            _fit(
+                len(prompt),
+                num_virtual_tokens=leased.version.num_virtual_tokens if leased else 0,
+                asked=body.token_limit,
+                default=default_max_tokens,
+                max_model_len=services.engine.model.max_model_len,
+            )
+            for prompt in prompts
+        ]
+        permits = stack.enter_context(services.admission.permits(len(prompts)))
+        generation = Generation(
+            services, body, prompts, max_tokens=max_tokens, leased=leased, permits=permits, arrival=arrival
+        )
+        outcome = "error"
+        try:
+            yield generation
+            outcome = generation.outcome
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = generation.outcome
+            raise
+        finally:
+            services.metrics.count_request(leased.version.name if leased else None, outcome)
+            if outcome in {"stop", "length"}:
+                services.metrics.observe_request(time.monotonic() - arrival)
+
+
+def _check_tokens(prompts: list[list[int]], stop_token_ids: list[int], *, vocab_size: int) -> None:
+    for prompt in prompts:
+        if not prompt:
+            raise InvalidRequestError("prompt: there is no text: at least one token is needed", param="prompt")
+        if max(prompt) >= vocab_size:
+            raise InvalidRequestError(
+                f"prompt: token id {max(prompt)} is not in the vocabulary of {vocab_size} tokens", param="prompt"
+            )
+    if stop_token_ids and max(stop_token_ids) >= vocab_size:
+        raise InvalidRequestError(
+            f"stop_token_ids: {max(stop_token_ids)} is not in the vocabulary of {vocab_size} tokens",
+            param="stop_token_ids",
+        )
+
+
+def _fit(
+    num_text_tokens: int, *, num_virtual_tokens: int, asked: int | None, default: int | None, max_model_len: int
+) -> int:
+    """How many new tokens a sequence may have: those asked for, or the default as far as there is room.
+
+    Raises:
+        ContextLengthError: If those asked for do not fit, or there is room for none.
+    """
+    room = max_model_len - num_virtual_tokens - num_text_tokens
+    if asked is None and room >= 1:
+        return room if default is None else min(default, room)
+    if asked is not None and asked <= room:
+        return asked
+    wanted = "at least 1 new token" if asked is None else f"max_tokens of {asked}"
+    raise ContextLengthError(
+        f"the model's context is {max_model_len} tokens, and the request takes more: {num_virtual_tokens} virtual "
+        f"tokens of the soft prompt, {num_text_tokens} text tokens and {wanted}",
+        param="max_tokens" if room >= 1 else "prompt",
+    )
+
+
+def _soft_prompt_source(leased: LeasedPrompt | None) -> SoftPromptSource | None:
+    if leased is None:
+        return None
+    return SoftPromptSource(
+        digest=leased.version.digest,
+        num_virtual_tokens=leased.version.num_virtual_tokens,
+        is_key_values=leased.version.peft_type.is_key_values,
+        path=str(leased.weights_path),
+    )

@@ -1,0 +1,117 @@
+"""What every request passes on its way in. Plain ASGI: a wrapper that buffers would break streams and disconnects."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.auth import ApiKeys
+from server.api.errors import describe
+from server.errors import ServerError
+from server.metrics import Metrics
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+"""Incoming ids that are taken over: nothing that could forge a log line or a header."""
+
+OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
+"""Probes carry no key."""
+
+
+class RequestIdMiddleware:
+    """Gives every response an ``X-Request-ID``, and every bug a 500 in the error shape."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        incoming = Headers(scope=scope).get("x-request-id", "")
+        request_id = incoming if _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            reply = describe(error, request_id=request_id)
+            self._metrics.count_error(reply.code)
+            if started:
+                raise  # the server closes the connection, which tells the client that the response is not whole
+            await reply.response()(scope, receive, send_with_id)
+
+
+class ApiKeyMiddleware:
+    """Refuses requests without a valid key, before any of their body is read."""
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request's key."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                self._keys.check(Headers(scope=scope).get("authorization"))
+            except ServerError as error:
+                reply = describe(error, request_id=scope["state"]["request_id"])
+                self._metrics.count_error(reply.code)
+                await reply.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class BodyLimitMiddleware:
+    """Bounds request bodies while they arrive; a multipart upload has limits of its own.
+
+    FastAPI passes an ``HTTPException`` out of ``receive`` on to the handlers as it is, and hides any other.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bound one request's body."""
+        if scope["type"] != "http" or _is_upload(scope):
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        is_too_long = declared.isascii() and declared.isdigit() and int(declared) > self._max_bytes
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            if is_too_long:
+                raise self._error()
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._error()
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+    def _error(self) -> HTTPException:
+        return HTTPException(
+            413, f"the body is over the limit of {self._max_bytes} bytes", headers={"connection": "close"}
+        )
+
+
+def _is_upload(scope: Scope) -> bool:
+    return bool(scope["method"] == "POST" and scope["path"] == "/v1/prompts")

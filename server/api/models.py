@@ -1,0 +1,89 @@
+"""``/v1/models``: the base and the soft prompts, as models that a client can name."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel
+
+from prompt_store.errors import PromptNotFoundError
+from prompt_store.types import PromptVersion
+from server.api.deps import Services, ServicesDep, require_ready
+from server.api.resolution import resolve
+
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_ready)])
+
+_PAGE = 200
+
+
+class ModelCard(BaseModel):
+    """One thing that ``model`` may name.
+
+    Attributes:
+        id: The name to send.
+        object: Always ``model``.
+        created: When it was published, or the server started; Unix seconds.
+        owned_by: Always ``prelude``.
+        root: The base model.
+        parent: The base model of a soft prompt; null for the base itself.
+        max_model_len: Positions of one sequence, virtual tokens included.
+    """
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "prelude"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """Everything that ``model`` may name, by its bare name."""
+
+    object: str = "list"
+    data: list[ModelCard]
+
+
+@router.get("")
+async def list_models(services: ServicesDep) -> ModelList:
+    """List the base, then every soft prompt by its bare name."""
+    cards = [_base_card(services)]
+    after: str | None = None
+    has_more = True
+    while has_more:
+        summaries, has_more = await services.store.call(services.store.store.list_prompts, limit=_PAGE, after=after)
+        cards += [_prompt_card(services, summary.name, summary.latest) for summary in summaries]
+        after = summaries[-1].name if summaries else None
+    return ModelList(data=cards)
+
+
+@router.get("/{model_id:path}")
+async def get_model(model_id: str, services: ServicesDep) -> ModelCard:
+    """One of them, by any name that a request may use."""
+    target = resolve(model_id, None, base_name=services.base_name)
+    if target.ref is None:
+        return _base_card(services)
+    try:
+        version = await services.store.call(services.store.store.resolve, target.ref)
+    except PromptNotFoundError as error:
+        raise target.not_found(error) from error
+    return _prompt_card(services, model_id, version)
+
+
+def _base_card(services: Services) -> ModelCard:
+    return ModelCard(
+        id=services.base_name,
+        created=services.created,
+        root=services.base_name,
+        max_model_len=services.engine.model.max_model_len,
+    )
+
+
+def _prompt_card(services: Services, model_id: str, version: PromptVersion) -> ModelCard:
+    return ModelCard(
+        id=model_id,
+        created=int(version.created_at.timestamp()),
+        root=services.base_name,
+        parent=services.base_name,
+        max_model_len=services.engine.model.max_model_len,
+    )

@@ -1,0 +1,144 @@
+"""OpenAI's routes: completions and chat completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
+
+import msgspec
+from fastapi import APIRouter, Depends
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready
+from server.api.disconnect import ClientDisconnected, unless_disconnected
+from server.api.errors import ErrorReply, describe
+from server.api.generation import Generation, admitted
+from server.api.protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
+from server.api.resolution import Target, resolve
+from server.api.sse import DONE, EventStream, event
+from server.api.writers import ChatWriter, ChoiceText, CompletionWriter, Writer
+from server.errors import InvalidRequestError
+
+router = APIRouter(prefix="/v1", tags=["generation"], dependencies=[Depends(require_ready), Depends(require_json)])
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for the access log; nobody is left to read it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One generation request on its way; nothing is held for it until ``admitted`` is entered."""
+
+    services: Services
+    body: GenerationBody
+    target: Target
+    writer: Writer
+    tokenize: Callable[[], Awaitable[list[list[int]]]]
+    default_max_tokens: int | None
+    arrival: float
+
+    async def admitted(self) -> AbstractAsyncContextManager[Generation]:
+        return admitted(
+            self.services,
+            self.target,
+            self.body,
+            await self.tokenize(),
+            default_max_tokens=self.default_max_tokens,
+            arrival=self.arrival,
+        )
+
+    async def answer(self) -> bytes:
+        """Generate all of it; returns the JSON answer."""
+        async with await self.admitted() as generation:
+            choices = [ChoiceText(prompt) for prompt in generation.prompts]
+            async with aclosing(generation.deltas()) as deltas:
+                async for delta in deltas:
+                    choices[delta.index].add(delta)
+            return msgspec.json.encode(self.writer.answer(choices, generation.usage))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Generate it as server-sent events."""
+        body, writer = self.body, self.writer
+        async with await self.admitted() as generation, aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                # OpenAI: with include_usage, every chunk but the last has a usage of null.
+                usage = generation.usage if body.continuous_usage else None if body.include_usage else UNSET
+                for chunk in writer.chunks(delta, generation.prompts[delta.index], usage):
+                    yield event(chunk)
+            if body.include_usage:
+                yield event(writer.usage_chunk(generation.usage))
+        yield DONE
+
+    async def respond(self, request: Request) -> Response:
+        """Answer at once, or as a stream; the work ends within a step when the client goes."""
+        if self.body.stream:
+            return EventStream(self.events(), on_error=self._describe_late(request))
+        try:
+            answer = await unless_disconnected(request.receive, self.answer())
+        except ClientDisconnected:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return Response(answer, media_type="application/json")
+
+    def _describe_late(self, request: Request) -> Callable[[Exception], ErrorReply]:
+        def describe_late(error: Exception) -> ErrorReply:
+            reply = describe(error, request_id=request.state.request_id)
+            self.services.metrics.count_error(reply.code)
+            return reply
+
+        return describe_late
+
+
+@router.post("/completions", response_class=Response)
+async def create_completion(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
+    """Continue one text or several, given as text or as token ids."""
+    arrival = time.monotonic()
+
+    async def tokenize() -> list[list[int]]:
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        if texts:
+            return await services.tokenizer.encode(texts, add_special_tokens=body.add_special_tokens)
+        return [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name)
+    call = _Call(
+        services=services,
+        body=body,
+        target=target,
+        writer=CompletionWriter(target.model, with_token_ids=body.return_token_ids),
+        tokenize=tokenize,
+        default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+        arrival=arrival,
+    )
+    return await call.respond(request)
+
+
+@router.post("/chat/completions", response_class=Response)
+async def create_chat_completion(body: ChatBody, request: Request, services: ServicesDep) -> Response:
+    """Answer a conversation, written by the model's own chat template."""
+    arrival = time.monotonic()
+    if not services.tokenizer.has_chat_template:
+        raise InvalidRequestError(
+            "this model has no chat template: use /v1/completions, or serve a model that was made to chat",
+            param="messages",
+        )
+
+    async def tokenize() -> list[list[int]]:
+        turns = [ChatTurn(role=message.role, content=message.content) for message in body.messages]
+        text = await services.tokenizer.render_chat(turns)
+        return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
+
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name)
+    call = _Call(
+        services=services,
+        body=body,
+        target=target,
+        writer=ChatWriter(target.model, with_token_ids=body.return_token_ids),
+        tokenize=tokenize,
+        default_max_tokens=None,
+        arrival=arrival,
+    )
+    return await call.respond(request)

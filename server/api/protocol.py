@@ -1,0 +1,215 @@
+"""The bodies of the generation requests. What a client may send is decided here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from server.errors import InvalidRequestError, UnsupportedError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+DEFAULT_COMPLETION_TOKENS = 16
+_INT64 = 2**63
+
+
+def _prompts(value: object) -> list[str] | list[list[int]]:
+    """Bring the four forms of ``prompt`` to a list of texts or a list of token-id lists."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError("should be a string, a list of strings, a list of token ids, or a list of such lists")
+    if not value or "" in value or [] in value:
+        raise ValueError("should not be empty")
+    if all(isinstance(item, str) for item in value):
+        return value
+    if all(_is_token_id(item) for item in value):
+        return [value]
+    if all(isinstance(item, list) and all(_is_token_id(token) for token in item) for item in value):
+        return value
+    raise ValueError("should hold only strings, only token ids (integers from 0), or only lists of token ids")
+
+
+def _is_token_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < _INT64
+
+
+def _stop(value: object) -> list[str]:
+    """One stop string or a list of them, as a list."""
+    stop = [value] if isinstance(value, str) else value
+    if not isinstance(stop, list) or not all(isinstance(item, str) for item in stop):
+        raise ValueError("should be a string or a list of strings")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(f"should have at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
+    if not all(0 < len(item) <= MAX_STOP_STRING_CHARS for item in stop):
+        raise ValueError(f"should hold strings of 1 to {MAX_STOP_STRING_CHARS} characters")
+    return stop
+
+
+def _chat_text(value: object) -> str:
+    """A message's content: a string, or text parts that are joined by line ends as they stand."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("should be a string or a list of text parts")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("should hold only text parts: {'type': 'text', 'text': '...'}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+Prompts = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str])]
+ChatText = Annotated[str, PlainValidator(_chat_text, json_schema_input_type=str | list[dict[str, str]])]
+TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+
+
+def _without_nulls(value: object) -> object:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class RequestBody(BaseModel):
+    """A JSON object whose explicit nulls mean the same as absence, and whose unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        return _without_nulls(value)
+
+
+class StreamOptions(RequestBody):
+    """What a stream reports besides text."""
+
+    include_usage: bool = Field(False, description="One more chunk at the end, with the usage and no choices.")
+    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk.")
+
+
+class GenerationBody(RequestBody):
+    """What completions and chat completions have in common."""
+
+    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
+        "n": (1,),
+        "min_tokens": (0,),
+        "min_p": (0,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "repetition_penalty": (1,),
+        "logit_bias": ({},),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": ({},),
+        "task_id": (),
+    }
+    """Known fields without their feature yet, and the values that ask for nothing."""
+
+    model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
+    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(1.0, ge=0.0, le=2.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=-1, lt=_INT64, description="0 and -1 keep all tokens.")
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    max_tokens: int | None = Field(None, ge=1, lt=_INT64)
+    stop: Stop = []
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS)
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = Field(False, description="Adds `token_ids` and `prompt_token_ids` to each choice.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            for name, no_ops in cls.unsupported.items():
+                asked = value.get(name)
+                if asked is not None and not any(_same(asked, no_op) for no_op in no_ops):
+                    raise UnsupportedError(f"{name}: this server does not support it yet; leave it out", param=name)
+        return value
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options: only a stream takes them", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def token_limit(self) -> int | None:
+        """The new tokens asked for, or None for the endpoint's default."""
+        return self.max_tokens
+
+
+class CompletionBody(GenerationBody):
+    """``POST /v1/completions``."""
+
+    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
+        **GenerationBody.unsupported,
+        "best_of": (1,),
+        "echo": (False,),
+        "logprobs": (False,),
+        "suffix": ("",),
+    }
+
+    prompt: Prompts
+    add_special_tokens: bool = True
+
+
+class ChatMessage(RequestBody):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: ChatText
+
+
+def _messages(value: object) -> object:
+    if isinstance(value, list) and not value:
+        raise ValueError("should not be empty")
+    return value
+
+
+class ChatBody(GenerationBody):
+    """``POST /v1/chat/completions``."""
+
+    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
+        **GenerationBody.unsupported,
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        # The template comes from the model only: a template from a client is a program.
+        "chat_template": (),
+    }
+
+    messages: Annotated[list[ChatMessage], BeforeValidator(_messages)]
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Takes the place of max_tokens.")
+    add_special_tokens: bool = Field(False, description="Chat templates write the special tokens themselves.")
+
+    @property
+    def token_limit(self) -> int | None:
+        """The new tokens asked for, or None for the rest of the context."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+def _same(asked: Any, no_op: Any) -> bool:
+    """Equality in which ``true`` is not 1."""
+    return isinstance(asked, bool) == isinstance(no_op, bool) and bool(asked == no_op)

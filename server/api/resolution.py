@@ -1,0 +1,68 @@
+"""Which soft prompt a request means. The only place that knows how one may be named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prompt_store.errors import PromptNotFoundError
+from prompt_store.types import PromptRef
+from server.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, SoftPromptNotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request wants its text continued by.
+
+    Attributes:
+        model: The ``model`` field as it was sent, or the base's name.
+        ref: The soft prompt, or None for the bare base.
+        param: The field that named the soft prompt.
+    """
+
+    model: str
+    ref: PromptRef | None = None
+    param: str = "model"
+
+    def not_found(self, error: PromptNotFoundError) -> NotFoundError:
+        """The answer when the store does not have it: a bare name in ``model`` may have meant another base."""
+        if self.param == "model" and self.ref is not None and self.model == self.ref.name:
+            return _model_not_found(self.model)
+        return SoftPromptNotFoundError(str(error), param=self.param)
+
+
+def resolve(model: str | None, prompt_id: str | None, *, base_name: str) -> Target:
+    """Read the fields ``model`` and ``prompt_id``.
+
+    Args:
+        model: The base's name, ``NAME[@SELECTOR]`` or ``BASE:NAME[@SELECTOR]``; None is the base.
+        prompt_id: ``NAME[@SELECTOR]``, where ``model`` is the base.
+        base_name: The base's name in the API.
+
+    Raises:
+        ModelNotFoundError: If ``model`` cannot be the name of anything.
+        InvalidRequestError: If ``prompt_id`` is not well formed, or both fields name a soft prompt.
+    """
+    if model is None or model == base_name:
+        if prompt_id is None:
+            return Target(base_name)
+        try:
+            return Target(base_name, PromptRef.parse(prompt_id), "prompt_id")
+        except ValueError as error:
+            raise InvalidRequestError(f"prompt_id: {error}", param="prompt_id") from error
+    try:
+        ref = PromptRef.parse(model.removeprefix(f"{base_name}:"))
+    except ValueError as error:
+        raise _model_not_found(model) from error
+    if prompt_id is not None:
+        raise InvalidRequestError(
+            f"prompt_id: model {model[:200]!r} names a soft prompt already; send model {base_name!r} with prompt_id",
+            param="prompt_id",
+        )
+    return Target(model, ref)
+
+
+def _model_not_found(model: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the model {model[:200]!r} does not exist: it is neither the base model nor a soft prompt of this server",
+        param="model",
+    )

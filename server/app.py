@@ -1,0 +1,269 @@
+"""The composition root: settings become parts, the parts become an application, the application is served."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from prompt_store.errors import PromptStoreError
+from prompt_store.store import PromptStore
+from server import tokenizer as base_tokenizer
+from server.api import models, openai, ops, prompts
+from server.api.admission import Admission
+from server.api.auth import load_keys
+from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
+from server.api.errors import describe
+from server.api.middleware import OPEN_PATHS, ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from server.api.store_threads import StoreThreads
+from server.config import HttpSettings, Settings
+from server.engine.async_engine import AsyncEngine
+from server.engine.interface import Engine
+from server.errors import ConfigurationError, EngineStartError, ServerError
+from server.metrics import Metrics, StoreCounts
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 5
+"""After the drain, how long connections may take to send their last bytes."""
+
+_POLL_SECONDS = 0.1
+
+
+class ErrorFields(BaseModel):
+    """What went wrong, in OpenAI's shape."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    details: list[dict[str, object]] | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not a result."""
+
+    error: ErrorFields
+
+
+def create_app(
+    settings: Settings,
+    *,
+    engine: Engine | None = None,
+    tokenizer: Tokenizer | None = None,
+    store: PromptStore | None = None,
+) -> FastAPI:
+    """Compose a server. Its lifespan starts the engine in the background and stops it at the end.
+
+    Args:
+        settings: What to serve, and how.
+        engine: Another engine than the one that ``settings`` asks for.
+        tokenizer: A loaded tokenizer; by default the model's own is loaded beside the engine.
+        store: An open store, which its owner closes.
+
+    Raises:
+        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file.
+        PromptStoreError: If the store cannot be opened.
+    """
+    keys = load_keys(settings.http)
+    engine = engine or AsyncEngine(settings.engine)
+    opened = store or PromptStore(settings.store.path, max_upload_bytes=settings.store.max_upload_bytes)
+    metrics = Metrics(
+        read_stats=lambda: engine.stats,
+        read_counts=lambda: _store_counts(opened),
+        top_prompts=settings.http.metrics_top_prompts,
+    )
+    services = Services(
+        settings=settings,
+        base_name=settings.served_model_name or _default_name(settings.engine.model),
+        engine=engine,
+        store=StoreThreads(opened),
+        admission=Admission(settings.engine.max_num_seqs + settings.http.max_waiting),
+        metrics=metrics,
+        loaded_tokenizer=tokenizer,
+    )
+    middleware = [Middleware(RequestIdMiddleware, metrics=metrics)]
+    if keys is not None:
+        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics))
+    middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
+    app = FastAPI(
+        title="Prelude",
+        description="One frozen model, many soft prompts, one batch. OpenAI's API where OpenAI has one.",
+        lifespan=lambda _: _lifespan(services, owns_store=store is None),
+        middleware=middleware,
+        redirect_slashes=False,
+        # FastAPI would document its own error shape, which this server never sends.
+        responses={"default": {"model": ErrorBody, "description": "An error"}},
+    )
+    app.state.services = services
+    for error in (ServerError, PromptStoreError, HTTPException, RequestValidationError):
+        app.add_exception_handler(error, _answer_error)
+    for module in (ops, models, openai, prompts):
+        app.include_router(module.router)
+    return app
+
+
+def lifecycle_of(app: FastAPI) -> Lifecycle:
+    """Where an application stands."""
+    return _services_of(app).lifecycle
+
+
+class PreludeServer(uvicorn.Server):
+    """Uvicorn with a drain: after a signal it still answers (503 to new work) until what runs has finished.
+
+    Args:
+        app: An application of ``create_app``.
+        settings: What it was made with.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+            )
+        )
+        self._services = _services_of(app)
+        self._drain_seconds = settings.http.drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; a second Ctrl-C does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Also stop when the engine could not start."""
+        return await super().on_tick(counter) or self._services.lifecycle.phase is Phase.FAILED
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what runs while the door still answers, then close it."""
+        self._services.lifecycle.drain()
+        drain = asyncio.create_task(self._services.engine.drain(self._drain_seconds))
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait([drain], timeout=_POLL_SECONDS)
+        drain.cancel()
+        (error,) = await asyncio.gather(drain, return_exceptions=True)
+        if isinstance(error, Exception):
+            logger.error("the engine could not drain", exc_info=error)
+        await super().shutdown(sockets)
+
+
+def bind(http: HttpSettings) -> socket.socket:
+    """Bind the server's address, before anything slow is started.
+
+    Raises:
+        ConfigurationError: If it cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    try:
+        return socket.create_server((http.host.strip("[]"), http.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigurationError(f"{http.host}:{http.port} cannot be bound: {error.strerror or error}") from error
+
+
+def url_of(bound: socket.socket) -> str:
+    """The URL of a bound address."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal, and return when everything has ended.
+
+    Raises:
+        ServerError: If the settings cannot be used, or the engine cannot start.
+        PromptStoreError: If the store cannot be opened.
+    """
+    with closing(bind(settings.http)) as bound:
+        app = create_app(settings)
+        logger.info("loading %s; %s answers meanwhile", settings.engine.model, url_of(bound))
+        PreludeServer(app, settings).run(sockets=[bound])
+    failure = lifecycle_of(app).failure
+    if failure is not None:
+        raise failure
+
+
+@asynccontextmanager
+async def _lifespan(services: Services, *, owns_store: bool) -> AsyncIterator[None]:
+    starting = asyncio.create_task(_start(services), name="start")
+    try:
+        yield
+    finally:
+        services.lifecycle.drain()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await services.engine.stop()
+        if services.loaded_tokenizer is not None:
+            await asyncio.to_thread(services.loaded_tokenizer.close)
+        await asyncio.to_thread(services.store.close, close_store=owns_store)
+
+
+async def _start(services: Services) -> None:
+    """Load tokenizer and model side by side; where both fail, the engine's reason is the better one."""
+    try:
+        results = await asyncio.gather(services.engine.start(), _load_tokenizer(services), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+    except ServerError as error:
+        services.lifecycle.fail(error)
+    except Exception as error:
+        logger.exception("the engine could not start")
+        services.lifecycle.fail(EngineStartError(f"{type(error).__name__}: {error}"))
+    else:
+        services.lifecycle.serve()
+        logger.info("%s serves", services.base_name)
+
+
+async def _load_tokenizer(services: Services) -> None:
+    if services.loaded_tokenizer is None:
+        engine = services.settings.engine
+        services.loaded_tokenizer = await asyncio.to_thread(
+            base_tokenizer.Tokenizer.load, engine.model, revision=engine.revision
+        )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    reply = describe(error, request_id=request.state.request_id)
+    if request.url.path not in OPEN_PATHS:  # a probe that finds the server loading is no failed request
+        (await get_services(request)).metrics.count_error(reply.code)
+    return reply.response()
+
+
+def _services_of(app: FastAPI) -> Services:
+    services = app.state.services
+    if not isinstance(services, Services):
+        raise TypeError("the application was not made by create_app")
+    return services
+
+
+def _store_counts(store: PromptStore) -> StoreCounts:
+    num_prompts, num_versions = store.counts()
+    return StoreCounts(num_prompts, num_versions)
+
+
+def _default_name(model: str) -> str:
+    """A directory's name, or the hub id as it is."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model

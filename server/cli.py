@@ -1,0 +1,276 @@
+"""The ``prelude`` command."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from prompt_store.errors import PromptStoreError
+from prompt_store.types import PromptRef
+from server.client import ClientError, PreludeClient
+from server.config import Device, DType, EngineSettings, HttpSettings, Settings, StoreSettings
+from server.errors import ServerError
+
+app = typer.Typer(
+    name="prelude",
+    help="Serve one frozen language model with many hot-swappable soft prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"(\d+)\s*([kmg]i?b)?", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a size: plain bytes, or a number with KB, MB, GB (powers of 1000) or KiB, MiB, GiB (powers of 1024).
+
+    Raises:
+        typer.BadParameter: If it is none of these, or zero.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    size = int(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0
+    if size == 0:
+        raise typer.BadParameter(f"{text!r} is not a size: write bytes, or a number with KiB, MiB or GiB")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """One of serve's flags: a field of the settings tree.
+
+    Attributes:
+        section: The dataclass that holds the field; it also has the default.
+        field: The field.
+        type: What the command line parses.
+        help: One line.
+        options: More of typer's options, such as bounds.
+        name: The flag, where it is not the field's name.
+    """
+
+    section: type
+    field: str
+    type: Any
+    help: str
+    options: dict[str, Any]
+    name: str
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it too."""
+        return f"PRELUDE_{self.name.upper()}"
+
+    @property
+    def default(self) -> Any:
+        """The settings' own default; required where there is none."""
+        field = next(field for field in fields(self.section) if field.name == self.field)
+        return ... if field.default is MISSING else field.default
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The flag as a parameter that typer reads."""
+        option = typer.Option(help=self.help, envvar=self.variable, **self.options)
+        default = inspect.Parameter.empty if self.default is ... else self.default
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[self.type, option]
+        )
+
+
+def _flag(section: type, field: str, type_: Any, text: str, *, name: str | None = None, **options: Any) -> _Flag:
+    return _Flag(section, field, type_, text, options, name or field)
+
+
+_BYTES: dict[str, Any] = {"parser": parse_bytes, "metavar": "BYTES"}
+
+FLAGS = (
+    _flag(EngineSettings, "model", str, "A hub id, or a directory that transformers can load."),
+    _flag(EngineSettings, "revision", str | None, "The hub revision of the model."),
+    _flag(Settings, "served_model_name", str | None, "The model's name in the API; by default its id or directory."),
+    _flag(EngineSettings, "device", Device, "Where the model runs; auto takes CUDA where there is one."),
+    _flag(EngineSettings, "dtype", DType, "The serving dtype; auto takes the checkpoint's."),
+    _flag(HttpSettings, "host", str, "Address to bind; anything but loopback needs --api-key-file."),
+    _flag(HttpSettings, "port", int, "TCP port; 0 takes a free one.", min=0, max=65535),
+    _flag(StoreSettings, "path", Path, "Directory of the soft prompts.", name="store"),
+    _flag(StoreSettings, "max_upload_bytes", int, "Largest file of an upload.", **_BYTES),
+    _flag(StoreSettings, "require_same_base", bool, "Refuse soft prompts that name another base model."),
+    _flag(EngineSettings, "max_model_len", int | None, "Positions of one sequence, virtual tokens included.", min=1),
+    _flag(EngineSettings, "max_num_seqs", int, "Sequences that run in one step.", min=1),
+    _flag(EngineSettings, "max_num_batched_tokens", int, "Tokens computed in one step.", min=1),
+    _flag(EngineSettings, "block_size", int, "Positions in one key/value block.", min=1),
+    _flag(
+        EngineSettings,
+        "kv_cache_memory",
+        int | None,
+        "Memory for keys and values; by default what is free.",
+        **_BYTES,
+    ),
+    _flag(
+        EngineSettings, "enable_prefix_caching", bool, "Keep the blocks of texts for others with the same opening."
+    ),
+    _flag(EngineSettings, "num_threads", int | None, "CPU threads of the model; by default every core.", min=1),
+    _flag(
+        HttpSettings, "api_key_file", Path | None, "One key a line; without it, everybody who can connect is served."
+    ),
+    _flag(HttpSettings, "max_waiting", int, "Sequences that may wait for a place before the answer is 429.", min=0),
+    _flag(HttpSettings, "max_body_bytes", int, "Largest JSON body.", **_BYTES),
+    _flag(HttpSettings, "drain_seconds", float, "How long running requests may finish after SIGTERM.", min=0.0),
+    _flag(HttpSettings, "metrics_top_prompts", int, "Soft prompts with a metric label of their own.", min=0),
+    _flag(Settings, "log_level", LogLevel, "How much is logged, to the standard error."),
+)
+"""Every flag of ``serve``. Names come from the fields, defaults from the settings."""
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """Fill the settings tree from parsed flags."""
+    by_section: dict[type, dict[str, Any]] = {}
+    for flag in FLAGS:
+        by_section.setdefault(flag.section, {})[flag.field] = values[flag.name]
+    return Settings(
+        engine=EngineSettings(**by_section[EngineSettings]),
+        store=StoreSettings(**by_section[StoreSettings]),
+        http=HttpSettings(**by_section[HttpSettings]),
+        **by_section[Settings],
+    )
+
+
+def _with_flags(flags: tuple[_Flag, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's ``**values`` by one parameter for each flag: typer reads signatures."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters += [flag.parameter for flag in flags]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+@contextmanager
+def _errors_on_one_line() -> Iterator[None]:
+    """End with status 1 and one line where the operator or the server is told what is wrong."""
+    try:
+        yield
+    except (ServerError, PromptStoreError, ClientError) as error:
+        typer.echo(f"prelude: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    """Whether a flag came neither from the command line nor from its variable."""
+    source = context.get_parameter_source(name)
+    return source is None or source.name.startswith("DEFAULT")
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+
+
+Url = Annotated[str, typer.Option(envvar="PRELUDE_URL", help="Where the server is.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="PRELUDE_API_KEY", help="Sent with every request.")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@app.command()
+@_with_flags(FLAGS)
+def serve(**values: Any) -> None:
+    """Serve a model and its soft prompts until SIGTERM or Ctrl-C."""
+    # Not at the top: it brings transformers, which takes seconds that the client commands need not wait.
+    from server.app import run  # noqa: PLC0415
+
+    _configure_logging(values["log_level"])
+    with _errors_on_one_line():
+        run(settings_from(values))
+
+
+@app.command()
+@_with_flags(tuple(flag for flag in FLAGS if flag.name not in {"model", "revision"}))
+def demo(
+    context: typer.Context,
+    exit_: Annotated[bool, typer.Option("--exit", help="Stop after the tour; status 0 if all of it worked.")] = False,
+    **values: Any,
+) -> None:
+    """Serve the embedded model and its soft prompts, tour them, and print what to try."""
+    from server.demo import tour  # noqa: PLC0415 - as in serve
+
+    if _is_default(context, "store"):
+        values["store"] = None
+    values["served_model_name"] = values["served_model_name"] or tour.MODEL_NAME
+    _configure_logging("WARNING" if values["log_level"] == "INFO" else values["log_level"])
+    with _errors_on_one_line(), tour.store_directory(values["store"]) as store:
+        settings = settings_from(values | {"model": str(tour.MODEL_DIRECTORY), "revision": None, "store": store})
+        status = tour.run(settings, any_port=_is_default(context, "port"), exit_after=exit_, console=Console())
+    raise typer.Exit(status)
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="A directory that PEFT saved.", file_okay=False, exists=True)],
+    name: Annotated[str, typer.Option("--id", help="The soft prompt's name.")],
+    alias: Annotated[str | None, typer.Option(help="The alias to move, instead of latest.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Upload a PEFT directory as the next version of a soft prompt."""
+    with _errors_on_one_line(), PreludeClient(url, api_key=api_key) as client:
+        version, created = client.push(directory, name=name, alias=alias)
+    typer.echo(f"{version['id']}@{version['version']}" + ("" if created else " (the same bytes were there already)"))
+
+
+@app.command("list")
+def list_(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """List the soft prompts."""
+    with _errors_on_one_line(), PreludeClient(url, api_key=api_key) as client:
+        prompts = list(client.prompts())
+    table = Table("name", "version", "versions", "aliases", "type", "virtual tokens", "bytes", box=None)
+    for prompt in prompts:
+        latest = prompt["latest"]
+        aliases = " ".join(f"{alias}={version}" for alias, version in sorted(prompt["aliases"].items()))
+        numbers = (str(latest["num_virtual_tokens"]), str(latest["size"]))
+        table.add_row(
+            prompt["id"], str(latest["version"]), str(prompt["num_versions"]), aliases, latest["peft_type"], *numbers
+        )
+    # Into a pipe, names must not be cut to the width of a terminal that is not there.
+    Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
+
+
+@app.command()
+def rm(
+    target: Annotated[str, typer.Argument(metavar="NAME[@V]", help="A soft prompt, or one version of it.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete a soft prompt, or one of its versions."""
+    try:
+        ref = PromptRef.parse(target)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if ref.version is None and "@" in target:
+        raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
+    with _errors_on_one_line(), PreludeClient(url, api_key=api_key) as client:
+        client.remove(ref.name, ref.version)
+    typer.echo(f"deleted {target}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

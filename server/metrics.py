@@ -1,0 +1,188 @@
+"""Every Prometheus name of the server, in one place. Base units; labels of bounded number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from server.engine.types import EngineStats
+
+PREFIX = "prelude_"
+
+BASE_LABEL = "-"
+"""The ``prompt`` label of requests to the bare base; no soft prompt's name can start with a dash."""
+
+OTHER_LABEL = "other"
+"""The ``prompt`` label that all soft prompts share beyond the first N, and one that is named so itself."""
+
+_FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+_INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+_REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCounts:
+    """What the store holds.
+
+    Attributes:
+        num_prompts: Registered names.
+        num_versions: Versions of all names that are not deleted.
+    """
+
+    num_prompts: int
+    num_versions: int
+
+
+class Metrics:
+    """The measurements of one application, in a registry of its own.
+
+    Args:
+        read_stats: The engine's newest state.
+        read_counts: What the store holds; called at each scrape, outside the event loop.
+        top_prompts: Soft prompts that get a ``prompt`` label of their own.
+    """
+
+    def __init__(
+        self, *, read_stats: Callable[[], EngineStats], read_counts: Callable[[], StoreCounts], top_prompts: int
+    ) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._top_prompts = top_prompts
+        self._labelled: set[str] = set()
+        self._requests = Counter(
+            f"{PREFIX}requests",
+            "Admitted requests that have ended, by soft prompt ('-' is the bare base) and outcome: "
+            "stop, length (some choice was cut off), abort (the client went away) or error.",
+            ["prompt", "outcome"],
+            registry=self._registry,
+        )
+        self._errors = Counter(
+            f"{PREFIX}request_errors",
+            "Error replies, by the code that the client got.",
+            ["code"],
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            f"{PREFIX}time_to_first_token_seconds",
+            "From a request's arrival to its first new token.",
+            registry=self._registry,
+            buckets=_FIRST_TOKEN_BUCKETS,
+        )
+        self._inter_token = Histogram(
+            f"{PREFIX}inter_token_latency_seconds",
+            "Between one new token of a sequence and the next.",
+            registry=self._registry,
+            buckets=_INTER_TOKEN_BUCKETS,
+        )
+        self._request = Histogram(
+            f"{PREFIX}e2e_request_latency_seconds",
+            "From a request's arrival to its last new token, for requests that ran to their end.",
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
+        self._registry.register(_ScrapeCollector(read_stats, read_counts))
+
+    def count_request(self, prompt_name: str | None, outcome: str) -> None:
+        """An admitted request has ended; ``prompt_name`` is None for the bare base."""
+        self._requests.labels(self._prompt_label(prompt_name), outcome).inc()
+
+    def count_error(self, code: str) -> None:
+        """A client was answered with an error."""
+        self._errors.labels(code).inc()
+
+    def observe_first_token(self, seconds: float) -> None:
+        """A request's first token came this long after its arrival."""
+        self._first_token.observe(seconds)
+
+    def observe_inter_token(self, seconds: float) -> None:
+        """A sequence's next token came this long after the one before."""
+        self._inter_token.observe(seconds)
+
+    def observe_request(self, seconds: float) -> None:
+        """A request ran to its end in this time."""
+        self._request.observe(seconds)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics where ``accept`` asks for it. Reads the store."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def _prompt_label(self, name: str | None) -> str:
+        if name is None:
+            return BASE_LABEL
+        if name not in self._labelled:
+            if name == OTHER_LABEL or len(self._labelled) >= self._top_prompts:
+                return OTHER_LABEL
+            self._labelled.add(name)
+        return name
+
+
+class _ScrapeCollector(Collector):
+    """Metrics whose values others keep: read when they are asked for."""
+
+    def __init__(self, read_stats: Callable[[], EngineStats], read_counts: Callable[[], StoreCounts]) -> None:
+        self._read_stats = read_stats
+        self._read_counts = read_counts
+
+    def collect(self) -> Iterator[Metric]:
+        stats, counts = self._read_stats(), self._read_counts()
+        yield _gauge("num_requests_running", "Sequences that take part in steps.", stats.num_running)
+        yield _gauge("num_requests_waiting", "Sequences that wait for blocks or a place.", stats.num_waiting)
+        yield _gauge(
+            "kv_cache_usage_ratio",
+            "Share of the key/value blocks that sequences refer to, 0 to 1.",
+            stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0,
+        )
+        yield _gauge(
+            "kv_cache_idle_prefix_blocks", "Blocks that hold only an idle, reusable prefix.", stats.num_cached_blocks
+        )
+        yield _gauge("kv_cache_blocks", "Key/value blocks in all.", stats.num_blocks)
+        yield _counter("num_preemptions", "Sequences whose blocks were taken back.", stats.num_preemptions)
+        yield _counter(
+            "prefix_cache_queries", "Text tokens looked up in the prefix cache.", stats.prefix_cache_queries
+        )
+        yield _counter("prefix_cache_hits", "Text tokens found in the prefix cache.", stats.prefix_cache_hits)
+        yield _counter("prompt_tokens", "Text tokens of admitted prompts.", stats.prompt_tokens)
+        yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
+        yield _counter("virtual_tokens", "Virtual tokens of admitted sequences.", stats.virtual_tokens)
+        yield _counter("engine_steps", "Forward passes.", stats.steps)
+        yield _gauge("step_seconds", "Wall time of the newest step.", stats.step_seconds)
+        yield _gauge("batch_size", "Sequences in the newest step.", stats.batch_size)
+        yield _gauge("batch_tokens", "Tokens computed in the newest step.", stats.batch_tokens)
+        yield _gauge(
+            "batch_distinct_prompts", "Distinct soft prompts in the newest step.", stats.batch_distinct_prompts
+        )
+        yield _gauge(
+            "batch_distinct_prompts_max",
+            "The most distinct soft prompts that any one step has mixed since the engine started.",
+            stats.max_batch_distinct_prompts,
+        )
+        yield _gauge("soft_prompts_registered", "Names in the store.", counts.num_prompts)
+        yield _gauge("soft_prompt_versions", "Versions in the store, of all names.", counts.num_versions)
+        device = {"tier": "device"}
+        yield _gauge("soft_prompt_resident", "Soft prompts held in a tier.", stats.soft_prompts_resident, device)
+        yield _gauge("soft_prompt_resident_bytes", "Their size in it.", stats.soft_prompt_bytes, device)
+        yield _counter("soft_prompt_loads", "Times one was brought into a tier.", stats.soft_prompt_loads, device)
+        yield _counter(
+            "soft_prompt_evictions", "Times one was dropped from a tier.", stats.soft_prompt_evictions, device
+        )
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing, so that registering does not read the store."""
+        return ()
+
+
+def _gauge(name: str, text: str, value: float, labels: dict[str, str] | None = None) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, text, labels=list(labels or ()))
+    family.add_metric(list((labels or {}).values()), value)
+    return family
+
+
+def _counter(name: str, text: str, value: float, labels: dict[str, str] | None = None) -> Metric:
+    family = CounterMetricFamily(PREFIX + name, text, labels=list(labels or ()))
+    family.add_metric(list((labels or {}).values()), value)
+    return family

@@ -1,0 +1,90 @@
+"""The base model's tokenizer and chat template. The work is done in Rust, outside the GIL, and off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from server.api.deps import ChatTurn
+from server.errors import EngineStartError, InvalidRequestError
+
+T = TypeVar("T")
+
+_NUM_THREADS = 2
+"""Enough that one long text does not stand before all others; more would take cores from a CPU engine."""
+
+
+class Tokenizer:
+    """A transformers tokenizer behind the API's ``Tokenizer`` protocol.
+
+    Args:
+        tokenizer: The loaded tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+
+    @classmethod
+    def load(cls, model: str, *, revision: str | None = None) -> Tokenizer:
+        """Load the tokenizer of a hub id or a directory; blocks. Code that came with the model is never run.
+
+        Raises:
+            EngineStartError: If there is none that can be loaded.
+        """
+        try:
+            return cls(AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise EngineStartError(f"the tokenizer of {model!r} cannot be loaded: {error}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model came with a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Texts to token ids."""
+
+        def encode() -> list[list[int]]:
+            encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
+            return [list(ids) for ids in encoded["input_ids"]]
+
+        return await self._run(encode)
+
+    async def render_chat(self, messages: Sequence[ChatTurn]) -> str:
+        """A conversation as the model's own template writes it, ready for the assistant's answer.
+
+        Raises:
+            InvalidRequestError: If the template refuses the conversation.
+        """
+
+        def render() -> str:
+            turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+            try:
+                return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            except TemplateError as error:
+                raise InvalidRequestError(
+                    f"messages: the chat template refuses them: {error}", param="messages"
+                ) from error
+
+        return await self._run(render)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Token ids to text."""
+        # No clean-up of spaces: it changes text that was shown already, when the next token comes.
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._executor.shutdown(wait=True)
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)

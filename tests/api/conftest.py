@@ -1,0 +1,370 @@
+"""A scripted engine, a tokenizer of bytes, and servers around them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from safetensors.numpy import save_file
+
+from prompt_store.store import PromptStore
+from server.app import PreludeServer, bind, create_app, url_of
+from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
+from server.engine.interface import GenerateRequest, TokenEvent
+from server.engine.types import EngineStats, FinishReason, ModelInfo, SoftPromptSource
+from server.errors import EngineNotReadyError, InvalidRequestError
+
+BOS, EOS = 256, 257
+BASE = "tiny"
+WIDTH, CONTEXT = 8, 256
+
+
+class ByteTokenizer:
+    """Token ids are bytes; 256 begins a text and 257 ends it."""
+
+    has_chat_template = True
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        return [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
+
+    async def render_chat(self, messages: Sequence[Any]) -> str:
+        if messages[0]["role"] == "assistant":
+            raise InvalidRequestError("messages: the assistant cannot begin", param="messages")
+        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        text = b""
+        for token_id in token_ids:
+            if token_id < 256:
+                text += bytes([token_id])
+            elif not skip_special_tokens:
+                text += b"<s>" if token_id == BOS else b"</s>"
+        return text.decode(errors="replace")
+
+    def close(self) -> None:
+        pass
+
+
+class FakeEngine:
+    """Answers every request with ``reply``, one byte a token, then the end-of-sequence token."""
+
+    def __init__(self) -> None:
+        self.reply = "hello world"
+        self.step_seconds = 0.0
+        self.tokens_per_event = 1
+        self.stall_after: int | None = None
+        """Tokens after which nothing more comes until the request is aborted."""
+        self.fail_after: int | None = None
+        self.failure: Exception | None = None
+        self.start_failure: Exception | None = None
+        self.start_gate = threading.Event()
+        self.start_gate.set()
+        self.alive = False
+        self.draining = False
+        self.stopped = False
+        self.requests: list[GenerateRequest] = []
+        self.ended: list[tuple[str, str]] = []
+        """Request id and ending (stop, length, abort, error), once for each request."""
+        self.stats = EngineStats(num_blocks=10, num_used_blocks=5, max_batch_distinct_prompts=3)
+
+    @property
+    def model(self) -> ModelInfo:
+        if not self.alive:
+            raise EngineNotReadyError("the model is still being loaded")
+        return ModelInfo(
+            architecture="TinyForCausalLM",
+            dtype="float32",
+            device="cpu",
+            embedding_width=WIDTH,
+            num_layers=2,
+            num_kv_heads=2,
+            head_dim=4,
+            vocab_size=258,
+            max_model_len=CONTEXT,
+            block_size=16,
+            num_blocks=10,
+            eos_token_ids=(EOS,),
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        return self.alive and not self.draining
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.requests) - len(self.ended)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        if not self.is_ready:
+            raise EngineNotReadyError("the engine takes no requests now")
+        self.requests.append(request)
+        ending = "abort"
+        try:
+            tokens = [*self.reply.encode(), *([] if request.params.ignore_eos else [EOS])]
+            tokens = tokens[: request.params.max_tokens]
+            num_sent = 0
+            while num_sent < len(tokens):
+                if self.failure is not None and num_sent >= (self.fail_after or 0):
+                    ending = "error"
+                    raise self.failure
+                if self.stall_after is not None and num_sent >= self.stall_after:
+                    while self.stall_after is not None and not self.draining:  # noqa: ASYNC110 - set by another thread
+                        await asyncio.sleep(0.005)
+                    if self.draining:
+                        yield TokenEvent([], FinishReason.ABORT, None, 0)
+                        return
+                await asyncio.sleep(self.step_seconds)
+                new = tokens[num_sent : num_sent + self.tokens_per_event]
+                num_sent += len(new)
+                stop = new[-1] if new[-1] == EOS or new[-1] in request.params.stop_token_ids else None
+                reason = None
+                if stop is not None:
+                    reason = FinishReason.STOP
+                elif num_sent == len(tokens):
+                    reason = FinishReason.LENGTH
+                if reason is not None:
+                    ending = reason.value
+                yield TokenEvent(new, reason, stop, 2)
+                if reason is not None:
+                    return
+        finally:
+            self.ended.append((request.request_id, ending))
+
+    async def prepare(self, soft_prompt: SoftPromptSource) -> None:
+        raise NotImplementedError
+
+    async def start(self) -> None:
+        while not self.start_gate.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.005)
+        if self.start_failure is not None:
+            raise self.start_failure
+        self.alive = True
+
+    async def drain(self, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while self.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 - a count, not an event
+            await asyncio.sleep(0.005)
+        self.draining = True
+        while self.in_flight:  # noqa: ASYNC110 - a count, not an event
+            await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        self.alive = False
+        self.stopped = True
+
+
+class CountingStore:
+    """A real store that counts its leases."""
+
+    def __init__(self, store: PromptStore) -> None:
+        self._store = store
+        self.leased: list[object] = []
+        self.released: list[object] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def lease(self, ref: Any) -> Any:
+        leased = self._store.lease(ref)
+        self.leased.append(leased)
+        return leased
+
+    def release(self, leased: Any) -> None:
+        self.released.append(leased)
+        self._store.release(leased)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture
+def store_path() -> Iterator[Path]:
+    """In memory where the system has a directory for that: hundreds of stores would wait for the disk."""
+    memory = Path("/dev/shm")  # noqa: S108 - the directory made in it has a random name
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
+        yield Path(directory) / "store"
+
+
+@pytest.fixture
+def settings(store_path: Path) -> Settings:
+    return Settings(
+        engine=EngineSettings(model="a/tiny", max_num_seqs=4),
+        served_model_name=BASE,
+        store=StoreSettings(path=store_path, max_upload_bytes=64 * 1024),
+        http=HttpSettings(port=0, max_waiting=4, max_body_bytes=64 * 1024, drain_seconds=5.0),
+    )
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[CountingStore]:
+    opened = PromptStore(settings.store.path, max_upload_bytes=settings.store.max_upload_bytes)
+    yield CountingStore(opened)
+    opened.close()
+
+
+@pytest.fixture
+def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore) -> Callable[[Settings], FastAPI]:
+    def make(settings: Settings) -> FastAPI:
+        return create_app(settings, engine=engine, tokenizer=tokenizer, store=store)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: Callable[[Settings], FastAPI], settings: Settings) -> FastAPI:
+    return make_app(settings)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client inside the application's event loop; the server is ready."""
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http,
+    ):
+        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
+            await asyncio.sleep(0.001)
+        yield http
+
+
+class LiveServer:
+    """A real server in a thread.
+
+    Attributes:
+        url: Where it is.
+        server: The uvicorn server.
+        thread: What it runs in.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self._bound = bind(settings.http)
+        self.url = url_of(self._bound)
+        self.server = PreludeServer(app, settings)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._bound]})
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{self.url}/ready").is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.01)
+        raise TimeoutError("the server is not ready")
+
+    @contextmanager
+    def running(self) -> Iterator[LiveServer]:
+        with closing(self._bound):
+            self.thread.start()
+            try:
+                yield self
+            finally:
+                self.server.should_exit = True
+                self.thread.join(20)
+                assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def serve(make_app: Callable[[Settings], FastAPI], settings: Settings) -> Iterator[Callable[..., LiveServer]]:
+    """Start live servers; ``serve(drain_seconds=0.1)`` changes HTTP settings."""
+    with ExitStack() as stack:
+
+        def start(*, wait: bool = True, **http: Any) -> LiveServer:
+            changed = replace(settings, http=replace(settings.http, **http))
+            live = stack.enter_context(LiveServer(make_app(changed), changed).running())
+            if wait:
+                live.wait_until_ready()
+            return live
+
+        yield start
+
+
+@pytest.fixture
+def live(serve: Callable[..., LiveServer]) -> LiveServer:
+    return serve()
+
+
+@pytest.fixture
+def peft_directory(tmp_path: Path) -> Callable[..., Path]:
+    """Write a PEFT directory of prompt tuning, as PEFT saves it."""
+
+    def write(name: str = "sentiment", *, seed: int = 0, rows: int = 4, width: int = WIDTH) -> Path:
+        directory = tmp_path / f"peft-{name}-{seed}"
+        directory.mkdir(exist_ok=True)
+        config = {
+            "base_model_name_or_path": BASE,
+            "inference_mode": True,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "num_transformer_submodules": 1,
+            "num_virtual_tokens": rows,
+            "peft_type": "PROMPT_TUNING",
+            "prompt_tuning_init": "RANDOM",
+            "task_type": "CAUSAL_LM",
+            "token_dim": width,
+        }
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        embeddings = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+        save_file({"prompt_embeddings": embeddings}, directory / "adapter_model.safetensors")
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def upload_parts(peft_directory: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    """Arguments for an httpx POST that uploads a soft prompt."""
+
+    def parts(name: str = "sentiment", *, seed: int = 0, **fields: Any) -> dict[str, Any]:
+        rows, width = fields.pop("rows", 4), fields.pop("width", WIDTH)
+        directory = peft_directory(name, seed=seed, rows=rows, width=width)
+        files = [("files", (path.name, path.read_bytes())) for path in sorted(directory.iterdir())]
+        return {"data": {"id": name, **fields}, "files": files}
+
+    return parts
+
+
+@pytest.fixture
+async def sentiment(client: httpx.AsyncClient, upload_parts: Callable[..., dict[str, Any]]) -> str:
+    """The name of an uploaded soft prompt of four virtual tokens."""
+    (await client.post("/v1/prompts", **upload_parts("sentiment"))).raise_for_status()
+    return "sentiment"
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    """Wait for another thread to make a condition true."""
+
+    def wait(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come true"
+            time.sleep(0.005)
+
+    return wait

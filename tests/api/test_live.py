@@ -1,0 +1,282 @@
+"""What needs a real server: disconnects, late errors, drains, and OpenAI's own client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from contextlib import closing
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from server.engine.types import FinishReason
+from server.errors import EngineDeadError, EngineStartError, RequestFailedError
+
+BODY: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 20}
+URL = "/v1/completions"
+
+
+@pytest.fixture
+def sdk(live):
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_client_completion(sdk):
+    answer = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20)
+    assert answer.choices[0].text == "hello world"
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2
+
+
+def test_openai_client_completion_stream(sdk):
+    stream = sdk.completions.create(
+        model="tiny", prompt=["a", "b"], max_tokens=20, stream=True, stream_options={"include_usage": True}
+    )
+    pieces = list(stream)
+    assert "".join(piece.choices[0].text for piece in pieces[:-1] if piece.choices[0].index == 1) == "hello world"
+    assert pieces[-1].usage.completion_tokens == 24
+
+
+def test_openai_client_chat(sdk):
+    answer = sdk.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+    assert answer.choices[0].message.content == "hello world"
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_openai_client_chat_stream(sdk):
+    messages = [{"role": "user", "content": "hi"}]
+    with sdk.chat.completions.stream(model="tiny", messages=messages) as stream:
+        stream.until_done()
+        answer = stream.get_final_completion()
+    assert answer.choices[0].message.content == "hello world"
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_openai_client_models(sdk):
+    assert [model.id for model in sdk.models.list()] == ["tiny"]
+    assert sdk.models.retrieve("tiny").owned_by == "prelude"
+
+
+def test_openai_client_errors(sdk):
+    with pytest.raises(openai.NotFoundError) as not_found:
+        sdk.completions.create(model="no-such", prompt="abc")
+    assert not_found.value.code == "model_not_found"
+    assert not_found.value.param == "model"
+    with pytest.raises(openai.BadRequestError) as bad:
+        sdk.completions.create(model="tiny", prompt="abc", temperature=9)
+    assert bad.value.param == "temperature"
+
+
+def test_openai_client_late_error(sdk, engine):
+    engine.fail_after, engine.failure = 3, RequestFailedError("out of blocks")
+    pieces = []
+    with pytest.raises(openai.APIError, match="out of blocks"):
+        pieces.extend(
+            piece.choices[0].text for piece in sdk.completions.create(model="tiny", prompt="abc", stream=True)
+        )
+    assert "".join(pieces) == "hel"
+
+
+@pytest.mark.parametrize("stall_after", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["abc", ["a", "b", "c"]])
+def test_disconnect_aborts_and_gives_everything_back(
+    live, engine, store, upload_parts, eventually, stall_after, stream, prompt
+):
+    httpx.post(f"{live.url}/v1/prompts", **upload_parts("sentiment")).raise_for_status()
+    engine.stall_after = stall_after
+    num = len(prompt) if isinstance(prompt, list) else 1
+    services = live.server._services
+    timeout = httpx.Timeout(5, read=0.2)
+    body = BODY | {"model": "sentiment", "prompt": prompt, "stream": stream}
+    with (
+        pytest.raises(httpx.ReadTimeout),
+        httpx.stream("POST", live.url + URL, json=body, timeout=timeout) as response,
+    ):
+        for _ in response.iter_bytes():
+            pass
+    eventually(lambda: len(engine.ended) == num)
+    assert [ending for _, ending in engine.ended] == ["abort"] * num
+    eventually(lambda: len(store.released) == 1)
+    assert store.leased == store.released
+    eventually(lambda: services.admission.num_in_use == 0)
+    metrics = httpx.get(f"{live.url}/metrics").text
+    assert 'prelude_requests_total{outcome="abort",prompt="sentiment"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (RequestFailedError("out of blocks"), 500, "request_failed"),
+        (EngineDeadError("the engine process ended"), 503, "engine_dead"),
+        (ZeroDivisionError("a secret"), 500, "internal_error"),
+    ],
+)
+def test_an_early_error_is_an_ordinary_response(live, engine, store, stream, failure, status, code):
+    engine.fail_after, engine.failure = 0, failure
+    response = httpx.post(live.url + URL, json=BODY | {"stream": stream, "prompt": ["a", "b"]})
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["code"] == code
+    assert "secret" not in error["message"]
+    assert ("retry-after" in response.headers) == (status == 503)
+    assert live.server._services.admission.num_in_use == 0
+
+
+@pytest.mark.parametrize("failure", [EngineDeadError("it ended"), ZeroDivisionError("a secret")])
+def test_a_late_error_is_one_event(live, engine, failure):
+    engine.fail_after, engine.failure = 3, failure
+    response = httpx.post(live.url + URL, json=BODY | {"stream": True})
+    assert response.status_code == 200
+    events = [event.removeprefix("data: ") for event in response.text.removesuffix("\n\n").split("\n\n")]
+    assert len(events) == 4
+    error = json.loads(events[-1])["error"]
+    assert error["code"] in {"engine_dead", "internal_error"}
+    assert "secret" not in response.text
+    assert "[DONE]" not in response.text
+    metrics = httpx.get(f"{live.url}/metrics").text
+    assert 'prelude_requests_total{outcome="error",prompt="-"} 1.0' in metrics
+    assert f'prelude_request_errors_total{{code="{error["code"]}"}} 1.0' in metrics
+
+
+def test_one_failing_sequence_ends_the_others(live, engine, eventually):
+    engine.fail_after, engine.failure = 2, RequestFailedError("out of blocks")
+    assert httpx.post(live.url + URL, json=BODY | {"prompt": ["a", "b", "c"]}).status_code == 500
+    eventually(lambda: engine.in_flight == 0)
+
+
+def test_overload(live, engine, eventually):
+    engine.stall_after = 0
+    services = live.server._services
+    threads = [
+        threading.Thread(target=httpx.post, args=(live.url + URL,), kwargs={"json": BODY | {"prompt": ["a"] * 4}})
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: services.admission.num_in_use == 8)
+    response = httpx.post(live.url + URL, json=BODY)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+    assert response.json()["error"]["code"] == "overloaded"
+    engine.stall_after = None
+    for thread in threads:
+        thread.join()
+    assert httpx.post(live.url + URL, json=BODY).status_code == 200
+
+
+def test_not_ready_while_loading(serve, engine, upload_parts):
+    engine.start_gate.clear()
+    live = serve(wait=False)
+    assert httpx.get(f"{live.url}/live").json() == {"status": "live"}
+    for path in ("/ready", "/health", "/v1/models"):
+        response = httpx.get(live.url + path)
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+        assert "still being loaded" in response.json()["error"]["message"]
+    assert httpx.post(live.url + URL, json=BODY).status_code == 503
+    assert httpx.post(f"{live.url}/v1/prompts", **upload_parts()).status_code == 503
+    assert httpx.get(f"{live.url}/v1/prompts").json()["data"] == []
+    assert "prelude_num_requests_running 0.0" in httpx.get(f"{live.url}/metrics").text
+    engine.start_gate.set()
+    live.wait_until_ready()
+    assert httpx.post(live.url + URL, json=BODY).status_code == 200
+
+
+def test_an_engine_that_cannot_start_ends_the_server(serve, engine):
+    engine.start_failure = EngineStartError("no such model")
+    live = serve(wait=False)
+    live.thread.join(10)
+    assert not live.thread.is_alive()
+    assert str(live.server._services.lifecycle.failure) == "no such model"
+    assert engine.stopped
+
+
+def test_a_dead_engine(live, engine):
+    engine.alive = False
+    response = httpx.get(f"{live.url}/ready")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_dead"
+    assert httpx.post(live.url + URL, json=BODY).json()["error"]["code"] == "engine_dead"
+    assert httpx.get(f"{live.url}/live").status_code == 200
+
+
+def test_drain_lets_streams_finish_and_refuses_new_work(live, engine, eventually):
+    engine.stall_after = 3
+    texts: list[str] = []
+    stream = threading.Thread(
+        target=lambda: texts.append(httpx.post(live.url + URL, json=BODY | {"stream": True}).text)
+    )
+    stream.start()
+    eventually(lambda: engine.in_flight == 1)
+    live.server.should_exit = True
+    eventually(lambda: httpx.get(f"{live.url}/ready").status_code == 503)
+    assert "shutting down" in httpx.get(f"{live.url}/ready").json()["error"]["message"]
+    assert httpx.post(live.url + URL, json=BODY).status_code == 503
+    engine.stall_after = None
+    stream.join()
+    live.thread.join(10)
+    assert not live.thread.is_alive()
+    assert texts[0].endswith("data: [DONE]\n\n")
+    assert engine.stopped
+
+
+def test_drain_cuts_off_what_takes_too_long(serve, engine, eventually):
+    live = serve(drain_seconds=0.1)
+    engine.stall_after = 3
+    texts: list[str] = []
+    stream = threading.Thread(
+        target=lambda: texts.append(httpx.post(live.url + URL, json=BODY | {"stream": True}).text)
+    )
+    stream.start()
+    eventually(lambda: engine.in_flight == 1)
+    live.server.should_exit = True
+    stream.join()
+    live.thread.join(10)
+    assert (
+        "shutting down" in json.loads(texts[0].strip().split("\n\n")[-1].removeprefix("data: "))["error"]["message"]
+    )
+    assert FinishReason.ABORT.value not in texts[0]
+
+
+def test_upload_over_the_limit_while_streaming(live, store):
+    def body():
+        yield b'--b\r\nContent-Disposition: form-data; name="id"\r\n\r\nbig\r\n'
+        yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
+        for _ in range(40):
+            yield b"x" * 65536
+        yield b"\r\n--b--\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    response = httpx.post(f"{live.url}/v1/prompts", content=body(), headers=headers)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "payload_too_large"
+    assert store.counts() == (0, 0)
+
+
+def test_upload_declared_over_the_limit_is_refused_unread(live):
+    with closing(http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=5)) as connection:
+        connection.putrequest("POST", "/v1/prompts")
+        connection.putheader("content-type", "multipart/form-data; boundary=b")
+        connection.putheader("content-length", "999999999")
+        connection.endheaders()
+        assert connection.getresponse().status == 413
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(live, settings, store, eventually):
+    staging = settings.store.path / "staging"
+
+    def body():
+        yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
+        yield b"x" * 1000
+        raise InterruptedError
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    with pytest.raises(InterruptedError):
+        httpx.post(f"{live.url}/v1/prompts", content=body(), headers=headers)
+    eventually(lambda: not any(staging.iterdir()))
+    assert store.counts() == (0, 0)

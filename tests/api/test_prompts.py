@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+
+async def upload(client, parts):
+    return await client.post("/v1/prompts", **parts)
+
+
+async def test_upload(client, upload_parts):
+    fields = {"description": "of reviews", "tags": ["a", "b,c"], "metadata": json.dumps({"f1": 0.9})}
+    response = await upload(client, upload_parts("sentiment", **fields))
+    body = response.json()
+    assert response.status_code == 201
+    assert (body["id"], body["version"], body["object"]) == ("sentiment", 1, "prompt.version")
+    assert (body["peft_type"], body["task_type"]) == ("PROMPT_TUNING", "CAUSAL_LM")
+    assert (body["num_virtual_tokens"], body["dtype"]) == (4, "F32")
+    assert (body["description"], body["metadata"]) == ("of reviews", {"f1": 0.9})
+    assert sorted(body["tags"]) == ["a", "b", "c"]
+    assert sorted(file["filename"] for file in body["files"]) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert body["size"] == sum(file["size"] for file in body["files"])
+
+
+async def test_the_same_bytes_are_the_same_version(client, upload_parts):
+    first = await upload(client, upload_parts("sentiment"))
+    again = await upload(client, upload_parts("sentiment"))
+    other = await upload(client, upload_parts("sentiment", seed=1))
+    assert (first.status_code, again.status_code, other.status_code) == (201, 200, 201)
+    assert again.json()["version"] == 1
+    assert other.json()["version"] == 2
+
+
+async def test_upload_to_an_alias(client, upload_parts):
+    await upload(client, upload_parts("sentiment"))
+    await upload(client, upload_parts("sentiment", seed=1, alias="canary"))
+    prompt = (await client.get("/v1/prompts/sentiment")).json()
+    assert prompt["aliases"] == {"latest": 1, "canary": 2}
+    assert prompt["latest"]["version"] == 1
+    assert prompt["num_versions"] == 2
+
+
+async def test_faults_are_all_told(client, upload_parts):
+    parts = upload_parts("sentiment", width=9)
+    response = await upload(client, parts)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["code"] == "invalid_prompt"
+    assert error["details"]
+    assert set(error["details"][0]) == {"code", "message", "file", "field"}
+
+
+async def test_missing_file(client, upload_parts):
+    parts = upload_parts("sentiment")
+    parts["files"] = parts["files"][:1]
+    response = await upload(client, parts)
+    assert response.status_code == 400
+    assert response.json()["error"]["details"]
+
+
+async def test_no_files(client, upload_parts):
+    parts = upload_parts("sentiment")
+    parts["files"] = [("note", ("x", b""))]
+    assert (await upload(client, parts)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "filename",
+    ["adapter_model.bin", "prompt.zip", "../adapter_config.json", "/etc/passwd", "ADAPTER_CONFIG.JSON", ""],
+)
+async def test_other_filenames_are_refused(client, upload_parts, filename, settings):
+    parts = upload_parts("sentiment")
+    parts["files"].append(("files", (filename or "x.pt", b"data")))
+    before = sorted(settings.store.path.rglob("*"))
+    response = await upload(client, parts)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "files"
+    assert sorted(settings.store.path.rglob("*")) == before
+
+
+async def test_a_file_twice(client, upload_parts):
+    parts = upload_parts("sentiment")
+    parts["files"] += parts["files"]
+    response = await upload(client, parts)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "files")
+
+
+async def test_a_file_in_another_field(client, upload_parts):
+    parts = upload_parts("sentiment")
+    parts["files"].append(("evil", ("adapter_config.json", b"{}")))
+    assert (await upload(client, parts)).json()["error"]["param"] == "files"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"id": "Bad Name"}, "id"),
+        ({"id": ""}, "id"),
+        ({"id": ["a", "b"]}, "id"),
+        ({"alias": "7"}, "alias"),
+        ({"alias": "Bad Alias"}, "alias"),
+        ({"tags": "Bad Tag"}, "tags"),
+        ({"tags": ",".join(f"t{i}" for i in range(40))}, "tags"),
+        ({"metadata": "{"}, "metadata"),
+        ({"metadata": "[1]"}, "metadata"),
+        ({"metadata": '{"a": NaN}'}, "metadata"),
+        ({"description": "x" * 5000}, "description"),
+        ({"description": "x" * 70_000}, "description"),
+    ],
+)
+async def test_bad_fields(client, upload_parts, fields, param):
+    response = await upload(client, upload_parts("sentiment", **fields))
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+async def test_id_is_needed(client, upload_parts):
+    parts = upload_parts("sentiment")
+    del parts["data"]
+    assert (await upload(client, parts)).json()["error"]["param"] == "id"
+
+
+async def test_the_name_of_the_base_is_reserved(client, upload_parts):
+    assert (await upload(client, upload_parts("tiny"))).status_code == 400
+
+
+async def test_file_over_the_limit(client, upload_parts):
+    response = await upload(client, upload_parts("sentiment", rows=4000))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "payload_too_large"
+    assert (await client.get("/v1/prompts")).json()["data"] == []
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data", "text/plain"])
+async def test_upload_that_is_not_multipart(client, content_type):
+    response = await client.post("/v1/prompts", content=b"{}", headers={"content-type": content_type})
+    assert response.status_code == 415
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"garbage",
+        b"--b\r\nno colon\r\n\r\nx\r\n--b--\r\n",
+        b'--b\r\nContent-Disposition: form-data; name="id"\r\n\r\nsentiment',
+        b'--b\r\nContent-Disposition: form-data; name="id"\r\n\r\n\xff\r\n--b--\r\n',
+        b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n--b--\r\n',
+        b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\nx\r\n' * 70 + b"--b--\r\n",
+    ],
+)
+async def test_malformed_multipart(client, body):
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    response = await client.post("/v1/prompts", content=body, headers=headers)
+    assert response.status_code == 400, response.text
+
+
+async def test_list_pages(client, upload_parts):
+    for name in ("c", "a", "b"):
+        await upload(client, upload_parts(name, tags="even" if name == "b" else "odd"))
+    first = (await client.get("/v1/prompts?limit=2")).json()
+    assert [prompt["id"] for prompt in first["data"]] == ["a", "b"]
+    assert (first["has_more"], first["last_id"]) == (True, "b")
+    second = (await client.get("/v1/prompts?limit=2&after=b")).json()
+    assert ([prompt["id"] for prompt in second["data"]], second["has_more"]) == (["c"], False)
+    tagged = (await client.get("/v1/prompts?tag=even")).json()
+    assert [prompt["id"] for prompt in tagged["data"]] == ["b"]
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=9999", "limit=x", "after=Bad Name"])
+async def test_bad_queries(client, query):
+    response = await client.get(f"/v1/prompts?{query}")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == query.partition("=")[0]
+
+
+async def test_versions(client, upload_parts, sentiment):
+    await upload(client, upload_parts("sentiment", seed=1))
+    versions = (await client.get("/v1/prompts/sentiment/versions")).json()["data"]
+    assert sorted(version["version"] for version in versions) == [1, 2]
+    assert (await client.get("/v1/prompts/sentiment/versions/2")).json()["version"] == 2
+
+
+async def test_files_come_back_byte_for_byte(client, upload_parts, sentiment):
+    parts = upload_parts("sentiment")
+    for _, (filename, data) in parts["files"]:
+        response = await client.get(f"/v1/prompts/sentiment/versions/1/files/{filename}")
+        assert response.status_code == 200
+        assert response.content == data
+        assert response.headers["etag"] == f'"{hashlib.sha256(data).hexdigest()}"'
+        assert "attachment" in response.headers["content-disposition"]
+
+
+async def test_part_of_a_file(client, store, upload_parts, sentiment):
+    _, (_, weights) = upload_parts("sentiment")["files"][1]
+    url = "/v1/prompts/sentiment/versions/1/files/adapter_model.safetensors"
+    response = await client.get(url, headers={"range": "bytes=8-15"})
+    assert (response.status_code, response.content) == (206, weights[8:16])
+    assert len(store.leased) == 1
+
+
+async def test_aliases(client, upload_parts, sentiment):
+    await upload(client, upload_parts("sentiment", seed=1))
+    url = "/v1/prompts/sentiment/aliases/canary"
+    reply = await client.put(url, json={"version": 1})
+    assert reply.json() == {"object": "prompt.alias", "id": "sentiment", "alias": "canary", "version": 1}
+    assert (await client.put(url, json={"version": 2, "expected_version": 1})).status_code == 200
+    conflict = await client.put(url, json={"version": 1, "expected_version": 1})
+    assert conflict.status_code == 409
+    assert conflict.headers["x-should-retry"] == "false"
+    assert conflict.json()["error"]["code"] == "conflict"
+    assert (await client.get("/v1/prompts/sentiment")).json()["aliases"]["canary"] == 2
+    assert (await client.delete(url)).json() == {"id": "sentiment@canary", "object": "prompt.alias", "deleted": True}
+    assert (await client.delete(url)).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("alias", "body", "status"),
+    [
+        ("canary", {"version": 9}, 404),
+        ("canary", {"version": 0}, 400),
+        ("canary", {}, 400),
+        ("12", {"version": 1}, 400),
+        ("Bad", {"version": 1}, 400),
+    ],
+)
+async def test_bad_aliases(client, sentiment, alias, body, status):
+    assert (await client.put(f"/v1/prompts/sentiment/aliases/{alias}", json=body)).status_code == status
+
+
+async def test_delete_version(client, upload_parts, sentiment):
+    await upload(client, upload_parts("sentiment", seed=1))
+    reply = await client.delete("/v1/prompts/sentiment/versions/2")
+    assert reply.json() == {"id": "sentiment@2", "object": "prompt.version", "deleted": True}
+    assert (await client.get("/v1/prompts/sentiment/versions/2")).status_code == 404
+    assert (await client.get("/v1/prompts/sentiment/versions/1")).status_code == 200
+
+
+async def test_delete(client, sentiment):
+    reply = await client.delete("/v1/prompts/sentiment")
+    assert reply.json() == {"id": "sentiment", "object": "prompt", "deleted": True}
+    assert (await client.get("/v1/prompts")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/prompts/no-such"),
+        ("DELETE", "/v1/prompts/no-such"),
+        ("GET", "/v1/prompts/no-such/versions"),
+        ("GET", "/v1/prompts/sentiment/versions/9"),
+        ("DELETE", "/v1/prompts/sentiment/versions/9"),
+        ("GET", "/v1/prompts/sentiment/versions/9/files/adapter_config.json"),
+        ("GET", "/v1/prompts/sentiment/versions/1/files/passwd"),
+        ("DELETE", "/v1/prompts/sentiment/aliases/no-such"),
+    ],
+)
+async def test_not_found(client, sentiment, method, path):
+    response = await client.request(method, path)
+    assert response.status_code == 404, response.text
+    assert response.json()["error"]["code"] in {"prompt_not_found", "not_found"}
+
+
+@pytest.mark.parametrize("path", ["/v1/prompts/Bad", "/v1/prompts/sentiment/versions/x"])
+async def test_malformed_paths(client, path):
+    assert (await client.get(path)).status_code == 400
+
+
+async def test_models(client, sentiment):
+    base, prompt = (await client.get("/v1/models")).json()["data"]
+    assert (base["id"], base["object"], base["owned_by"], base["max_model_len"]) == ("tiny", "model", "prelude", 256)
+    assert (base["parent"], base["root"]) == (None, "tiny")
+    assert (prompt["id"], prompt["parent"], prompt["root"]) == ("sentiment", "tiny", "tiny")
+    assert prompt["created"] > 1_700_000_000
+    assert (await client.get("/v1/models/tiny")).json() == base
+    assert (await client.get("/v1/models/sentiment@1")).json() == prompt | {"id": "sentiment@1"}
+    assert (await client.get("/v1/models/no-such")).json()["error"]["code"] == "model_not_found"

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+
+async def refused(client: httpx.AsyncClient, fields: dict[str, Any], path: str = "/v1/completions") -> dict[str, Any]:
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "abc"}
+    response = await client.post(path, json={"model": "tiny"} | prompt | fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    return error
+
+
+COMMON_UNSUPPORTED = {
+    "n": (2, 1),
+    "min_tokens": (3, 0),
+    "min_p": (0.1, 0.0),
+    "presence_penalty": (0.5, 0),
+    "frequency_penalty": (-0.5, 0.0),
+    "repetition_penalty": (1.1, 1.0),
+    "logit_bias": ({"5": 1.0}, {}),
+    "response_format": ({"type": "json_object"}, {"type": "text"}),
+    "structured_outputs": ({"choice": ["a"]}, {}),
+    "task_id": (0, None),
+}
+COMPLETION_UNSUPPORTED = COMMON_UNSUPPORTED | {
+    "best_of": (2, 1),
+    "echo": (True, False),
+    "logprobs": (0, None),
+    "suffix": ("x", ""),
+}
+CHAT_UNSUPPORTED = COMMON_UNSUPPORTED | {
+    "logprobs": (True, False),
+    "top_logprobs": (2, 0),
+    "tools": ([{"type": "function", "function": {"name": "f"}}], []),
+    "tool_choice": ("required", "auto"),
+    "chat_template": ("{{ x }}", None),
+}
+UNSUPPORTED = [("/v1/completions", field, *values) for field, values in COMPLETION_UNSUPPORTED.items()]
+UNSUPPORTED += [("/v1/chat/completions", field, *values) for field, values in CHAT_UNSUPPORTED.items()]
+
+
+@pytest.mark.parametrize(("path", "field", "asking", "no_op"), UNSUPPORTED)
+async def test_known_fields_without_their_feature_are_refused(client, path, field, asking, no_op):
+    error = await refused(client, {field: asking}, path)
+    assert (error["code"], error["param"]) == ("unsupported_parameter", field)
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "abc"}
+    response = await client.post(path, json=prompt | {field: no_op})
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [258]}, "stop_token_ids"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"model": 5}, "model"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": {"text": "x"}}, "prompt"),
+        ({"prompt": [258]}, "prompt"),
+        ({"prompt": [2**70]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ["a"] * 9}, "prompt"),
+    ],
+)
+async def test_values_out_of_range_name_the_field(client, engine, fields, param):
+    assert (await refused(client, fields))["param"] == param
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ],
+)
+async def test_bad_conversations(client, fields, param):
+    assert (await refused(client, fields, "/v1/chat/completions"))["param"] == param
+
+
+async def test_all_faults_are_told(client):
+    error = await refused(client, {"temperature": 9, "top_p": 9, "prompt": 5})
+    assert {detail["field"] for detail in error["details"]} == {"temperature", "top_p", "prompt"}
+
+
+async def test_inputs_are_not_echoed(client):
+    assert "s3cret" not in str(await refused(client, {"temperature": "s3cret", "prompt": {"s3cret": 1}}))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"5", b"", b"\xff", b'{"prompt": NaN}', b"[" * 5000])
+async def test_bodies_that_are_not_a_json_object(client, content):
+    headers = {"content-type": "application/json"}
+    response = await client.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+async def test_numbers_that_are_not_finite(client, number):
+    content = b'{"prompt": "x", "temperature": ' + number.encode() + b"}"
+    response = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "temperature"
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_other_content_types(client, content_type):
+    response = await client.post(
+        "/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": content_type}
+    )
+    assert response.status_code == 415
+    assert response.json()["error"]["code"] == "unsupported_media_type"
+
+
+async def test_body_over_the_limit(client):
+    response = await client.post("/v1/completions", json={"prompt": "x" * 70_000})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "payload_too_large"
+
+
+async def test_chunked_body_over_the_limit(client):
+    async def body():
+        yield b'{"prompt": "'
+        for _ in range(70):
+            yield b"x" * 1000
+
+    response = await client.post("/v1/completions", content=body(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "payload_too_large"
+
+
+async def test_too_long_names_the_lengths(client, sentiment):
+    # 256 positions: 4 virtual, 1 + 200 text, so 51 are left.
+    fields = {"model": sentiment, "prompt": "x" * 200}
+    error = await refused(client, fields | {"max_tokens": 52})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    for number in ("256", "4 virtual", "201 text", "52"):
+        assert number in error["message"]
+    response = await client.post("/v1/completions", json=fields | {"max_tokens": 51})
+    assert response.status_code == 200
+
+
+async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(client, engine):
+    body = {"model": "tiny", "prompt": "x" * 250}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    assert engine.requests[0].params.max_tokens == 5
+    assert (await refused(client, body | {"max_tokens": 6}))["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1])
+async def test_no_room_for_one_token(client, store, max_tokens):
+    error = await refused(client, {"prompt": "x" * 255, "max_tokens": max_tokens})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")

@@ -1,0 +1,87 @@
+"""Soft prompts as PEFT writes them, and a base that they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from prompt_store.store import PromptStore
+from prompt_store.types import BaseModelSpec
+
+CONFIGS = {
+    "prompt_tuning": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6),
+    "p_tuning": lambda: PromptEncoderConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5, encoder_hidden_size=16
+    ),
+    "prefix_tuning": lambda: PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=7),
+    "prefix_projected": lambda: PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def base() -> BaseModelSpec:
+    return BaseModelSpec(
+        name="org/tiny",
+        embedding_width=32,
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=8,
+        max_model_len=64,
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="session")
+def peft_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    folders = {}
+    for name, make_config in CONFIGS.items():
+        model = AutoModelForCausalLM.from_config(config)
+        model.config._name_or_path = model.name_or_path = ""
+        folders[name] = tmp_path_factory.mktemp(name)
+        get_peft_model(model, make_config()).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def peft_files(peft_folders: dict[str, Path]) -> dict[str, tuple[bytes, bytes]]:
+    """(adapter_config.json, adapter_model.safetensors) by name."""
+    return {
+        name: ((folder / "adapter_config.json").read_bytes(), (folder / "adapter_model.safetensors").read_bytes())
+        for name, folder in peft_folders.items()
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PromptStore]:
+    opened = PromptStore(tmp_path / "store")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def publish(base: BaseModelSpec) -> Callable[..., tuple]:
+    def run(store: PromptStore, files: tuple[bytes, bytes], name: str = "p", **options: object) -> tuple:
+        with store.upload() as upload:
+            for filename, data in zip(("adapter_config.json", "adapter_model.safetensors"), files, strict=True):
+                with upload.open(filename) as file:
+                    file.write(data)
+            return store.publish(upload, name=name, base=base, **options)
+
+    return run

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prompt_store.errors import (
+    CorruptBlobError,
+    InvalidPromptError,
+    PromptConflictError,
+    PromptNotFoundError,
+    PromptStoreError,
+    PromptTooLargeError,
+)
+from prompt_store.store import PromptStore
+from prompt_store.types import PromptRef
+
+Files = dict[str, tuple[bytes, bytes]]
+
+
+def num_blobs(tmp_path: Path) -> int:
+    return sum(1 for _ in (tmp_path / "store" / "blobs").glob("*/*"))
+
+
+def test_versions_count_up_and_the_alias_moves(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+    first, created = publish(
+        store, peft_files["prompt_tuning"], description="one", tags=["b", "a"], metadata={"k": [1]}
+    )
+    assert (created, first.version, first.num_virtual_tokens, first.dtype) == (True, 1, 6, "F32")
+    assert (first.description, first.tags, first.metadata) == ("one", ("a", "b"), {"k": [1]})
+    second, _ = publish(store, peft_files["prefix_tuning"])
+    assert second.version == 2
+    assert store.resolve(PromptRef.parse("p")) == second
+    assert store.resolve(PromptRef.parse("p@1")) == first
+    assert store.list_versions("p") == [second, first]
+    assert store.counts() == (1, 2)
+
+
+def test_same_bytes_are_the_same_version_and_take_the_alias(
+    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+) -> None:
+    first, _ = publish(store, peft_files["prompt_tuning"])
+    publish(store, peft_files["prefix_tuning"])
+    again, created = publish(store, peft_files["prompt_tuning"])
+    assert (again, created) == (first, False)
+    assert store.resolve(PromptRef.parse("p")) == first
+    other, created = publish(store, peft_files["prompt_tuning"], name="q")
+    assert created
+    assert (other.version, other.digest) == (1, first.digest)
+    assert num_blobs(tmp_path) == 4
+
+
+def test_upload_beside_the_alias(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+    publish(store, peft_files["prompt_tuning"])
+    publish(store, peft_files["prefix_tuning"], alias="canary")
+    publish(store, peft_files["p_tuning"], alias=None)
+    assert store.resolve(PromptRef.parse("p")).version == 1
+    assert store.get_prompt("p").aliases == {"canary": 2, "latest": 1}
+    assert store.get_prompt("p").num_versions == 3
+
+
+def test_files_come_back_byte_for_byte(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+    for name, (config, weights) in peft_files.items():
+        publish(store, (config, weights), name=name)
+        assert store.read_file(name, 1, "adapter_config.json") == config
+        assert store.read_file(name, 1, "adapter_model.safetensors") == weights
+    with pytest.raises(InvalidPromptError, match="no file"):
+        store.read_file("p_tuning", 1, "../catalog.sqlite3")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "Bad Name"}, "name 'Bad Name' is not valid"),
+        ({"alias": "7"}, "read as a version"),
+        ({"tags": ["a b"]}, "tag 'a b' is not valid"),
+        ({"name": "base", "reserved_names": {"base"}}, "taken by the base model"),
+    ],
+)
+def test_bad_names(
+    options: dict[str, object], message: str, store: PromptStore, publish: Callable, peft_files: Files
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        publish(store, peft_files["p_tuning"], **options)
+    assert store.counts() == (0, 0)
+
+
+def test_refused_upload_leaves_nothing(
+    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+) -> None:
+    config, weights = peft_files["p_tuning"]
+    with pytest.raises(InvalidPromptError):
+        publish(store, (config, weights[:-1]))
+    with store.upload() as upload, pytest.raises(InvalidPromptError, match="adapter_model.safetensors is missing"):
+        with upload.open("adapter_config.json") as file:
+            file.write(config)
+        store.publish(upload, name="p", base=None)
+    assert num_blobs(tmp_path) == 0
+    assert list((tmp_path / "store" / "staging").iterdir()) == []
+    assert store.counts() == (0, 0)
+
+
+@pytest.mark.parametrize("filename", ["README.md", "adapter_model.bin", "../x", "/etc/passwd", ""])
+def test_other_files_are_not_taken(filename: str, store: PromptStore) -> None:
+    with store.upload() as upload, pytest.raises(InvalidPromptError, match="nothing else"):
+        upload.open(filename)
+
+
+def test_a_file_is_taken_once_and_up_to_its_limit(tmp_path: Path) -> None:
+    store = PromptStore(tmp_path / "store", max_upload_bytes=10)
+    with store.upload() as upload:
+        file = upload.open("adapter_config.json")
+        with pytest.raises(InvalidPromptError, match="twice"):
+            upload.open("adapter_config.json")
+        file.write(b"0123456789")
+        with pytest.raises(PromptTooLargeError, match="larger than the 10 bytes"):
+            file.write(b"x")
+    assert list((tmp_path / "store" / "staging").iterdir()) == []
+    store.close()
+
+
+def test_what_does_not_exist(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+    publish(store, peft_files["p_tuning"])
+    for call in (
+        lambda: store.resolve(PromptRef.parse("q")),
+        lambda: store.resolve(PromptRef.parse("p@2")),
+        lambda: store.lease(PromptRef.parse("p@canary")),
+        lambda: store.get_prompt("q"),
+        lambda: store.list_versions("q"),
+        lambda: store.read_file("p", 2, "adapter_config.json"),
+        lambda: store.set_alias("p", "x", 2),
+        lambda: store.delete_alias("p", "x"),
+        lambda: store.delete_version("p", 2),
+        lambda: store.delete_prompt("q"),
+    ):
+        with pytest.raises(PromptNotFoundError):
+            call()
+
+
+def test_alias_moves_only_from_where_it_is_expected(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+    publish(store, peft_files["p_tuning"])
+    publish(store, peft_files["prompt_tuning"])
+    with pytest.raises(PromptConflictError, match="points at 2, not at 1"):
+        store.set_alias("p", "latest", 1, expected_version=1)
+    store.set_alias("p", "latest", 1, expected_version=2)
+    assert store.resolve(PromptRef.parse("p")).version == 1
+    store.set_alias("p", "canary", 2)
+    store.delete_alias("p", "canary")
+    with pytest.raises(PromptNotFoundError):
+        store.resolve(PromptRef.parse("p@canary"))
+
+
+def test_latest_falls_back_and_numbers_are_never_used_again(
+    store: PromptStore, publish: Callable, peft_files: Files
+) -> None:
+    publish(store, peft_files["p_tuning"])
+    publish(store, peft_files["prompt_tuning"])
+    store.set_alias("p", "canary", 2)
+    store.delete_version("p", 2)
+    assert store.get_prompt("p").aliases == {"latest": 1}
+    assert publish(store, peft_files["prompt_tuning"])[0].version == 3
+    store.delete_prompt("p")
+    assert store.list_prompts() == ([], False)
+    assert publish(store, peft_files["prompt_tuning"])[0].version == 4
+
+
+def test_deleted_files_stay_while_leased_and_go_with_the_last_lease(
+    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+) -> None:
+    publish(store, peft_files["p_tuning"])
+    leases = [store.lease(PromptRef.parse("p")) for _ in range(2)]
+    store.delete_prompt("p")
+    with pytest.raises(PromptNotFoundError):
+        store.lease(PromptRef.parse("p"))
+    for lease in leases:
+        assert lease.weights_path.read_bytes() == peft_files["p_tuning"][1]
+        store.release(lease)
+    assert num_blobs(tmp_path) == 0
+
+
+def test_files_that_another_version_shares_are_not_collected(
+    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+) -> None:
+    publish(store, peft_files["p_tuning"])
+    publish(store, peft_files["p_tuning"], name="q")
+    store.delete_prompt("p")
+    assert num_blobs(tmp_path) == 2
+    with store.leased(PromptRef.parse("q")) as leased:
+        assert leased.weights_path.exists()
+
+
+def test_listing_goes_on_behind_a_name_and_by_tag(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+    for name in ("d", "a", "c", "b"):
+        publish(store, peft_files["p_tuning"], name=name, tags=["odd"] if name in "ac" else [])
+    page, more = store.list_prompts(limit=2)
+    assert ([item.name for item in page], more) == (["a", "b"], True)
+    page, more = store.list_prompts(limit=2, after="b")
+    assert ([item.name for item in page], more) == (["c", "d"], False)
+    assert [item.name for item in store.list_prompts(tag="odd")[0]] == ["a", "c"]
+
+
+def test_everything_is_there_after_a_restart(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
+    store = PromptStore(tmp_path / "store")
+    version, _ = publish(store, peft_files["prefix_tuning"], tags=["t"], metadata={"a": 1})
+    store.close()
+    (tmp_path / "store" / "staging" / "left").mkdir()
+    (tmp_path / "store" / "blobs" / "ab").mkdir(exist_ok=True)
+    (tmp_path / "store" / "blobs" / "ab" / "ab0123").write_bytes(b"x")
+    store = PromptStore(tmp_path / "store")
+    assert store.resolve(PromptRef.parse("p")) == version
+    assert num_blobs(tmp_path) == 2
+    assert list((tmp_path / "store" / "staging").iterdir()) == []
+    store.close()
+
+
+def test_one_process_at_a_time_and_no_newer_schema(tmp_path: Path) -> None:
+    store = PromptStore(tmp_path / "store")
+    with pytest.raises(PromptStoreError, match="in use by another process"):
+        PromptStore(tmp_path / "store")
+    store.close()
+    connection = sqlite3.connect(tmp_path / "store" / "catalog.sqlite3")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(PromptStoreError, match="schema 99"):
+        PromptStore(tmp_path / "store")
+
+
+def test_damaged_and_missing_blobs_are_told(
+    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+) -> None:
+    version, _ = publish(store, peft_files["p_tuning"])
+    weights = version.file("adapter_model.safetensors")
+    path = tmp_path / "store" / "blobs" / weights.sha256[:2] / weights.sha256
+    path.write_bytes(b"damaged")
+    with pytest.raises(CorruptBlobError, match="not what was uploaded"):
+        store.read_file("p", 1, "adapter_model.safetensors")
+    path.unlink()
+    with pytest.raises(CorruptBlobError, match="missing"):
+        store.lease(PromptRef.parse("p"))
+
+
+def test_threads_publish_without_gaps(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+    config, weights = peft_files["prompt_tuning"]
+    numbers: list[int] = []
+
+    def work(thread: int) -> None:
+        for turn in range(6):
+            mine = config[:-1] + f', "note": "{thread}-{turn}"}}'.encode()
+            numbers.append(publish(store, (mine, weights))[0].version)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 31))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from prompt_store.store import PromptStore
+from prompt_store.types import BaseModelSpec
+base = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
+folder, config, weights = (Path(path) for path in sys.argv[1:4])
+store = PromptStore(folder)
+config, weights = config.read_bytes(), weights.read_bytes()
+for turn in range(int(sys.argv[4]), 10**6):
+    with store.upload() as upload:
+        with upload.open("adapter_config.json") as file:
+            file.write(config.rstrip()[:-1] + b', "note": %d}' % turn)
+        with upload.open("adapter_model.safetensors") as file:
+            file.write(weights)
+        version, _ = store.publish(upload, name="p", base=base)
+    print(version.version, version.digest, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment_everything_acknowledged_is_there(
+    seed: int, tmp_path: Path, peft_folders: dict[str, Path]
+) -> None:
+    folder = peft_folders["prompt_tuning"]
+    acknowledged: dict[int, str] = {}
+    for turn in range(2):
+        arguments = [tmp_path / "store", folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, *map(str, arguments), str(turn * 1000)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            lines = [process.stdout.readline()]
+            time.sleep(random.Random(seed * 10 + turn).uniform(0.0, 0.15))
+            os.kill(process.pid, signal.SIGKILL)
+            lines += process.stdout.readlines()
+        for line in lines:
+            if line.endswith("\n"):
+                number, digest = line.split()
+                acknowledged[int(number)] = digest
+    store = PromptStore(tmp_path / "store")
+    versions = {version.version: version for version in store.list_versions("p")}
+    assert {number: versions[number].digest for number in acknowledged} == acknowledged
+    for number in versions:
+        assert store.read_file("p", number, "adapter_model.safetensors")
+    store.close()

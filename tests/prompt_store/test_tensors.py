@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+from safetensors.torch import save as save_torch
+
+from prompt_store.errors import InvalidPromptError
+from prompt_store.tensors import MAX_HEADER_BYTES, read_tensors
+
+VALID = save({"prompt_embeddings": np.arange(24, dtype=np.float32).reshape(3, 8)}, metadata={"format": "pt"})
+
+
+def archive(header: dict[str, object], data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def tensor(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def saved_by_torch(*, legacy: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"prompt_embeddings": torch.ones(3, 8)}, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+@pytest.fixture(params=["bytes", "path"])
+def read(request, tmp_path):
+    """Read from memory and from a file: the same is taken and refused."""
+
+    def run(data: bytes):
+        if request.param == "bytes":
+            return read_tensors(data)
+        path = tmp_path / "weights"
+        path.write_bytes(data)
+        return read_tensors(path)
+
+    return run
+
+
+def refusal(read, data: bytes) -> tuple[str, str]:
+    with pytest.raises(InvalidPromptError) as caught:
+        read(data)
+    (fault,) = caught.value.faults
+    return fault.code, fault.message
+
+
+def test_reads_all_tensors_byte_for_byte(read):
+    written = {
+        "half": torch.ones(3, dtype=torch.float16),
+        "brain": torch.ones(2, 2, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False, True]),
+        "double": torch.full((), 2.5, dtype=torch.float64),
+        "none": torch.ones(0, 4),
+        "float8": torch.ones(5).to(torch.float8_e4m3fn),
+    }
+    found = read(save_torch(written))
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        "half": ("F16", (3,)),
+        "brain": ("BF16", (2, 2)),
+        "flags": ("BOOL", (3,)),
+        "double": ("F64", ()),
+        "none": ("F32", (0, 4)),
+        "float8": ("F8_E4M3", (5,)),
+    }
+    for name, value in written.items():
+        assert bytes(found[name].data) == value.flatten().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "data", [saved_by_torch(legacy=False), saved_by_torch(legacy=True), pickle.dumps({}), b"PK\x03\x04", b"\x80"]
+)
+def test_a_pickle_is_named_and_never_loaded(read, data):
+    code, message = refusal(read, data)
+    assert code == "pickle_file"
+    assert "re-save" in message
+    assert "safe_serialization=True" in message
+
+
+def test_a_header_that_only_looks_like_a_pickle_is_read(read):
+    header = json.dumps({"a": tensor([0], 0, 0)}).encode().ljust(0x80)
+    assert read(struct.pack("<Q", len(header)) + header)["a"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"short",
+        b"\0" * 8,
+        VALID[:-1],
+        VALID[:20],
+        VALID + b"x",
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 9) + b'{"a": NaN',
+        archive({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, b"1234"),
+        archive({"a": tensor([1], 4, 8)}, b"12345678"),
+        archive({"a": tensor([2**62, 4], 0, 4)}, b"1234"),
+        archive({"a": tensor([-1], 0, 4)}, b"1234"),
+        archive({"a": tensor([2], 0, 4)}, b"1234"),
+        archive({"a": tensor([1], 0, 4, "F99")}, b"1234"),
+        archive({"__metadata__": {"format": 1}}),
+    ],
+)
+def test_what_is_not_well_formed_is_refused(read, data):
+    assert refusal(read, data)[0] == "invalid_safetensors"
+
+
+def test_a_large_header_is_refused_before_it_is_parsed(read):
+    many = {str(index): tensor([0], 0, 0) for index in range(MAX_HEADER_BYTES // 40)}
+    assert refusal(read, archive(many))[0] == "header_too_large"
+
+
+def test_a_cut_file_says_what_it_claims_and_has(read):
+    assert f"the whole file has {len(VALID[:20])}" in refusal(read, VALID[:20])[1]
+
+
+def test_a_path_costs_no_memory_of_its_own(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(save({"prompt_embeddings": np.ones((1024, 4096), np.float32)}))
+    tracemalloc.start()
+    try:
+        tensors = read_tensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert tensors["prompt_embeddings"].data[:4] == struct.pack("<f", 1.0)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "none")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=300), keep=st.integers(0, len(VALID)), at=st.integers(0, len(VALID)))
+@example(data=b"", keep=len(VALID), at=len(VALID))
+def test_mutated_files_are_read_or_refused(read, data, keep, at):
+    try:
+        tensors = read(VALID[:at] + data + VALID[at:keep])
+    except InvalidPromptError:
+        return
+    assert sum(len(t.data) for t in tensors.values()) <= len(VALID) + len(data)

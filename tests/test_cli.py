@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from server import app as server_app
+from server.cli import FLAGS, app
+from server.errors import EngineStartError
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The settings that ``serve`` was started with, in place of a server."""
+    seen = []
+    monkeypatch.setattr(server_app, "run", seen.append)
+    return seen
+
+
+def test_serve_fills_the_settings(started):
+    line = "serve --model m --port 9 --kv-cache-memory 512MiB --max-upload-bytes 1GiB --no-enable-prefix-caching"
+    result = runner.invoke(app, [*line.split(), "--device", "cpu", "--max-model-len", "64", "--store", "s"])
+    assert result.exit_code == 0, result.output
+    (settings,) = started
+    assert settings.engine.model == "m"
+    assert settings.http.port == 9
+    assert settings.engine.kv_cache_memory == 512 * 2**20
+    assert settings.store.max_upload_bytes == 2**30
+    assert not settings.engine.enable_prefix_caching
+    assert (settings.engine.device, settings.engine.max_model_len, str(settings.store.path)) == ("cpu", 64, "s")
+
+
+def test_variables_fill_the_settings(started):
+    variables = {"PRELUDE_MODEL": "m", "PRELUDE_KV_CACHE_MEMORY": "2GiB", "PRELUDE_REQUIRE_SAME_BASE": "1"}
+    result = runner.invoke(app, ["serve"], env=variables)
+    assert result.exit_code == 0, result.output
+    (settings,) = started
+    assert settings.engine.kv_cache_memory == 2 * 2**30
+    assert settings.store.require_same_base
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "serve",
+        "serve --model m --port x",
+        "serve --model m --port 70000",
+        "serve --model m --device tpu",
+        "serve --model m --kv-cache-memory lots",
+        "serve --model m --max-num-seqs 0",
+        "serve --model m --no-such-flag",
+        "push",
+        "push /no/such/directory --id x",
+        "rm",
+        "rm Bad",
+        "rm name@latest",
+    ],
+)
+def test_usage_errors_are_status_2(started, line):
+    result = runner.invoke(app, line.split())
+    assert result.exit_code == 2
+    assert started == []
+
+
+def test_a_server_that_cannot_start_is_status_1_and_one_line(monkeypatch):
+    def fail(_):
+        raise EngineStartError("no such\nmodel")
+
+    monkeypatch.setattr(server_app, "run", fail)
+    result = runner.invoke(app, ["serve", "--model", "m"])
+    assert result.exit_code == 1
+    assert result.stderr == "prelude: no such model\n"
+
+
+def test_an_open_host_is_refused(tmp_path):
+    line = ["serve", "--model", "m", "--host", "0.0.0.0", "--port", "0", "--store", str(tmp_path)]  # noqa: S104
+    result = runner.invoke(app, line)
+    assert result.exit_code == 1
+    assert "--api-key-file" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["list", "rm x", "push {tmp_path} --id x"])
+def test_no_server_is_status_1_and_one_line(tmp_path, line):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    command = line.format(tmp_path=tmp_path).split()
+    result = runner.invoke(app, [*command, "--url", "http://127.0.0.1:9"])
+    assert result.exit_code == 1
+    assert "cannot be reached" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_push_without_the_files(tmp_path):
+    result = runner.invoke(app, ["push", str(tmp_path), "--id", "x"])
+    assert result.exit_code == 1
+    assert "adapter_config.json" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_help_shows_every_flag(command):
+    text = re.sub(r"\x1b\[[0-9;]*m", "", runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output)
+    for flag in FLAGS:
+        if command == "serve" or flag.name not in {"model", "revision"}:
+            assert f"--{flag.name.replace('_', '-')}" in text
+            assert flag.variable in text
+
+
+def test_help():
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("serve", "demo", "push", "list", "rm"):
+        assert command in result.output

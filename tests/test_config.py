@@ -1,0 +1,58 @@
+"""The flags and the settings are the same thing, seen from two sides."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+import typer
+
+from server.cli import FLAGS, parse_bytes, settings_from
+from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
+
+
+def test_every_setting_has_a_flag():
+    flags = {(flag.section, flag.field) for flag in FLAGS}
+    sections = (EngineSettings, StoreSettings, HttpSettings)
+    settings = {(section, field.name) for section in sections for field in fields(section)}
+    settings |= {(Settings, "served_model_name"), (Settings, "log_level")}
+    assert flags == settings
+
+
+def test_defaults_are_the_settings_own():
+    values = {flag.name: flag.default for flag in FLAGS} | {"model": "m"}
+    assert settings_from(values) == Settings(engine=EngineSettings(model="m"))
+
+
+def test_variables():
+    assert {flag.name: flag.variable for flag in FLAGS}["max_model_len"] == "PRELUDE_MAX_MODEL_LEN"
+    assert len({flag.variable for flag in FLAGS}) == len(FLAGS)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        StoreSettings().path = Path("x")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("4096", 4096),
+        (4096, 4096),
+        ("512MiB", 512 * 2**20),
+        ("2GiB", 2 * 2**30),
+        ("2 gib", 2 * 2**30),
+        ("3KB", 3000),
+        ("1GB", 10**9),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5GiB", "MiB", "1TiB", "12 apples", "1e9"])
+def test_bad_sizes(text):
+    with pytest.raises(typer.BadParameter):
+        parse_bytes(text)

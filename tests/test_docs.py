@@ -1,0 +1,60 @@
+"""The documents say what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from server.cli import FLAGS
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_every_flag_is_documented_with_its_variable_and_default() -> None:
+    rows = {
+        cells[0]: cells[1:]
+        for line in (ROOT / "docs" / "configuration.md").read_text().splitlines()
+        if line.startswith("| `--") and (cells := [cell.strip().strip("`") for cell in line.strip("|").split("|")])
+    }
+    for flag in FLAGS:
+        name = f"--{flag.name.replace('_', '-')}"
+        assert name in rows, f"docs/configuration.md lacks {name}"
+        variable, default = rows[name][0], rows[name][1]
+        assert variable == flag.variable
+        shown = "required" if flag.default is ... else "-" if flag.default is None else str(flag.default)
+        assert default == shown, f"{name}: the default is {shown}"
+    assert len(rows) == len(FLAGS), "docs/configuration.md documents a flag that is not there"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_make_targets_exist(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for command in re.findall(r"^(?:    )?make ([a-z -]+?)(?:\s+#.*| ARGS.*)?$", text, re.MULTILINE):
+        assert set(command.split()) <= make_targets(), f"{document.name} names make {command}"
+
+
+def test_readme_names_files_that_exist() -> None:
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1]
+    names = set(re.findall(r"\b([a-z_]+\.py)\b", tree))
+    assert names
+    existing = {path.name for folder in ("server", "prompt_store") for path in (ROOT / folder).rglob("*.py")}
+    assert names <= existing
+
+
+def test_no_file_is_too_long() -> None:
+    long = {
+        str(path.relative_to(ROOT)): count
+        for folder in ("server", "prompt_store", "tests", "benchmarks", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 500
+    }
+    assert long == {}

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.engine.types import EngineStats
+from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreCounts
+
+
+def make(stats: EngineStats | None = None, top_prompts: int = 2) -> Metrics:
+    return Metrics(
+        read_stats=lambda: stats or EngineStats(), read_counts=lambda: StoreCounts(3, 5), top_prompts=top_prompts
+    )
+
+
+def families(metrics: Metrics):
+    text, _ = metrics.render("")
+    return {family.name: family for family in text_string_to_metric_families(text.decode())}
+
+
+def test_every_metric_is_prefixed_and_explained():
+    metrics = make()
+    metrics.count_request(None, "stop")
+    metrics.count_error("x")
+    for family in families(metrics).values():
+        assert family.name.startswith(PREFIX)
+        assert family.documentation
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "num_preemptions_total"]
+    + ["prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total"]
+    + ["virtual_tokens_total", "soft_prompts_registered", "soft_prompt_versions", "batch_size", "step_seconds"]
+    + ["batch_distinct_prompts", "batch_distinct_prompts_max"]
+    + [f'soft_prompt_{what}{{tier="device"}}' for what in ("resident", "resident_bytes")]
+    + [f'soft_prompt_{what}_total{{tier="device"}}' for what in ("loads", "evictions")],
+)
+def test_promised_names(name):
+    text, _ = make().render("")
+    assert any(line.startswith(f"{PREFIX}{name} ") for line in text.decode().splitlines())
+
+
+def test_values_are_read_at_each_scrape():
+    stats = EngineStats(num_blocks=8)
+    metrics = make(stats)
+    assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0
+    stats.num_used_blocks = 2
+    assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0.25
+
+
+def test_no_blocks_yet():
+    assert families(make())["prelude_kv_cache_usage_ratio"].samples[0].value == 0
+
+
+def test_the_prompt_label_is_bounded():
+    metrics = make(top_prompts=2)
+    for name in (None, "a", OTHER_LABEL, "b", "c", "a"):
+        metrics.count_request(name, "stop")
+    samples = [s for s in families(metrics)["prelude_requests"].samples if s.name.endswith("_total")]
+    counts = {sample.labels["prompt"]: sample.value for sample in samples}
+    assert counts == {BASE_LABEL: 1, "a": 2, "b": 1, OTHER_LABEL: 2}
+
+
+def test_registries_are_apart():
+    one, two = make(), make()
+    one.count_error("x")
+    assert b'code="x"' not in two.render("")[0]
+
+
+def test_openmetrics_has_units_of_its_own():
+    text, content_type = make().render("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert text.endswith(b"# EOF\n")
