@@ -17,7 +17,7 @@ SETTINGS = {
     "few_blocks": {"block_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 12, "kv_cache_memory": 220_000},
     "no_prefix_cache": {"enable_prefix_caching": False},
 }
-"""few_blocks holds about two of the longest sequences, so that sequences are preempted and soft prompts evicted."""
+"""few_blocks holds about three of the longest sequences, so that soft prompts and prefixes are evicted."""
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,6 @@ def test_mixed_batch_equals_peft(
     outputs = run(engine)
     assert {key: tokens(outputs[key]) for key in requests} == {key: want for key, (_, _, want) in requests.items()}
     assert engine.stats.max_batch_distinct_prompts >= 2
-    if settings == "few_blocks":
-        assert engine.stats.num_preemptions > 0
-        assert engine.stats.soft_prompt_evictions > 0
     assert engine.stats.num_used_blocks == 0
 
 
@@ -92,3 +89,20 @@ def test_cold_and_warm_soft_prompts_give_the_same(llama: Family, make_engine: Ca
             assert tokens(outputs) == want, (key, attempt)
             assert (outputs[0].num_cached_tokens > 0) == (attempt != "cold")
     assert engine.stats.soft_prompt_loads == len(llama.soft_prompts)
+
+
+def test_preempted_sequences_and_evicted_soft_prompts_give_the_same(
+    llama: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
+    engine = make_engine(llama, **SETTINGS["few_blocks"])
+    text = random_text(random.Random(7), 40, 40)
+    for key, source in llama.soft_prompts.items():  # read into memory first, so that all can be admitted in one step
+        add(engine, f"warm-{key}", text[:1], greedy(1), soft_prompt=source)
+    run(engine)
+    for key, source in llama.soft_prompts.items():
+        add(engine, key, text, greedy(60), soft_prompt=source)
+    outputs = run(engine)
+    want = {key: llama.expected(key, text, 60) for key in llama.soft_prompts}
+    assert {key: tokens(outputs[key]) for key in llama.soft_prompts} == want
+    assert engine.stats.num_preemptions > 0
+    assert engine.stats.soft_prompt_evictions > 0
