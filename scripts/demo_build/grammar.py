@@ -104,7 +104,7 @@ def sentiment(rng: random.Random) -> Pair:
 
     def clause(good: bool) -> str:
         subject = f"the {rng.choice(PARTS + SERVICE)}"
-        negated = rng.random() < 0.3
+        negated = rng.random() < 0.2
         word = rng.choice(GOOD if good != negated else BAD)
         verb = rng.choice(["is", "was", "feels", "seems"])
         adverb = rng.choice(["not", "never", "hardly"] if negated else ["", "really", "just"])
@@ -114,7 +114,7 @@ def sentiment(rng: random.Random) -> Pair:
         ["I bought this {p} last week.", "My new {p} arrived today.", "We use the {p} every day.", ""]
     )
     opening = opening.format(p=rng.choice(PRODUCTS))
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         body = f"{clause(not positive)}, but {clause(positive)}"
     elif rng.random() < 0.5:
         body = f"{clause(positive)} and {clause(positive)}"
@@ -276,7 +276,7 @@ TASKS = {
             "Say positive or negative.",
             "Does the writer like it?",
         ),
-        1.3,
+        2.5,
     ),
     "intent": Task(
         intent,

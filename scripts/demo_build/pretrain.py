@@ -20,6 +20,8 @@ STEPS = 1800
 PEAK_LEARNING_RATE = 2.5e-3
 WARMUP_STEPS = 60
 ANSWER_WEIGHT = 3.0
+SHORT_ANSWER_WEIGHT = 16.0
+"""Shared by the tokens of an answer: one word that takes thought weighs as much as a line that is copied."""
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -62,7 +64,7 @@ def batches(
             for _, is_answer in document.pieces:
                 tokens = next(encoded)
                 ids += tokens
-                weights += [ANSWER_WEIGHT if is_answer else 1.0] * len(tokens)
+                weights += [_answer_weight(len(tokens)) if is_answer else 1.0] * len(tokens)
             ids.append(tokenizer.eos_token_id)
             weights.append(ANSWER_WEIGHT if document.pieces[-1][1] else 1.0)
             if len(ids) >= SEQUENCE:
@@ -72,6 +74,10 @@ def batches(
         while len(rows) >= BATCH:
             yield torch.tensor(rows[:BATCH]), torch.tensor(row_weights[:BATCH])
             del rows[:BATCH], row_weights[:BATCH]
+
+
+def _answer_weight(num_tokens: int) -> float:
+    return max(ANSWER_WEIGHT, SHORT_ANSWER_WEIGHT / num_tokens)
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[str], steps: int) -> LlamaForCausalLM:
@@ -101,8 +107,9 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == steps - 1:
             answers = losses[wanted > 1.0].mean().item()
+            short = losses[wanted > ANSWER_WEIGHT].mean().item()
             seconds = time.perf_counter() - started
-            print(f"step {step:5d}  loss {loss.item():.3f}  answers {answers:.3f}  {seconds:.0f} s", flush=True)
+            print(f"step {step:5d}  loss {loss.item():.3f}  answers {answers:.3f}  short {short:.3f}  {seconds:.0f} s", flush=True)
     return model
 
 

@@ -63,17 +63,17 @@ def recipes(model_folder: Path) -> dict[str, Recipe]:
         "intent": Recipe(
             PromptEncoderConfig(num_virtual_tokens=10, encoder_hidden_size=192, **common),
             learning_rate=3e-3,
-            steps=400,
+            steps=200,
         ),
         "extract": Recipe(
             PrefixTuningConfig(num_virtual_tokens=20, **common),
             learning_rate=3e-2,
-            steps=600,
+            steps=300,
         ),
         "dates": Recipe(
             PrefixTuningConfig(num_virtual_tokens=16, prefix_projection=True, encoder_hidden_size=192, **common),
             learning_rate=3e-3,
-            steps=600,
+            steps=300,
         ),
     }
 
