@@ -1,367 +1,478 @@
-"""Names, immutable versions and aliases, in SQLite.
+"""Names, immutable versions, aliases, history: what is kept of soft prompts besides their bytes.
 
-Write-ahead logging with ``synchronous=FULL``: what was acknowledged survives ``kill -9`` and a power cut. Every write
-is one ``BEGIN IMMEDIATE`` transaction.
+Every write is one transaction that first locks the ``state`` row, so that writes of all replicas follow each other,
+each with a revision of its own. Whoever has seen revision R has seen every change up to it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
-from prompt_store.errors import PromptConflictError, PromptNotFoundError, PromptStoreError
-from prompt_store.types import DEFAULT_ALIAS, PeftType, PromptRef, PromptSummary, PromptVersion, StoredFile
+from prompt_store import records
+from prompt_store.database import Database, Listener
+from prompt_store.errors import PromptConflictError, PromptNotFoundError
+from prompt_store.records import NewVersion
+from prompt_store.schema import aliases, blobs, history, prompts, state, tags, version_files, versions
+from prompt_store.types import (
+    DEFAULT_ALIAS,
+    HistoryAction,
+    HistoryEntry,
+    PromptRef,
+    PromptSummary,
+    PromptVersion,
+    StoredFile,
+)
 
-SCHEMA_VERSION = 1
+CHANNEL = "prelude_catalog"
+"""What PostgreSQL notifies replicas on, with the new revision as payload."""
 
-_metadata = sa.MetaData()
-_prompts = sa.Table(
-    "prompts",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(128), nullable=False, unique=True),
-    # Counts on through deletions: a version number never comes to mean something else.
-    sa.Column("last_version", sa.Integer, nullable=False),
-)
-_versions = sa.Table(
-    "versions",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("prompt_id", sa.ForeignKey("prompts.id"), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
-    sa.Column("peft_type", sa.String(64), nullable=False),
-    sa.Column("task_type", sa.String(64), nullable=False),
-    sa.Column("num_virtual_tokens", sa.Integer, nullable=False),
-    sa.Column("dtype", sa.String(16), nullable=False),
-    sa.Column("base_model_name_or_path", sa.Text),
-    sa.Column("files", sa.Text, nullable=False),
-    sa.Column("created_at", sa.String(40), nullable=False),
-    sa.Column("deleted_at", sa.String(40)),
-    sa.Column("description", sa.Text, nullable=False),
-    sa.Column("metadata", sa.Text, nullable=False),
-    sa.UniqueConstraint("prompt_id", "version"),
-    sa.Index("versions_by_digest", "prompt_id", "digest"),
-)
-_tags = sa.Table(
-    "tags",
-    _metadata,
-    sa.Column("version_id", sa.ForeignKey("versions.id"), primary_key=True),
-    sa.Column("tag", sa.String(128), primary_key=True),
-    sa.Index("tags_by_tag", "tag"),
-)
-_aliases = sa.Table(
-    "aliases",
-    _metadata,
-    sa.Column("prompt_id", sa.ForeignKey("prompts.id"), primary_key=True),
-    sa.Column("alias", sa.String(128), primary_key=True),
-    sa.Column("version", sa.Integer, nullable=False),
-)
-_live = _versions.c.deleted_at.is_(None)
+_live = versions.c.deleted_at.is_(None)
+_MAX_CHANGES = 10_000
+
+
+class BlobsGoneError(Exception):
+    """The files of a publication were collected before it: they have to be put again."""
 
 
 @dataclass(frozen=True, slots=True)
-class NewVersion:
-    """What a publication records; the catalog adds number and time.
-
-    Attributes: as in ``PromptVersion``.
-    """
-
+class _Prompt:
+    id: int
     name: str
-    digest: str
-    peft_type: PeftType
-    task_type: str
-    num_virtual_tokens: int
-    dtype: str
-    base_model_name_or_path: str | None
-    files: tuple[StoredFile, ...]
-    description: str
-    tags: tuple[str, ...]
-    metadata: Mapping[str, object]
+    last_version: int
 
 
 class Catalog:
-    """The tables and what is done with them.
+    """The tables and what is done with them. Thread-safe.
+
+    Every method raises StoreUnavailableError where the database cannot be reached.
 
     Args:
-        path: The SQLite file; created where it does not exist.
-
-    Raises:
-        PromptStoreError: If a newer release has written the file.
+        database: Where the tables are; closed with the catalog.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._engine = sa.create_engine(f"sqlite:///{path}")
-        sa.event.listen(self._engine, "connect", _configure)
-        with self._writing() as connection:
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if found > SCHEMA_VERSION:
-                raise PromptStoreError(
-                    f"the catalog {path} has schema {found}; this release knows {SCHEMA_VERSION}: use a newer release"
-                )
-            _metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes write to the same catalog."""
+        return self._database.is_shared
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self._database.close()
 
     # Reading
 
     def resolve(self, ref: PromptRef) -> PromptVersion:
-        """The version that a reference means now.
-
-        Raises:
-            PromptNotFoundError: If there is none.
-        """
-        with self._engine.connect() as connection:
-            prompt_id = self._prompt_id(connection, ref.name)
+        """The version that a reference means now; PromptNotFoundError if there is none."""
+        with self._database.reading() as connection:
+            prompt = _find(connection, ref.name)
             version = ref.version
             if version is None:
-                version = connection.execute(
-                    sa.select(_aliases.c.version).where(
-                        _aliases.c.prompt_id == prompt_id, _aliases.c.alias == ref.alias
-                    )
-                ).scalar_one_or_none()
+                version = _pointed(connection, prompt, ref.alias or DEFAULT_ALIAS)
                 if version is None:
                     raise PromptNotFoundError(f"soft prompt {ref.name!r} has no alias {ref.alias!r}")
-            return self._version(connection, prompt_id, ref.name, version)
+            return _version(connection, prompt, version)
 
     def get_prompt(self, name: str) -> PromptSummary:
         """A name with its aliases and newest version; PromptNotFoundError if there is none."""
-        with self._engine.connect() as connection:
-            return self._summary(connection, self._prompt_id(connection, name), name)
+        with self._database.reading() as connection:
+            return records.summaries(connection, [_find(connection, name).id])[0]
 
     def list_prompts(self, limit: int, after: str | None, tag: str | None) -> tuple[list[PromptSummary], bool]:
         """Names in order, those behind ``after`` (which need not exist any more); and whether there are more."""
-        query = sa.select(_prompts.c.id, _prompts.c.name).where(
-            sa.exists().where(_versions.c.prompt_id == _prompts.c.id, _live)
-        )
-        if after is not None:
-            query = query.where(_prompts.c.name > after)
+        query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0)
         if tag is not None:
-            tagged = sa.select(_versions.c.prompt_id).join(_tags).where(_tags.c.tag == tag, _live)
-            query = query.where(_prompts.c.id.in_(tagged))
-        with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(_prompts.c.name).limit(limit + 1)).all()
-            summaries = [self._summary(connection, row.id, row.name) for row in rows[:limit]]
-        return summaries, len(rows) > limit
+            # The index on (tag, name) gives the names of one page in order, however many carry the tag.
+            tagged = sa.select(tags.c.name).where(tags.c.tag == tag)
+            if after is not None:
+                tagged = tagged.where(tags.c.name > after)
+            names = tagged.distinct().order_by(tags.c.name).limit(limit + 1)
+            query = query.where(prompts.c.name.in_(names.scalar_subquery()))
+        elif after is not None:
+            query = query.where(prompts.c.name > after)
+        with self._database.reading() as connection:
+            ids = connection.execute(query.order_by(prompts.c.name).limit(limit + 1)).scalars().all()
+            return records.summaries(connection, ids[:limit]), len(ids) > limit
 
-    def list_versions(self, name: str) -> list[PromptVersion]:
-        """All versions of a name, newest first; PromptNotFoundError if there is none."""
-        with self._engine.connect() as connection:
-            prompt_id = self._prompt_id(connection, name)
-            query = sa.select(_versions).where(_versions.c.prompt_id == prompt_id, _live)
-            rows = connection.execute(query.order_by(_versions.c.version.desc())).all()
-            return [self._to_version(connection, row, name) for row in rows]
+    def list_versions(self, name: str, limit: int, before: int | None) -> tuple[list[PromptVersion], bool]:
+        """Versions of a name, newest first, those below ``before``; and whether there are more.
+
+        Raises:
+            PromptNotFoundError: If there is no such name.
+        """
+        with self._database.reading() as connection:
+            prompt = _find(connection, name)
+            query = sa.select(versions).where(versions.c.prompt_id == prompt.id, _live)
+            if before is not None:
+                query = query.where(versions.c.version < before)
+            rows = connection.execute(query.order_by(versions.c.version.desc()).limit(limit + 1)).all()
+            return records.versions_of(connection, rows[:limit], {prompt.id: name}), len(rows) > limit
+
+    def list_history(self, name: str, limit: int, before: int | None) -> tuple[list[HistoryEntry], bool]:
+        """What was done to a name, newest first, before the entry ``before``; and whether there is more.
+
+        The history outlives the name. PromptNotFoundError if there never was one.
+        """
+        query = sa.select(history).where(history.c.name == name)
+        if before is not None:
+            query = query.where(history.c.id < before)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(history.c.id.desc()).limit(limit + 1)).all()
+            if not rows and before is None:
+                raise PromptNotFoundError(f"there is no soft prompt {name!r}, and never was")
+            return [records.history_entry(row) for row in rows[:limit]], len(rows) > limit
 
     def counts(self) -> tuple[int, int]:
         """(names, versions) that are not deleted."""
-        query = sa.select(sa.func.count(sa.distinct(_versions.c.prompt_id)), sa.func.count()).where(_live)
-        with self._engine.connect() as connection:
-            names, versions = connection.execute(query).one()
-        return names, versions
+        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(prompts.c.num_versions), 0)).where(
+            prompts.c.num_versions > 0
+        )
+        with self._database.reading() as connection:
+            names, total = connection.execute(query).one()
+        return int(names), int(total)
 
-    def blob_digests(self) -> set[str]:
-        """Digests of the files of all versions that are not deleted."""
-        with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(_versions.c.files).where(_live)).scalars()
-            return {file["sha256"] for text in rows for file in json.loads(text)}
+    def revision(self) -> int:
+        """How many changes there have been."""
+        with self._database.reading() as connection:
+            found: int = connection.execute(_revision).scalar_one()
+        return found
+
+    def changed_since(self, revision: int) -> set[str] | None:
+        """The names that were changed after a revision; None where they are too many to tell."""
+        query = sa.select(history.c.name).where(history.c.revision > revision).distinct().limit(_MAX_CHANGES + 1)
+        with self._database.reading() as connection:
+            names = set(connection.execute(query).scalars())
+        return names if len(names) <= _MAX_CHANGES else None
+
+    def listen(self) -> Listener:
+        """A connection that hears of changes; only where the catalog is shared."""
+        return self._database.listen(CHANNEL)
 
     # Writing
 
-    def publish(self, new: NewVersion, alias: str | None) -> tuple[PromptVersion, bool]:
-        """Record a version and point an alias at it.
+    def reserve(self, files: Collection[StoredFile]) -> None:
+        """Announce blobs that are about to be put, so that no collection takes them before they have a name."""
+        insert = (postgresql.insert if self.is_shared else sqlite.insert)(blobs)
+        now = _now()
+        statement = insert.on_conflict_do_update(
+            index_elements=[blobs.c.sha256],
+            set_={"unnamed_since": sa.case((blobs.c.unnamed_since.is_not(None), now), else_=None)},
+        )
+        # Ordered, so that two uploads of the same files wait for each other and not in a circle.
+        values = {file.sha256: {"sha256": file.sha256, "size": file.size, "unnamed_since": now} for file in files}
+        with self._database.writing() as connection:
+            for _, row in sorted(values.items()):
+                connection.execute(statement, row)
+
+    def publish(self, new: NewVersion, alias: str | None, actor: str | None = None) -> tuple[PromptVersion, bool]:
+        """Record a version whose blobs are in place, and point an alias at it.
 
         Returns:
             The version, and whether it is new: the same files under the same name are the version that is there.
+
+        Raises:
+            BlobsGoneError: If its blobs were collected since they were reserved.
         """
-        with self._writing() as connection:
-            row = connection.execute(sa.select(_prompts).where(_prompts.c.name == new.name)).one_or_none()
+        with self._changing(actor) as change:
+            connection = change.connection
+            digests = {file.sha256 for file in new.files}
+            named = connection.execute(
+                blobs.update().where(blobs.c.sha256.in_(digests)).values(unnamed_since=None)
+            ).rowcount
+            if named != len(digests):
+                raise BlobsGoneError
+            row = connection.execute(sa.select(prompts).where(prompts.c.name == new.name)).one_or_none()
             if row is None:
-                prompt_id, last = _insert(connection, _prompts, {"name": new.name, "last_version": 0}), 0
+                values = {"name": new.name, "last_version": 0, "num_versions": 0}
+                prompt = _Prompt(records.insert(connection, prompts, values), new.name, 0)
             else:
-                prompt_id, last = row.id, row.last_version
-            same = connection.execute(
-                sa.select(_versions.c.version).where(
-                    _versions.c.prompt_id == prompt_id, _versions.c.digest == new.digest, _live
+                prompt = _Prompt(row.id, row.name, row.last_version)
+            version: int | None = connection.execute(
+                sa.select(versions.c.version).where(
+                    versions.c.prompt_id == prompt.id, versions.c.digest == new.digest, _live
                 )
             ).scalar_one_or_none()
-            if same is None:
-                self._record(connection, prompt_id, last + 1, new)
-            version = last + 1 if same is None else same
+            is_new = version is None
+            if version is None:
+                version = prompt.last_version + 1
+                records.record(connection, prompt.id, version, new, created_at=change.at, created_by=actor)
+                connection.execute(
+                    prompts.update()
+                    .where(prompts.c.id == prompt.id)
+                    .values(last_version=version, num_versions=prompts.c.num_versions + 1)
+                )
+                change.note(new.name, HistoryAction.PUBLISH, version=version)
             if alias is not None:
-                self._point(connection, prompt_id, alias, version)
-            return self._version(connection, prompt_id, new.name, version), same is None
+                change.point(prompt, alias, version, HistoryAction.PROMOTE)
+            return _version(connection, prompt, version), is_new
 
-    def set_alias(self, name: str, alias: str, version: int, expected_version: int | None) -> None:
+    def set_alias(
+        self, name: str, alias: str, version: int, expected_version: int | None, actor: str | None = None
+    ) -> None:
         """Point an alias at a version.
 
         Raises:
             PromptNotFoundError: If there is no such version.
             PromptConflictError: If ``expected_version`` is given and the alias does not point there.
         """
-        with self._writing() as connection:
-            prompt_id = self._prompt_id(connection, name)
-            self._version(connection, prompt_id, name, version)
-            if expected_version is not None:
-                found = connection.execute(
-                    sa.select(_aliases.c.version).where(_aliases.c.prompt_id == prompt_id, _aliases.c.alias == alias)
-                ).scalar_one_or_none()
-                if found != expected_version:
-                    raise PromptConflictError(
-                        f"alias {alias!r} of {name!r} points at {found or 'nothing'}, not at {expected_version}"
-                    )
-            self._point(connection, prompt_id, alias, version)
+        with self._changing(actor) as change:
+            prompt = _find(change.connection, name)
+            _require_version(change.connection, prompt, version)
+            _expect(change.connection, prompt, alias, expected_version)
+            change.point(prompt, alias, version, HistoryAction.PROMOTE)
 
-    def delete_alias(self, name: str, alias: str) -> None:
-        """Remove an alias; PromptNotFoundError if there is none."""
-        with self._writing() as connection:
-            prompt_id = self._prompt_id(connection, name)
-            gone = connection.execute(
-                _aliases.delete().where(_aliases.c.prompt_id == prompt_id, _aliases.c.alias == alias)
-            )
-            if gone.rowcount == 0:
-                raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
+    def rollback(self, name: str, alias: str, expected_version: int | None, actor: str | None = None) -> int:
+        """Point an alias back at the version that it pointed at before the newest promotion that is not undone yet.
 
-    def delete_version(self, name: str, version: int) -> None:
-        """Delete one version.
+        Rolling back again goes one promotion further back. Versions deleted meanwhile are passed over.
 
-        ``latest`` falls back to the highest version that is left; other aliases of the version are removed.
+        Returns:
+            The version that it points at now.
 
         Raises:
-            PromptNotFoundError: If there is no such version.
+            PromptNotFoundError: If there is no such alias.
+            PromptConflictError: If nothing is left to go back to, or the alias is not at ``expected_version``.
         """
-        with self._writing() as connection:
-            prompt_id = self._prompt_id(connection, name)
-            self._version(connection, prompt_id, name, version)
-            mine = _versions.c.prompt_id == prompt_id
-            connection.execute(
-                _versions.update().where(mine, _versions.c.version == version).values(deleted_at=_now())
+        with self._changing(actor) as change:
+            connection = change.connection
+            prompt = _find(connection, name)
+            current = _pointed(connection, prompt, alias)
+            if current is None:
+                raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
+            _expect(connection, prompt, alias, expected_version)
+            earlier = _earlier_versions(connection, name, alias)
+            while earlier:
+                version = earlier.pop()
+                if version != current and _has_version(connection, prompt, version):
+                    change.point(prompt, alias, version, HistoryAction.ROLLBACK)
+                    return version
+            raise PromptConflictError(
+                f"alias {alias!r} of {name!r} points at {current}, and there is no earlier version to go back to"
             )
-            pointing = sa.and_(_aliases.c.prompt_id == prompt_id, _aliases.c.version == version)
-            had_latest = connection.execute(
-                sa.select(_aliases.c.alias).where(pointing, _aliases.c.alias == DEFAULT_ALIAS)
-            ).scalar_one_or_none()
-            connection.execute(_aliases.delete().where(pointing))
-            highest = connection.execute(sa.select(sa.func.max(_versions.c.version)).where(mine, _live)).scalar_one()
-            if had_latest and highest is not None:
-                self._point(connection, prompt_id, DEFAULT_ALIAS, highest)
 
-    def delete_prompt(self, name: str) -> None:
+    def delete_alias(self, name: str, alias: str, actor: str | None = None) -> None:
+        """Remove an alias; PromptNotFoundError if there is none."""
+        with self._changing(actor) as change:
+            prompt = _find(change.connection, name)
+            previous = _pointed(change.connection, prompt, alias)
+            if previous is None:
+                raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
+            change.unpoint(prompt, alias, previous)
+
+    def delete_version(self, name: str, version: int, actor: str | None = None) -> None:
+        """Delete one version; PromptNotFoundError if there is none.
+
+        ``latest`` falls back to the highest version that is left; other aliases of the version are removed.
+        """
+        with self._changing(actor) as change:
+            connection = change.connection
+            prompt = _find(connection, name)
+            _require_version(connection, prompt, version)
+            change.drop_versions(prompt, versions.c.version == version)
+            change.note(name, HistoryAction.DELETE_VERSION, version=version)
+            pointing = sa.select(aliases.c.alias).where(
+                aliases.c.prompt_id == prompt.id, aliases.c.version == version
+            )
+            highest = connection.execute(
+                sa.select(sa.func.max(versions.c.version)).where(versions.c.prompt_id == prompt.id, _live)
+            ).scalar_one()
+            for alias in connection.execute(pointing.order_by(aliases.c.alias)).scalars().all():
+                if alias == DEFAULT_ALIAS and highest is not None:
+                    change.point(prompt, alias, highest, HistoryAction.PROMOTE)
+                else:
+                    change.unpoint(prompt, alias, version)
+
+    def delete_prompt(self, name: str, actor: str | None = None) -> None:
         """Delete all versions and aliases of a name; PromptNotFoundError if there is none."""
-        with self._writing() as connection:
-            prompt_id = self._prompt_id(connection, name)
-            connection.execute(_aliases.delete().where(_aliases.c.prompt_id == prompt_id))
-            connection.execute(
-                _versions.update().where(_versions.c.prompt_id == prompt_id, _live).values(deleted_at=_now())
-            )
-
-    # Inside
+        with self._changing(actor) as change:
+            prompt = _find(change.connection, name)
+            change.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id))
+            change.drop_versions(prompt, sa.true())
+            change.note(name, HistoryAction.DELETE_PROMPT)
 
     @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with self._engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.rollback()
-                raise
-            connection.commit()
+    def garbage(self, unnamed_before: int, limit: int, is_held: Callable[[str], bool]) -> Iterator[list[str]]:
+        """Blobs that no version names; their records are removed when the block ends without an error.
 
-    def _prompt_id(self, connection: sa.Connection, name: str) -> int:
-        query = sa.select(_prompts.c.id).where(
-            _prompts.c.name == name, sa.exists().where(_versions.c.prompt_id == _prompts.c.id, _live)
+        Until then nobody can reserve them: an upload of the same bytes waits, and puts them again.
+
+        Args:
+            unnamed_before: Only what lost its last name, or was reserved, before this time (microseconds, UTC).
+            limit: How many at most.
+            is_held: Whether a blob may not go yet; asked when nothing can change that its names are none.
+        """
+        query = (
+            sa.select(blobs.c.sha256)
+            .where(blobs.c.unnamed_since <= unnamed_before)
+            .order_by(blobs.c.unnamed_since)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
         )
-        found: int | None = connection.execute(query).scalar_one_or_none()
-        if found is None:
-            raise PromptNotFoundError(f"there is no soft prompt {name!r}")
-        return found
+        with self._database.writing() as connection:
+            digests = [digest for digest in connection.execute(query).scalars() if not is_held(digest)]
+            yield digests
+            if digests:
+                connection.execute(blobs.delete().where(blobs.c.sha256.in_(digests)))
 
-    def _version(self, connection: sa.Connection, prompt_id: int, name: str, version: int) -> PromptVersion:
-        query = sa.select(_versions).where(_versions.c.prompt_id == prompt_id, _versions.c.version == version, _live)
-        row = connection.execute(query).one_or_none()
-        if row is None:
-            raise PromptNotFoundError(f"soft prompt {name!r} has no version {version}")
-        return self._to_version(connection, row, name)
+    @contextmanager
+    def _changing(self, actor: str | None) -> Iterator[_Change]:
+        with self._database.writing() as connection:
+            # On SQLite, FOR UPDATE says nothing and BEGIN IMMEDIATE has locked everything.
+            revision = connection.execute(_revision.with_for_update()).scalar_one()
+            change = _Change(connection, revision + 1, actor)
+            yield change
+            if change.is_noted:
+                connection.execute(state.update().values(revision=revision + 1))
+                if self.is_shared:
+                    connection.execute(sa.select(sa.func.pg_notify(CHANNEL, str(revision + 1))))
 
-    def _summary(self, connection: sa.Connection, prompt_id: int, name: str) -> PromptSummary:
-        aliases = connection.execute(
-            sa.select(_aliases.c.alias, _aliases.c.version)
-            .where(_aliases.c.prompt_id == prompt_id)
-            .order_by(_aliases.c.alias)
-        ).all()
-        pointed = {row.alias: row.version for row in aliases}
-        mine = sa.select(sa.func.max(_versions.c.version), sa.func.count()).where(
-            _versions.c.prompt_id == prompt_id, _live
-        )
-        highest, count = connection.execute(mine).one()
-        latest = self._version(connection, prompt_id, name, pointed.get(DEFAULT_ALIAS, highest))
-        return PromptSummary(name, pointed, latest, count)
 
-    def _to_version(self, connection: sa.Connection, row: sa.Row[Any], name: str) -> PromptVersion:
-        tags = connection.execute(sa.select(_tags.c.tag).where(_tags.c.version_id == row.id).order_by(_tags.c.tag))
-        return PromptVersion(
-            name=name,
-            version=row.version,
-            digest=row.digest,
-            peft_type=PeftType(row.peft_type),
-            task_type=row.task_type,
-            num_virtual_tokens=row.num_virtual_tokens,
-            dtype=row.dtype,
-            base_model_name_or_path=row.base_model_name_or_path,
-            files=tuple(StoredFile(**file) for file in json.loads(row.files)),
-            created_at=datetime.fromisoformat(row.created_at),
-            description=row.description,
-            tags=tuple(tags.scalars()),
-            metadata=json.loads(row.metadata),
-        )
+class _Change:
+    """One transaction that changes names."""
 
-    def _record(self, connection: sa.Connection, prompt_id: int, version: int, new: NewVersion) -> None:
-        files = [{"filename": file.filename, "sha256": file.sha256, "size": file.size} for file in new.files]
+    def __init__(self, connection: sa.Connection, revision: int, actor: str | None) -> None:
+        self.connection = connection
+        self.at = _now()
+        self.is_noted = False
+        self._revision = revision
+        self._actor = actor
+
+    def note(
+        self,
+        name: str,
+        action: HistoryAction,
+        *,
+        alias: str | None = None,
+        version: int | None = None,
+        previous: int | None = None,
+    ) -> None:
+        """Write it into the history."""
+        self.is_noted = True
         values = {
-            "prompt_id": prompt_id,
+            "revision": self._revision,
+            "name": name,
+            "action": action.value,
+            "alias": alias,
             "version": version,
-            "digest": new.digest,
-            "peft_type": new.peft_type.value,
-            "task_type": new.task_type,
-            "num_virtual_tokens": new.num_virtual_tokens,
-            "dtype": new.dtype,
-            "base_model_name_or_path": new.base_model_name_or_path,
-            "files": json.dumps(files),
-            "created_at": _now(),
-            "description": new.description,
-            "metadata": json.dumps(dict(new.metadata)),
+            "previous_version": previous,
+            "actor": self._actor,
+            "at": self.at,
         }
-        version_id = _insert(connection, _versions, values)
-        for tag in sorted(set(new.tags)):
-            connection.execute(_tags.insert().values(version_id=version_id, tag=tag))
-        connection.execute(_prompts.update().where(_prompts.c.id == prompt_id).values(last_version=version))
+        self.connection.execute(history.insert().values(values))
 
-    def _point(self, connection: sa.Connection, prompt_id: int, alias: str, version: int) -> None:
-        connection.execute(_aliases.delete().where(_aliases.c.prompt_id == prompt_id, _aliases.c.alias == alias))
-        connection.execute(_aliases.insert().values(prompt_id=prompt_id, alias=alias, version=version))
+    def point(self, prompt: _Prompt, alias: str, version: int, action: HistoryAction) -> None:
+        """Let an alias point at a version; nothing is noted where it does already."""
+        previous = _pointed(self.connection, prompt, alias)
+        if previous == version:
+            return
+        mine = sa.and_(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
+        if previous is None:
+            values = {"prompt_id": prompt.id, "alias": alias, "version": version}
+            self.connection.execute(aliases.insert().values(values))
+        else:
+            self.connection.execute(aliases.update().where(mine).values(version=version))
+        self.note(prompt.name, action, alias=alias, version=version, previous=previous)
+
+    def unpoint(self, prompt: _Prompt, alias: str, previous: int) -> None:
+        """Remove an alias."""
+        self.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias))
+        self.note(prompt.name, HistoryAction.DELETE_ALIAS, alias=alias, previous=previous)
+
+    def drop_versions(self, prompt: _Prompt, which: sa.ColumnElement[bool]) -> None:
+        """Leave tombstones of versions; blobs that lose their last name become garbage from now on."""
+        connection = self.connection
+        rows = connection.execute(
+            versions.update()
+            .where(versions.c.prompt_id == prompt.id, _live, which)
+            .values(deleted_at=self.at)
+            .returning(versions.c.id)
+        )
+        ids = list(rows.scalars())
+        files = version_files.c.version_id.in_(ids)
+        digests = set(connection.execute(sa.select(version_files.c.sha256).where(files)).scalars())
+        connection.execute(version_files.delete().where(files))
+        connection.execute(tags.delete().where(tags.c.version_id.in_(ids)))
+        connection.execute(
+            prompts.update().where(prompts.c.id == prompt.id).values(num_versions=prompts.c.num_versions - len(ids))
+        )
+        named = sa.exists().where(version_files.c.sha256 == blobs.c.sha256)
+        connection.execute(blobs.update().where(blobs.c.sha256.in_(digests), ~named).values(unnamed_since=self.at))
 
 
-def _configure(connection: Any, _record: object) -> None:
-    # sqlite3 would begin transactions by itself, and late; BEGIN IMMEDIATE above begins them.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
-        connection.execute(f"PRAGMA {pragma}")
+_revision = sa.select(state.c.revision)
 
 
-def _insert(connection: sa.Connection, table: sa.Table, values: Mapping[str, object]) -> int:
-    row_id: int = connection.execute(table.insert().values(values).returning(table.c.id)).scalar_one()
-    return row_id
+def _find(connection: sa.Connection, name: str) -> _Prompt:
+    query = sa.select(prompts).where(prompts.c.name == name, prompts.c.num_versions > 0)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise PromptNotFoundError(f"there is no soft prompt {name!r}")
+    return _Prompt(row.id, row.name, row.last_version)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
+def _version(connection: sa.Connection, prompt: _Prompt, version: int) -> PromptVersion:
+    query = sa.select(versions).where(versions.c.prompt_id == prompt.id, versions.c.version == version, _live)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise PromptNotFoundError(f"soft prompt {prompt.name!r} has no version {version}")
+    return records.versions_of(connection, [row], {prompt.id: prompt.name})[0]
+
+
+def _has_version(connection: sa.Connection, prompt: _Prompt, version: int) -> bool:
+    query = sa.select(versions.c.id).where(versions.c.prompt_id == prompt.id, versions.c.version == version, _live)
+    return connection.execute(query).one_or_none() is not None
+
+
+def _require_version(connection: sa.Connection, prompt: _Prompt, version: int) -> None:
+    if not _has_version(connection, prompt, version):
+        raise PromptNotFoundError(f"soft prompt {prompt.name!r} has no version {version}")
+
+
+def _pointed(connection: sa.Connection, prompt: _Prompt, alias: str) -> int | None:
+    query = sa.select(aliases.c.version).where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
+    found: int | None = connection.execute(query).scalar_one_or_none()
+    return found
+
+
+def _expect(connection: sa.Connection, prompt: _Prompt, alias: str, expected: int | None) -> None:
+    if expected is None:
+        return
+    found = _pointed(connection, prompt, alias)
+    if found != expected:
+        raise PromptConflictError(
+            f"alias {alias!r} of {prompt.name!r} points at {found or 'nothing'}, not at {expected}"
+        )
+
+
+def _earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[int]:
+    """What an alias pointed at before, oldest first, without the promotions that were rolled back."""
+    query = (
+        sa.select(history.c.action, history.c.version)
+        .where(
+            history.c.name == name,
+            sa.or_(history.c.alias == alias, history.c.action == HistoryAction.DELETE_PROMPT.value),
+        )
+        .order_by(history.c.id)
+    )
+    pointed: list[int] = []
+    for action, version in connection.execute(query):
+        if action == HistoryAction.PROMOTE:
+            pointed.append(version)
+        elif action == HistoryAction.ROLLBACK:
+            while pointed and pointed[-1] != version:
+                pointed.pop()
+        else:  # the alias was removed
+            pointed.clear()
+    return pointed[:-1]
+
+
+def _now() -> int:
+    return time.time_ns() // 1000

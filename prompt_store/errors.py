@@ -5,6 +5,7 @@ PromptStoreError
 ├── InvalidPromptError       the uploaded files are not a soft prompt that this base can serve; lists every fault
 ├── PromptConflictError      the catalog is not in the state that the caller expected
 ├── PromptTooLargeError      a file is over the size limit
+├── StoreUnavailableError    a backend cannot be reached now; nothing was lost
 └── CorruptBlobError         stored bytes no longer match their digest
 """
 
@@ -57,3 +58,7 @@ class PromptTooLargeError(PromptStoreError):
 
 class CorruptBlobError(PromptStoreError):
     """Stored bytes no longer match their digest."""
+
+
+class StoreUnavailableError(PromptStoreError):
+    """The catalog or the object store cannot be reached now; nothing was lost, and a later try may succeed."""

@@ -1,24 +1,37 @@
-"""The prompt store: files and catalog together."""
+"""The prompt store: catalog, blobs and leases together."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import itertools
+import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from prompt_store.blobs import BlobDirectory, Upload
-from prompt_store.catalog import Catalog, NewVersion
-from prompt_store.errors import CorruptBlobError, Fault, InvalidPromptError, PromptStoreError
+from prompt_store.blobs import BlobStore, TierStats
+from prompt_store.catalog import BlobsGoneError, Catalog
+from prompt_store.errors import (
+    BlobNotFoundError,
+    CorruptBlobError,
+    Fault,
+    InvalidPromptError,
+    PromptNotFoundError,
+    StoreUnavailableError,
+)
+from prompt_store.records import NewVersion
+from prompt_store.resolve_cache import ResolveCache
+from prompt_store.staging import Staging, Upload
 from prompt_store.types import (
     CONFIG_FILE,
     DEFAULT_ALIAS,
     WEIGHTS_FILE,
     BaseModelSpec,
+    HistoryEntry,
     LeasedPrompt,
+    Lineage,
     PromptRef,
     PromptSummary,
     PromptVersion,
@@ -26,55 +39,86 @@ from prompt_store.types import (
     check_name,
 )
 from prompt_store.validation import TENSOR, validate
+from prompt_store.watch import CatalogStatus, CatalogWatch
+
+logger = logging.getLogger(__name__)
+
+COLLECT_GRACE_SECONDS = 3600.0
+"""How long a blob without a name is kept where others may be uploading or reading it."""
+
+_COLLECT_BATCH = 100
 
 
 class PromptStore:
-    """Named, versioned soft prompts in one local directory. Thread-safe; one process at a time.
+    """Named, versioned soft prompts. Thread-safe. ``prompt_store.opening.open_store`` puts one together.
 
-    One lock orders publications, leases and collection. So a collection never sees an upload's files without its
-    version, nor a lease that is about to be taken; all of these are short, and reading files needs no lock.
+    Files are on the disk (or in the object store) before the catalog names them, so a version never lacks its bytes.
+    A blob goes when no version has named it for some time and nobody here holds it: at once where this process alone
+    uses the store, after ``COLLECT_GRACE_SECONDS`` where replicas share it and cannot see each other's leases.
 
     Args:
-        path: Created where it does not exist.
+        catalog: Names and versions.
+        blobs: Bytes.
+        staging: Where uploads are written first.
         max_upload_bytes: Largest file that an upload may hold.
-
-    Raises:
-        PromptStoreError: If another process has the directory, or a newer release has written it.
+        collect_grace_seconds: Another time for which blobs without a name are kept.
+        close: Called at the end, when catalog and blobs are closed.
     """
 
-    def __init__(self, path: Path, max_upload_bytes: int = 512 * 1024 * 1024) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock_file = (path / "lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock_file.close()
-            raise PromptStoreError(f"the store {path} is in use by another process") from None
+    def __init__(
+        self,
+        catalog: Catalog,
+        blobs: BlobStore,
+        staging: Staging,
+        *,
+        max_upload_bytes: int = 512 * 1024 * 1024,
+        collect_grace_seconds: float | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._catalog = catalog
+        self._blobs = blobs
+        self._staging = staging
         self._max_upload_bytes = max_upload_bytes
-        try:
-            self._catalog = Catalog(path / "catalog.sqlite3")
-        except BaseException:
-            self._lock_file.close()
-            raise
-        self._blobs = BlobDirectory(path)
+        shared_grace = COLLECT_GRACE_SECONDS if catalog.is_shared else 0.0
+        self._grace_seconds = shared_grace if collect_grace_seconds is None else collect_grace_seconds
+        self._on_close = close
+        self._resolved = ResolveCache()
         self._lock = threading.Lock()
-        self._leases: Counter[str] = Counter()
-        """Leases by blob digest."""
-        self._resolved: dict[PromptRef, PromptVersion] = {}
-        """What references mean, until the next write: nobody else writes."""
-        self._deleted_while_leased: set[str] = set()
-        self.collect()  # blobs that a killed process wrote without coming to record them
+        """Guards what is held; nothing slow is done under it."""
+        self._held: Counter[str] = Counter()
+        """Leases and uploads by blob digest."""
+        self._leases: dict[int, tuple[str, ...]] = {}
+        self._lease_ids = itertools.count(1)
+        self._garbage_held: set[str] = set()
+        """Blobs that would have been collected, had nobody held them."""
+        self._collecting = threading.Lock()
+        self._stopping = threading.Event()
+        self._counts: tuple[int, tuple[int, int]] = (-1, (0, 0))
+        self._watch: CatalogWatch | None = None
+        self._collector: threading.Thread | None = None
+        self.collect()  # what a killed process put without coming to name it
+        if catalog.is_shared:
+            self._watch = CatalogWatch(catalog, self._resolved.invalidate)
+            self._collector = threading.Thread(target=self._collect_now_and_then, name="collector", daemon=True)
+            self._collector.start()
 
     def close(self) -> None:
-        """Close the catalog and let other processes have the directory."""
+        """Close catalog and blobs, and let other processes have them."""
+        self._stopping.set()
+        if self._watch is not None:
+            self._watch.close()
+        if self._collector is not None:
+            self._collector.join()
+        self._staging.close()
+        self._blobs.close()
         self._catalog.close()
-        self._lock_file.close()
+        self._on_close()
 
     # Publishing
 
     def upload(self) -> Upload:
         """A place to write an upload's files to, for ``publish``; a context manager that cleans up behind itself."""
-        return self._blobs.stage(self._max_upload_bytes)
+        return self._staging.upload(self._max_upload_bytes)
 
     def publish(
         self,
@@ -87,11 +131,11 @@ class PromptStore:
         description: str = "",
         tags: Collection[str] = (),
         metadata: Mapping[str, object] | None = None,
+        lineage: Lineage | None = None,
+        actor: str | None = None,
         reserved_names: Collection[str] = (),
     ) -> tuple[PromptVersion, bool]:
         """Validate an upload and make it a version, served from the next request on.
-
-        The files are on the disk before the catalog names them, so a version never lacks its bytes.
 
         Args:
             upload: With both files written and closed.
@@ -102,6 +146,8 @@ class PromptStore:
             description: Free text.
             tags: Words to list by.
             metadata: A JSON object.
+            lineage: Where it comes from.
+            actor: Who publishes.
             reserved_names: Names that mean something else, such as the base model's.
 
         Returns:
@@ -111,6 +157,7 @@ class PromptStore:
         Raises:
             ValueError: If name, alias or a tag is not well formed, or the name is reserved.
             InvalidPromptError: With every fault of the files.
+            StoreUnavailableError: If catalog or blobs cannot be reached; nothing was published.
         """
         check_name(name, "name")
         if name in reserved_names:
@@ -123,7 +170,7 @@ class PromptStore:
         if missing:
             raise InvalidPromptError([Fault("missing_file", f"{file} is missing", file) for file in missing])
         soft_prompt = validate(
-            upload.read(CONFIG_FILE), upload.read(WEIGHTS_FILE), base, require_same_base=require_same_base
+            upload.read(CONFIG_FILE), upload.path(WEIGHTS_FILE), base, require_same_base=require_same_base
         )
         files = tuple(upload.files[file].stored for file in (CONFIG_FILE, WEIGHTS_FILE))
         new = NewVersion(
@@ -138,45 +185,62 @@ class PromptStore:
             description=description,
             tags=tuple(tags),
             metadata=metadata or {},
+            lineage=lineage or Lineage(),
         )
-        with self._writing():
+        self._require_catalog()
+        with self._holding([file.sha256 for file in files]):
+            self._catalog.reserve(files)
             for file in files:
-                self._blobs.add(upload.files[file.filename].path, file.sha256)
-            return self._catalog.publish(new, alias)
+                self._blobs.put(upload.path(file.filename), file.sha256, file.size)
+            try:
+                return self._catalog.publish(new, alias, actor)
+            except BlobsGoneError:
+                raise StoreUnavailableError(
+                    f"the upload took longer than {self._grace_seconds:.0f} s and was given up; send it again"
+                ) from None
+            finally:
+                self._resolved.invalidate([name])
 
     # Using
 
     def resolve(self, ref: PromptRef) -> PromptVersion:
-        """The version that a reference means now; PromptNotFoundError if there is none."""
-        with self._lock:
-            return self._resolve(ref)
+        """The version that a reference means now.
+
+        Raises:
+            PromptNotFoundError: If there is none.
+            StoreUnavailableError: If it is not known here and the catalog cannot be reached.
+        """
+        version = self._resolved.get(ref)
+        if version is None:
+            self._require_catalog()
+            generation = self._resolved.generation
+            version = self._catalog.resolve(ref)
+            self._resolved.add(ref, version, generation)
+        return version
 
     def lease(self, ref: PromptRef) -> LeasedPrompt:
         """Resolve, and keep the files until ``release``, whatever is promoted or deleted meanwhile.
 
         Raises:
             PromptNotFoundError: If there is no such version.
-            CorruptBlobError: If its weights are not where they should be.
+            CorruptBlobError: If its weights are missing or not what was uploaded.
+            StoreUnavailableError: If version or weights are not here and cannot be had now.
         """
-        with self._lock:
-            version = self._resolve(ref)
-            path = self._blobs.path(_weights(version).sha256)
-            if not path.exists():
-                raise CorruptBlobError(f"the weights of {version.name}@{version.version} are missing from the store")
-            self._leases.update(file.sha256 for file in version.files)
-            return LeasedPrompt(version, path)
+        version = self.resolve(ref)
+        try:
+            return self._lease(version)
+        except BlobNotFoundError:
+            # Deleted and collected between our two looks, or truly lost: a second look tells.
+            self._resolved.invalidate([ref.name])
+            return self._lease(self.resolve(ref))
 
     def release(self, leased: LeasedPrompt) -> None:
-        """End a lease; files that were deleted meanwhile go with the last one."""
-        digests = [file.sha256 for file in leased.version.files]
+        """End a lease; files that were deleted meanwhile go with the last one. Ending it again changes nothing."""
         with self._lock:
-            self._leases.subtract(digests)
-            ended = [digest for digest in digests if self._leases[digest] == 0]
-            for digest in ended:
-                del self._leases[digest]
-            # Only where something was deleted does the catalog have to be asked.
-            if ended and self._deleted_while_leased.intersection(ended):
-                self._collect()
+            digests = self._leases.pop(leased.lease_id, ())
+        if digests:
+            self._blobs.unpin(_weights(leased.version).sha256)
+            self._let_go(digests)
 
     @contextmanager
     def leased(self, ref: PromptRef) -> Iterator[LeasedPrompt]:
@@ -189,43 +253,85 @@ class PromptStore:
 
     # Looking
 
+    @property
+    def status(self) -> CatalogStatus:
+        """Whether the catalog can be reached."""
+        if self._watch is None:
+            return CatalogStatus(True, None, 0.0, 0)
+        return self._watch.status
+
+    def tier_stats(self) -> list[TierStats]:
+        """What each tier of the blobs holds and has done."""
+        return self._blobs.stats()
+
     def get_prompt(self, name: str) -> PromptSummary:
         """A name with its aliases and newest version; PromptNotFoundError if there is none."""
+        self._require_catalog()
         return self._catalog.get_prompt(name)
 
     def list_prompts(
         self, limit: int = 100, after: str | None = None, tag: str | None = None
     ) -> tuple[list[PromptSummary], bool]:
         """Names in order, behind ``after``, those with ``tag``; and whether there are more."""
+        self._require_catalog()
         return self._catalog.list_prompts(limit, after, tag)
 
-    def list_versions(self, name: str) -> list[PromptVersion]:
-        """All versions of a name, newest first; PromptNotFoundError if there is none."""
-        return self._catalog.list_versions(name)
+    def list_versions(
+        self, name: str, limit: int = 100, before: int | None = None
+    ) -> tuple[list[PromptVersion], bool]:
+        """Versions of a name, newest first, those below ``before``; and whether there are more.
+
+        Raises:
+            PromptNotFoundError: If there is no such name.
+        """
+        self._require_catalog()
+        return self._catalog.list_versions(name, limit, before)
+
+    def list_history(self, name: str, limit: int = 100, before: int | None = None) -> tuple[list[HistoryEntry], bool]:
+        """What was done to a name, newest first, before the entry ``before``; and whether there is more.
+
+        Raises:
+            PromptNotFoundError: If there never was such a name.
+        """
+        self._require_catalog()
+        return self._catalog.list_history(name, limit, before)
 
     def read_file(self, name: str, version: int, filename: str) -> bytes:
         """One file, byte for byte as it was uploaded.
 
         Raises:
-            PromptNotFoundError: If there is no such version.
+            PromptNotFoundError: If there is no such version, or it has no such file.
             CorruptBlobError: If the bytes are not those that were uploaded.
+            StoreUnavailableError: If they are not here and cannot be had now.
         """
-        with self.leased(PromptRef(name, version=version, alias=None)) as leased:
-            file = leased.version.file(filename)
-            if file is None:
-                raise InvalidPromptError([Fault("unexpected_file", f"a version has no file {filename[:128]!r}")])
-            data = self._blobs.path(file.sha256).read_bytes()
+        found = self.resolve(PromptRef(name, version=version, alias=None))
+        file = found.file(filename)
+        if file is None:
+            raise PromptNotFoundError(f"{name}@{version} has no file {filename[:128]!r}")
+        with self._holding([file.sha256]):
+            self._blobs.pin(file.sha256)
+            try:
+                data = self._blobs.fetch(file.sha256, file.size).read_bytes()
+            finally:
+                self._blobs.unpin(file.sha256)
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise CorruptBlobError(f"{filename} of {name}@{version} is not what was uploaded")
         return data
 
     def counts(self) -> tuple[int, int]:
-        """(names, versions)."""
-        return self._catalog.counts()
+        """(names, versions); what they were last while the catalog cannot be reached."""
+        generation = self._resolved.generation
+        known, counts = self._counts
+        if known != generation and self.status.is_available:
+            counts = self._catalog.counts()
+            self._counts = (generation, counts)
+        return counts
 
     # Changing
 
-    def set_alias(self, name: str, alias: str, version: int, expected_version: int | None = None) -> None:
+    def set_alias(
+        self, name: str, alias: str, version: int, expected_version: int | None = None, actor: str | None = None
+    ) -> None:
         """Point an alias at a version.
 
         Raises:
@@ -234,61 +340,135 @@ class PromptStore:
             PromptConflictError: If ``expected_version`` is given and the alias does not point there.
         """
         check_name(alias, "alias")
-        with self._writing():
-            self._catalog.set_alias(name, alias, version, expected_version)
+        with self._changing(name):
+            self._catalog.set_alias(name, alias, version, expected_version, actor)
 
-    def delete_alias(self, name: str, alias: str) -> None:
+    def rollback(
+        self, name: str, alias: str = DEFAULT_ALIAS, expected_version: int | None = None, actor: str | None = None
+    ) -> int:
+        """Point an alias back at what it pointed at before; returns that version.
+
+        Raises:
+            PromptNotFoundError: If there is no such alias.
+            PromptConflictError: If there is nothing to go back to, or the alias is not at ``expected_version``.
+        """
+        with self._changing(name):
+            return self._catalog.rollback(name, alias, expected_version, actor)
+
+    def delete_alias(self, name: str, alias: str, actor: str | None = None) -> None:
         """Remove an alias; PromptNotFoundError if there is none."""
-        with self._writing():
-            self._catalog.delete_alias(name, alias)
+        with self._changing(name):
+            self._catalog.delete_alias(name, alias, actor)
 
-    def delete_version(self, name: str, version: int) -> None:
+    def delete_version(self, name: str, version: int, actor: str | None = None) -> None:
         """Delete a version; its files stay while leased. PromptNotFoundError if there is none."""
-        with self._writing():
-            self._catalog.delete_version(name, version)
-            self._collect()
+        with self._changing(name):
+            self._catalog.delete_version(name, version, actor)
+        self._collect_if_alone()
 
-    def delete_prompt(self, name: str) -> None:
+    def delete_prompt(self, name: str, actor: str | None = None) -> None:
         """Delete a name with all its versions; files stay while leased. PromptNotFoundError if there is none."""
-        with self._writing():
-            self._catalog.delete_prompt(name)
-            self._collect()
+        with self._changing(name):
+            self._catalog.delete_prompt(name, actor)
+        self._collect_if_alone()
 
     def collect(self) -> int:
-        """Remove blobs that no version names and no lease holds; returns how many."""
-        with self._lock:
-            return self._collect()
+        """Remove blobs that no version names, nobody here holds and whose time is up; returns how many.
+
+        Raises:
+            StoreUnavailableError: If catalog or blobs cannot be reached; what is left is collected another time.
+        """
+        total = 0
+        with self._collecting:
+            while True:
+                with self._lock:
+                    limit = _COLLECT_BATCH + len(self._held)
+                before = int((time.time() - self._grace_seconds) * 1e6)
+                with self._catalog.garbage(before, limit, self._is_held) as digests:
+                    for digest in digests:
+                        self._blobs.delete(digest)
+                total += len(digests)
+                if len(digests) < _COLLECT_BATCH:
+                    return total
 
     # Inside
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _lease(self, version: PromptVersion) -> LeasedPrompt:
+        weights = _weights(version)
+        digests = tuple(file.sha256 for file in version.files)
         with self._lock:
+            self._held.update(digests)
+        self._blobs.pin(weights.sha256)
+        try:
+            path = self._blobs.fetch(weights.sha256, weights.size)
+        except BaseException:
+            self._blobs.unpin(weights.sha256)
+            self._let_go(digests)
+            raise
+        lease_id = next(self._lease_ids)
+        with self._lock:
+            self._leases[lease_id] = digests
+        return LeasedPrompt(version, path, lease_id)
+
+    @contextmanager
+    def _holding(self, digests: Sequence[str]) -> Iterator[None]:
+        with self._lock:
+            self._held.update(digests)
+        try:
+            yield
+        finally:
+            self._let_go(digests)
+
+    def _let_go(self, digests: Sequence[str]) -> None:
+        with self._lock:
+            self._held.subtract(digests)
+            ended = {digest for digest in digests if self._held[digest] <= 0}
+            for digest in ended:
+                del self._held[digest]
+            is_garbage = not ended.isdisjoint(self._garbage_held)
+            self._garbage_held -= ended
+        # Only where a collection has met one of them does it have to be asked for again.
+        if is_garbage:
+            self._collect_if_alone()
+
+    def _is_held(self, digest: str) -> bool:
+        with self._lock:
+            if digest not in self._held:
+                return False
+            self._garbage_held.add(digest)
+            return True
+
+    def _collect_if_alone(self) -> None:
+        """Collect what has just become garbage. A failure is only logged: whatever led here has succeeded."""
+        if self._catalog.is_shared:
+            return  # the collecting thread will, when the grace is over
+        try:
+            self.collect()
+        except StoreUnavailableError as error:
+            logger.warning("blobs without a name could not be collected: %s", error)
+
+    def _collect_now_and_then(self) -> None:
+        while not self._stopping.wait(max(self._grace_seconds / 4, 1.0)):
             try:
-                yield
-            finally:
-                self._resolved.clear()
+                self.collect()
+            except StoreUnavailableError as error:
+                logger.warning("blobs without a name could not be collected: %s", error)
+            except Exception:
+                logger.exception("collecting failed; trying again later")
 
-    def _resolve(self, ref: PromptRef) -> PromptVersion:
-        version = self._resolved.get(ref)
-        if version is None:
-            version = self._catalog.resolve(ref)
-            if len(self._resolved) >= _MAX_RESOLVED:
-                self._resolved.clear()
-            self._resolved[ref] = version
-        return version
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        self._require_catalog()
+        try:
+            yield
+        finally:
+            self._resolved.invalidate([name])
 
-    def _collect(self) -> int:
-        named = self._catalog.blob_digests()
-        unnamed = set(self._blobs.digests()) - named
-        self._deleted_while_leased = {digest for digest in unnamed if digest in self._leases}
-        garbage = unnamed - self._deleted_while_leased
-        for digest in garbage:
-            self._blobs.delete(digest)
-        return len(garbage)
-
-
-_MAX_RESOLVED = 10_000
+    def _require_catalog(self) -> None:
+        """Fail at once while the catalog is known to be away: every attempt would take seconds and a thread."""
+        status = self.status
+        if not status.is_available:
+            raise StoreUnavailableError(status.reason or "the catalog cannot be reached")
 
 
 def _weights(version: PromptVersion) -> StoredFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 DEFAULT_ALIAS = "latest"
 """The alias that a bare name means, and that an upload moves unless it says otherwise."""
+
+MAX_LINEAGE_CHARS = 1024
+MAX_SCORES = 64
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -153,6 +157,64 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a version comes from, as its trainer tells.
+
+    Attributes:
+        training_run: The run's name or address in whatever tracks runs.
+        parent: ``NAME@VERSION`` that the training began from; it need not be in this store.
+        dataset_digest: What identifies the training data.
+        scores: Measurements by name.
+    """
+
+    training_run: str | None = None
+    parent: str | None = None
+    dataset_digest: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: object) -> Lineage:
+        """Check a JSON value.
+
+        Raises:
+            ValueError: If it is not an object, or a field is unknown or has the wrong type.
+        """
+        if not isinstance(value, Mapping):
+            raise ValueError("lineage has to be a JSON object")
+        unknown = sorted(map(str, value.keys() - {"training_run", "parent", "dataset_digest", "scores"}))
+        if unknown:
+            raise ValueError(
+                f"lineage has no field {unknown[0][:64]!r}; it has training_run, parent, dataset_digest and scores"
+            )
+        texts: dict[str, str | None] = {}
+        for key in ("training_run", "parent", "dataset_digest"):
+            text = value.get(key)
+            if text is not None and not (isinstance(text, str) and 0 < len(text) <= MAX_LINEAGE_CHARS):
+                raise ValueError(f"lineage.{key} has to be a string of 1 to {MAX_LINEAGE_CHARS} characters")
+            texts[key] = text
+        if texts["parent"] is not None and PromptRef.parse(texts["parent"]).version is None:
+            raise ValueError("lineage.parent has to name a version: NAME@VERSION")
+        scores = value.get("scores") or {}
+        if not isinstance(scores, Mapping) or len(scores) > MAX_SCORES:
+            raise ValueError(f"lineage.scores has to be an object of at most {MAX_SCORES} numbers")
+        for key, score in scores.items():
+            is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+            if not is_number or not 0 < len(key) <= MAX_LINEAGE_CHARS:
+                raise ValueError(f"lineage.scores: {key[:64]!r} is not a name with a finite number")
+        return cls(**texts, scores={key: float(score) for key, score in scores.items()})
+
+    def to_json(self) -> dict[str, object]:
+        """The fields that are set."""
+        fields: dict[str, object] = {
+            "training_run": self.training_run,
+            "parent": self.parent,
+            "dataset_digest": self.dataset_digest,
+            "scores": dict(self.scores),
+        }
+        return {key: value for key, value in fields.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
 class PromptVersion:
     """One immutable version of a named soft prompt, as the catalog records it.
 
@@ -170,6 +232,8 @@ class PromptVersion:
         description: Free text.
         tags: Words to list by.
         metadata: The uploader's own JSON object.
+        lineage: Where it comes from.
+        created_by: Who published it, as far as the server knows.
     """
 
     name: str
@@ -185,6 +249,8 @@ class PromptVersion:
     description: str = ""
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
+    lineage: Lineage = field(default_factory=Lineage)
+    created_by: str | None = None
 
     @property
     def size(self) -> int:
@@ -194,6 +260,40 @@ class PromptVersion:
     def file(self, filename: str) -> StoredFile | None:
         """The stored file of that name, or None."""
         return next((file for file in self.files if file.filename == filename), None)
+
+
+class HistoryAction(StrEnum):
+    """What was done to a name."""
+
+    PUBLISH = "publish"
+    PROMOTE = "promote"
+    ROLLBACK = "rollback"
+    DELETE_ALIAS = "delete_alias"
+    DELETE_VERSION = "delete_version"
+    DELETE_PROMPT = "delete_prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """One change of one name.
+
+    Attributes:
+        id: Grows with every change of the catalog; a page goes on before it.
+        action: What was done.
+        alias: The alias that was moved or removed, if one was.
+        version: The version that was published or deleted, or that the alias points at since.
+        previous_version: What the alias pointed at before, or None.
+        actor: Who did it, as far as the server knows.
+        at: When, UTC.
+    """
+
+    id: int
+    action: HistoryAction
+    alias: str | None
+    version: int | None
+    previous_version: int | None
+    actor: str | None
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +319,13 @@ class LeasedPrompt:
 
     Attributes:
         version: What was resolved.
-        weights_path: The weights file in the local blob directory; readable while the lease lasts.
+        weights_path: The weights file on this machine; readable while the lease lasts.
+        lease_id: Tells this lease from others of the same version.
     """
 
     version: PromptVersion
     weights_path: Path
+    lease_id: int = 0
 
 
 def check_name(text: str, what: str) -> str:

@@ -1,0 +1,209 @@
+"""The catalog's database: connecting, bringing its schema up to date, transactions. SQLite or PostgreSQL.
+
+SQLite runs in write-ahead mode with ``synchronous=FULL``: what was acknowledged survives ``kill -9`` and a power cut.
+PostgreSQL does the same by default (``synchronous_commit``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util.exc import CommandError
+
+from prompt_store.errors import PromptStoreError, StoreUnavailableError
+
+CONNECT_SECONDS = 3
+STATEMENT_SECONDS = 30
+"""No statement of ours takes this long, unless it waits for a lock that somebody holds for good."""
+
+_MIGRATION_LOCK = 0x7072656C756465
+"""PostgreSQL's advisory lock around migrations: replicas start together."""
+
+_UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, sa.exc.InternalError)
+
+
+class Database:
+    """One database with its pool of connections.
+
+    Args:
+        url: ``sqlite:///PATH`` or ``postgresql://USER@HOST:PORT/DATABASE``.
+
+    Attributes:
+        is_shared: Whether other processes write to it too.
+
+    Raises:
+        PromptStoreError: If the URL or its driver cannot be used, or a newer release has written the database.
+        StoreUnavailableError: If the database cannot be reached.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = sa.make_url(url)
+        except sa.exc.ArgumentError as error:
+            raise PromptStoreError(f"the catalog's URL {url[:200]!r} cannot be read: {error}") from error
+        self.is_shared = parsed.get_backend_name() == "postgresql"
+        self._url = parsed
+        if self.is_shared:
+            self._engine = _postgresql(parsed)
+        elif parsed.get_backend_name() == "sqlite" and parsed.database:
+            self._engine = sa.create_engine(parsed)
+            sa.event.listen(self._engine, "connect", _configure_sqlite)
+        else:
+            raise PromptStoreError(f"the catalog can be sqlite:///PATH or postgresql://..., not {str(parsed)!r}")
+        try:
+            self._upgrade()
+        except BaseException:
+            self._engine.dispose()
+            raise
+
+    def __str__(self) -> str:
+        return self._url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection whose statements see one state of the database.
+
+        Raises:
+            StoreUnavailableError: If the database cannot be reached, or breaks off.
+        """
+        with _translated(self), self._engine.connect() as connection:
+            if self.is_shared:
+                connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            else:
+                connection.exec_driver_sql("BEGIN")
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction, committed unless the block raises; on SQLite the only one that writes.
+
+        Raises:
+            StoreUnavailableError: If the database cannot be reached, breaks off or cannot write.
+        """
+        with _translated(self), self._engine.connect() as connection:
+            if not self.is_shared:
+                # SQLite would take the lock at the first write, and fail where another had written since our read.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()
+
+    def listen(self, channel: str) -> Listener:
+        """A connection of its own that hears what is notified on a channel.
+
+        Raises:
+            StoreUnavailableError: If the database cannot be reached.
+        """
+        with _translated(self):
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            connection.detach()
+            listener = Listener(self, connection)
+            connection.exec_driver_sql(f'LISTEN "{channel}"')
+        return listener
+
+    def _upgrade(self) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        with self.writing() as connection:
+            if self.is_shared:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            config.attributes["connection"] = connection
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise PromptStoreError(
+                    f"the catalog {self} was written by a newer release ({error}): use a newer release"
+                ) from error
+
+
+class Listener:
+    """A connection that hears notifications; made by ``Database.listen``."""
+
+    def __init__(self, database: Database, connection: sa.Connection) -> None:
+        self._database = database
+        self._connection = connection
+
+    def wait(self, seconds: float) -> None:
+        """Return at the next notification, or after so many seconds.
+
+        Raises:
+            StoreUnavailableError: If the connection breaks off.
+        """
+        with _translated(self._database):
+            driver: Any = self._connection.connection.driver_connection
+            try:
+                for _ in driver.notifies(timeout=seconds, stop_after=1):
+                    pass
+            except Exception as error:
+                raise StoreUnavailableError(f"the catalog {self._database} broke off: {error}") from error
+
+    def scalar(self, query: sa.Select[Any]) -> Any:
+        """The one value of a query.
+
+        Raises:
+            StoreUnavailableError: If the connection breaks off.
+        """
+        with _translated(self._database):
+            return self._connection.execute(query).scalar_one()
+
+    def close(self) -> None:
+        """Close the connection."""
+        with suppress(sa.exc.SQLAlchemyError):  # it may be broken, which is why it is closed
+            self._connection.close()
+
+
+def _postgresql(url: sa.URL) -> sa.Engine:
+    try:
+        return sa.create_engine(
+            url.set(drivername="postgresql+psycopg"),
+            pool_pre_ping=True,
+            pool_timeout=CONNECT_SECONDS,
+            max_overflow=10,
+            connect_args={
+                "connect_timeout": CONNECT_SECONDS,
+                # A partner that went without a word is noticed in seconds, not in TCP's quarter of an hour.
+                "keepalives_idle": CONNECT_SECONDS,
+                "keepalives_interval": 1,
+                "keepalives_count": 3,
+                "tcp_user_timeout": CONNECT_SECONDS * 1000,
+                "options": f"-c statement_timeout={STATEMENT_SECONDS * 1000}",
+                "application_name": "prelude",
+            },
+        )
+    except ModuleNotFoundError as error:
+        raise PromptStoreError(
+            "a PostgreSQL catalog needs psycopg 3: pip install 'prelude-server[postgres]'"
+        ) from error
+
+
+def _configure_sqlite(connection: Any, _record: object) -> None:
+    # sqlite3 would begin transactions by itself, and late; reading() and writing() begin them.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+@contextmanager
+def _translated(database: Database) -> Iterator[None]:
+    try:
+        yield
+    except _UNAVAILABLE as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()
+        raise StoreUnavailableError(
+            f"the catalog {database} cannot be used now: {reason[0] if reason else type(error).__name__}"
+        ) from error

@@ -1,0 +1,99 @@
+"""Putting a prompt store together from where its parts are."""
+
+from __future__ import annotations
+
+import fcntl
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+import sqlalchemy as sa
+
+from prompt_store.blobs import BlobDirectory, BlobStore
+from prompt_store.catalog import Catalog
+from prompt_store.database import Database
+from prompt_store.errors import PromptStoreError
+from prompt_store.object_store import ObjectBlobs
+from prompt_store.staging import Staging
+from prompt_store.store import PromptStore
+
+DEFAULT_CACHE_BYTES = 10 * 1024**3
+
+CATALOG_FILE = "catalog.sqlite3"
+
+
+def open_store(
+    location: str | Path,
+    *,
+    catalog_url: str | None = None,
+    cache_path: Path | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    max_upload_bytes: int = 512 * 1024 * 1024,
+    collect_grace_seconds: float | None = None,
+) -> PromptStore:
+    """Open a prompt store, and make it where there is none.
+
+    Args:
+        location: A directory, or the URL of an object store (``s3://BUCKET/PREFIX``, ``gs://``, ``az://``).
+        catalog_url: ``postgresql://...``, which replicas may share, or ``sqlite:///PATH``, which one process has for
+            itself; None is an SQLite file in the directory.
+        cache_path: The directory for local copies of an object store's blobs, and for uploads under way.
+        cache_bytes: What the local copies may take.
+        max_upload_bytes: Largest file that an upload may hold.
+        collect_grace_seconds: How long blobs without a name are kept; None is right in all but tests.
+
+    Raises:
+        PromptStoreError: If another process has the catalog or the cache, a newer release has written the catalog,
+            or the arguments do not go together.
+        StoreUnavailableError: If catalog or object store cannot be reached.
+    """
+    is_remote = "://" in str(location)
+    if is_remote and catalog_url is None:
+        raise PromptStoreError(
+            f"the store {location} needs a catalog of its own: give postgresql://... (replicas can share it) "
+            "or sqlite:///PATH"
+        )
+    if is_remote and cache_path is None:
+        raise PromptStoreError(f"the store {location} needs a directory for local copies")
+    with ExitStack() as stack:
+        folder = Path(cache_path) if is_remote and cache_path is not None else Path(location)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PromptStoreError(f"the directory {folder} cannot be made: {error.strerror}") from error
+        url = catalog_url or sa.URL.create("sqlite", database=str(folder / CATALOG_FILE)).render_as_string()
+        lock = _lock(url)
+        if lock is not None:
+            stack.callback(lock.close)
+        catalog = Catalog(Database(url))
+        stack.callback(catalog.close)
+        staging = Staging(folder)
+        stack.callback(staging.close)
+        blobs: BlobStore = ObjectBlobs(str(location), folder, cache_bytes) if is_remote else BlobDirectory(folder)
+        stack.callback(blobs.close)
+        store = PromptStore(
+            catalog,
+            blobs,
+            staging,
+            max_upload_bytes=max_upload_bytes,
+            collect_grace_seconds=collect_grace_seconds,
+            close=lambda: lock.close() if lock is not None else None,
+        )
+        stack.pop_all()  # the store closes them from here on
+        return store
+
+
+def _lock(url: str) -> IO[str] | None:
+    """Have an SQLite catalog for this process alone, so that nobody else's changes have to be looked for."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return None
+    path = Path(parsed.database)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(path.name + ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise PromptStoreError(f"the catalog {path} is in use by another process") from None
+    return file
