@@ -164,6 +164,8 @@ def _version(row: sa.Row[Any], name: str, files: Sequence[StoredFile], words: Se
         metadata=json.loads(row.metadata),
         lineage=Lineage.parse(json.loads(row.lineage)),
         created_by=row.created_by,
+        num_tasks=row.num_tasks,
+        num_labels=row.num_labels,
     )
 
 

@@ -234,6 +234,8 @@ class PromptVersion:
         metadata: The uploader's own JSON object.
         lineage: Where it comes from.
         created_by: Who published it, as far as the server knows.
+        num_tasks: Tasks of a multitask prompt, else None.
+        num_labels: Labels of a prompt that was trained with a classification head, else None.
     """
 
     name: str
@@ -251,6 +253,8 @@ class PromptVersion:
     metadata: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
     created_by: str | None = None
+    num_tasks: int | None = None
+    num_labels: int | None = None
 
     @property
     def size(self) -> int:
