@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from prompt_store.blobs import BlobDirectory, Upload
+from prompt_store.blobs import BlobDirectory
 from prompt_store.catalog import Catalog, NewVersion
 from prompt_store.errors import CorruptBlobError, Fault, InvalidPromptError, PromptStoreError
+from prompt_store.staging import Staging, Upload
 from prompt_store.types import (
     CONFIG_FILE,
     DEFAULT_ALIAS,
@@ -57,6 +58,7 @@ class PromptStore:
             self._lock_file.close()
             raise
         self._blobs = BlobDirectory(path)
+        self._staging = Staging(path)
         self._lock = threading.Lock()
         self._leases: Counter[str] = Counter()
         """Leases by blob digest."""
@@ -67,6 +69,7 @@ class PromptStore:
 
     def close(self) -> None:
         """Close the catalog and let other processes have the directory."""
+        self._staging.close()
         self._catalog.close()
         self._lock_file.close()
 
@@ -74,7 +77,7 @@ class PromptStore:
 
     def upload(self) -> Upload:
         """A place to write an upload's files to, for ``publish``; a context manager that cleans up behind itself."""
-        return self._blobs.stage(self._max_upload_bytes)
+        return self._staging.upload(self._max_upload_bytes)
 
     def publish(
         self,
@@ -141,7 +144,7 @@ class PromptStore:
         )
         with self._writing():
             for file in files:
-                self._blobs.add(upload.files[file.filename].path, file.sha256)
+                self._blobs.put(upload.path(file.filename), file.sha256, file.size)
             return self._catalog.publish(new, alias)
 
     # Using
