@@ -5,8 +5,9 @@ PromptStoreError
 ├── InvalidPromptError       the uploaded files are not a soft prompt that this base can serve; lists every fault
 ├── PromptConflictError      the catalog is not in the state that the caller expected
 ├── PromptTooLargeError      a file is over the size limit
-├── StoreUnavailableError    a backend cannot be reached now; nothing was lost
-└── CorruptBlobError         stored bytes no longer match their digest
+├── CorruptBlobError         stored bytes no longer match their digest
+│   └── BlobNotFoundError    there are no bytes under that digest at all
+└── StoreUnavailableError    what holds the bytes can not be reached now; nothing was lost
 """
 
 from __future__ import annotations
@@ -60,5 +61,9 @@ class CorruptBlobError(PromptStoreError):
     """Stored bytes no longer match their digest."""
 
 
+class BlobNotFoundError(CorruptBlobError):
+    """There are no bytes under that digest at all: a version whose blob is gone is as damaged as can be."""
+
+
 class StoreUnavailableError(PromptStoreError):
-    """The catalog or the object store cannot be reached now; nothing was lost, and a later try may succeed."""
+    """What holds the bytes can not be reached now, or refuses the credentials; nothing was lost."""

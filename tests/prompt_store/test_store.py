@@ -27,6 +27,10 @@ from prompt_store.types import PromptRef
 Files = dict[str, tuple[bytes, bytes]]
 
 
+def staged(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "store" / "staging").glob("*/*") if path.name != "lock"]
+
+
 def num_blobs(tmp_path: Path) -> int:
     return sum(1 for _ in (tmp_path / "store" / "blobs").glob("*/*"))
 
@@ -105,7 +109,7 @@ def test_refused_upload_leaves_nothing(
             file.write(config)
         store.publish(upload, name="p", base=None)
     assert num_blobs(tmp_path) == 0
-    assert list((tmp_path / "store" / "staging").iterdir()) == []
+    assert staged(tmp_path) == []
     assert store.counts() == (0, 0)
 
 
@@ -124,7 +128,7 @@ def test_a_file_is_taken_once_and_up_to_its_limit(tmp_path: Path) -> None:
         file.write(b"0123456789")
         with pytest.raises(PromptTooLargeError, match="larger than the 10 bytes"):
             file.write(b"x")
-    assert list((tmp_path / "store" / "staging").iterdir()) == []
+    assert staged(tmp_path) == []
     store.close()
 
 
@@ -212,13 +216,13 @@ def test_everything_is_there_after_a_restart(tmp_path: Path, publish: Callable, 
     store = PromptStore(tmp_path / "store")
     version, _ = publish(store, peft_files["prefix_tuning"], tags=["t"], metadata={"a": 1})
     store.close()
-    (tmp_path / "store" / "staging" / "left").mkdir()
+    (tmp_path / "store" / "staging" / "left" / "upload").mkdir(parents=True)
     (tmp_path / "store" / "blobs" / "ab").mkdir(exist_ok=True)
     (tmp_path / "store" / "blobs" / "ab" / "ab0123").write_bytes(b"x")
     store = PromptStore(tmp_path / "store")
     assert store.resolve(PromptRef.parse("p")) == version
     assert num_blobs(tmp_path) == 2
-    assert list((tmp_path / "store" / "staging").iterdir()) == []
+    assert staged(tmp_path) == []
     store.close()
 
 
