@@ -109,7 +109,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[
             answers = losses[wanted > 1.0].mean().item()
             short = losses[wanted > ANSWER_WEIGHT].mean().item()
             seconds = time.perf_counter() - started
-            print(f"step {step:5d}  loss {loss.item():.3f}  answers {answers:.3f}  short {short:.3f}  {seconds:.0f} s", flush=True)
+            progress = f"loss {loss.item():.3f}  answers {answers:.3f}  short {short:.3f}"
+            print(f"step {step:5d}  {progress}  {seconds:.0f} s", flush=True)
     return model
 
 

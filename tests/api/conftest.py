@@ -188,11 +188,6 @@ class CountingStore:
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine()
 

@@ -24,11 +24,6 @@ pytestmark = pytest.mark.anyio
 TEXT = [5, 9, 2, 30, 41, 7]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def running(family: Family, **settings: object) -> AsyncIterator[AsyncEngine]:
     options = {"dtype": "float32", "kv_cache_memory": 4 * 2**20, "num_threads": 1, **settings}
