@@ -145,12 +145,13 @@ class Listener:
             StoreUnavailableError: If the connection breaks off.
         """
         with _translated(self._database):
-            driver: Any = self._connection.connection.driver_connection
+            driver: Any = self._connection.connection.dbapi_connection
             try:
                 for _ in driver.notifies(timeout=seconds, stop_after=1):
                     pass
             except Exception as error:
-                raise StoreUnavailableError(f"the catalog {self._database} broke off: {error}") from error
+                reason = " ".join(str(error).split())
+                raise StoreUnavailableError(f"the catalog {self._database} broke off: {reason}") from error
 
     def scalar(self, query: sa.Select[Any]) -> Any:
         """The one value of a query.

@@ -48,6 +48,7 @@ class BaseModelSpec:
         head_dim: Width of one head.
         max_model_len: Positions that one sequence may take, virtual tokens included.
         dtype: The serving dtype: ``float32``, ``bfloat16`` or ``float16``.
+        other_names: What else the base is called, such as its hub id, where it is served under a name of its own.
     """
 
     name: str
@@ -57,6 +58,7 @@ class BaseModelSpec:
     head_dim: int
     max_model_len: int
     dtype: str
+    other_names: tuple[str, ...] = ()
 
     @property
     def key_values_width(self) -> int:

@@ -55,7 +55,7 @@ def validate(
         config_bytes: ``adapter_config.json``.
         weights: ``adapter_model.safetensors``: its bytes or its path.
         base: The resident model.
-        require_same_base: Refuse a prompt whose configuration does not name this base.
+        require_same_base: Refuse a prompt whose configuration names another base.
 
     Raises:
         InvalidPromptError: With all faults of both files.
@@ -82,13 +82,19 @@ def validate(
 
 
 def _base_faults(config: Mapping[str, object], base: BaseModelSpec) -> list[Fault]:
-    """Names match by their last component: the same checkpoint may be a hub id here and a directory there."""
+    """Names match by their last component: the same checkpoint may be a hub id here and a directory there.
+
+    A configuration that names no base cannot be held against it.
+    """
     key = "base_model_name_or_path"
     name = config.get(key)
-    if isinstance(name, str) and PurePosixPath(name).name == PurePosixPath(base.name).name:
+    ours = {PurePosixPath(known).name.lower() for known in (base.name, *base.other_names)}
+    if not isinstance(name, str) or not name or PurePosixPath(name).name.lower() in ours:
         return []
-    found = f"was trained on {name[:200]!a}" if isinstance(name, str) else "does not say what it was trained on"
-    message = f"{CONFIG_FILE}: the soft prompt {found}; this server runs {base.name!r} and takes no other's"
+    message = (
+        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r} and takes no "
+        "other's (unless it is started with --allow-other-base)"
+    )
     return [Fault("base_model_mismatch", message, CONFIG_FILE, key)]
 
 

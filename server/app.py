@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prompt_store.errors import PromptStoreError
+from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from server import tokenizer as base_tokenizer
 from server.api import models, openai, ops, prompts
@@ -30,7 +31,7 @@ from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
 from server.api.middleware import OPEN_PATHS, ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
 from server.api.store_threads import StoreThreads
-from server.config import HttpSettings, Settings
+from server.config import HttpSettings, Settings, StoreSettings
 from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
 from server.errors import ConfigurationError, EngineStartError, ServerError
@@ -81,7 +82,7 @@ def create_app(
     """
     keys = load_keys(settings.http)
     engine = engine or AsyncEngine(settings.engine)
-    opened = store or PromptStore(settings.store.path, max_upload_bytes=settings.store.max_upload_bytes)
+    opened = store or _open_store(settings.store)
     metrics = Metrics(
         read_stats=lambda: engine.stats,
         read_counts=lambda: _store_counts(opened),
@@ -256,6 +257,16 @@ def _services_of(app: FastAPI) -> Services:
     if not isinstance(services, Services):
         raise TypeError("the application was not made by create_app")
     return services
+
+
+def _open_store(settings: StoreSettings) -> PromptStore:
+    return open_store(
+        settings.location,
+        catalog_url=settings.catalog_url,
+        cache_path=settings.cache_path,
+        cache_bytes=settings.cache_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
 
 
 def _store_counts(store: PromptStore) -> StoreCounts:

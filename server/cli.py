@@ -95,6 +95,24 @@ def _flag(section: type, field: str, type_: Any, text: str, *, name: str | None 
     return _Flag(section, field, type_, text, options, name or field)
 
 
+def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Read soft prompts as requests name them, with commas between.
+
+    Raises:
+        typer.BadParameter: If one is not well formed.
+    """
+    if isinstance(text, tuple):
+        return text
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    for name in names:
+        try:
+            PromptRef.parse(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return names
+
+
+_NAMES: dict[str, Any] = {"parser": parse_names, "metavar": "NAME[@V],..."}
 _BYTES: dict[str, Any] = {"parser": parse_bytes, "metavar": "BYTES"}
 
 FLAGS = (
@@ -105,9 +123,23 @@ FLAGS = (
     _flag(EngineSettings, "dtype", DType, "The serving dtype; auto takes the checkpoint's."),
     _flag(HttpSettings, "host", str, "Address to bind; anything but loopback needs --api-key-file."),
     _flag(HttpSettings, "port", int, "TCP port; 0 takes a free one.", min=0, max=65535),
-    _flag(StoreSettings, "path", Path, "Directory of the soft prompts.", name="store"),
+    _flag(
+        StoreSettings, "location", str, "Where soft prompts are: a directory, or s3://, gs:// or az://.", name="store"
+    ),
+    _flag(
+        StoreSettings,
+        "catalog_url",
+        str | None,
+        "Names and versions: postgresql://... or sqlite:///PATH; by default SQLite in the store's directory.",
+        name="catalog",
+    ),
+    _flag(StoreSettings, "cache_path", Path, "Directory for copies of an object store's files.", name="cache"),
+    _flag(StoreSettings, "cache_bytes", int, "What those copies may take.", **_BYTES),
     _flag(StoreSettings, "max_upload_bytes", int, "Largest file of an upload.", **_BYTES),
-    _flag(StoreSettings, "require_same_base", bool, "Refuse soft prompts that name another base model."),
+    _flag(StoreSettings, "allow_other_base", bool, "Take soft prompts that name another base model."),
+    _flag(StoreSettings, "allow_float64", bool, "Take float64 soft prompts, rounded to the serving dtype."),
+    _flag(StoreSettings, "preload", tuple, "Soft prompts to bring onto the device at the start.", **_NAMES),
+    _flag(StoreSettings, "pin", tuple, "Soft prompts to preload and to keep in host memory.", **_NAMES),
     _flag(EngineSettings, "max_model_len", int | None, "Positions of one sequence, virtual tokens included.", min=1),
     _flag(EngineSettings, "max_num_seqs", int, "Sequences that run in one step.", min=1),
     _flag(EngineSettings, "max_num_batched_tokens", int, "Tokens computed in one step.", min=1),

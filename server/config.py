@@ -46,14 +46,26 @@ class StoreSettings:
     """Where soft prompts are kept.
 
     Attributes:
-        path: Directory of the catalog and the blobs.
+        location: A directory, or the URL of an object store.
+        catalog_url: Names and versions: ``postgresql://...`` or ``sqlite:///PATH``; None is SQLite in the directory.
+        cache_path: Directory for local copies of an object store's blobs.
+        cache_bytes: What those copies may take.
         max_upload_bytes: Largest file that an upload may hold.
-        require_same_base: Refuse a soft prompt whose configuration names another base than the resident one.
+        allow_other_base: Take a soft prompt whose configuration names another base than the resident one.
+        allow_float64: Take float64 files, whose rows are rounded to the serving dtype.
+        preload: Soft prompts (``NAME`` or ``NAME@...``) to bring onto the device when the server starts.
+        pin: Soft prompts to preload, and to keep in host memory and on the local disk.
     """
 
-    path: Path = Path("prelude-store")
+    location: str = "prelude-store"
+    catalog_url: str | None = None
+    cache_path: Path = Path("prelude-cache")
+    cache_bytes: int = 10 * 1024**3
     max_upload_bytes: int = 512 * 1024 * 1024
-    require_same_base: bool = False
+    allow_other_base: bool = False
+    allow_float64: bool = False
+    preload: tuple[str, ...] = ()
+    pin: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,16 +30,23 @@ def test_serve_fills_the_settings(started):
     assert settings.engine.kv_cache_memory == 512 * 2**20
     assert settings.store.max_upload_bytes == 2**30
     assert not settings.engine.enable_prefix_caching
-    assert (settings.engine.device, settings.engine.max_model_len, str(settings.store.path)) == ("cpu", 64, "s")
+    assert (settings.engine.device, settings.engine.max_model_len, settings.store.location) == ("cpu", 64, "s")
 
 
 def test_variables_fill_the_settings(started):
-    variables = {"PRELUDE_MODEL": "m", "PRELUDE_KV_CACHE_MEMORY": "2GiB", "PRELUDE_REQUIRE_SAME_BASE": "1"}
+    variables = {
+        "PRELUDE_MODEL": "m",
+        "PRELUDE_KV_CACHE_MEMORY": "2GiB",
+        "PRELUDE_ALLOW_OTHER_BASE": "1",
+        "PRELUDE_PIN": "a, b@2",
+    }
     result = runner.invoke(app, ["serve"], env=variables)
     assert result.exit_code == 0, result.output
     (settings,) = started
     assert settings.engine.kv_cache_memory == 2 * 2**30
-    assert settings.store.require_same_base
+    assert settings.store.allow_other_base
+    assert settings.store.pin == ("a", "b@2")
+    assert settings.store.preload == ()
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,7 @@ def test_variables_fill_the_settings(started):
         "serve --model m --kv-cache-memory lots",
         "serve --model m --max-num-seqs 0",
         "serve --model m --no-such-flag",
+        "serve --model m --pin Bad",
         "push",
         "push /no/such/directory --id x",
         "rm",

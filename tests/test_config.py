@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
-from pathlib import Path
 
 import pytest
 import typer
@@ -32,7 +31,7 @@ def test_variables():
 
 def test_settings_are_frozen():
     with pytest.raises(FrozenInstanceError):
-        StoreSettings().path = Path("x")  # type: ignore[misc]
+        StoreSettings().location = "x"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 
+BASE = "prelude-demo"
 TASKS = ("sentiment", "intent", "extract", "dates")
 PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
 
@@ -55,7 +56,7 @@ def complete(client: httpx.Client, model: str, prompt: object, **fields: object)
 def serving(folder: Path, *flags: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [*PRELUDE, "serve", "--model", str(MODEL_DIRECTORY), "--served-model-name", "demo", "--port", str(port)]
+    command = [*PRELUDE, "serve", "--model", str(MODEL_DIRECTORY), "--served-model-name", BASE, "--port", str(port)]
     command += ["--store", str(folder / "store"), "--kv-cache-memory", "64MiB", *flags]
     log = (folder / "log").open("wb")
     process = subprocess.Popen(command, stderr=log)
@@ -103,14 +104,14 @@ def test_held_out_accuracy_with_the_soft_prompt_and_without(client: httpx.Client
         return sum(answer == pair["output"] for answer, pair in zip(answers, pairs, strict=True)) / len(pairs)
 
     assert accuracy(task) >= 0.95
-    assert accuracy("demo") <= 0.2
+    assert accuracy(BASE) <= 0.2
 
 
 @pytest.mark.anyio
 async def test_mixed_requests_in_flight_at_once_equal_peft(client: httpx.Client) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIRECTORY)
     questions = [(task, heldout(task)[index]["input"]) for index in range(3) for task in (*TASKS[:4],)]
-    questions += [("demo", text) for _, text in questions[:4]]
+    questions += [(BASE, text) for _, text in questions[:4]]
 
     async def ask(http: httpx.AsyncClient, model: str, text: str) -> dict[str, object]:
         body = {"model": model, "prompt": text, "temperature": 0, "max_tokens": 16, "return_token_ids": True}
@@ -120,7 +121,7 @@ async def test_mixed_requests_in_flight_at_once_equal_peft(client: httpx.Client)
         answers = await asyncio.gather(*(ask(http, model, text) for model, text in questions))
     for (model, text), answer in zip(questions, answers, strict=True):
         base = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
-        peft = base if model == "demo" else PeftModel.from_pretrained(base, SOFT_PROMPTS_DIRECTORY / model)
+        peft = base if model == BASE else PeftModel.from_pretrained(base, SOFT_PROMPTS_DIRECTORY / model)
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
         base.generation_config.eos_token_id = None
         want = peft.generate(
@@ -158,8 +159,8 @@ def test_new_version_serves_new_answers_and_the_old_one_stays(client: httpx.Clie
     after = complete(client, "swap", text["input"])["choices"][0]["text"]
     assert after.strip() in {"positive", "negative"}
     assert complete(client, "swap@1", text["input"])["choices"][0]["text"] == before
-    assert complete(client, "demo:swap@1", text["input"])["choices"][0]["text"] == before
-    assert complete(client, "demo", text["input"], prompt_id="swap@1")["choices"][0]["text"] == before
+    assert complete(client, f"{BASE}:swap@1", text["input"])["choices"][0]["text"] == before
+    assert complete(client, BASE, text["input"], prompt_id="swap@1")["choices"][0]["text"] == before
     again = upload(client, "swap", *adapter("intent"))
     assert (again.status_code, again.json()["version"]) == (200, 1)
     assert client.delete("/v1/prompts/swap").status_code in {200, 204}
@@ -205,7 +206,7 @@ def test_bad_files_are_refused_with_the_reason(
 def test_what_does_not_exist_or_fit_is_told(client: httpx.Client) -> None:
     response = client.post("/v1/completions", json={"model": "nothing", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
-    response = client.post("/v1/completions", json={"model": "demo", "prompt_id": "nothing", "prompt": "x"})
+    response = client.post("/v1/completions", json={"model": BASE, "prompt_id": "nothing", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "prompt_not_found")
     response = client.post("/v1/completions", json={"model": "extract", "prompt": [5] * 1010, "max_tokens": 4})
     message = response.json()["error"]["message"]
@@ -233,7 +234,7 @@ def test_killed_engine_is_told_and_the_front_lives(tmp_path: Path) -> None:
     with serving(tmp_path) as (client, process):
         children = psutil.Process(process.pid).children(recursive=True)
         (engine,) = [child for child in children if "server.engine.engine_process" in " ".join(child.cmdline())]
-        body = {"model": "demo", "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        body = {"model": BASE, "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
@@ -242,7 +243,7 @@ def test_killed_engine_is_told_and_the_front_lives(tmp_path: Path) -> None:
         assert "error" in json.loads(events[-1].removeprefix("data: "))
         assert client.get("/live").status_code == 200
         assert client.get("/ready").status_code == 503
-        assert client.post("/v1/completions", json={"model": "demo", "prompt": "x"}).status_code == 503
+        assert client.post("/v1/completions", json={"model": BASE, "prompt": "x"}).status_code == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
 

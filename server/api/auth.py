@@ -21,8 +21,11 @@ class ApiKeys:
     def __init__(self, keys: list[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def check(self, authorization: str | None) -> None:
+    def check(self, authorization: str | None) -> str:
         """Check the value of an ``Authorization`` header, its bytes decoded as Latin-1 (which ASGI does).
+
+        Returns:
+            What the key is called in records: the beginning of its digest, which does not give it away.
 
         Raises:
             AuthenticationError: If it holds none of the keys.
@@ -35,6 +38,7 @@ class ApiKeys:
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise AuthenticationError("the API key is not valid")
+        return f"key-{digest.hex()[:12]}"
 
 
 def read_keys(path: Path) -> list[str]:

@@ -146,6 +146,7 @@ class Services:
             head_dim=model.head_dim,
             max_model_len=model.max_model_len,
             dtype=model.dtype,
+            other_names=(self.settings.engine.model,),
         )
 
     def require_ready(self) -> None:

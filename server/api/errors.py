@@ -18,6 +18,7 @@ from prompt_store.errors import (
     PromptNotFoundError,
     PromptStoreError,
     PromptTooLargeError,
+    StoreUnavailableError,
 )
 from server.errors import (
     AuthenticationError,
@@ -86,6 +87,7 @@ _TABLE: dict[type[Exception], _Row] = {
     EngineNotReadyError: _Row(503, _UNAVAILABLE, "engine_not_ready", {"retry-after": "2"}),
     EngineDeadError: _Row(503, _UNAVAILABLE, "engine_dead", {"retry-after": "10"}),
     EngineStartError: _Row(503, _UNAVAILABLE, "engine_start_failed", {"retry-after": "30"}),
+    StoreUnavailableError: _Row(503, _UNAVAILABLE, "store_unavailable", {"retry-after": "2"}, is_public=False),
     CorruptBlobError: _Row(500, _SERVER_ERROR, "corrupt_prompt", is_public=False),
     ServerError: _INTERNAL,
     PromptStoreError: _INTERNAL,
@@ -95,6 +97,7 @@ _HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowe
 
 _PUBLIC_TEXT = {
     "internal_error": "the server failed to handle this request; its log has the reason under this X-Request-ID",
+    "store_unavailable": "the prompt store cannot be reached now; what it is asked for is not lost: try again",
     "corrupt_prompt": "the stored soft prompt is damaged and cannot be used; upload it again",
 }
 

@@ -67,7 +67,7 @@ class ApiKeyMiddleware:
         """Check one request's key."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
-                self._keys.check(Headers(scope=scope).get("authorization"))
+                scope["state"]["actor"] = self._keys.check(Headers(scope=scope).get("authorization"))
             except ServerError as error:
                 reply = describe(error, request_id=scope["state"]["request_id"])
                 self._metrics.count_error(reply.code)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, check_name
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, Lineage, check_name
 from server.errors import InvalidRequestError, MediaTypeError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FILES_FIELD = "files"
 FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
-TEXT_FIELDS = ("id", "alias", "description", "tags", "metadata")
+TEXT_FIELDS = ("id", "alias", "description", "tags", "metadata", "lineage")
 
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 64 * 1024
@@ -56,6 +56,7 @@ class UploadFields:
         description: Free text.
         tags: Words to list by.
         metadata: The uploader's own JSON object.
+        lineage: Where the soft prompt comes from.
     """
 
     name: str
@@ -63,6 +64,7 @@ class UploadFields:
     description: str
     tags: tuple[str, ...]
     metadata: dict[str, object]
+    lineage: Lineage
 
 
 class UploadParser:
@@ -140,7 +142,8 @@ class UploadParser:
             alias=_checked(self._single("alias") or DEFAULT_ALIAS, "alias", param="alias"),
             description=description,
             tags=self._tags(),
-            metadata=self._metadata(),
+            metadata=self._json_object("metadata"),
+            lineage=self._lineage(),
         )
 
     def _single(self, field: str) -> str:
@@ -157,17 +160,23 @@ class UploadParser:
             raise InvalidRequestError(f"tags: at most {MAX_TAGS}, not {len(tags)}", param="tags")
         return tags
 
-    def _metadata(self) -> dict[str, object]:
-        text = self._single("metadata")
+    def _json_object(self, field: str) -> dict[str, object]:
+        text = self._single(field)
         if not text:
             return {}
         try:
             value = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(f"metadata: not valid JSON: {error}", param="metadata") from error
+            raise InvalidRequestError(f"{field}: not valid JSON: {error}", param=field) from error
         if not isinstance(value, dict):
-            raise InvalidRequestError("metadata: has to be a JSON object", param="metadata")
+            raise InvalidRequestError(f"{field}: has to be a JSON object", param=field)
         return value
+
+    def _lineage(self) -> Lineage:
+        try:
+            return Lineage.parse(self._json_object("lineage"))
+        except ValueError as error:
+            raise InvalidRequestError(f"lineage: {error}", param="lineage") from error
 
     def _begin_part(self) -> None:
         self._num_parts += 1

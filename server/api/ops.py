@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -22,9 +23,16 @@ async def live() -> dict[str, str]:
 @router.get("/health")
 @router.get("/ready")
 async def ready(services: ServicesDep) -> dict[str, str]:
-    """New requests are taken; 503 with the reason while they are not."""
+    """New requests are taken; 503 with the reason while they are not.
+
+    While the store's catalog is away the server goes on with what it knows, and says so here.
+    """
     services.require_ready()
-    return {"status": "ready"}
+    catalog = services.store.store.status
+    if catalog.is_available:
+        return {"status": "ready", "store": "available"}
+    seconds = time.time() - catalog.since
+    return {"status": "ready", "store": f"unavailable for {seconds:.0f} s: what is known already is served"}
 
 
 @router.head("/metrics", include_in_schema=False)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from prompt_store.errors import PromptStoreError
-from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, PromptRef, PromptSummary, PromptVersion, check_name
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, PromptRef, check_name
 from server.api.deps import ServicesDep, require_json
 from server.api.multipart import UploadParser, discard_rest, gathered
-from server.api.protocol import RequestBody
+from server.api.prompt_bodies import (
+    AliasBody,
+    AliasReply,
+    Deleted,
+    HistoryBody,
+    HistoryList,
+    PromptBody,
+    PromptList,
+    RollbackBody,
+    VersionBody,
+    VersionList,
+)
 from server.api.store_threads import StoreThreads
 from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, ServerError
 
@@ -35,114 +46,16 @@ def _alias(text: str) -> str:
 PromptId = Annotated[str, Path(alias="id"), AfterValidator(_name)]
 Alias = Annotated[str, AfterValidator(_alias)]
 VersionNumber = Annotated[int, Path(ge=1, lt=2**63)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Before = Annotated[int | None, Query(ge=1, lt=2**63)]
 
 
-class FileBody(BaseModel):
-    """One stored file; ``size`` is in bytes."""
-
-    filename: str
-    sha256: str
-    size: int
+async def _actor(request: Request) -> str | None:
+    actor: str | None = getattr(request.state, "actor", None)
+    return actor
 
 
-class VersionBody(BaseModel):
-    """One immutable version of a soft prompt."""
-
-    object: str = "prompt.version"
-    id: str = Field(description="The soft prompt's name.")
-    version: int
-    digest: str = Field(description="sha256 over the version's files.")
-    peft_type: str
-    task_type: str
-    num_virtual_tokens: int
-    dtype: str
-    base_model_name_or_path: str | None
-    files: list[FileBody]
-    size: int = Field(description="Bytes of all files.")
-    created_at: int = Field(description="Unix seconds.")
-    description: str
-    tags: list[str]
-    metadata: dict[str, Any]
-
-    @classmethod
-    def of(cls, version: PromptVersion) -> VersionBody:
-        """The catalog's record as the API shows it."""
-        return cls(
-            id=version.name,
-            version=version.version,
-            digest=version.digest,
-            peft_type=version.peft_type.value,
-            task_type=version.task_type,
-            num_virtual_tokens=version.num_virtual_tokens,
-            dtype=version.dtype,
-            base_model_name_or_path=version.base_model_name_or_path,
-            files=[FileBody(filename=file.filename, sha256=file.sha256, size=file.size) for file in version.files],
-            size=version.size,
-            created_at=int(version.created_at.timestamp()),
-            description=version.description,
-            tags=list(version.tags),
-            metadata=dict(version.metadata),
-        )
-
-
-class PromptBody(BaseModel):
-    """A soft prompt: its aliases and the version that its bare name means."""
-
-    object: str = "prompt"
-    id: str
-    aliases: dict[str, int]
-    num_versions: int
-    latest: VersionBody
-
-    @classmethod
-    def of(cls, summary: PromptSummary) -> PromptBody:
-        """The catalog's summary as the API shows it."""
-        return cls(
-            id=summary.name,
-            aliases=dict(summary.aliases),
-            num_versions=summary.num_versions,
-            latest=VersionBody.of(summary.latest),
-        )
-
-
-class PromptList(BaseModel):
-    """A page of soft prompts by name; ``last_id`` is the next page's ``after``."""
-
-    object: str = "list"
-    data: list[PromptBody]
-    has_more: bool
-    last_id: str | None
-
-
-class VersionList(BaseModel):
-    """All versions of one soft prompt."""
-
-    object: str = "list"
-    data: list[VersionBody]
-
-
-class AliasBody(RequestBody):
-    """Where an alias is to point."""
-
-    version: int = Field(ge=1, lt=2**63)
-    expected_version: int | None = Field(None, ge=1, lt=2**63, description="409 unless the alias points there now.")
-
-
-class AliasReply(BaseModel):
-    """Where an alias points."""
-
-    object: str = "prompt.alias"
-    id: str
-    alias: str
-    version: int
-
-
-class Deleted(BaseModel):
-    """What was deleted."""
-
-    id: str
-    object: str
-    deleted: bool = True
+Actor = Annotated[str | None, Depends(_actor)]
 
 
 class _LeasedWeights(FileResponse):
@@ -184,6 +97,11 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
                             "description": {"type": "string"},
                             "tags": {"type": "array", "items": {"type": "string"}},
                             "metadata": {"type": "string", "description": "A JSON object"},
+                            "lineage": {
+                                "type": "string",
+                                "description": "A JSON object: training_run, parent (NAME@VERSION), dataset_digest, "
+                                "scores (numbers by name)",
+                            },
                         },
                     }
                 }
@@ -191,7 +109,7 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
         }
     },
 )
-async def upload_prompt(request: Request, services: ServicesDep) -> Response:
+async def upload_prompt(request: Request, services: ServicesDep, actor: Actor) -> Response:
     """Publish a PEFT directory's two files as the next version of a name; 200 where that version exists already."""
     base = services.base_spec
     limit = 2 * services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
@@ -216,11 +134,13 @@ async def upload_prompt(request: Request, services: ServicesDep) -> Response:
                 upload,
                 name=fields.name,
                 base=base,
-                require_same_base=services.settings.store.require_same_base,
+                require_same_base=not services.settings.store.allow_other_base,
                 alias=fields.alias,
                 description=fields.description,
                 tags=fields.tags,
                 metadata=fields.metadata,
+                lineage=fields.lineage,
+                actor=actor,
                 reserved_names=(services.base_name,),
             )
         except ValueError as error:  # its form was checked already; it is the base's own name
@@ -232,7 +152,7 @@ async def upload_prompt(request: Request, services: ServicesDep) -> Response:
 @router.get("")
 async def list_prompts(
     services: ServicesDep,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    limit: Limit = 20,
     after: Annotated[str | None, AfterValidator(lambda name: name and _name(name))] = None,
     tag: str | None = None,
 ) -> PromptList:
@@ -250,17 +170,32 @@ async def get_prompt(name: PromptId, services: ServicesDep) -> PromptBody:
 
 
 @router.delete("/{id}")
-async def delete_prompt(name: PromptId, services: ServicesDep) -> Deleted:
+async def delete_prompt(name: PromptId, services: ServicesDep, actor: Actor) -> Deleted:
     """Delete all versions and aliases of a name; requests under way keep theirs until they end."""
-    await services.store.call(services.store.store.delete_prompt, name)
+    await services.store.call(services.store.store.delete_prompt, name, actor=actor)
     return Deleted(id=name, object="prompt")
 
 
 @router.get("/{id}/versions")
-async def list_versions(name: PromptId, services: ServicesDep) -> VersionList:
-    """All versions of a name."""
-    versions = await services.store.call(services.store.store.list_versions, name)
-    return VersionList(data=[VersionBody.of(version) for version in versions])
+async def list_versions(
+    name: PromptId, services: ServicesDep, limit: Limit = 100, before: Before = None
+) -> VersionList:
+    """A page of a name's versions, newest first, those below ``before``."""
+    store = services.store.store
+    versions, has_more = await services.store.call(store.list_versions, name, limit=limit, before=before)
+    data = [VersionBody.of(version) for version in versions]
+    return VersionList(data=data, has_more=has_more, last_id=data[-1].version if data else None)
+
+
+@router.get("/{id}/history")
+async def list_history(
+    name: PromptId, services: ServicesDep, limit: Limit = 100, before: Before = None
+) -> HistoryList:
+    """A page of what was done to a name, newest first; it outlives the name."""
+    store = services.store.store
+    entries, has_more = await services.store.call(store.list_history, name, limit=limit, before=before)
+    data = [HistoryBody.of(entry) for entry in entries]
+    return HistoryList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
 @router.get("/{id}/versions/{version}")
@@ -285,23 +220,39 @@ async def get_file(name: PromptId, version: VersionNumber, filename: str, servic
 
 
 @router.delete("/{id}/versions/{version}")
-async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep) -> Deleted:
+async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, actor: Actor) -> Deleted:
     """Delete one version; requests under way keep it until they end."""
-    await services.store.call(services.store.store.delete_version, name, version)
+    await services.store.call(services.store.store.delete_version, name, version, actor=actor)
     return Deleted(id=f"{name}@{version}", object="prompt.version")
 
 
 @router.put("/{id}/aliases/{alias}", dependencies=[Depends(require_json)])
-async def set_alias(name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep) -> AliasReply:
-    """Point an alias at a version, for promoting and rolling back."""
+async def set_alias(name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, actor: Actor) -> AliasReply:
+    """Point an alias at a version."""
     await services.store.call(
-        services.store.store.set_alias, name, alias, body.version, expected_version=body.expected_version
+        services.store.store.set_alias,
+        name,
+        alias,
+        body.version,
+        expected_version=body.expected_version,
+        actor=actor,
     )
     return AliasReply(id=name, alias=alias, version=body.version)
 
 
+@router.post("/{id}/aliases/{alias}/rollback", dependencies=[Depends(require_json)])
+async def rollback(
+    name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, actor: Actor
+) -> AliasReply:
+    """Point an alias back at what it pointed at before its newest promotion; again, and it goes one further back."""
+    version = await services.store.call(
+        services.store.store.rollback, name, alias, expected_version=body.expected_version, actor=actor
+    )
+    return AliasReply(id=name, alias=alias, version=version)
+
+
 @router.delete("/{id}/aliases/{alias}")
-async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep) -> Deleted:
+async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, actor: Actor) -> Deleted:
     """Delete an alias; its version stays."""
-    await services.store.call(services.store.store.delete_alias, name, alias)
+    await services.store.call(services.store.store.delete_alias, name, alias, actor=actor)
     return Deleted(id=f"{name}@{alias}", object="prompt.alias")

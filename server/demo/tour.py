@@ -79,13 +79,13 @@ class _Answer:
 
 
 @contextlib.contextmanager
-def store_directory(chosen: Path | None) -> Iterator[Path]:
+def store_directory(chosen: str | None) -> Iterator[str]:
     """The store that was asked for, or a fresh one that is gone afterwards."""
     if chosen is not None:
         yield chosen
         return
     with tempfile.TemporaryDirectory(prefix="prelude-demo-") as directory:
-        yield Path(directory)
+        yield directory
 
 
 def run(settings: Settings, *, any_port: bool, exit_after: bool, console: Console) -> int:

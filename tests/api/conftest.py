@@ -20,6 +20,7 @@ import pytest
 from fastapi import FastAPI
 from safetensors.numpy import save_file
 
+from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from server.app import PreludeServer, bind, create_app, url_of
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
@@ -210,14 +211,14 @@ def settings(store_path: Path) -> Settings:
     return Settings(
         engine=EngineSettings(model="a/tiny", max_num_seqs=4),
         served_model_name=BASE,
-        store=StoreSettings(path=store_path, max_upload_bytes=64 * 1024),
+        store=StoreSettings(location=str(store_path), max_upload_bytes=64 * 1024),
         http=HttpSettings(port=0, max_waiting=4, max_body_bytes=64 * 1024, drain_seconds=5.0),
     )
 
 
 @pytest.fixture
 def store(settings: Settings) -> Iterator[CountingStore]:
-    opened = PromptStore(settings.store.path, max_upload_bytes=settings.store.max_upload_bytes)
+    opened = open_store(settings.store.location, max_upload_bytes=settings.store.max_upload_bytes)
     yield CountingStore(opened)
     opened.close()
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import threading
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -268,7 +269,7 @@ def test_upload_declared_over_the_limit_is_refused_unread(live):
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(live, settings, store, eventually):
-    staging = settings.store.path / "staging"
+    staging = Path(settings.store.location) / "staging"
 
     def body():
         yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'

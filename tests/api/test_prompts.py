@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -75,11 +76,11 @@ async def test_no_files(client, upload_parts):
 async def test_other_filenames_are_refused(client, upload_parts, filename, settings):
     parts = upload_parts("sentiment")
     parts["files"].append(("files", (filename or "x.pt", b"data")))
-    before = sorted(settings.store.path.rglob("*"))
+    before = sorted(Path(settings.store.location).rglob("*"))
     response = await upload(client, parts)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "files"
-    assert sorted(settings.store.path.rglob("*")) == before
+    assert sorted(Path(settings.store.location).rglob("*")) == before
 
 
 async def test_a_file_twice(client, upload_parts):

@@ -10,6 +10,7 @@ import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec
 
@@ -70,7 +71,7 @@ def peft_files(peft_folders: dict[str, Path]) -> dict[str, tuple[bytes, bytes]]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[PromptStore]:
-    opened = PromptStore(tmp_path / "store")
+    opened = open_store(tmp_path / "store")
     yield opened
     opened.close()
 

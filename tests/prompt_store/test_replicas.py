@@ -1,0 +1,152 @@
+"""Two stores on one PostgreSQL catalog: what one changes, the other serves; and outages of what they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from prompt_store.errors import PromptNotFoundError, PromptStoreError, StoreUnavailableError
+from prompt_store.opening import open_store
+from prompt_store.store import PromptStore
+from prompt_store.types import PromptRef
+from tests.prompt_store.databases import postgres_url, refuse_connections
+
+Files = dict[str, tuple[bytes, bytes]]
+
+
+def eventually(holds: Callable[[], bool], seconds: float) -> float:
+    """Wait until something holds; returns how long that took."""
+    started = time.monotonic()
+    while not holds():
+        assert time.monotonic() < started + seconds
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
+def resolves_to(store: PromptStore, ref: str, version: int | None) -> Callable[[], bool]:
+    def holds() -> bool:
+        try:
+            return store.resolve(PromptRef.parse(ref)).version == version
+        except PromptNotFoundError:
+            return version is None
+
+    return holds
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with postgres_url() as found:
+        yield found
+
+
+@pytest.fixture
+def replicas(url: str, tmp_path: Path) -> Iterator[tuple[PromptStore, PromptStore]]:
+    """Two stores on one database and one directory."""
+    with ExitStack() as stack:
+        opened = []
+        for _ in range(2):
+            store = open_store(tmp_path / "shared", catalog_url=url)
+            stack.callback(store.close)
+            opened.append(store)
+        yield opened[0], opened[1]
+
+
+def test_changes_on_one_are_served_by_the_other_within_a_second(
+    replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files
+) -> None:
+    here, there = replicas
+    publish(here, peft_files["prompt_tuning"])
+    assert eventually(resolves_to(there, "p", 1), 1.0) < 1.0
+    publish(here, peft_files["p_tuning"])
+    eventually(resolves_to(there, "p", 2), 1.0)
+    there.set_alias("p", "latest", 1)
+    eventually(resolves_to(here, "p", 1), 1.0)
+    with there.leased(PromptRef.parse("p@2")) as leased:
+        here.delete_version("p", 2)
+        eventually(resolves_to(there, "p@2", None), 1.0)
+        assert leased.weights_path.read_bytes() == peft_files["p_tuning"][1]
+    here.delete_prompt("p")
+    eventually(resolves_to(there, "p", None), 1.0)
+    assert there.counts() == (0, 0)
+
+
+def test_polling_alone_is_enough(
+    url: str, tmp_path: Path, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As behind a pooler that loses LISTEN: notifications go to a channel that nobody sends on.
+    monkeypatch.setattr("prompt_store.catalog.CHANNEL", "nothing_is_sent_here")
+    deaf = open_store(tmp_path / "shared", catalog_url=url)
+    monkeypatch.undo()
+    here = open_store(tmp_path / "shared", catalog_url=url)
+    try:
+        publish(here, peft_files["prompt_tuning"])
+        eventually(resolves_to(deaf, "p", 1), 1.0)
+        publish(here, peft_files["p_tuning"])
+        eventually(resolves_to(deaf, "p", 2), 1.0)
+    finally:
+        deaf.close()
+        here.close()
+
+
+def test_what_is_held_is_served_while_the_catalog_is_away(
+    url: str, replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files
+) -> None:
+    here, there = replicas
+    publish(here, peft_files["prompt_tuning"])
+    publish(here, peft_files["p_tuning"], name="unseen")
+    eventually(resolves_to(there, "p", 1), 1.0)
+    refuse_connections(url, refuse=True)
+    eventually(lambda: not there.status.is_available, 10.0)
+    assert "the catalog postgresql://" in (there.status.reason or "")
+    with there.leased(PromptRef.parse("p")) as leased:
+        assert leased.version.version == 1
+    started = time.monotonic()
+    for use in (
+        lambda: there.resolve(PromptRef.parse("unseen")),
+        lambda: publish(there, peft_files["prefix_tuning"]),
+        lambda: there.set_alias("p", "x", 1),
+        lambda: there.delete_prompt("p"),
+        there.list_prompts,
+    ):
+        with pytest.raises(StoreUnavailableError):
+            use()
+    assert time.monotonic() - started < 2.0  # nothing tries, and waits, each time
+    assert there.counts() == (2, 2) or there.counts() == (0, 0)  # what it last was
+    refuse_connections(url, refuse=False)
+    eventually(lambda: there.status.is_available, 10.0)
+    assert there.resolve(PromptRef.parse("unseen")).version == 1
+    publish(there, peft_files["prefix_tuning"])
+    eventually(resolves_to(here, "p", 2), 10.0)
+
+
+def test_blobs_without_a_name_stay_for_a_while_where_others_may_use_them(
+    url: str, tmp_path: Path, publish: Callable, peft_files: Files
+) -> None:
+    folder = tmp_path / "shared"
+    store = open_store(folder, catalog_url=url)
+    version, _ = publish(store, peft_files["prompt_tuning"])
+    store.delete_prompt("p")
+    assert store.collect() == 0
+    assert len([path for path in (folder / "blobs").rglob("*") if path.is_file()]) == 2
+    store.close()
+    store = open_store(folder, catalog_url=url, collect_grace_seconds=0.0)  # collects at its start
+    assert [path for path in (folder / "blobs").rglob("*") if path.is_file()] == []
+    again, is_new = publish(store, peft_files["prompt_tuning"])
+    assert is_new
+    assert again.digest == version.digest
+    assert store.read_file("p", again.version, "adapter_config.json") == peft_files["prompt_tuning"][0]
+    store.close()
+
+
+def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(PromptStoreError, match="needs a catalog of its own"):
+        open_store("s3://bucket/prefix", cache_path=tmp_path)
+    with pytest.raises(PromptStoreError, match="needs a directory for local copies"):
+        open_store("s3://bucket/prefix", catalog_url=f"sqlite:///{tmp_path}/c.sqlite3")
+    (tmp_path / "file").touch()
+    with pytest.raises(PromptStoreError, match="cannot be made"):
+        open_store(tmp_path / "file" / "store")
