@@ -21,8 +21,8 @@ class BlobCache:
     """``blobs/<digest>``, and ``incoming/`` for what is still being written. Thread-safe; one process at a time.
 
     Pinned copies count against the budget but are never dropped, even when they alone are over it. A copy that is
-    larger than all of it stays until its last pin is gone or, never pinned, until the next one comes in. Only the path
-    of a pinned digest is sure to be there later: pin first, then fetch.
+    larger than all of it stays until its last pin is gone or, never pinned, until the next one comes in. Only a
+    pinned digest's path is sure to be there later: pin first, then fetch.
 
     Nothing is synced to the disk, for it can all be had again. What is found at start is therefore in doubt, and its
     digest is computed at its first use. Files' modification times keep the order of use over a restart.
