@@ -120,6 +120,22 @@ def test_a_whole_blob_is_not_written_again_but_synced(
     assert synced == [blobs.path(DIGEST), blobs.path(DIGEST).parent, tmp_path / "blobs"]
 
 
+def test_a_blob_deleted_while_it_is_put_is_written(
+    blobs: BlobDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(blobs, tmp_path)
+    sync = blobs_module._sync
+
+    def delete_first(path: Path) -> None:
+        monkeypatch.setattr(blobs_module, "_sync", sync)
+        blobs.delete(DIGEST)
+        sync(path)
+
+    monkeypatch.setattr(blobs_module, "_sync", delete_first)
+    put(blobs, tmp_path)
+    assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
+
+
 def test_a_whole_copy_that_came_meanwhile_is_not_put_aside(
     blobs: BlobDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
