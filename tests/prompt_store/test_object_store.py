@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import obstore
 import pytest
@@ -240,6 +242,75 @@ def test_damage_on_the_way_condemns_nothing(
     monkeypatch.setattr(blobs, "_download", lambda *args: next(answers, None) or download(*args))
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
     assert keys(blobs) == [KEY]
+
+
+def test_an_object_that_was_healed_meanwhile_is_not_removed(
+    s3: str, open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = open_blobs(s3)
+    put(blobs, tmp_path)
+    blobs._cache.drop(DIGEST)
+    obstore.put(blobs._store, KEY, b"same bytes")
+    copy = obstore.copy
+
+    def heal_after(*args: object) -> None:
+        copy(*args)
+        obstore.put(blobs._store, KEY, DATA)
+
+    monkeypatch.setattr(object_store.obstore, "copy", heal_after)
+    with pytest.raises(CorruptBlobError):
+        blobs.fetch(DIGEST, len(DATA))
+    assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
+
+
+def test_no_more_bytes_are_taken_than_there_should_be(
+    open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = open_blobs("memory:///")
+    put(blobs, tmp_path)
+    blobs._cache.drop(DIGEST)
+    endless = SimpleNamespace(
+        meta={"size": len(DATA), "e_tag": "a"}, stream=lambda min_chunk_size: itertools.repeat(DATA)
+    )
+    monkeypatch.setattr(object_store.obstore, "get", lambda *args: endless)
+    with pytest.raises(CorruptBlobError):
+        blobs.fetch(DIGEST, len(DATA))
+
+
+def test_a_copy_that_came_before_a_threads_turn_is_not_downloaded(open_blobs: Open, tmp_path: Path) -> None:
+    blobs = open_blobs("memory:///")
+    put(blobs, tmp_path)
+    assert blobs._load(DIGEST, len(DATA)).read_bytes() == DATA
+    assert downloads(blobs) == 0
+
+
+def test_a_killed_process_leaves_whole_objects_and_a_cache_that_opens(open_blobs: Open, tmp_path: Path) -> None:
+    code = f"""
+import hashlib, itertools
+from pathlib import Path
+from prompt_store.object_store import ObjectBlobs
+path = Path({str(tmp_path)!r})
+blobs = ObjectBlobs("file://{tmp_path}/objects", path / "cache", {BUDGET})
+for turn in itertools.count():
+    data = str(turn).encode() * 100_000
+    (path / "staged").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    blobs.put(path / "staged", digest, len(data))
+    blobs._cache.drop(digest)
+    blobs.fetch(digest, len(data))
+    print(digest, len(data), flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        acknowledged = [process.stdout.readline().split() for _ in range(20)]
+        process.kill()
+    (tmp_path / "staged").unlink(missing_ok=True)
+    blobs = open_blobs(f"file://{tmp_path}/objects")
+    for digest, size in acknowledged:
+        for _ in range(2):
+            assert digest_of(blobs.fetch(digest, int(size)).read_bytes()) == digest
+            blobs._cache.drop(digest)
+    blobs._cache.check_integrity()
 
 
 def test_a_whole_object_is_not_uploaded_again(
