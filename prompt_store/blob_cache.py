@@ -21,8 +21,8 @@ class BlobCache:
     """``blobs/<digest>``, and ``incoming/`` for what is still being written. Thread-safe; one process at a time.
 
     Pinned copies count against the budget but are never dropped, even when they alone are over it. A copy that is
-    larger than all of it stays until its last pin is gone or, never pinned, until the next one comes in. Only the path
-    of a pinned digest is sure to be there later: pin first, then fetch.
+    larger than all of it stays until its last pin is gone or, never pinned, until the next one comes in. Only a
+    pinned digest's path is sure to be there later: pin first, then fetch.
 
     Nothing is synced to the disk, for it can all be had again. What is found at start is therefore in doubt, and its
     digest is computed at its first use. Files' modification times keep the order of use over a restart.
@@ -135,14 +135,22 @@ class BlobCache:
             return self._counters.stats(len(self._copies), self._resident_bytes)
 
     def check_integrity(self) -> None:
-        """For tests: AssertionError if the books do not tell what is there, or the budget is not kept."""
+        """Hold the books against the directory.
+
+        Raises:
+            AssertionError: If they disagree, or the budget is not kept; a fault of this module.
+        """
         with self._lock:
             sizes = {digest: copy.size for digest, copy in self._copies.items()}
-            assert {file.name for file in self._blobs.iterdir()} == set(sizes)  # noqa: S101
-            assert self._resident_bytes == sum(sizes.values())  # noqa: S101
-            loose = [size for digest, size in sizes.items() if digest not in self._pins]
-            assert self._resident_bytes <= self._budget_bytes or len(loose) <= 1  # noqa: S101
-            assert self._doomed <= {digest for digest in sizes if digest in self._pins}  # noqa: S101
+            if {file.name for file in self._blobs.iterdir()} != set(sizes):
+                raise AssertionError("a copy is lost, or there without being known")
+            if self._resident_bytes != sum(sizes.values()):
+                raise AssertionError(f"{self._resident_bytes} bytes are counted of {sum(sizes.values())}")
+            loose = sum(1 for digest in sizes if digest not in self._pins)
+            if self._resident_bytes > self._budget_bytes and loose > 1:
+                raise AssertionError(f"{loose} copies that nobody pins are kept over the budget")
+            if not self._doomed <= {digest for digest in sizes if digest in self._pins}:
+                raise AssertionError("a copy is to go with its last pin, but has none, or is gone")
 
     def close(self) -> None:
         """Let other processes have the directory."""

@@ -228,15 +228,11 @@ class BlobDirectory(BlobStore):
         target = self.path(digest)
         with self._lock:
             self._doomed.discard(digest)
-        try:
-            is_whole = self._is_whole(digest, size)
-        except CorruptBlobError:
-            is_whole = False
-        _sync(target if is_whole else staged)
-        target.parent.mkdir(exist_ok=True)
-        if is_whole:
+        if self._is_whole_and_synced(digest, size):
             staged.unlink()
         else:
+            _sync(staged)
+            target.parent.mkdir(exist_ok=True)
             staged.rename(target)
         # Also for a blob that was there: whoever renamed it may have been killed before these.
         _sync(target.parent)
@@ -281,6 +277,15 @@ class BlobDirectory(BlobStore):
         self._doomed.discard(digest)
         self._verified.pop(digest, None)
         self.path(digest).unlink(missing_ok=True)
+
+    def _is_whole_and_synced(self, digest: str, size: int) -> bool:
+        try:
+            if self._is_whole(digest, size):
+                _sync(self.path(digest))
+                return True
+        except (CorruptBlobError, FileNotFoundError):  # put aside, or deleted meanwhile
+            pass
+        return False
 
     def _is_whole(self, digest: str, size: int) -> bool:
         """Whether the blob is there; CorruptBlobError, after putting it aside, if it is not what it should be."""
