@@ -27,6 +27,7 @@ from prompt_store.types import (
     PromptSummary,
     PromptVersion,
     StoredFile,
+    StoreTotals,
 )
 
 CHANNEL = "prelude_catalog"
@@ -130,14 +131,16 @@ class Catalog:
                 raise PromptNotFoundError(f"there is no soft prompt {name!r}, and never was")
             return [records.history_entry(row) for row in rows[:limit]], len(rows) > limit
 
-    def counts(self) -> tuple[int, int]:
-        """(names, versions) that are not deleted."""
-        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(prompts.c.num_versions), 0)).where(
+    def totals(self) -> StoreTotals:
+        """How much there is."""
+        names = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(prompts.c.num_versions), 0)).where(
             prompts.c.num_versions > 0
         )
+        files = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(blobs.c.size), 0)).select_from(blobs)
         with self._database.reading() as connection:
-            names, total = connection.execute(query).one()
-        return int(names), int(total)
+            num_prompts, num_versions = connection.execute(names).one()
+            num_blobs, blob_bytes = connection.execute(files).one()
+        return StoreTotals(int(num_prompts), int(num_versions), int(num_blobs), int(blob_bytes))
 
     def revision(self) -> int:
         """How many changes there have been."""

@@ -54,12 +54,12 @@ class ResolveCache:
             if len(self._names) > self._max_names:
                 self._names.popitem(last=False)
 
-    def invalidate(self, names: Iterable[str] | None) -> None:
-        """Forget what names meant; None forgets everything."""
+    def invalidate(self, names: Iterable[str] | None) -> list[PromptRef]:
+        """Forget what names meant, None being all of them; returns the references that were known."""
         with self._lock:
             self._generation += 1
             if names is None:
+                forgotten = [ref for refs in self._names.values() for ref in refs]
                 self._names.clear()
-                return
-            for name in names:
-                self._names.pop(name, None)
+                return forgotten
+            return [ref for name in names for ref in self._names.pop(name, {})]

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from prompt_store.blobs import BlobStore, TierStats
 from prompt_store.catalog import BlobsGoneError, Catalog
@@ -36,6 +37,7 @@ from prompt_store.types import (
     PromptSummary,
     PromptVersion,
     StoredFile,
+    StoreTotals,
     check_name,
 )
 from prompt_store.validation import TENSOR, validate
@@ -47,6 +49,8 @@ COLLECT_GRACE_SECONDS = 3600.0
 """How long a blob without a name is kept where others may be uploading or reading it."""
 
 _COLLECT_BATCH = 100
+
+_MAX_REFRESHED = 1000
 
 
 class PromptStore:
@@ -93,12 +97,13 @@ class PromptStore:
         """Blobs that would have been collected, had nobody held them."""
         self._collecting = threading.Lock()
         self._stopping = threading.Event()
-        self._counts: tuple[int, tuple[int, int]] = (-1, (0, 0))
+        self._totals = (-1, StoreTotals())
+        """With the generation that they are of: counting a hundred thousand names at each scrape would tell."""
         self._watch: CatalogWatch | None = None
         self._collector: threading.Thread | None = None
         self.collect()  # what a killed process put without coming to name it
         if catalog.is_shared:
-            self._watch = CatalogWatch(catalog, self._resolved.invalidate)
+            self._watch = CatalogWatch(catalog, self._take_changes)
             self._collector = threading.Thread(target=self._collect_now_and_then, name="collector", daemon=True)
             self._collector.start()
 
@@ -261,8 +266,14 @@ class PromptStore:
         return self._watch.status
 
     def tier_stats(self) -> list[TierStats]:
-        """What each tier of the blobs holds and has done."""
-        return self._blobs.stats()
+        """What each tier of the blobs holds and has done; all that ``totals`` last told, where a tier holds all."""
+        totals = self._totals[1]
+        return [
+            replace(tier, resident=totals.num_blobs, resident_bytes=totals.blob_bytes)
+            if tier.resident is None
+            else tier
+            for tier in self._blobs.stats()
+        ]
 
     def get_prompt(self, name: str) -> PromptSummary:
         """A name with its aliases and newest version; PromptNotFoundError if there is none."""
@@ -318,14 +329,14 @@ class PromptStore:
             raise CorruptBlobError(f"{filename} of {name}@{version} is not what was uploaded")
         return data
 
-    def counts(self) -> tuple[int, int]:
-        """(names, versions); what they were last while the catalog cannot be reached."""
+    def totals(self) -> StoreTotals:
+        """How much there is; how much there was while the catalog cannot be reached."""
         generation = self._resolved.generation
-        known, counts = self._counts
+        known, totals = self._totals
         if known != generation and self.status.is_available:
-            counts = self._catalog.counts()
-            self._counts = (generation, counts)
-        return counts
+            totals = self._catalog.totals()
+            self._totals = (generation, totals)
+        return totals
 
     # Changing
 
@@ -437,6 +448,16 @@ class PromptStore:
                 return False
             self._garbage_held.add(digest)
             return True
+
+    def _take_changes(self, names: set[str] | None) -> None:
+        """Forget what others have changed, and look again at what is in use, in case the catalog goes away next."""
+        for ref in self._resolved.invalidate(names)[-_MAX_REFRESHED:]:
+            try:
+                self.resolve(ref)
+            except PromptNotFoundError:
+                continue
+            except StoreUnavailableError:
+                return
 
     def _collect_if_alone(self) -> None:
         """Collect what has just become garbage. A failure is only logged: whatever led here has succeeded."""

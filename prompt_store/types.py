@@ -320,6 +320,23 @@ class PromptSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreTotals:
+    """What a catalog holds.
+
+    Attributes:
+        num_prompts: Names with a version.
+        num_versions: Versions that are not deleted.
+        num_blobs: Blobs, those included that wait to be collected.
+        blob_bytes: Their size.
+    """
+
+    num_prompts: int = 0
+    num_versions: int = 0
+    num_blobs: int = 0
+    blob_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LeasedPrompt:
     """A version that cannot be collected until its lease is released.
 

@@ -95,15 +95,14 @@ class CatalogWatch:
     def _look(self, listener: Listener) -> None:
         revision = int(listener.scalar(sa.select(state.c.revision)))
         seen = self._status
+        if not seen.is_available:
+            logger.warning("the catalog is back after %.0f s", time.time() - seen.since)
+            seen = self._status = CatalogStatus(True, None, time.time(), seen.revision)
         if revision != seen.revision:
             # A smaller one is another database, restored from a backup perhaps: nothing known is sure then.
             changed = self._catalog.changed_since(seen.revision) if revision > seen.revision else None
             self._on_change(changed)
-        if not seen.is_available:
-            logger.warning("the catalog is back after %.0f s", time.time() - seen.since)
-        if revision != seen.revision or not seen.is_available:
-            since = seen.since if seen.is_available else time.time()
-            self._status = CatalogStatus(True, None, since, revision)
+            self._status = CatalogStatus(True, None, seen.since, revision)
 
     def _lost(self, error: StoreUnavailableError) -> None:
         seen = self._status

@@ -20,9 +20,10 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from prompt_store.errors import PromptStoreError
+from prompt_store.errors import PromptStoreError, StoreUnavailableError
 from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
+from prompt_store.types import StoreTotals
 from server import tokenizer as base_tokenizer
 from server.api import models, openai, ops, prompts
 from server.api.admission import Admission
@@ -35,7 +36,7 @@ from server.config import HttpSettings, Settings, StoreSettings
 from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
 from server.errors import ConfigurationError, EngineStartError, ServerError
-from server.metrics import Metrics, StoreCounts
+from server.metrics import Metrics, StoreState
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def create_app(
     opened = store or _open_store(settings.store)
     metrics = Metrics(
         read_stats=lambda: engine.stats,
-        read_counts=lambda: _store_counts(opened),
+        read_store=lambda: _store_state(opened),
         top_prompts=settings.http.metrics_top_prompts,
     )
     services = Services(
@@ -269,9 +270,15 @@ def _open_store(settings: StoreSettings) -> PromptStore:
     )
 
 
-def _store_counts(store: PromptStore) -> StoreCounts:
-    num_prompts, num_versions = store.counts()
-    return StoreCounts(num_prompts, num_versions)
+def _store_state(store: PromptStore) -> StoreState:
+    return StoreState(_totals(store), store.tier_stats(), store.status.is_available)
+
+
+def _totals(store: PromptStore) -> StoreTotals:
+    try:
+        return store.totals()
+    except StoreUnavailableError:  # it went away this moment; a scrape still has to tell of everything else
+        return StoreTotals()
 
 
 def _default_name(model: str) -> str:

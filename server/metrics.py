@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from prompt_store.blobs import TierStats
+from prompt_store.types import StoreTotals
 from server.engine.types import EngineStats
 
 PREFIX = "prelude_"
@@ -26,16 +29,18 @@ _REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 
 
 
 @dataclass(frozen=True, slots=True)
-class StoreCounts:
-    """What the store holds.
+class StoreState:
+    """What the store holds and how it is.
 
     Attributes:
-        num_prompts: Registered names.
-        num_versions: Versions of all names that are not deleted.
+        totals: How much there is.
+        tiers: What each tier of its blobs holds and has done.
+        is_catalog_available: Whether names and versions can be looked up and changed now.
     """
 
-    num_prompts: int
-    num_versions: int
+    totals: StoreTotals = field(default_factory=StoreTotals)
+    tiers: Sequence[TierStats] = ()
+    is_catalog_available: bool = True
 
 
 class Metrics:
@@ -43,12 +48,12 @@ class Metrics:
 
     Args:
         read_stats: The engine's newest state.
-        read_counts: What the store holds; called at each scrape, outside the event loop.
+        read_store: How the store is; called at each scrape, outside the event loop.
         top_prompts: Soft prompts that get a ``prompt`` label of their own.
     """
 
     def __init__(
-        self, *, read_stats: Callable[[], EngineStats], read_counts: Callable[[], StoreCounts], top_prompts: int
+        self, *, read_stats: Callable[[], EngineStats], read_store: Callable[[], StoreState], top_prompts: int
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         self._top_prompts = top_prompts
@@ -84,7 +89,7 @@ class Metrics:
             registry=self._registry,
             buckets=_REQUEST_BUCKETS,
         )
-        self._registry.register(_ScrapeCollector(read_stats, read_counts))
+        self._registry.register(_ScrapeCollector(read_stats, read_store))
 
     def count_request(self, prompt_name: str | None, outcome: str) -> None:
         """An admitted request has ended; ``prompt_name`` is None for the bare base."""
@@ -124,12 +129,12 @@ class Metrics:
 class _ScrapeCollector(Collector):
     """Metrics whose values others keep: read when they are asked for."""
 
-    def __init__(self, read_stats: Callable[[], EngineStats], read_counts: Callable[[], StoreCounts]) -> None:
+    def __init__(self, read_stats: Callable[[], EngineStats], read_store: Callable[[], StoreState]) -> None:
         self._read_stats = read_stats
-        self._read_counts = read_counts
+        self._read_store = read_store
 
     def collect(self) -> Iterator[Metric]:
-        stats, counts = self._read_stats(), self._read_counts()
+        stats, store = self._read_stats(), self._read_store()
         yield _gauge("num_requests_running", "Sequences that take part in steps.", stats.num_running)
         yield _gauge("num_requests_waiting", "Sequences that wait for blocks or a place.", stats.num_waiting)
         yield _gauge(
@@ -161,15 +166,14 @@ class _ScrapeCollector(Collector):
             "The most distinct soft prompts that any one step has mixed since the engine started.",
             stats.max_batch_distinct_prompts,
         )
-        yield _gauge("soft_prompts_registered", "Names in the store.", counts.num_prompts)
-        yield _gauge("soft_prompt_versions", "Versions in the store, of all names.", counts.num_versions)
-        device = {"tier": "device"}
-        yield _gauge("soft_prompt_resident", "Soft prompts held in a tier.", stats.soft_prompts_resident, device)
-        yield _gauge("soft_prompt_resident_bytes", "Their size in it.", stats.soft_prompt_bytes, device)
-        yield _counter("soft_prompt_loads", "Times one was brought into a tier.", stats.soft_prompt_loads, device)
-        yield _counter(
-            "soft_prompt_evictions", "Times one was dropped from a tier.", stats.soft_prompt_evictions, device
+        yield _gauge("soft_prompts_registered", "Names in the store.", store.totals.num_prompts)
+        yield _gauge("soft_prompt_versions", "Versions in the store, of all names.", store.totals.num_versions)
+        yield _gauge(
+            "catalog_available",
+            "1 while names and versions can be looked up and changed; while 0, what is known already is served.",
+            float(store.is_catalog_available),
         )
+        yield from _tiers(stats, store)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registering does not read the store."""
@@ -186,3 +190,41 @@ def _counter(name: str, text: str, value: float, labels: dict[str, str] | None =
     family = CounterMetricFamily(PREFIX + name, text, labels=list(labels or ()))
     family.add_metric(list((labels or {}).values()), value)
     return family
+
+
+def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
+    """Where soft prompts are: device (key/value blocks), host (memory), disk (local files), object_store."""
+    numbers = GaugeMetricFamily(
+        f"{PREFIX}soft_prompt_resident", "Soft prompts held in a tier (on disk: files).", labels=["tier"]
+    )
+    sizes = GaugeMetricFamily(f"{PREFIX}soft_prompt_resident_bytes", "Their size in bytes.", labels=["tier"])
+    held = [("device", stats.soft_prompts_resident, stats.soft_prompt_bytes)]
+    held += [(tier.tier, tier.resident or 0, tier.resident_bytes or 0) for tier in store.tiers]
+    for name, number, size in held:
+        numbers.add_metric([name], number)
+        sizes.add_metric([name], size)
+    yield numbers
+    yield sizes
+    for name, text, device, attribute in (
+        ("loads", "Times one was brought into (device) or read from a tier.", stats.soft_prompt_loads, "loads"),
+        ("evictions", "Times one was dropped from a tier for room.", stats.soft_prompt_evictions, "evictions"),
+        ("hits", "Uses that a tier could answer.", None, "hits"),
+        ("misses", "Uses that a tier could not answer.", None, "misses"),
+        ("corrupt", "Stored files that were not what was uploaded, and were put aside.", None, "corrupt"),
+    ):
+        counter = CounterMetricFamily(f"{PREFIX}soft_prompt_{name}", text, labels=["tier"])
+        if device is not None:
+            counter.add_metric(["device"], device)
+        for tier in store.tiers:
+            counter.add_metric([tier.tier], getattr(tier, attribute))
+        yield counter
+    seconds = HistogramMetricFamily(
+        f"{PREFIX}soft_prompt_load_seconds", "How long one load from a tier took.", labels=["tier"]
+    )
+    for tier in store.tiers:
+        buckets = [
+            (floatToGoString(bound), float(count))  # type: ignore[no-untyped-call]
+            for bound, count in tier.load_seconds_buckets
+        ]
+        seconds.add_metric([tier.tier], buckets, tier.load_seconds_sum)
+    yield seconds

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from prompt_store.blobs import TierStats
+from prompt_store.types import StoreTotals
 from server.engine.types import EngineStats
-from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreCounts
+from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreState
+
+TIERS = [TierStats(tier, 1, 2, 3, 4, 5, 6, 7, 8, 0.5, ((0.1, 1), (math.inf, 3))) for tier in ("disk", "object_store")]
+STORE = StoreState(StoreTotals(3, 5), TIERS, False)
 
 
 def make(stats: EngineStats | None = None, top_prompts: int = 2) -> Metrics:
-    return Metrics(
-        read_stats=lambda: stats or EngineStats(), read_counts=lambda: StoreCounts(3, 5), top_prompts=top_prompts
-    )
+    return Metrics(read_stats=lambda: stats or EngineStats(), read_store=lambda: STORE, top_prompts=top_prompts)
 
 
 def families(metrics: Metrics):
@@ -34,7 +39,10 @@ def test_every_metric_is_prefixed_and_explained():
     + ["virtual_tokens_total", "soft_prompts_registered", "soft_prompt_versions", "batch_size", "step_seconds"]
     + ["batch_distinct_prompts", "batch_distinct_prompts_max"]
     + [f'soft_prompt_{what}{{tier="device"}}' for what in ("resident", "resident_bytes")]
-    + [f'soft_prompt_{what}_total{{tier="device"}}' for what in ("loads", "evictions")],
+    + [f'soft_prompt_{what}_total{{tier="device"}}' for what in ("loads", "evictions")]
+    + [f'soft_prompt_{what}{{tier="disk"}}' for what in ("resident", "resident_bytes")]
+    + [f'soft_prompt_{what}_total{{tier="disk"}}' for what in ("loads", "evictions", "hits", "misses", "corrupt")]
+    + ['soft_prompt_load_seconds_bucket{le="+Inf",tier="object_store"}', "catalog_available"],
 )
 def test_promised_names(name):
     text, _ = make().render("")

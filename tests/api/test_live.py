@@ -256,7 +256,7 @@ def test_upload_over_the_limit_while_streaming(live, store):
     response = httpx.post(f"{live.url}/v1/prompts", content=body(), headers=headers)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "payload_too_large"
-    assert store.counts() == (0, 0)
+    assert store.totals().num_prompts == 0
 
 
 def test_upload_declared_over_the_limit_is_refused_unread(live):
@@ -280,4 +280,4 @@ def test_an_upload_that_breaks_off_leaves_nothing(live, settings, store, eventua
     with pytest.raises(InterruptedError):
         httpx.post(f"{live.url}/v1/prompts", content=body(), headers=headers)
     eventually(lambda: not any(staging.glob("*/*/")))
-    assert store.counts() == (0, 0)
+    assert store.totals().num_prompts == 0

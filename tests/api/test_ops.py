@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 async def test_probes(client):
     assert (await client.get("/live")).json() == {"status": "live"}
     for path in ("/ready", "/health"):
-        assert (await client.get(path)).json() == {"status": "ready"}
+        assert (await client.get(path)).json() == {"status": "ready", "store": "available"}
 
 
 @pytest.mark.parametrize(

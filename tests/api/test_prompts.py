@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from server.config import Settings
+
 pytestmark = pytest.mark.anyio
 
 
@@ -69,6 +71,10 @@ async def test_no_files(client, upload_parts):
     assert (await upload(client, parts)).status_code == 400
 
 
+def files_of(settings: Settings) -> list[Path]:
+    return sorted(path for path in Path(settings.store.location).rglob("*") if "sqlite3" not in path.name)
+
+
 @pytest.mark.parametrize(
     "filename",
     ["adapter_model.bin", "prompt.zip", "../adapter_config.json", "/etc/passwd", "ADAPTER_CONFIG.JSON", ""],
@@ -76,11 +82,11 @@ async def test_no_files(client, upload_parts):
 async def test_other_filenames_are_refused(client, upload_parts, filename, settings):
     parts = upload_parts("sentiment")
     parts["files"].append(("files", (filename or "x.pt", b"data")))
-    before = sorted(Path(settings.store.location).rglob("*"))
+    before = files_of(settings)
     response = await upload(client, parts)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "files"
-    assert sorted(Path(settings.store.location).rglob("*")) == before
+    assert files_of(settings) == before
 
 
 async def test_a_file_twice(client, upload_parts):

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -105,8 +106,8 @@ def test_it_serves_until_a_signal(settings, console, engine, eventually, number)
 
 
 def test_store_directory(tmp_path):
-    with tour.store_directory(tmp_path) as chosen:
-        assert chosen == tmp_path
+    with tour.store_directory(str(tmp_path)) as chosen:
+        assert chosen == str(tmp_path)
     with tour.store_directory(None) as fresh:
-        assert fresh.is_dir()
-    assert not fresh.exists()
+        assert Path(fresh).is_dir()
+    assert not Path(fresh).exists()

@@ -22,7 +22,7 @@ from prompt_store.errors import (
     StoreUnavailableError,
 )
 from prompt_store.records import NewVersion
-from prompt_store.types import HistoryAction, Lineage, PeftType, PromptRef, StoredFile
+from prompt_store.types import HistoryAction, Lineage, PeftType, PromptRef, StoredFile, StoreTotals
 from tests.prompt_store.databases import postgres_url, refuse_connections, sqlite_url
 
 
@@ -109,7 +109,7 @@ def test_same_content_is_the_same_version_and_numbers_are_not_used_again(catalog
     assert publish(catalog, "p", "b") == 3
     catalog.delete_prompt("p")
     assert publish(catalog, "p", "b") == 4
-    assert catalog.counts() == (1, 1)
+    assert catalog.totals() == StoreTotals(1, 1, 3, 4100)  # one blob waits to be collected
 
 
 def test_a_version_is_never_recorded_without_its_blobs(catalog: Catalog) -> None:
@@ -120,7 +120,7 @@ def test_a_version_is_never_recorded_without_its_blobs(catalog: Catalog) -> None
     assert garbage(catalog) == {file.sha256 for file in version.files}
     with pytest.raises(BlobsGoneError):
         catalog.publish(version, "latest")
-    assert catalog.counts() == (0, 0)
+    assert catalog.totals() == StoreTotals()
 
 
 def test_blobs_become_garbage_with_their_last_name(catalog: Catalog) -> None:
@@ -304,8 +304,7 @@ def test_threads_get_numbers_without_gaps(catalog: Catalog) -> None:
     numbers: list[int] = []
 
     def work(thread: int) -> None:
-        for turn in range(5):
-            numbers.append(publish(catalog, "p", f"{thread}-{turn}"))
+        numbers.extend([publish(catalog, "p", f"{thread}-{turn}") for turn in range(5)])
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:

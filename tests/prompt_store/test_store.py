@@ -48,7 +48,7 @@ def test_versions_count_up_and_the_alias_moves(store: PromptStore, publish: Call
     assert store.resolve(PromptRef.parse("p")) == second
     assert store.resolve(PromptRef.parse("p@1")) == first
     assert store.list_versions("p") == ([second, first], False)
-    assert store.counts() == (1, 2)
+    assert (store.totals().num_prompts, store.totals().num_versions) == (1, 2)
 
 
 def test_same_bytes_are_the_same_version_and_take_the_alias(
@@ -97,7 +97,7 @@ def test_bad_names(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         publish(store, peft_files["p_tuning"], **options)
-    assert store.counts() == (0, 0)
+    assert store.totals().num_prompts == 0
 
 
 def test_refused_upload_leaves_nothing(
@@ -112,7 +112,7 @@ def test_refused_upload_leaves_nothing(
         store.publish(upload, name="p", base=None)
     assert num_blobs(tmp_path) == 0
     assert staged(tmp_path) == []
-    assert store.counts() == (0, 0)
+    assert store.totals().num_prompts == 0
 
 
 @pytest.mark.parametrize("filename", ["README.md", "adapter_model.bin", "../x", "/etc/passwd", ""])

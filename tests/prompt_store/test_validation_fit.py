@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,12 +161,18 @@ def test_missing_tensor():
     assert [fault.code for fault in caught.value.faults] == ["unexpected_tensor", "missing_tensor"]
 
 
-@pytest.mark.parametrize("name", ["org/tiny", "other-org/tiny", "tiny", "/models/tiny/"])
-def test_the_same_base_by_another_path(name):
+@pytest.mark.parametrize("name", ["org/tiny", "other-org/tiny", "tiny", "/models/tiny/", "org/Tiny", None, ""])
+def test_the_same_base_by_another_path_or_not_named(name):
     assert codes(EMBEDS | {"base_model_name_or_path": name}, ones(3, 32), same=True) == []
 
 
-@pytest.mark.parametrize("name", [None, "org/large", "", "tiny/large"])
+def test_the_base_by_another_of_its_names():
+    weights = save({"prompt_embeddings": ones(3, 32)})
+    config = json.dumps(EMBEDS | {"base_model_name_or_path": "hub/tiny-1b"}).encode()
+    validate(config, weights, replace(BASE, other_names=("org/tiny-1b",)), require_same_base=True)
+
+
+@pytest.mark.parametrize("name", ["org/large", "tiny/large"])
 def test_another_base_is_refused_only_where_the_server_insists(name):
     config = EMBEDS | {"base_model_name_or_path": name}
     assert codes(config, ones(3, 32)) == []
@@ -174,6 +181,7 @@ def test_another_base_is_refused_only_where_the_server_insists(name):
 
 def test_every_fault_is_told_at_once():
     config = {"peft_type": "PREFIX_TUNING", "task_type": "SEQ_CLS", "num_virtual_tokens": 4, "num_layers": 3}
+    config["base_model_name_or_path"] = "org/large"
     assert set(
         codes(config | {"num_transformer_submodules": 2}, np.full((70, 65), np.nan, np.float32), same=True)
     ) == {
