@@ -102,6 +102,7 @@ def test_what_is_held_is_served_while_the_catalog_is_away(
     eventually(lambda: there.totals().num_versions == 2, 1.0)
     eventually(lambda: there.status.revision == here._catalog.revision(), 1.0)
     before = there.totals()
+    assert there.resolve(PromptRef.parse("p")).version == 1  # in use: from now on it is held
     refuse_connections(url, refuse=True)
     eventually(lambda: not there.status.is_available, 10.0)
     assert "the catalog postgresql://" in (there.status.reason or "")
