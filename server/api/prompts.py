@@ -55,6 +55,8 @@ class VersionBody(BaseModel):
     peft_type: str
     task_type: str
     num_virtual_tokens: int
+    num_tasks: int | None = Field(description="Tasks of a multitask prompt; null for all others.")
+    num_labels: int | None = Field(description="Labels of the classification head that comes with it, if any.")
     dtype: str
     base_model_name_or_path: str | None
     files: list[FileBody]
@@ -74,6 +76,8 @@ class VersionBody(BaseModel):
             peft_type=version.peft_type.value,
             task_type=version.task_type,
             num_virtual_tokens=version.num_virtual_tokens,
+            num_tasks=version.num_tasks,
+            num_labels=version.num_labels,
             dtype=version.dtype,
             base_model_name_or_path=version.base_model_name_or_path,
             files=[FileBody(filename=file.filename, sha256=file.sha256, size=file.size) for file in version.files],

@@ -65,7 +65,7 @@ class AttentionBackend(ABC):
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        # Not the class's name: transformers refuses any name with "sdpa" in it for models that torch's SDPA cannot do.
+        # Without the class's name: with "sdpa" in it, transformers would refuse it for Gemma 2.
         self.name = f"prelude_{next(_backend_numbers)}"
         self._metadata: AttentionMetadata | None = None
         AttentionInterface.register(self.name, self._forward)
