@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from prompt_store.types import BaseModelSpec
+from prompt_store.validation import validate
 from server.engine.llm_engine import LLMEngine
 from tests.engine.harness import (
     ALL_PEFT_CONFIGS,
@@ -46,6 +48,28 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return make
 
 
+def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
+    model = engine.model
+    base = BaseModelSpec(
+        name=family.name,
+        embedding_width=model.embedding_width,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        max_model_len=model.max_model_len,
+        dtype=model.dtype,
+        hidden_size=model.hidden_size,
+    )
+    for key, folder in family.peft_folders.items():
+        weights = folder / "adapter_model.safetensors"
+        prompt = validate((folder / "adapter_config.json").read_bytes(), weights, base, require_same_base=False)
+        sources = [source for source in family.soft_prompts.values() if source.path == str(weights)]
+        assert {(source.num_virtual_tokens, source.is_key_values) for source in sources} == {
+            (prompt.num_virtual_tokens, prompt.peft_type.is_key_values)
+        }, key
+        assert all((source.task_id is None) == (prompt.num_tasks is None) for source in sources)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", ["llama", *MORE_CONFIGS])
 def test_everything_in_one_batch_equals_peft(
@@ -56,6 +80,7 @@ def test_everything_in_one_batch_equals_peft(
 ) -> None:
     family, requests = family_of(name)
     engine = make_engine(family, **SETTINGS[settings])
+    check_that_the_store_takes_them(family, engine)
     for source in family.soft_prompts.values():  # in memory first, so that all are in flight at once
         add(engine, f"warm-{source.identity}", [1], greedy(1), soft_prompt=source)
     run(engine)
@@ -79,3 +104,13 @@ def test_every_soft_prompt_changes_the_answer(
     text = random_text(random.Random(3), 12, 12)
     answers = [family.expected(soft_prompt, text, MAX_TOKENS) for soft_prompt in [*family.soft_prompts, None]]
     assert len({tuple(answer) for answer in answers}) == len(answers)
+
+
+def test_softcapped_attention_is_served_in_bfloat16(
+    family_of: Callable[[str], tuple[Family, dict[str, tuple]]], make_engine: Callable[..., LLMEngine]
+) -> None:
+    family, _ = family_of("gemma2")
+    engine = make_engine(family, dtype="bfloat16")  # which compares its logits with the model's own when it starts
+    for key, source in family.soft_prompts.items():
+        add(engine, key, [1, 2, 3], greedy(5), soft_prompt=source)
+    assert {key: len(tokens(output)) for key, output in run(engine).items()} == dict.fromkeys(family.soft_prompts, 5)
