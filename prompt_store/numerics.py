@@ -66,6 +66,10 @@ def find_task_overflow(
     is_infinite = _INFINITE[dtype]
     num_tasks, num_tokens, num_ranks = task_cols.shape
     width = rows.shape[1]
+    # Hardly a prompt comes near the limit, and then the products need not be computed.
+    bound = num_ranks * math.prod(_largest(tensor) for tensor in (rows, task_cols, task_rows))
+    if bound < _HARMLESS[dtype]:
+        return None
     side = max(1, math.isqrt(_CHUNK_ELEMENTS))
     height = max(1, min(side, _CHUNK_ELEMENTS // num_ranks))
     for task in range(num_tasks):
@@ -97,6 +101,11 @@ def _part(
     decode, element, _ = _DECODERS[tensor.dtype]
     stored = np.frombuffer(tensor.data, element).reshape(shape)[start : start + count, columns]
     return _to_float32(decode(np.ascontiguousarray(stored)))
+
+
+def _largest(tensor: TensorData) -> float:
+    """The largest magnitude of finite values; 0 where there are none."""
+    return max((float(np.max(np.abs(values))) for values in _chunks(tensor)), default=0.0)
 
 
 def _count(tensor: TensorData, is_bad: Callable[[Floats], Mask]) -> tuple[int, int]:
@@ -165,3 +174,6 @@ _INFINITE: dict[str, Callable[[npt.NDArray[np.float32]], Mask]] = {
     "bfloat16": _infinite_bfloat16,
 }
 """By serving dtype: which float32 values are infinite once rounded to it."""
+
+_HARMLESS = {"float32": 3e38, "float16": 6e4, "bfloat16": 3e38}
+"""By serving dtype: what no rounding on the way turns into infinity."""
