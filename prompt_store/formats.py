@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.peft_types import why_not_served
 from prompt_store.tensors import read_tensors
-from prompt_store.types import CONFIG_FILE, PeftType, SoftPrompt, TensorData
+from prompt_store.types import CONFIG_FILE, PeftType, SoftPrompt, TaskType, TensorData
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_CONFIG_DEPTH = 32
 MAX_BASE_NAME_CHARS = 1024
 
-TASK_TYPE = "CAUSAL_LM"
-"""The task type that is served."""
-
-_OTHER_SOFT_PROMPTS = ("MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
-
 _TRAINED_WITHOUT_TASK = "PEFT's own generate() ignores a prompt without a task type"
-_TRAINED_FOR_OTHER_TASK = "prompts for other tasks come with a head or an encoder, which are not served yet"
+_TRAINED_FOR_OTHER_TASK = "prompts for other tasks come with a head or an encoder that this server does not have"
+_CPT_WITH_HEAD = "PEFT trains and loads CPT for that task alone"
 
 
 def parse_soft_prompt(config_bytes: bytes, weights: bytes | Path) -> SoftPrompt:
@@ -105,6 +102,7 @@ def config_faults(config: Mapping[str, object]) -> list[Fault]:
         *_peft_type_faults(config),
         *_task_type_faults(config),
         *_integer_faults(config),
+        *_multitask_faults(config),
         *_submodule_faults(config),
         *_base_name_faults(config),
     ]
@@ -116,6 +114,12 @@ def positive_integer(config: Mapping[str, object], key: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
 
 
+def known_peft_type(config: Mapping[str, object]) -> PeftType | None:
+    """The method that trained the prompt, or None where the configuration names none that is served."""
+    value = config.get("peft_type")
+    return PeftType(value) if isinstance(value, str) and value in PeftType.__members__ else None
+
+
 def _peft_type_faults(config: Mapping[str, object]) -> list[Fault]:
     supported = f"supported are {', '.join(PeftType)}"
     value = config.get("peft_type")
@@ -125,22 +129,25 @@ def _peft_type_faults(config: Mapping[str, object]) -> list[Fault]:
         return [_fault("invalid_field", f"peft_type has to be a string, not {_shown(value)}", "peft_type")]
     if value in PeftType.__members__:
         return []
-    reason = "is not served yet" if value in _OTHER_SOFT_PROMPTS else "is not a soft prompt that is served here"
-    return [_fault("unsupported_peft_type", f"peft_type {_shown(value)} {reason}; {supported}", "peft_type")]
+    message = f"peft_type {_shown(value)} {why_not_served(value)}; {supported}"
+    return [_fault("unsupported_peft_type", message, "peft_type")]
 
 
 def _task_type_faults(config: Mapping[str, object]) -> list[Fault]:
     value = config.get("task_type")
     if value is not None and not isinstance(value, str):
         return [_fault("invalid_field", f"task_type has to be a string, not {_shown(value)}", "task_type")]
-    if value == TASK_TYPE:
+    served = list(TaskType)
+    if config.get("peft_type") == PeftType.CPT:
+        served = [TaskType.CAUSAL_LM]
+    if value in served:
         return []
-    found, reason = ("missing or null", _TRAINED_WITHOUT_TASK) if value is None else (value, _TRAINED_FOR_OTHER_TASK)
-    return [
-        _fault(
-            "unsupported_task_type", f"task_type has to be {TASK_TYPE}, not {_shown(found)}: {reason}", "task_type"
-        )
-    ]
+    if value is None:
+        found, reason = "missing or null", _TRAINED_WITHOUT_TASK
+    else:
+        found, reason = value, _CPT_WITH_HEAD if value == TaskType.SEQ_CLS else _TRAINED_FOR_OTHER_TASK
+    message = f"task_type has to be {' or '.join(served)}, not {_shown(found)}: {reason}"
+    return [_fault("unsupported_task_type", message, "task_type")]
 
 
 def _integer_faults(config: Mapping[str, object]) -> list[Fault]:
@@ -148,12 +155,22 @@ def _integer_faults(config: Mapping[str, object]) -> list[Fault]:
     if config.get("num_virtual_tokens") is None:
         faults.append(_fault("missing_field", "num_virtual_tokens is missing", "num_virtual_tokens"))
     for key in ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads"):
-        value = config.get(key)
-        if value is not None and positive_integer(config, key) is None:
-            faults.append(
-                _fault("invalid_field", f"{key} has to be an integer of at least 1, not {_shown(value)}", key)
-            )
+        faults += _integer_fault(config, key)
     return faults
+
+
+def _multitask_faults(config: Mapping[str, object]) -> list[Fault]:
+    """Other methods' files may hold these keys with any value: PEFT drops them."""
+    if config.get("peft_type") != PeftType.MULTITASK_PROMPT_TUNING:
+        return []
+    return [*_integer_fault(config, "num_tasks"), *_integer_fault(config, "num_ranks")]
+
+
+def _integer_fault(config: Mapping[str, object], key: str) -> list[Fault]:
+    value = config.get(key)
+    if value is None or positive_integer(config, key) is not None:
+        return []
+    return [_fault("invalid_field", f"{key} has to be an integer of at least 1, not {_shown(value)}", key)]
 
 
 def _submodule_faults(config: Mapping[str, object]) -> list[Fault]:
@@ -161,7 +178,8 @@ def _submodule_faults(config: Mapping[str, object]) -> list[Fault]:
     value = config.get(key)
     if value is None or positive_integer(config, key) == 1:
         return []
-    return [_fault("unsupported_submodules", f"{key} has to be 1 or null for {TASK_TYPE}, not {_shown(value)}", key)]
+    message = f"{key} has to be 1 or null for a model without an encoder, not {_shown(value)}"
+    return [_fault("unsupported_submodules", message, key)]
 
 
 def _base_name_faults(config: Mapping[str, object]) -> list[Fault]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prompt_store.types import TensorData
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Stored = npt.NDArray[Any]
 
 _CHUNK_ELEMENTS = 1 << 20
-"""Values looked at together: the scratch memory is a few times 4 MiB, whatever the tensor's size."""
+"""Values looked at together: the scratch memory is a few times 8 MiB, whatever the tensor's size."""
 
 _BFLOAT16_OVERFLOW = np.uint32(0x7F7F8000)
 """Halfway between bfloat16's largest value and 2**128, as float32 bits: ties go to even, which is infinity."""
@@ -23,7 +26,7 @@ def count_non_finite(tensor: TensorData) -> tuple[int, int]:
     """How many values are NaN or infinite, and the flat index of the first (-1 if there is none).
 
     Raises:
-        KeyError: If the dtype is none of F32, F16 and BF16.
+        KeyError: If the dtype is none of F32, F16, BF16 and F64.
     """
     return _count(tensor, lambda values: ~np.isfinite(values))
 
@@ -31,14 +34,78 @@ def count_non_finite(tensor: TensorData) -> tuple[int, int]:
 def count_overflows(tensor: TensorData, dtype: str) -> tuple[int, int]:
     """How many finite values become infinite when rounded to a serving dtype, and the flat index of the first.
 
+    F64 values are rounded to float32 first, as PEFT does when it reads them.
+
     Args:
-        tensor: F32, F16 or BF16 values.
+        tensor: F32, F16, BF16 or F64 values.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         KeyError: If either dtype is another.
     """
-    return _count(tensor, _OVERFLOWS[dtype])
+    is_infinite = _INFINITE[dtype]
+    return _count(tensor, lambda values: np.isfinite(values) & is_infinite(_to_float32(values)))
+
+
+def find_task_overflow(
+    rows: TensorData, task_cols: TensorData, task_rows: TensorData, dtype: str
+) -> tuple[int, int, int] | None:
+    """The first value of a multitask prompt's products that is not finite in the serving dtype.
+
+    What is served for task t is ``rows * (task_cols[t] @ task_rows[t])``, in float32 and then rounded.
+
+    Args:
+        rows: [virtual tokens, width] finite values.
+        task_cols: [tasks, virtual tokens, ranks].
+        task_rows: [tasks, ranks, width].
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+    Returns:
+        (task, row, column), or None where all is finite.
+    """
+    is_infinite = _INFINITE[dtype]
+    num_tasks, num_tokens, num_ranks = task_cols.shape
+    width = rows.shape[1]
+    # Hardly a prompt comes near the limit, and then the products need not be computed.
+    bound = num_ranks * math.prod(_largest(tensor) for tensor in (rows, task_cols, task_rows))
+    if bound < _HARMLESS[dtype]:
+        return None
+    side = max(1, math.isqrt(_CHUNK_ELEMENTS))
+    height = max(1, min(side, _CHUNK_ELEMENTS // num_ranks))
+    for task in range(num_tasks):
+        for column in range(0, width, height):
+            columns = slice(column, min(column + height, width))
+            right = _part(task_rows, (num_tasks * num_ranks, width), task * num_ranks, num_ranks, columns)
+            for row in range(0, num_tokens, height):
+                count = min(height, num_tokens - row)
+                left = _part(
+                    task_cols,
+                    (num_tasks * num_tokens, num_ranks),
+                    task * num_tokens + row,
+                    count,
+                    slice(0, num_ranks),
+                )
+                with np.errstate(over="ignore", invalid="ignore"):
+                    product = _part(rows, (num_tokens, width), row, count, columns) * (left @ right)
+                bad = ~np.isfinite(product) | is_infinite(product)
+                if bad.any():
+                    first_row, first_column = np.unravel_index(int(np.argmax(bad)), bad.shape)
+                    return task, row + int(first_row), column + int(first_column)
+    return None
+
+
+def _part(
+    tensor: TensorData, shape: tuple[int, int], start: int, count: int, columns: slice
+) -> npt.NDArray[np.float32]:
+    """Some columns of ``count`` rows of a tensor seen as a matrix, as float32; only these are read."""
+    decode, element, _ = _DECODERS[tensor.dtype]
+    stored = np.frombuffer(tensor.data, element).reshape(shape)[start : start + count, columns]
+    return _to_float32(decode(np.ascontiguousarray(stored)))
+
+
+def _largest(tensor: TensorData) -> float:
+    """The largest magnitude of finite values; 0 where there are none."""
+    return max((float(np.max(np.abs(values))) for values in _chunks(tensor)), default=0.0)
 
 
 def _count(tensor: TensorData, is_bad: Callable[[Floats], Mask]) -> tuple[int, int]:
@@ -54,48 +121,59 @@ def _count(tensor: TensorData, is_bad: Callable[[Floats], Mask]) -> tuple[int, i
 
 
 def _chunks(tensor: TensorData) -> Iterator[Floats]:
-    """The values as float32, a piece at a time; exact, because float32 holds all of the three dtypes."""
-    decode, size = _DECODERS[tensor.dtype]
+    """The values, a piece at a time: F64 as float64, the others as float32, which holds all of them exactly."""
+    decode, element, size = _DECODERS[tensor.dtype]
     data = memoryview(tensor.data)
     for start in range(0, len(data), _CHUNK_ELEMENTS * size):
-        yield decode(data[start : start + _CHUNK_ELEMENTS * size])
+        yield decode(np.frombuffer(data[start : start + _CHUNK_ELEMENTS * size], element))
 
 
-def _decode_float32(data: memoryview) -> Floats:
-    return np.frombuffer(data, np.dtype("<f4"))
-
-
-def _decode_float16(data: memoryview) -> Floats:
-    return np.frombuffer(data, np.dtype("<f2")).astype(np.float32)
-
-
-def _decode_bfloat16(data: memoryview) -> Floats:
-    """bfloat16 is the upper half of a float32."""
-    return (np.frombuffer(data, np.dtype("<u2")).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def _never(values: Floats) -> Mask:
-    return np.zeros(len(values), np.bool_)
-
-
-def _overflows_float16(values: Floats) -> Mask:
+def _to_float32(values: Floats) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):
-        return np.isinf(values.astype(np.float16)) & np.isfinite(values)
+        return values.astype(np.float32, copy=False)
 
 
-def _overflows_bfloat16(values: Floats) -> Mask:
-    magnitudes = values.astype(np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
-    return (magnitudes >= _BFLOAT16_OVERFLOW) & np.isfinite(values)
+def _decode_float(stored: Stored) -> Floats:
+    return stored
 
 
-_DECODERS: dict[str, tuple[Callable[[memoryview], Floats], int]] = {
-    "F32": (_decode_float32, 4),
-    "F16": (_decode_float16, 2),
-    "BF16": (_decode_bfloat16, 2),
+def _decode_float16(stored: Stored) -> Floats:
+    return stored.astype(np.float32)
+
+
+def _decode_bfloat16(stored: Stored) -> Floats:
+    """bfloat16 is the upper half of a float32."""
+    return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _infinite_float32(values: npt.NDArray[np.float32]) -> Mask:
+    return np.isinf(values)
+
+
+def _infinite_float16(values: npt.NDArray[np.float32]) -> Mask:
+    with np.errstate(over="ignore"):
+        return np.isinf(values.astype(np.float16))
+
+
+def _infinite_bfloat16(values: npt.NDArray[np.float32]) -> Mask:
+    magnitudes = values.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    return (magnitudes >= _BFLOAT16_OVERFLOW) & ~np.isnan(values)
+
+
+_DECODERS: dict[str, tuple[Callable[[Stored], Floats], np.dtype[Any], int]] = {
+    "F32": (_decode_float, np.dtype("<f4"), 4),
+    "F16": (_decode_float16, np.dtype("<f2"), 2),
+    "BF16": (_decode_bfloat16, np.dtype("<u2"), 2),
+    "F64": (_decode_float, np.dtype("<f8"), 8),
 }
+"""By dtype: from stored elements to floats, the type of a stored element, and its bytes."""
 
-_OVERFLOWS: dict[str, Callable[[Floats], Mask]] = {
-    "float32": _never,
-    "float16": _overflows_float16,
-    "bfloat16": _overflows_bfloat16,
+_INFINITE: dict[str, Callable[[npt.NDArray[np.float32]], Mask]] = {
+    "float32": _infinite_float32,
+    "float16": _infinite_float16,
+    "bfloat16": _infinite_bfloat16,
 }
+"""By serving dtype: which float32 values are infinite once rounded to it."""
+
+_HARMLESS = {"float32": 3e38, "float16": 6e4, "bfloat16": 3e38}
+"""By serving dtype: what no rounding on the way turns into infinity."""

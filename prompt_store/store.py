@@ -40,7 +40,7 @@ from prompt_store.types import (
     StoreTotals,
     check_name,
 )
-from prompt_store.validation import TENSOR, validate
+from prompt_store.validation import validate
 from prompt_store.watch import CatalogStatus, CatalogWatch
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ class PromptStore:
         name: str,
         base: BaseModelSpec,
         require_same_base: bool = False,
+        allow_float64: bool = False,
         alias: str | None = DEFAULT_ALIAS,
         description: str = "",
         tags: Collection[str] = (),
@@ -147,6 +148,7 @@ class PromptStore:
             name: Whose version it becomes.
             base: The resident model, which it has to fit.
             require_same_base: Refuse a configuration that names another base.
+            allow_float64: Take float64 files, whose rows the serving dtype can hold.
             alias: What to point at it; None leaves the aliases alone.
             description: Free text.
             tags: Words to list by.
@@ -175,7 +177,11 @@ class PromptStore:
         if missing:
             raise InvalidPromptError([Fault("missing_file", f"{file} is missing", file) for file in missing])
         soft_prompt = validate(
-            upload.read(CONFIG_FILE), upload.path(WEIGHTS_FILE), base, require_same_base=require_same_base
+            upload.read(CONFIG_FILE),
+            upload.path(WEIGHTS_FILE),
+            base,
+            require_same_base=require_same_base,
+            allow_float64=allow_float64,
         )
         files = tuple(upload.files[file].stored for file in (CONFIG_FILE, WEIGHTS_FILE))
         new = NewVersion(
@@ -184,9 +190,11 @@ class PromptStore:
             peft_type=soft_prompt.peft_type,
             task_type=soft_prompt.task_type,
             num_virtual_tokens=soft_prompt.num_virtual_tokens,
-            dtype=soft_prompt.tensors[TENSOR].dtype,
+            dtype=soft_prompt.prompt_embeddings.dtype,
             base_model_name_or_path=soft_prompt.base_model_name_or_path,
             files=files,
+            num_tasks=soft_prompt.num_tasks,
+            num_labels=soft_prompt.num_labels,
             description=description,
             tags=tuple(tags),
             metadata=metadata or {},

@@ -22,18 +22,40 @@ MAX_SCORES = 64
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+ROWS_TENSOR = "prompt_embeddings"
+"""The trained rows, in every soft prompt's weights file."""
+
+TASK_COLS_TENSOR = "prefix_task_cols"
+TASK_ROWS_TENSOR = "prefix_task_rows"
+"""A multitask prompt's factors: task t multiplies the rows by ``cols[t] @ rows[t]``."""
+
+HEAD_TENSOR_PATTERN = re.compile(r"base_model\.(score|classifier)\.(weight|bias)")
+"""A classification head's tensors, matched whole; PEFT saves the modules that transformers gives these names."""
+
 
 class PeftType(StrEnum):
-    """The prompt-learning methods that are served; the values are PEFT's own."""
+    """The prompt-learning methods, all of which are served; the values are PEFT's own."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    CPT = "CPT"
+    CARTRIDGE = "CARTRIDGE"
 
     @property
     def is_key_values(self) -> bool:
         """Whether the trained rows are keys and values for every layer, rather than input embeddings."""
-        return self is PeftType.PREFIX_TUNING
+        return self in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
+class TaskType(StrEnum):
+    """What a soft prompt may have been trained for; the values are PEFT's own."""
+
+    CAUSAL_LM = "CAUSAL_LM"
+    """Generation."""
+    SEQ_CLS = "SEQ_CLS"
+    """Classification of a text, by a head that comes with the soft prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,8 @@ class BaseModelSpec:
         head_dim: Width of one head.
         max_model_len: Positions that one sequence may take, virtual tokens included.
         dtype: The serving dtype: ``float32``, ``bfloat16`` or ``float16``.
+        hidden_size: Width of the last hidden states, which a classification head reads; None where it is that of
+            the embeddings.
         other_names: What else the base is called, such as its hub id, where it is served under a name of its own.
     """
 
@@ -58,7 +82,13 @@ class BaseModelSpec:
     head_dim: int
     max_model_len: int
     dtype: str
+    hidden_size: int | None = None
     other_names: tuple[str, ...] = ()
+
+    @property
+    def head_width(self) -> int:
+        """Width of what a classification head reads."""
+        return self.embedding_width if self.hidden_size is None else self.hidden_size
 
     @property
     def key_values_width(self) -> int:
@@ -87,7 +117,7 @@ class SoftPrompt:
 
     Attributes:
         peft_type: The method that trained it.
-        task_type: PEFT's task type; ``CAUSAL_LM`` for everything that generates.
+        task_type: PEFT's task type, one of TaskType's values; ``CAUSAL_LM`` for everything that generates.
         num_virtual_tokens: Positions that it takes before the text.
         base_model_name_or_path: The base that its configuration names; informational.
         tensors: The tensors of the weights file, by name.
@@ -104,7 +134,24 @@ class SoftPrompt:
     @property
     def prompt_embeddings(self) -> TensorData:
         """The trained rows: [num_virtual_tokens, embedding width] or [num_virtual_tokens, key/value width]."""
-        return self.tensors["prompt_embeddings"]
+        return self.tensors[ROWS_TENSOR]
+
+    @property
+    def num_tasks(self) -> int | None:
+        """Tasks that a multitask prompt was trained for, of which a request names one; None for all others."""
+        if self.peft_type is not PeftType.MULTITASK_PROMPT_TUNING:
+            return None
+        return self.tensors[TASK_COLS_TENSOR].shape[0]
+
+    @property
+    def num_labels(self) -> int | None:
+        """Labels that the prompt's classification head tells apart; None where it has no head."""
+        weights = [
+            tensor
+            for name, tensor in self.tensors.items()
+            if HEAD_TENSOR_PATTERN.fullmatch(name) and name.endswith(".weight")
+        ]
+        return weights[0].shape[0] if weights else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,23 +9,26 @@ code                            what is wrong
 ``invalid_json``                the configuration is not strict JSON: encoding, syntax, a key twice, NaN, depth
 ``missing_field``               a field that serving needs is absent or null
 ``invalid_field``               a field has the wrong type or is out of range
-``unsupported_peft_type``       another method than PROMPT_TUNING, P_TUNING or PREFIX_TUNING
-``unsupported_task_type``       another task than CAUSAL_LM
+``unsupported_peft_type``       not one of PEFT's prompt-learning methods, such as LORA
+``unsupported_task_type``       another task than CAUSAL_LM or, where the method has it, SEQ_CLS
 ``unsupported_submodules``      ``num_transformer_submodules`` is not 1 (an encoder-decoder prompt)
 ``inconsistent_token_dim``      ``token_dim`` is not the width of the rows that it describes
 ``base_model_mismatch``         trained on another base, where the server insists on its own
 ``pickle_file``                 the weights are a torch.save file
 ``invalid_safetensors``         the weights are not a well-formed safetensors file, or are cut short
 ``header_too_large``            the safetensors header is over 1 MiB
-``missing_tensor``              there is no ``prompt_embeddings``
+``missing_tensor``              no ``prompt_embeddings``, no task factors (multitask), no head (SEQ_CLS)
 ``unexpected_tensor``           there is another tensor, which PEFT would load over the frozen base
-``unsupported_dtype``           the rows are not F32, F16 or BF16
-``shape_mismatch``              the rows are not a matrix of the width that the base takes
+``several_heads``               the file holds both ``base_model.score`` and ``base_model.classifier``
+``unsupported_dtype``           a tensor is not F32, F16 or BF16 (or F64, where that is allowed)
+``shape_mismatch``              a tensor has not the shape that the base, or another tensor, asks of it
 ``layer_count_mismatch``        a key/value prefix for another number of layers
 ``num_virtual_tokens_mismatch`` the file has another number of rows than the configuration says
+``num_tasks_mismatch``          the multitask factors are for another number of tasks than the configuration says
+``num_ranks_mismatch``          the multitask factors have another rank than the configuration says
 ``context_exceeded``            no room is left for one token of text and one new token
 ``non_finite_values``           NaN or infinity
-``dtype_overflow``              values that become infinite in the serving dtype
+``dtype_overflow``              values, or a task's products, that become infinite in the serving dtype
 ==============================  ====================================================================================
 """
 
@@ -36,26 +39,46 @@ from pathlib import Path, PurePosixPath
 
 from prompt_store import formats
 from prompt_store.errors import Fault, InvalidPromptError
-from prompt_store.numerics import count_non_finite, count_overflows
+from prompt_store.heads import head_faults
+from prompt_store.multitask import factor_faults, product_faults
+from prompt_store.tensor_faults import shown_number, value_faults, weights_fault
 from prompt_store.tensors import read_tensors
-from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PeftType, SoftPrompt, TensorData
-
-TENSOR = "prompt_embeddings"
-SERVED_DTYPES = ("F32", "F16", "BF16")
+from prompt_store.types import (
+    CONFIG_FILE,
+    HEAD_TENSOR_PATTERN,
+    ROWS_TENSOR,
+    TASK_COLS_TENSOR,
+    TASK_ROWS_TENSOR,
+    WEIGHTS_FILE,
+    BaseModelSpec,
+    PeftType,
+    SoftPrompt,
+    TaskType,
+    TensorData,
+)
 
 _MAX_NAMED_TENSORS = 8
 
 
 def validate(
-    config_bytes: bytes, weights: bytes | Path, base: BaseModelSpec, *, require_same_base: bool
+    config_bytes: bytes,
+    weights: bytes | Path,
+    base: BaseModelSpec,
+    *,
+    require_same_base: bool,
+    allow_float64: bool = False,
 ) -> SoftPrompt:
     """Read a soft prompt's two files and check that the base can serve it.
+
+    Of weights that are given by their path, no more than a few MiB are in this process's own memory at a time.
 
     Args:
         config_bytes: ``adapter_config.json``.
         weights: ``adapter_model.safetensors``: its bytes or its path.
         base: The resident model.
         require_same_base: Refuse a prompt whose configuration names another base.
+        allow_float64: Take F64 tensors whose values the serving dtype can hold. They lose precision when served,
+            so that this is for the operator to decide.
 
     Raises:
         InvalidPromptError: With all faults of both files.
@@ -73,7 +96,7 @@ def validate(
         faults += error.faults
     try:
         tensors = read_tensors(weights)
-        faults += _tensor_faults(config, tensors, base)
+        faults += _tensor_faults(config, tensors, base, allow_float64=allow_float64)
     except InvalidPromptError as error:
         faults += error.faults
     if faults:
@@ -99,83 +122,81 @@ def _base_faults(config: Mapping[str, object], base: BaseModelSpec) -> list[Faul
 
 
 def _tensor_faults(
-    config: Mapping[str, object], tensors: Mapping[str, TensorData], base: BaseModelSpec
+    config: Mapping[str, object], tensors: Mapping[str, TensorData], base: BaseModelSpec, *, allow_float64: bool
 ) -> list[Fault]:
-    faults = _name_faults(tensors)
-    rows = tensors.get(TENSOR)
-    if rows is None:
-        return faults
-    if rows.dtype in SERVED_DTYPES:
-        faults += _value_faults(rows, base)
-    else:
-        faults.append(_dtype_fault(rows.dtype))
+    is_multitask = config.get("peft_type") == PeftType.MULTITASK_PROMPT_TUNING
+    has_head = config.get("task_type") == TaskType.SEQ_CLS
+    faults = _name_faults(config, tensors)
+    heads = {name: tensor for name, tensor in tensors.items() if HEAD_TENSOR_PATTERN.fullmatch(name)}
+    names = [TENSOR, *((TASK_COLS_TENSOR, TASK_ROWS_TENSOR) if is_multitask else ()), *(heads if has_head else ())]
+    for name in names:
+        if name in tensors:
+            # PEFT multiplies the factors in float32: of them, only the products are rounded to the serving dtype.
+            dtype = "float32" if is_multitask and name not in heads else base.dtype
+            faults += value_faults(name, tensors[name], dtype, allow_float64=allow_float64)
+    if TENSOR in tensors:
+        faults += _row_faults(config, tensors[TENSOR], base)
+    if is_multitask:
+        faults += factor_faults(config, tensors)
+    if has_head:
+        faults += head_faults(heads, base)
+    if is_multitask and not faults:
+        faults += product_faults(tensors, base)
+    return faults
+
+
+def _row_faults(config: Mapping[str, object], rows: TensorData, base: BaseModelSpec) -> list[Fault]:
     if len(rows.shape) != 2:
-        faults.append(
-            _fault("shape_mismatch", f"has shape {list(rows.shape)}; [num_virtual_tokens, width] is needed")
-        )
-        return faults
+        message = f"has shape {list(rows.shape)}; [num_virtual_tokens, width] is needed"
+        return [weights_fault("shape_mismatch", message)]
     num_rows, width = rows.shape
-    peft_type = config.get("peft_type")
-    if peft_type in PeftType.__members__:
-        find = _key_value_faults if PeftType(str(peft_type)).is_key_values else _embedding_faults
+    faults = []
+    peft_type = formats.known_peft_type(config)
+    if peft_type is not None:
+        find = _key_value_faults if peft_type.is_key_values else _embedding_faults
         faults += find(config, width, base)
     return faults + _length_faults(config, num_rows, base)
 
 
-def _name_faults(tensors: Mapping[str, TensorData]) -> list[Fault]:
-    extra = sorted(tensors.keys() - {TENSOR})
+def _name_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]) -> list[Fault]:
+    """Tensors that have no place in the file.
+
+    Where the configuration does not say what the prompt is, another fault refuses it, and what some soft prompt may
+    hold is let pass.
+    """
+    extra = tensors.keys() - {TENSOR}
+    if formats.known_peft_type(config) in (None, PeftType.MULTITASK_PROMPT_TUNING):
+        extra -= {TASK_COLS_TENSOR, TASK_ROWS_TENSOR}
+    if config.get("task_type") != TaskType.CAUSAL_LM:
+        extra = {name for name in extra if not HEAD_TENSOR_PATTERN.fullmatch(name)}
     faults = [
         Fault(
             "unexpected_tensor",
-            f"{WEIGHTS_FILE}: tensor {name[:100]!a} does not belong in a soft prompt; only {TENSOR} is taken, "
-            "because any other would overwrite weights of the shared base",
+            f"{WEIGHTS_FILE}: tensor {name[:100]!a} does not belong in this soft prompt: PEFT would load it over "
+            "weights of the base, which all share",
             WEIGHTS_FILE,
             name[:100],
         )
-        for name in extra[:_MAX_NAMED_TENSORS]
+        for name in sorted(extra)[:_MAX_NAMED_TENSORS]
     ]
     if len(extra) > _MAX_NAMED_TENSORS:
-        message = f"{WEIGHTS_FILE}: {len(extra) - _MAX_NAMED_TENSORS} more tensors do not belong in a soft prompt"
+        message = f"{WEIGHTS_FILE}: {len(extra) - _MAX_NAMED_TENSORS} more tensors do not belong in this soft prompt"
         faults.append(Fault("unexpected_tensor", message, WEIGHTS_FILE))
     if TENSOR not in tensors:
-        faults.append(_fault("missing_tensor", "is missing"))
+        faults.append(weights_fault("missing_tensor", "is missing"))
     return faults
-
-
-def _dtype_fault(dtype: str) -> Fault:
-    served = f"{', '.join(SERVED_DTYPES)} are taken"
-    if dtype == "F64":
-        return _fault(
-            "unsupported_dtype", f"has dtype F64, which no model is served in: re-save as float32; {served}"
-        )
-    return _fault("unsupported_dtype", f"has dtype {dtype}; {served}")
-
-
-def _value_faults(rows: TensorData, base: BaseModelSpec) -> list[Fault]:
-    faults = []
-    count, first = count_non_finite(rows)
-    if count:
-        faults.append(_fault("non_finite_values", f"has {count} NaN or infinite values, {_place(rows, first)}"))
-    count, first = count_overflows(rows, base.dtype)
-    if count:
-        message = f"has {count} values beyond the range of the serving dtype {base.dtype}, {_place(rows, first)}"
-        faults.append(_fault("dtype_overflow", message))
-    return faults
-
-
-def _place(rows: TensorData, index: int) -> str:
-    width = rows.shape[-1] if rows.shape else 1
-    return f"the first at row {index // width}, column {index % width}"
 
 
 def _embedding_faults(config: Mapping[str, object], width: int, base: BaseModelSpec) -> list[Fault]:
     faults = []
     if width != base.embedding_width:
         message = f"rows have width {width}; the embeddings of {base.name!r} have width {base.embedding_width}"
-        faults.append(_fault("shape_mismatch", message))
+        faults.append(weights_fault("shape_mismatch", message))
     token_dim = formats.positive_integer(config, "token_dim")
     if token_dim not in (None, width):
-        message = f"{CONFIG_FILE}: token_dim is {_number(token_dim)}; the rows in {WEIGHTS_FILE} have width {width}"
+        message = (
+            f"{CONFIG_FILE}: token_dim is {shown_number(token_dim)}; the rows in {WEIGHTS_FILE} have width {width}"
+        )
         faults.append(Fault("inconsistent_token_dim", message, CONFIG_FILE, "token_dim"))
     return faults
 
@@ -199,10 +220,10 @@ def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelS
     faults = []
     if num_layers != base.num_layers:
         message = (
-            f"is a prefix for {_number(num_layers)} layers and {base.name!r} has {base.num_layers}: "
+            f"is a prefix for {shown_number(num_layers)} layers and {base.name!r} has {base.num_layers}: "
             f"rows have width {width}; {layout}"
         )
-        faults.append(_fault("layer_count_mismatch", message))
+        faults.append(weights_fault("layer_count_mismatch", message))
     if width != num_layers * layer_width:
         per_layer = ""
         if num_layers <= width:
@@ -210,7 +231,7 @@ def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelS
                 f", {width / (2 * num_layers):g} for the keys of each layer where {layer_width // 2} are needed"
             )
         message = f"rows have width {width}{per_layer}: trained for other key/value heads or hidden size; {layout}"
-        faults.append(_fault("shape_mismatch", message))
+        faults.append(weights_fault("shape_mismatch", message))
     return faults
 
 
@@ -218,23 +239,14 @@ def _length_faults(config: Mapping[str, object], num_rows: int, base: BaseModelS
     faults = []
     stated = formats.positive_integer(config, "num_virtual_tokens")
     if num_rows == 0:
-        faults.append(_fault("shape_mismatch", "has no rows; a soft prompt has at least 1 virtual token"))
+        faults.append(weights_fault("shape_mismatch", "has no rows; a soft prompt has at least 1 virtual token"))
     if stated not in (None, num_rows):
-        message = f"has {num_rows} rows; {CONFIG_FILE} says num_virtual_tokens {_number(stated)}"
-        faults.append(_fault("num_virtual_tokens_mismatch", message))
+        message = f"has {num_rows} rows; {CONFIG_FILE} says num_virtual_tokens {shown_number(stated)}"
+        faults.append(weights_fault("num_virtual_tokens_mismatch", message))
     if num_rows + 2 > base.max_model_len:
         message = (
             f"takes {num_rows} positions of the {base.max_model_len} that {base.name!r} has (max_model_len); "
             "at least 2 have to be left, for text and for a new token"
         )
-        faults.append(_fault("context_exceeded", message))
+        faults.append(weights_fault("context_exceeded", message))
     return faults
-
-
-def _number(value: int | None) -> str:
-    """A number as a message quotes it; Python refuses to print integers beyond 4,300 digits."""
-    return str(value) if value is not None and value < 10**18 else "a huge number"
-
-
-def _fault(code: str, message: str) -> Fault:
-    return Fault(code, f"{WEIGHTS_FILE}: {TENSOR} {message}", WEIGHTS_FILE, TENSOR)

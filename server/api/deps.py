@@ -146,6 +146,7 @@ class Services:
             head_dim=model.head_dim,
             max_model_len=model.max_model_len,
             dtype=model.dtype,
+            hidden_size=model.hidden_size,
             other_names=(self.settings.engine.model,),
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from prompt_store.errors import PromptNotFoundError
-from prompt_store.types import LeasedPrompt
+from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
 from server.api.deps import Services
 from server.api.protocol import GenerationBody
@@ -64,7 +64,7 @@ class Generation:
         self._services = services
         self._body = body
         self._max_tokens = max_tokens
-        self._soft_prompt = _soft_prompt_source(leased)
+        self._soft_prompt = _soft_prompt_source(leased, body.task_id)
         self._permits = permits
         self._arrival = arrival
         self._id = uuid.uuid4().hex
@@ -204,7 +204,8 @@ async def admitted(
         arrival: When the request came, by the monotonic clock.
 
     Raises:
-        InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many.
+        InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many, the soft prompt
+            is not for generation, or the task is not one of its tasks.
         NotFoundError: If there is no such soft prompt.
         OverloadedError: If no permits are free.
     """
@@ -216,6 +217,8 @@ async def admitted(
                 leased = await stack.enter_async_context(services.store.lease(target.ref))
             except PromptNotFoundError as error:
                 raise target.not_found(error) from error
+            _check_generates(leased.version, target)
+        _check_task(leased.version if leased else None, body.task_id)
         max_tokens = [
             _fit(
                 len(prompt),
@@ -258,6 +261,34 @@ def _check_tokens(prompts: list[list[int]], stop_token_ids: list[int], *, vocab_
         )
 
 
+def _check_generates(version: PromptVersion, target: Target) -> None:
+    if version.task_type != TaskType.CAUSAL_LM:
+        raise InvalidRequestError(
+            f"{target.param}: the soft prompt {version.name}@{version.version} was trained for {version.task_type}, "
+            f"not for generation ({TaskType.CAUSAL_LM})",
+            param=target.param,
+        )
+
+
+def _check_task(version: PromptVersion | None, task_id: int | None) -> None:
+    """A multitask prompt needs one of its tasks named; nothing else has any."""
+    num_tasks = version.num_tasks if version else None
+    if version is None or num_tasks is None:
+        if task_id is None:
+            return
+        named = "the base model" if version is None else f"the soft prompt {version.name}@{version.version}"
+        raise InvalidRequestError(
+            f"task_id: only a multitask soft prompt takes one, and {named} is none", param="task_id"
+        )
+    if task_id is None or task_id >= num_tasks:
+        problem = "has to say which task is meant" if task_id is None else f"is {task_id}, and there is no such task"
+        raise InvalidRequestError(
+            f"task_id: {problem}: the multitask soft prompt {version.name}@{version.version} has the tasks "
+            f"0 to {num_tasks - 1}",
+            param="task_id",
+        )
+
+
 def _fit(
     num_text_tokens: int, *, num_virtual_tokens: int, asked: int | None, default: int | None, max_model_len: int
 ) -> int:
@@ -279,7 +310,7 @@ def _fit(
     )
 
 
-def _soft_prompt_source(leased: LeasedPrompt | None) -> SoftPromptSource | None:
+def _soft_prompt_source(leased: LeasedPrompt | None, task_id: int | None) -> SoftPromptSource | None:
     if leased is None:
         return None
     return SoftPromptSource(
@@ -287,4 +318,5 @@ def _soft_prompt_source(leased: LeasedPrompt | None) -> SoftPromptSource | None:
         num_virtual_tokens=leased.version.num_virtual_tokens,
         is_key_values=leased.version.peft_type.is_key_values,
         path=str(leased.weights_path),
+        task_id=task_id,
     )

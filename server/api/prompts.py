@@ -135,6 +135,7 @@ async def upload_prompt(request: Request, services: ServicesDep, actor: Actor) -
                 name=fields.name,
                 base=base,
                 require_same_base=not services.settings.store.allow_other_base,
+                allow_float64=services.settings.store.allow_float64,
                 alias=fields.alias,
                 description=fields.description,
                 tags=fields.tags,

@@ -107,12 +107,12 @@ class GenerationBody(RequestBody):
         "logit_bias": ({},),
         "response_format": ({"type": "text"},),
         "structured_outputs": ({},),
-        "task_id": (),
     }
     """Known fields without their feature yet, and the values that ask for nothing."""
 
     model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
     prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
+    task_id: int | None = Field(None, ge=0, lt=_INT64, description="Which task of a multitask prompt, from 0.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = Field(1.0, ge=0.0, le=2.0)

@@ -65,7 +65,8 @@ class AttentionBackend(ABC):
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        self.name = f"prelude_{type(self).__name__.lower()}_{next(_backend_numbers)}"
+        # Without the class's name: with "sdpa" in it, transformers would refuse it for Gemma 2.
+        self.name = f"prelude_{next(_backend_numbers)}"
         self._metadata: AttentionMetadata | None = None
         AttentionInterface.register(self.name, self._forward)
         # Causality and windows are decided here by position; a mask over the flat batch would mean nothing.
@@ -94,12 +95,13 @@ class AttentionBackend(ABC):
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        softcap: float | None = None,
         **unsupported: object,
     ) -> tuple[torch.Tensor, None]:
         metadata = self._metadata
         if metadata is None:
             raise RuntimeError("a forward pass outside of a step")
-        for name in ("softcap", "s_aux", "position_bias"):
+        for name in ("s_aux", "position_bias"):
             if unsupported.get(name) is not None:
                 raise NotImplementedError(f"attention with {name} is not supported")
         layer = module.layer_idx
@@ -110,7 +112,7 @@ class AttentionBackend(ABC):
         keys[metadata.slot_mapping] = torch.nan_to_num(key[0].transpose(0, 1))
         values[metadata.slot_mapping] = torch.nan_to_num(value[0].transpose(0, 1))
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        return self.attend(query[0], keys, values, metadata, scale, sliding_window)[None], None
+        return self.attend(query[0], keys, values, metadata, scale, sliding_window, softcap)[None], None
 
     @abstractmethod
     def attend(
@@ -121,6 +123,7 @@ class AttentionBackend(ABC):
         metadata: AttentionMetadata,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Attention of all rows of the flat batch.
 
@@ -131,6 +134,8 @@ class AttentionBackend(ABC):
             metadata: Whose rows and keys are whose.
             scale: Factor of the scores.
             window: Newest keys that a row sees, itself included; None for all.
+            softcap: Bound of the scaled scores, which pass through ``softcap * tanh(score / softcap)`` (Gemma 2);
+                None for no bound.
 
         Returns:
             [rows, heads, head_dim].
@@ -151,6 +156,7 @@ class SDPABackend(AttentionBackend):
         metadata: AttentionMetadata,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """One SDPA call for all decodes, and one for each prefill chunk; shapes as in the base class."""
         num_heads, num_rows, head_dim = query.shape
@@ -164,7 +170,10 @@ class SDPABackend(AttentionBackend):
             k = keys[rows.slots].transpose(1, 2)
             v = values[rows.slots].transpose(1, 2)
             mask = self._mask(metadata, index, window, num_heads // num_kv_heads, q.dtype)
-            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            if softcap is None:
+                attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            else:
+                attended = _softcapped_attention(q, k, v, mask, scale, softcap)
             attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
             output[rows.start : rows.stop] = attended.reshape(-1, num_heads, head_dim)
         return output
@@ -219,6 +228,19 @@ def make_metadata(
         groups.append(Rows(first_row, last_row, slots.to(device), query_positions.to(device)))
         first_row = last_row
     return AttentionMetadata(torch.cat(slot_mapping).to(device), groups)
+
+
+def _softcapped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """What SDPA has no argument for; shapes as SDPA's, the softmax in float32 as in transformers' Gemma 2."""
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) + mask
+    return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _fit(table: Sequence[int], length: int) -> list[int]:

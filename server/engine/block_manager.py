@@ -10,10 +10,11 @@ Every block is in exactly one of these states:
 Idle things are given up in least-recently-used order when free blocks run out: a text block alone, a soft
 prompt's run all at once, for half a soft prompt serves nobody.
 
-The identity of a block is a chain of hashes over everything before it: tenant salt, content digest of the
-soft prompt, then the text's tokens block by block. A name is never part of it, so a re-upload under an old
-name can not reach old keys. The hash is cryptographic (BLAKE2b, 128 bits), because a tenant chooses the tokens
-and must not be able to construct a collision with another's.
+The identity of a block is a chain of hashes over everything before it: tenant salt, identity of the soft
+prompt (its content digest, and the task where it has several), then the text's tokens block by block. A name
+is never part of it, so a re-upload under an old name can not reach old keys. The hash is cryptographic
+(BLAKE2b, 128 bits), because a tenant chooses the tokens and must not be able to construct a collision with
+another's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class RunKey(NamedTuple):
     """Identity of a soft prompt's blocks: whose they are, and what they hold."""
 
     salt: str
-    digest: str
+    identity: str
 
 
 @dataclass(slots=True)
@@ -153,13 +154,13 @@ class BlockManager:
         Returns:
             The run, which the caller has to fill when it is not filled; None when there are too few blocks.
         """
-        key = RunKey(salt, source.digest)
+        key = RunKey(salt, source.identity)
         run = self._runs.get(key)
         if run is None:
             needed = self.blocks_for(source.num_virtual_tokens)
             if needed > self.num_available:
                 return None
-            seed = blake2b(f"{len(salt)}:{salt}:{source.digest}".encode(), digest_size=HASH_BYTES).digest()
+            seed = blake2b(f"{len(salt)}:{salt}:{source.identity}".encode(), digest_size=HASH_BYTES).digest()
             run = SoftPromptRun(key, source, [self._take() for _ in range(needed)], seed)
             self._runs[key] = run
             self.stats.run_loads += 1

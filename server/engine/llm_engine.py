@@ -79,7 +79,7 @@ class LLMEngine:
         if source is None or self.soft_prompts.acquire(source):
             self.scheduler.add(seq)
         else:
-            self._loading.setdefault(source.digest, []).append(seq)
+            self._loading.setdefault(source.identity, []).append(seq)
         return []
 
     def abort(self, request_id: str) -> list[TokenOutput]:
@@ -95,8 +95,8 @@ class LLMEngine:
     def take_loaded(self) -> list[TokenOutput]:
         """Let sequences go on whose soft prompts have been read; returns the ends of those that could not be."""
         outputs: list[TokenOutput] = []
-        for digest, error in self.soft_prompts.take_loaded():
-            for seq in self._loading.pop(digest, []):
+        for identity, error in self.soft_prompts.take_loaded():
+            for seq in self._loading.pop(identity, []):
                 if error is None:
                     self.scheduler.add(seq)
                 else:

@@ -82,6 +82,7 @@ class ModelRunner:
             block_size=settings.block_size,
             num_blocks=num_blocks,
             eos_token_ids=_eos_token_ids(config, self.model.generation_config),
+            hidden_size=config.hidden_size,
         )
 
     @torch.inference_mode()

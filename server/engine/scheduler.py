@@ -73,8 +73,8 @@ class StepPlan:
 
     @property
     def num_distinct_prompts(self) -> int:
-        """Different soft prompts that stand before the chunks' sequences."""
-        return len({chunk.seq.soft_prompt.digest for chunk in self.chunks if chunk.seq and chunk.seq.soft_prompt})
+        """Different soft prompts (or tasks of one) that stand before the chunks' sequences."""
+        return len({chunk.seq.soft_prompt.identity for chunk in self.chunks if chunk.seq and chunk.seq.soft_prompt})
 
 
 class Scheduler:

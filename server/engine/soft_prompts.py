@@ -11,9 +11,8 @@ from queue import Empty, SimpleQueue
 import torch
 from safetensors import safe_open
 
+from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
 from server.engine.types import SoftPromptSource
-
-TENSOR_NAME = "prompt_embeddings"
 
 
 class SoftPromptLoadError(Exception):
@@ -66,60 +65,60 @@ class SoftPromptLoader:
         Returns:
             Whether its rows are in memory already; otherwise ``take_loaded`` will tell.
         """
-        entry = self._entries.get(source.digest)
+        entry = self._entries.get(source.identity)
         if entry is None:
-            entry = self._entries[source.digest] = _Entry(source)
+            entry = self._entries[source.identity] = _Entry(source)
             future = self._executor.submit(self._read, source)
-            future.add_done_callback(lambda done: self._announce(source.digest, done))
+            future.add_done_callback(lambda done: self._announce(source.identity, done))
         elif entry.ref_count == 0 and entry.rows is not None:
-            del self._idle[source.digest]
+            del self._idle[source.identity]
             self._idle_bytes -= entry.rows.nbytes
         entry.ref_count += 1
         return entry.rows is not None
 
     def release(self, source: SoftPromptSource) -> None:
         """Give back one reference."""
-        entry = self._entries[source.digest]
+        entry = self._entries[source.identity]
         entry.ref_count -= 1
         if entry.ref_count == 0 and entry.rows is not None:
-            self._make_idle(source.digest, entry.rows)
+            self._make_idle(source.identity, entry.rows)
 
     def rows(self, source: SoftPromptSource) -> torch.Tensor:
         """A loaded soft prompt: [num_virtual_tokens, embedding or key/value width], serving dtype, on the host."""
-        rows = self._entries[source.digest].rows
+        rows = self._entries[source.identity].rows
         if rows is None:
-            raise AssertionError(f"soft prompt {source.digest} is not loaded")
+            raise AssertionError(f"soft prompt {source.identity} is not loaded")
         return rows
 
     def take_loaded(self) -> list[tuple[str, str | None]]:
-        """Digests whose reading has ended since the last call, each with what went wrong or None."""
+        """Identities whose reading has ended since the last call, each with what went wrong or None."""
         ended: list[tuple[str, str | None]] = []
         while True:
             try:
-                digest, future = self._done.get_nowait()
+                identity, future = self._done.get_nowait()
             except Empty:
                 return ended
             error = future.exception()
             if error is not None:
-                del self._entries[digest]
-                ended.append((digest, str(error)))
+                del self._entries[identity]
+                ended.append((identity, str(error)))
                 continue
-            entry = self._entries[digest]
+            entry = self._entries[identity]
             entry.rows = future.result()
             if entry.ref_count == 0:  # everybody who wanted it has gone meanwhile
-                self._make_idle(digest, entry.rows)
-            ended.append((digest, None))
+                self._make_idle(identity, entry.rows)
+            ended.append((identity, None))
 
     def close(self) -> None:
         """End the reading thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _announce(self, digest: str, future: Future[torch.Tensor]) -> None:
-        self._done.put((digest, future))
+    def _announce(self, identity: str, future: Future[torch.Tensor]) -> None:
+        self._done.put((identity, future))
         self._on_loaded()
 
-    def _make_idle(self, digest: str, rows: torch.Tensor) -> None:
-        self._idle[digest] = None
+    def _make_idle(self, identity: str, rows: torch.Tensor) -> None:
+        self._idle[identity] = None
         self._idle_bytes += rows.nbytes
         while self._idle_bytes > self._budget:
             oldest, _ = self._idle.popitem(last=False)
@@ -127,9 +126,22 @@ class SoftPromptLoader:
             self._idle_bytes -= evicted.nbytes if evicted is not None else 0
 
     def _read(self, source: SoftPromptSource) -> torch.Tensor:
+        """The rows in the serving dtype: [num_virtual_tokens, embedding or key/value width].
+
+        All that is computed is computed in float32, and F64 passes through it, because PEFT's encoders hold float32
+        whatever the file holds.
+        """
         try:
             with safe_open(source.path, framework="pt") as file:
-                rows: torch.Tensor = file.get_tensor(TENSOR_NAME)
+                rows: torch.Tensor = file.get_tensor(ROWS_TENSOR)
+                is_multitask = TASK_COLS_TENSOR in file.keys()  # noqa: SIM118 - the file is no mapping
+                if is_multitask != (source.task_id is not None):
+                    raise SoftPromptLoadError("a multitask prompt needs a task id, and no other prompt takes one")
+                factors = [
+                    file.get_slice(name)[source.task_id : source.task_id + 1]
+                    for name in (TASK_COLS_TENSOR, TASK_ROWS_TENSOR)
+                    if source.task_id is not None
+                ]
         except Exception as error:
             raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} cannot be read: {error}") from error
         expected = (source.num_virtual_tokens, self._widths[source.is_key_values])
@@ -137,4 +149,11 @@ class SoftPromptLoader:
             raise SoftPromptLoadError(
                 f"soft prompt {source.digest[:12]} has shape {tuple(rows.shape)}; this model needs {expected}"
             )
+        if factors:
+            if not all(len(factor) == 1 for factor in factors):
+                raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} has no task {source.task_id}")
+            cols, task_rows = (factor.float() for factor in factors)
+            rows = rows.float() * torch.matmul(cols, task_rows)[0]
+        elif rows.dtype == torch.float64:
+            rows = rows.float()
         return rows.to(self._dtype)

@@ -48,16 +48,23 @@ class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
     """A soft prompt as it crosses to the engine: who it is, and where its tensor lies.
 
     Attributes:
-        digest: Content digest, hex; the identity of its keys and values, never a name.
+        digest: Content digest, hex, never a name.
         num_virtual_tokens: Positions that it takes.
         is_key_values: True for keys and values of every layer, False for rows of input embeddings.
         path: A safetensors file on this machine that holds ``prompt_embeddings``.
+        task_id: Which task of a multitask prompt, counted from 0; None for all others.
     """
 
     digest: str
     num_virtual_tokens: int
     is_key_values: bool
     path: str
+    task_id: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """What its keys and values are known by: the tasks of one multitask prompt have different ones."""
+        return self.digest if self.task_id is None else f"{self.digest}/{self.task_id}"
 
 
 class Sequence:
@@ -225,6 +232,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         block_size: Positions in a block.
         num_blocks: Blocks of the key/value cache.
         eos_token_ids: Tokens that end a text.
+        hidden_size: Width of the last hidden states; None where it is that of the embeddings.
     """
 
     architecture: str
@@ -239,3 +247,4 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     eos_token_ids: tuple[int, ...]
+    hidden_size: int | None = None

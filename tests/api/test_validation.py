@@ -28,7 +28,6 @@ COMMON_UNSUPPORTED = {
     "logit_bias": ({"5": 1.0}, {}),
     "response_format": ({"type": "json_object"}, {"type": "text"}),
     "structured_outputs": ({"choice": ["a"]}, {}),
-    "task_id": (0, None),
 }
 COMPLETION_UNSUPPORTED = COMMON_UNSUPPORTED | {
     "best_of": (2, 1),
@@ -67,6 +66,12 @@ async def test_known_fields_without_their_feature_are_refused(client, path, fiel
         ({"top_k": -2}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
         ({"seed": 2**63}, "seed"),
+        ({"task_id": -1}, "task_id"),
+        ({"task_id": "0"}, "task_id"),
+        ({"task_id": True}, "task_id"),
+        ({"task_id": 1.0}, "task_id"),
+        ({"task_id": 2**63}, "task_id"),
+        ({"task_id": 0}, "task_id"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"stop": ""}, "stop"),

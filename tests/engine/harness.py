@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -15,7 +20,17 @@ from peft import (
     TaskType,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
@@ -36,10 +51,33 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+MIXED_WINDOWS = {
+    "head_dim": 16,  # not hidden_size / num_attention_heads
+    "query_pre_attn_scalar": 20,
+    "tie_word_embeddings": False,  # a random tied model repeats its last token
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=11),  # shorter than every longer text of the tests
+}
+MORE_CONFIGS = {
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**SHAPE, **MIXED_WINDOWS, attn_logit_softcapping=2.0),
+    "gemma3": lambda: Gemma3TextConfig(**SHAPE, **MIXED_WINDOWS),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_embd=48,
+        n_layer=3,
+        n_head=4,
+        initializer_range=0.25,
+        scale_attn_by_inverse_layer_idx=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
 }
 PEFT_CONFIGS = {
     "prompt_tuning_20": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=20),
@@ -52,6 +90,28 @@ PEFT_CONFIGS = {
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=16, prefix_projection=True, encoder_hidden_size=32
     ),
 }
+MORE_PEFT_CONFIGS = {
+    "p_tuning_lstm_5": lambda: PromptEncoderConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=5,
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=12,
+        encoder_dropout=0.0,
+    ),
+    "multitask_6": lambda: MultitaskPromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6, num_tasks=3, num_ranks=2
+    ),
+    "cpt_9": lambda: CPTConfig(
+        task_type=TaskType.CAUSAL_LM,
+        cpt_token_ids=[5, 17, 3, 99, 42, 8, 120, 64, 1],
+        cpt_mask=[1] * 9,
+        cpt_tokens_type_mask=[1, 2, 2, 3, 4, 1, 2, 3, 4],
+    ),
+    "cartridge_14": lambda: CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=14, num_frozen_tokens=3),
+}
+ALL_PEFT_CONFIGS = PEFT_CONFIGS | MORE_PEFT_CONFIGS
+MULTITASK_IDS = (0, 2)
+"""The tasks of each multitask prompt that a family has soft prompts for, named ``KEY/TASK``."""
 
 
 @dataclass
@@ -73,37 +133,57 @@ class Family:
 
     def expected(self, soft_prompt: str | None, token_ids: list[int], max_tokens: int) -> list[int]:
         """Greedy tokens of PEFT (or of the bare model) at batch 1."""
-        model = self.model if soft_prompt is None else self._peft_model(soft_prompt)
+        key, _, task_id = (soft_prompt or "").partition("/")
+        model = self._peft_model(key) if key else self.model
         ids = torch.tensor([token_ids])
+        task = {"task_ids": torch.tensor([int(task_id)])} if task_id else {}
         with torch.no_grad():
             output = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, **task
             )
         return output[0, len(token_ids) :].tolist()
 
 
-def make_family(name: str, folder: Path) -> Family:
+def make_family(
+    name: str, folder: Path, peft_configs: Mapping[str, Callable[[], PeftConfig]] = PEFT_CONFIGS
+) -> Family:
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    model = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[name]()).eval()
     # "" keeps PEFT from looking the base up, and no file names a place on this machine.
     model.config._name_or_path = model.name_or_path = ""
     path = folder / "model"
     model.save_pretrained(path)
     family = Family(name, path, model)
-    for index, (key, make_config) in enumerate(PEFT_CONFIGS.items()):
+    for index, (key, make_config) in enumerate(peft_configs.items()):
         torch.manual_seed(100 + index)
         base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         peft_model = get_peft_model(base, make_config())
+        _train(peft_model, key)
         peft_folder = folder / key
         peft_model.save_pretrained(peft_folder)
         family.peft_folders[key] = peft_folder
-        family.soft_prompts[key] = SoftPromptSource(
-            digest=f"{name}-{key}",
-            num_virtual_tokens=peft_model.active_peft_config.num_virtual_tokens,
-            is_key_values=key.startswith("prefix"),
-            path=str(peft_folder / "adapter_model.safetensors"),
-        )
+        for task_id in MULTITASK_IDS if key.startswith("multitask") else (None,):
+            family.soft_prompts[key if task_id is None else f"{key}/{task_id}"] = SoftPromptSource(
+                digest=f"{name}-{key}",
+                num_virtual_tokens=peft_model.active_peft_config.num_virtual_tokens,
+                is_key_values=key.startswith(("prefix", "cartridge")),
+                path=str(peft_folder / "adapter_model.safetensors"),
+                task_id=task_id,
+            )
     return family
+
+
+def _train(peft_model: PeftModel, key: str) -> None:
+    """Move what PEFT starts at nothing to where it would be after training, so that mistakes show."""
+    encoder = peft_model.prompt_encoder["default"]
+    with torch.no_grad():
+        if key.startswith("multitask"):
+            encoder.prefix_task_cols.normal_()
+            encoder.prefix_task_rows.normal_()
+        elif key.startswith("cpt"):
+            encoder.delta_embedding.weight.normal_()
+        elif key.startswith("prefix_projected"):
+            encoder.transform[-1].weight.mul_(10)
 
 
 def greedy(max_tokens: int, **params: object) -> SamplingParams:

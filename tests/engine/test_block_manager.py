@@ -12,6 +12,10 @@ def source(num_virtual_tokens: int, digest: str = "d", *, is_key_values: bool = 
     )
 
 
+def task_source(task_id: int | None) -> SoftPromptSource:
+    return SoftPromptSource(digest="d", num_virtual_tokens=5, is_key_values=False, path="/nowhere", task_id=task_id)
+
+
 def sequence(
     tokens: list[int], soft_prompt: SoftPromptSource | None = None, salt: str = "", name: str = "s"
 ) -> Sequence:
@@ -193,3 +197,23 @@ def test_integrity_check_finds_a_lost_block() -> None:
     blocks.admit(seq, None)
     with pytest.raises(AssertionError, match="lost"):
         blocks.check_integrity([])
+
+
+def test_tasks_of_one_soft_prompt_share_no_blocks() -> None:
+    blocks = BlockManager(20, 2)
+    sources = [task_source(None), task_source(0), task_source(1)]
+    runs = [filled_run(blocks, soft_prompt) for soft_prompt in sources]
+    assert len({block for run in runs for block in run.blocks}) == 9
+    assert len({run.seed for run in runs}) == 3
+    sequences = [
+        sequence([1, 2, 3, 4], soft_prompt, name=str(index))
+        for index, soft_prompt in enumerate([*sources, sources[2]])
+    ]
+    users = [*runs, blocks.acquire_run(sources[2], "")]
+    assert users[3] is runs[2]
+    found = []
+    for seq, run in zip(sequences, users, strict=True):
+        found.append(blocks.admit(seq, run).num_cached_tokens)
+        compute(blocks, seq, run)
+    assert found == [0, 0, 0, 3]
+    blocks.check_integrity(list(zip(sequences, users, strict=True)))

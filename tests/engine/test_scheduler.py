@@ -61,7 +61,7 @@ def test_key_values_are_copied_in_the_step_that_uses_them() -> None:
     scheduler.add(seq("a", 3, soft_prompt=soft_prompt))
     scheduler.add(seq("b", 2, soft_prompt=soft_prompt))
     plan = scheduler.schedule()
-    assert [run.key.digest for run in plan.key_value_fills] == ["kv"]
+    assert [run.key.identity for run in plan.key_value_fills] == ["kv"]
     assert [(chunk.seq.request_id, chunk.start, chunk.num_tokens) for chunk in plan.chunks] == [
         ("a", 6, 3),
         ("b", 6, 2),

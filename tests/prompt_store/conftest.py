@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
@@ -23,6 +32,19 @@ CONFIGS = {
     "prefix_projected": lambda: PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16
     ),
+    "p_tuning_lstm": lambda: PromptEncoderConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=3,
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=8,
+        encoder_dropout=0.0,
+    ),
+    "multitask": lambda: MultitaskPromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5, num_tasks=3, num_ranks=2
+    ),
+    "cpt": lambda: CPTConfig(task_type=TaskType.CAUSAL_LM, cpt_token_ids=[3, 1, 4, 1]),
+    "cartridge": lambda: CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6, num_frozen_tokens=2),
+    "head": lambda: PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3),
 }
 
 
@@ -50,10 +72,12 @@ def peft_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        num_labels=4,
     )
     folders = {}
     for name, make_config in CONFIGS.items():
-        model = AutoModelForCausalLM.from_config(config)
+        auto = AutoModelForSequenceClassification if name == "head" else AutoModelForCausalLM
+        model = auto.from_config(config)
         model.config._name_or_path = model.name_or_path = ""
         folders[name] = tmp_path_factory.mktemp(name)
         get_peft_model(model, make_config()).save_pretrained(folders[name])

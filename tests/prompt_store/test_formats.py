@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import peft
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +39,11 @@ def refusal(data: bytes) -> tuple[str, str]:
         ("p_tuning", PeftType.P_TUNING, 5),
         ("prefix_tuning", PeftType.PREFIX_TUNING, 7),
         ("prefix_projected", PeftType.PREFIX_TUNING, 4),
+        ("p_tuning_lstm", PeftType.P_TUNING, 3),
+        ("multitask", PeftType.MULTITASK_PROMPT_TUNING, 5),
+        ("cpt", PeftType.CPT, 4),
+        ("cartridge", PeftType.CARTRIDGE, 6),
+        ("head", PeftType.PROMPT_TUNING, 3),
     ],
 )
 def test_reads_what_peft_writes_value_for_value(peft_folders, name, peft_type, num_virtual_tokens):
@@ -50,6 +56,8 @@ def test_reads_what_peft_writes_value_for_value(peft_folders, name, peft_type, n
         assert bytes(prompt.prompt_embeddings.data) == want.tobytes()
         assert prompt.prompt_embeddings.shape == want.shape
         assert prompt.config == json.loads(config)
+        assert prompt.num_tasks == (3 if name == "multitask" else None)
+        assert prompt.num_labels == (4 if name == "head" else None)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +97,12 @@ def test_refuses_a_large_configuration():
         ({"peft_type": None}, "missing_field", "peft_type"),
         ({"peft_type": 3}, "invalid_field", "peft_type"),
         ({"peft_type": "LORA"}, "unsupported_peft_type", "peft_type"),
-        ({"peft_type": "CARTRIDGE"}, "unsupported_peft_type", "peft_type"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 0}, "invalid_field", "num_tasks"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_ranks": "1"}, "invalid_field", "num_ranks"),
+        ({"peft_type": "CPT", "task_type": "SEQ_CLS"}, "unsupported_task_type", "task_type"),
         ({"peft_type": "prompt_tuning"}, "unsupported_peft_type", "peft_type"),
         ({"task_type": None}, "unsupported_task_type", "task_type"),
-        ({"task_type": "SEQ_CLS"}, "unsupported_task_type", "task_type"),
+        ({"task_type": "TOKEN_CLS"}, "unsupported_task_type", "task_type"),
         ({"task_type": ["CAUSAL_LM"]}, "invalid_field", "task_type"),
         ({"num_virtual_tokens": None}, "missing_field", "num_virtual_tokens"),
         ({"num_virtual_tokens": 0}, "invalid_field", "num_virtual_tokens"),
@@ -115,14 +125,47 @@ def test_field_faults(changes, code, field):
     assert codes(config_of(**changes)) == [(code, field)]
 
 
-def test_messages_name_what_was_found_and_what_is_supported():
-    (lora,) = config_faults(config_of(peft_type="LORA"))
-    assert "'LORA' is not a soft prompt" in lora.message
-    assert "PROMPT_TUNING, P_TUNING, PREFIX_TUNING" in lora.message
-    (later,) = config_faults(config_of(peft_type="CPT"))
-    assert "'CPT' is not served yet" in later.message
-    (task,) = config_faults(config_of(task_type="SEQ_CLS"))
-    assert "CAUSAL_LM, not 'SEQ_CLS'" in task.message
+@pytest.mark.parametrize(
+    ("peft_type", "reason"),
+    [
+        ("LORA", "'LORA' is an adapter that changes the model's weights, not a soft prompt;"),
+        ("IA3", "'IA3' is an adapter that scales the model's activations, not a soft prompt;"),
+        ("ADAPTION_PROMPT", "gated attention of its own"),
+        ("prompt_tuning", "is not spelt as PEFT writes it (PROMPT_TUNING);"),
+        ("NO_SUCH", "'NO_SUCH' is no method that this server knows;"),
+    ],
+)
+def test_other_methods_are_named_and_explained(peft_type, reason):
+    (fault,) = config_faults(config_of(peft_type=peft_type))
+    assert fault.code == "unsupported_peft_type"
+    assert reason in fault.message
+    assert fault.message.endswith(f"supported are {', '.join(PeftType)}")
+
+
+def test_every_method_of_peft_is_served_or_explained():
+    for peft_type in peft.PeftType:
+        faults = config_faults(config_of(peft_type=peft_type.value))
+        if peft_type.value in PeftType.__members__:
+            assert faults == []
+        else:
+            assert "not a soft prompt" in faults[0].message
+
+
+@pytest.mark.parametrize(
+    ("task_type", "reason"),
+    [
+        (None, "not 'missing or null': PEFT's own generate() ignores a prompt without a task type"),
+        ("TOKEN_CLS", "not 'TOKEN_CLS': prompts for other tasks come with a head or an encoder"),
+        ("SEQ_2_SEQ_LM", "not 'SEQ_2_SEQ_LM': prompts for other tasks come with a head or an encoder"),
+    ],
+)
+def test_other_tasks_are_named_and_explained(task_type, reason):
+    (fault,) = config_faults(config_of(task_type=task_type))
+    assert f"task_type has to be CAUSAL_LM or SEQ_CLS, {reason}" in fault.message
+
+
+def test_fields_of_other_methods_do_not_matter():
+    assert codes(config_of(num_tasks="many", num_ranks=0, num_frozen_tokens=-1, cpt_token_ids=None)) == []
 
 
 def test_an_empty_configuration_has_every_fault_at_once():

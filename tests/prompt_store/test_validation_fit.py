@@ -180,7 +180,7 @@ def test_another_base_is_refused_only_where_the_server_insists(name):
 
 
 def test_every_fault_is_told_at_once():
-    config = {"peft_type": "PREFIX_TUNING", "task_type": "SEQ_CLS", "num_virtual_tokens": 4, "num_layers": 3}
+    config = {"peft_type": "PREFIX_TUNING", "task_type": "TOKEN_CLS", "num_virtual_tokens": 4, "num_layers": 3}
     config["base_model_name_or_path"] = "org/large"
     assert set(
         codes(config | {"num_transformer_submodules": 2}, np.full((70, 65), np.nan, np.float32), same=True)
@@ -206,7 +206,7 @@ def test_weights_are_judged_even_where_the_configuration_cannot_be_read():
 def test_the_table_of_codes_is_complete():
     documented = set(re.findall(r"^``(\w+)`` ", validation.__doc__, re.MULTILINE))
     used = set()
-    for module in ("validation", "formats", "tensors"):
+    for module in ("validation", "formats", "tensors", "tensor_faults", "multitask", "heads"):
         source = (validation.Path(validation.__file__).parent / f"{module}.py").read_text()
         used |= set(re.findall(r"(?:[Ff]ault|_invalid)\(\s*\"(\w+)\"", source))
     assert used == documented

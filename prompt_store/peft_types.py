@@ -1,0 +1,36 @@
+"""What PEFT's other methods are, so that a refusal can say why such an adapter is no soft prompt.
+
+The names are those of PEFT 0.21 (``peft.utils.PeftType``).
+"""
+
+from __future__ import annotations
+
+from prompt_store.types import PeftType
+
+_WEIGHT_DELTAS = """
+    ADALORA C3A DELORA FOURIERFT FROD GLORA GRALORA HIRA LOHA LOKR LORA MISS OSF POLY PVERA RANDLORA SHIRA TINYLORA
+    UNILORA VBLORA VERA WAVEFT XLORA
+"""
+_ROTATIONS = "BOFT HRA OFT PSOFT"
+_INSIDE_LAYERS = "ADAMSS DEFT LILY PEANUT ROAD SHADOW SUPERTUNING"
+
+_WHAT_IT_IS = {
+    **dict.fromkeys(_WEIGHT_DELTAS.split(), "an adapter that changes the model's weights"),
+    **dict.fromkeys(_ROTATIONS.split(), "an adapter that turns the model's weights"),
+    **dict.fromkeys(_INSIDE_LAYERS.split(), "an adapter that changes what the model's layers compute"),
+    "IA3": "an adapter that scales the model's activations",
+    "BEFT": "an adapter that changes the model's biases",
+    "LN_TUNING": "an adapter that replaces the model's norm layers",
+    "TRAINABLE_TOKENS": "an adapter that replaces rows of the model's embeddings",
+    "ADAPTION_PROMPT": "an adapter with a gated attention of its own inside the model's layers",
+}
+
+
+def why_not_served(peft_type: str) -> str:
+    """Why a ``peft_type`` that is not one of PeftType's is refused, as the end of a sentence about it."""
+    what = _WHAT_IT_IS.get(peft_type)
+    if what is not None:
+        return f"is {what}, not a soft prompt"
+    if peft_type.upper() in PeftType.__members__:
+        return f"is not spelt as PEFT writes it ({peft_type.upper()})"
+    return "is no method that this server knows"

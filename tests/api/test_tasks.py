@@ -1,0 +1,97 @@
+"""Multitask prompts in requests, and prompts that are not for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+PATHS = ("/v1/completions", "/v1/chat/completions")
+
+
+async def ask(client: httpx.AsyncClient, path: str = PATHS[0], **fields: Any) -> httpx.Response:
+    text: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "abc"}
+    return await client.post(path, json={"model": "sentiment"} | text | fields)
+
+
+@pytest.fixture
+def record(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let every lease be of a version with these fields, whatever the catalog says."""
+    lease = store.lease
+
+    def change(**fields: Any) -> None:
+        def leased(ref: Any) -> Any:
+            found = lease(ref)
+            return replace(found, version=replace(found.version, **fields))
+
+        monkeypatch.setattr(store, "lease", leased)
+
+    return change
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_the_task_reaches_the_engine(client, engine, sentiment, record, path):
+    record(num_tasks=3)
+    for task_id in (0, 2):
+        response = await ask(client, path, task_id=task_id)
+        assert response.status_code == 200, response.text
+    first, second = (request.soft_prompt for request in engine.requests)
+    assert (first.task_id, second.task_id) == (0, 2)
+    assert first.digest == second.digest
+    assert first.identity != second.identity
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("task_id", "message"),
+    [(None, "has to say which task is meant"), (3, "is 3, and there is no such task")],
+)
+async def test_a_multitask_prompt_needs_one_of_its_tasks(
+    client, engine, store, sentiment, record, eventually, path, task_id, message
+):
+    record(num_tasks=3)
+    response = await ask(client, path, task_id=task_id)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_request", "task_id")
+    assert message in error["message"]
+    assert "the tasks 0 to 2" in error["message"]
+    assert engine.requests == []
+    eventually(lambda: len(store.leased) == len(store.released) == 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "named"), [("sentiment", "the soft prompt sentiment@1"), ("tiny", "the base model")]
+)
+async def test_others_have_no_tasks(client, engine, store, sentiment, eventually, model, named):
+    response = await ask(client, model=model, task_id=0)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "task_id")
+    assert f"{named} is none" in error["message"]
+    assert engine.requests == []
+    eventually(lambda: len(store.leased) == len(store.released))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("fields", "param"), [({}, "model"), ({"model": "tiny", "prompt_id": "sentiment@1"}, "prompt_id")]
+)
+async def test_a_prompt_with_a_head_does_not_generate(
+    client, engine, store, sentiment, record, eventually, path, fields, param
+):
+    record(task_type="SEQ_CLS", num_labels=2)
+    response = await ask(client, path, **fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+    assert "sentiment@1 was trained for SEQ_CLS, not for generation" in error["message"]
+    assert engine.requests == []
+    eventually(lambda: len(store.leased) == len(store.released) == 1)
+
+
+async def test_versions_show_tasks_and_labels(client, sentiment):
+    version = (await client.get("/v1/prompts/sentiment/versions/1")).json()
+    assert (version["num_tasks"], version["num_labels"]) == (None, None)

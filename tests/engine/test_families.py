@@ -1,0 +1,116 @@
+"""Every prompt-learning type of PEFT on every family of models: greedy tokens equal PEFT's own at batch 1."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from prompt_store.types import BaseModelSpec
+from prompt_store.validation import validate
+from server.engine.llm_engine import LLMEngine
+from tests.engine.harness import (
+    ALL_PEFT_CONFIGS,
+    MORE_CONFIGS,
+    Family,
+    add,
+    greedy,
+    make_family,
+    random_text,
+    run,
+    tokens,
+)
+
+MAX_TOKENS = 10
+SETTINGS = {
+    "defaults": {},
+    "small_blocks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Family, dict[str, tuple]]]:
+    """A family and its requests with PEFT's answers: id -> (soft prompt, text, tokens)."""
+    made: dict[str, tuple[Family, dict[str, tuple]]] = {}
+
+    def make(name: str) -> tuple[Family, dict[str, tuple]]:
+        if name not in made:
+            family, rng = make_family(name, tmp_path_factory.mktemp(name), ALL_PEFT_CONFIGS), random.Random(name)
+            shared = random_text(rng, 20, 20)
+            requests = {}
+            for index, soft_prompt in enumerate([*family.soft_prompts, None] * 2):
+                text = random_text(rng, 1, 40) if index % 2 else shared + random_text(rng, 1, 5)
+                requests[f"r{index}"] = (soft_prompt, text, family.expected(soft_prompt, text, MAX_TOKENS))
+            made[name] = family, requests
+        return made[name]
+
+    return make
+
+
+def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
+    model = engine.model
+    base = BaseModelSpec(
+        name=family.name,
+        embedding_width=model.embedding_width,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        max_model_len=model.max_model_len,
+        dtype=model.dtype,
+        hidden_size=model.hidden_size,
+    )
+    for key, folder in family.peft_folders.items():
+        weights = folder / "adapter_model.safetensors"
+        prompt = validate((folder / "adapter_config.json").read_bytes(), weights, base, require_same_base=False)
+        sources = [source for source in family.soft_prompts.values() if source.path == str(weights)]
+        assert {(source.num_virtual_tokens, source.is_key_values) for source in sources} == {
+            (prompt.num_virtual_tokens, prompt.peft_type.is_key_values)
+        }, key
+        assert all((source.task_id is None) == (prompt.num_tasks is None) for source in sources)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", ["llama", *MORE_CONFIGS])
+def test_everything_in_one_batch_equals_peft(
+    name: str,
+    settings: str,
+    family_of: Callable[[str], tuple[Family, dict[str, tuple]]],
+    make_engine: Callable[..., LLMEngine],
+) -> None:
+    family, requests = family_of(name)
+    engine = make_engine(family, **SETTINGS[settings])
+    check_that_the_store_takes_them(family, engine)
+    for source in family.soft_prompts.values():  # in memory first, so that all are in flight at once
+        add(engine, f"warm-{source.identity}", [1], greedy(1), soft_prompt=source)
+    run(engine)
+    order = list(requests)
+    random.Random(settings).shuffle(order)
+    for request_id in order:
+        soft_prompt, text, _ = requests[request_id]
+        add(engine, request_id, text, greedy(MAX_TOKENS), soft_prompt=family.soft_prompts.get(soft_prompt))
+    outputs = run(engine)
+    assert {key: tokens(outputs[key]) for key in requests} == {key: want for key, (_, _, want) in requests.items()}
+    if settings == "defaults":
+        assert engine.stats.max_batch_distinct_prompts == len(family.soft_prompts)
+    assert engine.stats.num_used_blocks == 0
+
+
+@pytest.mark.parametrize("name", ["llama", *MORE_CONFIGS])
+def test_every_soft_prompt_changes_the_answer(
+    name: str, family_of: Callable[[str], tuple[Family, dict[str, tuple]]]
+) -> None:
+    family, _ = family_of(name)
+    text = random_text(random.Random(3), 12, 12)
+    answers = [family.expected(soft_prompt, text, MAX_TOKENS) for soft_prompt in [*family.soft_prompts, None]]
+    assert len({tuple(answer) for answer in answers}) == len(answers)
+
+
+def test_softcapped_attention_is_served_in_bfloat16(
+    family_of: Callable[[str], tuple[Family, dict[str, tuple]]], make_engine: Callable[..., LLMEngine]
+) -> None:
+    family, _ = family_of("gemma2")
+    engine = make_engine(family, dtype="bfloat16")  # which compares its logits with the model's own when it starts
+    for key, source in family.soft_prompts.items():
+        add(engine, key, [1, 2, 3], greedy(5), soft_prompt=source)
+    assert {key: len(tokens(output)) for key, output in run(engine).items()} == dict.fromkeys(family.soft_prompts, 5)

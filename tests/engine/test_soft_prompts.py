@@ -1,0 +1,89 @@
+"""What the loader makes of a file: dtypes, tasks, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from server.engine.soft_prompts import SoftPromptLoader
+from server.engine.types import SoftPromptSource
+
+WIDTH, ROWS, TASKS, RANKS = 8, 5, 3, 2
+
+Load = Callable[..., torch.Tensor | str]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Load]:
+    """Write tensors and load them: the rows, or what the loader said was wrong."""
+    loaders = []
+
+    def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32):
+        loader = SoftPromptLoader(embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype)
+        loaders.append(loader)
+        path = tmp_path / f"{len(loaders)}.safetensors"
+        save_file(tensors, path)
+        source = SoftPromptSource(
+            digest="d", num_virtual_tokens=ROWS, is_key_values=False, path=str(path), task_id=task_id
+        )
+        assert not loader.acquire(source)
+        loader.close()
+        ((identity, error),) = loader.take_loaded()
+        assert identity == source.identity
+        return error if error is not None else loader.rows(source)
+
+    yield run
+    for loader in loaders:
+        loader.close()
+
+
+def multitask(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "prompt_embeddings": (ROWS, WIDTH),
+        "prefix_task_cols": (TASKS, ROWS, RANKS),
+        "prefix_task_rows": (TASKS, RANKS, WIDTH),
+    }
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("serving", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_tasks_are_multiplied_in_float32_and_then_rounded(
+    load: Load, saved: torch.dtype, serving: torch.dtype
+) -> None:
+    tensors = multitask(saved)
+    rows, cols, task_rows = (tensor.float() for tensor in tensors.values())
+    for task_id in range(TASKS):
+        want = (rows * (cols[task_id] @ task_rows[task_id])).to(serving)
+        found = load(tensors, task_id, serving)
+        assert found.dtype == serving
+        assert torch.equal(found, want)
+
+
+def test_float64_passes_through_float32(load: Load) -> None:
+    # Rounded to bfloat16 at once it would go up; rounded to float32 first it is a tie, which goes to even: down.
+    value = 1 + 2**-8 + 2**-40
+    rows = torch.full((ROWS, WIDTH), value, dtype=torch.float64)
+    assert torch.equal(load({"prompt_embeddings": rows}, None, torch.bfloat16), torch.ones(ROWS, WIDTH).bfloat16())
+    assert torch.equal(load({"prompt_embeddings": rows}), rows.float())
+
+
+@pytest.mark.parametrize("task_id", [TASKS, TASKS + 10])
+def test_a_task_that_is_not_there(load: Load, task_id: int) -> None:
+    assert f"has no task {task_id}" in str(load(multitask(), task_id))
+
+
+def test_a_task_is_named_exactly_where_there_are_tasks(load: Load) -> None:
+    wanted = "a multitask prompt needs a task id, and no other prompt takes one"
+    assert wanted in str(load(multitask()))
+    assert wanted in str(load({"prompt_embeddings": torch.ones(ROWS, WIDTH)}, 0))
+
+
+def test_a_head_is_left_where_it_is(load: Load) -> None:
+    rows = torch.rand(ROWS, WIDTH)
+    assert torch.equal(load({"prompt_embeddings": rows, "base_model.score.weight": torch.ones(2, WIDTH)}), rows)

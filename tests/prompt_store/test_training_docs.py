@@ -1,0 +1,60 @@
+"""The examples of docs/soft-prompts.md: each method trains for a step, and what it saves is taken."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PeftType
+from prompt_store.validation import validate
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "soft-prompts.md").read_text()
+CONFIGS, TRAINING = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
+
+
+def make_configs() -> dict[str, Any]:
+    namespace: dict[str, Any] = {}
+    exec(CONFIGS, namespace)  # noqa: S102 - our own document
+    return namespace["configs"]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", make_configs())
+def test_each_method_trains_and_its_files_are_taken(
+    name: str, base: BaseModelSpec, base_folder: Path, tmp_path: Path
+):
+    ids = torch.arange(12).view(2, 6)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if name == "multitask":
+        batch["task_ids"] = torch.tensor([0, 2])
+    namespace = {"base": base_folder, "config": make_configs()[name], "batches": [batch] * 2, "folder": tmp_path}
+    exec(TRAINING, namespace)  # noqa: S102 - our own document
+    prompt = validate((tmp_path / CONFIG_FILE).read_bytes(), tmp_path / WEIGHTS_FILE, base, require_same_base=False)
+    assert prompt.num_virtual_tokens == namespace["config"].num_virtual_tokens
+
+
+def test_every_method_is_in_the_document():
+    trained = {config.peft_type.value for config in make_configs().values()}
+    assert trained == set(PeftType)
+    assert all(f"| `{peft_type}`" in DOCUMENT for peft_type in PeftType)
