@@ -221,3 +221,11 @@ def test_float64_has_to_be_finite_before_and_after_the_cast(value, dtype, want):
 def test_other_dtypes_are_refused_whatever_is_allowed():
     config = HEAD | {"task_type": "CAUSAL_LM"}
     assert faults(config, {ROWS: ones(3, 32, dtype=np.int64)}, allow_float64=True) == [("unsupported_dtype", ROWS)]
+
+
+def test_what_peft_saves_by_every_method_can_be_published(store, publish, peft_files):
+    for name, files in peft_files.items():
+        version, created = publish(store, files, name=name)
+        stored = json.loads(files[0])
+        assert created
+        assert (version.peft_type, version.task_type) == (stored["peft_type"], stored["task_type"])
