@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from prompt_store.blobs import BlobStore, TierStats
 from prompt_store.catalog import BlobsGoneError, Catalog
+from prompt_store.collector import Collector
 from prompt_store.errors import (
     BlobNotFoundError,
     CorruptBlobError,
@@ -42,13 +40,6 @@ from prompt_store.types import (
 )
 from prompt_store.validation import validate
 from prompt_store.watch import CatalogStatus, CatalogWatch
-
-logger = logging.getLogger(__name__)
-
-COLLECT_GRACE_SECONDS = 3600.0
-"""How long a blob without a name is kept where others may be uploading or reading it."""
-
-_COLLECT_BATCH = 100
 
 _MAX_REFRESHED = 1000
 
@@ -83,37 +74,28 @@ class PromptStore:
         self._blobs = blobs
         self._staging = staging
         self._max_upload_bytes = max_upload_bytes
-        shared_grace = COLLECT_GRACE_SECONDS if catalog.is_shared else 0.0
-        self._grace_seconds = shared_grace if collect_grace_seconds is None else collect_grace_seconds
+        self._collector = Collector(catalog, blobs, collect_grace_seconds)
         self._on_close = close
         self._resolved = ResolveCache()
         self._lock = threading.Lock()
-        """Guards what is held; nothing slow is done under it."""
-        self._held: Counter[str] = Counter()
-        """Leases and uploads by blob digest."""
         self._leases: dict[int, tuple[str, ...]] = {}
         self._lease_ids = itertools.count(1)
-        self._garbage_held: set[str] = set()
-        """Blobs that would have been collected, had nobody held them."""
-        self._collecting = threading.Lock()
-        self._stopping = threading.Event()
         self._totals = (-1, StoreTotals())
         """With the generation that they are of: counting a hundred thousand names at each scrape would tell."""
         self._watch: CatalogWatch | None = None
-        self._collector: threading.Thread | None = None
-        self.collect()  # what a killed process put without coming to name it
-        if catalog.is_shared:
-            self._watch = CatalogWatch(catalog, self._take_changes)
-            self._collector = threading.Thread(target=self._collect_now_and_then, name="collector", daemon=True)
-            self._collector.start()
+        try:
+            self._collector.collect()  # what a killed process put without coming to name it
+            if catalog.is_shared:
+                self._watch = CatalogWatch(catalog, self._take_changes)
+        except BaseException:
+            self._collector.close()
+            raise
 
     def close(self) -> None:
         """Close catalog and blobs, and let other processes have them."""
-        self._stopping.set()
         if self._watch is not None:
             self._watch.close()
-        if self._collector is not None:
-            self._collector.join()
+        self._collector.close()
         self._staging.close()
         self._blobs.close()
         self._catalog.close()
@@ -201,15 +183,16 @@ class PromptStore:
             lineage=lineage or Lineage(),
         )
         self._require_catalog()
-        with self._holding([file.sha256 for file in files]):
+        with self._collector.holding([file.sha256 for file in files]):
             self._catalog.reserve(files)
             for file in files:
                 self._blobs.put(upload.path(file.filename), file.sha256, file.size)
             try:
                 return self._catalog.publish(new, alias, actor)
             except BlobsGoneError:
+                seconds = self._collector.grace_seconds
                 raise StoreUnavailableError(
-                    f"the upload took longer than {self._grace_seconds:.0f} s and was given up; send it again"
+                    f"the upload took longer than {seconds:.0f} s and was given up; send it again"
                 ) from None
             finally:
                 self._resolved.invalidate([name])
@@ -253,7 +236,7 @@ class PromptStore:
             digests = self._leases.pop(leased.lease_id, ())
         if digests:
             self._blobs.unpin(_weights(leased.version).sha256)
-            self._let_go(digests)
+            self._collector.let_go(digests)
 
     @contextmanager
     def leased(self, ref: PromptRef) -> Iterator[LeasedPrompt]:
@@ -327,7 +310,7 @@ class PromptStore:
         file = found.file(filename)
         if file is None:
             raise PromptNotFoundError(f"{name}@{version} has no file {filename[:128]!r}")
-        with self._holding([file.sha256]):
+        with self._collector.holding([file.sha256]):
             self._blobs.pin(file.sha256)
             try:
                 data = self._blobs.fetch(file.sha256, file.size).read_bytes()
@@ -383,13 +366,13 @@ class PromptStore:
         """Delete a version; its files stay while leased. PromptNotFoundError if there is none."""
         with self._changing(name):
             self._catalog.delete_version(name, version, actor)
-        self._collect_if_alone()
+        self._collector.collect_if_alone()
 
     def delete_prompt(self, name: str, actor: str | None = None) -> None:
         """Delete a name with all its versions; files stay while leased. PromptNotFoundError if there is none."""
         with self._changing(name):
             self._catalog.delete_prompt(name, actor)
-        self._collect_if_alone()
+        self._collector.collect_if_alone()
 
     def collect(self) -> int:
         """Remove blobs that no version names, nobody here holds and whose time is up; returns how many.
@@ -397,65 +380,25 @@ class PromptStore:
         Raises:
             StoreUnavailableError: If catalog or blobs cannot be reached; what is left is collected another time.
         """
-        total = 0
-        with self._collecting:
-            while True:
-                with self._lock:
-                    limit = _COLLECT_BATCH + len(self._held)
-                before = int((time.time() - self._grace_seconds) * 1e6)
-                with self._catalog.garbage(before, limit, self._is_held) as digests:
-                    for digest in digests:
-                        self._blobs.delete(digest)
-                total += len(digests)
-                if len(digests) < _COLLECT_BATCH:
-                    return total
+        return self._collector.collect()
 
     # Inside
 
     def _lease(self, version: PromptVersion) -> LeasedPrompt:
         weights = _weights(version)
         digests = tuple(file.sha256 for file in version.files)
-        with self._lock:
-            self._held.update(digests)
+        self._collector.hold(digests)
         self._blobs.pin(weights.sha256)
         try:
             path = self._blobs.fetch(weights.sha256, weights.size)
         except BaseException:
             self._blobs.unpin(weights.sha256)
-            self._let_go(digests)
+            self._collector.let_go(digests)
             raise
         lease_id = next(self._lease_ids)
         with self._lock:
             self._leases[lease_id] = digests
         return LeasedPrompt(version, path, lease_id)
-
-    @contextmanager
-    def _holding(self, digests: Sequence[str]) -> Iterator[None]:
-        with self._lock:
-            self._held.update(digests)
-        try:
-            yield
-        finally:
-            self._let_go(digests)
-
-    def _let_go(self, digests: Sequence[str]) -> None:
-        with self._lock:
-            self._held.subtract(digests)
-            ended = {digest for digest in digests if self._held[digest] <= 0}
-            for digest in ended:
-                del self._held[digest]
-            is_garbage = not ended.isdisjoint(self._garbage_held)
-            self._garbage_held -= ended
-        # Only where a collection has met one of them does it have to be asked for again.
-        if is_garbage:
-            self._collect_if_alone()
-
-    def _is_held(self, digest: str) -> bool:
-        with self._lock:
-            if digest not in self._held:
-                return False
-            self._garbage_held.add(digest)
-            return True
 
     def _take_changes(self, names: set[str] | None) -> None:
         """Forget what others have changed, and look again at what is in use, in case the catalog goes away next."""
@@ -466,24 +409,6 @@ class PromptStore:
                 continue
             except StoreUnavailableError:
                 return
-
-    def _collect_if_alone(self) -> None:
-        """Collect what has just become garbage. A failure is only logged: whatever led here has succeeded."""
-        if self._catalog.is_shared:
-            return  # the collecting thread will, when the grace is over
-        try:
-            self.collect()
-        except StoreUnavailableError as error:
-            logger.warning("blobs without a name could not be collected: %s", error)
-
-    def _collect_now_and_then(self) -> None:
-        while not self._stopping.wait(max(self._grace_seconds / 4, 1.0)):
-            try:
-                self.collect()
-            except StoreUnavailableError as error:
-                logger.warning("blobs without a name could not be collected: %s", error)
-            except Exception:
-                logger.exception("collecting failed; trying again later")
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:
