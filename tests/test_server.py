@@ -8,12 +8,9 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,24 +22,13 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
+from tests.serving import BASE, PRELUDE, adapter, serving, upload
 
-BASE = "prelude-demo"
 TASKS = ("sentiment", "intent", "extract", "dates")
-PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
 
 
 def heldout(task: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (HELDOUT_DIRECTORY / f"{task}.jsonl").read_text().splitlines()]
-
-
-def adapter(task: str) -> tuple[bytes, bytes]:
-    folder = SOFT_PROMPTS_DIRECTORY / task
-    return (folder / "adapter_config.json").read_bytes(), (folder / "adapter_model.safetensors").read_bytes()
-
-
-def upload(client: httpx.Client, name: str, config: bytes, weights: bytes, **fields: str) -> httpx.Response:
-    files = [("files", ("adapter_config.json", config)), ("files", ("adapter_model.safetensors", weights))]
-    return client.post("/v1/prompts", data={"id": name, **fields}, files=files)
 
 
 def complete(client: httpx.Client, model: str, prompt: object, **fields: object) -> dict[str, object]:
@@ -50,37 +36,6 @@ def complete(client: httpx.Client, model: str, prompt: object, **fields: object)
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()
-
-
-@contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [*PRELUDE, "serve", "--model", str(MODEL_DIRECTORY), "--served-model-name", BASE, "--port", str(port)]
-    command += ["--store", str(folder / "store"), "--kv-cache-memory", "64MiB", *flags]
-    log = (folder / "log").open("wb")
-    process = subprocess.Popen(command, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            deadline = time.monotonic() + 60
-            while True:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                try:
-                    if client.get("/ready").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass  # it does not listen yet
-                time.sleep(0.1)
-            yield client, process
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        finally:
-            process.kill()
-            process.wait()
-            log.close()
 
 
 @pytest.fixture(scope="module")

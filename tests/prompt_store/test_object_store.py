@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import os
 import socket
@@ -22,9 +21,9 @@ import pytest
 from prompt_store import object_store
 from prompt_store.errors import BlobNotFoundError, CorruptBlobError, PromptStoreError, StoreUnavailableError
 from prompt_store.object_store import ObjectBlobs
+from tests.prompt_store.s3_server import BUCKET, Server, s3_server
 
 BUDGET = 10_000_000
-BUCKET = "soft-prompts"
 DATA = b"some bytes"
 
 
@@ -36,61 +35,10 @@ DIGEST = digest_of(DATA)
 KEY = f"blobs/{DIGEST[:2]}/{DIGEST}"
 
 
-class Server:
-    """An S3 server in a process of its own."""
-
-    def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 60
-        while True:
-            assert self.process.poll() is None, "moto's server ended"
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < end, "moto's server does not answer"
-                time.sleep(0.02)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ENDPOINT": f"http://127.0.0.1:{self.port}",
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-        }
-
-    def create_bucket(self) -> None:
-        import boto3
-
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.environment["AWS_ENDPOINT"],
-            aws_access_key_id="key",
-            aws_secret_access_key="secret",  # noqa: S106
-            region_name="us-east-1",
-        )
-        client.create_bucket(Bucket=BUCKET)
-        client.close()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    if importlib.util.find_spec("moto") is None:
-        pytest.skip("moto is not installed")
-    started = Server()
-    started.create_bucket()
-    yield started
-    started.stop()
+    with s3_server() as started:
+        yield started
 
 
 @pytest.fixture
@@ -289,6 +237,7 @@ def test_a_killed_process_leaves_whole_objects_and_a_cache_that_opens(open_blobs
 import hashlib, itertools
 from pathlib import Path
 from prompt_store.object_store import ObjectBlobs
+from tests.prompt_store.s3_server import BUCKET, Server, s3_server
 path = Path({str(tmp_path)!r})
 blobs = ObjectBlobs("file://{tmp_path}/objects", path / "cache", {BUDGET})
 for turn in itertools.count():
