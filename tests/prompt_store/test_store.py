@@ -1,14 +1,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -276,54 +270,3 @@ def test_threads_publish_without_gaps(store: PromptStore, publish: Callable, pef
     for thread in threads:
         thread.join()
     assert sorted(numbers) == list(range(1, 31))
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from prompt_store.opening import open_store
-from prompt_store.store import PromptStore
-from prompt_store.types import BaseModelSpec
-base = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
-folder, config, weights = (Path(path) for path in sys.argv[1:4])
-store = open_store(folder)
-config, weights = config.read_bytes(), weights.read_bytes()
-for turn in range(int(sys.argv[4]), 10**6):
-    with store.upload() as upload:
-        with upload.open("adapter_config.json") as file:
-            file.write(config.rstrip()[:-1] + b', "note": %d}' % turn)
-        with upload.open("adapter_model.safetensors") as file:
-            file.write(weights)
-        version, _ = store.publish(upload, name="p", base=base)
-    print(version.version, version.digest, flush=True)
-"""
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_killed_at_any_moment_everything_acknowledged_is_there(
-    seed: int, tmp_path: Path, peft_folders: dict[str, Path]
-) -> None:
-    folder = peft_folders["prompt_tuning"]
-    acknowledged: dict[int, str] = {}
-    for turn in range(2):
-        arguments = [tmp_path / "store", folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, *map(str, arguments), str(turn * 1000)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            lines = [process.stdout.readline()]
-            time.sleep(random.Random(seed * 10 + turn).uniform(0.0, 0.15))
-            os.kill(process.pid, signal.SIGKILL)
-            lines += process.stdout.readlines()
-        for line in lines:
-            if line.endswith("\n"):
-                number, digest = line.split()
-                acknowledged[int(number)] = digest
-    store = open_store(tmp_path / "store")
-    versions = {version.version: version for version in store.list_versions("p", limit=10_000)[0]}
-    assert {number: versions[number].digest for number in acknowledged} == acknowledged
-    for number in versions:
-        assert store.read_file("p", number, "adapter_model.safetensors")
-    store.close()

@@ -1,0 +1,30 @@
+"""The script that kills a writing store, on few rounds; and that it would notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import crash_store
+
+
+def test_killed_at_random_moments_nothing_is_lost_or_left(tmp_path: Path) -> None:
+    assert crash_store.run_rounds(tmp_path / "store", 20, seed=1, is_quiet=True) > 20
+
+
+def test_the_check_notices(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    states = {"name-0": crash_store.Expected()}
+    assert crash_store.run_round(folder, states, seed=3) > 0
+    while not states["name-0"].versions:
+        crash_store.run_round(folder, states, seed=4)
+    version = max(states["name-0"].versions)
+    lost = {"name-0": states["name-0"].copy()}
+    del lost["name-0"].versions[version]
+    with pytest.raises(AssertionError, match="name-0 is"):
+        crash_store.check(folder, lost, {})
+    (folder / "blobs" / "ab").mkdir(exist_ok=True)
+    (folder / "blobs" / "ab" / "ab01").touch()
+    with pytest.raises(AssertionError, match="blobs without a name"):
+        crash_store.check(folder, states, {})
