@@ -123,6 +123,31 @@ def test_new_version_serves_new_answers_and_the_old_one_stays(client: httpx.Clie
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
 
+def test_streams_keep_their_version_while_others_are_promoted(client: httpx.Client) -> None:
+    text = heldout("intent")[0]["input"]
+    body = {"prompt": text, "temperature": 0, "max_tokens": 300, "ignore_eos": True}
+    for task in ("intent", "sentiment"):
+        assert upload(client, "moving", *adapter(task)).status_code == 201
+    whole = {
+        version: client.post("/v1/completions", json={**body, "model": f"moving@{version}"}).json()["choices"][0]
+        for version in (1, 2)
+    }
+    assert whole[1]["text"] != whole[2]["text"]
+    for version, other in ((1, 2), (2, 1)):
+        client.put("/v1/prompts/moving/aliases/latest", json={"version": version})
+        with client.stream("POST", "/v1/completions", json={**body, "model": "moving", "stream": True}) as response:
+            lines = response.iter_lines()
+            events = [next(lines)]
+            assert client.put("/v1/prompts/moving/aliases/latest", json={"version": other}).status_code == 200
+            after = client.post("/v1/completions", json={**body, "model": "moving", "max_tokens": 1})
+            assert after.headers["x-prelude-prompt"] == f"moving@{other}"
+            events += lines
+            assert response.headers["x-prelude-prompt"] == f"moving@{version}"
+        payloads = [line.removeprefix("data: ") for line in events if line.startswith("data: {")]
+        assert "".join(json.loads(payload)["choices"][0]["text"] for payload in payloads) == whole[version]["text"]
+    client.delete("/v1/prompts/moving")
+
+
 def changed(task: str, change: object) -> bytes:
     tensors = load_file(SOFT_PROMPTS_DIRECTORY / task / "adapter_model.safetensors")
     return save({"prompt_embeddings": change(tensors["prompt_embeddings"]).contiguous()})

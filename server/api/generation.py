@@ -46,6 +46,7 @@ class Generation:
     Attributes:
         prompts: Text tokens of each sequence.
         num_virtual_tokens: Positions that the soft prompt takes in each sequence.
+        served_by: ``NAME@VERSION`` of the soft prompt, or None.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Generation:
     ) -> None:
         self.prompts = prompts
         self.num_virtual_tokens = leased.version.num_virtual_tokens if leased else 0
+        self.served_by = f"{leased.version.name}@{leased.version.version}" if leased else None
         self._services = services
         self._body = body
         self._max_tokens = max_tokens

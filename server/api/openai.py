@@ -29,7 +29,11 @@ CLIENT_CLOSED_REQUEST = 499
 """nginx's status for the access log; nobody is left to read it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+SERVED_BY_HEADER = "x-prelude-prompt"
+"""Tells which version of which soft prompt an answer is from, whatever an alias means by then."""
+
+
+@dataclass(slots=True, kw_only=True)
 class _Call:
     """One generation request on its way; nothing is held for it until ``admitted`` is entered."""
 
@@ -40,6 +44,12 @@ class _Call:
     tokenize: Callable[[], Awaitable[list[list[int]]]]
     default_max_tokens: int | None
     arrival: float
+    served_by: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the response tells besides its body, once the request was admitted."""
+        return {} if self.served_by is None else {SERVED_BY_HEADER: self.served_by}
 
     async def admitted(self) -> AbstractAsyncContextManager[Generation]:
         return admitted(
@@ -54,6 +64,7 @@ class _Call:
     async def answer(self) -> bytes:
         """Generate all of it; returns the JSON answer."""
         async with await self.admitted() as generation:
+            self.served_by = generation.served_by
             choices = [ChoiceText(prompt) for prompt in generation.prompts]
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
@@ -64,6 +75,7 @@ class _Call:
         """Generate it as server-sent events."""
         body, writer = self.body, self.writer
         async with await self.admitted() as generation, aclosing(generation.deltas()) as deltas:
+            self.served_by = generation.served_by
             async for delta in deltas:
                 # OpenAI: with include_usage, every chunk but the last has a usage of null.
                 usage = generation.usage if body.continuous_usage else None if body.include_usage else UNSET
@@ -76,12 +88,14 @@ class _Call:
     async def respond(self, request: Request) -> Response:
         """Answer at once, or as a stream; the work ends within a step when the client goes."""
         if self.body.stream:
-            return EventStream(self.events(), on_error=self._describe_late(request))
+            return EventStream(
+                self.events(), late_headers=lambda: self.headers, on_error=self._describe_late(request)
+            )
         try:
             answer = await unless_disconnected(request.receive, self.answer())
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return Response(answer, media_type="application/json")
+        return Response(answer, headers=self.headers, media_type="application/json")
 
     def _describe_late(self, request: Request) -> Callable[[Exception], ErrorReply]:
         def describe_late(error: Exception) -> ErrorReply:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 
 import msgspec
@@ -30,17 +30,25 @@ class EventStream(Response):
 
     Args:
         events: Encoded events.
+        late_headers: More headers, asked for when the first event is there.
         on_error: What the client is told of an error after the first event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, on_error: Callable[[Exception], ErrorReply]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        late_headers: Callable[[], Mapping[str, str]] = dict,
+        on_error: Callable[[Exception], ErrorReply],
+    ) -> None:
         # Not Response.__init__: that sets the length of an empty body.
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
+        self._late_headers = late_headers
         self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +65,7 @@ class EventStream(Response):
                 async for chunk in events:
                     if not started:
                         started = True
+                        self.headers.update(self._late_headers())
                         await send(
                             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
                         )
