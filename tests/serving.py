@@ -32,12 +32,16 @@ def upload(client: httpx.Client, name: str, config: bytes, weights: bytes, **fie
 
 @contextmanager
 def serving(
-    folder: Path, *flags: str, store: str | None = None, environment: Mapping[str, str] | None = None
+    folder: Path,
+    *flags: str,
+    model: Path = MODEL_DIRECTORY,
+    store: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
-    """``prelude serve`` of the embedded model, ready to answer; ended with the block."""
+    """``prelude serve`` of a model, by default the embedded one, ready to answer; ended with the block."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [*PRELUDE, "serve", "--model", str(MODEL_DIRECTORY), "--served-model-name", BASE, "--port", str(port)]
+    command = [*PRELUDE, "serve", "--model", str(model), "--served-model-name", BASE, "--port", str(port)]
     command += ["--store", store or str(folder / "store"), "--kv-cache-memory", "64MiB", *flags]
     folder.mkdir(exist_ok=True)
     log = (folder / "log").open("wb")
