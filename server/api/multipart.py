@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -137,6 +138,8 @@ class UploadParser:
                 f"description: at most {MAX_DESCRIPTION_CHARS} characters, not {len(description)}",
                 param="description",
             )
+        if "\0" in description:  # which PostgreSQL cannot hold
+            raise InvalidRequestError("description: a NUL character is not taken", param="description")
         return UploadFields(
             name=_checked(self._single("id"), "name", param="id"),
             alias=_checked(self._single("alias") or DEFAULT_ALIAS, "alias", param="alias"),
@@ -165,7 +168,7 @@ class UploadParser:
         if not text:
             return {}
         try:
-            value = json.loads(text, parse_constant=_refuse_constant)
+            value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{field}: not valid JSON: {error}", param=field) from error
         if not isinstance(value, dict):
@@ -279,6 +282,13 @@ def _checked(text: str, what: str, *, param: str) -> str:
         return check_name(text, what)
     except ValueError as error:
         raise InvalidRequestError(f"{param}: {error}", param=param) from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text[:32]} is out of range")
+    return value
 
 
 def _refuse_constant(text: str) -> object:

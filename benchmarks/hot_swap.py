@@ -1,0 +1,208 @@
+"""Streams while soft prompts are uploaded and promoted, against the same streams left alone.
+
+    python -m benchmarks.hot_swap
+
+A server with the model of 135M shape in bfloat16 and eight soft prompts; 32 clients that stream 32 to 96 tokens, one
+request after the other, each time with a new text. In one half of the rounds another client uploads new versions of
+those eight names and promotes them, an upload and a promotion in turn at an even pace, and asks twice for one token
+after each promotion; in the other half it only asks for the tokens, as often. Both halves take turns. Counted: gaps
+between the tokens of one stream; streams that failed or were cut short; answers after a promotion that are not from
+the new version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from benchmarks.server import build_served_model, serving, soft_prompt_files
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE
+
+NUM_NAMES = 8
+TEXT_TOKENS = 32
+NEW_TOKENS = (32, 96)
+"""Drawn for each stream, or all would end, and begin again, in the same step."""
+
+
+@dataclass
+class Tally:
+    """What one kind of rounds has shown.
+
+    Attributes:
+        gaps: Seconds between the tokens of one stream.
+        num_streams: Streams that ended as they should.
+        failures: What went wrong.
+        num_changes: Uploads and promotions.
+        num_tokens: Tokens streamed.
+        seconds: How long the rounds took.
+    """
+
+    gaps: list[float] = field(default_factory=list)
+    num_streams: int = 0
+    failures: list[str] = field(default_factory=list)
+    num_changes: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    def percentile(self, share: float) -> float:
+        """A gap that this share of all gaps does not exceed, in milliseconds."""
+        return 1000 * sorted(self.gaps)[int(share * (len(self.gaps) - 1))]
+
+
+class Round:
+    """Some seconds of load.
+
+    Args:
+        url: The server.
+        layers: Of its model.
+        tally: What is added to.
+    """
+
+    def __init__(self, url: str, *, layers: int, tally: Tally, seed: int) -> None:
+        self._url = url
+        self._layers = layers
+        self._tally = tally
+        self._rng = random.Random(seed)
+        self._seed = seed
+        self._stopping = asyncio.Event()
+
+    async def run(self, num_streams: int, changes: int, pause: float, *, with_changes: bool) -> None:
+        """Stream, and change things ``changes`` times with a pause before each."""
+        started = time.perf_counter()
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self._url, timeout=120, limits=limits) as client:
+            streams = [asyncio.create_task(self._stream(client)) for _ in range(num_streams)]
+            await asyncio.sleep(2)
+            for number in range(changes):
+                await asyncio.sleep(pause)
+                name = f"p{number // 2 % NUM_NAMES}"
+                if not with_changes:
+                    await self._probe(client, name, None)
+                elif number % 2 == 0:
+                    version = await self._upload(client, name, self._seed * 10_000 + number)
+                else:
+                    reply = await client.put(f"/v1/prompts/{name}/aliases/latest", json={"version": version})
+                    reply.raise_for_status()
+                    self._tally.num_changes += 1
+                    await self._probe(client, name, f"{name}@{version}")
+                    await self._probe(client, name, f"{name}@{version}")
+            self._stopping.set()
+            await asyncio.gather(*streams)
+        self._tally.seconds += time.perf_counter() - started
+
+    async def _stream(self, client: httpx.AsyncClient) -> None:
+        while not self._stopping.is_set():
+            wanted = self._rng.randint(*NEW_TOKENS)
+            body = {
+                "model": f"p{self._rng.randrange(NUM_NAMES)}",
+                "prompt": [self._rng.randrange(1, 2000) for _ in range(TEXT_TOKENS)],
+                "max_tokens": wanted,
+                "ignore_eos": True,
+                "stream": True,
+                "return_token_ids": True,
+            }
+            count, newest = 0, 0.0
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code != 200:
+                    self._tally.failures.append(f"status {response.status_code}")
+                    continue
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    now = time.perf_counter()
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        self._tally.failures.append(str(event["error"]))
+                        break
+                    count += len(event["choices"][0].get("token_ids") or ())
+                    if newest:
+                        self._tally.gaps.append(now - newest)
+                    newest = now
+            self._tally.num_tokens += count
+            if count == wanted:
+                self._tally.num_streams += 1
+            else:
+                self._tally.failures.append(f"{count} tokens of {wanted}")
+
+    async def _upload(self, client: httpx.AsyncClient, name: str, seed: int) -> int:
+        config, weights = soft_prompt_files(seed, layers=self._layers)
+        files = [("files", (CONFIG_FILE, config)), ("files", (WEIGHTS_FILE, weights))]
+        reply = await client.post("/v1/prompts", data={"id": name, "alias": "candidate"}, files=files)
+        reply.raise_for_status()
+        self._tally.num_changes += 1
+        return int(reply.json()["version"])
+
+    async def _probe(self, client: httpx.AsyncClient, name: str, wanted: str | None) -> None:
+        text = [self._rng.randrange(1, 2000) for _ in range(TEXT_TOKENS)]
+        body = {"model": name, "prompt": text, "max_tokens": 1, "ignore_eos": True}
+        reply = await client.post("/v1/completions", json=body)
+        served_by = reply.headers.get("x-prelude-prompt")
+        if reply.status_code != 200 or (wanted is not None and served_by != wanted):
+            self._tally.failures.append(f"{reply.status_code} from {served_by}, not {wanted}")
+
+
+async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Tally]:
+    """All rounds."""
+    tallies = {"alone": Tally(), "with changes": Tally()}
+    per_round = arguments.changes // arguments.rounds
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        first = Round(url, layers=arguments.layers, tally=Tally(), seed=999)
+        for index in range(NUM_NAMES):
+            version = await first._upload(client, f"p{index}", 9_000_000 + index)  # noqa: SLF001
+            await client.put(f"/v1/prompts/p{index}/aliases/latest", json={"version": version})
+    warm_up = Round(url, layers=arguments.layers, tally=Tally(), seed=998)
+    await warm_up.run(arguments.streams, 4, arguments.pause, with_changes=True)
+    for number in range(arguments.rounds):
+        order: Sequence[str] = ("alone", "with changes") if number % 2 else ("with changes", "alone")
+        for kind in order:
+            load = Round(url, layers=arguments.layers, tally=tallies[kind], seed=number)
+            await load.run(arguments.streams, per_round, arguments.pause, with_changes=kind == "with changes")
+            print(f"round {number} {kind}: p99 so far {tallies[kind].percentile(0.99):.1f} ms", flush=True)
+    return tallies
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--changes", type=int, default=400, help="uploads and promotions together, in all rounds")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--pause", type=float, default=0.25, help="seconds before each change")
+    parser.add_argument("--layers", type=int, default=30)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = build_served_model(folder, layers=arguments.layers)
+        with serving(model, folder / "store", "--kv-cache-memory", "1GiB") as url:
+            tallies = asyncio.run(measure(url, arguments))
+    alone, changed = tallies["alone"], tallies["with changes"]
+    figures = {
+        "streams_at_once": arguments.streams,
+        "uploads_and_promotions": changed.num_changes,
+        **{
+            kind: {
+                "streams": tally.num_streams,
+                "failures": tally.failures[:5],
+                "tokens_per_second": round(tally.num_tokens / tally.seconds, 1),
+                "median_gap_ms": round(1000 * statistics.median(tally.gaps), 1),
+                "p99_gap_ms": round(tally.percentile(0.99), 1),
+            }
+            for kind, tally in tallies.items()
+        },
+        "p99_with_changes_over_alone": round(changed.percentile(0.99) / alone.percentile(0.99), 2),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Whatever is sent as an upload, the answer is the client's fault and never the server's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from prompt_store.opening import open_store
+from prompt_store.store import PromptStore
+from prompt_store.types import BaseModelSpec
+from server.api.errors import describe
+from server.api.multipart import UploadParser
+
+BASE = BaseModelSpec("tiny", 32, 2, 2, 8, 64, "float32")
+BOUNDARY = "XboundaryX"
+CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+WEIGHTS = save({"prompt_embeddings": np.ones((4, 32), np.float32)})
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+field_texts = st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode())
+
+
+def part(name: str, data: bytes, filename: str | None = None) -> bytes:
+    disposition = f'form-data; name="{name}"' + (f'; filename="{filename}"' if filename is not None else "")
+    return f"--{BOUNDARY}\r\nContent-Disposition: {disposition}\r\n\r\n".encode() + data + b"\r\n"
+
+
+def body(parts: list[bytes]) -> bytes:
+    return b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
+
+
+VALID = body(
+    [
+        part("id", b"p"),
+        part("files", json.dumps(CONFIG).encode(), "adapter_config.json"),
+        part("files", WEIGHTS, "adapter_model.safetensors"),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptStore]:
+    opened = open_store(tmp_path_factory.mktemp("fuzz"), max_upload_bytes=64 * 1024)
+    yield opened
+    opened.close()
+
+
+def send(store: PromptStore, data: bytes, piece: int = 1000) -> int:
+    """What an upload of these bytes is answered with."""
+    with store.upload() as upload:
+        try:
+            parser = UploadParser(f"multipart/form-data; boundary={BOUNDARY}", upload.open)
+            for start in range(0, len(data), piece):
+                parser.feed(data[start : start + piece])
+            fields = parser.fields()
+            _, is_new = store.publish(
+                upload,
+                name=fields.name,
+                base=BASE,
+                alias=fields.alias,
+                description=fields.description,
+                tags=fields.tags,
+                metadata=fields.metadata,
+                lineage=fields.lineage,
+            )
+        except Exception as error:
+            return describe(error, request_id="fuzz").status
+        return 201 if is_new else 200
+
+
+def test_the_valid_one_is_taken(store: PromptStore) -> None:
+    assert send(store, VALID, piece=7) == 201
+    assert send(store, VALID) == 200
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        ("metadata", b'{"a": 1e999}'),
+        ("metadata", b'{"a": NaN}'),
+        ("metadata", b'{"a": ' + b"9" * 5000 + b"}"),
+        ("metadata", b"[" * 30_000),
+        ("lineage", b'{"scores": {"a": 1e999}}'),
+        ("lineage", b'{"parent": "p"}'),
+        ("lineage", b'{"run": "p"}'),
+        ("lineage", b"[]"),
+        ("description", b"a\0b"),
+        ("description", b"\xff"),
+    ],
+    ids=lambda field: field[1][:24],
+)
+def test_fields_that_no_catalog_could_hold(store: PromptStore, field: tuple[str, bytes]) -> None:
+    files = [part("files", json.dumps(CONFIG).encode(), "adapter_config.json")]
+    files += [part("files", WEIGHTS, "adapter_model.safetensors")]
+    assert send(store, body([part("id", b"p"), part(*field), *files])) == 400
+
+
+@given(st.binary(max_size=300), st.integers(1, 50))
+@settings(max_examples=200, deadline=None)
+def test_random_bytes(store: PromptStore, data: bytes, piece: int) -> None:
+    assert send(store, data, piece) == 400
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_changed_bytes(store: PromptStore, data: st.DataObject) -> None:
+    changed = bytearray(VALID)
+    for _ in range(data.draw(st.integers(1, 5))):
+        position = data.draw(st.integers(0, len(changed) - 1))
+        match data.draw(st.sampled_from(["replace", "insert", "cut"])):
+            case "replace":
+                changed[position] = data.draw(st.integers(0, 255))
+            case "insert":
+                changed[position:position] = data.draw(st.binary(max_size=20))
+            case "cut":
+                del changed[position : position + data.draw(st.integers(1, 60))]
+    assert send(store, bytes(changed)) in {200, 201, 400, 413, 415}
+
+
+@given(st.dictionaries(st.sampled_from(["id", "alias", "description", "tags", "metadata", "lineage"]), field_texts))
+@settings(max_examples=300, deadline=None)
+def test_arbitrary_fields(store: PromptStore, fields: dict[str, bytes]) -> None:
+    parts = [part(name, data) for name, data in fields.items() if BOUNDARY.encode() not in data]
+    parts += [part("files", json.dumps(CONFIG).encode(), "adapter_config.json")]
+    parts += [part("files", WEIGHTS, "adapter_model.safetensors")]
+    assert send(store, body(parts)) in {200, 201, 400}
+
+
+@given(json_values)
+@settings(max_examples=200, deadline=None)
+def test_arbitrary_configurations(store: PromptStore, value: object) -> None:
+    config = {**CONFIG, **value} if isinstance(value, dict) else value
+    parts = [part("id", b"p"), part("files", json.dumps(config).encode(), "adapter_config.json")]
+    assert send(store, body([*parts, part("files", WEIGHTS, "adapter_model.safetensors")])) in {200, 201, 400}
+
+
+def test_what_is_too_large_is_413(store: PromptStore, tmp_path: Path) -> None:
+    large = part("files", b"x" * 70_000, "adapter_model.safetensors")
+    assert send(store, body([part("id", b"p"), large])) == 413
