@@ -128,14 +128,14 @@ def _tensor_faults(
     has_head = config.get("task_type") == TaskType.SEQ_CLS
     faults = _name_faults(config, tensors)
     heads = {name: tensor for name, tensor in tensors.items() if HEAD_TENSOR_PATTERN.fullmatch(name)}
-    names = [TENSOR, *((TASK_COLS_TENSOR, TASK_ROWS_TENSOR) if is_multitask else ()), *(heads if has_head else ())]
+    names = [ROWS_TENSOR, *((TASK_COLS_TENSOR, TASK_ROWS_TENSOR) if is_multitask else ()), *(heads if has_head else ())]
     for name in names:
         if name in tensors:
             # PEFT multiplies the factors in float32: of them, only the products are rounded to the serving dtype.
             dtype = "float32" if is_multitask and name not in heads else base.dtype
             faults += value_faults(name, tensors[name], dtype, allow_float64=allow_float64)
-    if TENSOR in tensors:
-        faults += _row_faults(config, tensors[TENSOR], base)
+    if ROWS_TENSOR in tensors:
+        faults += _row_faults(config, tensors[ROWS_TENSOR], base)
     if is_multitask:
         faults += factor_faults(config, tensors)
     if has_head:
@@ -164,7 +164,7 @@ def _name_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]
     Where the configuration does not say what the prompt is, another fault refuses it, and what some soft prompt may
     hold is let pass.
     """
-    extra = tensors.keys() - {TENSOR}
+    extra = tensors.keys() - {ROWS_TENSOR}
     if formats.known_peft_type(config) in (None, PeftType.MULTITASK_PROMPT_TUNING):
         extra -= {TASK_COLS_TENSOR, TASK_ROWS_TENSOR}
     if config.get("task_type") != TaskType.CAUSAL_LM:
@@ -182,7 +182,7 @@ def _name_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]
     if len(extra) > _MAX_NAMED_TENSORS:
         message = f"{WEIGHTS_FILE}: {len(extra) - _MAX_NAMED_TENSORS} more tensors do not belong in this soft prompt"
         faults.append(Fault("unexpected_tensor", message, WEIGHTS_FILE))
-    if TENSOR not in tensors:
+    if ROWS_TENSOR not in tensors:
         faults.append(weights_fault("missing_tensor", "is missing"))
     return faults
 
