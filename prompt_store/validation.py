@@ -128,7 +128,11 @@ def _tensor_faults(
     has_head = config.get("task_type") == TaskType.SEQ_CLS
     faults = _name_faults(config, tensors)
     heads = {name: tensor for name, tensor in tensors.items() if HEAD_TENSOR_PATTERN.fullmatch(name)}
-    names = [ROWS_TENSOR, *((TASK_COLS_TENSOR, TASK_ROWS_TENSOR) if is_multitask else ()), *(heads if has_head else ())]
+    names = [
+        ROWS_TENSOR,
+        *((TASK_COLS_TENSOR, TASK_ROWS_TENSOR) if is_multitask else ()),
+        *(heads if has_head else ()),
+    ]
     for name in names:
         if name in tensors:
             # PEFT multiplies the factors in float32: of them, only the products are rounded to the serving dtype.
