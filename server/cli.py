@@ -152,6 +152,14 @@ FLAGS = (
         **_BYTES,
     ),
     _flag(
+        EngineSettings,
+        "soft_prompt_host_bytes",
+        int,
+        "Host memory for soft prompts that nobody uses at the moment.",
+        name="soft_prompt_host_memory",
+        **_BYTES,
+    ),
+    _flag(
         EngineSettings, "enable_prefix_caching", bool, "Keep the blocks of texts for others with the same opening."
     ),
     _flag(EngineSettings, "num_threads", int | None, "CPU threads of the model; by default every core.", min=1),
