@@ -182,7 +182,8 @@ class AsyncEngine:
             raise OverloadedError(f"{MAX_INSPECTIONS} inspections wait already; try again later")
         self._num_inspections += 1
         # It stays when its caller is cancelled: the engine works on it all the same, and the bound is of its work.
-        future = self._inspections[self._num_inspections] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
+        self._inspections[self._num_inspections] = future
         self._send(Inspect(self._num_inspections, soft_prompt, num_nearest))
         return await future
 

@@ -114,7 +114,8 @@ class Inspector:
 
 def _directions(vectors: torch.Tensor) -> torch.Tensor:
     """Vectors [n, width] at length 1; a vector of zeros, which has no direction, stays one."""
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+    lengths: torch.Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny)
 
 
 def _range(norms: torch.Tensor) -> NormRange:
