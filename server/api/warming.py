@@ -78,7 +78,8 @@ class Warmer:
         self._follows: set[_Follow] = set()
         self._following: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
-        """Promotions are followed one after the other, or an older one could come to an end last."""
+        """Promotions are followed one after the other, or an older one could come to an end last; and no pin is ended
+        in the midst of one, which would bring it back."""
 
     def pinned_versions(self, name: str) -> list[int]:
         """The versions of a name that are pinned, in order."""
@@ -127,20 +128,24 @@ class Warmer:
             PromptStoreError: If there is no such version.
             InvalidRequestError: If there is no such task.
         """
-        version = await self._store.call(self._store.store.resolve, ref)
-        if task_id is not None:
-            check_task(version, task_id)
-        pin = self._pins.get((version.name, version.version))
-        aliases = {ref.alias} | (pin.aliases if pin is not None else set())
-        self._follows = {
-            follow
-            for follow in self._follows
-            if (follow.name, follow.pin) != (ref.name, True)
-            or follow.alias not in aliases
-            or task_id not in (None, follow.task_id)
-        }
-        await self._end(version.name, version.version, task_id)
-        return version
+        async with self._turn:
+            version = await self._store.call(self._store.store.resolve, ref)
+            if task_id is not None:
+                check_task(version, task_id)
+            pin = self._pins.get((version.name, version.version))
+            aliases = {ref.alias} | (pin.aliases if pin is not None else set())
+            self._follows = {
+                follow
+                for follow in self._follows
+                if (follow.name, follow.pin) != (ref.name, True)
+                or follow.alias not in aliases
+                or task_id not in (None, follow.task_id)
+            }
+            await self._end(version.name, version.version, task_id)
+            if task_id is None:
+                # A promotion that has not been followed yet leaves the pin where the alias was.
+                await self._leave(version, aliases - {None})
+            return version
 
     async def forget(self, name: str, version: int | None = None) -> None:
         """A version, or a whole name, was deleted: its pins end."""
@@ -212,12 +217,14 @@ class Warmer:
             # The path of a second lease is the same file.
             pin.sources.setdefault(task, source)
             self._engine.pin(source)
-        if alias is None:
-            return
+        await self._leave(version, {alias} - {None})
+
+    async def _leave(self, version: PromptVersion, aliases: set[str | None]) -> None:
+        """End what is pinned on behalf of these aliases only, but for this version."""
         for other in self.pinned_versions(version.name):
             held = self._pins.get((version.name, other))
-            if held is not None and other != version.version and alias in held.aliases:
-                held.aliases.discard(alias)
+            if held is not None and other != version.version and held.aliases & aliases:
+                held.aliases -= aliases
                 if not held.aliases:
                     await self._end(version.name, other)
 

@@ -234,6 +234,20 @@ async def test_promotions_are_followed_in_their_order(client, engine, push, sent
     assert await pinned(client) == [4]
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.02])  # before it is followed, and while it is
+async def test_unpinned_while_a_promotion_is_followed(client, engine, store, push, sentiment, eventually, pause):
+    await client.post(URL, json={"pin": True})
+    engine.step_seconds = 0.05
+    await push(seed=1)
+    if pause:
+        await asyncio.sleep(pause)
+    assert not (await client.post(URL, json={"pin": False})).json()["pinned"]
+    await push(seed=2)
+    await asyncio.sleep(0.1)
+    assert engine.pinned == {}
+    eventually(lambda: len(store.leased) == len(store.released))
+
+
 async def test_a_promotion_that_cannot_be_followed_is_a_warning(client, engine, push, sentiment, caplog):
     await client.post(URL, json={"pin": True})
     engine.prepare_failure = RequestFailedError("no room")
