@@ -25,13 +25,14 @@ from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import StoreTotals
 from server import tokenizer as base_tokenizer
-from server.api import models, openai, ops, prompts
+from server.api import inspection, models, openai, ops, prompts
 from server.api.admission import Admission
 from server.api.auth import load_keys
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
 from server.api.middleware import OPEN_PATHS, ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
 from server.api.store_threads import StoreThreads
+from server.api.warming import Warmer
 from server.config import HttpSettings, Settings, StoreSettings
 from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
@@ -89,11 +90,13 @@ def create_app(
         read_store=lambda: _store_state(opened),
         top_prompts=settings.http.metrics_top_prompts,
     )
+    threads = StoreThreads(opened)
     services = Services(
         settings=settings,
         base_name=settings.served_model_name or _default_name(settings.engine.model),
         engine=engine,
-        store=StoreThreads(opened),
+        store=threads,
+        warmer=Warmer(engine, threads),
         admission=Admission(settings.engine.max_num_seqs + settings.http.max_waiting),
         metrics=metrics,
         loaded_tokenizer=tokenizer,
@@ -114,7 +117,7 @@ def create_app(
     app.state.services = services
     for error in (ServerError, PromptStoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(error, _answer_error)
-    for module in (ops, models, openai, prompts):
+    for module in (ops, models, openai, prompts, inspection):
         app.include_router(module.router)
     return app
 
@@ -215,6 +218,7 @@ async def _lifespan(services: Services, *, owns_store: bool) -> AsyncIterator[No
         services.lifecycle.drain()
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        await services.warmer.close()
         await services.engine.stop()
         if services.loaded_tokenizer is not None:
             await asyncio.to_thread(services.loaded_tokenizer.close)
@@ -228,6 +232,8 @@ async def _start(services: Services) -> None:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        store = services.settings.store
+        await services.warmer.start(preload=store.preload, pin=store.pin)
     except ServerError as error:
         services.lifecycle.fail(error)
     except Exception as error:

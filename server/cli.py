@@ -1,4 +1,4 @@
-"""The ``prelude`` command."""
+"""The ``prelude`` command: ``serve`` and ``demo`` with their flags, beside the client commands."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
-from server.client import ClientError, PreludeClient
+from server import commands
 from server.config import Device, DType, EngineSettings, HttpSettings, Settings, StoreSettings
 from server.errors import ServerError
 
 app = typer.Typer(
     name="prelude",
     help="Serve one frozen language model with many hot-swappable soft prompts.",
+    epilog=commands.EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -152,6 +152,14 @@ FLAGS = (
         **_BYTES,
     ),
     _flag(
+        EngineSettings,
+        "soft_prompt_host_bytes",
+        int,
+        "Host memory for soft prompts that nobody uses at the moment.",
+        name="soft_prompt_host_memory",
+        **_BYTES,
+    ),
+    _flag(
         EngineSettings, "enable_prefix_caching", bool, "Keep the blocks of texts for others with the same opening."
     ),
     _flag(EngineSettings, "num_threads", int | None, "CPU threads of the model; by default every core.", min=1),
@@ -196,10 +204,10 @@ def _with_flags(flags: tuple[_Flag, ...]) -> Callable[[Callable[..., None]], Cal
 
 @contextmanager
 def _errors_on_one_line() -> Iterator[None]:
-    """End with status 1 and one line where the operator or the server is told what is wrong."""
+    """End with status 1 and one line where the operator is told what is wrong."""
     try:
         yield
-    except (ServerError, PromptStoreError, ClientError) as error:
+    except (ServerError, PromptStoreError) as error:
         typer.echo(f"prelude: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
 
@@ -214,12 +222,6 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
-
-
-Url = Annotated[str, typer.Option(envvar="PRELUDE_URL", help="Where the server is.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="PRELUDE_API_KEY", help="Sent with every request.")]
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 @app.command()
@@ -254,53 +256,7 @@ def demo(
     raise typer.Exit(status)
 
 
-@app.command()
-def push(
-    directory: Annotated[Path, typer.Argument(help="A directory that PEFT saved.", file_okay=False, exists=True)],
-    name: Annotated[str, typer.Option("--id", help="The soft prompt's name.")],
-    alias: Annotated[str | None, typer.Option(help="The alias to move, instead of latest.")] = None,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
-) -> None:
-    """Upload a PEFT directory as the next version of a soft prompt."""
-    with _errors_on_one_line(), PreludeClient(url, api_key=api_key) as client:
-        version, created = client.push(directory, name=name, alias=alias)
-    typer.echo(f"{version['id']}@{version['version']}" + ("" if created else " (the same bytes were there already)"))
-
-
-@app.command("list")
-def list_(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """List the soft prompts."""
-    with _errors_on_one_line(), PreludeClient(url, api_key=api_key) as client:
-        prompts = list(client.prompts())
-    table = Table("name", "version", "versions", "aliases", "type", "virtual tokens", "bytes", box=None)
-    for prompt in prompts:
-        latest = prompt["latest"]
-        aliases = " ".join(f"{alias}={version}" for alias, version in sorted(prompt["aliases"].items()))
-        numbers = (str(latest["num_virtual_tokens"]), str(latest["size"]))
-        table.add_row(
-            prompt["id"], str(latest["version"]), str(prompt["num_versions"]), aliases, latest["peft_type"], *numbers
-        )
-    # Into a pipe, names must not be cut to the width of a terminal that is not there.
-    Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
-
-
-@app.command()
-def rm(
-    target: Annotated[str, typer.Argument(metavar="NAME[@V]", help="A soft prompt, or one version of it.")],
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
-) -> None:
-    """Delete a soft prompt, or one of its versions."""
-    try:
-        ref = PromptRef.parse(target)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if ref.version is None and "@" in target:
-        raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
-    with _errors_on_one_line(), PreludeClient(url, api_key=api_key) as client:
-        client.remove(ref.name, ref.version)
-    typer.echo(f"deleted {target}")
+app.add_typer(commands.app)
 
 
 def main() -> None:

@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 
-from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef
 
 _PAGE = 200
 _TIMEOUT_SECONDS = 60.0
+_ENGINE_SECONDS = 600.0
+"""For what the engine does, of which a multitask prompt may need a good deal."""
+_CHUNK_BYTES = 1024 * 1024
+
+OnBytes = Callable[[int], None]
+"""Told how many more bytes of files have been sent or received."""
 
 
 class ClientError(Exception):
-    """The server refused, or could not be reached; the text is one line for people.
+    """The server refused, or could not be reached, or a file here stands in the way; the text is one line for people.
 
     Attributes:
         status: The HTTP status, or None where no answer came.
+        code: The server's ``error.code``; ``unreachable`` or ``local`` where it did not answer.
+        faults: (code, message) of every fault of refused files, else empty.
+        body: The error in the API's shape: the server's own where it sent one.
     """
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
-        super().__init__(" ".join(message.split()))
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str = "local",
+        body: Mapping[str, Any] | None = None,
+        faults: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        message = " ".join(message.split())
+        super().__init__(message)
         self.status = status
+        self.code = code
+        self.faults = tuple(faults)
+        self.body = body or {"error": {"message": message, "type": "client_error", "param": None, "code": code}}
+
+
+class _Counted:
+    """A file that tells how much of it has been read; everything else is the file's own."""
+
+    def __init__(self, file: IO[bytes], on_bytes: OnBytes) -> None:
+        self._file = file
+        self._on_bytes = on_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        """Read, and tell."""
+        data = self._file.read(size)
+        self._on_bytes(len(data))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class PreludeClient:
-    """Talks to one server.
+    """Talks to one server. Every method raises ClientError if the server refuses or cannot be reached.
 
     Args:
         url: Where it is, such as ``http://127.0.0.1:8000``.
@@ -39,7 +80,10 @@ class PreludeClient:
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._url = url.rstrip("/")
-        self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS)
+        try:
+            self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS)
+        except UnicodeEncodeError as error:
+            raise ClientError("the API key has a character that no header can carry") from error
 
     def __enter__(self) -> Self:
         return self
@@ -49,58 +93,235 @@ class PreludeClient:
     ) -> None:
         self._http.close()
 
-    def push(self, directory: Path, *, name: str, alias: str | None = None) -> tuple[dict[str, Any], bool]:
-        """Upload a PEFT directory; returns the version, and whether it is new.
+    # Files
+
+    def push(
+        self,
+        directory: Path,
+        *,
+        name: str,
+        alias: str | None = None,
+        description: str | None = None,
+        tags: Sequence[str] = (),
+        metadata: str | None = None,
+        lineage: str | None = None,
+        on_bytes: OnBytes = lambda _: None,
+    ) -> tuple[dict[str, Any], bool]:
+        """Upload a PEFT directory, streamed from the disk; returns the version, and whether it is new.
+
+        Args:
+            directory: Where the two files are.
+            name: The soft prompt's name.
+            alias: The alias to move, instead of latest.
+            description: Free text.
+            tags: Words to list by.
+            metadata: A JSON object, as text.
+            lineage: A JSON object, as text.
+            on_bytes: Told of the files' bytes as they are sent.
 
         Raises:
-            ClientError: If a file is missing, or the server refuses.
+            ClientError: Also if a file is missing.
         """
+        texts = {"alias": alias, "description": description, "metadata": metadata, "lineage": lineage}
+        data: dict[str, Any] = {"id": name, "tags": list(tags)}
+        data |= {key: text for key, text in texts.items() if text is not None}
         with ExitStack() as stack:
             files = []
             for filename in (CONFIG_FILE, WEIGHTS_FILE):
                 try:
                     opened = stack.enter_context((directory / filename).open("rb"))
                 except OSError as error:
-                    raise ClientError(f"{directory / filename}: {error.strerror}") from error
-                files.append(("files", (filename, opened, "application/octet-stream")))
-            data = {"id": name} | ({"alias": alias} if alias else {})
+                    raise _local(directory / filename, error) from error
+                files.append(("files", (filename, _Counted(opened, on_bytes), "application/octet-stream")))
             response = self._send("POST", "/v1/prompts", data=data, files=files)
-        return response.json(), response.status_code == httpx.codes.CREATED
+        return _object(response), response.status_code == httpx.codes.CREATED
 
-    def prompts(self) -> Iterator[dict[str, Any]]:
-        """All soft prompts, page by page.
+    def pull(
+        self,
+        version: Mapping[str, Any],
+        directory: Path,
+        *,
+        force: bool = False,
+        on_bytes: OnBytes = lambda _: None,
+    ) -> None:
+        """Download a version's files, byte for byte as they were uploaded; all of them, or none.
+
+        A file that is there already and is the same is left alone.
+
+        Args:
+            version: The server's record of it.
+            directory: Where to; made where there is none.
+            force: Replace files that are different.
+            on_bytes: Told of the files' bytes as they come.
 
         Raises:
-            ClientError: If the server refuses.
+            ClientError: Also if a different file is there, the disk cannot be written, or what came is not what the
+                record says.
         """
-        params: dict[str, str | int] = {"limit": _PAGE}
-        while True:
-            page = self._send("GET", "/v1/prompts", params=params).json()
+        files = {file["filename"]: file for file in version["files"]}
+        # Known names only: a name from a server must not choose a path here.
+        wanted = {directory / name: files[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in files}
+        parts: dict[Path, Path] = {}
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            missing = {path: file for path, file in wanted.items() if not _is_same(path, file["sha256"])}
+            different = [str(path) for path in missing if path.exists()]
+            if different and not force:
+                raise ClientError(f"{' and '.join(different)} would be overwritten by other content: give --force")
+            for path, file in missing.items():
+                parts[path] = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+                self._download(version, file, parts[path], on_bytes)
+            for path, part in parts.items():
+                part.replace(path)
+        except OSError as error:
+            raise _local(error.filename or directory, error) from error
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+
+    # Looking
+
+    def prompts(self, *, tag: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """All soft prompts with a tag, page by page; at most ``limit``."""
+        params: dict[str, str | int] = {"tag": tag} if tag is not None else {}
+        while limit is None or limit > 0:
+            params["limit"] = _PAGE if limit is None else min(limit, _PAGE)
+            page = _object(self._send("GET", "/v1/prompts", params=params))
             yield from page["data"]
             if not page["has_more"]:
                 return
             params["after"] = page["last_id"]
+            limit = None if limit is None else limit - len(page["data"])
 
-    def remove(self, name: str, version: int | None = None) -> None:
-        """Delete one version, or all of a name.
+    def prompt(self, name: str) -> dict[str, Any]:
+        """A soft prompt with its aliases."""
+        return _object(self._send("GET", f"/v1/prompts/{name}"))
 
-        Raises:
-            ClientError: If the server refuses, or has no such soft prompt.
-        """
-        self._send("DELETE", f"/v1/prompts/{name}" if version is None else f"/v1/prompts/{name}/versions/{version}")
+    def version(self, ref: PromptRef) -> dict[str, Any]:
+        """The version that a reference means now."""
+        number = ref.version
+        if number is None:
+            alias = ref.alias or DEFAULT_ALIAS
+            number = self.prompt(ref.name)["aliases"].get(alias)
+            if number is None:
+                raise ClientError(
+                    f"the soft prompt {ref.name!r} has no alias {alias!r}", status=404, code="prompt_not_found"
+                )
+        return _object(self._send("GET", f"/v1/prompts/{ref.name}/versions/{number}"))
+
+    def versions(self, name: str, *, limit: int) -> dict[str, Any]:
+        """The newest versions of a name."""
+        return _object(self._send("GET", f"/v1/prompts/{name}/versions", params={"limit": limit}))
+
+    def history(self, name: str, *, limit: int) -> dict[str, Any]:
+        """The newest changes of a name."""
+        return _object(self._send("GET", f"/v1/prompts/{name}/history", params={"limit": limit}))
+
+    def inspect(self, ref: PromptRef, *, top_k: int | None, task_id: int | None) -> dict[str, Any]:
+        """Norms and near tokens of a soft prompt."""
+        params = _without_nones(version=ref.version, alias=ref.alias, top_k=top_k, task_id=task_id)
+        path = f"/v1/prompts/{ref.name}/inspect"
+        return _object(self._send("GET", path, params=params, timeout=_ENGINE_SECONDS))
+
+    # Changing
+
+    def set_alias(self, name: str, alias: str, version: int, *, expected: int | None) -> dict[str, Any]:
+        """Point an alias at a version."""
+        body = _without_nones(version=version, expected_version=expected)
+        return _object(self._send("PUT", f"/v1/prompts/{name}/aliases/{alias}", json=body))
+
+    def rollback(self, name: str, alias: str, *, expected: int | None) -> dict[str, Any]:
+        """Point an alias back at what it pointed at before."""
+        body = _without_nones(expected_version=expected)
+        return _object(self._send("POST", f"/v1/prompts/{name}/aliases/{alias}/rollback", json=body))
+
+    def warm(self, ref: PromptRef, *, task_id: int | None, pin: bool | None) -> dict[str, Any]:
+        """Bring a soft prompt onto the device, and pin it or end its pin."""
+        body = _without_nones(version=ref.version, alias=ref.alias, task_id=task_id, pin=pin)
+        return _object(self._send("POST", f"/v1/prompts/{ref.name}/warm", json=body, timeout=_ENGINE_SECONDS))
+
+    def remove(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Delete one version, or all of a name."""
+        path = f"/v1/prompts/{name}" if version is None else f"/v1/prompts/{name}/versions/{version}"
+        return _object(self._send("DELETE", path))
+
+    # Inside
+
+    def _download(self, version: Mapping[str, Any], file: Mapping[str, Any], part: Path, on_bytes: OnBytes) -> None:
+        path = f"/v1/prompts/{version['id']}/versions/{version['version']}/files/{file['filename']}"
+        digest = hashlib.sha256()
+        try:
+            with part.open("xb") as opened, self._http.stream("GET", self._url + path) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _refusal(response)
+                for chunk in response.iter_bytes(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    opened.write(chunk)
+                    on_bytes(len(chunk))
+                opened.flush()
+                os.fsync(opened.fileno())
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+        if digest.hexdigest() != file["sha256"]:
+            raise ClientError(
+                f"what came as {file['filename']} is not what the server's record says: "
+                f"sha256 {digest.hexdigest()}, not {file['sha256']}"
+            )
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, self._url + path, **arguments)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ClientError(f"{self._url} cannot be reached: {error}") from error
+            raise self._unreachable(error) from error
         if response.is_success:
             return response
-        raise ClientError(_reason(response), status=response.status_code)
+        raise _refusal(response)
+
+    def _unreachable(self, error: Exception) -> ClientError:
+        reason = str(error) or type(error).__name__
+        return ClientError(f"{self._url} cannot be reached: {reason}", code="unreachable")
 
 
-def _reason(response: httpx.Response) -> str:
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a success; anything else did not come from a Prelude server."""
     try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{response.url} answered {response.status_code} {response.reason_phrase}: is this a Prelude server?"
+        value = response.json()
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise _stranger(response)
+    return value
+
+
+def _refusal(response: httpx.Response) -> ClientError:
+    try:
+        body = response.json()
+        error = body["error"]
+        message, code = str(error["message"]), str(error["code"])
+        details = error.get("details") if code == "invalid_prompt" else None
+        faults = [(str(fault["code"]), str(fault["message"])) for fault in details or ()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _stranger(response)
+    return ClientError(message, status=response.status_code, code=code, body=body, faults=faults)
+
+
+def _stranger(response: httpx.Response) -> ClientError:
+    message = f"{response.url} answered {response.status_code} {response.reason_phrase}: is this a Prelude server?"
+    status = None if response.is_success else response.status_code
+    return ClientError(message, status=status, code="not_prelude")
+
+
+def _local(path: object, error: OSError) -> ClientError:
+    return ClientError(f"{path}: {error.strerror or error}")
+
+
+def _is_same(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def _without_nones(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

@@ -26,6 +26,7 @@ class EngineSettings:
         kv_cache_memory: Bytes for keys and values; None sizes them from the memory that is free.
         enable_prefix_caching: Whether full blocks of text are kept for later sequences with the same opening.
         num_threads: CPU threads of the model's products; None takes every core.
+        soft_prompt_host_bytes: Host memory for soft prompts that nobody uses at the moment and none pinned.
     """
 
     model: str
@@ -39,6 +40,7 @@ class EngineSettings:
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
     num_threads: int | None = None
+    soft_prompt_host_bytes: int = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

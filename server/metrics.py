@@ -198,33 +198,51 @@ def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
         f"{PREFIX}soft_prompt_resident", "Soft prompts held in a tier (on disk: files).", labels=["tier"]
     )
     sizes = GaugeMetricFamily(f"{PREFIX}soft_prompt_resident_bytes", "Their size in bytes.", labels=["tier"])
-    held = [("device", stats.soft_prompts_resident, stats.soft_prompt_bytes)]
+    host = stats.host
+    held = [
+        ("device", stats.soft_prompts_resident, stats.soft_prompt_bytes),
+        ("host", host.resident, host.resident_bytes),
+    ]
     held += [(tier.tier, tier.resident or 0, tier.resident_bytes or 0) for tier in store.tiers]
     for name, number, size in held:
         numbers.add_metric([name], number)
         sizes.add_metric([name], size)
     yield numbers
     yield sizes
-    for name, text, device, attribute in (
-        ("loads", "Times one was brought into (device) or read from a tier.", stats.soft_prompt_loads, "loads"),
-        ("evictions", "Times one was dropped from a tier for room.", stats.soft_prompt_evictions, "evictions"),
-        ("hits", "Uses that a tier could answer.", None, "hits"),
-        ("misses", "Uses that a tier could not answer.", None, "misses"),
-        ("corrupt", "Stored files that were not what was uploaded, and were put aside.", None, "corrupt"),
+    engine = {
+        "loads": (stats.soft_prompt_loads, host.loads),
+        "evictions": (stats.soft_prompt_evictions, host.evictions),
+        "hits": (stats.soft_prompt_hits, host.hits),
+        "misses": (stats.soft_prompt_misses, host.misses),
+    }
+    for name, text in (
+        ("loads", "Times one was brought into (device, host) or read from a tier."),
+        ("evictions", "Times one was dropped from a tier for room."),
+        ("hits", "Uses that a tier could answer."),
+        ("misses", "Uses that a tier could not answer."),
+        ("corrupt", "Stored files that were not what was uploaded, and were put aside."),
     ):
         counter = CounterMetricFamily(f"{PREFIX}soft_prompt_{name}", text, labels=["tier"])
-        if device is not None:
-            counter.add_metric(["device"], device)
+        for label, value in zip(("device", "host"), engine.get(name, ()), strict=False):
+            counter.add_metric([label], value)
         for tier in store.tiers:
-            counter.add_metric([tier.tier], getattr(tier, attribute))
+            counter.add_metric([tier.tier], getattr(tier, name))
         yield counter
     seconds = HistogramMetricFamily(
-        f"{PREFIX}soft_prompt_load_seconds", "How long one load from a tier took.", labels=["tier"]
+        f"{PREFIX}soft_prompt_load_seconds",
+        "How long one load into host, or from another tier, took.",
+        labels=["tier"],
     )
+    if host.load_seconds_buckets:  # else the engine has not begun
+        seconds.add_metric(["host"], _buckets(host.load_seconds_buckets), host.load_seconds_sum)
     for tier in store.tiers:
-        buckets = [
-            (floatToGoString(bound), float(count))  # type: ignore[no-untyped-call]
-            for bound, count in tier.load_seconds_buckets
-        ]
-        seconds.add_metric([tier.tier], buckets, tier.load_seconds_sum)
+        seconds.add_metric([tier.tier], _buckets(tier.load_seconds_buckets), tier.load_seconds_sum)
     yield seconds
+
+
+def _buckets(counts: Iterable[tuple[float, int]]) -> list[tuple[str, float]]:
+    """Cumulative counts as Prometheus writes them."""
+    return [
+        (floatToGoString(bound), float(count))  # type: ignore[no-untyped-call]
+        for bound, count in counts
+    ]

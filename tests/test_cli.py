@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 from server import app as server_app
 from server.cli import FLAGS, app
+from server.commands import ExitStatus
 from server.errors import EngineStartError
 
 runner = CliRunner()
@@ -65,6 +67,20 @@ def test_variables_fill_the_settings(started):
         "rm",
         "rm Bad",
         "rm name@latest",
+        "pull name",
+        "show Bad",
+        "show name@01",
+        "list --limit 0",
+        "promote name",
+        "promote name 0",
+        "promote name latest",
+        "promote name@1 1",
+        "promote name 1 --alias 7",
+        "rollback name --alias Bad",
+        "rollback name --expect 0",
+        "inspect name --top-k 21",
+        "inspect name --task-id -1",
+        "warm Bad",
     ],
 )
 def test_usage_errors_are_status_2(started, line):
@@ -91,15 +107,44 @@ def test_an_open_host_is_refused(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("line", ["list", "rm x", "push {tmp_path} --id x"])
-def test_no_server_is_status_1_and_one_line(tmp_path, line):
+@pytest.mark.parametrize(
+    "line",
+    ["list", "rm x", "push {tmp_path} --id x", "pull x {tmp_path}", "show x", "promote x 1", "rollback x"]
+    + [f"{command} x" for command in ("inspect", "warm")],
+)
+def test_no_server_is_status_7_and_one_line(tmp_path, line):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes(b"x")
     command = line.format(tmp_path=tmp_path).split()
     result = runner.invoke(app, [*command, "--url", "http://127.0.0.1:9"])
-    assert result.exit_code == 1
+    assert result.exit_code == 7
     assert "cannot be reached" in result.stderr
     assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    told = runner.invoke(app, [*command, "--json", "--url", "http://127.0.0.1:9"])
+    assert told.exit_code == 7
+    assert json.loads(told.stdout)["error"]["code"] == "unreachable"
+    assert told.stderr == result.stderr
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp://127.0.0.1", "http://127.0.0.1:port"])
+def test_a_url_that_is_none(url):
+    result = runner.invoke(app, ["list", "--url", url])
+    assert result.exit_code == 7
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_key_that_no_header_can_carry():
+    result = runner.invoke(app, ["list", "--api-key", "schlüssel"])
+    assert result.exit_code == 1
+    assert "API key" in result.stderr
+
+
+def test_help_tells_the_exit_codes():
+    for line in ("--help", "push --help", "warm --help"):
+        text = " ".join(runner.invoke(app, line.split(), env={"COLUMNS": "300"}).output.split())
+        for status in ExitStatus:
+            assert f" {status.value} " in text.split("Exit codes:")[1]
 
 
 def test_push_without_the_files(tmp_path):
@@ -120,5 +165,6 @@ def test_help_shows_every_flag(command):
 def test_help():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("serve", "demo", "push", "list", "rm"):
+    commands = ("serve", "demo", "push", "pull", "list", "show", "promote", "rollback", "rm", "inspect", "warm")
+    for command in commands:
         assert command in result.output

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from server.cli import FLAGS
+from server.cli import FLAGS, app
+from server.commands import ExitStatus
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -31,6 +34,41 @@ def test_every_flag_is_documented_with_its_variable_and_default() -> None:
         shown = "required" if flag.default is ... else "-" if flag.default is None else str(flag.default)
         assert default == shown, f"{name}: the default is {shown}"
     assert len(rows) == len(FLAGS), "docs/configuration.md documents a flag that is not there"
+
+
+def test_every_client_command_is_documented_with_its_options_and_exit_codes() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    rows = {found[1]: line for line in text.splitlines() if (found := re.match(r"\| `prelude (\w+) ?.*", line))}
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert rows.keys() == commands.keys() - {"serve", "demo"}
+    for name, row in rows.items():
+        for parameter in commands[name].params:
+            for option in [*parameter.opts, *parameter.secondary_opts]:
+                if option.startswith("--") and option != "--help":
+                    assert option in row or f"| `{option}` |" in text, f"docs/commands.md lacks {name} {option}"
+    codes = [int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)]
+    assert codes == [status.value for status in ExitStatus]
+
+
+def examples_of_commands() -> list[list[str]]:
+    """The arguments of every ``prelude`` line in the documents' shell examples."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                match = re.match(r"^(?:if ! )?(?:\.venv/bin/)?prelude (.*?)(?: > .*)?$", line.strip())
+                if match:
+                    found.append(shlex.split(match[1], comments=True))
+    return found
+
+
+@pytest.mark.parametrize("arguments", examples_of_commands(), ids=" ".join)
+def test_commands_in_examples_can_be_parsed(arguments: list[str], tmp_path: Path) -> None:
+    group = get_command(app)
+    command = group.commands[arguments[0]]  # type: ignore[attr-defined]
+    rest = [str(tmp_path) if "/" in argument and argument[0] not in "-{h" else argument for argument in arguments[1:]]
+    with command.make_context(arguments[0], rest):
+        pass
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

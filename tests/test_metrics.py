@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from prompt_store.blobs import TierStats
 from prompt_store.types import StoreTotals
-from server.engine.types import EngineStats
+from server.engine.types import EngineStats, HostTierStats
 from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreState
 
 TIERS = [TierStats(tier, 1, 2, 3, 4, 5, 6, 7, 8, 0.5, ((0.1, 1), (math.inf, 3))) for tier in ("disk", "object_store")]
@@ -42,6 +42,12 @@ def test_every_metric_is_prefixed_and_explained():
     + [f'soft_prompt_{what}_total{{tier="device"}}' for what in ("loads", "evictions")]
     + [f'soft_prompt_{what}{{tier="disk"}}' for what in ("resident", "resident_bytes")]
     + [f'soft_prompt_{what}_total{{tier="disk"}}' for what in ("loads", "evictions", "hits", "misses", "corrupt")]
+    + [f'soft_prompt_{what}{{tier="host"}}' for what in ("resident", "resident_bytes")]
+    + [
+        f'soft_prompt_{what}_total{{tier="{tier}"}}'
+        for tier in ("device", "host")
+        for what in ("loads", "evictions", "hits", "misses")
+    ]
     + ['soft_prompt_load_seconds_bucket{le="+Inf",tier="object_store"}', "catalog_available"],
 )
 def test_promised_names(name):
@@ -55,6 +61,36 @@ def test_values_are_read_at_each_scrape():
     assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0
     stats.num_used_blocks = 2
     assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0.25
+
+
+def test_tiers_of_the_engine():
+    host = HostTierStats(
+        resident=1,
+        resident_bytes=2,
+        hits=3,
+        misses=4,
+        loads=5,
+        evictions=6,
+        load_seconds_sum=0.5,
+        load_seconds_buckets=((0.1, 2), (math.inf, 5)),
+    )
+    found = families(make(EngineStats(host=host, soft_prompt_hits=7, soft_prompt_misses=8)))
+
+    def value(name: str, tier: str, **labels: str) -> float:
+        (sample,) = [
+            sample
+            for family in found.values()
+            for sample in family.samples
+            if sample.name == f"prelude_soft_prompt_{name}" and sample.labels == {"tier": tier, **labels}
+        ]
+        return sample.value
+
+    names = ("resident", "resident_bytes", "hits_total", "misses_total", "loads_total", "evictions_total")
+    assert [value(name, "host") for name in names] == [1, 2, 3, 4, 5, 6]
+    assert [value(name, "device") for name in names[2:4]] == [7, 8]
+    assert value("load_seconds_sum", "host") == 0.5
+    assert value("load_seconds_bucket", "host", le="0.1") == 2
+    assert value("load_seconds_count", "host") == 5
 
 
 def test_no_blocks_yet():

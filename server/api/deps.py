@@ -14,6 +14,7 @@ from starlette.requests import Request
 from prompt_store.types import BaseModelSpec
 from server.api.admission import Admission
 from server.api.store_threads import StoreThreads
+from server.api.warming import Warmer
 from server.config import Settings
 from server.engine.interface import Engine
 from server.errors import EngineDeadError, EngineNotReadyError, EngineStartError, MediaTypeError, ServerError
@@ -102,6 +103,7 @@ class Services:
         base_name: The base model's name in the API.
         engine: Where tokens come from.
         store: Where soft prompts are kept.
+        warmer: Brings them onto the device early, and keeps the pinned ones.
         admission: The permits.
         metrics: Every measurement.
         lifecycle: Whether it serves.
@@ -113,6 +115,7 @@ class Services:
     base_name: str
     engine: Engine
     store: StoreThreads
+    warmer: Warmer
     admission: Admission
     metrics: Metrics
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
@@ -197,3 +200,13 @@ async def require_json(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise MediaTypeError("the body has to be JSON, with 'Content-Type: application/json'")
+
+
+async def require_json_or_nothing(request: Request) -> None:
+    """A route's dependency that refuses bodies which are not declared as JSON, and takes none.
+
+    Raises:
+        MediaTypeError: If there is a body that is not declared as JSON.
+    """
+    if await request.body():
+        await require_json(request)

@@ -14,12 +14,13 @@ from prompt_store.errors import PromptNotFoundError
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
 from server.api.deps import Services
+from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.protocol import GenerationBody
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import FinishReason, SamplingParams
 from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
 
 
@@ -66,7 +67,7 @@ class Generation:
         self._services = services
         self._body = body
         self._max_tokens = max_tokens
-        self._soft_prompt = _soft_prompt_source(leased, body.task_id)
+        self._soft_prompt = soft_prompt_source(leased, body.task_id) if leased else None
         self._permits = permits
         self._arrival = arrival
         self._id = uuid.uuid4().hex
@@ -220,7 +221,7 @@ async def admitted(
             except PromptNotFoundError as error:
                 raise target.not_found(error) from error
             _check_generates(leased.version, target)
-        _check_task(leased.version if leased else None, body.task_id)
+        check_task(leased.version if leased else None, body.task_id)
         max_tokens = [
             _fit(
                 len(prompt),
@@ -272,25 +273,6 @@ def _check_generates(version: PromptVersion, target: Target) -> None:
         )
 
 
-def _check_task(version: PromptVersion | None, task_id: int | None) -> None:
-    """A multitask prompt needs one of its tasks named; nothing else has any."""
-    num_tasks = version.num_tasks if version else None
-    if version is None or num_tasks is None:
-        if task_id is None:
-            return
-        named = "the base model" if version is None else f"the soft prompt {version.name}@{version.version}"
-        raise InvalidRequestError(
-            f"task_id: only a multitask soft prompt takes one, and {named} is none", param="task_id"
-        )
-    if task_id is None or task_id >= num_tasks:
-        problem = "has to say which task is meant" if task_id is None else f"is {task_id}, and there is no such task"
-        raise InvalidRequestError(
-            f"task_id: {problem}: the multitask soft prompt {version.name}@{version.version} has the tasks "
-            f"0 to {num_tasks - 1}",
-            param="task_id",
-        )
-
-
 def _fit(
     num_text_tokens: int, *, num_virtual_tokens: int, asked: int | None, default: int | None, max_model_len: int
 ) -> int:
@@ -309,16 +291,4 @@ def _fit(
         f"the model's context is {max_model_len} tokens, and the request takes more: {num_virtual_tokens} virtual "
         f"tokens of the soft prompt, {num_text_tokens} text tokens and {wanted}",
         param="max_tokens" if room >= 1 else "prompt",
-    )
-
-
-def _soft_prompt_source(leased: LeasedPrompt | None, task_id: int | None) -> SoftPromptSource | None:
-    if leased is None:
-        return None
-    return SoftPromptSource(
-        digest=leased.version.digest,
-        num_virtual_tokens=leased.version.num_virtual_tokens,
-        is_key_values=leased.version.peft_type.is_key_values,
-        path=str(leased.weights_path),
-        task_id=task_id,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
-from prompt_store.types import HistoryEntry, PromptSummary, PromptVersion
+from prompt_store.types import HistoryEntry, PromptSummary, PromptVersion, check_name
 from server.api.protocol import RequestBody
 
 
@@ -42,9 +42,10 @@ class VersionBody(BaseModel):
     created_by: str | None = Field(description="Which API key published it.")
     num_tasks: int | None = Field(description="Tasks of a multitask prompt, of which a request names one.")
     num_labels: int | None = Field(description="Labels of its classification head.")
+    pinned: bool = Field(description="Whether this server keeps it at hand.")
 
     @classmethod
-    def of(cls, version: PromptVersion) -> VersionBody:
+    def of(cls, version: PromptVersion, *, pinned: bool) -> VersionBody:
         """The catalog's record as the API shows it."""
         return cls(
             id=version.name,
@@ -65,6 +66,7 @@ class VersionBody(BaseModel):
             created_by=version.created_by,
             num_tasks=version.num_tasks,
             num_labels=version.num_labels,
+            pinned=pinned,
         )
 
 
@@ -75,16 +77,18 @@ class PromptBody(BaseModel):
     id: str
     aliases: dict[str, int]
     num_versions: int
+    pinned: list[int] = Field(description="The versions that this server keeps at hand.")
     latest: VersionBody
 
     @classmethod
-    def of(cls, summary: PromptSummary) -> PromptBody:
+    def of(cls, summary: PromptSummary, *, pinned: list[int]) -> PromptBody:
         """The catalog's summary as the API shows it."""
         return cls(
             id=summary.name,
             aliases=dict(summary.aliases),
             num_versions=summary.num_versions,
-            latest=VersionBody.of(summary.latest),
+            pinned=pinned,
+            latest=VersionBody.of(summary.latest, pinned=summary.latest.version in pinned),
         )
 
 
@@ -155,6 +159,31 @@ class RollbackBody(RequestBody):
     """Which state a rollback is meant for."""
 
     expected_version: int | None = Field(None, ge=1, lt=2**63, description="409 unless the alias points there now.")
+
+
+class WarmBody(RequestBody):
+    """Which soft prompt to bring onto the device; by default what the alias latest means."""
+
+    version: int | None = Field(None, ge=1, lt=2**63)
+    alias: Annotated[str, AfterValidator(lambda text: check_name(text, "alias"))] | None = None
+    task_id: int | None = Field(None, ge=0, lt=2**63, description="One task of a multitask prompt; by default all.")
+    pin: bool | None = Field(
+        None,
+        description="true keeps its files on this machine and its rows in host memory, until false, its deletion or "
+        "a restart; a pin by alias (latest, where none is named) moves with the alias. false ends the pin and brings "
+        "nothing onto the device.",
+    )
+
+
+class WarmReply(BaseModel):
+    """What is on the device now."""
+
+    object: str = "prompt.warmed"
+    id: str
+    version: int
+    task_ids: list[int] | None = Field(description="The tasks of a multitask prompt.")
+    pinned: bool
+    seconds: float = Field(description="How long it took; 0 where a pin was ended.")
 
 
 class AliasReply(BaseModel):

@@ -11,8 +11,16 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from prompt_store.errors import PromptStoreError
-from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, PromptRef, check_name
-from server.api.deps import ServicesDep, require_json
+from prompt_store.types import (
+    CONFIG_FILE,
+    DEFAULT_ALIAS,
+    WEIGHTS_FILE,
+    PromptRef,
+    PromptSummary,
+    PromptVersion,
+    check_name,
+)
+from server.api.deps import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
 from server.api.multipart import UploadParser, discard_rest, gathered
 from server.api.prompt_bodies import (
     AliasBody,
@@ -25,6 +33,8 @@ from server.api.prompt_bodies import (
     RollbackBody,
     VersionBody,
     VersionList,
+    WarmBody,
+    WarmReply,
 )
 from server.api.store_threads import StoreThreads
 from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, ServerError
@@ -71,6 +81,27 @@ class _LeasedWeights(FileResponse):
         async with self._threads.lease(self._ref) as leased:
             self.path = leased.weights_path
             await super().__call__(scope, receive, send)
+
+
+def ref_of(name: str, version: int | None, alias: str | None) -> PromptRef:
+    """The version or the alias that a request names; the alias latest where it names neither.
+
+    Raises:
+        InvalidRequestError: If it names both.
+    """
+    if version is not None and alias is not None:
+        raise InvalidRequestError("version: name a version or an alias, not both", param="version")
+    if version is not None:
+        return PromptRef(name, version=version, alias=None)
+    return PromptRef(name, alias=alias or DEFAULT_ALIAS)
+
+
+def _version_body(services: Services, version: PromptVersion) -> VersionBody:
+    return VersionBody.of(version, pinned=services.warmer.is_pinned(version))
+
+
+def _prompt_body(services: Services, summary: PromptSummary) -> PromptBody:
+    return PromptBody.of(summary, pinned=services.warmer.pinned_versions(summary.name))
 
 
 def _file_headers(filename: str, sha256: str) -> dict[str, str]:
@@ -146,7 +177,8 @@ async def upload_prompt(request: Request, services: ServicesDep, actor: Actor) -
             )
         except ValueError as error:  # its form was checked already; it is the base's own name
             raise InvalidRequestError(f"id: {error}", param="id") from error
-    body = VersionBody.of(version).model_dump(mode="json")
+    services.warmer.promoted(fields.name, fields.alias)
+    body = _version_body(services, version).model_dump(mode="json")
     return JSONResponse(body, 201 if created else 200)
 
 
@@ -160,20 +192,21 @@ async def list_prompts(
     """A page of soft prompts, by name."""
     store = services.store.store
     summaries, has_more = await services.store.call(store.list_prompts, limit=limit, after=after, tag=tag)
-    data = [PromptBody.of(summary) for summary in summaries]
+    data = [_prompt_body(services, summary) for summary in summaries]
     return PromptList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
 @router.get("/{id}")
 async def get_prompt(name: PromptId, services: ServicesDep) -> PromptBody:
     """One soft prompt."""
-    return PromptBody.of(await services.store.call(services.store.store.get_prompt, name))
+    return _prompt_body(services, await services.store.call(services.store.store.get_prompt, name))
 
 
 @router.delete("/{id}")
 async def delete_prompt(name: PromptId, services: ServicesDep, actor: Actor) -> Deleted:
     """Delete all versions and aliases of a name; requests under way keep theirs until they end."""
     await services.store.call(services.store.store.delete_prompt, name, actor=actor)
+    await services.warmer.forget(name)
     return Deleted(id=name, object="prompt")
 
 
@@ -184,7 +217,7 @@ async def list_versions(
     """A page of a name's versions, newest first, those below ``before``."""
     store = services.store.store
     versions, has_more = await services.store.call(store.list_versions, name, limit=limit, before=before)
-    data = [VersionBody.of(version) for version in versions]
+    data = [_version_body(services, version) for version in versions]
     return VersionList(data=data, has_more=has_more, last_id=data[-1].version if data else None)
 
 
@@ -203,7 +236,7 @@ async def list_history(
 async def get_version(name: PromptId, version: VersionNumber, services: ServicesDep) -> VersionBody:
     """One version."""
     ref = PromptRef(name, version=version, alias=None)
-    return VersionBody.of(await services.store.call(services.store.store.resolve, ref))
+    return _version_body(services, await services.store.call(services.store.store.resolve, ref))
 
 
 @router.get("/{id}/versions/{version}/files/{filename}", response_class=Response)
@@ -224,6 +257,7 @@ async def get_file(name: PromptId, version: VersionNumber, filename: str, servic
 async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, actor: Actor) -> Deleted:
     """Delete one version; requests under way keep it until they end."""
     await services.store.call(services.store.store.delete_version, name, version, actor=actor)
+    await services.warmer.forget(name, version)
     return Deleted(id=f"{name}@{version}", object="prompt.version")
 
 
@@ -238,6 +272,7 @@ async def set_alias(name: PromptId, alias: Alias, body: AliasBody, services: Ser
         expected_version=body.expected_version,
         actor=actor,
     )
+    services.warmer.promoted(name, alias)
     return AliasReply(id=name, alias=alias, version=body.version)
 
 
@@ -249,7 +284,28 @@ async def rollback(
     version = await services.store.call(
         services.store.store.rollback, name, alias, expected_version=body.expected_version, actor=actor
     )
+    services.warmer.promoted(name, alias)
     return AliasReply(id=name, alias=alias, version=version)
+
+
+@router.post("/{id}/warm", dependencies=[Depends(require_ready), Depends(require_json_or_nothing)])
+async def warm_prompt(name: PromptId, services: ServicesDep, body: WarmBody | None = None) -> WarmReply:
+    """Bring a soft prompt onto the device before its first request, and pin it or end its pin."""
+    body = body or WarmBody.model_validate({})
+    ref = ref_of(name, body.version, body.alias)
+    if body.pin is False:
+        version = await services.warmer.unpin(ref, task_id=body.task_id)
+        pinned = services.warmer.is_pinned(version)
+        return WarmReply(id=name, version=version.version, task_ids=None, pinned=pinned, seconds=0.0)
+    with services.admission.permits(1):
+        warmed = await services.warmer.warm(ref, task_id=body.task_id, pin=bool(body.pin))
+    return WarmReply(
+        id=name,
+        version=warmed.version.version,
+        task_ids=None if warmed.task_ids is None else list(warmed.task_ids),
+        pinned=services.warmer.is_pinned(warmed.version),
+        seconds=warmed.seconds,
+    )
 
 
 @router.delete("/{id}/aliases/{alias}")

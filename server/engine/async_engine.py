@@ -15,28 +15,43 @@ from server.engine.messages import (
     FRAME_HEADER_BYTES,
     AbortRequest,
     AddRequest,
+    Inspect,
+    Inspected,
+    Pin,
     Ready,
     Shutdown,
     Start,
     StartFailed,
     StepOutputs,
     ToEngine,
+    Unpin,
     encode_frame,
     from_engine_decoder,
 )
 from server.engine.types import (
     EngineStats,
     FinishReason,
+    Inspection,
     ModelInfo,
     SamplingParams,
     SoftPromptSource,
     TokenOutput,
 )
-from server.errors import EngineDeadError, EngineError, EngineNotReadyError, EngineStartError, RequestFailedError
+from server.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineNotReadyError,
+    EngineStartError,
+    OverloadedError,
+    RequestFailedError,
+)
 
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
+
+MAX_INSPECTIONS = 16
+"""Inspections that may wait for the one thread that does them."""
 
 
 class AsyncEngine:
@@ -54,6 +69,8 @@ class AsyncEngine:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._queues: dict[str, asyncio.Queue[TokenOutput | EngineError]] = {}
+        self._inspections: dict[int, asyncio.Future[Inspection]] = {}
+        self._num_inspections = 0
         self._prepared = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -136,8 +153,7 @@ class AsyncEngine:
                 yield TokenEvent(output.token_ids, output.finish_reason, output.stop_token_id, num_cached)
         finally:
             del self._queues[request.request_id]
-            if not self._queues:
-                self._idle.set()
+            self._note_idle()
             if not ended:
                 self._send(AbortRequest(request.request_id))
 
@@ -150,10 +166,31 @@ class AsyncEngine:
         async for _ in self.generate(request):
             pass
 
+    def pin(self, soft_prompt: SoftPromptSource) -> None:
+        """Keep a soft prompt's rows in the engine's host memory."""
+        self._send(Pin(soft_prompt))
+
+    def unpin(self, soft_prompt: SoftPromptSource) -> None:
+        """End a pin."""
+        self._send(Unpin(soft_prompt))
+
+    async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
+        """Compare a soft prompt with the model; see ``Engine.inspect``."""
+        if not self.is_ready or self._writer is None:
+            raise EngineNotReadyError("the engine takes no requests now")
+        if len(self._inspections) >= MAX_INSPECTIONS:
+            raise OverloadedError(f"{MAX_INSPECTIONS} inspections wait already; try again later")
+        self._num_inspections += 1
+        # It stays when its caller is cancelled: the engine works on it all the same, and the bound is of its work.
+        future: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
+        self._inspections[self._num_inspections] = future
+        self._send(Inspect(self._num_inspections, soft_prompt, num_nearest))
+        return await future
+
     async def drain(self, timeout_seconds: float) -> None:
         """Take no new requests, and end what has not finished after the timeout."""
         self._draining = True
-        if self._queues:
+        if self._queues or self._inspections:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_seconds)
@@ -193,6 +230,8 @@ class AsyncEngine:
                         queue = self._queues.get(output.request_id)
                         if queue is not None:  # else its reader has gone, and it is aborted already
                             queue.put_nowait(output)
+                elif isinstance(message, Inspected):
+                    self._end_inspection(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             if not self._draining:
                 logger.error("the engine process ended; %d requests fail", len(self._queues))
@@ -202,9 +241,27 @@ class AsyncEngine:
                 self._writer = None
             self._fail_all(EngineDeadError("the engine process ended"))
 
+    def _end_inspection(self, message: Inspected) -> None:
+        future = self._inspections.pop(message.inspection_id, None)
+        self._note_idle()
+        if future is None or future.done():  # its caller has gone
+            return
+        if message.result is not None:
+            future.set_result(message.result)
+        else:
+            future.set_exception(RequestFailedError(message.error or "the engine gave no reason"))
+
+    def _note_idle(self) -> None:
+        if not self._queues and not self._inspections:
+            self._idle.set()
+
     def _fail_all(self, error: EngineError) -> None:
         for queue in self._queues.values():
             queue.put_nowait(type(error)(error.message))
+        for future in self._inspections.values():
+            if not future.done():
+                future.set_exception(type(error)(error.message))
+        self._inspections.clear()
 
 
 async def _read_frame(reader: asyncio.StreamReader) -> bytes:

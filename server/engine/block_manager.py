@@ -78,10 +78,19 @@ class Admission:
 
 @dataclass(slots=True)
 class BlockStats:
-    """Counters since the start."""
+    """Counters since the start.
+
+    Attributes:
+        queries: Text tokens looked up.
+        hits: Text tokens found.
+        run_hits: Soft prompts asked for that were in blocks, filled or being filled.
+        run_loads: Soft prompts asked for that were not, and were given blocks.
+        run_evictions: Soft prompts whose blocks were given up.
+    """
 
     queries: int = 0
     hits: int = 0
+    run_hits: int = 0
     run_loads: int = 0
     run_evictions: int = 0
 
@@ -164,8 +173,10 @@ class BlockManager:
             run = SoftPromptRun(key, source, [self._take() for _ in range(needed)], seed)
             self._runs[key] = run
             self.stats.run_loads += 1
-        elif run.ref_count == 0:
-            self._num_idle_blocks -= self._idle.pop(key)
+        else:
+            self.stats.run_hits += 1
+            if run.ref_count == 0:
+                self._num_idle_blocks -= self._idle.pop(key)
         run.ref_count += 1
         return run
 

@@ -24,12 +24,15 @@ from server.engine.messages import (
     AbortRequest,
     AddRequest,
     FromEngine,
+    Inspect,
+    Pin,
     Ready,
     Shutdown,
     Start,
     StartFailed,
     StepOutputs,
     ToEngine,
+    Unpin,
     encode_frame,
     to_engine_decoder,
 )
@@ -85,6 +88,10 @@ class EngineLoop:
                     outputs += engine.add(message)
                 elif isinstance(message, AbortRequest):
                     outputs += engine.abort(message.request_id)
+                elif isinstance(message, Pin | Unpin):
+                    engine.pin(message)
+                elif isinstance(message, Inspect):
+                    engine.inspect(message, self._send)
                 try:
                     message = self._inbox.get_nowait()
                 except Empty:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.types import EngineStats, FinishReason, ModelInfo, SamplingParams, SoftPromptSource
+from server.engine.types import EngineStats, FinishReason, Inspection, ModelInfo, SamplingParams, SoftPromptSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,32 @@ class Engine(Protocol):
             EngineNotReadyError: If the engine is loading or draining.
             EngineDeadError: If the engine process ends meanwhile.
             RequestFailedError: If the soft prompt cannot be loaded.
+        """
+        ...
+
+    def pin(self, soft_prompt: SoftPromptSource) -> None:
+        """Keep a soft prompt's rows in the engine's host memory; its file has to stay until ``unpin``.
+
+        A wish, with no answer: ``prepare`` tells whether the soft prompt can be loaded.
+        """
+        ...
+
+    def unpin(self, soft_prompt: SoftPromptSource) -> None:
+        """End a pin; nothing happens where there is none."""
+        ...
+
+    async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
+        """Compare a soft prompt with the model: norms, and the vocabulary tokens nearest to each virtual one.
+
+        Args:
+            soft_prompt: What to look at; its file has to stay until this returns.
+            num_nearest: Vocabulary tokens to find for each virtual token, at least 1.
+
+        Raises:
+            EngineNotReadyError: If the engine is loading or draining.
+            EngineDeadError: If the engine process ends meanwhile.
+            OverloadedError: If too many inspections wait already.
+            RequestFailedError: If the soft prompt cannot be read, with the reason.
         """
         ...
 

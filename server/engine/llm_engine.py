@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from server.config import EngineSettings
 from server.engine.block_manager import BlockManager
-from server.engine.messages import AddRequest
+from server.engine.inspection import Inspector
+from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import NOT_FINITE
 from server.engine.scheduler import Scheduler, StepPlan
@@ -44,8 +45,10 @@ class LLMEngine:
             embedding_width=self.model.embedding_width,
             key_values_width=2 * spec.num_layers * spec.num_kv_heads * spec.head_dim,
             dtype=self.runner.dtype,
+            budget_bytes=settings.soft_prompt_host_bytes,
             on_loaded=on_loaded,
         )
+        self._inspector = Inspector(self.runner, self.soft_prompts.read)
         self._loading: dict[str, list[Sequence]] = {}
         self._stats = EngineStats(num_blocks=self.model.num_blocks)
 
@@ -92,6 +95,17 @@ class LLMEngine:
         self._let_go(seq)
         return [TokenOutput(request_id, [], FinishReason.ABORT)]
 
+    def pin(self, message: Pin | Unpin) -> None:
+        """Keep a soft prompt's rows in host memory, or let them go."""
+        if isinstance(message, Pin):
+            self.soft_prompts.pin(message.soft_prompt)
+        else:
+            self.soft_prompts.unpin(message.soft_prompt)
+
+    def inspect(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
+        """Compare a soft prompt with the model beside the steps; ``on_inspected`` is called from another thread."""
+        self._inspector.inspect(message, on_inspected)
+
     def take_loaded(self) -> list[TokenOutput]:
         """Let sequences go on whose soft prompts have been read; returns the ends of those that could not be."""
         outputs: list[TokenOutput] = []
@@ -135,10 +149,14 @@ class LLMEngine:
         stats.soft_prompt_bytes = sum(len(run.blocks) for run in filled) * self.runner.cache_spec.block_bytes
         stats.soft_prompt_loads = blocks.stats.run_loads
         stats.soft_prompt_evictions = blocks.stats.run_evictions
+        stats.soft_prompt_hits = blocks.stats.run_hits
+        stats.soft_prompt_misses = blocks.stats.run_loads
+        stats.host = self.soft_prompts.stats
         return stats
 
     def close(self) -> None:
-        """End the reading thread and let go of the model."""
+        """End the other threads and let go of the model."""
+        self._inspector.close()
         self.soft_prompts.close()
         self.runner.close()
 

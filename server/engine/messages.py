@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from server.config import EngineSettings
-from server.engine.types import EngineStats, ModelInfo, SamplingParams, SoftPromptSource, TokenOutput
+from server.engine.types import EngineStats, Inspection, ModelInfo, SamplingParams, SoftPromptSource, TokenOutput
 
 FRAME_HEADER_BYTES = 4
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -36,6 +36,32 @@ class AbortRequest(msgspec.Struct, tag=True, frozen=True):
     request_id: str
 
 
+class Pin(msgspec.Struct, tag=True, frozen=True):
+    """Keep a soft prompt's rows in host memory until Unpin; twice is the same as once."""
+
+    soft_prompt: SoftPromptSource
+
+
+class Unpin(msgspec.Struct, tag=True, frozen=True):
+    """Let a pinned soft prompt's rows go like others; ignored when they are not pinned."""
+
+    soft_prompt: SoftPromptSource
+
+
+class Inspect(msgspec.Struct, tag=True, frozen=True):
+    """Compare a soft prompt with the model. Exactly one Inspected of the same id follows, after any number of steps.
+
+    Attributes:
+        inspection_id: The caller's name for it.
+        soft_prompt: What to look at; its file has to stay until the answer.
+        num_nearest: Vocabulary tokens to find for each virtual token, at least 1.
+    """
+
+    inspection_id: int
+    soft_prompt: SoftPromptSource
+    num_nearest: int
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Stop after the step under way."""
 
@@ -59,8 +85,16 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-ToEngine = Start | AddRequest | AbortRequest | Shutdown
-FromEngine = Ready | StartFailed | StepOutputs
+class Inspected(msgspec.Struct, tag=True, frozen=True):
+    """What an inspection found, or why it could not; one of the two is set."""
+
+    inspection_id: int
+    result: Inspection | None = None
+    error: str | None = None
+
+
+ToEngine = Start | AddRequest | AbortRequest | Pin | Unpin | Inspect | Shutdown
+FromEngine = Ready | StartFailed | StepOutputs | Inspected
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -33,6 +33,7 @@ class ModelRunner:
     Attributes:
         info: What was loaded.
         cache_spec: The shape of its keys and values.
+        embed_tokens: The input embeddings: token ids [...] to [..., embedding width], scaled where the model scales.
 
     Raises:
         EngineStartError: If the model cannot be loaded or served exactly, or memory is short.
@@ -67,13 +68,13 @@ class ModelRunner:
         self.cache = KVCache(self.cache_spec, num_blocks, self.device)
         self.backend: AttentionBackend = SDPABackend(self.cache)
         self.sampler = Sampler()
-        self._embed_tokens: nn.Module = self.model.get_input_embeddings()
+        self.embed_tokens: nn.Module = self.model.get_input_embeddings()
         self._check_exactness(config.vocab_size, max_model_len)
         self.info = ModelInfo(
             architecture=type(self.model).__name__,
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
-            embedding_width=int(self._embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]),
+            embedding_width=int(self.embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]),
             num_layers=self.cache_spec.num_layers,
             num_kv_heads=self.cache_spec.num_kv_heads,
             head_dim=head_dim,
@@ -132,7 +133,7 @@ class ModelRunner:
         ids = torch.tensor([token_ids], device=self.device)
         if not splices:
             return {"input_ids": ids}
-        embeds: torch.Tensor = self._embed_tokens(ids)
+        embeds: torch.Tensor = self.embed_tokens(ids)
         for first, rows in splices:
             embeds[0, first : first + len(rows)] = rows.to(embeds)
         return {"inputs_embeds": embeds}

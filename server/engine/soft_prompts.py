@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from queue import Empty, SimpleQueue
 
 import torch
 from safetensors import safe_open
 
+from prompt_store.blobs import LOAD_SECONDS_BOUNDS
 from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
-from server.engine.types import SoftPromptSource
+from server.engine.types import HostTierStats, SoftPromptSource
 
 
 class SoftPromptLoadError(Exception):
@@ -29,8 +33,8 @@ class _Entry:
 class SoftPromptLoader:
     """Reads soft prompts in a thread of its own and keeps them in host memory.
 
-    What a living sequence refers to stays; the rest is kept up to a budget, least recently used out first. All
-    methods are called from the engine's thread; only the reading happens elsewhere.
+    What a living sequence or a pin refers to stays; the rest is kept up to a budget, least recently used out first.
+    All methods but ``read`` are called from the engine's thread; only the reading happens elsewhere.
 
     Args:
         embedding_width: Columns of a soft prompt made of embeddings.
@@ -46,7 +50,7 @@ class SoftPromptLoader:
         embedding_width: int,
         key_values_width: int,
         dtype: torch.dtype,
-        budget_bytes: int = 256 * 1024 * 1024,
+        budget_bytes: int,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self._widths = {False: embedding_width, True: key_values_width}
@@ -56,8 +60,30 @@ class SoftPromptLoader:
         self._entries: dict[str, _Entry] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._idle_bytes = 0
+        self._pinned: dict[str, SoftPromptSource] = {}
+        self._resident_bytes = 0
+        self._num_resident = 0
+        self._hits = 0
+        self._misses = 0
+        self._evictions = 0
+        self._load_seconds = 0.0
+        self._buckets = [0] * len(LOAD_SECONDS_BOUNDS)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-loader")
-        self._done: SimpleQueue[tuple[str, Future[torch.Tensor]]] = SimpleQueue()
+        self._done: SimpleQueue[tuple[str, Future[tuple[torch.Tensor, float]]]] = SimpleQueue()
+
+    @property
+    def stats(self) -> HostTierStats:
+        """What is held now, and what has been done so far."""
+        return HostTierStats(
+            resident=self._num_resident,
+            resident_bytes=self._resident_bytes,
+            hits=self._hits,
+            misses=self._misses,
+            loads=sum(self._buckets),
+            evictions=self._evictions,
+            load_seconds_sum=self._load_seconds,
+            load_seconds_buckets=tuple(zip(LOAD_SECONDS_BOUNDS, accumulate(self._buckets), strict=True)),
+        )
 
     def acquire(self, source: SoftPromptSource) -> bool:
         """Refer to a soft prompt, and start reading it where nobody has.
@@ -65,16 +91,11 @@ class SoftPromptLoader:
         Returns:
             Whether its rows are in memory already; otherwise ``take_loaded`` will tell.
         """
-        entry = self._entries.get(source.identity)
-        if entry is None:
-            entry = self._entries[source.identity] = _Entry(source)
-            future = self._executor.submit(self._read, source)
-            future.add_done_callback(lambda done: self._announce(source.identity, done))
-        elif entry.ref_count == 0 and entry.rows is not None:
-            del self._idle[source.identity]
-            self._idle_bytes -= entry.rows.nbytes
-        entry.ref_count += 1
-        return entry.rows is not None
+        if source.identity in self._entries:
+            self._hits += 1
+        else:
+            self._misses += 1
+        return self._refer(source)
 
     def release(self, source: SoftPromptSource) -> None:
         """Give back one reference."""
@@ -82,6 +103,20 @@ class SoftPromptLoader:
         entry.ref_count -= 1
         if entry.ref_count == 0 and entry.rows is not None:
             self._make_idle(source.identity, entry.rows)
+
+    def pin(self, source: SoftPromptSource) -> None:
+        """Keep a soft prompt in memory until ``unpin``, reading it where nobody has; twice is the same as once.
+
+        A file that cannot be read ends the pin: ``take_loaded`` tells.
+        """
+        if source.identity not in self._pinned:
+            self._pinned[source.identity] = source
+            self._refer(source)
+
+    def unpin(self, source: SoftPromptSource) -> None:
+        """End a pin, if there is one."""
+        if self._pinned.pop(source.identity, None) is not None:
+            self.release(source)
 
     def rows(self, source: SoftPromptSource) -> torch.Tensor:
         """A loaded soft prompt: [num_virtual_tokens, embedding or key/value width], serving dtype, on the host."""
@@ -101,10 +136,15 @@ class SoftPromptLoader:
             error = future.exception()
             if error is not None:
                 del self._entries[identity]
+                self._pinned.pop(identity, None)
                 ended.append((identity, str(error)))
                 continue
             entry = self._entries[identity]
-            entry.rows = future.result()
+            entry.rows, seconds = future.result()
+            self._num_resident += 1
+            self._resident_bytes += entry.rows.nbytes
+            self._load_seconds += seconds
+            self._buckets[bisect_left(LOAD_SECONDS_BOUNDS, seconds)] += 1
             if entry.ref_count == 0:  # everybody who wanted it has gone meanwhile
                 self._make_idle(identity, entry.rows)
             ended.append((identity, None))
@@ -113,7 +153,19 @@ class SoftPromptLoader:
         """End the reading thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _announce(self, identity: str, future: Future[torch.Tensor]) -> None:
+    def _refer(self, source: SoftPromptSource) -> bool:
+        entry = self._entries.get(source.identity)
+        if entry is None:
+            entry = self._entries[source.identity] = _Entry(source)
+            future = self._executor.submit(self._timed_read, source)
+            future.add_done_callback(lambda done: self._announce(source.identity, done))
+        elif entry.ref_count == 0 and entry.rows is not None:
+            del self._idle[source.identity]
+            self._idle_bytes -= entry.rows.nbytes
+        entry.ref_count += 1
+        return entry.rows is not None
+
+    def _announce(self, identity: str, future: Future[tuple[torch.Tensor, float]]) -> None:
         self._done.put((identity, future))
         self._on_loaded()
 
@@ -123,13 +175,28 @@ class SoftPromptLoader:
         while self._idle_bytes > self._budget:
             oldest, _ = self._idle.popitem(last=False)
             evicted = self._entries.pop(oldest).rows
-            self._idle_bytes -= evicted.nbytes if evicted is not None else 0
+            size = evicted.nbytes if evicted is not None else 0
+            self._idle_bytes -= size
+            self._resident_bytes -= size
+            self._num_resident -= 1
+            self._evictions += 1
 
-    def _read(self, source: SoftPromptSource) -> torch.Tensor:
-        """The rows in the serving dtype: [num_virtual_tokens, embedding or key/value width].
+    def _timed_read(self, source: SoftPromptSource) -> tuple[torch.Tensor, float]:
+        started = time.perf_counter()
+        rows = self.read(source)
+        return rows, time.perf_counter() - started
+
+    def read(self, source: SoftPromptSource) -> torch.Tensor:
+        """Read a soft prompt's file; from any thread, and nothing is kept.
 
         All that is computed is computed in float32, and F64 passes through it, because PEFT's encoders hold float32
         whatever the file holds.
+
+        Returns:
+            The rows in the serving dtype: [num_virtual_tokens, embedding or key/value width].
+
+        Raises:
+            SoftPromptLoadError: If the file cannot be read, or does not hold what its record says.
         """
         try:
             with safe_open(source.path, framework="pt") as file:

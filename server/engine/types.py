@@ -166,6 +166,30 @@ class TokenOutput(msgspec.Struct, array_like=True):
     error: str | None = None
 
 
+class HostTierStats(msgspec.Struct, kw_only=True):
+    """Soft prompts in host memory; counters count from the engine's start.
+
+    Attributes:
+        resident: Soft prompts held, in use or not (the tasks of one multitask prompt count each).
+        resident_bytes: Bytes of their rows.
+        hits: Uses that found the rows here, or being read already.
+        misses: Uses that had to have them read.
+        loads: Soft prompts read from their files.
+        evictions: Soft prompts dropped to keep the budget.
+        load_seconds_sum: Seconds that all loads took.
+        load_seconds_buckets: (upper bound in seconds, loads that took at most that), the last bound being infinity.
+    """
+
+    resident: int = 0
+    resident_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    evictions: int = 0
+    load_seconds_sum: float = 0.0
+    load_seconds_buckets: tuple[tuple[float, int], ...] = ()
+
+
 class EngineStats(msgspec.Struct, kw_only=True):
     """The engine's state after a step; counters count from the engine's start.
 
@@ -185,6 +209,9 @@ class EngineStats(msgspec.Struct, kw_only=True):
         soft_prompt_bytes: Bytes of the blocks that hold them.
         soft_prompt_loads: Times a soft prompt was filled into blocks.
         soft_prompt_evictions: Times one was dropped from them.
+        soft_prompt_hits: Sequences whose soft prompt was in blocks, or being filled into them, when they came to run.
+        soft_prompt_misses: Sequences for whose soft prompt blocks had to be taken.
+        host: Soft prompts in host memory.
         steps: Forward passes.
         step_seconds: Wall time of the last one.
         batch_size: Sequences in the last one.
@@ -208,6 +235,9 @@ class EngineStats(msgspec.Struct, kw_only=True):
     soft_prompt_bytes: int = 0
     soft_prompt_loads: int = 0
     soft_prompt_evictions: int = 0
+    soft_prompt_hits: int = 0
+    soft_prompt_misses: int = 0
+    host: HostTierStats = msgspec.field(default_factory=HostTierStats)
     steps: int = 0
     step_seconds: float = 0.0
     batch_size: int = 0
@@ -248,3 +278,46 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     eos_token_ids: tuple[int, ...]
     hidden_size: int | None = None
+
+
+class InspectedRow(msgspec.Struct, frozen=True, array_like=True):
+    """One virtual token of a soft prompt made of embeddings.
+
+    Attributes:
+        norm: Euclidean norm of its row.
+        nearest: (token id, cosine similarity) of the tokens whose input embeddings are most like it, best first.
+    """
+
+    norm: float
+    nearest: list[tuple[int, float]]
+
+
+class NormRange(msgspec.Struct, frozen=True, array_like=True):
+    """Euclidean norms of many vectors."""
+
+    mean: float
+    min: float
+    max: float
+
+
+class InspectedLayer(msgspec.Struct, frozen=True, array_like=True):
+    """One layer of a soft prompt made of keys and values: norms over its heads and virtual tokens."""
+
+    keys: NormRange
+    values: NormRange
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """What a soft prompt looks like beside the model that it stands before.
+
+    Attributes:
+        rows: Each virtual token, where the soft prompt is made of embeddings.
+        vocabulary_norm_mean: Mean norm of the model's own input embeddings; None for keys and values.
+        vocabulary_norm_std: Their standard deviation; None likewise.
+        layers: Each layer, where the soft prompt is made of keys and values.
+    """
+
+    rows: list[InspectedRow] = []
+    vocabulary_norm_mean: float | None = None
+    vocabulary_norm_std: float | None = None
+    layers: list[InspectedLayer] = []

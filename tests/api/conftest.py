@@ -25,7 +25,16 @@ from prompt_store.store import PromptStore
 from server.app import PreludeServer, bind, create_app, url_of
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import EngineStats, FinishReason, ModelInfo, SoftPromptSource
+from server.engine.types import (
+    EngineStats,
+    FinishReason,
+    InspectedLayer,
+    InspectedRow,
+    Inspection,
+    ModelInfo,
+    NormRange,
+    SoftPromptSource,
+)
 from server.errors import EngineNotReadyError, InvalidRequestError
 
 BOS, EOS = 256, 257
@@ -77,6 +86,11 @@ class FakeEngine:
         self.draining = False
         self.stopped = False
         self.requests: list[GenerateRequest] = []
+        self.prepared: list[SoftPromptSource] = []
+        self.prepare_failure: Exception | None = None
+        self.pinned: dict[str, SoftPromptSource] = {}
+        self.inspected: list[SoftPromptSource] = []
+        self.inspect_failure: Exception | None = None
         self.ended: list[tuple[str, str]] = []
         """Request id and ending (stop, length, abort, error), once for each request."""
         self.stats = EngineStats(num_blocks=10, num_used_blocks=5, max_batch_distinct_prompts=3)
@@ -145,7 +159,30 @@ class FakeEngine:
             self.ended.append((request.request_id, ending))
 
     async def prepare(self, soft_prompt: SoftPromptSource) -> None:
-        raise NotImplementedError
+        if not self.is_ready:
+            raise EngineNotReadyError("the engine takes no requests now")
+        await asyncio.sleep(self.step_seconds)
+        if self.prepare_failure is not None:
+            raise self.prepare_failure
+        self.prepared.append(soft_prompt)
+
+    def pin(self, soft_prompt: SoftPromptSource) -> None:
+        self.pinned[soft_prompt.identity] = soft_prompt
+
+    def unpin(self, soft_prompt: SoftPromptSource) -> None:
+        del self.pinned[soft_prompt.identity]
+
+    async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
+        if self.inspect_failure is not None:
+            raise self.inspect_failure
+        assert Path(soft_prompt.path).exists()  # noqa: ASYNC240 - it lies in memory
+        self.inspected.append(soft_prompt)
+        if soft_prompt.is_key_values:
+            layer = InspectedLayer(NormRange(2.0, 1.0, 3.0), NormRange(5.0, 4.0, 6.0))
+            return Inspection(layers=[layer] * self.model.num_layers)
+        nearest = [(token_id, 1 - rank / 100) for rank, token_id in enumerate(range(97, 97 + num_nearest))]
+        rows = [InspectedRow(float(index), nearest) for index in range(soft_prompt.num_virtual_tokens)]
+        return Inspection(rows=rows, vocabulary_norm_mean=1.5, vocabulary_norm_std=0.25)
 
     async def start(self) -> None:
         while not self.start_gate.is_set():  # noqa: ASYNC110 - set by another thread
@@ -364,3 +401,32 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture
+def other_parts(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Arguments for an httpx POST that uploads a multitask prompt of three tasks, or a key/value prefix."""
+
+    def parts(name: str, *, peft_type: str = "MULTITASK_PROMPT_TUNING", **fields: Any) -> dict[str, Any]:
+        config = {
+            "base_model_name_or_path": BASE,
+            "num_transformer_submodules": 1,
+            "num_virtual_tokens": 4,
+            "peft_type": peft_type,
+            "task_type": "CAUSAL_LM",
+        }
+        if peft_type == "MULTITASK_PROMPT_TUNING":
+            config |= {"num_tasks": 3, "num_ranks": 1, "token_dim": WIDTH}
+            shapes = {
+                "prompt_embeddings": (4, WIDTH),
+                "prefix_task_cols": (3, 4, 1),
+                "prefix_task_rows": (3, 1, WIDTH),
+            }
+        else:
+            shapes = {"prompt_embeddings": (4, 2 * 2 * WIDTH)}
+        path = tmp_path / f"other-{name}.safetensors"
+        save_file({key: np.ones(shape, np.float32) for key, shape in shapes.items()}, path)
+        files = [("adapter_config.json", json.dumps(config)), ("adapter_model.safetensors", path.read_bytes())]
+        return {"data": {"id": name, **fields}, "files": [("files", file) for file in files]}
+
+    return parts

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from pathlib import Path
+
+import httpx
 import pytest
 from typer.testing import CliRunner
 
+from server import client as http_client
+from server import commands, tables
 from server.cli import app as cli
+from server.client import ClientError, PreludeClient
+from server.errors import EngineDeadError, OverloadedError, RequestFailedError
 
 
 @pytest.fixture
 def prelude(live):
-    def invoke(*arguments: str):
-        return CliRunner().invoke(cli, list(arguments), env={"PRELUDE_URL": live.url})
+    def invoke(*arguments: str, **options):
+        return CliRunner().invoke(cli, list(arguments), env={"PRELUDE_URL": live.url}, **options)
 
     return invoke
+
+
+@pytest.fixture
+def ok(prelude):
+    """Run a command that has to succeed; its standard output."""
+
+    def invoke(*arguments: str) -> str:
+        result = prelude(*arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stderr == ""
+        return result.stdout
+
+    return invoke
+
+
+@pytest.fixture
+def told(ok):
+    """Run a command with --json; what it printed."""
+
+    def invoke(*arguments: str):
+        return json.loads(ok(*arguments, "--json"))
+
+    return invoke
+
+
+@pytest.fixture
+def get(live):
+    return lambda path: httpx.get(f"{live.url}/v1/prompts{path}").json()
+
+
+@pytest.fixture
+def two(ok, peft_directory):
+    """Two versions of sentiment; the newer one is the latest."""
+    for seed in (0, 1):
+        ok("push", str(peft_directory("sentiment", seed=seed)), "--id", "sentiment")
 
 
 def test_push_list_remove(prelude, peft_directory):
@@ -29,13 +74,259 @@ def test_push_list_remove(prelude, peft_directory):
     assert "sentiment" not in prelude("list").stdout
 
 
-def test_refusals_are_status_1_and_one_line(prelude, peft_directory):
-    wrong = str(peft_directory("wrong", width=9))
-    for arguments in (("rm", "no-such"), ("push", wrong, "--id", "wrong"), ("push", wrong, "--id", "Bad Name")):
-        result = prelude(*arguments)
-        assert result.exit_code == 1
-        assert result.stderr.startswith("prelude: ")
-        assert result.stderr.count("\n") == 1
+def test_push_says_what_it_is(told, get, peft_directory):
+    lineage = {"parent": "other@3", "scores": {"f1": 0.5}}
+    version = told(
+        "push",
+        str(peft_directory("sentiment")),
+        *("--id", "sentiment", "--description", "of reviews", "--tag", "a", "--tag", "b"),
+        *("--metadata", '{"x": 1}', "--lineage", json.dumps(lineage)),
+    )
+    assert (version["description"], version["tags"], version["metadata"]) == ("of reviews", ["a", "b"], {"x": 1})
+    assert version["lineage"] == lineage
+    assert version == get("/sentiment/versions/1")
+
+
+def test_push_streams(live, peft_directory):
+    directory = peft_directory("sentiment", rows=4000)
+    sizes = []
+    with PreludeClient(live.url) as client, pytest.raises(ClientError) as refused:
+        client.push(directory, name="sentiment", on_bytes=sizes.append)
+    assert refused.value.status == 413  # read to its end all the same
+    assert sum(sizes) == sum(path.stat().st_size for path in directory.iterdir())
+    assert max(sizes) <= 65536
+
+
+def test_list(ok, told, get, peft_directory):
+    for name, tag in (("a", "x"), ("b", "y"), ("c", "x")):
+        ok("push", str(peft_directory(name, seed=ord(name))), "--id", name, "--tag", tag)
+    assert told("list") == get("")
+    assert [prompt["id"] for prompt in told("list", "--tag", "x")["data"]] == ["a", "c"]
+    assert told("list", "--limit", "2") == get("?limit=2")
+    assert told("list", "--limit", "3") == get("?limit=3")
+    assert len(ok("list", "--tag", "y").splitlines()) == 2
+    assert told("list", "--tag", "none") == {"object": "list", "data": [], "has_more": False, "last_id": None}
+
+
+def test_list_goes_on_from_page_to_page(told, ok, peft_directory, monkeypatch):
+    monkeypatch.setattr(http_client, "_PAGE", 2)
+    for name in "abcde":
+        ok("push", str(peft_directory(name, seed=ord(name))), "--id", name)
+    assert [prompt["id"] for prompt in told("list")["data"]] == list("abcde")
+    assert [prompt["id"] for prompt in told("list", "--limit", "3")["data"]] == list("abc")
+
+
+def test_show(ok, told, get, two, peft_directory):
+    answer = told("show", "sentiment")
+    assert answer == {
+        "prompt": get("/sentiment"),
+        "versions": get("/sentiment/versions?limit=20"),
+        "history": get("/sentiment/history?limit=20"),
+    }
+    text = ok("show", "sentiment")
+    assert "latest=2" in text
+    assert text.count("publish") == text.count("promote") == 2
+    assert "more" not in text
+    assert "There are more" in ok("show", "sentiment", "--limit", "1")
+    for target, version in (("sentiment@1", 1), ("sentiment@latest", 2)):
+        assert told("show", target) == get(f"/sentiment/versions/{version}")
+        assert f"sentiment@{version}" in ok("show", target)
+    assert get("/sentiment/versions/1")["files"][1]["sha256"] in ok("show", "sentiment@1")
+
+
+def test_show_with_scores_and_lineage(ok, peft_directory):
+    lineage = {"training_run": "run-7", "parent": "x@1", "dataset_digest": "d00d", "scores": {"f1": 0.5, "em": 1}}
+    text = ["--description", "a [b]c[/b] \x1b[31mred", "--tag", "t1", "--metadata", '{"k": "v"}']
+    ok("push", str(peft_directory("s")), "--id", "s", *text, "--lineage", json.dumps(lineage))
+    shown = ok("show", "s@1")
+    for part in ("a [b]c[/b] ", "t1", '{"k": "v"}', "run-7", "x@1", "d00d", "em=1.0 f1=0.5"):
+        assert part in shown
+    assert "\x1b" not in shown
+    assert "em=1.0 f1=0.5" in ok("show", "s")
+
+
+def test_piped_output_is_neither_cut_nor_coloured(prelude, peft_directory, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    tags = [f"tag-{index:02}-{'x' * 100}" for index in range(12)]
+    options = [option for tag in tags for option in ("--tag", tag)]
+    prelude("push", str(peft_directory("s")), "--id", "s" * 128, *options)
+    for command in ("list", "show"):
+        output = prelude(command, *(["s" * 128] if command == "show" else [])).stdout
+        assert "\x1b" not in output
+        assert any(all(tag in line for tag in tags) for line in output.splitlines())
+
+
+def test_promote_and_roll_back(ok, told, get, two):
+    assert ok("promote", "sentiment", "1") == "sentiment@latest is version 1\n"
+    assert told("promote", "sentiment", "2", "--alias", "stable") == {
+        "object": "prompt.alias",
+        "id": "sentiment",
+        "alias": "stable",
+        "version": 2,
+    }
+    assert ok("promote", "sentiment", "1", "--alias", "stable", "--expect", "2") == "sentiment@stable is version 1\n"
+    assert ok("rollback", "sentiment", "--alias", "stable", "--expect", "1") == "sentiment@stable is version 2\n"
+    assert told("rollback", "sentiment")["version"] == 2
+    assert get("/sentiment")["aliases"] == {"latest": 2, "stable": 2}
+
+
+def test_pull(ok, told, get, two, peft_directory, tmp_path):
+    for target, seed in (("sentiment@1", 0), ("sentiment", 1), ("sentiment@latest", 1)):
+        directory = tmp_path / "new" / target
+        version = 2 if seed else 1
+        assert ok("pull", target, str(directory)) == f"sentiment@{version} is in {directory}\n"
+        for path in peft_directory("sentiment", seed=seed).iterdir():
+            assert (directory / path.name).read_bytes() == path.read_bytes()
+        assert len(list(directory.iterdir())) == 2
+        assert told("pull", target, str(directory)) == get(f"/sentiment/versions/{version}")
+
+
+def test_pull_does_not_overwrite(prelude, ok, two, tmp_path):
+    ok("pull", "sentiment@1", str(tmp_path / "to"))
+    weights = tmp_path / "to" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    result = prelude("pull", "sentiment@2", str(tmp_path / "to"))
+    assert result.exit_code == 1
+    assert f"{weights} would be overwritten" in result.stderr
+    assert weights.read_bytes() == before
+    config = tmp_path / "to" / "adapter_config.json"
+    inode = config.stat().st_ino  # the same in both versions: it is left alone
+    ok("pull", "sentiment@2", str(tmp_path / "to"), "--force")
+    assert weights.read_bytes() != before
+    assert config.stat().st_ino == inode
+    assert len(list((tmp_path / "to").iterdir())) == 2
+
+
+def test_pull_to_a_place_that_is_none(prelude, two, tmp_path):
+    (tmp_path / "file").write_text("x")
+    result = prelude("pull", "sentiment", str(tmp_path / "file"))
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    (tmp_path / "to" / "adapter_config.json").mkdir(parents=True)
+    result = prelude("pull", "sentiment", str(tmp_path / "to"), "--force")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert not list((tmp_path / "to").glob("*.part")) + list((tmp_path / "to").glob(".*"))
+
+
+def test_pull_verifies(live, two, tmp_path):
+    with PreludeClient(live.url) as client:
+        version = client.versions("sentiment", limit=1)["data"][0]
+        version["files"][1]["sha256"] = "0" * 64
+        with pytest.raises(ClientError, match="is not what the server's record says"):
+            client.pull(version, tmp_path / "to")
+        assert list((tmp_path / "to").iterdir()) == []
+        version["version"] = 9
+        with pytest.raises(ClientError, match="has no version 9") as refused:
+            client.pull(version, tmp_path / "to")
+        assert refused.value.status == 404
+        version["files"] = [{"filename": "../evil", "sha256": "0", "size": 1}]
+        client.pull(version, tmp_path / "to")
+        assert not (tmp_path / "evil").exists()
+
+
+def test_remove_asks_on_a_terminal(prelude, told, two, get, monkeypatch):
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    refused = prelude("rm", "sentiment", input="n\n")
+    assert refused.exit_code == 1
+    assert "all its versions" in refused.stderr
+    assert get("/sentiment")["num_versions"] == 2
+    assert prelude("rm", "sentiment@2", input="").exit_code == 0
+    assert prelude("rm", "sentiment", input="y\n").exit_code == 0
+    assert get("")["data"] == []
+
+
+def test_remove_without_asking(told, two):
+    assert told("rm", "sentiment@1") == {"id": "sentiment@1", "object": "prompt.version", "deleted": True}
+    assert told("rm", "sentiment", "--yes") == {"id": "sentiment", "object": "prompt", "deleted": True}
+
+
+def test_inspect(ok, told, get, two):
+    assert told("inspect", "sentiment@1", "--top-k", "2") == get("/sentiment/inspect?version=1&top_k=2")
+    assert told("inspect", "sentiment") == get("/sentiment/inspect")
+    text = ok("inspect", "sentiment")
+    assert "sentiment@2" in text
+    assert '"a" 1.000  "b" 0.990' in text
+    assert "1.5 ± 0.25" in text
+
+
+def test_inspect_key_values_and_tasks(live, ok, told, prelude, other_parts):
+    for name, parts in (("prefix", other_parts("prefix", peft_type="PREFIX_TUNING")), ("many", other_parts("many"))):
+        httpx.post(f"{live.url}/v1/prompts", **parts).raise_for_status()
+        assert name in ok("list")
+    lines = ok("inspect", "prefix").splitlines()
+    assert lines[-1].split() == ["1", "2", "1", "3", "5", "4", "6"]
+    assert told("inspect", "many", "--task-id", "2")["task_id"] == 2
+    assert prelude("inspect", "many").exit_code == 4
+
+
+def test_warm(ok, told, get, prelude, two, engine):
+    assert ok("warm", "sentiment").startswith("sentiment@2 is warm after 0.0")
+    assert ok("warm", "sentiment@1", "--pin").endswith(" s, and pinned\n")
+    assert get("/sentiment")["pinned"] == [1]
+    assert ok("warm", "sentiment@1", "--unpin") == "sentiment@1 is not pinned\n"
+    assert told("warm", "sentiment@latest")["object"] == "prompt.warmed"
+    assert len(engine.prepared) == 3
+    assert prelude("warm", "sentiment", "--task-id", "0").exit_code == 4
+
+
+NOT_FOUND = ["show x", "show sentiment@9", "show sentiment@none", "pull sentiment@none {tmp}", "promote sentiment 9"]
+NOT_FOUND += ["rollback x", "rm x", "rm sentiment@9", "inspect sentiment@9", "warm x", "pull x {tmp}", "promote x 1"]
+CONFLICT = ["promote sentiment 1 --expect 1", "rollback sentiment --expect 1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "code"),
+    [(line, 3, "prompt_not_found") for line in NOT_FOUND] + [(line, 5, "conflict") for line in CONFLICT],
+)
+def test_refusals(prelude, two, tmp_path, line, status, code):
+    arguments = line.format(tmp=tmp_path / "to").split()
+    result = prelude(*arguments)
+    assert result.exit_code == status
+    assert result.stdout == ""
+    assert result.stderr.startswith("prelude: ")
+    assert result.stderr.count("\n") == 1
+    told = prelude(*arguments, "--json")
+    assert told.exit_code == status
+    assert json.loads(told.stdout)["error"]["code"] == code
+    assert told.stderr == result.stderr
+
+
+def test_all_faults_of_invalid_files_are_told(prelude, peft_directory):
+    directory = peft_directory("wrong", width=9)
+    config = directory / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "TOKEN_CLS"}))
+    result = prelude("push", str(directory), "--id", "wrong")
+    assert result.exit_code == 4
+    lines = result.stderr.splitlines()
+    assert len(lines) >= 2
+    told = prelude("push", str(directory), "--id", "wrong", "--json")
+    details = json.loads(told.stdout)["error"]["details"]
+    assert [line.split(": ")[1] for line in lines] == [fault["code"] for fault in details]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--metadata", "{"], ["--lineage", '{"no": 1}'], ["--tag", "Bad Tag"], ["--id", "tiny"], ["--id", "Bad Name"]],
+)
+def test_refused_fields_are_status_4_and_one_line(prelude, peft_directory, options):
+    result = prelude("push", str(peft_directory("x")), "--id", "x", *options)
+    assert result.exit_code == 4
+    assert result.stderr.count("\n") == 1
+
+
+def test_too_large(prelude, peft_directory):
+    assert prelude("push", str(peft_directory("large", rows=4000)), "--id", "large").exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [(OverloadedError("full"), 7), (EngineDeadError("ended"), 7), (RequestFailedError("cannot be read"), 1)],
+)
+def test_a_server_that_fails(prelude, two, engine, failure, status):
+    engine.inspect_failure = engine.prepare_failure = failure
+    assert prelude("inspect", "sentiment").exit_code == status
+    assert prelude("warm", "sentiment").exit_code == status
 
 
 def test_api_key(serve, tmp_path):
@@ -43,7 +334,54 @@ def test_api_key(serve, tmp_path):
     keys.write_text("k1\n")
     live = serve(api_key_file=keys)
     refused = CliRunner().invoke(cli, ["list", "--url", live.url])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 6
     assert "API key" in refused.stderr
     assert CliRunner().invoke(cli, ["list", "--url", live.url, "--api-key", "k1"]).exit_code == 0
     assert CliRunner().invoke(cli, ["list"], env={"PRELUDE_URL": live.url, "PRELUDE_API_KEY": "k1"}).exit_code == 0
+
+
+@pytest.mark.parametrize(("status", "exit_status"), [(200, 1), (301, 1), (403, 6), (404, 3), (500, 1), (503, 7)])
+@pytest.mark.parametrize("body", ["<html>", "[]", '{"error": "x"}', '{"error": {"message": 1}}'])
+def test_another_server(monkeypatch, status, exit_status, body):
+    if status == 200 and body.startswith("{"):
+        return
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, text=body))
+    client = PreludeClient("http://other")
+    monkeypatch.setattr(client, "_http", httpx.Client(transport=transport))
+    with client, pytest.raises(ClientError, match="is this a Prelude server") as refused:
+        client.prompt("x")
+    assert commands.status_of(refused.value) == exit_status
+
+
+def test_progress_only_for_large_files_on_a_terminal(monkeypatch, capsys):
+    large = commands._PROGRESS_BYTES
+    with commands._progress("sending", large) as on_bytes:
+        on_bytes(large)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with commands._progress("sending", large - 1) as on_bytes:
+        on_bytes(large - 1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with commands._progress("sending", large) as on_bytes:
+        on_bytes(large)
+    assert "sending" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_lines_that_fit(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    table = tables._table("tags")
+    tables._row(table, "x" * 100)
+    tables.show(table)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(len(line) for line in lines) <= 60
+    assert "".join(line.strip() for line in lines[1:]) == "x" * 100  # folded, not cut
+
+
+def test_a_file_that_cannot_be_opened(prelude, tmp_path):
+    (tmp_path / "adapter_config.json").mkdir()
+    result = prelude("push", str(tmp_path), "--id", "x")
+    assert result.exit_code == 1
+    assert str(Path(tmp_path) / "adapter_config.json") in result.stderr

@@ -217,3 +217,16 @@ def test_tasks_of_one_soft_prompt_share_no_blocks() -> None:
         compute(blocks, seq, run)
     assert found == [0, 0, 0, 3]
     blocks.check_integrity(list(zip(sequences, users, strict=True)))
+
+
+def test_soft_prompts_found_and_not_found_are_counted() -> None:
+    blocks = BlockManager(8, 4)
+    first = blocks.acquire_run(source(10), "")
+    assert first is not None
+    blocks.acquire_run(source(10), "")  # being filled
+    first.num_computed = 10
+    blocks.release_run(first)
+    blocks.release_run(first)
+    blocks.acquire_run(source(10), "")  # idle
+    assert blocks.acquire_run(source(40), "other") is None  # neither: it is asked for again
+    assert (blocks.stats.run_hits, blocks.stats.run_loads) == (2, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +25,9 @@ def load(tmp_path: Path) -> Iterator[Load]:
     loaders = []
 
     def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32):
-        loader = SoftPromptLoader(embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype)
+        loader = SoftPromptLoader(
+            embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype, budget_bytes=1 << 20
+        )
         loaders.append(loader)
         path = tmp_path / f"{len(loaders)}.safetensors"
         save_file(tensors, path)
@@ -87,3 +91,98 @@ def test_a_task_is_named_exactly_where_there_are_tasks(load: Load) -> None:
 def test_a_head_is_left_where_it_is(load: Load) -> None:
     rows = torch.rand(ROWS, WIDTH)
     assert torch.equal(load({"prompt_embeddings": rows, "base_model.score.weight": torch.ones(2, WIDTH)}), rows)
+
+
+@pytest.fixture
+def make_loader(tmp_path: Path) -> Iterator[Callable[[int], SoftPromptLoader]]:
+    made: list[SoftPromptLoader] = []
+
+    def make(budget_bytes: int) -> SoftPromptLoader:
+        loader = SoftPromptLoader(
+            embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=torch.float32, budget_bytes=budget_bytes
+        )
+        made.append(loader)
+        return loader
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+@pytest.fixture
+def make_source(tmp_path: Path) -> Callable[[str], SoftPromptSource]:
+    def make(digest: str) -> SoftPromptSource:
+        path = tmp_path / f"{digest}.safetensors"
+        save_file({"prompt_embeddings": torch.ones(ROWS, WIDTH)}, path)
+        return SoftPromptSource(digest=digest, num_virtual_tokens=ROWS, is_key_values=False, path=str(path))
+
+    return make
+
+
+def wait_loaded(loader: SoftPromptLoader, count: int) -> list[tuple[str, str | None]]:
+    ended: list[tuple[str, str | None]] = []
+    deadline = time.monotonic() + 10
+    while len(ended) < count:
+        assert time.monotonic() < deadline
+        ended += loader.take_loaded()
+        time.sleep(0.001)
+    return ended
+
+
+SIZE = ROWS * WIDTH * 4
+
+
+def test_the_budget_and_its_numbers(make_loader, make_source) -> None:
+    loader = make_loader(2 * SIZE)
+    assert loader.stats.load_seconds_buckets[-1] == (math.inf, 0)
+    sources = [make_source(name) for name in "abc"]
+    for source in sources:
+        assert not loader.acquire(source)
+    assert not loader.acquire(sources[0])  # it is being read: that is a hit
+    wait_loaded(loader, 3)
+    for source in (*sources, sources[0]):
+        loader.release(source)
+    stats = loader.stats
+    assert (stats.hits, stats.misses, stats.loads, stats.evictions) == (1, 3, 3, 1)
+    assert (stats.resident, stats.resident_bytes) == (2, 2 * SIZE)
+    assert stats.load_seconds_buckets[-1] == (math.inf, 3)
+    assert stats.load_seconds_sum > 0
+    assert loader.acquire(sources[2])
+    assert not loader.acquire(sources[1])
+    assert (loader.stats.hits, loader.stats.misses) == (2, 4)
+
+
+def test_a_pin_outlasts_the_budget(make_loader, make_source) -> None:
+    loader = make_loader(0)
+    source = make_source("a")
+    loader.pin(source)
+    loader.pin(source)
+    wait_loaded(loader, 1)
+    assert loader.acquire(source)
+    loader.release(source)
+    assert (loader.stats.resident, loader.stats.resident_bytes) == (1, SIZE)
+    loader.unpin(source)
+    assert (loader.stats.resident, loader.stats.resident_bytes, loader.stats.evictions) == (0, 0, 1)
+    loader.unpin(source)
+    assert (loader.stats.misses, loader.stats.loads) == (0, 1)
+
+
+def test_a_pin_of_a_file_that_cannot_be_read_ends(make_loader, make_source) -> None:
+    loader = make_loader(0)
+    source = make_source("a")
+    Path(source.path).unlink()
+    loader.pin(source)
+    ((identity, error),) = wait_loaded(loader, 1)
+    assert identity == "a"
+    assert "cannot be read" in str(error)
+    loader.unpin(source)
+    assert (loader.stats.resident, loader.stats.loads) == (0, 0)
+
+
+def test_unpinned_while_it_is_read(make_loader, make_source) -> None:
+    loader = make_loader(0)
+    source = make_source("a")
+    loader.pin(source)
+    loader.unpin(source)
+    assert wait_loaded(loader, 1) == [("a", None)]
+    assert loader.stats.resident == 0

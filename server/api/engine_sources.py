@@ -1,0 +1,45 @@
+"""A leased version as the engine takes it, and which tasks of it there are."""
+
+from __future__ import annotations
+
+from prompt_store.types import LeasedPrompt, PromptVersion
+from server.engine.types import SoftPromptSource
+from server.errors import InvalidRequestError
+
+
+def soft_prompt_source(leased: LeasedPrompt, task_id: int | None) -> SoftPromptSource:
+    """What the engine is told; its file stays while the lease lasts."""
+    return SoftPromptSource(
+        digest=leased.version.digest,
+        num_virtual_tokens=leased.version.num_virtual_tokens,
+        is_key_values=leased.version.peft_type.is_key_values,
+        path=str(leased.weights_path),
+        task_id=task_id,
+    )
+
+
+def check_task(version: PromptVersion | None, task_id: int | None) -> None:
+    """A multitask prompt needs one of its tasks named; nothing else has any.
+
+    Args:
+        version: The soft prompt's version, or None for the bare base.
+        task_id: The task that the request names.
+
+    Raises:
+        InvalidRequestError: If a task has to be named and is not, or there is no such task.
+    """
+    num_tasks = version.num_tasks if version else None
+    if version is None or num_tasks is None:
+        if task_id is None:
+            return
+        named = "the base model" if version is None else f"the soft prompt {version.name}@{version.version}"
+        raise InvalidRequestError(
+            f"task_id: only a multitask soft prompt takes one, and {named} is none", param="task_id"
+        )
+    if task_id is None or task_id >= num_tasks:
+        problem = "has to say which task is meant" if task_id is None else f"is {task_id}, and there is no such task"
+        raise InvalidRequestError(
+            f"task_id: {problem}: the multitask soft prompt {version.name}@{version.version} has the tasks "
+            f"0 to {num_tasks - 1}",
+            param="task_id",
+        )

@@ -1,0 +1,254 @@
+"""Soft prompts brought onto the device ahead of their first request, and those that are kept: the pinned ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from prompt_store.errors import PromptStoreError
+from prompt_store.types import PromptRef, PromptVersion
+from server.api.engine_sources import check_task, soft_prompt_source
+from server.api.store_threads import StoreThreads
+from server.engine.interface import Engine
+from server.engine.types import SoftPromptSource
+from server.errors import ServerError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What is on the device now.
+
+    Attributes:
+        version: The soft prompt.
+        task_ids: The tasks of a multitask prompt that are; None for all others.
+        seconds: How long it took, the lease not included.
+    """
+
+    version: PromptVersion
+    task_ids: tuple[int, ...] | None
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Pin:
+    """One pinned version.
+
+    Attributes:
+        lease: Holds its lease, so that blob and local copy stay.
+        sources: What the engine keeps, by task id; under None where there are no tasks.
+        aliases: On whose behalf it is pinned; None is for itself, by its number.
+    """
+
+    lease: AsyncExitStack
+    sources: dict[int | None, SoftPromptSource]
+    aliases: set[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Follow:
+    """Keep what an alias points at warm, and pinned where ``pin`` says so; all tasks where ``task_id`` is None."""
+
+    name: str
+    alias: str
+    task_id: int | None
+    pin: bool
+
+
+class Warmer:
+    """Warms soft prompts and keeps pins. Used on the event loop only, so what it does between waits needs no lock.
+
+    A pin holds a lease and a reference in the engine's host memory. One that was asked for by an alias moves with the
+    alias.
+
+    Args:
+        engine: Where soft prompts are brought to.
+        store: Where they come from.
+    """
+
+    def __init__(self, engine: Engine, store: StoreThreads) -> None:
+        self._engine = engine
+        self._store = store
+        self._pins: dict[tuple[str, int], _Pin] = {}
+        self._follows: set[_Follow] = set()
+        self._following: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        """Promotions are followed one after the other, or an older one could come to an end last; and no pin is ended
+        in the midst of one, which would bring it back."""
+
+    def pinned_versions(self, name: str) -> list[int]:
+        """The versions of a name that are pinned, in order."""
+        return sorted(version for pinned, version in self._pins if pinned == name)
+
+    def is_pinned(self, version: PromptVersion) -> bool:
+        """Whether a version is pinned, or some task of it."""
+        return (version.name, version.version) in self._pins
+
+    async def warm(self, ref: PromptRef, *, task_id: int | None = None, pin: bool = False) -> Warmed:
+        """Bring a soft prompt onto the device.
+
+        Args:
+            ref: What to bring; a pin of an alias follows it.
+            task_id: Which task of a multitask prompt; None is all of them, one after the other.
+            pin: Keep its files on this machine and its rows in host memory.
+
+        Raises:
+            PromptStoreError: If there is no such version, or its files cannot be had.
+            InvalidRequestError: If there is no such task.
+            EngineError: If the engine cannot load it, or does not serve.
+        """
+        async with AsyncExitStack() as lease:
+            leased = await lease.enter_async_context(self._store.lease(ref))
+            version = leased.version
+            if task_id is not None:
+                check_task(version, task_id)
+            task_ids = _task_ids(version, task_id)
+            sources = {task: soft_prompt_source(leased, task) for task in task_ids or (None,)}
+            started = time.monotonic()
+            for source in sources.values():
+                await self._engine.prepare(source)
+            warmed = Warmed(version, task_ids, time.monotonic() - started)
+            if pin:
+                # Deleted meanwhile, it would be pinned for good: nobody could name it any more.
+                await self._store.call(self._store.store.resolve, _ref(version.name, version.version))
+                if ref.alias is not None:
+                    self._follows.add(_Follow(ref.name, ref.alias, task_id, pin=True))
+                await self._pin(version, sources, ref.alias, lease)
+        return warmed
+
+    async def unpin(self, ref: PromptRef, *, task_id: int | None = None) -> PromptVersion:
+        """End a version's pin, or that of one task; nothing happens where there is none. No alias is followed for it.
+
+        Raises:
+            PromptStoreError: If there is no such version.
+            InvalidRequestError: If there is no such task.
+        """
+        async with self._turn:
+            version = await self._store.call(self._store.store.resolve, ref)
+            if task_id is not None:
+                check_task(version, task_id)
+            pin = self._pins.get((version.name, version.version))
+            aliases = {ref.alias} | (pin.aliases if pin is not None else set())
+            self._follows = {
+                follow
+                for follow in self._follows
+                if (follow.name, follow.pin) != (ref.name, True)
+                or follow.alias not in aliases
+                or task_id not in (None, follow.task_id)
+            }
+            await self._end(version.name, version.version, task_id)
+            if task_id is None:
+                # A promotion that has not been followed yet leaves the pin where the alias was.
+                await self._leave(version, aliases - {None})
+            return version
+
+    async def forget(self, name: str, version: int | None = None) -> None:
+        """A version, or a whole name, was deleted: its pins end."""
+        if version is None:
+            self._follows = {follow for follow in self._follows if follow.name != name}
+        for pinned in self.pinned_versions(name):
+            if version in (None, pinned):
+                await self._end(name, pinned)
+
+    def promoted(self, name: str, alias: str) -> None:
+        """An alias points somewhere else: what was warmed or pinned by it is, in the background, at its new place."""
+        if any((follow.name, follow.alias) == (name, alias) for follow in self._follows):
+            task = asyncio.create_task(self._follow(name, alias), name=f"warm {name}@{alias}")
+            self._following.add(task)
+            task.add_done_callback(self._following.discard)
+
+    async def start(self, *, preload: Iterable[str], pin: Iterable[str]) -> None:
+        """Warm and pin what the settings name; what fails is a warning in the log.
+
+        Aliases are followed from here on, those included that do not exist yet.
+        """
+        for names, pins in ((preload, False), (pin, True)):
+            for name in names:
+                try:
+                    ref = PromptRef.parse(name)
+                except ValueError as error:
+                    logger.warning("%s cannot be warmed: %s", name, error)
+                    continue
+                if ref.alias is not None:
+                    self._follows.add(_Follow(ref.name, ref.alias, None, pins))
+                await self._try_to_warm(ref, None, pins)
+
+    async def close(self) -> None:
+        """End what is under way, and all leases."""
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
+        for pin in self._pins.values():
+            await pin.lease.aclose()
+        self._pins.clear()
+
+    # Inside
+
+    async def _follow(self, name: str, alias: str) -> None:
+        async with self._turn:
+            for follow in [follow for follow in self._follows if (follow.name, follow.alias) == (name, alias)]:
+                await self._try_to_warm(PromptRef(name, alias=alias), follow.task_id, follow.pin)
+
+    async def _try_to_warm(self, ref: PromptRef, task_id: int | None, pin: bool) -> None:
+        try:
+            warmed = await self.warm(ref, task_id=task_id, pin=pin)
+        except (PromptStoreError, ServerError) as error:
+            logger.warning("%s cannot be %s: %s", ref, "pinned" if pin else "warmed", error)
+        else:
+            logger.info("%s is warm after %.3f s", _ref(ref.name, warmed.version.version), warmed.seconds)
+
+    async def _pin(
+        self,
+        version: PromptVersion,
+        sources: dict[int | None, SoftPromptSource],
+        alias: str | None,
+        lease: AsyncExitStack,
+    ) -> None:
+        pin = self._pins.get((version.name, version.version))
+        if pin is None:
+            pin = self._pins[version.name, version.version] = _Pin(lease.pop_all(), {}, set())
+        pin.aliases.add(alias)
+        for task, source in sources.items():
+            # The path of a second lease is the same file.
+            pin.sources.setdefault(task, source)
+            self._engine.pin(source)
+        await self._leave(version, {alias} - {None})
+
+    async def _leave(self, version: PromptVersion, aliases: set[str | None]) -> None:
+        """End what is pinned on behalf of these aliases only, but for this version."""
+        for other in self.pinned_versions(version.name):
+            held = self._pins.get((version.name, other))
+            if held is not None and other != version.version and held.aliases & aliases:
+                held.aliases -= aliases
+                if not held.aliases:
+                    await self._end(version.name, other)
+
+    async def _end(self, name: str, version: int, task_id: int | None = None) -> None:
+        pin = self._pins.get((name, version))
+        if pin is None:
+            return
+        ended = [task for task in pin.sources if task_id in (None, task)]
+        for identity, source in [(pin.sources[task].identity, pin.sources.pop(task)) for task in ended]:
+            # The same bytes may be pinned under another name too.
+            if not any(
+                identity == other.identity for others in self._pins.values() for other in others.sources.values()
+            ):
+                self._engine.unpin(source)
+        if not pin.sources:
+            del self._pins[name, version]
+            await pin.lease.aclose()
+
+
+def _ref(name: str, version: int) -> PromptRef:
+    return PromptRef(name, version=version, alias=None)
+
+
+def _task_ids(version: PromptVersion, task_id: int | None) -> tuple[int, ...] | None:
+    if version.num_tasks is None:
+        return None
+    return tuple(range(version.num_tasks)) if task_id is None else (task_id,)

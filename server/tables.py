@@ -1,0 +1,178 @@
+"""What the client commands show to people. Piped output is never cut or coloured; no answer can move a cursor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_UNCUT = 1_000_000
+"""Columns of a pipe: no table is as wide."""
+
+
+def show(*parts: RenderableType) -> None:
+    """Print to the standard output."""
+    if sys.stdout.isatty():
+        console = Console(highlight=False)
+    else:
+        console = Console(width=_UNCUT, force_terminal=False, color_system=None, highlight=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(Text(clean(part)), soft_wrap=True)  # no markup, and no line ends that were not there
+        else:
+            console.print(part)
+
+
+def clean(text: object) -> str:
+    """Text without what a terminal would act on: a description may come from anybody."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
+
+
+def prompts(data: Iterable[Mapping[str, Any]]) -> Table:
+    """Soft prompts, one a line."""
+    table = _table("name", "version", "versions", "aliases", "type", "virtual tokens", "bytes", "tags", "pinned")
+    for prompt in data:
+        latest = prompt["latest"]
+        _row(
+            table,
+            prompt["id"],
+            latest["version"],
+            prompt["num_versions"],
+            _pairs(prompt["aliases"]),
+            latest["peft_type"],
+            latest["num_virtual_tokens"],
+            latest["size"],
+            " ".join(latest["tags"]),
+            _numbers(prompt["pinned"]),
+        )
+    return table
+
+
+def prompt(
+    summary: Mapping[str, Any], page: Mapping[str, Any], changes: Mapping[str, Any]
+) -> Iterator[RenderableType]:
+    """One soft prompt with its versions and its history."""
+    yield _fields(
+        name=summary["id"],
+        aliases=_pairs(summary["aliases"]),
+        versions=summary["num_versions"],
+        pinned=_numbers(summary["pinned"]),
+    )
+    table = _table("version", "aliases", "created", "type", "virtual tokens", "bytes", "tags", "parent", "scores")
+    for version in page["data"]:
+        named = [alias for alias, number in sorted(summary["aliases"].items()) if number == version["version"]]
+        _row(
+            table,
+            version["version"],
+            " ".join(named),
+            _time(version["created_at"]),
+            version["peft_type"],
+            version["num_virtual_tokens"],
+            version["size"],
+            " ".join(version["tags"]),
+            version["lineage"].get("parent", ""),
+            _pairs(version["lineage"].get("scores", {})),
+        )
+    yield from ("", table)
+    history = _table("when", "what", "alias", "version", "before", "by")
+    for change in changes["data"]:
+        keys = ("action", "alias", "version", "previous_version", "actor")
+        _row(history, _time(change["created_at"]), *("" if change[key] is None else change[key] for key in keys))
+    yield from ("", history)
+    if page["has_more"] or changes["has_more"]:
+        yield "There are more: give a higher --limit."
+
+
+def version(record: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """One version."""
+    lineage = record["lineage"]
+    yield _fields(
+        name=f"{record['id']}@{record['version']}",
+        description=record["description"],
+        type=record["peft_type"],
+        task=record["task_type"],
+        tasks=record["num_tasks"],
+        labels=record["num_labels"],
+        virtual_tokens=record["num_virtual_tokens"],
+        dtype=record["dtype"],
+        base=record["base_model_name_or_path"],
+        tags=" ".join(record["tags"]),
+        metadata=json.dumps(record["metadata"]) if record["metadata"] else None,
+        parent=lineage.get("parent"),
+        training_run=lineage.get("training_run"),
+        dataset=lineage.get("dataset_digest"),
+        scores=_pairs(lineage.get("scores", {})),
+        created=_time(record["created_at"]),
+        by=record["created_by"],
+        pinned="yes" if record["pinned"] else "no",
+    )
+    table = _table("file", "bytes", "sha256")
+    for file in record["files"]:
+        _row(table, file["filename"], file["size"], file["sha256"])
+    yield from ("", table)
+
+
+def inspection(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Norms and near tokens."""
+    yield _fields(
+        name=f"{found['id']}@{found['version']}",
+        type=found["peft_type"],
+        task_id=found["task_id"],
+        virtual_tokens=found["num_virtual_tokens"],
+    )
+    if found["tokens"] is not None:
+        vocabulary = found["vocabulary"]
+        mean, std = vocabulary["norm_mean"], vocabulary["norm_std"]
+        yield f"norm of the vocabulary's embeddings: {mean:.4g} ± {std:.4g}"
+        table = _table("token", "norm", "nearest (cosine similarity)")
+        for token in found["tokens"]:
+            near = [
+                f"{json.dumps(item['text'], ensure_ascii=False)} {item['similarity']:.3f}"
+                for item in token["nearest"]
+            ]
+            _row(table, token["index"], f"{token['norm']:.4g}", "  ".join(near))
+    else:
+        table = _table("layer", "keys: mean norm", "min", "max", "values: mean norm", "min", "max")
+        for layer in found["layers"]:
+            norms = [layer[part][which] for part in ("keys", "values") for which in ("mean", "min", "max")]
+            _row(table, layer["index"], *(f"{norm:.4g}" for norm in norms))
+    yield from ("", table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    table.add_row(*(Text(clean(cell)) for cell in cells))
+
+
+def _fields(**fields: object) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(2):
+        grid.add_column(overflow="fold")
+    for name, value in fields.items():
+        if value not in (None, ""):
+            _row(grid, name.replace("_", " "), value)
+    return grid
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in sorted(values.items()))
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from server.errors import EngineDeadError, RequestFailedError
+
+pytestmark = pytest.mark.anyio
+
+URL = "/v1/prompts/sentiment/warm"
+
+
+async def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    pytest.fail("the condition did not come true")
+
+
+async def pinned(client, name="sentiment"):
+    return (await client.get(f"/v1/prompts/{name}")).json()["pinned"]
+
+
+def digests(engine):
+    return sorted(engine.pinned)
+
+
+@pytest.fixture
+def push(client, upload_parts):
+    async def push(name="sentiment", **fields):
+        response = await client.post("/v1/prompts", **upload_parts(name, **fields))
+        return response.raise_for_status().json()
+
+    return push
+
+
+@pytest.mark.parametrize("arguments", [{}, {"json": {}}, {"json": None}, {"json": {"version": 1}}])
+async def test_warm(client, engine, store, sentiment, eventually, arguments):
+    response = await client.post(URL, **arguments)
+    body = response.json()
+    assert response.status_code == 200, response.text
+    assert body.pop("seconds") >= 0
+    assert body == {
+        "object": "prompt.warmed",
+        "id": "sentiment",
+        "version": 1,
+        "task_ids": None,
+        "pinned": False,
+    }
+    assert [source.digest for source in engine.prepared] == [store.leased[0].version.digest]
+    eventually(lambda: len(store.leased) == len(store.released) == 1)
+
+
+async def test_versions_and_aliases(client, push, sentiment):
+    await push(seed=1, alias="canary")
+    for body, version in (({"version": 2}, 2), ({"alias": "canary"}, 2), ({"alias": "latest"}, 1)):
+        assert (await client.post(URL, json=body)).json()["version"] == version
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"version": 0}, "version"),
+        ({"version": "1"}, "version"),
+        ({"alias": "Bad"}, "alias"),
+        ({"alias": "7"}, "alias"),
+        ({"version": 1, "alias": "latest"}, "version"),
+        ({"task_id": 0}, "task_id"),
+        ({"task_id": -1}, "task_id"),
+        ({"pin": "yes"}, "pin"),
+        ({"pin": False, "task_id": 0}, "task_id"),
+        ([], None),
+    ],
+)
+async def test_bad_bodies(client, engine, sentiment, body, param):
+    response = await client.post(URL, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert engine.prepared == []
+
+
+async def test_a_body_that_is_not_json(client, sentiment):
+    for headers in ({}, {"content-type": "text/plain"}):
+        assert (await client.post(URL, content=b"{}", headers=headers)).status_code == 415
+    assert (await client.post(URL, content=b"{", headers={"content-type": "application/json"})).status_code == 400
+
+
+@pytest.mark.parametrize("body", [{"version": 9}, {"alias": "none"}, {"version": 9, "pin": False}])
+async def test_not_found(client, sentiment, body):
+    response = await client.post(URL, json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "prompt_not_found")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"), [(RequestFailedError("cannot be read"), 500), (EngineDeadError("ended"), 503)]
+)
+async def test_what_fails_is_not_pinned(client, engine, store, sentiment, eventually, failure, status):
+    engine.prepare_failure = failure
+    assert (await client.post(URL, json={"pin": True})).status_code == status
+    assert await pinned(client) == []
+    assert engine.pinned == {}
+    eventually(lambda: len(store.leased) == len(store.released) == 1)
+
+
+async def test_a_full_or_draining_server(client, app, engine, sentiment):
+    with app.state.services.admission.permits(8):
+        assert (await client.post(URL)).status_code == 429
+    engine.draining = True
+    assert (await client.post(URL)).status_code == 503
+
+
+async def test_pin_and_unpin(client, engine, store, push, sentiment, eventually):
+    digest = (await client.get("/v1/prompts/sentiment/versions/1")).json()["digest"]
+    assert (await client.post(URL, json={"pin": True})).json()["pinned"]
+    assert (await client.post(URL, json={"pin": True, "version": 1})).json()["pinned"]
+    assert (await client.post(URL)).json()["pinned"]  # says nothing of pins, so the pin stays
+    assert await pinned(client) == [1]
+    await push(seed=1, alias="other")
+    versions = (await client.get("/v1/prompts/sentiment/versions")).json()["data"]
+    assert {version["version"]: version["pinned"] for version in versions} == {1: True, 2: False}
+    assert (await client.get("/v1/prompts/sentiment/versions/1")).json()["pinned"]
+    assert (await client.get("/v1/prompts")).json()["data"][0]["pinned"] == [1]
+    assert digests(engine) == [digest]
+    eventually(lambda: len(store.leased) - len(store.released) == 1)
+    num_prepared = len(engine.prepared)
+    for _ in range(2):
+        reply = (await client.post(URL, json={"pin": False})).json()
+        assert (reply["pinned"], reply["seconds"], reply["version"]) == (False, 0.0, 1)
+    assert len(engine.prepared) == num_prepared
+    assert await pinned(client) == []
+    assert engine.pinned == {}
+    eventually(lambda: len(store.leased) == len(store.released))
+
+
+async def test_the_files_of_a_pinned_version_stay_until_it_is_deleted(client, engine, store, sentiment, eventually):
+    await client.post(URL, json={"pin": True})
+    path = store.leased[0].weights_path
+    assert path.exists()
+    await client.delete("/v1/prompts/sentiment/versions/1")
+    assert engine.pinned == {}
+    eventually(lambda: not path.exists())
+
+
+async def test_deleting_the_name_ends_all_its_pins(client, engine, store, push, sentiment, eventually):
+    await push(seed=1)
+    for version in (1, 2):
+        await client.post(URL, json={"pin": True, "version": version})
+    assert await pinned(client) == [1, 2]
+    await client.delete("/v1/prompts/sentiment/versions/2")
+    assert await pinned(client) == [1]
+    await client.delete("/v1/prompts/sentiment")
+    assert engine.pinned == {}
+    eventually(lambda: len(store.leased) == len(store.released))
+    await push()  # nobody follows the new one's aliases
+    assert await pinned(client) == []
+
+
+async def test_deleted_while_it_is_being_pinned(client, engine, store, sentiment, eventually):
+    engine.step_seconds = 0.05
+    warming = asyncio.create_task(client.post(URL, json={"pin": True}))
+    await until(lambda: len(store.leased) == 1)
+    await client.delete("/v1/prompts/sentiment")
+    assert (await warming).status_code == 404
+    assert engine.pinned == {}
+    eventually(lambda: len(store.leased) == len(store.released))
+
+
+async def test_the_same_bytes_under_two_names(client, engine, push):
+    for name in ("one", "two"):
+        response = await push(name)
+        await client.post(f"/v1/prompts/{name}/warm", json={"pin": True})
+    assert digests(engine) == [response["digest"]]
+    await client.post("/v1/prompts/one/warm", json={"pin": False})
+    assert digests(engine) == [response["digest"]]
+    await client.post("/v1/prompts/two/warm", json={"pin": False})
+    assert engine.pinned == {}
+
+
+async def test_tasks(client, engine, other_parts):
+    (await client.post("/v1/prompts", **other_parts("many"))).raise_for_status()
+    url = "/v1/prompts/many/warm"
+    assert (await client.post(url)).json()["task_ids"] == [0, 1, 2]
+    assert [source.task_id for source in engine.prepared] == [0, 1, 2]
+    assert (await client.post(url, json={"task_id": 1, "pin": True})).json()["task_ids"] == [1]
+    assert [source.task_id for source in engine.pinned.values()] == [1]
+    assert (await client.post(url, json={"pin": True})).json()["task_ids"] == [0, 1, 2]
+    assert len(engine.pinned) == 3
+    assert (await client.post(url, json={"pin": False, "task_id": 1})).json()["pinned"]
+    assert sorted(source.task_id for source in engine.pinned.values()) == [0, 2]
+    assert not (await client.post(url, json={"pin": False})).json()["pinned"]
+    assert engine.pinned == {}
+    assert (await client.post(url, json={"task_id": 3})).status_code == 400
+
+
+async def test_a_pin_by_alias_follows_promotions(client, engine, store, push, sentiment, eventually):
+    await client.post(URL, json={"pin": True})
+    second = await push(seed=1)
+    await until(lambda: digests(engine) == [second["digest"]])
+    assert await pinned(client) == [2]
+    await client.put("/v1/prompts/sentiment/aliases/canary", json={"version": 1})  # not followed
+    await client.post("/v1/prompts/sentiment/aliases/latest/rollback", json={})
+    await until(lambda: digests(engine) != [second["digest"]])
+    assert await pinned(client) == [1]
+    await client.put("/v1/prompts/sentiment/aliases/latest", json={"version": 2})
+    await until(lambda: digests(engine) == [second["digest"]])
+    await client.post(URL, json={"pin": False, "version": 2})  # also ends the following
+    await client.put("/v1/prompts/sentiment/aliases/latest", json={"version": 1})
+    await asyncio.sleep(0.02)
+    assert engine.pinned == {}
+    eventually(lambda: len(store.leased) == len(store.released))
+
+
+async def test_a_version_pinned_for_itself_stays_when_an_alias_moves_on(client, push, sentiment):
+    await client.post(URL, json={"pin": True})
+    await client.post(URL, json={"pin": True, "version": 1})
+    await push(seed=1)
+    for _ in range(500):
+        if await pinned(client) == [1, 2]:
+            return
+    pytest.fail("the promotion was not followed")
+
+
+async def test_promotions_are_followed_in_their_order(client, engine, push, sentiment):
+    await client.post(URL, json={"pin": True})
+    engine.step_seconds = 0.01
+    for seed in (1, 2, 3):
+        newest = await push(seed=seed)
+    await until(lambda: digests(engine) == [newest["digest"]])
+    await asyncio.sleep(0.1)
+    assert await pinned(client) == [4]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.02])  # before it is followed, and while it is
+async def test_unpinned_while_a_promotion_is_followed(client, engine, store, push, sentiment, eventually, pause):
+    await client.post(URL, json={"pin": True})
+    engine.step_seconds = 0.05
+    await push(seed=1)
+    if pause:
+        await asyncio.sleep(pause)
+    assert not (await client.post(URL, json={"pin": False})).json()["pinned"]
+    await push(seed=2)
+    await asyncio.sleep(0.1)
+    assert engine.pinned == {}
+    eventually(lambda: len(store.leased) == len(store.released))
+
+
+async def test_a_promotion_that_cannot_be_followed_is_a_warning(client, engine, push, sentiment, caplog):
+    await client.post(URL, json={"pin": True})
+    engine.prepare_failure = RequestFailedError("no room")
+    await push(seed=1)
+    await until(lambda: "sentiment@latest cannot be pinned: no room" in caplog.text)
+    assert await pinned(client) == [1]
+
+
+@asynccontextmanager
+async def started(make_app, settings, **store):
+    app = make_app(replace(settings, store=replace(settings.store, **store)))
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        yield http
+
+
+async def ready(http):
+    while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
+        await asyncio.sleep(0.002)
+
+
+async def test_settings_are_applied_before_the_server_is_ready(
+    make_app, settings, engine, store, upload_parts, caplog, eventually
+):
+    async with started(make_app, settings) as http:
+        await ready(http)
+        for name in ("one", "two"):
+            (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
+    engine.step_seconds = 0.02
+    names = {"preload": ("one", "no-such", "Bad"), "pin": ("two@1", "two@9")}
+    async with started(make_app, settings, **names) as http:
+        while not engine.prepared:
+            assert (await http.get("/ready")).status_code == 503
+            await asyncio.sleep(0.002)
+        await ready(http)
+        assert len(engine.prepared) == 2
+        assert await pinned(http, "one") == []
+        assert await pinned(http, "two") == [1]
+        assert "no-such@latest cannot be warmed" in caplog.text
+        assert "Bad cannot be warmed" in caplog.text
+        assert "two@9 cannot be pinned" in caplog.text
+        # Both are followed, where they were named by an alias.
+        (await http.post("/v1/prompts", **upload_parts("one", seed=77))).raise_for_status()
+        (await http.post("/v1/prompts", **upload_parts("no-such", seed=78))).raise_for_status()
+        (await http.post("/v1/prompts", **upload_parts("two", seed=79))).raise_for_status()
+        await until(lambda: len(engine.prepared) == 4)
+        assert await pinned(http, "two") == [1]
+    assert len(store.leased) == len(store.released)
+
+
+async def test_the_server_can_be_stopped_while_it_preloads(
+    make_app, settings, engine, store, upload_parts, eventually
+):
+    async with started(make_app, settings) as http:
+        await ready(http)
+        (await http.post("/v1/prompts", **upload_parts("one"))).raise_for_status()
+    engine.step_seconds = 60.0
+    async with started(make_app, settings, pin=("one",)):
+        await until(lambda: len(store.leased) == 1)
+    assert len(store.leased) == len(store.released)
