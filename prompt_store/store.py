@@ -80,6 +80,7 @@ class PromptStore:
         self._lock = threading.Lock()
         self._leases: dict[int, tuple[str, ...]] = {}
         self._lease_ids = itertools.count(1)
+        self._subscribers: list[Callable[[set[str] | None], None]] = []
         self._totals = (-1, StoreTotals())
         """With the generation that they are of: counting a hundred thousand names at each scrape would tell."""
         self._watch: CatalogWatch | None = None
@@ -249,6 +250,14 @@ class PromptStore:
 
     # Looking
 
+    def subscribe(self, callback: Callable[[set[str] | None], None]) -> None:
+        """Be told which names were changed in a shared catalog, by whomever; None where that may be all.
+
+        Args:
+            callback: Called from a thread of the store's, which it may not keep waiting.
+        """
+        self._subscribers.append(callback)
+
     @property
     def status(self) -> CatalogStatus:
         """Whether the catalog can be reached."""
@@ -401,14 +410,16 @@ class PromptStore:
         return LeasedPrompt(version, path, lease_id)
 
     def _take_changes(self, names: set[str] | None) -> None:
-        """Forget what others have changed, and look again at what is in use, in case the catalog goes away next."""
+        """Forget what was changed, and look again at what is in use, in case the catalog goes away next."""
         for ref in self._resolved.invalidate(names)[-_MAX_REFRESHED:]:
             try:
                 self.resolve(ref)
             except PromptNotFoundError:
                 continue
             except StoreUnavailableError:
-                return
+                break
+        for callback in self._subscribers:
+            callback(names)
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:

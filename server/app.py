@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -212,6 +212,13 @@ def run(settings: Settings) -> None:
 @asynccontextmanager
 async def _lifespan(services: Services, *, owns_store: bool) -> AsyncIterator[None]:
     starting = asyncio.create_task(_start(services), name="start")
+    loop = asyncio.get_running_loop()
+
+    def tell_the_warmer(names: set[str] | None) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and the store is about to be closed
+            loop.call_soon_threadsafe(services.warmer.changed, names)
+
+    services.store.store.subscribe(tell_the_warmer)
     try:
         yield
     finally:

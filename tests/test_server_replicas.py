@@ -81,6 +81,15 @@ def test_files_come_back_from_the_other(pair: Pair) -> None:
         assert (response.status_code, response.content) == (200, data)
 
 
+def test_a_pin_follows_what_the_other_promotes(pair: Pair) -> None:
+    upload(pair.here, "pinned", *adapter("intent"))
+    assert pair.there.post("/v1/prompts/pinned/warm", json={"pin": True}).json()["pinned"]
+    upload(pair.here, "pinned", *adapter("sentiment"))
+    within_a_second(lambda: pair.there.get("/v1/prompts/pinned").json()["pinned"], [2])
+    pair.here.delete("/v1/prompts/pinned")
+    within_a_second(lambda: pair.there.get("/v1/prompts/pinned").status_code, 404)
+
+
 def catalog_available(client: httpx.Client) -> str:
     lines = client.get("/metrics").text.splitlines()
     return next(line.split()[1] for line in lines if line.startswith("prelude_catalog_available "))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from prompt_store.errors import PromptStoreError
+from prompt_store.errors import PromptNotFoundError, PromptStoreError
 from prompt_store.types import PromptRef, PromptVersion
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.store_threads import StoreThreads
@@ -162,6 +162,14 @@ class Warmer:
             self._following.add(task)
             task.add_done_callback(self._following.discard)
 
+    def changed(self, names: Collection[str] | None) -> None:
+        """Other servers may have promoted or deleted something of these names; None stands for all names."""
+        held = {name for name, _ in self._pins} | {follow.name for follow in self._follows}
+        for name in held if names is None else held.intersection(names):
+            task = asyncio.create_task(self._refresh(name), name=f"refresh {name}")
+            self._following.add(task)
+            task.add_done_callback(self._following.discard)
+
     async def start(self, *, preload: Iterable[str], pin: Iterable[str]) -> None:
         """Warm and pin what the settings name; what fails is a warning in the log.
 
@@ -193,6 +201,19 @@ class Warmer:
         async with self._turn:
             for follow in [follow for follow in self._follows if (follow.name, follow.alias) == (name, alias)]:
                 await self._try_to_warm(PromptRef(name, alias=alias), follow.task_id, follow.pin)
+
+    async def _refresh(self, name: str) -> None:
+        """Move what follows an alias of the name, and end pins of versions that are gone."""
+        for alias in {follow.alias for follow in self._follows if follow.name == name}:
+            await self._follow(name, alias)
+        async with self._turn:
+            for version in self.pinned_versions(name):
+                try:
+                    await self._store.call(self._store.store.resolve, _ref(name, version))
+                except PromptNotFoundError:
+                    await self._end(name, version)
+                except PromptStoreError as error:
+                    logger.warning("whether %s is still there is not known: %s", _ref(name, version), error)
 
     async def _try_to_warm(self, ref: PromptRef, task_id: int | None, pin: bool) -> None:
         try:

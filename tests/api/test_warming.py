@@ -248,6 +248,23 @@ async def test_unpinned_while_a_promotion_is_followed(client, engine, store, pus
     eventually(lambda: len(store.leased) == len(store.released))
 
 
+async def test_what_other_servers_change_is_followed(app, client, engine, store, push, sentiment, eventually):
+    second = await push(seed=1, alias="canary")
+    await client.post(URL, json={"pin": True})
+    await client.post(URL, json={"pin": True, "version": 2})
+    warmer = app.state.services.warmer
+    store.set_alias("sentiment", "latest", 2)
+    warmer.changed({"sentiment", "other"})
+    await until(lambda: digests(engine) == [second["digest"]])
+    store.delete_version("sentiment", 2)  # latest falls back to 1
+    warmer.changed(None)
+    await until(lambda: warmer.pinned_versions("sentiment") == [1])
+    store.delete_prompt("sentiment")
+    warmer.changed({"sentiment"})
+    await until(lambda: engine.pinned == {} or digests(engine) == [])
+    eventually(lambda: len(store.leased) == len(store.released))
+
+
 async def test_a_promotion_that_cannot_be_followed_is_a_warning(client, engine, push, sentiment, caplog):
     await client.post(URL, json={"pin": True})
     engine.prepare_failure = RequestFailedError("no room")
