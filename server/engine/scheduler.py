@@ -24,8 +24,8 @@ from server.engine.block_manager import BlockManager, SoftPromptRun
 from server.engine.fair_queue import FairQueue
 from server.engine.types import FinishReason, Sequence
 
-AGING_QUANTA = 16
-"""Quanta that may pass a less urgent class before one of its sequences is promoted."""
+AGING_TURNS = 16
+"""Turns, or sequences of the largest size, that may pass a less urgent class before one of its own is promoted."""
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         quantum = quantum or max_num_batched_tokens
-        self.waiting = FairQueue(quantum=quantum, aging_tokens=AGING_QUANTA * quantum)
+        self.waiting = FairQueue(quantum=quantum, aging_tokens=AGING_TURNS * max(quantum, max_model_len))
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._held_runs: dict[str, SoftPromptRun] = {}

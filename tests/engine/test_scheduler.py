@@ -241,7 +241,7 @@ def test_a_hot_soft_prompt_and_a_hot_tenant_starve_nobody() -> None:
 
 
 def test_the_least_urgent_runs_while_urgent_ones_never_end() -> None:
-    scheduler = make(num_blocks=20, seqs=2, budget=4)
+    scheduler = make(num_blocks=20, seqs=2, budget=4, length=16)
     scheduler.add(Sequence("calm", [1] * 8, SamplingParams(max_tokens=8), salt="calm", priority=100))
     for step in range(200):
         if "calm" not in scheduler._seqs:
