@@ -167,6 +167,9 @@ FLAGS = (
         HttpSettings, "api_key_file", Path | None, "One key a line; without it, everybody who can connect is served."
     ),
     _flag(HttpSettings, "max_waiting", int, "Sequences that may wait for a place before the answer is 429.", min=0),
+    _flag(
+        HttpSettings, "max_wait_seconds", float, "Wait for a place before the answer is 503; 0 is no limit.", min=0.0
+    ),
     _flag(HttpSettings, "max_body_bytes", int, "Largest JSON body.", **_BYTES),
     _flag(HttpSettings, "drain_seconds", float, "How long running requests may finish after SIGTERM.", min=0.0),
     _flag(HttpSettings, "metrics_top_prompts", int, "Soft prompts with a metric label of their own.", min=0),

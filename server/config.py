@@ -79,6 +79,7 @@ class HttpSettings:
         port: TCP port; 0 takes a free one.
         api_key_file: A file with one key a line; None serves everybody who can connect.
         max_waiting: Requests admitted beyond those that run, before the door answers 429.
+        max_wait_seconds: How long a request may wait to begin to run; 0 is without limit.
         max_body_bytes: Largest JSON body.
         drain_seconds: How long running requests may finish after SIGTERM.
         metrics_top_prompts: Soft prompts that get a metric label of their own; the others share ``other``.
@@ -88,6 +89,7 @@ class HttpSettings:
     port: int = 8000
     api_key_file: Path | None = None
     max_waiting: int = 1024
+    max_wait_seconds: float = 0.0
     max_body_bytes: int = 8 * 1024 * 1024
     drain_seconds: float = 30.0
     metrics_top_prompts: int = 50

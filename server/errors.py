@@ -15,6 +15,7 @@ ServerError
 │   ├── EngineNotReadyError  still loading, or draining
 │   ├── EngineDeadError      the engine process ended while the request was in flight
 │   ├── OverloadedError      no admission permit is free
+│   ├── WaitTimeoutError     the request was admitted, and did not begin to run within its timeout
 │   └── RequestFailedError   the engine could not finish this one request
 └── EngineStartError         the engine cannot start: wrong model, too little memory
 """
@@ -90,6 +91,10 @@ class EngineDeadError(EngineError):
 
 class OverloadedError(EngineError):
     """No admission permit is free."""
+
+
+class WaitTimeoutError(EngineError):
+    """The request was admitted and waited, but did not begin to run within its timeout."""
 
 
 class RequestFailedError(EngineError):

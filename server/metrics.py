@@ -26,6 +26,7 @@ OTHER_LABEL = "other"
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 _REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_PHASE_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,9 @@ class Metrics:
             registry=self._registry,
             buckets=_REQUEST_BUCKETS,
         )
+        self._queue_time = self._request_time("queue", "From a sequence's arrival at the engine to its first blocks.")
+        self._prefill_time = self._request_time("prefill", "From a sequence's first blocks to its first new token.")
+        self._decode_time = self._request_time("decode", "From a sequence's first new token to its last.")
         self._registry.register(_ScrapeCollector(read_stats, read_store))
 
     def count_request(self, prompt_name: str | None, outcome: str) -> None:
@@ -111,10 +115,23 @@ class Metrics:
         """A request ran to its end in this time."""
         self._request.observe(seconds)
 
+    def observe_phases(self, queue_seconds: float, prefill_seconds: float) -> None:
+        """A sequence has its first token, after it waited and then ran for so long."""
+        self._queue_time.observe(queue_seconds)
+        self._prefill_time.observe(prefill_seconds)
+
+    def observe_decode(self, seconds: float) -> None:
+        """A sequence's last token came this long after its first."""
+        self._decode_time.observe(seconds)
+
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics where ``accept`` asks for it. Reads the store."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
+
+    def _request_time(self, phase: str, text: str) -> Histogram:
+        name = f"{PREFIX}request_{phase}_time_seconds"
+        return Histogram(name, text, registry=self._registry, buckets=_PHASE_BUCKETS)
 
     def _prompt_label(self, name: str | None) -> str:
         if name is None:
@@ -147,6 +164,9 @@ class _ScrapeCollector(Collector):
         )
         yield _gauge("kv_cache_blocks", "Key/value blocks in all.", stats.num_blocks)
         yield _counter("num_preemptions", "Sequences whose blocks were taken back.", stats.num_preemptions)
+        yield _counter(
+            "request_timeouts", "Sequences that did not begin to run within their timeout.", stats.num_timeouts
+        )
         yield _counter(
             "prefix_cache_queries", "Text tokens looked up in the prefix cache.", stats.prefix_cache_queries
         )

@@ -36,6 +36,7 @@ from server.errors import (
     ServerError,
     SoftPromptNotFoundError,
     UnsupportedError,
+    WaitTimeoutError,
 )
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ _TABLE: dict[type[Exception], _Row] = {
     PromptTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     MediaTypeError: _Row(415, _REQUEST_ERROR, "unsupported_media_type"),
     OverloadedError: _Row(429, "rate_limit_error", "overloaded", {"retry-after": "1"}),
+    WaitTimeoutError: _Row(503, _UNAVAILABLE, "overloaded_waiting", {"retry-after": "5"}),
     RequestFailedError: _Row(500, _SERVER_ERROR, "request_failed"),
     EngineNotReadyError: _Row(503, _UNAVAILABLE, "engine_not_ready", {"retry-after": "2"}),
     EngineDeadError: _Row(503, _UNAVAILABLE, "engine_dead", {"retry-after": "10"}),

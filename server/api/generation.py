@@ -59,6 +59,7 @@ class Generation:
         max_tokens: Sequence[int],
         leased: LeasedPrompt | None,
         permits: Permits,
+        tenant: str,
         arrival: float,
     ) -> None:
         self.prompts = prompts
@@ -69,11 +70,13 @@ class Generation:
         self._max_tokens = max_tokens
         self._soft_prompt = soft_prompt_source(leased, body.task_id) if leased else None
         self._permits = permits
+        self._tenant = tenant
         self._arrival = arrival
         self._id = uuid.uuid4().hex
         self._num_new = [0] * len(prompts)
         self._num_cached = [0] * len(prompts)
         self._finish_reasons: list[str | None] = [None] * len(prompts)
+        self._first_tokens: dict[int, float] = {}
         self._seen_token = False
 
     @property
@@ -151,6 +154,8 @@ class Generation:
                     if detokenizer.stopped:
                         reason = FinishReason.STOP.value
                     self._finish_reasons[index] = reason
+                    if reason is not None and index in self._first_tokens:
+                        self._services.metrics.observe_decode(newest - self._first_tokens[index])
                     yield Delta(index, text, event.token_ids, reason)
                     if reason is not None:
                         return
@@ -167,8 +172,12 @@ class Generation:
         if not self._seen_token:
             self._seen_token = True
             metrics.observe_first_token(now - self._arrival)
+        if event.queue_seconds is not None and event.prefill_seconds is not None:
+            metrics.observe_phases(event.queue_seconds, event.prefill_seconds)
         if self._num_new[index]:
             metrics.observe_inter_token(now - newest)
+        else:
+            self._first_tokens[index] = now
         self._num_new[index] += len(event.token_ids)
         return now
 
@@ -183,7 +192,15 @@ class Generation:
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
         )
-        return GenerateRequest(f"{self._id}-{index}", self.prompts[index], params, self._soft_prompt)
+        return GenerateRequest(
+            f"{self._id}-{index}",
+            self.prompts[index],
+            params,
+            self._soft_prompt,
+            salt=self._tenant,
+            priority=body.priority,
+            timeout=_shorter(body.timeout, self._services.settings.http.max_wait_seconds),
+        )
 
 
 @asynccontextmanager
@@ -194,6 +211,7 @@ async def admitted(
     prompts: list[list[int]],
     *,
     default_max_tokens: int | None,
+    tenant: str,
     arrival: float,
 ) -> AsyncIterator[Generation]:
     """Check, lease and admit a request; everything is given back when the block ends, however it ends.
@@ -204,6 +222,7 @@ async def admitted(
         body: Its fields.
         prompts: Text tokens of each sequence.
         default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
+        tenant: Whose request it is.
         arrival: When the request came, by the monotonic clock.
 
     Raises:
@@ -234,7 +253,14 @@ async def admitted(
         ]
         permits = stack.enter_context(services.admission.permits(len(prompts)))
         generation = Generation(
-            services, body, prompts, max_tokens=max_tokens, leased=leased, permits=permits, arrival=arrival
+            services,
+            body,
+            prompts,
+            max_tokens=max_tokens,
+            leased=leased,
+            permits=permits,
+            tenant=tenant,
+            arrival=arrival,
         )
         outcome = "error"
         try:
@@ -271,6 +297,11 @@ def _check_generates(version: PromptVersion, target: Target) -> None:
             f"not for generation ({TaskType.CAUSAL_LM})",
             param=target.param,
         )
+
+
+def _shorter(asked: float | None, limit: float) -> float | None:
+    """The shorter of what a request asks for and the server's own limit, 0 being none; None is without limit."""
+    return asked if not limit else limit if asked is None else min(asked, limit)
 
 
 def _fit(

@@ -13,7 +13,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready
+from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready, tenant_of
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted
@@ -43,6 +43,7 @@ class _Call:
     writer: Writer
     tokenize: Callable[[], Awaitable[list[list[int]]]]
     default_max_tokens: int | None
+    tenant: str
     arrival: float
     served_by: str | None = None
 
@@ -58,6 +59,7 @@ class _Call:
             self.body,
             await self.tokenize(),
             default_max_tokens=self.default_max_tokens,
+            tenant=self.tenant,
             arrival=self.arrival,
         )
 
@@ -125,6 +127,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         writer=CompletionWriter(target.model, with_token_ids=body.return_token_ids),
         tokenize=tokenize,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+        tenant=tenant_of(request),
         arrival=arrival,
     )
     return await call.respond(request)
@@ -153,6 +156,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         writer=ChatWriter(target.model, with_token_ids=body.return_token_ids),
         tokenize=tokenize,
         default_max_tokens=None,
+        tenant=tenant_of(request),
         arrival=arrival,
     )
     return await call.respond(request)

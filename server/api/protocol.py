@@ -7,11 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
 from server.errors import InvalidRequestError, UnsupportedError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
+MAX_TIMEOUT_SECONDS = 86400.0
 DEFAULT_COMPLETION_TOKENS = 16
 _INT64 = 2**63
 
@@ -125,6 +127,13 @@ class GenerationBody(RequestBody):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower is more urgent, and goes first.")
+    timeout: float | None = Field(
+        None,
+        gt=0.0,
+        le=MAX_TIMEOUT_SECONDS,
+        description="Seconds in which it has to begin to run, or it fails.",
+    )
     return_token_ids: bool = Field(False, description="Adds `token_ids` and `prompt_token_ids` to each choice.")
 
     @model_validator(mode="before")

@@ -44,6 +44,7 @@ from server.errors import (
     EngineStartError,
     OverloadedError,
     RequestFailedError,
+    WaitTimeoutError,
 )
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class AsyncEngine:
                     params=request.params,
                     soft_prompt=request.soft_prompt,
                     salt=request.salt,
+                    priority=request.priority,
+                    timeout=request.timeout,
                 )
             )
             while not ended:
@@ -148,9 +151,18 @@ class AsyncEngine:
                 ended = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(output.error or "the engine gave no reason")
+                if output.finish_reason is FinishReason.TIMEOUT:
+                    raise WaitTimeoutError(output.error or "the request waited too long")
                 if output.num_cached_tokens is not None:
                     num_cached = output.num_cached_tokens
-                yield TokenEvent(output.token_ids, output.finish_reason, output.stop_token_id, num_cached)
+                yield TokenEvent(
+                    output.token_ids,
+                    output.finish_reason,
+                    output.stop_token_id,
+                    num_cached,
+                    output.queue_seconds,
+                    output.prefill_seconds,
+                )
         finally:
             del self._queues[request.request_id]
             self._note_idle()

@@ -15,6 +15,10 @@ prompt (its content digest, and the task where it has several), then the text's 
 is never part of it, so a re-upload under an old name can not reach old keys. The hash is cryptographic
 (BLAKE2b, 128 bits), because a tenant chooses the tokens and must not be able to construct a collision with
 another's.
+
+A soft prompt's own blocks are shared by all tenants: every key may use every soft prompt, so timing tells only that
+somebody does, and what is warmed before its first request would otherwise be warm for nobody who sends a key. The
+text after it is never shared between tenants, a text that begins in its partial last block included.
 """
 
 from __future__ import annotations
@@ -23,18 +27,10 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import NamedTuple
 
 from server.engine.types import Sequence, SoftPromptSource
 
 HASH_BYTES = 16
-
-
-class RunKey(NamedTuple):
-    """Identity of a soft prompt's blocks: whose they are, and what they hold."""
-
-    salt: str
-    identity: str
 
 
 @dataclass(slots=True)
@@ -42,20 +38,21 @@ class SoftPromptRun:
     """The blocks of one soft prompt on the device.
 
     Attributes:
-        key: Its identity.
         source: The soft prompt that fills it.
         blocks: Block ids in order; the last is full only where the block size divides the virtual tokens.
-        seed: Chain hash that the text after it starts from.
         num_computed: Virtual tokens whose keys and values are written.
         ref_count: Sequences that use it or wait for it.
     """
 
-    key: RunKey
     source: SoftPromptSource
     blocks: list[int]
-    seed: bytes
     num_computed: int = 0
     ref_count: int = 0
+
+    @property
+    def key(self) -> str:
+        """What it holds: the soft prompt's identity."""
+        return self.source.identity
 
     @property
     def is_filled(self) -> bool:
@@ -118,8 +115,8 @@ class BlockManager:
     _blocks: list[_Block] = field(init=False, repr=False)
     _free: list[int] = field(init=False, repr=False)
     _by_hash: dict[bytes, int] = field(default_factory=dict, init=False, repr=False)
-    _runs: dict[RunKey, SoftPromptRun] = field(default_factory=dict, init=False, repr=False)
-    _idle: OrderedDict[int | RunKey, int] = field(default_factory=OrderedDict, init=False, repr=False)
+    _runs: dict[str, SoftPromptRun] = field(default_factory=dict, init=False, repr=False)
+    _idle: OrderedDict[int | str, int] = field(default_factory=OrderedDict, init=False, repr=False)
     """Oldest first; the value is the number of blocks that giving it up would free."""
     _num_idle_blocks: int = field(default=0, init=False)
 
@@ -142,7 +139,7 @@ class BlockManager:
         return self._num_idle_blocks
 
     @property
-    def runs(self) -> dict[RunKey, SoftPromptRun]:
+    def runs(self) -> dict[str, SoftPromptRun]:
         """Soft prompts on the device, filled or being filled."""
         return self._runs
 
@@ -157,20 +154,19 @@ class BlockManager:
 
     # Soft prompts
 
-    def acquire_run(self, source: SoftPromptSource, salt: str) -> SoftPromptRun | None:
+    def acquire_run(self, source: SoftPromptSource) -> SoftPromptRun | None:
         """Refer to a soft prompt's blocks, taking blocks for it where it has none yet.
 
         Returns:
             The run, which the caller has to fill when it is not filled; None when there are too few blocks.
         """
-        key = RunKey(salt, source.identity)
+        key = source.identity
         run = self._runs.get(key)
         if run is None:
             needed = self.blocks_for(source.num_virtual_tokens)
             if needed > self.num_available:
                 return None
-            seed = blake2b(f"{len(salt)}:{salt}:{source.identity}".encode(), digest_size=HASH_BYTES).digest()
-            run = SoftPromptRun(key, source, [self._take() for _ in range(needed)], seed)
+            run = SoftPromptRun(source, [self._take() for _ in range(needed)])
             self._runs[key] = run
             self.stats.run_loads += 1
         else:
@@ -209,8 +205,7 @@ class BlockManager:
         """
         n = seq.num_virtual_tokens
         shared, partial = divmod(n, self.block_size)
-        seed = run.seed if run is not None else self._bare_seed(seq.salt)
-        matched, hashes = self._match(seq, shared, seed)
+        matched, hashes = self._match(seq, shared)
         num_cached = max(0, (shared + len(matched)) * self.block_size - n) if matched else 0
         num_new = self.blocks_for(seq.num_positions) - shared - len(matched)
         # A matched block that is idle stops being available once it is referred to.
@@ -241,7 +236,7 @@ class BlockManager:
             seq.block_table.append(self._take_used())
         return True
 
-    def register(self, seq: Sequence, run: SoftPromptRun | None, num_positions: int) -> None:
+    def register(self, seq: Sequence, num_positions: int) -> None:
         """Make the sequence's full blocks findable, up to ``num_positions`` positions.
 
         May be called when those positions are scheduled: in each layer of a forward pass all keys and values are
@@ -250,7 +245,7 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         shared = seq.num_virtual_tokens // self.block_size
-        parent = seq.block_hashes[-1] if seq.block_hashes else (run.seed if run else self._bare_seed(seq.salt))
+        parent = seq.block_hashes[-1] if seq.block_hashes else self._seed(seq)
         for index in range(shared + len(seq.block_hashes), num_positions // self.block_size):
             parent = self._hash(seq, index, parent)
             seq.block_hashes.append(parent)
@@ -277,8 +272,9 @@ class BlockManager:
 
     # Inside
 
-    def _bare_seed(self, salt: str) -> bytes:
-        return blake2b(f"{len(salt)}:{salt}:".encode(), digest_size=HASH_BYTES).digest()
+    def _seed(self, seq: Sequence) -> bytes:
+        identity = seq.soft_prompt.identity if seq.soft_prompt else ""
+        return blake2b(f"{len(seq.salt)}:{seq.salt}:{identity}".encode(), digest_size=HASH_BYTES).digest()
 
     def _hash(self, seq: Sequence, index: int, parent: bytes) -> bytes:
         # A block that starts inside the soft prompt holds fewer text tokens; the seed tells what the others are.
@@ -286,10 +282,11 @@ class BlockManager:
         stop = (index + 1) * self.block_size - seq.num_virtual_tokens
         return blake2b(parent + array("q", seq.token_ids[start:stop]).tobytes(), digest_size=HASH_BYTES).digest()
 
-    def _match(self, seq: Sequence, shared: int, seed: bytes) -> tuple[list[int], list[bytes]]:
+    def _match(self, seq: Sequence, shared: int) -> tuple[list[int], list[bytes]]:
         matched: list[int] = []
         hashes: list[bytes] = []
         if self.enable_prefix_caching:
+            seed = self._seed(seq)
             # At least one token has to be computed, or there are no logits to sample from.
             for index in range(shared, (seq.num_positions - 1) // self.block_size):
                 seed = self._hash(seq, index, seed)
@@ -306,7 +303,7 @@ class BlockManager:
             self._num_idle_blocks -= self._idle.pop(block_id)
         block.ref_count += 1
 
-    def _make_idle(self, key: int | RunKey, num_blocks: int) -> None:
+    def _make_idle(self, key: int | str, num_blocks: int) -> None:
         self._idle[key] = num_blocks
         self._num_idle_blocks += num_blocks
 
@@ -319,7 +316,7 @@ class BlockManager:
         if not self._free:
             key, num_blocks = self._idle.popitem(last=False)
             self._num_idle_blocks -= num_blocks
-            if isinstance(key, RunKey):
+            if isinstance(key, str):
                 self._free.extend(reversed(self._runs.pop(key).blocks))
                 self.stats.run_evictions += 1
             else:
@@ -339,7 +336,7 @@ class BlockManager:
             AssertionError: If a block is lost, owned twice, or counted wrongly; a fault of this module.
         """
         ref_counts: dict[int, int] = {}
-        run_refs: dict[RunKey, int] = {}
+        run_refs: dict[str, int] = {}
         for seq, run in sequences:
             shared = seq.num_virtual_tokens // self.block_size if seq.block_table else 0
             if run is not None:

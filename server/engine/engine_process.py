@@ -80,7 +80,7 @@ class EngineLoop:
     def _loop(self, engine: LLMEngine) -> None:
         while True:
             outputs: list[TokenOutput] = []
-            message = None if engine.has_work else self._inbox.get()
+            message = None if engine.has_work else self._wait(engine.idle_seconds)
             while True:
                 if isinstance(message, Shutdown):
                     return
@@ -98,6 +98,12 @@ class EngineLoop:
                     break
             outputs += engine.step()
             self._send(StepOutputs(outputs, engine.stats))
+
+    def _wait(self, seconds: float | None) -> ToEngine | None:
+        try:
+            return self._inbox.get(timeout=seconds)
+        except Empty:
+            return None
 
     def _send(self, message: FromEngine) -> None:
         # Encoded here, for the statistics are a live object that the next step changes.

@@ -18,7 +18,9 @@ class GenerateRequest:
         prompt_token_ids: At least one text token.
         params: How to sample.
         soft_prompt: What stands before the text, or None.
-        salt: Keeps cached prefixes apart between tenants.
+        salt: The tenant: its cached texts are its own, and it takes turns with the others.
+        priority: -100 to 100; lower is more urgent.
+        timeout: Seconds in which it has to begin to run, or it fails; None is no limit.
     """
 
     request_id: str
@@ -26,6 +28,8 @@ class GenerateRequest:
     params: SamplingParams
     soft_prompt: SoftPromptSource | None = None
     salt: str = ""
+    priority: int = 0
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +41,16 @@ class TokenEvent:
         finish_reason: ``stop``, ``length`` or ``abort`` at the end, else None.
         stop_token_id: The token that ended the text, if one did; it is the last of ``token_ids``.
         num_cached_tokens: Text tokens that a cached prefix saved.
+        queue_seconds: From its arrival to its first blocks; in the first event only.
+        prefill_seconds: From then to its first token; in the first event only.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason | None
     stop_token_id: int | None
     num_cached_tokens: int
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
 
 class Engine(Protocol):
@@ -73,6 +81,7 @@ class Engine(Protocol):
         Raises:
             EngineNotReadyError: If the engine is loading or draining.
             EngineDeadError: If the engine process ends before the last event.
+            WaitTimeoutError: If it did not begin to run within its timeout.
             RequestFailedError: If the engine could not finish this request, with the reason.
         """
         ...

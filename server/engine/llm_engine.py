@@ -63,6 +63,12 @@ class LLMEngine:
         return self.scheduler.has_work
 
     @property
+    def idle_seconds(self) -> float | None:
+        """Seconds until a step has to end a sequence whose soft prompt is still being read; None if there is none."""
+        deadlines = [seq.deadline for seqs in self._loading.values() for seq in seqs if seq.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    @property
     def num_unfinished(self) -> int:
         """Sequences that have not ended, wherever they wait."""
         return self.scheduler.num_sequences + sum(len(seqs) for seqs in self._loading.values())
@@ -70,7 +76,14 @@ class LLMEngine:
     def add(self, request: AddRequest) -> list[TokenOutput]:
         """Admit a sequence; returns its only output if it is refused."""
         seq = Sequence(
-            request.request_id, request.prompt_token_ids, request.params, request.soft_prompt, salt=request.salt
+            request.request_id,
+            request.prompt_token_ids,
+            request.params,
+            request.soft_prompt,
+            salt=request.salt,
+            priority=request.priority,
+            arrival=time.monotonic(),
+            timeout=request.timeout,
         )
         source = seq.soft_prompt
         try:
@@ -119,9 +132,9 @@ class LLMEngine:
 
     def step(self) -> list[TokenOutput]:
         """One token for every sequence that is ready for it; returns what is new."""
-        outputs = self.take_loaded()
-        started = time.perf_counter()
-        plan = self.scheduler.schedule()
+        started = time.monotonic()
+        outputs = self.take_loaded() + self._expire(started)
+        plan = self.scheduler.schedule(started)
         if plan.is_empty:
             return outputs
         try:
@@ -130,7 +143,7 @@ class LLMEngine:
             logger.exception("a step failed; its sequences end and the cache is emptied")
             return outputs + self._fail_all(f"{type(error).__name__}: {error}")
         outputs += self._postprocess(plan, tokens)
-        self._note_step(plan, time.perf_counter() - started)
+        self._note_step(plan, time.monotonic() - started)
         return outputs
 
     @property
@@ -184,8 +197,10 @@ class LLMEngine:
             seq.token_ids.append(token)
             self._stats.generation_tokens += 1
             output = TokenOutput(seq.request_id, [token])
-            if seq.num_new_tokens == 1:
+            if seq.num_new_tokens == 1 and seq.first_run is not None:
                 output.num_cached_tokens = seq.num_cached_tokens
+                output.queue_seconds = seq.first_run - seq.arrival
+                output.prefill_seconds = time.monotonic() - seq.first_run
             if self._ends(seq, token):
                 seq.stop_token_id = output.stop_token_id = token
                 self._finish(seq, FinishReason.STOP)
@@ -207,6 +222,21 @@ class LLMEngine:
     def _let_go(self, seq: Sequence) -> None:
         if seq.soft_prompt is not None:
             self.soft_prompts.release(seq.soft_prompt)
+
+    def _expire(self, now: float) -> list[TokenOutput]:
+        """End what has not begun to run by its deadline, for whichever reason it waits."""
+        late = self.scheduler.expire(now)
+        for identity, seqs in self._loading.items():
+            late += [seq for seq in seqs if seq.deadline is not None and seq.deadline <= now]
+            self._loading[identity] = [seq for seq in seqs if seq.deadline is None or seq.deadline > now]
+        outputs = []
+        for seq in late:
+            seq.finish_reason = FinishReason.TIMEOUT
+            self._let_go(seq)
+            self._stats.num_timeouts += 1
+            message = f"the request waited {now - seq.arrival:.1f} seconds without its turn coming; try again later"
+            outputs.append(TokenOutput(seq.request_id, [], FinishReason.TIMEOUT, error=message))
+        return outputs
 
     def _abort_loading(self, request_id: str) -> Sequence | None:
         for seqs in self._loading.values():

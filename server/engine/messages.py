@@ -21,13 +21,25 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
 
 class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Admit a sequence. Exactly one output with a finish reason follows."""
+    """Admit a sequence. Exactly one output with a finish reason follows.
+
+    Attributes:
+        request_id: The caller's name for it.
+        prompt_token_ids: At least one text token.
+        params: How to sample.
+        soft_prompt: What stands before the text, or None.
+        salt: The tenant.
+        priority: Lower is more urgent.
+        timeout: Seconds in which it has to begin to run, or it ends; None is no limit.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     soft_prompt: SoftPromptSource | None = None
     salt: str = ""
+    priority: int = 0
+    timeout: float | None = None
 
 
 class AbortRequest(msgspec.Struct, tag=True, frozen=True):

@@ -1,9 +1,14 @@
-"""Which positions of which sequences the next step computes. Pure logic: no torch, no clock.
+"""Which positions of which sequences the next step computes. Pure logic: no torch, and no clock of its own.
 
 A step has a budget of tokens and of sequences. Decodes come first, one token each; then the prefills under way;
-then waiting sequences in order of arrival, whose prompts are computed in chunks as the budget allows. When
-blocks run out, the newest running sequence gives its own back and is computed again later. The oldest is never
-made to, so something always finishes and nothing waits for ever.
+then waiting sequences in the order of ``FairQueue``, whose texts are computed in chunks as the budget allows.
+
+When blocks run out, the running sequence of the least urgent class that had its turn last gives its own back and is
+computed again later. This cannot go on for ever: of the unfinished sequences of the most urgent class that had a
+turn, take the one that had it first. Nobody is before it in ``running``, so it is never made to give up its blocks
+for another, and ``check`` has made sure that it fits alone; nobody is before it among the waiting either, once it
+was made to wait. So each step takes it further, it ends, and then the same holds for the next. Sequences that arrive
+meanwhile have their turns later, and only finitely many can be more urgent or be promoted with an earlier turn.
 
 A sequence whose soft prompt is not on the device takes a run of blocks for it. Keys and values are copied in
 within the same step. Embeddings are computed as a chunk of their own, shared by all that wait for them.
@@ -11,11 +16,16 @@ within the same step. Embeddings are computed as a chunk of their own, shared by
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
+from math import inf
 
-from server.engine.block_manager import BlockManager, RunKey, SoftPromptRun
+from server.engine.block_manager import BlockManager, SoftPromptRun
+from server.engine.fair_queue import FairQueue
 from server.engine.types import FinishReason, Sequence
+
+AGING_TURNS = 16
+"""Turns, or sequences of the largest size, that may pass a less urgent class before one of its own is promoted."""
 
 
 @dataclass(slots=True)
@@ -85,13 +95,25 @@ class Scheduler:
         max_num_seqs: Sequences that may run at once.
         max_num_batched_tokens: Positions that one step may compute.
         max_model_len: Positions of one sequence.
+        quantum: Tokens of one turn of a waiting tenant; None takes a step's worth.
+
+    Attributes:
+        waiting: Sequences without blocks.
+        running: Sequences with blocks, the most urgent class first, in each by turn; the last is preempted first.
+        num_preemptions: Sequences whose blocks were taken back.
 
     Raises:
         ValueError: If a step could not hold one token of every running sequence.
     """
 
     def __init__(
-        self, block_manager: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        quantum: int | None = None,
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
@@ -102,11 +124,14 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.waiting: deque[Sequence] = deque()
+        quantum = quantum or max_num_batched_tokens
+        self.waiting = FairQueue(quantum=quantum, aging_tokens=AGING_TURNS * max(quantum, max_model_len))
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._held_runs: dict[str, SoftPromptRun] = {}
         self._seqs: dict[str, Sequence] = {}
+        self._deadlines: dict[str, float] = {}
+        self._next_deadline = inf
 
     @property
     def has_work(self) -> bool:
@@ -147,7 +172,10 @@ class Scheduler:
         """
         self.check(seq)
         self._seqs[seq.request_id] = seq
-        self.waiting.append(seq)
+        self.waiting.push(seq)
+        if seq.deadline is not None:
+            self._deadlines[seq.request_id] = seq.deadline
+            self._next_deadline = min(self._next_deadline, seq.deadline)
 
     def abort(self, request_id: str) -> Sequence | None:
         """End a sequence between two steps.
@@ -160,26 +188,44 @@ class Scheduler:
             self.finish(seq, FinishReason.ABORT)
         return seq
 
+    def expire(self, now: float) -> list[Sequence]:
+        """End the sequences whose deadline has come before they ever ran. Called between two steps.
+
+        Args:
+            now: Seconds, of the clock that ``Sequence.deadline`` is in.
+        """
+        if now < self._next_deadline:
+            return []
+        late = [self._seqs[request_id] for request_id, deadline in self._deadlines.items() if deadline <= now]
+        for seq in late:
+            self.finish(seq, FinishReason.TIMEOUT)
+        self._next_deadline = min(self._deadlines.values(), default=inf)
+        return late
+
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence and give back all that it holds."""
         seq.finish_reason = reason
         del self._seqs[seq.request_id]
+        self._deadlines.pop(seq.request_id, None)
         if seq.block_table:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
         self._release(seq)
 
-    def schedule(self) -> StepPlan:
-        """Plan the next step and advance ``num_computed`` of everything in it."""
+    def schedule(self, now: float) -> StepPlan:
+        """Plan the next step and advance ``num_computed`` of everything in it.
+
+        Args:
+            now: Seconds; becomes ``first_run`` of sequences that begin to run.
+        """
         plan = StepPlan()
         budget = self._schedule_decodes(plan, self.max_num_batched_tokens)
         budget = self._schedule_prefills(plan, budget)
-        self._schedule_waiting(plan, budget)
-        if plan.is_empty and self.waiting:
-            # Soft prompts held for later sequences may leave no block for the first; then they have to let go.
-            self._release_waiting_runs(keep=self.waiting[0])
-            self._schedule_waiting(plan, budget)
+        self._schedule_waiting(plan, budget, now)
+        if plan.is_empty and self._release_waiting_runs():
+            # Soft prompts held for later sequences left no block for the first.
+            self._schedule_waiting(plan, budget, now)
         return plan
 
     def check_integrity(self) -> None:
@@ -192,6 +238,13 @@ class Scheduler:
             raise AssertionError("a sequence is lost or queued twice")
         if any(seq.block_table for seq in self.waiting) or not all(seq.block_table for seq in self.running):
             raise AssertionError("blocks are held exactly while running")
+        if self.running != sorted(self.running, key=_precedence):
+            raise AssertionError("running sequences are out of order")
+        if not self._deadlines.keys() <= {seq.request_id for seq in self.waiting if seq.first_run is None}:
+            raise AssertionError("a deadline is kept for a sequence that ran")
+        if not self._held_runs.keys() <= {seq.request_id for seq in [*self.running, *self.waiting.returned]}:
+            raise AssertionError("a soft prompt is held for a sequence whose turn has not come")
+        self.waiting.check_integrity()
         if not self._held_runs.keys() <= self._seqs.keys():
             raise AssertionError("a soft prompt is held for a sequence that ended")
         self.block_manager.check_integrity(
@@ -206,7 +259,7 @@ class Scheduler:
             seq = self.running[index]
             if seq.num_computed == seq.num_positions - 1 and budget > 0:
                 if not self._make_room(seq):
-                    break  # it was the newest, and is preempted itself
+                    break  # it was the last, and is preempted itself
                 self._add_chunk(plan, seq, 1)
                 budget -= 1
             index += 1
@@ -221,37 +274,43 @@ class Scheduler:
                 budget -= num_tokens
         return budget
 
-    def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
+    def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         filling = {chunk.run.key for chunk in plan.chunks if chunk.run is not None}
-        still_waiting: deque[Sequence] = deque()
-        while self.waiting and budget > 0 and len(self.running) + len(still_waiting) < self.max_num_seqs:
-            seq = self.waiting.popleft()
+        unserved: list[Sequence] = []
+        while budget > 0 and len(self.running) + len(unserved) < self.max_num_seqs:
+            seq = self.waiting.take()
+            if seq is None:
+                break
             run, used = self._fill_soft_prompt(plan, seq, budget, filling)
             budget -= used
             if seq.soft_prompt is not None and run is None:
-                self.waiting.appendleft(seq)
-                break  # no blocks for the soft prompt; what came later waits behind
+                unserved.append(seq)
+                break  # no blocks for the soft prompt; those behind wait, or the large would wait for ever
             if run is not None and not self._is_usable(run, filling):
-                still_waiting.append(seq)
+                unserved.append(seq)
                 continue
             # One block in reserve for every running sequence keeps an admission from preempting at once.
             admission = self.block_manager.admit(seq, run, headroom=len(self.running))
             if admission is None:
-                self.waiting.appendleft(seq)
+                unserved.append(seq)
                 break
             if admission.copy is not None:
                 plan.block_copies.append(admission.copy)
-            if seq.num_cached_tokens is None:
+            if seq.first_run is None:
+                seq.first_run = now
                 seq.num_cached_tokens = admission.num_cached_tokens
-            self.running.append(seq)
+                self._deadlines.pop(seq.request_id, None)
+            self.waiting.serve(seq)
+            insort(self.running, seq, key=_precedence)
             if budget > 0:
                 num_tokens = min(seq.num_positions - seq.num_computed, budget)
                 self._add_chunk(plan, seq, num_tokens)
                 budget -= num_tokens
-        self.waiting.extendleft(reversed(still_waiting))
+        for seq in unserved:
+            self.waiting.put_back(seq)
 
     def _fill_soft_prompt(
-        self, plan: StepPlan, seq: Sequence, budget: int, filling: set[RunKey]
+        self, plan: StepPlan, seq: Sequence, budget: int, filling: set[str]
     ) -> tuple[SoftPromptRun | None, int]:
         """Hold the sequence's soft prompt and plan what is missing of it; returns it and the budget used."""
         source = seq.soft_prompt
@@ -259,7 +318,7 @@ class Scheduler:
             return None, 0
         run = self._held_runs.get(seq.request_id)
         if run is None:
-            run = self.block_manager.acquire_run(source, seq.salt)
+            run = self.block_manager.acquire_run(source)
             if run is None:
                 return None, 0
             self._held_runs[seq.request_id] = run
@@ -275,7 +334,7 @@ class Scheduler:
         filling.add(run.key)
         return run, num_tokens
 
-    def _is_usable(self, run: SoftPromptRun, filling: set[RunKey]) -> bool:
+    def _is_usable(self, run: SoftPromptRun, filling: set[str]) -> bool:
         """Whether a sequence may follow the soft prompt in this step.
 
         Full blocks may be read in the step that computes them; a partial last block has to be copied before it.
@@ -287,12 +346,12 @@ class Scheduler:
     def _add_chunk(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> None:
         plan.chunks.append(Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq))
         seq.num_computed += num_tokens
-        self.block_manager.register(seq, self._held_runs.get(seq.request_id), seq.num_computed)
+        self.block_manager.register(seq, seq.num_computed)
 
     def _make_room(self, seq: Sequence) -> bool:
         """Find a block for the sequence's next position; False if it had to give up its own."""
         while not self.block_manager.extend(seq, seq.num_positions):
-            if self._release_waiting_runs(keep=None):
+            if self._release_waiting_runs():
                 continue
             victim = self.running[-1]
             self._preempt(victim)
@@ -303,12 +362,12 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._release(seq)
-        self.waiting.appendleft(seq)
+        self.waiting.resume(seq)
         self.num_preemptions += 1
 
-    def _release_waiting_runs(self, keep: Sequence | None) -> bool:
-        """Take soft prompts from waiting sequences, except one; they are acquired again in turn."""
-        holders = [seq for seq in self.waiting if seq is not keep and seq.request_id in self._held_runs]
+    def _release_waiting_runs(self) -> bool:
+        """Take soft prompts from waiting sequences; they are acquired again in turn. False if none held any."""
+        holders = [seq for seq in self.waiting.returned if seq.request_id in self._held_runs]
         for seq in holders:
             self._release(seq)
         return bool(holders)
@@ -318,3 +377,8 @@ class Scheduler:
         run = self._held_runs.pop(seq.request_id, None)
         if run is not None:
             self.block_manager.release_run(run)
+
+
+def _precedence(seq: Sequence) -> tuple[int, int]:
+    """Who keeps its blocks before whom: the most urgent class, and in it who had its turn first."""
+    return seq.urgency, -1 if seq.turn is None else seq.turn

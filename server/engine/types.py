@@ -7,14 +7,18 @@ from enum import StrEnum
 
 import msgspec
 
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
+"""The most and the least urgent priority."""
+
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; the values are the API's words."""
+    """Why a sequence ended; the values are the API's words, except for the last two, which it answers with errors."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    TIMEOUT = "timeout"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +82,13 @@ class Sequence:
         num_prompt_tokens: How many of them came with the request.
         params: How to sample.
         soft_prompt: What stands before the text, or None.
-        salt: The tenant's part of the prefix-cache key.
+        salt: The tenant: keeps its cached texts apart from others', and takes turns with them.
+        priority: What the request asked for; lower is more urgent.
+        urgency: The same until it has waited so long that it is promoted to the most urgent class.
+        arrival: When it came, in seconds of the engine's clock.
+        deadline: When it ends unless it has begun to run, in seconds of that clock; None is never.
+        turn: How many others had their first turn before it; None until it has had its own.
+        first_run: When it was first given blocks, in seconds of that clock; None until then.
         block_table: Block ids by position // block_size; the first may be shared with others.
         block_hashes: Chain hash of each full block of ``block_table`` that has been registered or matched.
         num_computed: Positions whose keys and values are in the cache or are written in the step under way.
@@ -89,20 +99,26 @@ class Sequence:
     """
 
     __slots__ = (
+        "arrival",
         "block_hashes",
         "block_table",
+        "deadline",
         "finish_reason",
+        "first_run",
         "num_cached_tokens",
         "num_computed",
         "num_prompt_tokens",
         "num_virtual_tokens",
         "params",
+        "priority",
         "request_id",
         "rng",
         "salt",
         "soft_prompt",
         "stop_token_id",
         "token_ids",
+        "turn",
+        "urgency",
     )
 
     def __init__(
@@ -112,9 +128,15 @@ class Sequence:
         params: SamplingParams,
         soft_prompt: SoftPromptSource | None = None,
         salt: str = "",
+        *,
+        priority: int = 0,
+        arrival: float = 0.0,
+        timeout: float | None = None,
     ) -> None:
         if not prompt_token_ids:
             raise ValueError("a sequence needs at least one text token")
+        if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+            raise ValueError(f"priority {priority} is not in {MIN_PRIORITY}..{MAX_PRIORITY}")
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -122,6 +144,11 @@ class Sequence:
         self.soft_prompt = soft_prompt
         self.num_virtual_tokens = soft_prompt.num_virtual_tokens if soft_prompt else 0
         self.salt = salt
+        self.priority = self.urgency = priority
+        self.arrival = arrival
+        self.deadline = None if timeout is None else arrival + timeout
+        self.turn: int | None = None
+        self.first_run: float | None = None
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_computed = 0
@@ -134,6 +161,16 @@ class Sequence:
     def num_positions(self) -> int:
         """Virtual tokens and text together."""
         return self.num_virtual_tokens + len(self.token_ids)
+
+    @property
+    def cost(self) -> int:
+        """What a turn of its tenant is charged: text tokens and the new ones asked for."""
+        return self.num_prompt_tokens + self.params.max_tokens
+
+    @property
+    def flow(self) -> str:
+        """What it takes turns with inside its tenant: its soft prompt's identity, empty for the bare base."""
+        return self.soft_prompt.identity if self.soft_prompt else ""
 
     @property
     def num_new_tokens(self) -> int:
@@ -155,7 +192,9 @@ class TokenOutput(msgspec.Struct, array_like=True):
         finish_reason: Set in the last output of a sequence.
         stop_token_id: The token that ended it, when one did.
         num_cached_tokens: Text tokens that a cached prefix saved; in the first output.
-        error: What went wrong, when ``finish_reason`` is ``error``.
+        error: What went wrong, when ``finish_reason`` is ``error`` or ``timeout``.
+        queue_seconds: From its arrival at the engine to its first blocks; in the first output.
+        prefill_seconds: From then to its first token; in the first output.
     """
 
     request_id: str
@@ -164,6 +203,8 @@ class TokenOutput(msgspec.Struct, array_like=True):
     stop_token_id: int | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
 
 class HostTierStats(msgspec.Struct, kw_only=True):
@@ -200,6 +241,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
         num_used_blocks: Blocks that some sequence refers to.
         num_cached_blocks: Blocks that hold only an idle, reusable prefix.
         num_preemptions: Sequences whose blocks were taken back, to be computed again.
+        num_timeouts: Sequences that ended because they had not run by their deadline.
         prefix_cache_queries: Text tokens looked up in the prefix cache.
         prefix_cache_hits: Text tokens found there.
         prompt_tokens: Text tokens of admitted prompts.
@@ -226,6 +268,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_used_blocks: int = 0
     num_cached_blocks: int = 0
     num_preemptions: int = 0
+    num_timeouts: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     prompt_tokens: int = 0

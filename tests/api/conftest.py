@@ -75,6 +75,8 @@ class FakeEngine:
         self.reply = "hello world"
         self.step_seconds = 0.0
         self.tokens_per_event = 1
+        self.queue_seconds: float | None = None
+        """What the first event says about queue and prefill."""
         self.stall_after: int | None = None
         """Tokens after which nothing more comes until the request is aborted."""
         self.fail_after: int | None = None
@@ -152,7 +154,8 @@ class FakeEngine:
                     reason = FinishReason.LENGTH
                 if reason is not None:
                     ending = reason.value
-                yield TokenEvent(new, reason, stop, 2)
+                seconds = self.queue_seconds if num_sent == len(new) else None
+                yield TokenEvent(new, reason, stop, 2, seconds, seconds)
                 if reason is not None:
                     return
         finally:

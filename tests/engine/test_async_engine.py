@@ -17,7 +17,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine_process import EngineLoop
 from server.engine.interface import GenerateRequest
 from server.engine.types import FinishReason, SamplingParams
-from server.errors import EngineDeadError, EngineNotReadyError, EngineStartError, RequestFailedError
+from server.errors import EngineDeadError, EngineNotReadyError, EngineStartError, RequestFailedError, WaitTimeoutError
 from tests.engine.harness import Family, greedy
 
 pytestmark = pytest.mark.anyio
@@ -159,3 +159,24 @@ def test_messages_survive_the_trip() -> None:
     frame = messages.encode_frame(request)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
     assert messages.to_engine_decoder.decode(frame[4:]) == request
+
+
+async def test_what_does_not_run_in_time_fails_and_the_others_go_on(llama: Family) -> None:
+    async with running(llama, max_num_seqs=1) as engine:
+        stream = engine.generate(GenerateRequest("long", TEXT, greedy(200)))
+        first = await anext(stream)
+        assert first.queue_seconds is not None
+        assert first.prefill_seconds is not None
+        assert min(first.queue_seconds, first.prefill_seconds) >= 0
+        with pytest.raises(WaitTimeoutError, match="without its turn coming"):
+            await collect(engine, GenerateRequest("late", TEXT, greedy(2), timeout=0.001))
+        second = await anext(stream)
+        assert second.queue_seconds is None
+        assert engine.stats.num_timeouts == 1
+        await stream.aclose()
+
+
+def test_the_loop_sleeps_until_the_next_deadline() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert EngineLoop(theirs)._wait(0.01) is None

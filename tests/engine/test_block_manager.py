@@ -22,16 +22,16 @@ def sequence(
     return Sequence(name, tokens, SamplingParams(), soft_prompt, salt=salt)
 
 
-def filled_run(blocks: BlockManager, soft_prompt: SoftPromptSource, salt: str = "") -> SoftPromptRun:
-    run = blocks.acquire_run(soft_prompt, salt)
+def filled_run(blocks: BlockManager, soft_prompt: SoftPromptSource) -> SoftPromptRun:
+    run = blocks.acquire_run(soft_prompt)
     assert run is not None
     run.num_computed = soft_prompt.num_virtual_tokens
     return run
 
 
-def compute(blocks: BlockManager, seq: Sequence, run: SoftPromptRun | None = None) -> None:
+def compute(blocks: BlockManager, seq: Sequence) -> None:
     seq.num_computed = seq.num_positions
-    blocks.register(seq, run, seq.num_positions)
+    blocks.register(seq, seq.num_positions)
 
 
 def test_needs_blocks() -> None:
@@ -90,7 +90,7 @@ def test_soft_prompt_is_one_run_for_all() -> None:
     blocks = BlockManager(20, 4)
     soft_prompt = source(8)
     run = filled_run(blocks, soft_prompt)
-    assert blocks.acquire_run(soft_prompt, "") is run
+    assert blocks.acquire_run(soft_prompt) is run
     first, second = sequence([1, 2], soft_prompt, name="a"), sequence([3, 4], soft_prompt, name="b")
     for seq in (first, second):
         assert blocks.admit(seq, run).copy is None  # the block size divides it: nothing to copy
@@ -104,7 +104,7 @@ def test_partial_last_block_is_copied_for_each_sequence() -> None:
     blocks = BlockManager(20, 4)
     soft_prompt = source(6)
     run = filled_run(blocks, soft_prompt)
-    blocks.acquire_run(soft_prompt, "")
+    blocks.acquire_run(soft_prompt)
     first, second = sequence([1], soft_prompt, name="a"), sequence([2], soft_prompt, name="b")
     copies = [blocks.admit(seq, run).copy for seq in (first, second)]
     assert [copy[0] for copy in copies] == [run.blocks[1]] * 2
@@ -117,10 +117,10 @@ def test_text_after_a_partial_block_is_shared_without_a_copy() -> None:
     blocks = BlockManager(20, 4)
     soft_prompt = source(6)
     run = filled_run(blocks, soft_prompt)
-    blocks.acquire_run(soft_prompt, "")
+    blocks.acquire_run(soft_prompt)
     first, second = sequence([1, 2, 3], soft_prompt, name="a"), sequence([1, 2, 4], soft_prompt, name="b")
     blocks.admit(first, run)
-    compute(blocks, first, run)
+    compute(blocks, first)
     admission = blocks.admit(second, run)
     assert admission.copy is None
     assert admission.num_cached_tokens == 2  # positions 4 to 7: two virtual tokens and two of the text
@@ -129,17 +129,37 @@ def test_text_after_a_partial_block_is_shared_without_a_copy() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [((None, ""), (None, "other")), ((source(4, "x"), ""), (source(4, "y"), "")), ((source(4, "x"), ""), (None, ""))],
-    ids=["tenant", "soft prompt", "bare"],
+    [
+        ((None, ""), (None, "other")),
+        ((source(6, "x"), ""), (source(6, "x"), "other")),
+        ((source(4, "x"), ""), (source(4, "y"), "")),
+        ((source(4, "x"), ""), (None, "")),
+    ],
+    ids=["tenant", "tenant behind a soft prompt", "soft prompt", "bare"],
 )
-def test_nothing_is_shared_across_tenants_or_soft_prompts(first: tuple, second: tuple) -> None:
+def test_no_text_is_shared_across_tenants_or_soft_prompts(first: tuple, second: tuple) -> None:
     blocks = BlockManager(40, 4)
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     for (soft_prompt, salt), name in ((first, "a"), (second, "b")):
-        run = filled_run(blocks, soft_prompt, salt) if soft_prompt else None
+        run = filled_run(blocks, soft_prompt) if soft_prompt else None
         seq = sequence(text, soft_prompt, salt, name)
         assert blocks.admit(seq, run).num_cached_tokens == 0
-        compute(blocks, seq, run)
+        compute(blocks, seq)
+
+
+def test_tenants_share_a_soft_prompt_and_no_text_after_it() -> None:
+    blocks = BlockManager(20, 4)
+    soft_prompt = source(6)
+    run = filled_run(blocks, soft_prompt)
+    assert blocks.acquire_run(soft_prompt) is run
+    first, second = sequence([1, 2, 3], soft_prompt, "a", "a"), sequence([1, 2, 3], soft_prompt, "b", "b")
+    for seq in (first, second):
+        admission = blocks.admit(seq, run)
+        assert (admission.num_cached_tokens, admission.copy) == (0, (run.blocks[1], seq.block_table[1]))
+        compute(blocks, seq)
+    assert first.block_table[0] == second.block_table[0] == run.blocks[0]
+    assert not set(first.block_table[1:]) & set(second.block_table[1:])
+    blocks.check_integrity([(first, run), (second, run)])
 
 
 def test_idle_run_is_evicted_whole_and_counted() -> None:
@@ -163,7 +183,7 @@ def test_used_run_is_never_evicted() -> None:
 
 def test_unfilled_run_is_dropped_with_its_last_reference() -> None:
     blocks = BlockManager(4, 4)
-    run = blocks.acquire_run(source(10), "")
+    run = blocks.acquire_run(source(10))
     blocks.release_run(run)
     assert blocks.runs == {}
     assert blocks.num_available == 4
@@ -174,7 +194,7 @@ def test_unfilled_run_is_dropped_with_its_last_reference() -> None:
 def test_too_few_blocks_change_nothing() -> None:
     blocks = BlockManager(3, 4)
     seq = sequence(list(range(9)))
-    assert blocks.acquire_run(source(13), "") is None
+    assert blocks.acquire_run(source(13)) is None
     assert blocks.admit(seq, None, headroom=1) is None
     assert seq.block_table == []
     assert blocks.num_available == 3
@@ -204,29 +224,28 @@ def test_tasks_of_one_soft_prompt_share_no_blocks() -> None:
     sources = [task_source(None), task_source(0), task_source(1)]
     runs = [filled_run(blocks, soft_prompt) for soft_prompt in sources]
     assert len({block for run in runs for block in run.blocks}) == 9
-    assert len({run.seed for run in runs}) == 3
     sequences = [
         sequence([1, 2, 3, 4], soft_prompt, name=str(index))
         for index, soft_prompt in enumerate([*sources, sources[2]])
     ]
-    users = [*runs, blocks.acquire_run(sources[2], "")]
+    users = [*runs, blocks.acquire_run(sources[2])]
     assert users[3] is runs[2]
     found = []
     for seq, run in zip(sequences, users, strict=True):
         found.append(blocks.admit(seq, run).num_cached_tokens)
-        compute(blocks, seq, run)
+        compute(blocks, seq)
     assert found == [0, 0, 0, 3]
     blocks.check_integrity(list(zip(sequences, users, strict=True)))
 
 
 def test_soft_prompts_found_and_not_found_are_counted() -> None:
     blocks = BlockManager(8, 4)
-    first = blocks.acquire_run(source(10), "")
+    first = blocks.acquire_run(source(10))
     assert first is not None
-    blocks.acquire_run(source(10), "")  # being filled
+    blocks.acquire_run(source(10))  # being filled
     first.num_computed = 10
     blocks.release_run(first)
     blocks.release_run(first)
-    blocks.acquire_run(source(10), "")  # idle
-    assert blocks.acquire_run(source(40), "other") is None  # neither: it is asked for again
+    blocks.acquire_run(source(10))  # idle
+    assert blocks.acquire_run(source(40, "other")) is None  # neither: it is asked for again
     assert (blocks.stats.run_hits, blocks.stats.run_loads) == (2, 1)

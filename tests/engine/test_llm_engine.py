@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,42 @@ def test_what_never_fits_is_refused_with_the_three_lengths(
     assert output.error == (
         "20 virtual tokens, 230 text tokens and 9 new ones are more than the 256 positions of the context"
     )
+
+
+def test_deadlines_end_what_waits_for_a_place_or_for_its_soft_prompt(
+    llama: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llama, max_num_seqs=1)
+    add(engine, "runs", TEXT, greedy(9), timeout=0.05)
+    assert engine.idle_seconds is None
+    engine.step()
+    add(engine, "waiting", TEXT, greedy(9), timeout=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.soft_prompts, "take_loaded", list)  # a slow disk
+        add(engine, "loading", TEXT, greedy(9), soft_prompt=llama.soft_prompts["p_tuning_7"], timeout=0.05)
+        assert engine.idle_seconds is not None
+        assert engine.idle_seconds <= 0.05
+        time.sleep(0.06)
+        assert engine.idle_seconds == 0.0
+        outputs = {output.request_id: output for output in engine.step()}
+    for name in ("waiting", "loading"):
+        assert outputs[name].finish_reason is FinishReason.TIMEOUT
+        assert re.fullmatch(r"the request waited 0\.\d seconds .*", outputs[name].error)
+    assert engine.stats.num_timeouts == 2
+    assert len(tokens(run(engine)["runs"])) > 0
+    assert engine.num_unfinished == 0
+    assert engine.idle_seconds is None
+
+
+def test_tenants_share_soft_prompts_and_no_text(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine(llama, block_size=4)
+    want = llama.expected("prompt_tuning_20", TEXT, 6)
+    for name, salt in (("first", "a"), ("other", "b"), ("again", "a")):
+        add(engine, name, TEXT, greedy(6), soft_prompt=llama.soft_prompts["prompt_tuning_20"], salt=salt)
+        outputs = run(engine)[name]
+        assert tokens(outputs) == want
+        assert (outputs[0].num_cached_tokens > 0) == (name == "again")
+    assert engine.stats.soft_prompt_loads == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,312 @@
+"""Drive the scheduler and the block manager with random traffic, and hold them to account after every step.
+
+Instead of a model, every slot of every block notes what was last written to it. A step writes what its plan says and
+then reads what attention would read: each position of each chunk's sequence, up to the chunk's end, has to hold that
+sequence's own token after its own tenant's text and soft prompt. So a block that is shared wrongly, evicted in use,
+copied too early or never filled is found at the first read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from dataclasses import dataclass, field
+
+from server.engine.block_manager import BlockManager
+from server.engine.scheduler import Chunk, Scheduler, StepPlan
+from server.engine.types import FinishReason, SamplingParams, Sequence, SoftPromptSource
+
+NUM_PROMPTS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The server that is driven: small, so that everything runs short.
+
+    Attributes:
+        num_blocks: Blocks of the cache.
+        block_size: Positions in a block.
+        max_num_seqs: Sequences that may run at once.
+        max_num_batched_tokens: Positions of a step.
+        max_model_len: Positions of a sequence.
+    """
+
+    num_blocks: int = 14
+    block_size: int = 3
+    max_num_seqs: int = 5
+    max_num_batched_tokens: int = 11
+    max_model_len: int = 40
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has happened, so that a run can show that it met what it is for."""
+
+    steps: int = 0
+    added: int = 0
+    refused: int = 0
+    finished: int = 0
+    aborted: int = 0
+    expired: int = 0
+    promoted: int = 0
+
+
+@dataclass(slots=True)
+class Drive:
+    """One scheduler under random traffic; each method is one thing that can happen to it.
+
+    Every method leaves the books checked and raises AssertionError where they do not balance.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    tally: Tally = field(default_factory=Tally)
+    scheduler: Scheduler = field(init=False)
+    now: float = 0.0
+    live: dict[str, Sequence] = field(default_factory=dict)
+    versions: list[int] = field(default_factory=lambda: [0] * NUM_PROMPTS)
+    slots: dict[tuple[int, int], object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        self.scheduler = Scheduler(
+            BlockManager(limits.num_blocks, limits.block_size),
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_model_len=limits.max_model_len,
+        )
+
+    def add(
+        self,
+        length: int,
+        max_tokens: int,
+        prompt: int,
+        variant: int,
+        tenant: int,
+        priority: int,
+        timeout: float | None,
+    ) -> None:
+        """A request arrives, whose text's opening is like all others', and then one of a few.
+
+        Prompt 0 is the bare base, even ones are keys and values, odd ones embeddings.
+        """
+        self.tally.added += 1
+        source = None
+        if prompt:
+            digest = f"d{prompt}.{self.versions[prompt]}"
+            source = SoftPromptSource(
+                digest=digest, num_virtual_tokens=prompt + 1, is_key_values=prompt % 2 == 0, path="/nowhere"
+            )
+        seq = Sequence(
+            f"s{self.tally.added}",
+            [(index + (variant if index > 4 else 0)) % 3 for index in range(length)],
+            SamplingParams(max_tokens=max_tokens),
+            source,
+            f"t{tenant}",
+            priority=priority,
+            arrival=self.now,
+            timeout=timeout,
+        )
+        longest = seq.num_positions + max_tokens
+        needed = self.scheduler.block_manager.blocks_to_finish(source, longest - 1)
+        fits = longest <= self.limits.max_model_len and needed <= self.limits.num_blocks
+        try:
+            self.scheduler.add(seq)
+        except ValueError:
+            _expect(not fits, f"{seq.request_id} was refused, though it fits")
+            self.tally.refused += 1
+            return
+        _expect(fits, f"{seq.request_id} was taken, though it can never fit")
+        self.live[seq.request_id] = seq
+
+    def abort(self, choice: int) -> None:
+        """A client goes."""
+        if self.live:
+            request_id = list(self.live)[choice % len(self.live)]
+            seq = self.scheduler.abort(request_id)
+            _expect(seq is self.live.pop(request_id), f"{request_id} was not there to abort")
+            self.tally.aborted += 1
+        self.scheduler.check_integrity()
+
+    def swap(self, prompt: int) -> None:
+        """A soft prompt gets a new version; sequences on their way keep theirs."""
+        self.versions[prompt % NUM_PROMPTS] += 1
+
+    def evict(self) -> None:
+        """Something needs all blocks that nobody refers to, for a moment."""
+        blocks = self.scheduler.block_manager
+        if blocks.num_available:
+            text = [7] * (blocks.num_available * blocks.block_size)
+            big = Sequence("big", text, SamplingParams(max_tokens=1), salt="nobody's")
+            _expect(blocks.admit(big, None) is not None, "available blocks could not be taken")
+            blocks.free(big)
+        self.scheduler.check_integrity()
+
+    def step(self, seconds: float = 1.0) -> None:
+        """Time passes, and one step is planned and done."""
+        self.tally.steps += 1
+        self.now += seconds
+        self._expire()
+        first = self.scheduler.running[0] if self.scheduler.running else None
+        waiting = {seq.request_id for seq in self.scheduler.waiting}
+        ready = [seq for seq in self.scheduler.running if seq.num_computed == seq.num_positions - 1]
+        num_preemptions = self.scheduler.num_preemptions
+        plan = self.scheduler.schedule(self.now)
+        self._check_plan(plan, first)
+        self._check_decodes_first(plan, ready, self.scheduler.num_preemptions - num_preemptions)
+        self._write(plan)
+        for chunk in plan.chunks:
+            if chunk.seq is not None:
+                self._read(chunk.seq, chunk.stop)
+        for chunk in plan.chunks:
+            if chunk.seq is not None and chunk.samples:
+                self._sample(chunk.seq)
+        began = [seq for seq in self.scheduler.running if seq.request_id in waiting]
+        self.tally.promoted += sum(seq.urgency != seq.priority for seq in began)
+        self.scheduler.check_integrity()
+
+    def finish(self, max_steps: int = 5000) -> None:
+        """Nothing arrives any more: everything ends, and every block comes back."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        _expect(not self.scheduler.has_work and not self.live, f"{len(self.live)} sequences never ended")
+        _expect(self.scheduler.block_manager.num_available == self.limits.num_blocks, "blocks are still held")
+
+    def _expire(self) -> None:
+        for seq in self.scheduler.expire(self.now):
+            _expect(seq.first_run is None and seq.deadline is not None, f"{seq.request_id} ended, though it ran")
+            _expect(seq.finish_reason is FinishReason.TIMEOUT, f"{seq.request_id} ended for no reason")
+            del self.live[seq.request_id]
+            self.tally.expired += 1
+        for seq in self.scheduler.waiting:
+            late = seq.first_run is None and seq.deadline is not None and seq.deadline <= self.now
+            _expect(not late, f"{seq.request_id} waits after its deadline")
+
+    def _check_plan(self, plan: StepPlan, first: Sequence | None) -> None:
+        limits = self.limits
+        _expect(plan.num_tokens <= limits.max_num_batched_tokens, f"the step computes {plan.num_tokens} tokens")
+        _expect(len(self.scheduler.running) <= limits.max_num_seqs, "too many sequences run")
+        _expect(not plan.is_empty or not self.scheduler.has_work, "sequences wait, and nothing is done")
+        _expect(first is None or bool(first.block_table), "the oldest of the most urgent was preempted")
+        seqs = [chunk.seq.request_id for chunk in plan.chunks if chunk.seq is not None]
+        _expect(len(seqs) == len(set(seqs)), "a sequence is in the step twice")
+        _expect(all(chunk.num_tokens > 0 for chunk in plan.chunks), "a chunk is empty")
+        _expect(
+            all(seq.block_table for chunk in plan.chunks if (seq := chunk.seq) is not None),
+            "a preempted sequence is in the step",
+        )
+
+    def _check_decodes_first(self, plan: StepPlan, ready: list[Sequence], num_preempted: int) -> None:
+        num_leading = 0
+        for chunk in plan.chunks:
+            if chunk.seq not in ready or chunk.num_tokens != 1:
+                break
+            num_leading += 1
+        _expect(num_leading >= len(ready) - num_preempted, "a sequence that could decode had to wait")
+
+    def _sample(self, seq: Sequence) -> None:
+        seq.token_ids.append(len(seq.token_ids) % 3)
+        if seq.num_new_tokens == seq.params.max_tokens:
+            self.scheduler.finish(seq, FinishReason.LENGTH)
+            del self.live[seq.request_id]
+            self.tally.finished += 1
+
+    # What the device would hold
+
+    def _write(self, plan: StepPlan) -> None:
+        size = self.limits.block_size
+        for run in plan.key_value_fills:
+            for position in range(run.source.num_virtual_tokens):
+                self.slots[run.blocks[position // size], position % size] = (run.key, position)
+        for source, destination in plan.block_copies:
+            for offset in range(size):
+                self.slots[destination, offset] = self.slots.get((source, offset))
+        for chunk in plan.chunks:
+            contents = self._contents(chunk)
+            for position in range(chunk.start, chunk.stop):
+                self.slots[chunk.block_table[position // size], position % size] = contents[position]
+
+    def _contents(self, chunk: Chunk) -> list[object]:
+        if chunk.run is not None:
+            return [(chunk.run.key, position) for position in range(chunk.stop)]
+        if chunk.seq is None:
+            raise AssertionError("a chunk is of nothing")
+        return _contents(chunk.seq)
+
+    def _read(self, seq: Sequence, stop: int) -> None:
+        size = self.limits.block_size
+        contents = _contents(seq)
+        for position in range(stop):
+            found = self.slots.get((seq.block_table[position // size], position % size))
+            _expect(
+                found == contents[position],
+                f"{seq.request_id} reads {found} at position {position}, which should be {contents[position]}",
+            )
+
+
+def _contents(seq: Sequence) -> list[object]:
+    """What each position of a sequence has to hold: its token, and everything that it was computed from."""
+    contents: list[object] = [(seq.flow, position) for position in range(seq.num_virtual_tokens)]
+    before = hash((seq.salt, seq.flow))
+    for token in seq.token_ids:
+        before = hash((before, token))
+        contents.append(before)
+    return contents
+
+
+def _expect(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def soak(num_steps: int, seed: int, limits: Limits | None = None) -> Drive:
+    """Random traffic for so many steps, then the end of everything.
+
+    Raises:
+        AssertionError: At the first step after which something does not balance.
+    """
+    rng = random.Random(seed)
+    drive = Drive(limits or Limits())
+    while drive.tally.steps < num_steps:
+        # Bursts: phases in which more comes than can be served, and phases in which the queue empties.
+        is_burst = drive.tally.steps // 100 % 3 != 0
+        kind = rng.random()
+        if kind < 0.02:
+            drive.abort(rng.randrange(1000))
+        elif kind < 0.04:
+            drive.swap(rng.randrange(NUM_PROMPTS))
+        elif kind < 0.05:
+            drive.evict()
+        elif kind < (0.5 if is_burst else 0.12) and len(drive.live) < 60:
+            drive.add(
+                rng.randint(1, 24),
+                rng.randint(1, 10),
+                rng.randrange(NUM_PROMPTS),
+                variant=rng.randrange(2),
+                tenant=min(rng.randrange(3), rng.randrange(3)),
+                priority=rng.choice((-100, -1, 0, 0, 0, 0, 5)),
+                timeout=rng.choice((None, None, 5.0, 60.0)),
+            )
+        else:
+            drive.step(rng.random())
+    drive.finish()
+    return drive
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=10_000, help="scheduler steps under traffic")
+    parser.add_argument("--seed", type=int, default=0, help="of the traffic")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    drive = soak(arguments.steps, arguments.seed)
+    counts = ", ".join(f"{getattr(drive.tally, name)} {name}" for name in Tally.__slots__)
+    seconds = time.perf_counter() - started
+    print(f"{counts}, {drive.scheduler.num_preemptions} preemptions in {seconds:.1f} s: the books balance")
+
+
+if __name__ == "__main__":
+    main()

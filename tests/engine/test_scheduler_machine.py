@@ -1,0 +1,113 @@
+"""Random requests, steps, aborts, evictions and new versions: the books must balance, and everything must end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from scripts.soak_scheduler import NUM_PROMPTS, Drive, Limits, soak
+from server.engine.block_manager import BlockManager
+from server.engine.scheduler import Scheduler
+
+
+class Machine(RuleBasedStateMachine):
+    """What happens to a scheduler, in the order that hypothesis likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drive = Drive()
+
+    @rule(
+        length=st.integers(1, 24),
+        max_tokens=st.integers(1, 10),
+        prompt=st.integers(0, NUM_PROMPTS - 1),
+        variant=st.integers(0, 1),
+        tenant=st.integers(0, 2),
+        priority=st.sampled_from([-100, -1, 0, 3]),
+        timeout=st.sampled_from([None, 2.0, 20.0]),
+    )
+    def add(
+        self,
+        length: int,
+        max_tokens: int,
+        prompt: int,
+        variant: int,
+        tenant: int,
+        priority: int,
+        timeout: float | None,
+    ) -> None:
+        self.drive.add(length, max_tokens, prompt, variant, tenant, priority, timeout)
+
+    @rule(steps=st.integers(1, 8))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.drive.step()
+
+    @rule(choice=st.integers(0, 20))
+    def abort(self, choice: int) -> None:
+        self.drive.abort(choice)
+
+    @rule(prompt=st.integers(0, NUM_PROMPTS - 1))
+    def swap(self, prompt: int) -> None:
+        self.drive.swap(prompt)
+
+    @rule()
+    def evict(self) -> None:
+        self.drive.evict()
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.drive.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        self.drive.finish()
+
+
+Machine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestMachine = Machine.TestCase
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(),
+        Limits(num_blocks=9, block_size=5, max_num_seqs=9, max_num_batched_tokens=9),
+        Limits(num_blocks=40, block_size=1, max_num_seqs=3, max_num_batched_tokens=3),
+        Limits(num_blocks=60, block_size=4, max_num_seqs=16, max_num_batched_tokens=64),
+    ],
+    ids=["short", "hardly one", "blocks of one", "roomy"],
+)
+def test_a_short_soak(limits: Limits) -> None:
+    drive = soak(1000, 5, limits)
+    assert drive.tally.finished > 100
+
+
+def test_a_soak_meets_what_it_is_for() -> None:
+    drive = soak(2000, 1)
+    tally, blocks = drive.tally, drive.scheduler.block_manager.stats
+    assert min(tally.finished, tally.aborted, tally.expired, tally.promoted) > 10
+    assert min(drive.scheduler.num_preemptions, blocks.hits, blocks.run_hits, blocks.run_evictions) > 10
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "fault"),
+    [
+        (Scheduler, "_is_usable", lambda self, run, filling: run.is_filled),  # copies a block before it is filled
+        (BlockManager, "_seed", lambda self, seq: b"seed"),  # shares texts across tenants and soft prompts
+        (BlockManager, "_hash", lambda self, seq, index, parent: parent + b"%d" % index),  # whatever the text is
+        (Scheduler, "_schedule_prefills", lambda self, plan, budget: 0),  # never goes on
+    ],
+    ids=["early copy", "shared seed", "same hash", "no prefill"],
+)
+def test_the_soak_notices(
+    owner: type, method: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, method, fault)
+    with pytest.raises(AssertionError):
+        soak(2000, 1)
