@@ -37,7 +37,7 @@ def test_every_metric_is_prefixed_and_explained():
     ["num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "num_preemptions_total"]
     + ["prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total"]
     + ["virtual_tokens_total", "soft_prompts_registered", "soft_prompt_versions", "batch_size", "step_seconds"]
-    + ["batch_distinct_prompts", "batch_distinct_prompts_max"]
+    + ["batch_distinct_prompts", "batch_distinct_prompts_max", "engine_restarts_total", "engine_step_timeouts_total"]
     + [f'soft_prompt_{what}{{tier="device"}}' for what in ("resident", "resident_bytes")]
     + [f'soft_prompt_{what}_total{{tier="device"}}' for what in ("loads", "evictions")]
     + [f'soft_prompt_{what}{{tier="disk"}}' for what in ("resident", "resident_bytes")]
