@@ -67,6 +67,8 @@ class AttentionBackend(ABC):
         self.cache = cache
         # Without the class's name: with "sdpa" in it, transformers would refuse it for Gemma 2.
         self.name = f"prelude_{next(_backend_numbers)}"
+        self.layers: set[int] = set()
+        """Layers that have called it."""
         self._metadata: AttentionMetadata | None = None
         AttentionInterface.register(self.name, self._forward)
         # Causality and windows are decided here by position; a mask over the flat batch would mean nothing.
@@ -107,11 +109,12 @@ class AttentionBackend(ABC):
         layer = module.layer_idx
         if not isinstance(layer, int):
             raise TypeError(f"{type(module).__name__} does not know its layer")
+        self.layers.add(layer)
         keys, values = self.cache.layer(layer)
         if key.shape[1] != keys.shape[1] or key.shape[-1] != keys.shape[-1] or value.shape != key.shape:
+            got = [tuple(tensor.shape[1::2]) for tensor in (key, value)]
             raise NotImplementedError(
-                f"layer {layer} has keys {tuple(key.shape[1::2])} and values {tuple(value.shape[1::2])} (heads, width), "
-                f"and its configuration says {tuple(keys.shape[1:])}"
+                f"layer {layer} has keys and values of {got} (heads, width); {tuple(keys.shape[1:])} was expected"
             )
         # A sequence that overflows may not leave NaN in a block: its next owner would multiply it by 0.
         keys[metadata.slot_mapping] = torch.nan_to_num(key[0].transpose(0, 1))
