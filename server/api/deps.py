@@ -18,6 +18,7 @@ from server.api.warming import Warmer
 from server.config import Settings
 from server.engine.interface import Engine
 from server.errors import (
+    EngineDeadError,
     EngineNotReadyError,
     EngineRestartingError,
     EngineStartError,
@@ -166,6 +167,7 @@ class Services:
             EngineNotReadyError: If the model is loading, or the server drains.
             EngineStartError: If the model could not be loaded.
             EngineRestartingError: If the engine process has ended, and another does not serve yet.
+            EngineDeadError: If it has ended for good.
         """
         match self.lifecycle.phase:
             case Phase.LOADING:
@@ -178,7 +180,7 @@ class Services:
                 if self.engine.outage is not None:
                     raise EngineRestartingError(f"engine restarting: {self.engine.outage}")
                 if not self.engine.is_ready:
-                    raise EngineNotReadyError("the engine takes no requests now")
+                    raise EngineDeadError("the engine process has ended")
                 if self.warmer.is_restoring:
                     raise EngineRestartingError("engine restarting: soft prompts are being brought back")
 
