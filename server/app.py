@@ -219,6 +219,7 @@ async def _lifespan(services: Services, *, owns_store: bool) -> AsyncIterator[No
             loop.call_soon_threadsafe(services.warmer.changed, names)
 
     services.store.store.subscribe(tell_the_warmer)
+    services.engine.subscribe(services.warmer.restore)
     try:
         yield
     finally:

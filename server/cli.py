@@ -164,6 +164,13 @@ FLAGS = (
     ),
     _flag(EngineSettings, "num_threads", int | None, "CPU threads of the model; by default every core.", min=1),
     _flag(
+        EngineSettings,
+        "step_timeout",
+        float,
+        "Seconds until a stuck step's process is replaced; 0 is never.",
+        min=0.0,
+    ),
+    _flag(
         HttpSettings, "api_key_file", Path | None, "One key a line; without it, everybody who can connect is served."
     ),
     _flag(HttpSettings, "max_waiting", int, "Sequences that may wait for a place before the answer is 429.", min=0),

@@ -13,6 +13,7 @@ ServerError
 ├── UnsupportedError         a known field whose feature this server does not have
 ├── EngineError
 │   ├── EngineNotReadyError  still loading, or draining
+│   │   └── EngineRestartingError  the engine process ended, and another is being started
 │   ├── EngineDeadError      the engine process ended while the request was in flight
 │   ├── OverloadedError      no admission permit is free
 │   ├── WaitTimeoutError     the request was admitted, and did not begin to run within its timeout
@@ -83,6 +84,10 @@ class EngineError(ServerError):
 
 class EngineNotReadyError(EngineError):
     """The engine is still loading the model, or drains before it stops."""
+
+
+class EngineRestartingError(EngineNotReadyError):
+    """The engine process has ended, and another is being started."""
 
 
 class EngineDeadError(EngineError):

@@ -175,6 +175,12 @@ class _ScrapeCollector(Collector):
         yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield _counter("virtual_tokens", "Virtual tokens of admitted sequences.", stats.virtual_tokens)
         yield _counter("engine_steps", "Forward passes.", stats.steps)
+        yield _counter("engine_restarts", "Times that the engine's process was replaced.", stats.restarts)
+        yield _counter(
+            "engine_step_timeouts",
+            "Times that the engine's process was killed for a step that did not end.",
+            stats.step_timeouts,
+        )
         yield _gauge("step_seconds", "Wall time of the newest step.", stats.step_seconds)
         yield _gauge("batch_size", "Sequences in the newest step.", stats.batch_size)
         yield _gauge("batch_tokens", "Tokens computed in the newest step.", stats.batch_tokens)

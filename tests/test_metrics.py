@@ -38,6 +38,7 @@ def test_every_metric_is_prefixed_and_explained():
     + ["prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total"]
     + ["virtual_tokens_total", "soft_prompts_registered", "soft_prompt_versions", "batch_size", "step_seconds"]
     + ["batch_distinct_prompts", "batch_distinct_prompts_max", "request_timeouts_total"]
+    + ["engine_restarts_total", "engine_step_timeouts_total"]
     + [f"request_{phase}_time_seconds_count" for phase in ("queue", "prefill", "decode")]
     + [f'soft_prompt_{what}{{tier="device"}}' for what in ("resident", "resident_bytes")]
     + [f'soft_prompt_{what}_total{{tier="device"}}' for what in ("loads", "evictions")]

@@ -17,7 +17,14 @@ from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
 from server.config import Settings
 from server.engine.interface import Engine
-from server.errors import EngineDeadError, EngineNotReadyError, EngineStartError, MediaTypeError, ServerError
+from server.errors import (
+    EngineDeadError,
+    EngineNotReadyError,
+    EngineRestartingError,
+    EngineStartError,
+    MediaTypeError,
+    ServerError,
+)
 from server.metrics import Metrics
 
 
@@ -159,7 +166,8 @@ class Services:
         Raises:
             EngineNotReadyError: If the model is loading, or the server drains.
             EngineStartError: If the model could not be loaded.
-            EngineDeadError: If the engine process has ended.
+            EngineRestartingError: If the engine process has ended, and another does not serve yet.
+            EngineDeadError: If it has ended for good.
         """
         match self.lifecycle.phase:
             case Phase.LOADING:
@@ -169,8 +177,12 @@ class Services:
             case Phase.FAILED:
                 raise EngineStartError(f"the engine could not start: {self.lifecycle.failure}")
             case Phase.SERVING:
+                if self.engine.outage is not None:
+                    raise EngineRestartingError(f"engine restarting: {self.engine.outage}")
                 if not self.engine.is_ready:
                     raise EngineDeadError("the engine process has ended")
+                if self.warmer.is_restoring:
+                    raise EngineRestartingError("engine restarting: soft prompts are being brought back")
 
 
 async def get_services(request: Request) -> Services:

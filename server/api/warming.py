@@ -77,9 +77,25 @@ class Warmer:
         self._pins: dict[tuple[str, int], _Pin] = {}
         self._follows: set[_Follow] = set()
         self._following: set[asyncio.Task[None]] = set()
+        self._named: list[tuple[PromptRef, bool]] = []
+        """What the settings name by its number, and whether it is to be pinned."""
+        self._restoring: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         """Promotions are followed one after the other, or an older one could come to an end last; and no pin is ended
         in the midst of one, which would bring it back."""
+
+    @property
+    def is_restoring(self) -> bool:
+        """Whether what a restarted engine has lost is still being brought back."""
+        return self._restoring is not None and not self._restoring.done()
+
+    def restore(self) -> None:
+        """The engine was restarted: bring back, in the background, what is followed, pinned or named to preload."""
+        if self._restoring is not None:
+            self._restoring.cancel()
+        self._restoring = asyncio.create_task(self._restore(), name="restore soft prompts")
+        self._following.add(self._restoring)
+        self._restoring.add_done_callback(self._following.discard)
 
     def pinned_versions(self, name: str) -> list[int]:
         """The versions of a name that are pinned, in order."""
@@ -143,12 +159,16 @@ class Warmer:
             }
             await self._end(version.name, version.version, task_id)
             if task_id is None:
+                self._named = [(named, pins) for named, pins in self._named if not (pins and _names(named, version))]
                 # A promotion that has not been followed yet leaves the pin where the alias was.
                 await self._leave(version, aliases - {None})
             return version
 
     async def forget(self, name: str, version: int | None = None) -> None:
         """A version, or a whole name, was deleted: its pins end."""
+        self._named = [
+            (ref, pins) for ref, pins in self._named if ref.name != name or version not in (None, ref.version)
+        ]
         if version is None:
             self._follows = {follow for follow in self._follows if follow.name != name}
         for pinned in self.pinned_versions(name):
@@ -184,6 +204,8 @@ class Warmer:
                     continue
                 if ref.alias is not None:
                     self._follows.add(_Follow(ref.name, ref.alias, None, pins))
+                else:
+                    self._named.append((ref, pins))
                 await self._try_to_warm(ref, None, pins)
 
     async def close(self) -> None:
@@ -196,6 +218,18 @@ class Warmer:
         self._pins.clear()
 
     # Inside
+
+    async def _restore(self) -> None:
+        for name, alias in {(follow.name, follow.alias) for follow in self._follows}:
+            await self._follow(name, alias)
+        for ref, pins in list(self._named):
+            await self._try_to_warm(ref, None, pins)
+        for pin in list(self._pins.values()):
+            for source in list(pin.sources.values()):
+                try:
+                    await self._engine.prepare(source)
+                except ServerError as error:
+                    logger.warning("soft prompt %s cannot be warmed: %s", source.digest[:12], error)
 
     async def _follow(self, name: str, alias: str) -> None:
         async with self._turn:
@@ -263,6 +297,10 @@ class Warmer:
         if not pin.sources:
             del self._pins[name, version]
             await pin.lease.aclose()
+
+
+def _names(ref: PromptRef, version: PromptVersion) -> bool:
+    return (ref.name, ref.version) == (version.name, version.version)
 
 
 def _ref(name: str, version: int) -> PromptRef:

@@ -1,33 +1,30 @@
-"""The engine as seen from the API process: starts its process, sends it requests, hands out its tokens."""
+"""The engine as seen from the API process: keeps its process alive, sends it requests, hands out its tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import socket
-import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import msgspec
 
 from server.config import EngineSettings
+from server.engine.connection import STOP_SECONDS, EngineConnection, launch
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.messages import (
-    FRAME_HEADER_BYTES,
     AbortRequest,
     AddRequest,
     Inspect,
     Inspected,
     Pin,
-    Ready,
     Shutdown,
-    Start,
-    StartFailed,
     StepOutputs,
     ToEngine,
     Unpin,
-    encode_frame,
-    from_engine_decoder,
 )
+from server.engine.supervision import Backoff, StepWatch
+from server.engine.totals import totals_of, with_totals
 from server.engine.types import (
     EngineStats,
     FinishReason,
@@ -41,6 +38,7 @@ from server.errors import (
     EngineDeadError,
     EngineError,
     EngineNotReadyError,
+    EngineRestartingError,
     EngineStartError,
     OverloadedError,
     RequestFailedError,
@@ -49,28 +47,45 @@ from server.errors import (
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 5.0
-
 MAX_INSPECTIONS = 16
 """Inspections that may wait for the one thread that does them."""
 
+_LOOKS_PER_TIMEOUT = 8
+
 
 class AsyncEngine:
-    """An ``Engine`` whose model lives in a process of its own.
+    """An ``Engine`` whose model lives in a process of its own, which is started again when it dies or is stuck.
 
     Args:
         settings: What the engine process is started with.
+        launch: Starts a process; raises EngineStartError where it cannot serve, and ends it when cancelled.
+        sleep: Waits so many seconds between two attempts to start one.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        launch: Callable[[EngineSettings], Awaitable[EngineConnection]] = launch,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._settings = settings
+        self._launch = launch
+        self._sleep = sleep
         self._model: ModelInfo | None = None
+        self._connection: EngineConnection | None = None
+        self._supervising: asyncio.Task[None] | None = None
+        self._outage: str | None = None
+        self._on_restarted: list[Callable[[], None]] = []
+        self._restarting: asyncio.Task[None] | None = None
+        self._look_seconds = settings.step_timeout / _LOOKS_PER_TIMEOUT
+        self._watch = StepWatch(settings.step_timeout, self._look_seconds)
+        self._ended = EngineStats()
+        """Counters of the processes that have ended."""
         self._stats = EngineStats()
-        self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
         self._queues: dict[str, asyncio.Queue[TokenOutput | EngineError]] = {}
         self._inspections: dict[int, asyncio.Future[Inspection]] = {}
+        self._pinned: dict[str, SoftPromptSource] = {}
         self._num_inspections = 0
         self._prepared = 0
         self._draining = False
@@ -78,7 +93,7 @@ class AsyncEngine:
 
     @property
     def model(self) -> ModelInfo:
-        """The resident model; EngineNotReadyError while it is not loaded."""
+        """The resident model; EngineNotReadyError while it has never been loaded."""
         if self._model is None:
             raise EngineNotReadyError("the model is still being loaded")
         return self._model
@@ -86,47 +101,30 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._model is not None and self._writer is not None and not self._draining
+        return self._connection is not None and not self._draining
+
+    @property
+    def outage(self) -> str | None:
+        """Why the engine is being restarted; None when it is not."""
+        return self._outage
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's state after its newest step."""
+        """The engine's state after its newest step; its counters never go back."""
         return self._stats
+
+    def subscribe(self, on_restarted: Callable[[], None]) -> None:
+        """Call something after each restart, before another request is taken."""
+        self._on_restarted.append(on_restarted)
 
     async def start(self) -> None:
         """Start the process and wait for its model; EngineStartError if it cannot serve."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "server.engine.engine_process",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
-        writer.write(encode_frame(Start(self._settings)))
-        try:
-            first = from_engine_decoder.decode(await _read_frame(reader))
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            status = await self._process.wait()
-            raise EngineStartError(f"the engine process ended with status {status} while it started") from error
-        if isinstance(first, StartFailed):
-            writer.close()
-            await self._process.wait()
-            raise EngineStartError(first.message)
-        if not isinstance(first, Ready):
-            raise EngineStartError(f"the engine process began with {type(first).__name__}")
-        self._writer = writer
-        self._model = first.model
-        self._stats = EngineStats(num_blocks=first.model.num_blocks)
-        self._reading = asyncio.create_task(self._read(reader), name="engine-reader")
+        self._connect(await self._launch(self._settings))
+        self._supervising = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Continue one text; see ``Engine.generate``."""
-        if not self.is_ready or self._writer is None:
-            raise EngineNotReadyError("the engine takes no requests now")
+        self._require_ready()
         queue: asyncio.Queue[TokenOutput | EngineError] = asyncio.Queue()
         self._queues[request.request_id] = queue
         ended = False
@@ -179,17 +177,18 @@ class AsyncEngine:
             pass
 
     def pin(self, soft_prompt: SoftPromptSource) -> None:
-        """Keep a soft prompt's rows in the engine's host memory."""
+        """Keep a soft prompt's rows in the engine's host memory, also in that of a restarted one."""
+        self._pinned[soft_prompt.identity] = soft_prompt
         self._send(Pin(soft_prompt))
 
     def unpin(self, soft_prompt: SoftPromptSource) -> None:
         """End a pin."""
+        self._pinned.pop(soft_prompt.identity, None)
         self._send(Unpin(soft_prompt))
 
     async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
         """Compare a soft prompt with the model; see ``Engine.inspect``."""
-        if not self.is_ready or self._writer is None:
-            raise EngineNotReadyError("the engine takes no requests now")
+        self._require_ready()
         if len(self._inspections) >= MAX_INSPECTIONS:
             raise OverloadedError(f"{MAX_INSPECTIONS} inspections wait already; try again later")
         self._num_inspections += 1
@@ -200,8 +199,10 @@ class AsyncEngine:
         return await future
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Take no new requests, and end what has not finished after the timeout."""
+        """Take no new requests, and end what has not finished after the timeout. A dead engine is left dead."""
         self._draining = True
+        if self._restarting is not None:
+            self._restarting.cancel()
         if self._queues or self._inspections:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
@@ -213,45 +214,134 @@ class AsyncEngine:
     async def stop(self) -> None:
         """End the process: by request, then by signal."""
         self._draining = True
-        self._send(Shutdown())
-        if self._process is not None and self._process.returncode is None:
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-            except TimeoutError:
-                logger.warning("the engine process does not stop by itself and is killed")
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
-                await self._process.wait()
-        if self._reading is not None:
-            await self._reading
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        supervising, connection = self._supervising, self._connection
+        if supervising is None:
+            return
+        if self._restarting is not None:
+            self._restarting.cancel()
+        if connection is not None:
+            self._send(Shutdown())
+            await asyncio.wait([supervising], timeout=STOP_SECONDS)
+            if not supervising.done():
+                logger.warning("the engine process %d does not stop by itself and is killed", connection.pid)
+                connection.kill()
+        await asyncio.gather(supervising, return_exceptions=True)
 
-    def _send(self, message: ToEngine) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
+    # The life of processes
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    def _connect(self, connection: EngineConnection) -> None:
+        self._watch = StepWatch(self._settings.step_timeout, self._look_seconds)
+        self._model = connection.model
+        self._stats = with_totals(EngineStats(num_blocks=connection.model.num_blocks), self._ended)
+        self._connection = connection
+        self._outage = None
+        for source in self._pinned.values():
+            self._send(Pin(source))
+
+    async def _supervise(self) -> None:
+        backoff, clock = Backoff(), asyncio.get_running_loop().time
+        while self._connection is not None:
+            started = clock()
+            await self._serve(self._connection)
+            backoff.served(clock() - started)
+            if self._draining:
+                return
+            self._restarting = asyncio.create_task(self._restart(backoff), name="engine-restart")
+            await asyncio.wait([self._restarting])  # a drain cancels it
+            self._restarting = None
+
+    async def _serve(self, connection: EngineConnection) -> None:
+        """Hand out what a process sends, until it ends."""
+        watching = asyncio.create_task(self._look_after(connection), name="engine-watchdog")
+        reason = "the engine process ended"
         try:
             while True:
-                message = from_engine_decoder.decode(await _read_frame(reader))
-                if isinstance(message, StepOutputs):
-                    self._stats = message.stats
-                    for output in message.outputs:
-                        queue = self._queues.get(output.request_id)
-                        if queue is not None:  # else its reader has gone, and it is aborted already
-                            queue.put_nowait(output)
-                elif isinstance(message, Inspected):
-                    self._end_inspection(message)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            if not self._draining:
-                logger.error("the engine process ended; %d requests fail", len(self._queues))
+                self._handle(await connection.receive())
+        except EngineDeadError as error:
+            reason = error.message
+        except Exception:
+            logger.exception("what the engine process sent cannot be handled; it is killed")
+            connection.kill()
         finally:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
-            self._fail_all(EngineDeadError("the engine process ended"))
+            watching.cancel()
+            num_failed = len(self._queues) + len(self._inspections)
+            self._connection = None
+            self._ended = totals_of(self._stats)
+            self._stats = self._ended
+            self._outage = None if self._draining else reason
+            self._fail_all(EngineDeadError(reason))
+            how = await connection.close()
+        if not self._draining:
+            self._outage = f"the engine process {how}"
+            logger.error("the engine process %d %s; %d requests fail", connection.pid, how, num_failed)
+
+    async def _restart(self, backoff: Backoff) -> None:
+        """Start processes until one serves."""
+        while True:
+            pause = backoff.pause()
+            logger.info("the engine is started again in %.1f s", pause)
+            await self._sleep(pause)
+            try:
+                connection = await self._launch(self._settings)
+            except Exception as error:
+                self._outage = f"the engine cannot start again: {error}"
+                logger.error("%s", self._outage, exc_info=not isinstance(error, EngineStartError))
+                continue
+            if not self._is_same_model(connection.model):
+                self._outage = "the engine cannot start again: the model's files have been changed"
+                logger.error("%s; put them back or restart the server", self._outage)
+                connection.kill()
+                await connection.close()
+                continue
+            self._ended.restarts += 1
+            self._connect(connection)
+            logger.info("the engine serves again, in process %d", connection.pid)
+            for on_restarted in self._on_restarted:
+                on_restarted()
+            return
+
+    def _is_same_model(self, model: ModelInfo) -> bool:
+        """Whether tokenizer, stored soft prompts and told limits still fit; only the memory may have changed."""
+        return msgspec.structs.replace(model, num_blocks=self.model.num_blocks) == self.model
+
+    async def _look_after(self, connection: EngineConnection) -> None:
+        """Kill a process whose step does not end."""
+        if self._look_seconds <= 0:
+            return
+        while not self._watch.look():  # noqa: ASYNC110 - it counts looks; there is no event to wait for
+            await asyncio.sleep(self._look_seconds)
+        for stats in (self._stats, self._ended):
+            stats.step_timeouts += 1
+        logger.error(
+            "a step of the engine process %d has taken more than %g s (--step-timeout); it is killed",
+            connection.pid,
+            self._settings.step_timeout,
+        )
+        connection.kill()
+
+    # What goes to a process and comes from it
+
+    def _require_ready(self) -> None:
+        if self._outage is not None and not self._draining:
+            raise EngineRestartingError(f"engine restarting: {self._outage}")
+        if not self.is_ready:
+            raise EngineNotReadyError("the engine takes no requests now")
+
+    def _send(self, message: ToEngine) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+            self._watch.sent()
+
+    def _handle(self, message: object) -> None:
+        if isinstance(message, StepOutputs):
+            self._watch.stepped(num_received=message.num_received, has_work=message.has_work)
+            self._stats = with_totals(message.stats, self._ended)
+            for output in message.outputs:
+                queue = self._queues.get(output.request_id)
+                if queue is not None:  # else its reader has gone, and it is aborted already
+                    queue.put_nowait(output)
+        elif isinstance(message, Inspected):
+            self._end_inspection(message)
 
     def _end_inspection(self, message: Inspected) -> None:
         future = self._inspections.pop(message.inspection_id, None)
@@ -274,8 +364,4 @@ class AsyncEngine:
             if not future.done():
                 future.set_exception(type(error)(error.message))
         self._inspections.clear()
-
-
-async def _read_frame(reader: asyncio.StreamReader) -> bytes:
-    header = await reader.readexactly(FRAME_HEADER_BYTES)
-    return await reader.readexactly(int.from_bytes(header, "big"))
+        self._note_idle()

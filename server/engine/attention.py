@@ -69,6 +69,8 @@ class AttentionBackend(ABC):
         self.cache = cache
         # Without the class's name: with "sdpa" in it, transformers would refuse it for Gemma 2.
         self.name = f"prelude_{next(_backend_numbers)}"
+        self.layers: set[int] = set()
+        """Layers that have called it."""
         self._metadata: AttentionMetadata | None = None
         AttentionInterface.register(self.name, self._forward)
         # Causality and windows are decided here by position; a mask over the flat batch would mean nothing.
@@ -98,23 +100,29 @@ class AttentionBackend(ABC):
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **unsupported: object,
     ) -> tuple[torch.Tensor, None]:
         metadata = self._metadata
         if metadata is None:
             raise RuntimeError("a forward pass outside of a step")
-        for name in ("s_aux", "position_bias"):
-            if unsupported.get(name) is not None:
-                raise NotImplementedError(f"attention with {name} is not supported")
+        if unsupported.get("position_bias") is not None:
+            raise NotImplementedError("attention with position_bias is not supported")
         layer = module.layer_idx
         if not isinstance(layer, int):
             raise TypeError(f"{type(module).__name__} does not know its layer")
+        self.layers.add(layer)
         keys, values = self.cache.layer(layer)
+        if key.shape[1] != keys.shape[1] or key.shape[-1] != keys.shape[-1] or value.shape != key.shape:
+            got = [tuple(tensor.shape[1::2]) for tensor in (key, value)]
+            raise NotImplementedError(
+                f"layer {layer} has keys and values of {got} (heads, width); {tuple(keys.shape[1:])} was expected"
+            )
         # A sequence that overflows may not leave NaN in a block: its next owner would multiply it by 0.
         keys[metadata.slot_mapping] = torch.nan_to_num(key[0].transpose(0, 1))
         values[metadata.slot_mapping] = torch.nan_to_num(value[0].transpose(0, 1))
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        return self.attend(query[0], keys, values, metadata, scale, sliding_window, softcap)[None], None
+        return self.attend(query[0], keys, values, metadata, scale, sliding_window, softcap, s_aux)[None], None
 
     @abstractmethod
     def attend(
@@ -126,6 +134,7 @@ class AttentionBackend(ABC):
         scale: float,
         window: int | None,
         softcap: float | None,
+        s_aux: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of all rows of the flat batch.
 
@@ -138,6 +147,8 @@ class AttentionBackend(ABC):
             window: Newest keys that a row sees, itself included; None for all.
             softcap: Bound of the scaled scores, which pass through ``softcap * tanh(score / softcap)`` (Gemma 2);
                 None for no bound.
+            s_aux: [heads], for each a score that every row's softmax also sums over, with no value to it (the
+                attention sinks of GPT-OSS); None for none.
 
         Returns:
             [rows, heads, head_dim].
@@ -159,6 +170,7 @@ class SDPABackend(AttentionBackend):
         scale: float,
         window: int | None,
         softcap: float | None,
+        s_aux: torch.Tensor | None,
     ) -> torch.Tensor:
         """One SDPA call for all decodes, and one for each prefill chunk; shapes as in the base class."""
         num_heads, num_rows, head_dim = query.shape
@@ -172,10 +184,11 @@ class SDPABackend(AttentionBackend):
             k = _gather(keys, rows.tables, metadata.block_size).transpose(1, 2)
             v = _gather(values, rows.tables, metadata.block_size).transpose(1, 2)
             mask = self._mask(metadata, index, window, num_heads // num_kv_heads, q.dtype)
-            if softcap is None:
+            if softcap is None and s_aux is None:
                 attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
             else:
-                attended = _softcapped_attention(q, k, v, mask, scale, softcap)
+                sinks = None if s_aux is None else s_aux.view(num_kv_heads, -1).repeat_interleave(per_seq, dim=1)
+                attended = _manual_attention(q, k, v, mask, scale, softcap, sinks)
             attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
             output[rows.start : rows.stop] = attended.reshape(-1, num_heads, head_dim)
         return output
@@ -242,17 +255,28 @@ def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int) -> torch
     return blocks.view(tables.shape[0], -1, *slots.shape[1:])
 
 
-def _softcapped_attention(
+def _manual_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor,
     scale: float,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What SDPA has no argument for; shapes as SDPA's, the softmax in float32 as in transformers' Gemma 2."""
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) + mask
-    return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    """What SDPA has no argument for; shapes as SDPA's, the softmax in float32 as in transformers' Gemma 2.
+
+    ``sinks`` [kv_heads, rows of each kv head] take their share of the softmax, and nothing is read for it.
+    """
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores += mask
+    if sinks is None:
+        return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    shares = sinks.to(scores)[None, :, :, None].expand(*scores.shape[:-1], 1)
+    weights = nn.functional.softmax(torch.cat([scores, shares], dim=-1), dim=-1, dtype=torch.float32)
+    return weights[..., :-1].to(value.dtype) @ value
 
 
 def _fit(table: Sequence[int], length: int) -> list[int]:

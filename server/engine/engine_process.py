@@ -78,10 +78,16 @@ class EngineLoop:
             writer.join(timeout=5)
 
     def _loop(self, engine: LLMEngine) -> None:
+        num_received = 0
         while True:
             outputs: list[TokenOutput] = []
-            message = None if engine.has_work else self._wait(engine.idle_seconds)
+            message = None
+            if not engine.has_work:
+                message = self._wait(engine.idle_seconds)
+                if message is None:  # nobody outside knows that a step begins, and it may not end
+                    self._send(StepOutputs([], engine.stats, num_received, has_work=True))
             while True:
+                num_received += message is not None
                 if isinstance(message, Shutdown):
                     return
                 if isinstance(message, AddRequest):
@@ -97,7 +103,7 @@ class EngineLoop:
                 except Empty:
                     break
             outputs += engine.step()
-            self._send(StepOutputs(outputs, engine.stats))
+            self._send(StepOutputs(outputs, engine.stats, num_received, engine.has_work))
 
     def _wait(self, seconds: float | None) -> ToEngine | None:
         try:

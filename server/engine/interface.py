@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,15 +71,27 @@ class Engine(Protocol):
         ...
 
     @property
+    def outage(self) -> str | None:
+        """Why the engine is being restarted; None while it is not."""
+        ...
+
+    @property
     def stats(self) -> EngineStats:
-        """The engine's state after its newest step."""
+        """The engine's state after its newest step; a restart does not take its counters back."""
+        ...
+
+    def subscribe(self, on_restarted: Callable[[], None]) -> None:
+        """Call something on the event loop after each restart, before another request is taken.
+
+        Pins have been made again by then; what was on the device has not.
+        """
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Continue one text. Closing the generator early (or cancelling it) aborts the sequence.
 
         Raises:
-            EngineNotReadyError: If the engine is loading or draining.
+            EngineNotReadyError: If the engine is loading, restarting or draining.
             EngineDeadError: If the engine process ends before the last event.
             WaitTimeoutError: If it did not begin to run within its timeout.
             RequestFailedError: If the engine could not finish this request, with the reason.
@@ -90,7 +102,7 @@ class Engine(Protocol):
         """Bring a soft prompt onto the device before its first request.
 
         Raises:
-            EngineNotReadyError: If the engine is loading or draining.
+            EngineNotReadyError: If the engine is loading, restarting or draining.
             EngineDeadError: If the engine process ends meanwhile.
             RequestFailedError: If the soft prompt cannot be loaded.
         """
@@ -115,7 +127,7 @@ class Engine(Protocol):
             num_nearest: Vocabulary tokens to find for each virtual token, at least 1.
 
         Raises:
-            EngineNotReadyError: If the engine is loading or draining.
+            EngineNotReadyError: If the engine is loading, restarting or draining.
             EngineDeadError: If the engine process ends meanwhile.
             OverloadedError: If too many inspections wait already.
             RequestFailedError: If the soft prompt cannot be read, with the reason.
@@ -123,7 +135,7 @@ class Engine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Start the engine and wait until it is ready.
+        """Start the engine and wait until it is ready; from then on it restarts by itself when it dies.
 
         Raises:
             EngineStartError: If it cannot start.

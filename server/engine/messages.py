@@ -91,10 +91,19 @@ class StartFailed(msgspec.Struct, tag=True, frozen=True):
 
 
 class StepOutputs(msgspec.Struct, tag=True, frozen=True):
-    """What one step did, and the engine's state after it."""
+    """What one step did, and the engine's state after it.
+
+    Attributes:
+        outputs: What is new.
+        stats: The state.
+        num_received: Messages that the step loop has taken since Ready.
+        has_work: Whether another step begins at once.
+    """
 
     outputs: list[TokenOutput]
     stats: EngineStats
+    num_received: int
+    has_work: bool
 
 
 class Inspected(msgspec.Struct, tag=True, frozen=True):

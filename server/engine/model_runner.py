@@ -24,6 +24,9 @@ PROBE_TOKENS = 24
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference between two ways to the same logits, as a share of their standard deviation."""
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Names that configurations of mixtures have for the number of experts."""
+
 
 class ModelRunner:
     """One model with its key/value cache.
@@ -46,8 +49,10 @@ class ModelRunner:
             torch.set_num_threads(settings.num_threads)
         self.model, config = _load(settings, self.device)
         self.dtype: torch.dtype = self.model.dtype
+        num_heads = getattr(config, "num_attention_heads", None)
+        if num_heads is None:
+            raise EngineStartError(f"{type(self.model).__name__} cannot be served: it has no attention heads")
         max_model_len = _max_model_len(settings.max_model_len, config)
-        num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         self.cache_spec = KVCacheSpec(
             num_layers=config.num_hidden_layers,
@@ -69,6 +74,7 @@ class ModelRunner:
         self.cache = KVCache(self.cache_spec, num_blocks, self.device)
         self.backend: AttentionBackend = SDPABackend(self.cache)
         self.sampler = Sampler()
+        self._has_experts = any(getattr(config, name, None) for name in EXPERT_COUNTS)
         self.embed_tokens: nn.Module = self.model.get_input_embeddings()
         self._check_exactness(config.vocab_size, max_model_len)
         self.info = ModelInfo(
@@ -187,6 +193,9 @@ class ModelRunner:
             table = list(range(per_seq))
             other = [block + per_seq for block in table]
             first = self._forward([(table, 0, half)], {"input_ids": ids[:, :half]}, range(half))
+            others = self.cache_spec.num_layers - len(self.backend.layers)
+            if others:
+                raise NotImplementedError(f"{others} of its {self.cache_spec.num_layers} layers do not call it")
             spans = [(other, 0, half), (table, half, length - half)]
             rest = torch.cat([other_ids, ids[:, half:]], dim=1)
             both = self._forward(spans, {"input_ids": rest}, range(length))
@@ -196,7 +205,14 @@ class ModelRunner:
                 f"{type(self.model).__name__} cannot be served: its attention does not go through transformers' "
                 f"attention interface as Prelude needs it ({type(error).__name__}: {error})"
             ) from error
-        difference = (got.float() - expected.float()).abs().max().item()
+        by_row = (got.float() - expected.float()).abs().amax(dim=-1)
+        if self.dtype != torch.float32 and self._has_experts:
+            # Rounding sends a token near the border to another expert, and its logits are other ones. Attention that
+            # is wrong shows in most rows of some part.
+            parts = torch.split(by_row, [half, half, length - half])
+            difference = max(part.median().item() for part in parts)
+        else:
+            difference = by_row.max().item()
         allowed = PROBE_TOLERANCE[self.dtype] * expected.float().std().item()
         if not difference <= allowed:
             raise EngineStartError(
@@ -222,7 +238,7 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
         model = AutoModelForCausalLM.from_pretrained(
             settings.model, revision=settings.revision, dtype=dtype, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
@@ -233,12 +249,16 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
 
 def _max_model_len(wanted: int | None, config: PreTrainedConfig) -> int:
     own = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and own is not None:
+        # Beyond it transformers rotates the whole batch by other frequencies, other sequences' rows among them.
+        own = min(own, int(rope.get("original_max_position_embeddings") or own))
     if wanted is None:
         if own is None:
             raise EngineStartError("the model does not say how long its context is: give --max-model-len")
         return int(own)
     if own is not None and wanted > own:
-        raise EngineStartError(f"--max-model-len {wanted} is more than the model's own limit of {own} positions")
+        raise EngineStartError(f"--max-model-len {wanted} is more than the model's limit of {own} positions")
     return wanted
 
 

@@ -260,6 +260,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
         batch_tokens: Tokens computed in the last one.
         batch_distinct_prompts: Distinct soft prompts in the last one.
         max_batch_distinct_prompts: The most distinct soft prompts that any one step has mixed.
+        restarts: Times that the engine's process was replaced, as its front counts them.
+        step_timeouts: Times that it was killed for a step that did not end, likewise.
     """
 
     num_running: int = 0
@@ -287,6 +289,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     batch_tokens: int = 0
     batch_distinct_prompts: int = 0
     max_batch_distinct_prompts: int = 0
+    restarts: int = 0
+    step_timeouts: int = 0
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -85,6 +85,8 @@ class FakeEngine:
         self.start_gate = threading.Event()
         self.start_gate.set()
         self.alive = False
+        self.outage: str | None = None
+        self.on_restarted: Callable[[], None] | None = None
         self.draining = False
         self.stopped = False
         self.requests: list[GenerateRequest] = []
@@ -118,7 +120,10 @@ class FakeEngine:
 
     @property
     def is_ready(self) -> bool:
-        return self.alive and not self.draining
+        return self.alive and not self.draining and self.outage is None
+
+    def subscribe(self, on_restarted: Callable[[], None]) -> None:
+        self.on_restarted = on_restarted
 
     @property
     def in_flight(self) -> int:

@@ -325,3 +325,49 @@ async def test_the_server_can_be_stopped_while_it_preloads(
     async with started(make_app, settings, pin=("one",)):
         await until(lambda: len(store.leased) == 1)
     assert len(store.leased) == len(store.released)
+
+
+async def test_a_restarted_engine_gets_everything_back(
+    make_app, settings, engine, store, upload_parts, caplog, eventually
+):
+    async with started(make_app, settings) as http:
+        await ready(http)
+        for name in ("one", "two", "three"):
+            (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
+    async with started(make_app, settings, preload=("one", "two@1"), pin=("three@1",)) as http:
+        await ready(http)
+        lost = {source.digest for source in engine.prepared}
+        assert len(lost) == 3
+        engine.prepared.clear()
+        engine.outage = "the engine process was ended by SIGKILL"
+        response = await http.get("/ready")
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        error = response.json()["error"]
+        assert (error["code"], error["message"]) == ("engine_restarting", f"engine restarting: {engine.outage}")
+        assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 503
+        engine.outage, engine.step_seconds = None, 0.02
+        engine.on_restarted()
+        response = await http.get("/ready")
+        assert (response.status_code, "brought back" in response.text) == (503, True)
+        await ready(http)
+        assert {source.digest for source in engine.prepared} == lost
+        assert await pinned(http, "three") == [1]
+        # What was unpinned or deleted meanwhile does not come back.
+        await http.post("/v1/prompts/three/warm", json={"pin": False})
+        await http.delete("/v1/prompts/two")
+        engine.prepared.clear()
+        engine.on_restarted()
+        engine.on_restarted()  # it died again at once
+        await ready(http)
+        assert len(engine.prepared) == 1
+        assert await pinned(http, "three") == []
+    assert len(store.leased) == len(store.released)
+
+
+async def test_a_pin_that_cannot_be_brought_back_is_a_warning(make_app, settings, client, engine, sentiment, caplog):
+    await client.post(URL, json={"pin": True, "version": 1})
+    engine.prepare_failure = EngineDeadError("it died again")
+    engine.on_restarted()
+    await until(lambda: "cannot be warmed: it died again" in caplog.text)
+    await ready(client)
+    assert await pinned(client) == [1]

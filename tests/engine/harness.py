@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,11 +29,14 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
 
+from prompt_store.types import BaseModelSpec
+from prompt_store.validation import validate
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.types import SamplingParams, SoftPromptSource, TokenOutput
@@ -127,8 +132,12 @@ class Family:
 
     def _peft_model(self, soft_prompt: str) -> PeftModel:
         if soft_prompt not in self.peft_models:
-            base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
-            self.peft_models[soft_prompt] = PeftModel.from_pretrained(base, self.peft_folders[soft_prompt])
+            base = copy.deepcopy(self.model)
+            folder = self.peft_folders[soft_prompt]
+            config = PeftConfig.from_pretrained(folder)
+            # PEFT saves it and, for CPT, forgets it when it loads.
+            config.token_dim = json.loads((folder / "adapter_config.json").read_text())["token_dim"]
+            self.peft_models[soft_prompt] = PeftModel.from_pretrained(base, folder, config=config)
         return self.peft_models[soft_prompt]
 
     def expected(self, soft_prompt: str | None, token_ids: list[int], max_tokens: int) -> list[int]:
@@ -145,10 +154,13 @@ class Family:
 
 
 def make_family(
-    name: str, folder: Path, peft_configs: Mapping[str, Callable[[], PeftConfig]] = PEFT_CONFIGS
+    name: str,
+    folder: Path,
+    peft_configs: Mapping[str, Callable[[], PeftConfig]] = PEFT_CONFIGS,
+    config: PreTrainedConfig | None = None,
 ) -> Family:
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[name]()).eval()
+    model = AutoModelForCausalLM.from_config(config or (CONFIGS | MORE_CONFIGS)[name]()).eval()
     # "" keeps PEFT from looking the base up, and no file names a place on this machine.
     model.config._name_or_path = model.name_or_path = ""
     path = folder / "model"
@@ -156,7 +168,7 @@ def make_family(
     family = Family(name, path, model)
     for index, (key, make_config) in enumerate(peft_configs.items()):
         torch.manual_seed(100 + index)
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        base = copy.deepcopy(model)
         peft_model = get_peft_model(base, make_config())
         _train(peft_model, key)
         peft_folder = folder / key
@@ -184,6 +196,28 @@ def _train(peft_model: PeftModel, key: str) -> None:
             encoder.delta_embedding.weight.normal_()
         elif key.startswith("prefix_projected"):
             encoder.transform[-1].weight.mul_(10)
+
+
+def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
+    model = engine.model
+    base = BaseModelSpec(
+        name=family.name,
+        embedding_width=model.embedding_width,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        max_model_len=model.max_model_len,
+        dtype=model.dtype,
+        hidden_size=model.hidden_size,
+    )
+    for key, folder in family.peft_folders.items():
+        weights = folder / "adapter_model.safetensors"
+        prompt = validate((folder / "adapter_config.json").read_bytes(), weights, base, require_same_base=False)
+        sources = [source for source in family.soft_prompts.values() if source.path == str(weights)]
+        assert {(source.num_virtual_tokens, source.is_key_values) for source in sources} == {
+            (prompt.num_virtual_tokens, prompt.peft_type.is_key_values)
+        }, key
+        assert all((source.task_id is None) == (prompt.num_tasks is None) for source in sources)
 
 
 def greedy(max_tokens: int, **params: object) -> SamplingParams:

@@ -94,7 +94,7 @@ async def test_killed_process_ends_every_request_with_one_error(llama: Family) -
         streams = [engine.generate(GenerateRequest(f"r{i}", TEXT, greedy(200))) for i in range(3)]
         for stream in streams:
             await anext(stream)
-        os.kill(engine._process.pid, signal.SIGKILL)
+        os.kill(engine._connection.pid, signal.SIGKILL)
         for stream in streams:
             with pytest.raises(EngineDeadError, match="the engine process ended"):
                 await exhaust(stream)

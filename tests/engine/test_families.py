@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from prompt_store.types import BaseModelSpec
-from prompt_store.validation import validate
 from server.engine.llm_engine import LLMEngine
 from tests.engine.harness import (
     ALL_PEFT_CONFIGS,
     MORE_CONFIGS,
     Family,
     add,
+    check_that_the_store_takes_them,
     greedy,
     make_family,
     random_text,
@@ -46,28 +45,6 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
         return made[name]
 
     return make
-
-
-def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
-    model = engine.model
-    base = BaseModelSpec(
-        name=family.name,
-        embedding_width=model.embedding_width,
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        max_model_len=model.max_model_len,
-        dtype=model.dtype,
-        hidden_size=model.hidden_size,
-    )
-    for key, folder in family.peft_folders.items():
-        weights = folder / "adapter_model.safetensors"
-        prompt = validate((folder / "adapter_config.json").read_bytes(), weights, base, require_same_base=False)
-        sources = [source for source in family.soft_prompts.values() if source.path == str(weights)]
-        assert {(source.num_virtual_tokens, source.is_key_values) for source in sources} == {
-            (prompt.num_virtual_tokens, prompt.peft_type.is_key_values)
-        }, key
-        assert all((source.task_id is None) == (prompt.num_tasks is None) for source in sources)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -141,7 +141,7 @@ async def test_inspections_never_hang(llama: Family, monkeypatch: pytest.MonkeyP
     source = llama.soft_prompts["prompt_tuning_8"]
     async with running(llama) as engine:
         monkeypatch.setattr(async_engine, "MAX_INSPECTIONS", 2)
-        os.kill(engine._process.pid, signal.SIGSTOP)
+        os.kill(engine._connection.pid, signal.SIGSTOP)
         waiting = [asyncio.create_task(engine.inspect(source, num_nearest=1)) for _ in range(2)]
         await asyncio.sleep(0.05)
         with pytest.raises(OverloadedError, match="2 inspections wait already"):
@@ -151,7 +151,7 @@ async def test_inspections_never_hang(llama: Family, monkeypatch: pytest.MonkeyP
             await waiting[0]
         with pytest.raises(OverloadedError):  # the engine has its work still before it
             await engine.inspect(source, num_nearest=1)
-        os.kill(engine._process.pid, signal.SIGKILL)
+        os.kill(engine._connection.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await waiting[1]
         with pytest.raises(EngineNotReadyError):
@@ -167,13 +167,13 @@ async def test_a_drain_waits_for_inspections_and_gives_up_after_its_time(llama: 
         await engine.drain(30.0)
         assert len((await task).rows) == 8
     async with running(llama) as engine:
-        os.kill(engine._process.pid, signal.SIGSTOP)
+        os.kill(engine._connection.pid, signal.SIGSTOP)
         task = asyncio.create_task(engine.inspect(source, num_nearest=1))
         await asyncio.sleep(0)
         await engine.drain(0.0)
         with pytest.raises(EngineNotReadyError, match="shutting down"):
             await task
-        os.kill(engine._process.pid, signal.SIGCONT)
+        os.kill(engine._connection.pid, signal.SIGCONT)
 
 
 @pytest.mark.anyio

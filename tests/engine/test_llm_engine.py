@@ -212,7 +212,7 @@ def test_bfloat16_runs_every_type(llama: Family, make_engine: Callable[..., LLME
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_model_len": 999}, "--max-model-len 999 is more than the model's own limit of 256"),
+        ({"max_model_len": 999}, "--max-model-len 999 is more than the model's limit of 256"),
         ({"kv_cache_memory": 1000}, "MiB too few: raise --kv-cache-memory or lower --max-model-len"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"max_num_seqs": 99, "max_num_batched_tokens": 10}, "max_num_seqs 99 has to be"),
