@@ -150,7 +150,14 @@ class AsyncEngine:
                     raise RequestFailedError(output.error or "the engine gave no reason")
                 if output.num_cached_tokens is not None:
                     num_cached = output.num_cached_tokens
-                yield TokenEvent(output.token_ids, output.finish_reason, output.stop_token_id, num_cached)
+                yield TokenEvent(
+                    output.token_ids,
+                    output.finish_reason,
+                    output.stop_token_id,
+                    num_cached,
+                    output.logprobs,
+                    output.prompt_logprobs,
+                )
         finally:
             del self._queues[request.request_id]
             self._note_idle()

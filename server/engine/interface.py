@@ -6,7 +6,15 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.types import EngineStats, FinishReason, Inspection, ModelInfo, SamplingParams, SoftPromptSource
+from server.engine.types import (
+    EngineStats,
+    FinishReason,
+    Inspection,
+    Logprobs,
+    ModelInfo,
+    SamplingParams,
+    SoftPromptSource,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +45,17 @@ class TokenEvent:
         finish_reason: ``stop``, ``length`` or ``abort`` at the end, else None.
         stop_token_id: The token that ended the text, if one did; it is the last of ``token_ids``.
         num_cached_tokens: Text tokens that a cached prefix saved.
+        logprobs: One for each of ``token_ids``, where they were asked for.
+        prompt_logprobs: One for each of the text's tokens, in the first event, where they were asked for; the first
+            may be None.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason | None
     stop_token_id: int | None
     num_cached_tokens: int
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 class Engine(Protocol):
