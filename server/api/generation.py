@@ -17,7 +17,7 @@ from server.api.admission import Permits
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.logprobs import ScoredToken, TokenScorer
-from server.api.protocol import GenerationBody
+from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.engine.detokenizer import IncrementalDetokenizer
@@ -268,6 +268,7 @@ async def admitted(
         OverloadedError: If no permits are free.
     """
     _check_tokens(prompts, body, vocab_size=services.engine.model.vocab_size)
+    _check_echo(prompts, body)
     async with AsyncExitStack() as stack:
         leased = None
         if target.ref is not None:
@@ -323,6 +324,15 @@ def _check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size:
         if token_ids and max(token_ids) >= vocab_size:
             raise InvalidRequestError(
                 f"{param}: {max(token_ids)} is not in the vocabulary of {vocab_size} tokens", param=param
+            )
+
+
+def _check_echo(prompts: list[list[int]], body: GenerationBody) -> None:
+    if body.echoes and body.num_top_logprobs is not None:
+        count = sum(map(len, prompts)) * body.n * (1 + body.num_top_logprobs)
+        if count > MAX_ECHOED_LOGPROBS:
+            raise InvalidRequestError(
+                f"logprobs: echo would return {count} of them; the limit is {MAX_ECHOED_LOGPROBS}", param="logprobs"
             )
 
 

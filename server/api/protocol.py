@@ -16,6 +16,9 @@ MAX_LOGIT_BIAS_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_ID_DIGITS = 18
+MAX_ECHOED_LOGPROBS = 1_000_000
+"""Numbers that the logprobs of one request's echoed prompts may hold: they are kept until it is answered."""
+
 DEFAULT_COMPLETION_TOKENS = 16
 _INT64 = 2**63
 

@@ -92,7 +92,7 @@ class Sampler:
         every = [seq.params for seq in seqs]
         repeating = [row for row, params in enumerate(every) if params.repetition_penalty != 1.0]
         if repeating:
-            counts = _counts(scores, repeating, [seqs[row].token_ids for row in repeating])
+            counts = _counts(scores, [seqs[row].token_ids for row in repeating])
             penalty = _column(scores, [every[row].repetition_penalty for row in repeating])
             own = scores[repeating]
             penalised = torch.where(own < 0, own * penalty, own / penalty)
@@ -100,7 +100,7 @@ class Sampler:
         counting = [row for row, params in enumerate(every) if params.presence_penalty or params.frequency_penalty]
         if counting:
             new = [seqs[row].token_ids[seqs[row].num_prompt_tokens :] for row in counting]
-            counts = _counts(scores, counting, new)
+            counts = _counts(scores, new)
             presence = _column(scores, [every[row].presence_penalty for row in counting])
             frequency = _column(scores, [every[row].frequency_penalty for row in counting])
             scores[counting] -= frequency * counts + presence * (counts > 0)
@@ -113,6 +113,7 @@ class Sampler:
             for row, seq in enumerate(seqs)
             if seq.num_new_tokens < seq.params.min_tokens
             for token in self._ends(seq.params)
+            if token < scores.shape[-1]  # some configurations name an end that the model has no row for
         ]
         if masked:
             rows, tokens = zip(*masked, strict=True)
@@ -151,11 +152,11 @@ class Sampler:
         return torch.softmax(scores, dim=-1), draws, index
 
 
-def _counts(scores: torch.Tensor, rows: SequenceOf[int], token_ids: SequenceOf[list[int]]) -> torch.Tensor:
-    """How often each token stands in each list: [rows, vocabulary], of the dtype of ``scores``."""
-    counts = scores.new_zeros(len(rows), scores.shape[-1])
+def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Tensor:
+    """How often each token stands in each list: [lists, vocabulary], of the dtype of ``scores``."""
+    counts = scores.new_zeros(len(token_ids), scores.shape[-1])
     lengths = torch.tensor([len(ids) for ids in token_ids], device=scores.device)
-    index = torch.repeat_interleave(torch.arange(len(rows), device=scores.device), lengths)
+    index = torch.repeat_interleave(torch.arange(len(token_ids), device=scores.device), lengths)
     flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.long, device=scores.device)
     return counts.index_put_((index, flat), counts.new_ones(()), accumulate=True)
 

@@ -138,6 +138,15 @@ async def test_logprobs_of_zero_tell_the_tokens_alone(client):
     assert len(logprobs["token_logprobs"]) == 12
 
 
+async def test_more_echoed_logprobs_than_a_server_should_keep(client, engine, monkeypatch):
+    monkeypatch.setattr("server.api.generation.MAX_ECHOED_LOGPROBS", 23)
+    body = {"prompt": "abc", "logprobs": 2, "echo": True, "n": 2}
+    error = (await client.post("/v1/completions", json=body)).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", "logprobs")
+    assert engine.requests == []
+    await complete(client, logprobs=2, echo=True)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 20])
 async def test_echo_with_logprobs(client, max_tokens):
     choice = (await complete(client, echo=True, logprobs=1, max_tokens=max_tokens))["choices"][0]
