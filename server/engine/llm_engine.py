@@ -77,6 +77,8 @@ class LLMEngine:
             self.scheduler.check(seq)
         except ValueError as error:
             return [_failure(seq, str(error))]
+        if seq.params.prompt_logprobs is not None and not self.runner.scores_prompts:
+            return [_failure(seq, f"{self.model.architecture} gives no logprobs of the text")]
         self._stats.prompt_tokens += seq.num_prompt_tokens
         self._stats.virtual_tokens += seq.num_virtual_tokens
         if source is None or self.soft_prompts.acquire(source):

@@ -73,6 +73,12 @@ class ModelRunner:
         self._scorer = PromptScorer(self.model)
         self.embed_tokens: nn.Module = self.model.get_input_embeddings()
         self._check_exactness(config.vocab_size, max_model_len)
+        with torch.inference_mode():
+            ids = torch.arange(min(4, settings.block_size), device=self.device)
+            self._scorer.check(
+                lambda: self._forward([([0], 0, len(ids))], {"input_ids": ids[None]}, range(len(ids))),
+                PROBE_TOLERANCE[self.dtype],
+            )
         self.info = ModelInfo(
             architecture=type(self.model).__name__,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -88,6 +94,11 @@ class ModelRunner:
             eos_token_ids=eos_token_ids,
             hidden_size=config.hidden_size,
         )
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether this model's logits can be had for all positions of a text."""
+        return self._scorer.is_exact
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
@@ -113,12 +124,12 @@ class ModelRunner:
             if chunk.samples:
                 last_rows.append(row - 1)
         # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
-        with self._scorer.watching(plan.chunks) as states:
+        with self._scorer.watching(plan.chunks) as kept:
             logits = self._forward(spans, self._inputs(plan.chunks, soft_prompts), last_rows or [row - 1])
         scores: dict[str, list[Logprobs | None]] = {}
-        if states:
+        if kept:
             scores = self._scorer.score(
-                plan.chunks, states[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
+                plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
             )
         seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         tokens = self.sampler.sample(logits, seqs) if seqs else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 
 from server.engine.llm_engine import LLMEngine
+from server.engine.messages import AddRequest
 from server.engine.types import FinishReason, Logprobs, SamplingParams, TokenOutput
-from tests.engine.harness import CONFIGS, PEFT_CONFIGS, Family, add, greedy, random_text, run, tokens
+from tests.engine.harness import CONFIGS, PEFT_CONFIGS, Family, add, check_logprobs, greedy, random_text, run, tokens
 
 TOP = 3
 SCORED = {"logprobs": TOP, "prompt_logprobs": TOP}
@@ -20,34 +20,6 @@ SETTINGS = {
     "chunks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},
     "preempted": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 12, "kv_cache_memory": 160_000},
 }
-
-
-def reference(family: Family, soft_prompt: str | None, token_ids: list[int]) -> torch.Tensor:
-    """Log-softmax [text tokens, vocabulary]: row i is the distribution of text token i; NaN where there is none."""
-    with torch.no_grad():
-        if soft_prompt is None:
-            logits = family.model(torch.tensor([token_ids])).logits[0]
-        else:
-            logits = family._peft_model(soft_prompt)(torch.tensor([token_ids])).logits[0]
-    logprobs = torch.log_softmax(logits.float(), -1)
-    before = len(logprobs) - len(token_ids)  # PEFT gives virtual rows where the soft prompt is made of embeddings
-    if before == 0:
-        logprobs = torch.cat([torch.full((1, logprobs.shape[-1]), math.nan), logprobs])
-        before = 1
-    return logprobs[before - 1 : -1]
-
-
-def check(entries: list[Logprobs | None], token_ids: list[int], want: torch.Tensor, *, num_top: int = TOP) -> None:
-    assert len(entries) == len(token_ids) == len(want)
-    for entry, token, row in zip(entries, token_ids, want, strict=True):
-        if row.isnan().any():
-            assert entry is None
-            continue
-        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
-        values, ids = row.topk(num_top)
-        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
-        assert entry.top[0][0] == ids[0]
-        assert all(value == entry.logprob for top, value in entry.top if top == token)
 
 
 def gathered(outputs: list[TokenOutput]) -> list[Logprobs | None]:
@@ -62,10 +34,10 @@ def test_logprobs_equal_peft(
 ) -> None:
     family, rng = make_family(name), random.Random(name)
     engine = make_engine(family, **SETTINGS[settings])
-    num_new = 30 if settings == "preempted" else 6
+    num_new, rounds = (30, 1) if settings == "preempted" else (6, 2)
     requests = {
         f"r{index}": (soft_prompt, random_text(rng, 1, 60))
-        for index, soft_prompt in enumerate([*PEFT_CONFIGS, None] * 2)
+        for index, soft_prompt in enumerate([*PEFT_CONFIGS, None] * rounds)
     }
     for request_id, (soft_prompt, text) in requests.items():
         for twice in ("", "again"):  # a cached prefix must not take entries away
@@ -74,10 +46,10 @@ def test_logprobs_equal_peft(
     outputs = run(engine)
     for request_id, (soft_prompt, text) in requests.items():
         every = text + tokens(outputs[request_id])
-        want = reference(family, soft_prompt, every)
+        want = family.expected_logprobs(soft_prompt, every)
         for twice in ("", "again"):
             outs = outputs[request_id + twice]
-            check(gathered(outs), every, want)
+            check_logprobs(gathered(outs), every, want, num_top=TOP)
             assert all(output.prompt_logprobs is None for output in outs[1:])
     assert (engine.stats.num_preemptions > 0) == (settings == "preempted")
 
@@ -99,7 +71,19 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
             engine.scheduler._preempt(seq)
         outputs += run(engine)["r"]
         every = text + tokens(outputs)
-        check(gathered(outputs), every, reference(llama, key, every))
+        check_logprobs(gathered(outputs), every, llama.expected_logprobs(key, every), num_top=TOP)
+
+
+def test_a_model_that_cannot_be_scored_refuses_to_be(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine(llama)
+    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called, so nothing is kept
+    (output,) = engine.add(AddRequest(request_id="r", prompt_token_ids=[1], params=greedy(1, prompt_logprobs=0)))
+    assert (output.finish_reason, output.error) == (
+        FinishReason.ERROR,
+        "LlamaForCausalLM gives no logprobs of the text",
+    )
+    add(engine, "plain", [1], greedy(1, logprobs=0))
+    assert len(run(engine)["plain"][0].logprobs) == 1
 
 
 def test_scoring_alone_returns_no_token(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
@@ -108,7 +92,7 @@ def test_scoring_alone_returns_no_token(llama: Family, make_engine: Callable[...
     add(engine, "score", text, greedy(0, **SCORED))
     (output,) = run(engine)["score"]
     assert (output.token_ids, output.finish_reason, output.logprobs) == ([], FinishReason.LENGTH, None)
-    check(output.prompt_logprobs, text, reference(llama, None, text))
+    check_logprobs(output.prompt_logprobs, text, llama.expected_logprobs(None, text), num_top=TOP)
     assert engine.stats.generation_tokens == 0
 
 
@@ -149,7 +133,7 @@ def test_logprobs_do_not_know_of_temperature_and_penalties(
     add(engine, "r", text, params)
     outputs = run(engine)["r"]
     every = text + tokens(outputs)
-    check(gathered(outputs), every, reference(llama, None, every))
+    check_logprobs(gathered(outputs), every, llama.expected_logprobs(None, every), num_top=TOP)
 
 
 def test_a_long_prefill_is_scored_in_pieces(
@@ -161,8 +145,10 @@ def test_a_long_prefill_is_scored_in_pieces(
     add(engine, "a", text, greedy(1, **SCORED))
     add(engine, "b", text[::-1], greedy(1, **SCORED))
     outputs = run(engine)
-    check(outputs["a"][0].prompt_logprobs, text, reference(llama, None, text))
-    check(outputs["b"][0].prompt_logprobs, text[::-1], reference(llama, None, text[::-1]))
+    check_logprobs(outputs["a"][0].prompt_logprobs, text, llama.expected_logprobs(None, text), num_top=TOP)
+    check_logprobs(
+        outputs["b"][0].prompt_logprobs, text[::-1], llama.expected_logprobs(None, text[::-1]), num_top=TOP
+    )
 
 
 def test_min_tokens_and_penalties_reach_the_choice(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
