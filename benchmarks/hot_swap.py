@@ -40,6 +40,7 @@ class Tally:
 
     Attributes:
         gaps: Seconds between the tokens of one stream.
+        rounds: The 99th percentile of the gaps of each round, in milliseconds.
         num_streams: Streams that ended as they should.
         failures: What went wrong.
         num_changes: Uploads and promotions.
@@ -48,15 +49,17 @@ class Tally:
     """
 
     gaps: list[float] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)
     num_streams: int = 0
     failures: list[str] = field(default_factory=list)
     num_changes: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
 
-    def percentile(self, share: float) -> float:
-        """A gap that this share of all gaps does not exceed, in milliseconds."""
-        return 1000 * sorted(self.gaps)[int(share * (len(self.gaps) - 1))]
+
+def percentile(gaps: Sequence[float], share: float) -> float:
+    """A gap that this share of all gaps does not exceed, in milliseconds."""
+    return 1000 * sorted(gaps)[int(share * (len(gaps) - 1))]
 
 
 class Round:
@@ -165,9 +168,11 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Tally]:
     for number in range(arguments.rounds):
         order: Sequence[str] = ("alone", "with changes") if number % 2 else ("with changes", "alone")
         for kind in order:
-            load = Round(url, layers=arguments.layers, tally=tallies[kind], seed=number)
+            tally, before = tallies[kind], len(tallies[kind].gaps)
+            load = Round(url, layers=arguments.layers, tally=tally, seed=number)
             await load.run(arguments.streams, per_round, arguments.pause, with_changes=kind == "with changes")
-            print(f"round {number} {kind}: p99 so far {tallies[kind].percentile(0.99):.1f} ms", flush=True)
+            tally.rounds.append(percentile(tally.gaps[before:], 0.99))
+            print(f"round {number} {kind}: p99 {tally.rounds[-1]:.1f} ms", flush=True)
     return tallies
 
 
@@ -177,7 +182,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--changes", type=int, default=400, help="uploads and promotions together, in all rounds")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--pause", type=float, default=0.25, help="seconds before each change")
+    parser.add_argument("--pause", type=float, default=0.15, help="seconds before each change")
     parser.add_argument("--layers", type=int, default=30)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -195,11 +200,15 @@ def main() -> None:
                 "failures": tally.failures[:5],
                 "tokens_per_second": round(tally.num_tokens / tally.seconds, 1),
                 "median_gap_ms": round(1000 * statistics.median(tally.gaps), 1),
-                "p99_gap_ms": round(tally.percentile(0.99), 1),
+                "p99_gap_ms": round(percentile(tally.gaps, 0.99), 1),
+                "p99_gap_ms_by_round": [round(value, 1) for value in tally.rounds],
             }
             for kind, tally in tallies.items()
         },
-        "p99_with_changes_over_alone": round(changed.percentile(0.99) / alone.percentile(0.99), 2),
+        "p99_with_changes_over_alone": round(percentile(changed.gaps, 0.99) / percentile(alone.gaps, 0.99), 2),
+        "median_of_the_rounds": round(
+            statistics.median(a / b for a, b in zip(changed.rounds, alone.rounds, strict=True)), 2
+        ),
     }
     print(json.dumps(figures, indent=2))
 

@@ -31,13 +31,13 @@ class Rows:
     Attributes:
         start: First row of the flat batch.
         stop: Row after the last.
-        slots: [sequences, keys] int64, the slot of each key position; what lies past a sequence's end is masked.
+        tables: [sequences, blocks] int64, where the keys lie; what is past a sequence's end is masked.
         query_positions: [sequences, rows of each] int64.
     """
 
     start: int
     stop: int
-    slots: torch.Tensor
+    tables: torch.Tensor
     query_positions: torch.Tensor
 
 
@@ -48,11 +48,13 @@ class AttentionMetadata:
     Attributes:
         slot_mapping: [rows] int64, where each row's own key and value are written.
         groups: All decodes together (one row each), then each prefill chunk by itself.
+        block_size: Positions in a block.
         masks: Additive masks by (group, window), made when a layer first asks.
     """
 
     slot_mapping: torch.Tensor
     groups: list[Rows]
+    block_size: int
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
 
@@ -167,8 +169,8 @@ class SDPABackend(AttentionBackend):
             # [heads, rows] -> [seqs, kv_heads, heads of each * rows of each]
             q = query[:, rows.start : rows.stop].reshape(num_kv_heads, -1, num_seqs, per_seq, head_dim)
             q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv_heads, -1, head_dim)
-            k = keys[rows.slots].transpose(1, 2)
-            v = values[rows.slots].transpose(1, 2)
+            k = _gather(keys, rows.tables, metadata.block_size).transpose(1, 2)
+            v = _gather(values, rows.tables, metadata.block_size).transpose(1, 2)
             mask = self._mask(metadata, index, window, num_heads // num_kv_heads, q.dtype)
             if softcap is None:
                 attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -185,7 +187,8 @@ class SDPABackend(AttentionBackend):
         mask = metadata.masks.get((index, window))
         if mask is None:
             rows = metadata.groups[index]
-            key_positions = torch.arange(rows.slots.shape[1], device=rows.slots.device)
+            num_keys = rows.tables.shape[1] * metadata.block_size
+            key_positions = torch.arange(num_keys, device=rows.tables.device)
             query_positions = rows.query_positions[:, :, None]
             hidden = key_positions > query_positions
             if window is not None:
@@ -222,12 +225,21 @@ def make_metadata(
         num_blocks = -(-num_keys // block_size)
         # Short tables are filled up with block 0, whose content the mask hides.
         tables = torch.tensor([_fit(table, num_blocks) for table, _, _ in batch])
-        slots = (tables[:, :, None] * block_size + torch.arange(block_size)).flatten(1)[:, :num_keys]
-        slot_mapping.append(slots.gather(1, query_positions).flatten())
+        blocks = tables.gather(1, query_positions // block_size)
+        slot_mapping.append((blocks * block_size + query_positions % block_size).flatten())
         last_row = first_row + len(batch) * per_seq
-        groups.append(Rows(first_row, last_row, slots.to(device), query_positions.to(device)))
+        groups.append(Rows(first_row, last_row, tables.to(device), query_positions.to(device)))
         first_row = last_row
-    return AttentionMetadata(torch.cat(slot_mapping).to(device), groups)
+    return AttentionMetadata(torch.cat(slot_mapping).to(device), groups, block_size)
+
+
+def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Keys or values, [slots, kv_heads, head_dim], of each sequence: [sequences, keys, kv_heads, head_dim].
+
+    Whole blocks are copied, each in one piece: by slot it would be a piece for each position.
+    """
+    blocks = slots.view(-1, block_size, *slots.shape[1:]).index_select(0, tables.flatten())
+    return blocks.view(tables.shape[0], -1, *slots.shape[1:])
 
 
 def _softcapped_attention(

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, SDPABackend, make_metadata
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
+from server.engine.packed_linear import can_pack, pack_linears
 from server.engine.prompt_scoring import PromptScorer
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Chunk, StepPlan
@@ -261,6 +262,8 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
+    if can_pack(device, model.dtype):
+        pack_linears(module)
     return model, config.get_text_config(decoder=True)
 
 
