@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -11,9 +12,20 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from server.api.deps import ChatTurn
+from server.engine.detokenizer import REPLACEMENT
 from server.errors import EngineStartError, InvalidRequestError
 
 T = TypeVar("T")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level tokenizers write bytes as (GPT-2's ``bytes_to_unicode``), and their bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 _NUM_THREADS = 2
 """Enough that one long text does not stand before all others; more would take cores from a CPU engine."""
@@ -28,6 +40,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._token_bytes: dict[int, bytes] = {}
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
@@ -81,6 +94,29 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token shows by itself, special tokens included; it may be a part of a character."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            known = self._token_bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        text = self.decode([token_id], skip_special_tokens=False)
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(piece, str):  # a row of the logits that no token has
+            return text.encode()
+        if REPLACEMENT in text:
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+            if byte:
+                return bytes.fromhex(byte[1])
+            if all(char in _BYTE_OF for char in piece):
+                return bytes(_BYTE_OF[char] for char in piece)
+        # Decoders strip the space before a text's first word; by itself every token is the first.
+        if piece.startswith("\u2581") and not text.startswith(" "):
+            text = " " + text
+        return text.encode()
 
     def close(self) -> None:
         """End the threads."""

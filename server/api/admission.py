@@ -41,8 +41,12 @@ class Admission:
         self.num_in_use = 0
 
     @contextmanager
-    def permits(self, count: int) -> Iterator[Permits]:
+    def permits(self, count: int, *, param: str = "prompt") -> Iterator[Permits]:
         """Take a permit for each of a request's sequences, all or none, until the block ends.
+
+        Args:
+            count: How many.
+            param: The request's field that asks for so many.
 
         Raises:
             InvalidRequestError: If that many could never be admitted together.
@@ -50,8 +54,8 @@ class Admission:
         """
         if count > self.capacity:
             raise InvalidRequestError(
-                f"{count} prompts are more than the {self.capacity} sequences that this server takes at once",
-                param="prompt",
+                f"{param}: {count} sequences are more than the {self.capacity} that this server takes at once",
+                param=param,
             )
         if self.num_in_use + count > self.capacity:
             raise OverloadedError(

@@ -59,6 +59,10 @@ class Tokenizer(Protocol):
         """Token ids to text; fast enough for the event loop on the few tokens of a step."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token shows by itself, special tokens included; it may be a part of a character."""
+        ...
+
     def close(self) -> None:
         """End its threads."""
         ...

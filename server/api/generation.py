@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 
 from prompt_store.errors import PromptNotFoundError
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
-from server.api.protocol import GenerationBody
+from server.api.logprobs import ScoredToken, TokenScorer
+from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.engine.detokenizer import IncrementalDetokenizer
@@ -33,19 +35,25 @@ class Delta:
         text: New text that is safe to show; may be empty.
         token_ids: New tokens, those included that show no text.
         finish_reason: ``stop`` or ``length`` in the choice's last delta, else None.
+        scored: How likely each of ``token_ids`` was, after the prompt's tokens where they are echoed; None where it
+            was not asked for.
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    scored: list[ScoredToken] | None = None
 
 
 class Generation:
-    """One admitted request: a sequence for each of its prompts, all with the same version of one soft prompt.
+    """One admitted request: a sequence for each of its choices, all with the same version of one soft prompt.
+
+    Choice j of prompt i is sequence ``i * n + j``.
 
     Attributes:
-        prompts: Text tokens of each sequence.
+        prompts: Text tokens of each prompt.
+        num_choices: Sequences in all.
         num_virtual_tokens: Positions that the soft prompt takes in each sequence.
         served_by: ``NAME@VERSION`` of the soft prompt, or None.
     """
@@ -63,6 +71,7 @@ class Generation:
         arrival: float,
     ) -> None:
         self.prompts = prompts
+        self.num_choices = len(prompts) * body.n
         self.num_virtual_tokens = leased.version.num_virtual_tokens if leased else 0
         self.served_by = f"{leased.version.name}@{leased.version.version}" if leased else None
         self._services = services
@@ -73,9 +82,9 @@ class Generation:
         self._tenant = tenant
         self._arrival = arrival
         self._id = uuid.uuid4().hex
-        self._num_new = [0] * len(prompts)
-        self._num_cached = [0] * len(prompts)
-        self._finish_reasons: list[str | None] = [None] * len(prompts)
+        self._num_new = [0] * self.num_choices
+        self._num_cached = [0] * self.num_choices
+        self._finish_reasons: list[str | None] = [None] * self.num_choices
         self._first_tokens: dict[int, float] = {}
         self._seen_token = False
 
@@ -88,11 +97,15 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Tokens so far; a prompt counts once, however many choices continue it."""
         num_prompt, num_new = sum(map(len, self.prompts)), sum(self._num_new)
         num_virtual = self.num_virtual_tokens * len(self.prompts)
-        details = PromptTokensDetails(sum(self._num_cached), num_virtual)
+        details = PromptTokensDetails(sum(self._num_cached[:: self._body.n]), num_virtual)
         return Usage(num_prompt, num_new, num_prompt + num_new, details)
+
+    def prompt_of(self, index: int) -> list[int]:
+        """The text tokens that a choice continues."""
+        return self.prompts[index // self._body.n]
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """All sequences' deltas as they come. Closing it early aborts every sequence that still runs.
@@ -100,13 +113,13 @@ class Generation:
         Raises:
             EngineError: If one sequence fails; the others are aborted.
         """
-        if len(self.prompts) == 1:
+        if self.num_choices == 1:
             async with aclosing(self._sequence(0)) as deltas:
                 async for delta in deltas:
                     yield delta
             return
         queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.prompts))]
+        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(self.num_choices)]
         try:
             num_running = len(tasks)
             while num_running:
@@ -137,7 +150,9 @@ class Generation:
         decode = partial(self._services.tokenizer.decode, skip_special_tokens=body.skip_special_tokens)
         detokenizer = IncrementalDetokenizer(decode, stop=body.stop, include_stop_str=body.include_stop_str_in_output)
         events = self._services.engine.generate(self._request(index))
+        scorer = TokenScorer(decode)
         newest = self._arrival
+        is_first = True
         try:
             async with aclosing(events):
                 async for event in events:
@@ -153,15 +168,39 @@ class Generation:
                         text += detokenizer.finish()
                     if detokenizer.stopped:
                         reason = FinishReason.STOP.value
+                    scored: list[ScoredToken] | None = None if body.num_top_logprobs is None else []
+                    if is_first and body.echoes:
+                        echo, of_prompt = await self._echo(index, event, decode)
+                        text = echo + text
+                        scorer = TokenScorer(decode, base=len(echo))
+                        if scored is not None:
+                            scored += of_prompt
+                    if scored is not None and event.logprobs is not None:
+                        scored += scorer.append(event.token_ids, event.logprobs)
+                    is_first = False
                     self._finish_reasons[index] = reason
                     if reason is not None and index in self._first_tokens:
                         self._services.metrics.observe_decode(newest - self._first_tokens[index])
-                    yield Delta(index, text, event.token_ids, reason)
+                    yield Delta(index, text, event.token_ids, reason, scored)
                     if reason is not None:
                         return
             raise EngineNotReadyError("the engine ended the request without a reason")
         finally:
             self._permits.release_one()
+
+    async def _echo(
+        self, index: int, event: TokenEvent, decode: Callable[[list[int]], str]
+    ) -> tuple[str, list[ScoredToken]]:
+        """A choice's prompt as text and, where they were asked for, with logprobs; a long one takes a while."""
+        prompt = self.prompt_of(index)
+
+        def work() -> tuple[str, list[ScoredToken]]:
+            scored = (
+                [] if event.prompt_logprobs is None else TokenScorer(decode).append(prompt, event.prompt_logprobs)
+            )
+            return decode(prompt), scored
+
+        return await asyncio.to_thread(work)
 
     def _observe(self, index: int, event: TokenEvent, newest: float) -> float:
         """Count an event's tokens and time; returns when the sequence's newest token came."""
@@ -183,24 +222,40 @@ class Generation:
 
     def _request(self, index: int) -> GenerateRequest:
         body = self._body
+        prompt, choice = divmod(index, body.n)
         params = SamplingParams(
-            max_tokens=self._max_tokens[index],
+            max_tokens=self._max_tokens[prompt],
+            min_tokens=body.min_tokens,
             temperature=body.temperature,
             top_p=body.top_p,
             top_k=max(body.top_k, 0),
-            seed=body.seed,
+            min_p=body.min_p,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            repetition_penalty=body.repetition_penalty,
+            logit_bias=body.logit_bias,
+            logprobs=body.num_top_logprobs,
+            prompt_logprobs=body.num_top_logprobs if body.echoes else None,
+            seed=_seed_of(body.seed, choice),
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
         )
         return GenerateRequest(
             f"{self._id}-{index}",
-            self.prompts[index],
+            self.prompts[prompt],
             params,
             self._soft_prompt,
             salt=self._tenant,
             priority=body.priority,
             timeout=_shorter(body.timeout, self._services.settings.http.max_wait_seconds),
         )
+
+
+def _seed_of(seed: int | None, choice: int) -> int | None:
+    """A seed for each choice of a prompt; the first keeps the request's, so it says what it would say alone."""
+    if seed is None or choice == 0:
+        return seed
+    return int.from_bytes(blake2b(f"{seed}:{choice}".encode(), digest_size=7).digest(), "big")
 
 
 @asynccontextmanager
@@ -231,7 +286,8 @@ async def admitted(
         NotFoundError: If there is no such soft prompt.
         OverloadedError: If no permits are free.
     """
-    _check_tokens(prompts, body.stop_token_ids, vocab_size=services.engine.model.vocab_size)
+    _check_tokens(prompts, body, vocab_size=services.engine.model.vocab_size)
+    _check_echo(prompts, body)
     async with AsyncExitStack() as stack:
         leased = None
         if target.ref is not None:
@@ -251,7 +307,14 @@ async def admitted(
             )
             for prompt in prompts
         ]
-        permits = stack.enter_context(services.admission.permits(len(prompts)))
+        if body.min_tokens > min(max_tokens):
+            raise InvalidRequestError(
+                f"min_tokens: {body.min_tokens} is more than the {min(max_tokens)} new tokens there may be",
+                param="min_tokens",
+            )
+        permits = stack.enter_context(
+            services.admission.permits(len(prompts) * body.n, param="n" if body.n > 1 else "prompt")
+        )
         generation = Generation(
             services,
             body,
@@ -275,7 +338,7 @@ async def admitted(
                 services.metrics.observe_request(time.monotonic() - arrival)
 
 
-def _check_tokens(prompts: list[list[int]], stop_token_ids: list[int], *, vocab_size: int) -> None:
+def _check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size: int) -> None:
     for prompt in prompts:
         if not prompt:
             raise InvalidRequestError("prompt: there is no text: at least one token is needed", param="prompt")
@@ -283,11 +346,20 @@ def _check_tokens(prompts: list[list[int]], stop_token_ids: list[int], *, vocab_
             raise InvalidRequestError(
                 f"prompt: token id {max(prompt)} is not in the vocabulary of {vocab_size} tokens", param="prompt"
             )
-    if stop_token_ids and max(stop_token_ids) >= vocab_size:
-        raise InvalidRequestError(
-            f"stop_token_ids: {max(stop_token_ids)} is not in the vocabulary of {vocab_size} tokens",
-            param="stop_token_ids",
-        )
+    for param, token_ids in (("stop_token_ids", body.stop_token_ids), ("logit_bias", body.logit_bias)):
+        if token_ids and max(token_ids) >= vocab_size:
+            raise InvalidRequestError(
+                f"{param}: {max(token_ids)} is not in the vocabulary of {vocab_size} tokens", param=param
+            )
+
+
+def _check_echo(prompts: list[list[int]], body: GenerationBody) -> None:
+    if body.echoes and body.num_top_logprobs is not None:
+        count = sum(map(len, prompts)) * body.n * (1 + body.num_top_logprobs)
+        if count > MAX_ECHOED_LOGPROBS:
+            raise InvalidRequestError(
+                f"logprobs: echo would return {count} of them; the limit is {MAX_ECHOED_LOGPROBS}", param="logprobs"
+            )
 
 
 def _check_generates(version: PromptVersion, target: Target) -> None:

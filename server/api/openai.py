@@ -67,7 +67,7 @@ class _Call:
         """Generate all of it; returns the JSON answer."""
         async with await self.admitted() as generation:
             self.served_by = generation.served_by
-            choices = [ChoiceText(prompt) for prompt in generation.prompts]
+            choices = [ChoiceText(generation.prompt_of(index)) for index in range(generation.num_choices)]
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     choices[delta.index].add(delta)
@@ -81,7 +81,7 @@ class _Call:
             async for delta in deltas:
                 # OpenAI: with include_usage, every chunk but the last has a usage of null.
                 usage = generation.usage if body.continuous_usage else None if body.include_usage else UNSET
-                for chunk in writer.chunks(delta, generation.prompts[delta.index], usage):
+                for chunk in writer.chunks(delta, generation.prompt_of(delta.index), usage):
                     yield event(chunk)
             if body.include_usage:
                 yield event(writer.usage_chunk(generation.usage))
@@ -124,7 +124,12 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         services=services,
         body=body,
         target=target,
-        writer=CompletionWriter(target.model, with_token_ids=body.return_token_ids),
+        writer=CompletionWriter(
+            target.model,
+            with_token_ids=body.return_token_ids,
+            num_top=body.num_top_logprobs,
+            token_bytes=services.tokenizer.token_bytes,
+        ),
         tokenize=tokenize,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         tenant=tenant_of(request),
@@ -153,7 +158,12 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         services=services,
         body=body,
         target=target,
-        writer=ChatWriter(target.model, with_token_ids=body.return_token_ids),
+        writer=ChatWriter(
+            target.model,
+            with_token_ids=body.return_token_ids,
+            num_top=body.num_top_logprobs,
+            token_bytes=services.tokenizer.token_bytes,
+        ),
         tokenize=tokenize,
         default_max_tokens=None,
         tenant=tenant_of(request),

@@ -14,6 +14,13 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_TIMEOUT_SECONDS = 86400.0
+MAX_LOGIT_BIAS_TOKENS = 1024
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_TOKEN_ID_DIGITS = 18
+MAX_ECHOED_LOGPROBS = 1_000_000
+"""Numbers that the logprobs of one request's echoed prompts may hold: they are kept until it is answered."""
+
 DEFAULT_COMPLETION_TOKENS = 16
 _INT64 = 2**63
 
@@ -51,6 +58,22 @@ def _stop(value: object) -> list[str]:
     return stop
 
 
+def _logit_bias(value: object) -> dict[int, float]:
+    """Biases by token id: JSON's keys are strings."""
+    if not isinstance(value, dict):
+        raise ValueError("should be an object of token ids and biases")
+    if len(value) > MAX_LOGIT_BIAS_TOKENS:
+        raise ValueError(f"should have at most {MAX_LOGIT_BIAS_TOKENS} tokens, not {len(value)}")
+    bias: dict[int, float] = {}
+    for key, item in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_ID_DIGITS):
+            raise ValueError("should have token ids as keys, such as '50256'")
+        if isinstance(item, bool) or not isinstance(item, int | float) or not -100 <= item <= 100:
+            raise ValueError("should have biases from -100 to 100")
+        bias[int(key)] = float(item)
+    return bias
+
+
 def _chat_text(value: object) -> str:
     """A message's content: a string, or text parts that are joined by line ends as they stand."""
     if isinstance(value, str):
@@ -70,6 +93,7 @@ Prompts = Annotated[
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str])]
+LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
 ChatText = Annotated[str, PlainValidator(_chat_text, json_schema_input_type=str | list[dict[str, str]])]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 
@@ -100,13 +124,6 @@ class GenerationBody(RequestBody):
     """What completions and chat completions have in common."""
 
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
-        "n": (1,),
-        "min_tokens": (0,),
-        "min_p": (0,),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "repetition_penalty": (1,),
-        "logit_bias": ({},),
         "response_format": ({"type": "text"},),
         "structured_outputs": ({},),
     }
@@ -120,8 +137,16 @@ class GenerationBody(RequestBody):
     temperature: float = Field(1.0, ge=0.0, le=2.0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=-1, lt=_INT64, description="0 and -1 keep all tokens.")
+    min_p: float = Field(0.0, ge=0.0, le=1.0, description="Share of the likeliest token's probability.")
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
+    logit_bias: LogitBias = {}
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     max_tokens: int | None = Field(None, ge=1, lt=_INT64)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Takes the place of max_tokens.")
+    min_tokens: int = Field(0, ge=0, lt=_INT64)
     stop: Stop = []
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
@@ -165,7 +190,17 @@ class GenerationBody(RequestBody):
     @property
     def token_limit(self) -> int | None:
         """The new tokens asked for, or None for the endpoint's default."""
-        return self.max_tokens
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether choices begin with their prompt."""
+        return False
 
 
 class CompletionBody(GenerationBody):
@@ -174,13 +209,32 @@ class CompletionBody(GenerationBody):
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
         **GenerationBody.unsupported,
         "best_of": (1,),
-        "echo": (False,),
-        "logprobs": (False,),
         "suffix": ("",),
     }
 
     prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0, lt=_INT64, description="0 only with `echo`: nothing new, only scores.")
+    echo: bool = Field(False, description="Choices, and their logprobs, begin with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="So many likeliest tokens for each one."
+    )
     add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_that_something_is_asked(self) -> Self:
+        if self.token_limit == 0 and not self.echo:
+            raise InvalidRequestError("max_tokens: 0 is only allowed with echo", param="max_tokens")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each one; None for no logprobs at all."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """Whether choices begin with their prompt."""
+        return self.echo
 
 
 class ChatMessage(RequestBody):
@@ -201,8 +255,6 @@ class ChatBody(GenerationBody):
 
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
         **GenerationBody.unsupported,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         # The template comes from the model only: a template from a client is a program.
@@ -210,13 +262,20 @@ class ChatBody(GenerationBody):
     }
 
     messages: Annotated[list[ChatMessage], BeforeValidator(_messages)]
-    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Takes the place of max_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")
     add_special_tokens: bool = Field(False, description="Chat templates write the special tokens themselves.")
 
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs: only with logprobs set to true", param="top_logprobs")
+        return self
+
     @property
-    def token_limit(self) -> int | None:
-        """The new tokens asked for, or None for the rest of the context."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def _same(asked: Any, no_op: Any) -> bool:

@@ -160,6 +160,8 @@ class AsyncEngine:
                     num_cached,
                     output.queue_seconds,
                     output.prefill_seconds,
+                    output.logprobs,
+                    output.prompt_logprobs,
                 )
         finally:
             del self._queues[request.request_id]

@@ -6,7 +6,15 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.types import EngineStats, FinishReason, Inspection, ModelInfo, SamplingParams, SoftPromptSource
+from server.engine.types import (
+    EngineStats,
+    FinishReason,
+    Inspection,
+    Logprobs,
+    ModelInfo,
+    SamplingParams,
+    SoftPromptSource,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,9 @@ class TokenEvent:
         num_cached_tokens: Text tokens that a cached prefix saved.
         queue_seconds: From its arrival to its first blocks; in the first event only.
         prefill_seconds: From then to its first token; in the first event only.
+        logprobs: One for each of ``token_ids``, where they were asked for.
+        prompt_logprobs: One for each of the text's tokens, in the first event, where they were asked for; the first
+            may be None.
     """
 
     token_ids: list[int]
@@ -51,6 +62,8 @@ class TokenEvent:
     num_cached_tokens: int
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 class Engine(Protocol):

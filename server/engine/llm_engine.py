@@ -14,7 +14,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.sampler import NOT_FINITE
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.soft_prompts import SoftPromptLoader
-from server.engine.types import EngineStats, FinishReason, ModelInfo, Sequence, TokenOutput
+from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, Sequence, StepOutput, TokenOutput
 from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,8 @@ class LLMEngine:
             self.scheduler.check(seq)
         except ValueError as error:
             return [_failure(seq, str(error))]
+        if seq.params.prompt_logprobs is not None and not self.runner.scores_prompts:
+            return [_failure(seq, f"{self.model.architecture} gives no logprobs of the text")]
         self._stats.prompt_tokens += seq.num_prompt_tokens
         self._stats.virtual_tokens += seq.num_virtual_tokens
         if source is None or self.soft_prompts.acquire(source):
@@ -138,11 +140,11 @@ class LLMEngine:
         if plan.is_empty:
             return outputs
         try:
-            tokens = self.runner.run(plan, self.soft_prompts)
+            output = self.runner.run(plan, self.soft_prompts)
         except Exception as error:
             logger.exception("a step failed; its sequences end and the cache is emptied")
             return outputs + self._fail_all(f"{type(error).__name__}: {error}")
-        outputs += self._postprocess(plan, tokens)
+        outputs += self._postprocess(plan, output)
         self._note_step(plan, time.monotonic() - started)
         return outputs
 
@@ -186,29 +188,39 @@ class LLMEngine:
             max_model_len=self.model.max_model_len,
         )
 
-    def _postprocess(self, plan: StepPlan, tokens: list[int]) -> list[TokenOutput]:
-        outputs: list[TokenOutput] = []
+    def _postprocess(self, plan: StepPlan, step: StepOutput) -> list[TokenOutput]:
+        for chunk in plan.chunks:
+            if chunk.seq is not None and chunk.seq.request_id in step.prompt_logprobs:
+                chunk.seq.prompt_logprobs += step.prompt_logprobs[chunk.seq.request_id]
         sampled = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
-        for seq, token in zip(sampled, tokens, strict=True):
-            if token == NOT_FINITE:
-                self._finish(seq, FinishReason.ERROR)
-                outputs.append(_failure(seq, "the model computed a value that is not finite for this text"))
-                continue
-            seq.token_ids.append(token)
-            self._stats.generation_tokens += 1
-            output = TokenOutput(seq.request_id, [token])
-            if seq.num_new_tokens == 1 and seq.first_run is not None:
-                output.num_cached_tokens = seq.num_cached_tokens
+        logprobs = step.logprobs or [None] * len(sampled)
+        return [self._advance(*new) for new in zip(sampled, step.tokens, logprobs, strict=True)]
+
+    def _advance(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> TokenOutput:
+        """Give a sequence its next token, and end it where that is its last."""
+        if token == NOT_FINITE:
+            self._finish(seq, FinishReason.ERROR)
+            return _failure(seq, "the model computed a value that is not finite for this text")
+        output = TokenOutput(seq.request_id, [])
+        if seq.num_new_tokens == 0:
+            output.num_cached_tokens = seq.num_cached_tokens
+            if seq.first_run is not None:
                 output.queue_seconds = seq.first_run - seq.arrival
                 output.prefill_seconds = time.monotonic() - seq.first_run
-            if self._ends(seq, token):
-                seq.stop_token_id = output.stop_token_id = token
-                self._finish(seq, FinishReason.STOP)
-            elif seq.num_new_tokens == seq.params.max_tokens:
-                self._finish(seq, FinishReason.LENGTH)
-            output.finish_reason = seq.finish_reason
-            outputs.append(output)
-        return outputs
+            if seq.params.prompt_logprobs is not None:
+                output.prompt_logprobs = seq.prompt_logprobs
+        if seq.params.max_tokens > 0:
+            seq.token_ids.append(token)
+            self._stats.generation_tokens += 1
+            output.token_ids.append(token)
+            output.logprobs = None if logprobs is None else [logprobs]
+        if seq.params.max_tokens > 0 and self._ends(seq, token):
+            seq.stop_token_id = output.stop_token_id = token
+            self._finish(seq, FinishReason.STOP)
+        elif seq.num_new_tokens == seq.params.max_tokens:
+            self._finish(seq, FinishReason.LENGTH)
+        output.finish_reason = seq.finish_reason
+        return output
 
     def _ends(self, seq: Sequence, token: int) -> bool:
         if token in seq.params.stop_token_ids:

@@ -12,10 +12,11 @@ from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, SDPABackend, make_metadata
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.packed_linear import can_pack, pack_linears
+from server.engine.prompt_scoring import PromptScorer
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Chunk, StepPlan
 from server.engine.soft_prompts import SoftPromptLoader
-from server.engine.types import ModelInfo
+from server.engine.types import Logprobs, ModelInfo, StepOutput
 from server.errors import EngineStartError
 
 PROBE_TOKENS = 24
@@ -73,10 +74,18 @@ class ModelRunner:
             raise EngineStartError(str(error)) from error
         self.cache = KVCache(self.cache_spec, num_blocks, self.device)
         self.backend: AttentionBackend = SDPABackend(self.cache)
-        self.sampler = Sampler()
         self._has_experts = any(getattr(config, name, None) for name in EXPERT_COUNTS)
+        eos_token_ids = _eos_token_ids(config, self.model.generation_config)
+        self.sampler = Sampler(eos_token_ids)
+        self._scorer = PromptScorer(self.model)
         self.embed_tokens: nn.Module = self.model.get_input_embeddings()
         self._check_exactness(config.vocab_size, max_model_len)
+        with torch.inference_mode():
+            ids = torch.arange(min(4, settings.block_size), device=self.device)
+            self._scorer.check(
+                lambda: self._forward([([0], 0, len(ids))], {"input_ids": ids[None]}, range(len(ids))),
+                PROBE_TOLERANCE[self.dtype],
+            )
         self.info = ModelInfo(
             architecture=type(self.model).__name__,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -89,12 +98,17 @@ class ModelRunner:
             max_model_len=max_model_len,
             block_size=settings.block_size,
             num_blocks=num_blocks,
-            eos_token_ids=_eos_token_ids(config, self.model.generation_config),
+            eos_token_ids=eos_token_ids,
             hidden_size=config.hidden_size,
         )
 
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether this model's logits can be had for all positions of a text."""
+        return self._scorer.is_exact
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> list[int]:
+    def run(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
         """Do one step.
 
         Args:
@@ -102,13 +116,13 @@ class ModelRunner:
             soft_prompts: Where the rows of the soft prompts being filled are.
 
         Returns:
-            A new token (or NOT_FINITE) for each chunk that samples, in order.
+            A new token (or NOT_FINITE) for each chunk that samples, and the logprobs that were asked for.
         """
         for run in plan.key_value_fills:
             self.cache.fill(run.blocks, soft_prompts.rows(run.source))
         self.cache.copy_blocks(plan.block_copies)
         if not plan.chunks:
-            return []
+            return StepOutput([])
         spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in plan.chunks]
         last_rows: list[int] = []
         row = 0
@@ -117,9 +131,16 @@ class ModelRunner:
             if chunk.samples:
                 last_rows.append(row - 1)
         # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
-        logits = self._forward(spans, self._inputs(plan.chunks, soft_prompts), last_rows or [row - 1])
+        with self._scorer.watching(plan.chunks) as kept:
+            logits = self._forward(spans, self._inputs(plan.chunks, soft_prompts), last_rows or [row - 1])
+        scores: dict[str, list[Logprobs | None]] = {}
+        if kept:
+            scores = self._scorer.score(
+                plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
+            )
         seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
-        return self.sampler.sample(logits, seqs) if seqs else []
+        tokens = self.sampler.sample(logits, seqs) if seqs else []
+        return StepOutput(tokens, self.sampler.logprobs(logits, seqs, tokens), scores)
 
     def close(self) -> None:
         """Take the backend out of transformers' tables."""
@@ -144,6 +165,21 @@ class ModelRunner:
         for first, rows in splices:
             embeds[0, first : first + len(rows)] = rows.to(embeds)
         return {"inputs_embeds": embeds}
+
+    def _boundary_logits(self, chunk: Chunk, soft_prompts: SoftPromptLoader) -> torch.Tensor:
+        """Logits [1, vocabulary] at the last virtual token of a chunk's sequence, whose soft prompt is filled."""
+        if chunk.seq is None or chunk.seq.soft_prompt is None:
+            raise ValueError("only a sequence with a soft prompt has a last virtual token")
+        position = chunk.seq.num_virtual_tokens - 1
+        block = chunk.block_table[position // self.cache_spec.block_size]
+        # The pass writes that position again. Others share the block, and rounding may differ with the batch, so
+        # what stands there is put back.
+        kept = self.cache.tensor[:, :, block].clone()
+        rows = soft_prompts.rows(chunk.seq.soft_prompt)[position:].to(self.device, self.dtype)
+        try:
+            return self._forward([(chunk.block_table, position, 1)], {"inputs_embeds": rows[None]}, [0])
+        finally:
+            self.cache.tensor[:, :, block] = kept
 
     def _forward(
         self,

@@ -1,12 +1,19 @@
-"""Choosing the next token of every row at once."""
+"""Choosing the next token of every row at once.
+
+A row's logits go through what its parameters ask for, in this order: repetition penalty, frequency and presence
+penalty, logit bias, end-of-sequence mask of min_tokens, temperature, top-k, top-p, min-p. Where transformers has the
+same step, the order and the arithmetic are those of its ``generate``; the other penalties are OpenAI's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from server.engine.types import Sequence
+from server.engine.logprobs import logprobs_of
+from server.engine.types import Logprobs, SamplingParams, Sequence
 
 NOT_FINITE = -1
 """Returned instead of a token where a row's logits hold NaN or infinity."""
@@ -18,7 +25,13 @@ class Sampler:
     Each sequence draws one number in [0, 1) per token from its own generator, and the token is where the cumulated
     probabilities pass it (inverse transform sampling). So what a seed gives does not depend on what else is in the
     batch, and no generator has to live on the device.
+
+    Args:
+        eos_token_ids: The model's ends of sequence, which ``min_tokens`` puts off.
     """
+
+    def __init__(self, eos_token_ids: SequenceOf[int] = ()) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
 
     def sample(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
         """Choose one token for each row.
@@ -32,21 +45,99 @@ class Sampler:
         """
         best = torch.max(logits, dim=-1)  # NaN, if there is any, is the maximum
         tokens = best.indices
-        drawn = [row for row, seq in enumerate(seqs) if not seq.params.is_greedy]
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
         # and with it what its seed gives, is its own.
-        plain = [row for row in drawn if seqs[row].params.top_k == 0 and seqs[row].params.top_p == 1.0]
-        cut = [row for row in drawn if seqs[row].params.top_k > 0 or seqs[row].params.top_p < 1.0]
-        if plain:
-            probs, draws, rows = self._probabilities(logits, seqs, plain)
-            tokens[rows] = _inverse_transform(probs, draws)
-        if cut:
-            probs, draws, rows = self._probabilities(logits, seqs, cut)
-            probs, order = probs.sort(dim=-1, descending=True, stable=True)
-            _cut(probs, [seqs[row].params.top_k for row in cut], [seqs[row].params.top_p for row in cut])
-            tokens[rows] = order.gather(-1, _inverse_transform(probs, draws)[:, None])[:, 0]
+        self._draw(logits, seqs, [row for row, seq in enumerate(seqs) if not seq.adjusts_logits], tokens)
+        adjusted = [row for row, seq in enumerate(seqs) if seq.adjusts_logits]
+        if adjusted:
+            index = torch.tensor(adjusted, device=logits.device)
+            own = [seqs[row] for row in adjusted]
+            scores = self._adjust(logits[index].float(), own)
+            chosen = scores.argmax(dim=-1)
+            self._draw(scores, own, range(len(own)), chosen)
+            tokens[index] = chosen
         result: list[int] = torch.where(best.values.isfinite(), tokens, NOT_FINITE).tolist()
         return result
+
+    def logprobs(
+        self, logits: torch.Tensor, seqs: SequenceOf[Sequence], tokens: SequenceOf[int]
+    ) -> list[Logprobs | None]:
+        """How likely the chosen tokens were, for the rows that ask.
+
+        Args:
+            logits: [rows, vocabulary], those that ``sample`` was given.
+            seqs: The rows' sequences, in order.
+            tokens: What ``sample`` has chosen.
+
+        Returns:
+            One for each row, None where it is not asked for; empty where no row asks.
+        """
+        asked = [
+            (row, seq.params.logprobs)
+            for row, seq in enumerate(seqs)
+            if seq.params.logprobs is not None and tokens[row] != NOT_FINITE
+        ]
+        if not asked:
+            return []
+        rows = [row for row, _ in asked]
+        index = torch.tensor(rows, device=logits.device)
+        found = logprobs_of(logits[index], [tokens[row] for row in rows], [count for _, count in asked])
+        result: list[Logprobs | None] = [None] * len(seqs)
+        for row, logprobs in zip(rows, found, strict=True):
+            result[row] = logprobs
+        return result
+
+    def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
+        """Penalties, bias and the mask of min_tokens, in place on [rows, vocabulary] float32."""
+        every = [seq.params for seq in seqs]
+        repeating = [row for row, params in enumerate(every) if params.repetition_penalty != 1.0]
+        if repeating:
+            counts = _counts(scores, [seqs[row].token_ids for row in repeating])
+            penalty = _column(scores, [every[row].repetition_penalty for row in repeating])
+            own = scores[repeating]
+            penalised = torch.where(own < 0, own * penalty, own / penalty)
+            scores[repeating] = torch.where(counts > 0, penalised, own)
+        counting = [row for row, params in enumerate(every) if params.presence_penalty or params.frequency_penalty]
+        if counting:
+            new = [seqs[row].token_ids[seqs[row].num_prompt_tokens :] for row in counting]
+            counts = _counts(scores, new)
+            presence = _column(scores, [every[row].presence_penalty for row in counting])
+            frequency = _column(scores, [every[row].frequency_penalty for row in counting])
+            scores[counting] -= frequency * counts + presence * (counts > 0)
+        biased = [(row, token, bias) for row, params in enumerate(every) for token, bias in params.logit_bias.items()]
+        if biased:
+            rows, tokens, values = zip(*biased, strict=True)
+            scores[list(rows), list(tokens)] += torch.tensor(values, device=scores.device)
+        masked = [
+            (row, token)
+            for row, seq in enumerate(seqs)
+            if seq.num_new_tokens < seq.params.min_tokens
+            for token in self._ends(seq.params)
+            if token < scores.shape[-1]  # some configurations name an end that the model has no row for
+        ]
+        if masked:
+            rows, tokens = zip(*masked, strict=True)
+            scores[list(rows), list(tokens)] = float("-inf")
+        return scores
+
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        return params.stop_token_ids if params.ignore_eos else params.stop_token_ids + self._eos_token_ids
+
+    def _draw(
+        self, logits: torch.Tensor, seqs: SequenceOf[Sequence], rows: Iterable[int], tokens: torch.Tensor
+    ) -> None:
+        """Put drawn tokens into ``tokens`` [all rows] for those of ``rows`` that are not greedy."""
+        drawn = [row for row in rows if not seqs[row].params.is_greedy]
+        plain = [row for row in drawn if not _cuts(seqs[row].params)]
+        cut = [row for row in drawn if _cuts(seqs[row].params)]
+        if plain:
+            probs, draws, index = self._probabilities(logits, seqs, plain)
+            tokens[index] = _inverse_transform(probs, draws)
+        if cut:
+            probs, draws, index = self._probabilities(logits, seqs, cut)
+            probs, order = probs.sort(dim=-1, descending=True, stable=True)
+            _cut(probs, [seqs[row].params for row in cut])
+            tokens[index] = order.gather(-1, _inverse_transform(probs, draws)[:, None])[:, 0]
 
     def _probabilities(
         self, logits: torch.Tensor, seqs: SequenceOf[Sequence], rows: list[int]
@@ -61,14 +152,33 @@ class Sampler:
         return torch.softmax(scores, dim=-1), draws, index
 
 
-def _cut(probs: torch.Tensor, top_k: list[int], top_p: list[float]) -> None:
-    """Zero, in place, what top-k and top-p leave out of rows sorted in descending order; the first always stays."""
+def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Tensor:
+    """How often each token stands in each list: [lists, vocabulary], of the dtype of ``scores``."""
+    counts = scores.new_zeros(len(token_ids), scores.shape[-1])
+    lengths = torch.tensor([len(ids) for ids in token_ids], device=scores.device)
+    index = torch.repeat_interleave(torch.arange(len(token_ids), device=scores.device), lengths)
+    flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.long, device=scores.device)
+    return counts.index_put_((index, flat), counts.new_ones(()), accumulate=True)
+
+
+def _column(scores: torch.Tensor, values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, device=scores.device, dtype=scores.dtype)[:, None]
+
+
+def _cuts(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _cut(probs: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
+    """Zero, in place, what top-k, top-p and min-p leave out of rows in descending order; the first always stays."""
     vocabulary = probs.shape[-1]
-    limits = torch.tensor([k or vocabulary for k in top_k], device=probs.device)
+    limits = torch.tensor([own.top_k or vocabulary for own in params], device=probs.device)
+    # A share of the likeliest, so it is the same before top-k and top-p as after them.
+    unlikely = probs < probs[:, :1] * _column(probs, [own.min_p for own in params])
     probs.masked_fill_(torch.arange(vocabulary, device=probs.device) >= limits[:, None], 0.0)
     probs /= probs.sum(dim=-1, keepdim=True)  # top-p is a share of what top-k leaves, as in transformers
     before = probs.cumsum(dim=-1) - probs
-    out = before >= torch.tensor(top_p, device=probs.device)[:, None]
+    out = (before >= _column(probs, [own.top_p for own in params])) | unlikely
     out[:, 0] = False
     probs.masked_fill_(out, 0.0)
 

@@ -158,7 +158,7 @@ class Scheduler:
                 f"{seq.params.max_tokens} new ones are more than the {self.max_model_len} positions of the context"
             )
         # The last new token is returned, never fed back, so it needs no slot.
-        needed = self.block_manager.blocks_to_finish(seq.soft_prompt, longest - 1)
+        needed = self.block_manager.blocks_to_finish(seq.soft_prompt, max(seq.num_positions, longest - 1))
         if needed > self.block_manager.num_blocks:
             raise ValueError(
                 f"the sequence needs {needed} key/value blocks; the cache has {self.block_manager.num_blocks} in all"

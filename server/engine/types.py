@@ -25,19 +25,35 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen, and when to stop.
 
     Attributes:
-        max_tokens: New tokens at most, at least 1.
+        max_tokens: New tokens at most; 0 only computes the prompt.
+        min_tokens: New tokens before which nothing in ``stop_token_ids`` and no end of sequence is chosen.
         temperature: 0 is greedy; the logits are divided by anything else.
         top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
         top_k: Most likely tokens that are kept; 0 keeps all.
+        min_p: Tokens less likely than this share of the likeliest one are left out; 0 keeps all.
+        presence_penalty: Taken off the logit of every token that was generated before.
+        frequency_penalty: Taken off for each time that it was generated.
+        repetition_penalty: Divides a positive logit, and multiplies a negative one, of every token of text so far.
+        logit_bias: Added to the logits of these token ids.
+        logprobs: For each new token its log-probability and those of so many likeliest ones; None for neither.
+        prompt_logprobs: The same for the text's own tokens.
         seed: Seeds this sequence's own random numbers; None draws them from the operating system.
         stop_token_ids: Tokens that end the sequence (the tokenizer's end-of-sequence ids come with the model).
         ignore_eos: Whether end-of-sequence tokens are ordinary ones.
     """
 
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -46,6 +62,35 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether logits are changed before temperature, top-k, top-p and min-p."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How likely one token was, by the log-softmax in float32 of the model's own logits.
+
+    Temperature, penalties, bias and cuts have no part in it.
+
+    Attributes:
+        logprob: Natural logarithm of the token's probability; never below MIN_LOGPROB.
+        top: (token id, logprob) of the likeliest tokens, best first; the first is the argmax.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+MIN_LOGPROB = -9999.0
+"""OpenAI's word for impossible: JSON has no infinity."""
 
 
 class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,9 +141,13 @@ class Sequence:
         finish_reason: Set once, when the sequence has ended.
         stop_token_id: The token that ended it, when one did.
         rng: This sequence's random numbers.
+        adjusts_logits: ``params.adjusts_logits``, which every step asks.
+        prompt_logprobs: Of the text's first tokens, as far as they are computed; the first of all is None where
+            no row of the model stands before it. They survive preemption.
     """
 
     __slots__ = (
+        "adjusts_logits",
         "arrival",
         "block_hashes",
         "block_table",
@@ -111,6 +160,7 @@ class Sequence:
         "num_virtual_tokens",
         "params",
         "priority",
+        "prompt_logprobs",
         "request_id",
         "rng",
         "salt",
@@ -156,6 +206,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
         self.rng = random.Random(params.seed)  # noqa: S311 - sampling, not secrets
+        self.adjusts_logits = params.adjusts_logits
+        self.prompt_logprobs: list[Logprobs | None] = []
 
     @property
     def num_positions(self) -> int:
@@ -178,6 +230,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some of the text's logprobs are still to be computed, so that no position may be skipped."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    @property
     def is_decoding(self) -> bool:
         """Whether only the newest token's keys and values are missing."""
         return self.num_computed == self.num_positions - 1 and self.num_new_tokens > 0
@@ -195,6 +252,8 @@ class TokenOutput(msgspec.Struct, array_like=True):
         error: What went wrong, when ``finish_reason`` is ``error`` or ``timeout``.
         queue_seconds: From its arrival at the engine to its first blocks; in the first output.
         prefill_seconds: From then to its first token; in the first output.
+        logprobs: One for each of ``token_ids``, where they were asked for.
+        prompt_logprobs: One for each of the text's tokens, in the first output, where they were asked for.
     """
 
     request_id: str
@@ -205,6 +264,22 @@ class TokenOutput(msgspec.Struct, array_like=True):
     error: str | None = None
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+
+
+class StepOutput(msgspec.Struct, frozen=True):
+    """What a forward pass gave.
+
+    Attributes:
+        tokens: A new token for each chunk that samples, in order.
+        logprobs: For each of them, None where they were not asked for; empty where nobody asked.
+        prompt_logprobs: By request id, what this step adds to each sequence's ``prompt_logprobs``.
+    """
+
+    tokens: list[int]
+    logprobs: list[Logprobs | None] = []
+    prompt_logprobs: dict[str, list[Logprobs | None]] = {}
 
 
 class HostTierStats(msgspec.Struct, kw_only=True):

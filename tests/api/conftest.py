@@ -31,6 +31,7 @@ from server.engine.types import (
     InspectedLayer,
     InspectedRow,
     Inspection,
+    Logprobs,
     ModelInfo,
     NormRange,
     SoftPromptSource,
@@ -64,8 +65,32 @@ class ByteTokenizer:
                 text += b"<s>" if token_id == BOS else b"</s>"
         return text.decode(errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b"<s>" if token_id == BOS else b"</s>"
+
     def close(self) -> None:
         pass
+
+
+def logprobs_of(token_id: int, num_top: int) -> Logprobs:
+    """As if the token itself were the likeliest, and those after it the next."""
+    return Logprobs(-token_id / 512, [((token_id + rank) % 258, -token_id / 512 - rank) for rank in range(num_top)])
+
+
+def scores(
+    request: GenerateRequest, new: list[int], *, is_first: bool
+) -> tuple[list[Logprobs] | None, list[Logprobs | None] | None]:
+    """The logprobs that a request asks for: of new tokens, and of the prompt's in the first event."""
+    num_top, num_prompt_top = request.params.logprobs, request.params.prompt_logprobs
+    of_new = None if num_top is None else [logprobs_of(token_id, num_top) for token_id in new]
+    if num_prompt_top is None or not is_first:
+        return of_new, None
+    of_prompt: list[Logprobs | None] = [
+        logprobs_of(token_id, num_prompt_top) for token_id in request.prompt_token_ids
+    ]
+    if request.soft_prompt is None:
+        of_prompt[0] = None
+    return of_new, of_prompt
 
 
 class FakeEngine:
@@ -138,6 +163,9 @@ class FakeEngine:
             tokens = [*self.reply.encode(), *([] if request.params.ignore_eos else [EOS])]
             tokens = tokens[: request.params.max_tokens]
             num_sent = 0
+            if not tokens:
+                ending = "length"
+                yield TokenEvent([], FinishReason.LENGTH, None, 2, None, None, *scores(request, [], is_first=True))
             while num_sent < len(tokens):
                 if self.failure is not None and num_sent >= (self.fail_after or 0):
                     ending = "error"
@@ -160,7 +188,8 @@ class FakeEngine:
                 if reason is not None:
                     ending = reason.value
                 seconds = self.queue_seconds if num_sent == len(new) else None
-                yield TokenEvent(new, reason, stop, 2, seconds, seconds)
+                scored = scores(request, new, is_first=num_sent == len(new))
+                yield TokenEvent(new, reason, stop, 2, seconds, seconds, *scored)
                 if reason is not None:
                     return
         finally:

@@ -56,6 +56,23 @@ def test_openai_client_chat_stream(sdk):
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_openai_client_logprobs(sdk):
+    answer = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20, logprobs=2, echo=True, n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    logprobs = answer.choices[1].logprobs
+    assert logprobs.tokens[:5] == ["<s>", "a", "b", "c", "h"]
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.top_logprobs[4]["h"] == logprobs.token_logprobs[4]
+    assert logprobs.text_offset[4] == 3
+    messages = [{"role": "user", "content": "hi"}]
+    with sdk.chat.completions.stream(model="tiny", messages=messages, logprobs=True, top_logprobs=2) as stream:
+        stream.until_done()
+        content = stream.get_final_completion().choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == "hello world</s>"
+    assert content[0].top_logprobs[0].logprob == content[0].logprob
+    assert bytes(content[0].bytes) == b"h"
+
+
 def test_openai_client_models(sdk):
     assert [model.id for model in sdk.models.list()] == ["tiny"]
     assert sdk.models.retrieve("tiny").owned_by == "prelude"

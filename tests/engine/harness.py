@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 from peft import (
     CartridgeConfig,
@@ -39,7 +40,7 @@ from prompt_store.types import BaseModelSpec
 from prompt_store.validation import validate
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.types import SamplingParams, SoftPromptSource, TokenOutput
+from server.engine.types import Logprobs, SamplingParams, SoftPromptSource, TokenOutput
 
 VOCABULARY = 197
 CONTEXT = 256
@@ -152,6 +153,18 @@ class Family:
             )
         return output[0, len(token_ids) :].tolist()
 
+    def expected_logprobs(self, soft_prompt: str | None, token_ids: list[int]) -> torch.Tensor:
+        """Log-softmax [text tokens, vocabulary] of PEFT: row i tells of text token i; NaN where nothing does."""
+        key, _, task_id = (soft_prompt or "").partition("/")
+        model = self._peft_model(key) if key else self.model
+        task = {"task_ids": torch.tensor([int(task_id)])} if task_id else {}
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([token_ids]), **task).logits[0]
+        logprobs = torch.log_softmax(logits.float(), -1)
+        if len(logprobs) == len(token_ids):  # virtual rows have logits only where the soft prompt is embeddings
+            return torch.cat([torch.full((1, logprobs.shape[-1]), torch.nan), logprobs[:-1]])
+        return logprobs[-len(token_ids) - 1 : -1]
+
 
 def make_family(
     name: str,
@@ -222,6 +235,20 @@ def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
 
 def greedy(max_tokens: int, **params: object) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, **params)
+
+
+def check_logprobs(entries: list[Logprobs | None], token_ids: list[int], want: torch.Tensor, *, num_top: int) -> None:
+    """Hold logprobs against ``Family.expected_logprobs``."""
+    assert len(entries) == len(token_ids) == len(want)
+    for entry, token, row in zip(entries, token_ids, want, strict=True):
+        if row.isnan().any():
+            assert entry is None
+            continue
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
+        values, ids = row.topk(num_top)
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert entry.top[0][0] == ids[0]
+        assert all(value == entry.logprob for top, value in entry.top if top == token)
 
 
 def random_text(rng: random.Random, shortest: int, longest: int) -> list[int]:

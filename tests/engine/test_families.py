@@ -13,6 +13,7 @@ from tests.engine.harness import (
     MORE_CONFIGS,
     Family,
     add,
+    check_logprobs,
     check_that_the_store_takes_them,
     greedy,
     make_family,
@@ -71,6 +72,26 @@ def test_everything_in_one_batch_equals_peft(
     if settings == "defaults":
         assert engine.stats.max_batch_distinct_prompts == len(family.soft_prompts)
     assert engine.stats.num_used_blocks == 0
+
+
+@pytest.mark.parametrize("name", ["llama", *MORE_CONFIGS])
+def test_logprobs_of_texts_equal_peft(
+    name: str,
+    family_of: Callable[[str], tuple[Family, dict[str, tuple]]],
+    make_engine: Callable[..., LLMEngine],
+) -> None:
+    family, _ = family_of(name)
+    engine = make_engine(family, **SETTINGS["small_blocks"])
+    text = random_text(random.Random(name), 30, 30)
+    for key in [*family.soft_prompts, None]:
+        params = greedy(1, logprobs=2, prompt_logprobs=2)
+        add(engine, str(key), text, params, soft_prompt=family.soft_prompts.get(key))
+    outputs = run(engine)
+    for key in [*family.soft_prompts, None]:
+        (output,) = outputs[str(key)]
+        every = text + output.token_ids
+        want = family.expected_logprobs(key, every)
+        check_logprobs(output.prompt_logprobs + output.logprobs, every, want, num_top=2)
 
 
 @pytest.mark.parametrize("name", ["llama", *MORE_CONFIGS])

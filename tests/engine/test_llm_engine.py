@@ -62,6 +62,15 @@ def test_seeded_sampling_is_the_same_in_every_batch(llama: Family, make_engine: 
     assert tokens(run(crowded)["mine"]) == want
 
 
+def test_choices_of_one_text_prefill_it_once(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine(llama, block_size=4)
+    for choice in range(3):
+        add(engine, f"r{choice}", TEXT, SamplingParams(max_tokens=4, seed=choice))
+    run(engine)
+    assert engine.stats.prefix_cache_hits == 2 * ((len(TEXT) - 1) // 4 * 4)
+    assert engine.stats.steps == 4
+
+
 def test_abort_in_every_state(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama, max_num_seqs=1)
     add(engine, "loading", TEXT, greedy(9), soft_prompt=llama.soft_prompts["p_tuning_7"])
