@@ -187,6 +187,7 @@ class Catalog:
         with self._changing(actor) as change:
             connection = change.connection
             digests = {file.sha256 for file in new.files}
+            _lock_blobs(connection, digests)
             named = connection.execute(
                 blobs.update().where(blobs.c.sha256.in_(digests)).values(unnamed_since=None)
             ).rowcount
@@ -401,6 +402,7 @@ class _Change:
         ids = list(rows.scalars())
         files = version_files.c.version_id.in_(ids)
         digests = set(connection.execute(sa.select(version_files.c.sha256).where(files)).scalars())
+        _lock_blobs(connection, digests)
         connection.execute(version_files.delete().where(files))
         connection.execute(tags.delete().where(tags.c.version_id.in_(ids)))
         connection.execute(
@@ -411,6 +413,12 @@ class _Change:
 
 
 _revision = sa.select(state.c.revision)
+
+
+def _lock_blobs(connection: sa.Connection, digests: Collection[str]) -> None:
+    """Lock in the order in which ``reserve`` does, or two uploads of the same files could wait in a circle."""
+    query = sa.select(blobs.c.sha256).where(blobs.c.sha256.in_(digests)).order_by(blobs.c.sha256)
+    connection.execute(query.with_for_update()).all()
 
 
 def _find(connection: sa.Connection, name: str) -> _Prompt:

@@ -100,13 +100,13 @@ class Collector:
                     for digest in digests:
                         self._blobs.delete(digest)
                 total += len(digests)
-                if len(digests) < _BATCH:
+                if len(digests) < _BATCH or self._stopping.is_set():
                     return total
 
     def collect_if_alone(self) -> None:
         """Collect what has just become garbage. A failure is only logged: whatever led here has succeeded."""
         if not self._catalog.is_shared:
-            self._try_to_collect()
+            self.try_to_collect()
 
     def _is_held(self, digest: str) -> bool:
         with self._lock:
@@ -115,7 +115,8 @@ class Collector:
             self._garbage_held.add(digest)
             return True
 
-    def _try_to_collect(self) -> None:
+    def try_to_collect(self) -> None:
+        """Collect now; a failure is only logged, and what is left is collected another time."""
         try:
             self.collect()
         except (StoreUnavailableError, OSError) as error:
@@ -125,4 +126,4 @@ class Collector:
 
     def _collect_now_and_then(self) -> None:
         while not self._stopping.wait(max(self.grace_seconds / 4, 1.0)):
-            self._try_to_collect()
+            self.try_to_collect()

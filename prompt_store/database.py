@@ -184,6 +184,8 @@ def _postgresql(url: sa.URL) -> sa.Engine:
                 "tcp_user_timeout": CONNECT_SECONDS * 1000,
                 "options": f"-c statement_timeout={STATEMENT_SECONDS * 1000}",
                 "application_name": "prelude",
+                # Prepared statements do not survive a pooler that hands each transaction another connection.
+                "prepare_threshold": None,
             },
         )
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from prompt_store.errors import Fault, InvalidPromptError, PromptTooLargeError
+from prompt_store.errors import Fault, InvalidPromptError, PromptTooLargeError, StoreUnavailableError
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, StoredFile
 
 FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -82,12 +82,16 @@ class StagedFile:
 
         Raises:
             PromptTooLargeError: If the file becomes larger than it may be.
+            StoreUnavailableError: If the disk is full, or gone.
         """
         try:
             if self.size + len(data) > self._max_bytes:
                 message = f"{self.path.name} is larger than the {self._max_bytes} bytes that are taken"
                 raise PromptTooLargeError(message)
             self._file.write(data)
+        except OSError as error:
+            self.discard()
+            raise StoreUnavailableError(f"{self.path.name} cannot be written now: {error.strerror}") from error
         except BaseException:
             self.discard()
             raise
@@ -95,11 +99,15 @@ class StagedFile:
         self._sha256.update(data)
 
     def close(self) -> None:
-        """Bring everything to the disk."""
+        """Bring everything to the disk; StoreUnavailableError if it is full, or gone."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+            except OSError as error:
+                self.discard()
+                raise StoreUnavailableError(f"{self.path.name} cannot be written now: {error.strerror}") from error
             self.is_complete = True
 
     def discard(self) -> None:

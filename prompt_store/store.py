@@ -85,7 +85,7 @@ class PromptStore:
         """With the generation that they are of: counting a hundred thousand names at each scrape would tell."""
         self._watch: CatalogWatch | None = None
         try:
-            self._collector.collect()  # what a killed process put without coming to name it
+            self._collector.try_to_collect()  # what a killed process put without coming to name it
             if catalog.is_shared:
                 self._watch = CatalogWatch(catalog, self._take_changes)
         except BaseException:
@@ -106,7 +106,8 @@ class PromptStore:
 
     def upload(self) -> Upload:
         """A place to write an upload's files to, for ``publish``; a context manager that cleans up behind itself."""
-        return self._staging.upload(self._max_upload_bytes)
+        with _disk_errors():
+            return self._staging.upload(self._max_upload_bytes)
 
     def publish(
         self,
@@ -187,16 +188,16 @@ class PromptStore:
         with self._collector.holding([file.sha256 for file in files]):
             self._catalog.reserve(files)
             for file in files:
-                self._blobs.put(upload.path(file.filename), file.sha256, file.size)
-            try:
-                return self._catalog.publish(new, alias, actor)
-            except BlobsGoneError:
-                seconds = self._collector.grace_seconds
-                raise StoreUnavailableError(
-                    f"the upload took longer than {seconds:.0f} s and was given up; send it again"
-                ) from None
-            finally:
-                self._resolved.invalidate([name])
+                with _disk_errors():
+                    self._blobs.put(upload.path(file.filename), file.sha256, file.size)
+            with self._changing(name):
+                try:
+                    return self._catalog.publish(new, alias, actor)
+                except BlobsGoneError:
+                    seconds = self._collector.grace_seconds
+                    raise StoreUnavailableError(
+                        f"the upload took longer than {seconds:.0f} s and was given up; send it again"
+                    ) from None
 
     # Using
 
@@ -227,9 +228,12 @@ class PromptStore:
         try:
             return self._lease(version)
         except BlobNotFoundError:
-            # Deleted and collected between our two looks, or truly lost: a second look tells.
+            # Deleted and collected between our two looks, or truly lost: a second look tells. Nothing is forgotten
+            # before it has succeeded: while the catalog is away, what is known is all there is.
+            self._require_catalog()
+            fresh = self._catalog.resolve(ref)
             self._resolved.invalidate([ref.name])
-            return self._lease(self.resolve(ref))
+            return self._lease(fresh)
 
     def release(self, leased: LeasedPrompt) -> None:
         """End a lease; files that were deleted meanwhile go with the last one. Ending it again changes nothing."""
@@ -399,7 +403,8 @@ class PromptStore:
         self._collector.hold(digests)
         self._blobs.pin(weights.sha256)
         try:
-            path = self._blobs.fetch(weights.sha256, weights.size)
+            with _disk_errors():
+                path = self._blobs.fetch(weights.sha256, weights.size)
         except BaseException:
             self._blobs.unpin(weights.sha256)
             self._collector.let_go(digests)
@@ -426,14 +431,30 @@ class PromptStore:
         self._require_catalog()
         try:
             yield
-        finally:
+        except StoreUnavailableError:
+            # In a shared catalog the watch finds whatever came to be written; meanwhile this is all that is known.
+            if not self._catalog.is_shared:
+                self._resolved.invalidate([name])
+            raise
+        except BaseException:
             self._resolved.invalidate([name])
+            raise
+        self._resolved.invalidate([name])
 
     def _require_catalog(self) -> None:
         """Fail at once while the catalog is known to be away: every attempt would take seconds and a thread."""
         status = self.status
         if not status.is_available:
             raise StoreUnavailableError(status.reason or "the catalog cannot be reached")
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """A disk that is full or gone is nobody's bug: nothing was lost, and a later try may succeed."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailableError(f"the store's disk cannot be used now: {error}") from error
 
 
 def _weights(version: PromptVersion) -> StoredFile:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +18,7 @@ DEFAULT_ALIAS = "latest"
 
 MAX_LINEAGE_CHARS = 1024
 MAX_SCORES = 64
+MAX_SCORE = sys.float_info.max
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -247,7 +248,7 @@ class Lineage:
         if not isinstance(scores, Mapping) or len(scores) > MAX_SCORES:
             raise ValueError(f"lineage.scores has to be an object of at most {MAX_SCORES} numbers")
         for key, score in scores.items():
-            is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+            is_number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= MAX_SCORE
             if not is_number or not 0 < len(key) <= MAX_LINEAGE_CHARS:
                 raise ValueError(f"lineage.scores: {key[:64]!r} is not a name with a finite number")
         return cls(**texts, scores={key: float(score) for key, score in scores.items()})

@@ -21,6 +21,10 @@ POLL_SECONDS = 0.5
 """Between looks at the revision, where no notification comes: behind a pooler that drops LISTEN, for instance."""
 
 
+LONGEST_LOOK_SECONDS = 5.0
+"""A server that hangs keeps its connections alive, so that no timeout of the network's ever tells."""
+
+
 @dataclass(frozen=True, slots=True)
 class CatalogStatus:
     """Whether the catalog can be used.
@@ -59,19 +63,24 @@ class CatalogWatch:
         self._on_change = on_change
         self._poll_seconds = poll_seconds
         self._stopping = threading.Event()
+        self._look_began: float | None = None
         self._status = CatalogStatus(True, None, time.time(), catalog.revision())
         self._thread = threading.Thread(target=self._run, name="catalog-watch", daemon=True)
         self._thread.start()
 
     @property
     def status(self) -> CatalogStatus:
-        """Whether the catalog can be reached, as of the newest look."""
-        return self._status
+        """Whether the catalog can be reached, as of the newest look; one that does not end tells that it can not."""
+        began, status = self._look_began, self._status
+        if status.is_available and began is not None and time.monotonic() - began > LONGEST_LOOK_SECONDS:
+            reason = "the catalog takes connections and does not answer"
+            return CatalogStatus(False, reason, time.time() - (time.monotonic() - began), status.revision)
+        return status
 
     def close(self) -> None:
         """End the thread."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(timeout=2 * LONGEST_LOOK_SECONDS)  # it may hang in a look; it is a daemon
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -79,9 +88,12 @@ class CatalogWatch:
             try:
                 listener = self._catalog.listen()
                 while not self._stopping.is_set():
+                    self._look_began = time.monotonic()
                     self._look(listener)
+                    self._look_began = None
                     listener.wait(self._poll_seconds)
             except StoreUnavailableError as error:
+                self._look_began = None
                 self._lost(error)
                 self._stopping.wait(self._poll_seconds)
             except Exception:

@@ -26,6 +26,7 @@ TEXT_FIELDS = ("id", "alias", "description", "tags", "metadata", "lineage")
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TAGS = 32
+MAX_JSON_DEPTH = 32
 MAX_DESCRIPTION_CHARS = 4096
 
 _WRITE_BYTES = 1024 * 1024
@@ -169,6 +170,8 @@ class UploadParser:
             return {}
         try:
             value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be shown again
+            _check_depth(value)
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{field}: not valid JSON: {error}", param=field) from error
         if not isinstance(value, dict):
@@ -282,6 +285,20 @@ def _checked(text: str, what: str, *, param: str) -> str:
         return check_name(text, what)
     except ValueError as error:
         raise InvalidRequestError(f"{param}: {error}", param=param) from error
+
+
+def _check_depth(value: object) -> None:
+    level: list[object] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
 
 
 def _finite(text: str) -> float:

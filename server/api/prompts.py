@@ -187,7 +187,7 @@ async def list_prompts(
     services: ServicesDep,
     limit: Limit = 20,
     after: Annotated[str | None, AfterValidator(lambda name: name and _name(name))] = None,
-    tag: str | None = None,
+    tag: Annotated[str | None, AfterValidator(lambda tag: tag and check_name(tag, "tag"))] = None,
 ) -> PromptList:
     """A page of soft prompts, by name."""
     store = services.store.store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -144,6 +145,44 @@ def test_blobs_without_a_name_stay_for_a_while_where_others_may_use_them(
     assert again.digest == version.digest
     assert store.read_file("p", again.version, "adapter_config.json") == peft_files["prompt_tuning"][0]
     store.close()
+
+
+def test_a_lost_blob_does_not_unlearn_the_rest_while_the_catalog_is_away(
+    url: str, replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files, tmp_path: Path
+) -> None:
+    store = replicas[0]
+    lost, _ = publish(store, peft_files["prompt_tuning"])
+    publish(store, peft_files["p_tuning"])
+    for ref in ("p@1", "p"):
+        store.release(store.lease(PromptRef.parse(ref)))
+    digest = lost.file("adapter_model.safetensors").sha256
+    eventually(lambda: store.status.revision == store._catalog.revision(), 2.0)
+    store.release(store.lease(PromptRef.parse("p")))
+    store.resolve(PromptRef.parse("p@1"))
+    refuse_connections(url, refuse=True)
+    eventually(lambda: not store.status.is_available, 10.0)
+    (tmp_path / "shared" / "blobs" / digest[:2] / digest).unlink()
+    with pytest.raises(StoreUnavailableError):
+        store.lease(PromptRef.parse("p@1"))
+    with store.leased(PromptRef.parse("p")) as leased:
+        assert leased.version.version == 2
+    refuse_connections(url, refuse=False)
+
+
+def test_a_catalog_that_hangs_is_noticed(
+    replicas: tuple[PromptStore, PromptStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = replicas[0]
+    monkeypatch.setattr("prompt_store.watch.LONGEST_LOOK_SECONDS", 0.2)
+    release = threading.Event()
+    monkeypatch.setattr("prompt_store.database.Listener.scalar", lambda *_: release.wait(20) and 0)
+    eventually(lambda: not store.status.is_available, 5.0)
+    assert "does not answer" in (store.status.reason or "")
+    with pytest.raises(StoreUnavailableError, match="does not answer"):
+        store.list_prompts()
+    monkeypatch.undo()
+    release.set()
+    eventually(lambda: store.status.is_available, 5.0)
 
 
 def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:

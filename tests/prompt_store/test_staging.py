@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_store.errors import InvalidPromptError, PromptTooLargeError
+from prompt_store.errors import InvalidPromptError, PromptTooLargeError, StoreUnavailableError
 from prompt_store.staging import Staging
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -98,7 +98,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), staging.upload(100) as upload, upload.open(CONFIG) as file:
+    with (
+        pytest.raises(StoreUnavailableError, match="No space left"),
+        staging.upload(100) as upload,
+        upload.open(CONFIG) as file,
+    ):
         file.write(b"abc")
     assert not file.is_complete
     assert staged(tmp_path) == []

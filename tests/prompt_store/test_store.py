@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import sqlite3
 import threading
@@ -15,6 +16,7 @@ from prompt_store.errors import (
     PromptNotFoundError,
     PromptStoreError,
     PromptTooLargeError,
+    StoreUnavailableError,
 )
 from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
@@ -270,3 +272,26 @@ def test_threads_publish_without_gaps(store: PromptStore, publish: Callable, pef
     for thread in threads:
         thread.join()
     assert sorted(numbers) == list(range(1, 31))
+
+
+def test_a_full_disk_is_no_bug(
+    store: PromptStore, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, peft_files["prompt_tuning"])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(StoreUnavailableError, match="No space left"):
+            publish(store, peft_files["p_tuning"])
+    with monkeypatch.context() as patch:
+        patch.setattr(store._blobs, "put", full)
+        with pytest.raises(StoreUnavailableError, match="No space left"):
+            publish(store, peft_files["p_tuning"])
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkdtemp", full)
+        with pytest.raises(StoreUnavailableError, match="No space left"):
+            store.upload()
+    assert publish(store, peft_files["p_tuning"])[0].version == 2
