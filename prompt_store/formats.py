@@ -9,13 +9,12 @@ them: other releases write other keys, and none of them changes what a saved pro
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
 
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.peft_types import why_not_served
+from prompt_store.strict_json import check_depth, finite_float, refuse_constant
 from prompt_store.tensors import read_tensors
 from prompt_store.types import CONFIG_FILE, PeftType, SoftPrompt, TaskType, TensorData
 
@@ -84,7 +83,7 @@ def read_config(data: bytes) -> dict[str, object]:
         raise _invalid("invalid_json", f"not UTF-8 at byte {error.start}") from error
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+            text, object_pairs_hook=_unique_keys, parse_constant=refuse_constant, parse_float=finite_float
         )
     except RecursionError as error:
         raise _invalid("invalid_json", f"nested deeper than {MAX_CONFIG_DEPTH} levels") from error
@@ -92,7 +91,10 @@ def read_config(data: bytes) -> dict[str, object]:
         raise _invalid("invalid_json", f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise _invalid("invalid_json", "not a JSON object")
-    _check_depth(value)
+    try:
+        check_depth(value, MAX_CONFIG_DEPTH)
+    except ValueError as error:
+        raise _invalid("invalid_json", str(error)) from error
     return value
 
 
@@ -199,30 +201,6 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"key {_shown(twice)} appears twice")
     return items
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"number {text[:32]} is out of range")
-    return value
-
-
-def _check_depth(value: object) -> None:
-    level, depth = [value], 0
-    while level := [
-        child
-        for node in level
-        if isinstance(node, dict | list)
-        for child in (node.values() if isinstance(node, dict) else node)
-    ]:
-        depth += 1
-        if depth > MAX_CONFIG_DEPTH:
-            raise _invalid("invalid_json", f"nested deeper than {MAX_CONFIG_DEPTH} levels")
 
 
 def _shown(value: object) -> str:

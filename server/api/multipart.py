@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from prompt_store.strict_json import check_depth, finite_float, refuse_constant
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, Lineage, check_name
 from server.errors import InvalidRequestError, MediaTypeError
 
@@ -26,7 +26,7 @@ TEXT_FIELDS = ("id", "alias", "description", "tags", "metadata", "lineage")
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TAGS = 32
-MAX_JSON_DEPTH = 32
+MAX_JSON_DEPTH = 31
 MAX_DESCRIPTION_CHARS = 4096
 
 _WRITE_BYTES = 1024 * 1024
@@ -169,9 +169,9 @@ class UploadParser:
         if not text:
             return {}
         try:
-            value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+            value = json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be shown again
-            _check_depth(value)
+            check_depth(value, MAX_JSON_DEPTH)
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{field}: not valid JSON: {error}", param=field) from error
         if not isinstance(value, dict):
@@ -285,28 +285,3 @@ def _checked(text: str, what: str, *, param: str) -> str:
         return check_name(text, what)
     except ValueError as error:
         raise InvalidRequestError(f"{param}: {error}", param=param) from error
-
-
-def _check_depth(value: object) -> None:
-    level: list[object] = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-        if not level:
-            return
-    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"number {text[:32]} is out of range")
-    return value
-
-
-def _refuse_constant(text: str) -> object:
-    raise ValueError(f"{text} is not JSON")

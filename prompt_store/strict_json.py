@@ -1,0 +1,33 @@
+"""What JSON from outside may hold, beyond what Python checks: hooks for ``json.loads``, and a bound of its depth."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+
+def refuse_constant(text: str) -> NoReturn:
+    """``parse_constant``: NaN and the infinities are not JSON; raises ValueError."""
+    raise ValueError(f"{text} is not JSON")
+
+
+def finite_float(text: str) -> float:
+    """``parse_float``: a number that a float can hold; raises ValueError for others, such as 1e999."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text[:32]} is out of range")
+    return value
+
+
+def check_depth(value: object, most: int) -> None:
+    """Raise ValueError if objects and arrays are nested deeper than ``most`` levels below the outermost."""
+    level, depth = [value], 0
+    while level := [
+        child
+        for node in level
+        if isinstance(node, dict | list)
+        for child in (node.values() if isinstance(node, dict) else node)
+    ]:
+        depth += 1
+        if depth > most:
+            raise ValueError(f"nested deeper than {most} levels")
