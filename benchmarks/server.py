@@ -16,12 +16,10 @@ import httpx
 import numpy as np
 from safetensors.numpy import save
 
-from benchmarks.workload import build_model
+from benchmarks.workload import HIDDEN_SIZE, KEY_VALUES_PER_LAYER, build_model
 from server.demo.tour import MODEL_DIRECTORY
 
 BASE = "bench"
-HIDDEN_SIZE = 576
-KEY_VALUES_PER_LAYER = 2 * 3 * 64
 START_SECONDS = 120
 
 

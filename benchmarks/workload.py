@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from server.engine.types import SoftPromptSource
 
 VOCABULARY = 49_152
+HIDDEN_SIZE = 576
+KEY_VALUES_PER_LAYER = 2 * 3 * 64
+"""Of one virtual token: keys and values of three heads."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,12 @@ class Text:
     prompt: int
 
 
-def build_model(folder: Path, *, layers: int = 30) -> Path:
+def build_model(folder: Path, *, layers: int = 30, vocab_size: int = VOCABULARY) -> Path:
     """Write a Llama of SmolLM2-135M's shape with random weights in bfloat16; returns its folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
+        vocab_size=vocab_size,
+        hidden_size=HIDDEN_SIZE,
         intermediate_size=1536,
         num_hidden_layers=layers,
         num_attention_heads=9,
@@ -73,12 +76,14 @@ def soft_prompt_source(folder: Path, index: int, num_virtual_tokens: int) -> Sof
     )
 
 
-def make_texts(count: int, *, num_prompts: int, shortest: int, longest: int) -> list[Text]:
+def make_texts(
+    count: int, *, num_prompts: int, shortest: int, longest: int, vocab_size: int = VOCABULARY
+) -> list[Text]:
     """Random texts, the soft prompts dealt out evenly and shuffled."""
     rng = random.Random(1)
     prompts = [index % num_prompts for index in range(count)]
     rng.shuffle(prompts)
     return [
-        Text([rng.randrange(1, VOCABULARY) for _ in range(rng.randint(shortest, longest))], prompt)
+        Text([rng.randrange(1, vocab_size) for _ in range(rng.randint(shortest, longest))], prompt)
         for prompt in prompts
     ]

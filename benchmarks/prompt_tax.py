@@ -1,0 +1,168 @@
+"""What it costs that soft prompts are different ones, and what sharing one saves.
+
+    python -m benchmarks.prompt_tax
+
+Three figures on the model of 135M shape with few layers and a small vocabulary, or thousands of requests would take
+hours on a small machine. That makes what the engine does for soft prompts a larger part of a step, not a smaller one.
+Half of them are embeddings, which are computed once, half are keys and values, which are copied.
+
+- 64 sequences over 64 different soft prompts of 20 tokens, against the same texts bare, and against the same texts
+  lengthened by 20 tokens each, which attend to as many keys;
+- 4,096 requests over 1, 16, 256 and 4,096 different soft prompts, each run with an engine of its own;
+- 64 sequences behind one Cartridge of 1,024 tokens, against 64 copies of it under different digests: blocks and time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks.ways import default_dtype, engine_way, machine, measure, medians, ratio
+from benchmarks.workload import HIDDEN_SIZE, KEY_VALUES_PER_LAYER, Text, build_model, make_texts
+from server.config import EngineSettings
+from server.engine.llm_engine import LLMEngine
+from server.engine.types import SoftPromptSource
+
+CARTRIDGE_TOKENS = 1024
+
+
+VOCABULARY = 4096
+
+
+def random_prompts(folder: Path, count: int, layers: int, num_virtual_tokens: int = 20) -> list[SoftPromptSource]:
+    """Random soft prompts, of embeddings and of keys and values in turn."""
+    sources = []
+    for index in range(count):
+        width = layers * KEY_VALUES_PER_LAYER if index % 2 else HIDDEN_SIZE
+        rows = np.random.default_rng(index).normal(0, 0.02, (num_virtual_tokens, width)).astype(np.float32)
+        path = folder / f"tax{index}.safetensors"
+        save_file({"prompt_embeddings": rows}, path)
+        sources.append(
+            SoftPromptSource(
+                digest=path.stem,
+                num_virtual_tokens=num_virtual_tokens,
+                is_key_values=bool(index % 2),
+                path=str(path),
+            )
+        )
+    return sources
+
+
+def cartridge(folder: Path, layers: int) -> SoftPromptSource:
+    """A random Cartridge."""
+    rows = np.random.default_rng(0).normal(0, 0.02, (CARTRIDGE_TOKENS, layers * KEY_VALUES_PER_LAYER))
+    path = folder / "cartridge.safetensors"
+    save_file({"prompt_embeddings": rows.astype(np.float32)}, path)
+    return SoftPromptSource(
+        digest="cartridge", num_virtual_tokens=CARTRIDGE_TOKENS, is_key_values=True, path=str(path)
+    )
+
+
+def copies_of(source: SoftPromptSource, count: int) -> list[SoftPromptSource]:
+    """The same content under other digests, which the engine can not know to be the same."""
+    return [
+        SoftPromptSource(
+            digest=f"{source.digest}{index}",
+            num_virtual_tokens=source.num_virtual_tokens,
+            is_key_values=source.is_key_values,
+            path=source.path,
+        )
+        for index in range(count)
+    ]
+
+
+def distinct(
+    settings: EngineSettings, texts: Sequence[Text], sources: Sequence[SoftPromptSource], new_tokens: int, rounds: int
+) -> dict[str, object]:
+    """64 over 64 different ones, against none."""
+    engine = LLMEngine(settings)
+    longer = [Text([1] * 20 + text.token_ids, text.prompt) for text in texts]
+    ways = {
+        "different": engine_way(engine, texts, new_tokens, sources),
+        "none": engine_way(engine, texts, new_tokens, None),
+        "longer texts": engine_way(engine, longer, new_tokens, None),
+    }
+    speeds = measure(ways, rounds)
+    engine.close()
+    return {
+        "tokens_per_second": medians(speeds),
+        "different_over_none": ratio(speeds, "different", "none"),
+        "different_over_longer_texts": ratio(speeds, "different", "longer texts"),
+    }
+
+
+def growing(
+    settings: EngineSettings, sources: Sequence[SoftPromptSource], requests: int, new_tokens: int, rounds: int
+) -> dict[str, object]:
+    """So many requests over more and more soft prompts, each count with an engine of its own, in turn."""
+    counts = (1, 16, 256, len(sources))
+    texts = make_texts(requests, num_prompts=len(sources), shortest=32, longest=128, vocab_size=VOCABULARY)
+    speeds: dict[str, list[float]] = {str(count): [] for count in counts}
+    for number in range(rounds):
+        for count in counts:
+            engine = LLMEngine(settings)
+            dealt = [dataclasses.replace(text, prompt=text.prompt % count) for text in texts]
+            tokens, seconds = engine_way(engine, dealt, new_tokens, sources)()
+            engine.close()
+            speeds[str(count)].append(tokens / seconds)
+            print(f"round {number}  {count:5d} soft prompts {tokens / seconds:8.1f} tokens/s", flush=True)
+    most = str(max(counts))
+    return {"tokens_per_second": medians(speeds), f"{most}_over_1": ratio(speeds, most, "1")}
+
+
+def sharing(settings: EngineSettings, folder: Path, layers: int, new_tokens: int) -> dict[str, object]:
+    """64 sequences behind one Cartridge, against 64 copies of it."""
+    texts = make_texts(64, num_prompts=64, shortest=32, longest=64, vocab_size=VOCABULARY)
+    source = cartridge(folder, layers)
+    result: dict[str, object] = {}
+    for name, sources in (("shared", [source] * 64), ("copies", copies_of(source, 64))):
+        engine = LLMEngine(dataclasses.replace(settings, kv_cache_memory=8 * 2**30))
+        started = time.perf_counter()
+        tokens, seconds = engine_way(engine, texts, new_tokens, sources)()
+        stats = engine.stats
+        result[name] = {
+            "soft_prompt_MiB": round(stats.soft_prompt_bytes / 2**20, 1),
+            "seconds": round(time.perf_counter() - started, 1),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        engine.close()
+        print(name, result[name], flush=True)
+    return result
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=4096)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default=default_dtype())
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = build_model(folder, layers=arguments.layers, vocab_size=VOCABULARY)
+        sources = random_prompts(folder, arguments.requests, arguments.layers)
+        settings = EngineSettings(model=str(model), dtype=arguments.dtype, enable_prefix_caching=False)
+        texts = make_texts(64, num_prompts=64, shortest=32, longest=128, vocab_size=VOCABULARY)
+        figures = {
+            "machine": f"{machine()}, {arguments.dtype}, {arguments.layers} layers",
+            "64 different": distinct(settings, texts, sources[:64], arguments.new_tokens, arguments.rounds),
+            f"{arguments.requests} requests": growing(
+                settings, sources, arguments.requests, arguments.new_tokens, max(1, arguments.rounds - 1)
+            ),
+            "cartridge": sharing(settings, folder, arguments.layers, arguments.new_tokens),
+        }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

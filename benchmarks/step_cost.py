@@ -1,0 +1,136 @@
+"""What a decode step costs: against its bare matrix products, and as batch, context and soft prompts grow.
+
+    python -m benchmarks.step_cost [--plot benchmarks/step_cost.png]
+
+The model of 135M shape with random weights, in the dtype that the machine is fast at. A decode step of N sequences is
+timed in an engine that does nothing else, each with so many tokens behind it, a number of soft prompts of 20 tokens
+dealt out among them. Its bare products are the model's own linear layers, laid out as the engine has them, each
+applied to N rows in order, and nothing else; they and the steps take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib import pyplot as plt
+from torch import nn
+
+from benchmarks.ways import default_dtype, machine
+from benchmarks.workload import VOCABULARY, build_model, build_soft_prompts, soft_prompt_source
+from server.config import EngineSettings
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import AddRequest
+from server.engine.packed_linear import PackedLinear
+from server.engine.types import SamplingParams, SoftPromptSource
+
+STEPS = 12
+BATCHES = (1, 4, 16, 64, 128)
+CONTEXTS = (64, 256, 1024)
+PROMPTS = (0, 1, 16, 64)
+BATCH, CONTEXT, COUNT = 64, 128, 16
+"""What the other two are while one is varied."""
+
+
+class Bench:
+    """One engine, and the products of its model.
+
+    Args:
+        engine: With room for every batch.
+        sources: Soft prompts to deal out.
+    """
+
+    def __init__(self, engine: LLMEngine, sources: Sequence[SoftPromptSource]) -> None:
+        self._engine = engine
+        self._sources = sources
+        linears = (PackedLinear, nn.Linear)
+        self._products = [module for module in engine.runner.model.modules() if isinstance(module, linears)]
+
+    def step_and_products(self, batch: int, context: int, prompts: int) -> tuple[float, float]:
+        """Median seconds of a decode step, and of its bare products."""
+        engine, params = self._engine, SamplingParams(max_tokens=512, temperature=0.0, ignore_eos=True)
+        for index in range(batch):
+            source = self._sources[index % prompts] if prompts else None
+            length = max(1, context - (source.num_virtual_tokens if source else 0))
+            text = [(7919 * index + 31 * position) % VOCABULARY for position in range(length)]
+            engine.add(AddRequest(request_id=f"{index}", prompt_token_ids=text, params=params, soft_prompt=source))
+        while sum(seq.num_new_tokens > 0 for seq in engine.scheduler.running) < batch:
+            engine.step()
+        rows = {
+            width: torch.randn(batch, width, dtype=engine.runner.dtype, device=engine.runner.device)
+            for width in {module.in_features for module in self._products}
+        }
+        steps, products = [], []
+        for _ in range(STEPS):
+            steps.append(self._timed(engine.step))
+            products.append(self._timed(lambda: [module(rows[module.in_features]) for module in self._products]))
+        for index in range(batch):
+            engine.abort(f"{index}")
+        return statistics.median(steps), statistics.median(products)
+
+    @torch.inference_mode()
+    def _timed(self, work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        if self._engine.runner.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def plot(tables: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
+    """One panel for each thing that grows."""
+    figure, panels = plt.subplots(1, len(tables), figsize=(12, 3.6), layout="constrained")
+    for panel, (name, table) in zip(panels, tables.items(), strict=True):
+        panel.plot(list(table), [1000 * step for step, _ in table.values()], "o-", label="decode step")
+        panel.plot(list(table), [1000 * bare for _, bare in table.values()], "s--", label="bare products")
+        panel.set(xlabel=name, ylabel="ms", ylim=(0, None))
+        panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--dtype", default=default_dtype())
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = build_model(folder, layers=arguments.layers)
+        folders = build_soft_prompts(model, folder, count=max(PROMPTS), num_virtual_tokens=20)
+        sources = [soft_prompt_source(path, index, 20) for index, path in enumerate(folders)]
+        settings = EngineSettings(
+            model=str(model), dtype=arguments.dtype, enable_prefix_caching=False, max_num_batched_tokens=1024
+        )
+        engine = LLMEngine(settings)
+        bench = Bench(engine, sources)
+        bench.step_and_products(4, 32, 1)  # warm-up
+        tables: dict[str, dict[int, tuple[float, float]]] = {
+            "batch": {batch: bench.step_and_products(batch, CONTEXT, min(batch, COUNT)) for batch in BATCHES},
+            "context": {context: bench.step_and_products(BATCH, context, COUNT) for context in CONTEXTS},
+            "soft prompts": {prompts: bench.step_and_products(BATCH, CONTEXT, prompts) for prompts in PROMPTS},
+        }
+        engine.close()
+    print(f"{machine()}, {arguments.dtype}; others at batch {BATCH}, context {CONTEXT}, {COUNT} soft prompts")
+    for growing, table in tables.items():
+        for value, (step, bare) in table.items():
+            print(f"{growing:12s} {value:5d}  step {1000 * step:7.1f} ms  products {1000 * bare:7.1f} ms", end="")
+            print(f"  ratio {step / bare:.2f}")
+    print(
+        json.dumps(
+            {f"step_over_products_at_{BATCH}": round(tables["batch"][BATCH][0] / tables["batch"][BATCH][1], 3)}
+        )
+    )
+    if arguments.plot:
+        plot(tables, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

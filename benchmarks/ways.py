@@ -1,0 +1,167 @@
+"""Ways to the same tokens, run side by side: our engine, PEFT's and transformers' own, vLLM's."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from benchmarks.workload import Text
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import AddRequest
+from server.engine.packed_linear import has_fast_bfloat16
+from server.engine.types import SamplingParams, SoftPromptSource
+
+Way = Callable[[], tuple[int, float]]
+"""Does all the work once; returns the number of new tokens and the seconds that it took."""
+
+VLLM_SCRIPT = Path(__file__).parent / "peers" / "vllm_cpu.py"
+
+
+def default_dtype() -> str:
+    """The dtype that this machine is fast at."""
+    return "bfloat16" if torch.cuda.is_available() or has_fast_bfloat16() else "float32"
+
+
+def machine() -> str:
+    """What the figures are from."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def timed(run: Callable[[], int]) -> Way:
+    """A way that is timed from outside."""
+
+    def way() -> tuple[int, float]:
+        started = time.perf_counter()
+        count = run()
+        return count, time.perf_counter() - started
+
+    return way
+
+
+def peft_way(model_folder: Path, folders: Sequence[Path], texts: Sequence[Text], new_tokens: int, dtype: str) -> Way:
+    """PEFT's generate, group after group: one soft prompt is active at a time."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = []
+    for folder in folders:
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).to(device)
+        models.append(PeftModel.from_pretrained(base, folder).eval())
+    groups = [[text.token_ids for text in texts if text.prompt == index] for index in range(len(folders))]
+
+    def run() -> int:
+        return sum(_generate(model, group, new_tokens) for model, group in zip(models, groups, strict=True))
+
+    return timed(run)
+
+
+def padded_way(model_folder: Path, texts: Sequence[Text], new_tokens: int, dtype: str) -> Way:
+    """All texts in one padded batch of transformers' generate, without soft prompts."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).to(device).eval()
+    return timed(lambda: _generate(model, [text.token_ids for text in texts], new_tokens))
+
+
+def engine_way(
+    engine: LLMEngine, texts: Sequence[Text], new_tokens: int, sources: Sequence[SoftPromptSource] | None
+) -> Way:
+    """Our engine, everything at once; ``sources`` are the soft prompts that ``Text.prompt`` counts."""
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+
+    def run() -> int:
+        for index, text in enumerate(texts):
+            source = sources[text.prompt] if sources else None
+            request = AddRequest(
+                request_id=str(index), prompt_token_ids=text.token_ids, params=params, soft_prompt=source
+            )
+            refused = engine.add(request)
+            if refused:
+                raise RuntimeError(refused[0].error)
+        count = 0
+        while engine.num_unfinished:
+            count += sum(len(output.token_ids) for output in engine.step())
+        return count
+
+    return timed(run)
+
+
+@contextmanager
+def vllm_way(
+    python: Path, model_folder: Path, texts: Sequence[Text], new_tokens: int, dtype: str, *, extra_tokens: int
+) -> Iterator[Way]:
+    """Texts go to vLLM, in a process of its own interpreter; they are longer by what a soft prompt would take."""
+    work = model_folder.parent / "vllm.json"
+    prompts = [[1 + index % 1000 for index in range(extra_tokens)] + text.token_ids for text in texts]
+    work.write_text(json.dumps({"prompts": prompts, "new_tokens": new_tokens}))
+    process = subprocess.Popen(
+        [python, VLLM_SCRIPT, model_folder, dtype, work],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"},
+    )
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("no pipes")
+    requests, replies = process.stdin, process.stdout
+
+    def reply() -> str:
+        for line in replies:
+            if line.startswith("peer: "):
+                return line.removeprefix("peer: ").strip()
+        raise RuntimeError(f"vLLM ended with status {process.wait()}")
+
+    def way() -> tuple[int, float]:
+        requests.write("run\n")
+        requests.flush()
+        count, seconds = reply().split()
+        return int(count), float(seconds)
+
+    try:
+        reply()
+        yield way
+    finally:
+        requests.close()
+        process.wait(timeout=60)
+
+
+def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Tokens per second of each way, round by round, in turn, after one warm-up round."""
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            count, seconds = way()
+            if number:  # the first is the warm-up
+                speeds[name].append(count / seconds)
+            print(f"round {number}  {name:12s} {count / seconds:8.1f} tokens/s", flush=True)
+    return speeds
+
+
+def ratio(speeds: dict[str, list[float]], first: str, second: str) -> float:
+    """The median over the rounds of one way's speed over another's."""
+    return round(statistics.median(a / b for a, b in zip(speeds[first], speeds[second], strict=True)), 3)
+
+
+def medians(speeds: dict[str, list[float]]) -> dict[str, float]:
+    """Tokens per second of each way."""
+    return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
+
+
+def _generate(model: torch.nn.Module, group: Sequence[Sequence[int]], new_tokens: int) -> int:
+    device = next(model.parameters()).device
+    width = max(map(len, group))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in group], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in group], device=device)
+    with torch.inference_mode():
+        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    return int((output.shape[1] - width) * len(group))
