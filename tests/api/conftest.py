@@ -68,6 +68,14 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<s>" if token_id == BOS else b"</s>"
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+
+    @property
+    def info(self) -> dict[str, object]:
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": None}
+        return {"tokenizer_class": "ByteTokenizer", "chat_template": "{{ messages }}", "vocab_size": 258, **special}
+
     def close(self) -> None:
         pass
 
