@@ -25,7 +25,7 @@ from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import StoreTotals
 from server import tokenizer as base_tokenizer
-from server.api import inspection, models, openai, ops, prompts, tokenization
+from server.api import classify, inspection, models, openai, ops, prompts, tokenization
 from server.api.admission import Admission
 from server.api.auth import load_keys
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
@@ -117,7 +117,7 @@ def create_app(
     app.state.services = services
     for error in (ServerError, PromptStoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(error, _answer_error)
-    for module in (ops, models, openai, tokenization, prompts, inspection):
+    for module in (ops, models, openai, classify, tokenization, prompts, inspection):
         app.include_router(module.router)
     return app
 

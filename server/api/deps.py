@@ -69,7 +69,7 @@ class Tokenizer(Protocol):
 
     @property
     def info(self) -> dict[str, object]:
-        """Its configuration as JSON: ``tokenizer_class``, special tokens (or None), ``chat_template`` and the like."""
+        """Its configuration as JSON: ``tokenizer_class``, special tokens (or None), ``chat_template`` and more."""
         ...
 
     def close(self) -> None:

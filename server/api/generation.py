@@ -247,7 +247,7 @@ class Generation:
             self._soft_prompt,
             salt=self._tenant,
             priority=body.priority,
-            timeout=_shorter(body.timeout, self._services.settings.http.max_wait_seconds),
+            timeout=shorter(body.timeout, self._services.settings.http.max_wait_seconds),
         )
 
 
@@ -367,7 +367,7 @@ def _check_generates(version: PromptVersion, target: Target) -> None:
         )
 
 
-def _shorter(asked: float | None, limit: float) -> float | None:
+def shorter(asked: float | None, limit: float) -> float | None:
     """The shorter of what a request asks for and the server's own limit, 0 being none; None is without limit."""
     return asked if not limit else limit if asked is None else min(asked, limit)
 
