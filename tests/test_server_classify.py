@@ -11,6 +11,9 @@ import pytest
 from server.demo.tour import HELDOUT_DIRECTORY
 from tests.serving import adapter, serving, upload
 
+LABELS = ["\npositive", "\nnegative"]
+"""As the embedded soft prompts' answers begin."""
+
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
@@ -25,12 +28,7 @@ def heldout() -> list[dict[str, str]]:
 
 def test_scored_labels_are_as_accurate_as_answers(client: httpx.Client) -> None:
     pairs = heldout()
-    answer = client.post(
-        "/v1/completions", json={"model": "sentiment", "prompt": pairs[0]["input"], "temperature": 0}
-    ).json()["choices"][0]["text"]
-    space = " " if answer.startswith(" ") else ""
-    labels = [f"{space}{label}" for label in ("positive", "negative")]
-    body = {"model": "sentiment", "input": [pair["input"] for pair in pairs], "labels": labels}
+    body = {"model": "sentiment", "input": [pair["input"] for pair in pairs], "labels": LABELS}
     data = client.post("/v1/classify", json=body).json()["data"]
     right = sum(item["label"].strip() == pair["output"] for item, pair in zip(data, pairs, strict=True))
     assert right / len(pairs) >= 0.95
@@ -38,13 +36,13 @@ def test_scored_labels_are_as_accurate_as_answers(client: httpx.Client) -> None:
 
 def test_a_label_scores_what_echo_tells(client: httpx.Client) -> None:
     ids = client.post("/tokenize", json={"prompt": heldout()[0]["input"]}).json()["tokens"] * 3
-    label = client.post("/tokenize", json={"prompt": " positive"}).json()["tokens"]
-    body = {"model": "sentiment", "input": ids, "labels": [" positive", " negative"]}
+    label = client.post("/tokenize", json={"prompt": "\npositive"}).json()["tokens"]
+    body = {"model": "sentiment", "input": ids, "labels": LABELS}
     scored = client.post("/v1/classify", json=body)
     assert scored.json()["usage"]["prompt_tokens"] == len(ids)
     echo = {"model": "sentiment", "prompt": ids + label, "echo": True, "logprobs": 0, "max_tokens": 0}
     logprobs = client.post("/v1/completions", json=echo).json()["choices"][0]["logprobs"]["token_logprobs"]
     want = sum(logprobs[len(ids) :])
-    assert scored.json()["data"][0]["logprobs"][" positive"] == pytest.approx(want, abs=1e-4)
+    assert scored.json()["data"][0]["logprobs"]["\npositive"] == pytest.approx(want, abs=1e-4)
     again = client.post("/v1/classify", json=body).json()["usage"]["prompt_tokens_details"]
     assert again["cached_tokens"] > len(ids) - 32

@@ -114,7 +114,6 @@ class Classification:
             EngineError: If one sequence fails.
         """
         source = soft_prompt_source(self.leased, self.wanted.task_id) if self.leased else None
-        common = {"soft_prompt": source, "salt": self.tenant}
         request_id = uuid.uuid4().hex
         labels: Sequence[Label | None] = self.wanted.labels or [None]
         requests = [
@@ -122,9 +121,10 @@ class Classification:
                 f"{request_id}-{index}-{rank}",
                 text if label is None else text + label.token_ids,
                 _params(text, label),
+                source,
+                salt=self.tenant,
                 priority=self.wanted.priority,
                 timeout=self.wanted.timeout,
-                **common,
             )
             for index, text in enumerate(self.wanted.inputs)
             for rank, label in enumerate(labels)

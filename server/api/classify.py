@@ -35,6 +35,12 @@ MAX_LABELS = 256
 MAX_LABEL_CHARS = 1024
 
 
+_LabelList = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]],
+    Field(min_length=1, max_length=MAX_LABELS, json_schema_extra={"uniqueItems": True}),
+]
+
+
 def _labels(value: object) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
         raise ValueError("should be a list of strings")
@@ -56,11 +62,9 @@ class ClassifyBody(RequestBody):
     input: Annotated[Prompts, Field(description="One text or several, as strings or token ids.")]
     labels: Annotated[
         list[str] | None,
-        PlainValidator(
-            _labels, json_schema_input_type=Annotated[list[str], Field(min_length=1, max_length=MAX_LABELS)]
-        ),
+        PlainValidator(_labels, json_schema_input_type=_LabelList),
         Field(
-            description="What to choose from, each with the space before it, if it has one: its tokens are appended "
+            description="What to choose from, each with the space or line end before it, if it has one: its tokens are appended "
             "to the text's. Not for soft prompts with a head of their own (SEQ_CLS); needed for all others."
         ),
     ] = None
@@ -184,13 +188,13 @@ async def _label_names(services: Services, classification: Classification) -> li
     leased = classification.leased
     if leased is None or leased.version.num_labels is None:
         raise TypeError("only a soft prompt with a head has labels of its own")
-    version = leased.version
-    names = head_label_names(version.metadata, version.num_labels)
+    version, num_labels = leased.version, leased.version.num_labels
+    names = head_label_names(version.metadata, num_labels)
     if names is None:
         store = services.store
         data = await store.call(store.store.read_file, version.name, version.version, CONFIG_FILE)
-        names = head_label_names(read_config(data), version.num_labels)
-    return names or [f"LABEL_{index}" for index in range(version.num_labels)]
+        names = head_label_names(read_config(data), num_labels)
+    return names or [f"LABEL_{index}" for index in range(num_labels)]
 
 
 def head_label_names(source: Mapping[str, object], num_labels: int) -> list[str] | None:
