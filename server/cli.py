@@ -120,7 +120,12 @@ FLAGS = (
     _flag(EngineSettings, "revision", str | None, "The hub revision of the model."),
     _flag(Settings, "served_model_name", str | None, "The model's name in the API; by default its id or directory."),
     _flag(EngineSettings, "device", Device, "Where the model runs; auto takes CUDA where there is one."),
-    _flag(EngineSettings, "dtype", DType, "The serving dtype; auto takes the checkpoint's."),
+    _flag(
+        EngineSettings,
+        "dtype",
+        DType,
+        "The serving dtype; auto takes the checkpoint's where the device is fast at it.",
+    ),
     _flag(HttpSettings, "host", str, "Address to bind; anything but loopback needs --api-key-file."),
     _flag(HttpSettings, "port", int, "TCP port; 0 takes a free one.", min=0, max=65535),
     _flag(

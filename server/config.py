@@ -18,7 +18,7 @@ class EngineSettings:
         model: A hub id or a directory that transformers can load.
         revision: The hub revision, where ``model`` is a hub id.
         device: Where the model runs; ``auto`` takes CUDA where there is one.
-        dtype: The serving dtype; ``auto`` takes the checkpoint's, or float32 where that is float16 on a CPU.
+        dtype: The serving dtype; ``auto`` takes the checkpoint's, or float32 on CPUs without fast products of it.
         max_model_len: Positions of one sequence, virtual tokens included; None means the model's own limit.
         max_num_seqs: Sequences that run in one step.
         max_num_batched_tokens: Tokens computed in one step; longer prompts are prefilled in chunks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +13,15 @@ from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, SDPABackend, make_metadata
 from server.engine.heads import head_logits
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
-from server.engine.packed_linear import can_pack, pack_linears
+from server.engine.packed_linear import can_pack, has_fast_bfloat16, pack_linears
 from server.engine.prompt_scoring import PromptScorer
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Chunk, StepPlan
 from server.engine.soft_prompts import SoftPromptLoader
 from server.engine.types import Logprobs, ModelInfo, StepOutput
 from server.errors import EngineStartError
+
+logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 """Length of the text that the check at the start computes in two ways; less where the context is shorter."""
@@ -272,18 +275,25 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
     try:
         config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
         dtype: torch.dtype | str = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        if dtype == "auto" and device.type == "cpu" and config.dtype == torch.float16:
-            dtype = torch.float32  # CPUs have no fast float16 products
+        if dtype == "auto" and device.type == "cpu" and not _is_fast(config.dtype):
+            dtype = torch.float32
         model = AutoModelForCausalLM.from_pretrained(
             settings.model, revision=settings.revision, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
+    if device.type == "cpu" and not _is_fast(model.dtype):
+        logger.warning("this CPU has no fast products of %s; --dtype float32 would be faster", model.dtype)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     if can_pack(device, model.dtype):
         pack_linears(module)
     return model, config.get_text_config(decoder=True)
+
+
+def _is_fast(dtype: torch.dtype | None) -> bool:
+    """Whether CPUs have fast products of a checkpoint's dtype: none of float16, and only some of bfloat16."""
+    return dtype is not torch.float16 and (dtype is not torch.bfloat16 or has_fast_bfloat16())
 
 
 def _max_model_len(wanted: int | None, config: PreTrainedConfig) -> int:

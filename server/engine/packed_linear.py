@@ -1,12 +1,13 @@
 """Matrix products on the CPU with weights that are laid out for them once.
 
 torch hands a bfloat16 product to oneDNN, which lays the weights out anew at each call: for the few rows of a decode
-step that takes longer than the product itself. These are the operations that torch's own compiler uses when it
-freezes a model (torch/_inductor/fx_passes/mkldnn_fusion.py).
+step that takes longer than the product itself. A float32 product goes to a BLAS that is slow for few rows. These are
+the operations that torch's own compiler uses when it freezes a model (torch/_inductor/fx_passes/mkldnn_fusion.py).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,11 +40,22 @@ class PackedLinear(nn.Module):
         return product
 
 
+@cache
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is anything to gain: float32 products are laid out as they are."""
-    has_operations = _reorder is not None and _product is not None
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return device.type == "cpu" and dtype is torch.bfloat16 and has_onednn and has_operations
+    """Whether this machine's oneDNN has such products: for bfloat16 it depends on the processor's instructions."""
+    if device.type != "cpu" or dtype not in {torch.float32, torch.bfloat16} or _reorder is None or _product is None:
+        return False
+    try:
+        PackedLinear(nn.Linear(16, 16, dtype=dtype))(torch.zeros(1, 16, dtype=dtype))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32, and not by emulation, ten times as slow."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(supported and supported())
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from server.config import EngineSettings
+from server.engine import model_runner
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
@@ -232,6 +233,28 @@ def test_impossible_settings_are_refused(settings: dict[str, object], message: s
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(EngineStartError, match=message):
         LLMEngine(EngineSettings(model=str(llama.path), **settings))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "has_fast_bfloat16", "served"),
+    [
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float16", True, "float32"),
+        ("float32", True, "float32"),
+    ],
+)
+def test_auto_serves_what_the_processor_is_fast_at(
+    checkpoint: str, has_fast_bfloat16: bool, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, checkpoint)).save_pretrained(tmp_path)
+    monkeypatch.setattr(model_runner, "has_fast_bfloat16", lambda: has_fast_bfloat16)
+    engine = LLMEngine(EngineSettings(model=str(tmp_path), device="cpu", max_model_len=64))
+    assert engine.model.dtype == served
+    engine.close()
 
 
 def test_missing_model_is_refused(tmp_path: Path) -> None:

@@ -6,36 +6,40 @@ import pytest
 import torch
 from torch import nn
 
+from server.engine import packed_linear
 from server.engine.packed_linear import PackedLinear, can_pack, pack_linears
 
-needs_onednn = pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.bfloat16), reason="this build of torch has no oneDNN"
-)
+CPU = torch.device("cpu")
+PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.skipif(not can_pack(CPU, dtype), reason=f"oneDNN cannot pack {dtype} here"))
+    for dtype in PRECISION
+]
 
 
-@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 64, 200])
-def test_products_are_those_of_linear(rows: int, bias: bool) -> None:
+def test_products_are_those_of_linear(rows: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
-    linear = nn.Linear(96, 80, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
-    x = torch.randn(1, rows, 96, dtype=torch.bfloat16)
+    linear = nn.Linear(96, 80, bias=bias, dtype=dtype).requires_grad_(False)
+    x = torch.randn(1, rows, 96, dtype=dtype)
     with torch.inference_mode():
         got = PackedLinear(linear)(x)
         exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     assert got.shape == (1, rows, 80)
-    assert got.dtype is torch.bfloat16
-    torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-7)
+    assert got.dtype is dtype
+    torch.testing.assert_close(got.double(), exact, rtol=PRECISION[dtype], atol=PRECISION[dtype])
 
 
-@needs_onednn
-def test_only_plain_linears_are_replaced_and_tied_weights_stay() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_plain_linears_are_replaced_and_tied_weights_stay(dtype: torch.dtype) -> None:
     class Quantised(nn.Linear):
         pass
 
-    shared = nn.Linear(8, 8, dtype=torch.bfloat16)
-    embedding = nn.Embedding(16, 8, dtype=torch.bfloat16)
-    head = nn.Linear(8, 16, bias=False, dtype=torch.bfloat16)
+    shared = nn.Linear(8, 8, dtype=dtype)
+    embedding = nn.Embedding(16, 8, dtype=dtype)
+    head = nn.Linear(8, 16, bias=False, dtype=dtype)
     head.weight = embedding.weight
     model = nn.ModuleDict({"a": shared, "b": shared, "q": Quantised(8, 8), "e": embedding, "h": head})
     model.requires_grad_(False)
@@ -47,5 +51,15 @@ def test_only_plain_linears_are_replaced_and_tied_weights_stay() -> None:
 
 
 def test_what_gains_nothing_is_left_alone() -> None:
-    assert not can_pack(torch.device("cpu"), torch.float32)
+    assert not can_pack(CPU, torch.float16)
     assert not can_pack(torch.device("meta"), torch.bfloat16)
+
+
+def test_a_processor_without_the_instructions_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx512bw")
+
+    can_pack.cache_clear()
+    monkeypatch.setattr(packed_linear, "_reorder", refuse)
+    assert not can_pack(CPU, torch.bfloat16)
+    can_pack.cache_clear()
