@@ -97,7 +97,13 @@ _TABLE: dict[type[Exception], _Row] = {
     PromptStoreError: _INTERNAL,
 }
 
-_HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+_HTTP_CODES = {
+    400: "invalid_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "payload_too_large",
+    416: "range_not_satisfiable",
+}
 
 _PUBLIC_TEXT = {
     "internal_error": "the server failed to handle this request; its log has the reason under this X-Request-ID",
