@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check bench format build-demo clean
+.PHONY: install demo test check bench fuzz format build-demo clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.mixed_batch $(ARGS)
+
+fuzz: install
+	$(BIN)/python -m scripts.fuzz_api
+	$(BIN)/python -m scripts.mutate_bodies
 
 build-demo: install
 	$(BIN)/python scripts/build_demo.py --out server/demo $(ARGS)

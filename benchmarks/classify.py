@@ -2,9 +2,9 @@
 
     python -m benchmarks.classify [--inputs 8] [--labels 8] [--tokens 128] [--rounds 5] [--model DIR]
 
-Both score the same labels behind the same texts on the same server, in turn: all inputs and labels in one
-``/v1/classify``, or for each input and label a ``/v1/completions`` with ``echo``, ``logprobs`` and ``max_tokens`` 0, all
-of them at once. Every round has new texts, so nothing is cached from one to the next.
+Both score the same labels behind as many texts on the same server, in turn: all inputs and labels in one
+``/v1/classify``, or for each input and label a ``/v1/completions`` with ``echo``, ``logprobs`` and ``max_tokens`` 0,
+all of them at once. Every round has new texts, so nothing is cached from one to the next.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class ClassifyBody(RequestBody):
         list[str] | None,
         PlainValidator(_labels, json_schema_input_type=_LabelList),
         Field(
-            description="What to choose from, each with the space or line end before it, if it has one: its tokens are "
-            "appended to the text's. Not for soft prompts with a head of their own (SEQ_CLS); needed for all others."
+            description="What to choose from, each with the space or line end before it, if it has one: its tokens "
+            "are appended to the text's. Not for soft prompts with a head (SEQ_CLS); needed for all others."
         ),
     ] = None
     add_special_tokens: bool = Field(True, description="Whether texts begin as the tokenizer begins them.")

@@ -116,8 +116,8 @@ def _describe(app: FastAPI) -> dict[str, Any]:
 
 def _describe_operation(method: str, path: str, operation: dict[str, Any]) -> None:
     responses = operation["responses"]
-    for status in ("422", "default"):
-        responses.pop(status, None)
+    for unused in ("422", "default"):
+        responses.pop(unused, None)
     for status in sorted(_statuses(method, path, operation)):
         responses[str(status)] = {
             "description": STATUSES[status],
@@ -171,11 +171,15 @@ def _content(path: str) -> dict[str, Any] | None:
         return {"application/json": {"schema": {"$ref": _REF.format(name=name)}}}
 
     def events_of(name: str) -> dict[str, Any]:
-        text = f"Events `data: {name}`, one a chunk, then `data: [DONE]`; after the first event an error is "
+        data = {
+            "type": "string",
+            "description": f"{name} as JSON, one a chunk, and [DONE] at the end; after the first event an error is "
+            "one event with Error, and the last.",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [{"$ref": _REF.format(name=name)}, {"$ref": _REF.format(name="Error")}]},
+        }
         return {
-            "text/event-stream": {
-                "schema": {"type": "string", "description": text + "one event `data: Error`, and the last."}
-            }
+            "text/event-stream": {"schema": {"type": "object", "required": ["data"], "properties": {"data": data}}}
         }
 
     text = {"schema": {"type": "string"}}

@@ -91,7 +91,9 @@ async def test_a_range_that_is_not_there_is_an_error_like_others(client, sentime
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[]", b"1", b"", b'{"prompt": NaN', b"[" * 100_000])
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/classify", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/classify", "/tokenize", "/detokenize"]
+)
 async def test_what_is_no_object_is_an_error_like_others(client, path, body):
     response = await client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code in {400, 413}, response.text
