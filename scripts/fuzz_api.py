@@ -61,7 +61,7 @@ def fuzz(url: str, *, cases: int, seed: int, phases: str = "examples,coverage,fu
         phases: schemathesis's phases to run.
     """
     made = COVERAGE_CASES if "coverage" in phases else 0
-    per_operation = max(1, (cases - made) // (NUM_OPERATIONS // 2))
+    per_operation = max(1, (cases - made) // (NUM_OPERATIONS * 3 // 4))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [
@@ -74,7 +74,7 @@ def fuzz(url: str, *, cases: int, seed: int, phases: str = "examples,coverage,fu
             ",".join(CHECKS),
         ]
         command += ["--phases", phases, "--max-examples", str(per_operation), "--seed", str(seed), "--no-shrink"]
-        command += ["--continue-on-failure", "--suppress-health-check", "all", "--workers", "4"]
+        command += ["--continue-on-failure", "--suppress-health-check", "all", "--workers", "1"]
         command += ["--report", "json", "--report-json-path", str(report), "--warnings", "off", "--no-color"]
         environment = os.environ | {"SCHEMATHESIS_HOOKS": "scripts.fuzz_checks", "PYTHONPATH": str(Path.cwd())}
         ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -80,7 +80,7 @@ def mutated(rng: random.Random) -> tuple[str, bytes]:
         lambda: "x" * rng.choice([10_000, 1_000_000]),
         lambda: ["x"] * 10_000,
         lambda: list(range(10_000)),
-        lambda: [[1] * 100] * 1000,
+        lambda: [[1] * 100] * 2000,  # more than there are places
         lambda: "\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace") * 100,
         lambda: {str(index): index for index in range(10_000)},
     ]

@@ -171,12 +171,15 @@ def _content(path: str) -> dict[str, Any] | None:
         return {"application/json": {"schema": {"$ref": _REF.format(name=name)}}}
 
     def events_of(name: str) -> dict[str, Any]:
+        payload = {
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [{"$ref": _REF.format(name=name)}, {"$ref": _REF.format(name="Error")}]},
+        }
         data = {
             "type": "string",
             "description": f"{name} as JSON, one a chunk, and [DONE] at the end; after the first event an error is "
             "one event with Error, and the last.",
-            "contentMediaType": "application/json",
-            "contentSchema": {"anyOf": [{"$ref": _REF.format(name=name)}, {"$ref": _REF.format(name="Error")}]},
+            "anyOf": [{"const": "[DONE]"}, payload],
         }
         return {
             "text/event-stream": {"schema": {"type": "object", "required": ["data"], "properties": {"data": data}}}

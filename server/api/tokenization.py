@@ -54,7 +54,7 @@ class DetokenizeBody(RequestBody):
 
     model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
     prompt_id: str | None = Field(None, description="As for a completion.")
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, examples=[[65, 66]])]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]])]
 
 
 class DetokenizeReply(BaseModel):

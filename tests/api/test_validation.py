@@ -215,3 +215,10 @@ async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(client,
 async def test_no_room_for_one_token(client, store, max_tokens):
     error = await refused(client, {"prompt": "x" * 255, "max_tokens": max_tokens})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+async def test_a_long_list_of_faults_is_cut(client):
+    response = await client.post("/v1/chat/completions", json={"messages": [1] * 5000})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], len(error["details"])) == (400, "messages[0]", 32)
+    assert "and 4999 more" in error["message"]
