@@ -63,7 +63,11 @@ def main() -> None:
         folders = build_soft_prompts(model_folder, folder, count=arguments.prompts, num_virtual_tokens=virtual)
         sources = [soft_prompt_source(path, index, virtual) for index, path in enumerate(folders)]
         # Without prefix caching, or every round after the first would find its texts computed.
-        engine = LLMEngine(EngineSettings(model=str(model_folder), dtype=dtype, enable_prefix_caching=False))
+        engine = LLMEngine(
+            EngineSettings(
+                model=str(model_folder), dtype=dtype, enable_prefix_caching=False, kv_cache_memory=2 * 2**30
+            )
+        )
         ways: dict[str, Way] = {
             "mixed": engine_way(engine, texts, new_tokens, sources),
             "no prompts": engine_way(engine, texts, new_tokens, None),

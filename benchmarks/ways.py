@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.workload import Text
@@ -51,16 +51,24 @@ def timed(run: Callable[[], int]) -> Way:
 
 
 def peft_way(model_folder: Path, folders: Sequence[Path], texts: Sequence[Text], new_tokens: int, dtype: str) -> Way:
-    """PEFT's generate, group after group: one soft prompt is active at a time."""
+    """PEFT's generate, group after group: one soft prompt is active at a time, and a model holds one type of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = []
-    for folder in folders:
-        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).to(device)
-        models.append(PeftModel.from_pretrained(base, folder).eval())
+    models: dict[str, PeftModel] = {}
+    types = [PeftConfig.from_pretrained(folder).peft_type for folder in folders]
+    for index, (folder, kind) in enumerate(zip(folders, types, strict=True)):
+        if kind in models:
+            models[kind].load_adapter(folder, adapter_name=str(index))
+        else:
+            base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).to(device)
+            models[kind] = PeftModel.from_pretrained(base, folder, adapter_name=str(index)).eval()
     groups = [[text.token_ids for text in texts if text.prompt == index] for index in range(len(folders))]
 
     def run() -> int:
-        return sum(_generate(model, group, new_tokens) for model, group in zip(models, groups, strict=True))
+        count = 0
+        for index, (group, kind) in enumerate(zip(groups, types, strict=True)):
+            models[kind].set_adapter(str(index))
+            count += _generate(models[kind], group, new_tokens)
+        return count
 
     return timed(run)
 
@@ -103,14 +111,16 @@ def vllm_way(
     work = model_folder.parent / "vllm.json"
     prompts = [[1 + index % 1000 for index in range(extra_tokens)] + text.token_ids for text in texts]
     work.write_text(json.dumps({"prompts": prompts, "new_tokens": new_tokens}))
-    process = subprocess.Popen(
-        [python, VLLM_SCRIPT, model_folder, dtype, work],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"},
-    )
+    log = work.with_suffix(".log")
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [python, VLLM_SCRIPT, model_folder, dtype, work],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"},
+        )
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("no pipes")
     requests, replies = process.stdin, process.stdout
@@ -119,7 +129,7 @@ def vllm_way(
         for line in replies:
             if line.startswith("peer: "):
                 return line.removeprefix("peer: ").strip()
-        raise RuntimeError(f"vLLM ended with status {process.wait()}")
+        raise RuntimeError(f"vLLM ended with status {process.wait()}: {log.read_text()[-2000:]}")
 
     def way() -> tuple[int, float]:
         requests.write("run\n")
