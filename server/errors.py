@@ -17,6 +17,7 @@ ServerError
 │   ├── EngineDeadError      the engine process ended while the request was in flight
 │   ├── OverloadedError      no admission permit is free
 │   ├── WaitTimeoutError     the request was admitted, and did not begin to run within its timeout
+│   ├── ConstraintError      the engine cannot hold the text to what the request demands of it
 │   └── RequestFailedError   the engine could not finish this one request
 └── EngineStartError         the engine cannot start: wrong model, too little memory
 """
@@ -100,6 +101,10 @@ class OverloadedError(EngineError):
 
 class WaitTimeoutError(EngineError):
     """The request was admitted and waited, but did not begin to run within its timeout."""
+
+
+class ConstraintError(EngineError):
+    """The constraint on a request's text is wrong, too large, or cannot be satisfied; the request's own fault."""
 
 
 class RequestFailedError(EngineError):

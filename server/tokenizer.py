@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from server.api.deps import ChatTurn
 from server.engine.detokenizer import REPLACEMENT
 from server.errors import EngineStartError, InvalidRequestError
 
@@ -72,23 +71,46 @@ class Tokenizer:
 
         return await self._run(encode)
 
-    async def render_chat(self, messages: Sequence[ChatTurn]) -> str:
+    async def render_chat(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        needs_tools: bool = False,
+    ) -> str:
         """A conversation as the model's own template writes it, ready for the assistant's answer.
 
         Raises:
-            InvalidRequestError: If the template refuses the conversation.
+            InvalidRequestError: If the template refuses the conversation, or does not show tools that it has to.
         """
 
-        def render() -> str:
-            turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        def render(tools: Sequence[Mapping[str, Any]]) -> str:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns],
+                    tools=[dict(tool) for tool in tools] or None,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
+
+        def work() -> str:
             try:
-                return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-            except TemplateError as error:
+                text = render(tools)
+                shows_tools = not (tools and needs_tools) or text != render(())
+            except (TemplateError, TypeError, ValueError, KeyError) as error:
                 raise InvalidRequestError(
                     f"messages: the chat template refuses them: {error}", param="messages"
                 ) from error
+            if not shows_tools:
+                raise InvalidRequestError(
+                    "tools: this model's chat template does not show tools, so the model would not know of them; "
+                    "only tool_choice 'required' or a named function work without that",
+                    param="tools",
+                )
+            return text
 
-        return await self._run(render)
+        return await self._run(work)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Token ids to text."""

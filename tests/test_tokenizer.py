@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from server.demo.tour import MODEL_DIRECTORY
+from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
 
 TEXT = "a lamp, café 日本 🙂"
@@ -74,3 +75,34 @@ def test_what_clients_are_told_is_the_configuration_without_its_paths() -> None:
         assert str(MODEL_DIRECTORY.parent) not in json.dumps(info)
         assert tokenizer.token_strings([65, 10**6])[1] == ""
         assert all(tokenizer.token_strings([1, 65]))
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+TURNS = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.anyio
+async def test_a_template_that_shows_tools(byte_level: Tokenizer) -> None:
+    byte_level._tokenizer.chat_template = (
+        "{{ messages[0].content }}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    )
+    assert await byte_level.render_chat(TURNS, tools=TOOLS, needs_tools=True) == "xweather"
+    assert await byte_level.render_chat(TURNS) == "x"
+
+
+@pytest.mark.anyio
+async def test_a_template_that_shows_none_is_refused_where_it_has_to(byte_level: Tokenizer) -> None:
+    byte_level._tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(InvalidRequestError, match="does not show tools") as error:
+        await byte_level.render_chat(TURNS, tools=TOOLS, needs_tools=True)
+    assert error.value.param == "tools"
+    assert await byte_level.render_chat(TURNS, tools=TOOLS) == "x"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content + 5 }}"])
+async def test_a_template_that_fails_is_the_conversations_fault(byte_level: Tokenizer, template: str) -> None:
+    byte_level._tokenizer.chat_template = template
+    with pytest.raises(InvalidRequestError) as error:
+        await byte_level.render_chat(TURNS)
+    assert error.value.param == "messages"

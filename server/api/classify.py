@@ -21,7 +21,8 @@ from server.api.deps import Services, ServicesDep, require_json, require_ready, 
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.generation import shorter
 from server.api.openai import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
-from server.api.protocol import MAX_TIMEOUT_SECONDS, Prompts, RequestBody, check_unicode
+from server.api.protocol import MAX_TIMEOUT_SECONDS, Prompts
+from server.api.request_body import RequestBody, check_unicode
 from server.api.resolution import resolve
 from server.api.responses import Usage
 from server.engine.types import MAX_PRIORITY, MIN_PRIORITY

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Protocol, TypedDict
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends
 from starlette.requests import Request
@@ -28,13 +28,6 @@ from server.errors import (
 from server.metrics import Metrics
 
 
-class ChatTurn(TypedDict):
-    """One message as a chat template takes it."""
-
-    role: str
-    content: str
-
-
 class Tokenizer(Protocol):
     """The base model's tokenizer as the API needs it."""
 
@@ -47,11 +40,22 @@ class Tokenizer(Protocol):
         """Texts to token ids, off the event loop."""
         ...
 
-    async def render_chat(self, messages: Sequence[ChatTurn]) -> str:
+    async def render_chat(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        needs_tools: bool = False,
+    ) -> str:
         """A conversation as the model's own template writes it, ready for the assistant's answer.
 
+        Args:
+            turns: The messages as templates take them.
+            tools: Tools that the template may show.
+            needs_tools: Whether it has to show them.
+
         Raises:
-            InvalidRequestError: If the template refuses the conversation.
+            InvalidRequestError: If the template refuses the conversation, or does not show tools that it has to.
         """
         ...
 

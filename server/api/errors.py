@@ -22,6 +22,7 @@ from prompt_store.errors import (
 )
 from server.errors import (
     AuthenticationError,
+    ConstraintError,
     ContextLengthError,
     EngineDeadError,
     EngineNotReadyError,
@@ -89,6 +90,7 @@ _TABLE: dict[type[Exception], _Row] = {
     MediaTypeError: _Row(415, _REQUEST_ERROR, "unsupported_media_type"),
     OverloadedError: _Row(429, "rate_limit_error", "overloaded", {"retry-after": "1"}),
     WaitTimeoutError: _Row(503, _UNAVAILABLE, "overloaded_waiting", {"retry-after": "5"}),
+    ConstraintError: _Row(400, _REQUEST_ERROR, "invalid_constraint"),
     RequestFailedError: _Row(500, _SERVER_ERROR, "request_failed"),
     EngineNotReadyError: _Row(503, _UNAVAILABLE, "engine_not_ready", {"retry-after": "2"}),
     EngineRestartingError: _Row(503, _UNAVAILABLE, "engine_restarting", {"retry-after": "5"}),

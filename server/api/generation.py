@@ -23,7 +23,7 @@ from server.api.responses import PromptTokensDetails, Usage
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
-from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
+from server.errors import ConstraintError, ContextLengthError, EngineNotReadyError, InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,9 @@ class Generation:
                     if reason is not None:
                         return
             raise EngineNotReadyError("the engine ended the request without a reason")
+        except ConstraintError as error:
+            field = body.constraint_field
+            raise ConstraintError(f"{field}: {error.message}", param=field) from error
         finally:
             self._permits.release_one()
 
@@ -239,6 +242,7 @@ class Generation:
             seed=_seed_of(body.seed, choice),
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
+            constraint=body.constraint,
         )
         return GenerateRequest(
             f"{self._id}-{index}",

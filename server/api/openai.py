@@ -13,7 +13,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.deps import ChatTurn, Services, ServicesDep, Tokenizer, require_json, require_ready, tenant_of
+from server.api.deps import Services, ServicesDep, Tokenizer, require_json, require_ready, tenant_of
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted
@@ -156,8 +156,12 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         )
 
     async def tokenize() -> list[list[int]]:
-        turns = [ChatTurn(role=message.role, content=message.content) for message in body.messages]
-        text = await services.tokenizer.render_chat(turns)
+        text = await services.tokenizer.render_chat(
+            [message.turn for message in body.messages],
+            tools=body.shown_tools,
+            # A forced call is one whether the model knows of the tools or not.
+            needs_tools=body.constraint_field != "tools",
+        )
         return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
 
     target = resolve(body.model, body.prompt_id, base_name=services.base_name)
@@ -170,6 +174,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
             with_token_ids=body.return_token_ids,
             num_top=body.num_top_logprobs,
             token_bytes=services.tokenizer.token_bytes,
+            make_reader=body.make_reader,
         ),
         tokenize=tokenize,
         default_max_tokens=None,

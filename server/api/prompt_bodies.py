@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field
 
 from prompt_store.types import HistoryEntry, PromptSummary, PromptVersion, check_name
-from server.api.protocol import RequestBody
+from server.api.request_body import RequestBody
 
 
 class FileBody(BaseModel):

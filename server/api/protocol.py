@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from functools import partial
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, PrivateAttr, model_validator
 
+from server.api.request_body import RequestBody, check_unicode
+from server.api.structured import ResponseFormat, StructuredOutputs
+from server.api.tool_calls import HermesReader, MakeReader, NamedCallReader, RequiredCallReader
+from server.api.tools import (
+    MAX_TOOLS,
+    ChatMessage,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    check_choice,
+    forced_constraint,
+)
+from server.engine.constraints import Constraint
 from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
 from server.errors import InvalidRequestError, UnsupportedError
 
@@ -43,19 +57,6 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
     raise ValueError("should hold only strings, only token ids (integers from 0), or only lists of token ids")
 
 
-def check_unicode(texts: Sequence[str]) -> None:
-    """JSON can spell half of a surrogate pair; that is no text, and no tokenizer takes it.
-
-    Raises:
-        ValueError: If one of them has such a half.
-    """
-    try:
-        for text in texts:
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"should be Unicode: character {error.start} is half of a surrogate pair") from error
-
-
 def _is_token_id(value: object) -> bool:
     return type(value) is int and 0 <= value < _INT64
 
@@ -89,45 +90,13 @@ def _logit_bias(value: object) -> dict[int, float]:
     return bias
 
 
-def _chat_text(value: object) -> str:
-    """A message's content: a string, or text parts that are joined by line ends as they stand."""
-    if isinstance(value, str):
-        check_unicode([value])
-        return value
-    if not isinstance(value, list):
-        raise ValueError("should be a string or a list of text parts")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError("should hold only text parts: {'type': 'text', 'text': '...'}")
-        texts.append(part["text"])
-    check_unicode(texts)
-    return "\n".join(texts)
-
-
 Prompts = Annotated[
     list[str] | list[list[int]],
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str])]
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
-ChatText = Annotated[str, PlainValidator(_chat_text, json_schema_input_type=str | list[dict[str, str]])]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
-
-
-def _without_nulls(value: object) -> object:
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
-class RequestBody(BaseModel):
-    """A JSON object whose explicit nulls mean the same as absence, and whose unknown fields are ignored."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: object) -> object:
-        return _without_nulls(value)
 
 
 class StreamOptions(RequestBody):
@@ -140,10 +109,7 @@ class StreamOptions(RequestBody):
 class GenerationBody(RequestBody):
     """What completions and chat completions have in common."""
 
-    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
-        "response_format": ({"type": "text"},),
-        "structured_outputs": ({},),
-    }
+    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {}
     """Known fields without their feature yet, and the values that ask for nothing."""
 
     model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
@@ -158,13 +124,15 @@ class GenerationBody(RequestBody):
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
-    logit_bias: LogitBias = {}
+    logit_bias: LogitBias = Field({})
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     max_tokens: int | None = Field(None, ge=1, lt=_INT64)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Takes the place of max_tokens.")
     min_tokens: int = Field(0, ge=0, lt=_INT64)
-    stop: Stop = []
+    response_format: ResponseFormat | None = Field(None, description="OpenAI's way to demand JSON.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's way to demand any structure.")
+    stop: Stop = Field([])
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -177,6 +145,7 @@ class GenerationBody(RequestBody):
         description="Seconds in which it has to begin to run, or it fails.",
     )
     return_token_ids: bool = Field(False, description="Adds `token_ids` and `prompt_token_ids` to each choice.")
+    _constraint: tuple[str, Constraint] | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -189,10 +158,32 @@ class GenerationBody(RequestBody):
         return value
 
     @model_validator(mode="after")
+    def _check_that_one_structure_is_asked(self) -> Self:
+        if self.response_format is not None and self.response_format.constraint is not None:
+            if self.structured_outputs is not None and self.structured_outputs.constraint is not None:
+                raise InvalidRequestError(
+                    "structured_outputs: not together with response_format", param="structured_outputs"
+                )
+            self._constraint = ("response_format", self.response_format.constraint)
+        elif self.structured_outputs is not None and self.structured_outputs.constraint is not None:
+            self._constraint = ("structured_outputs", self.structured_outputs.constraint)
+        return self
+
+    @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options: only a stream takes them", param="stream_options")
         return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to be; None for any."""
+        return None if self._constraint is None else self._constraint[1]
+
+    @property
+    def constraint_field(self) -> str | None:
+        """The field that demands it."""
+        return None if self._constraint is None else self._constraint[0]
 
     @property
     def include_usage(self) -> bool:
@@ -224,7 +215,6 @@ class CompletionBody(GenerationBody):
     """``POST /v1/completions``."""
 
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
-        **GenerationBody.unsupported,
         "best_of": (1,),
         "suffix": ("",),
     }
@@ -254,13 +244,6 @@ class CompletionBody(GenerationBody):
         return self.echo
 
 
-class ChatMessage(RequestBody):
-    """One message of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: ChatText
-
-
 def _messages(value: object) -> object:
     if isinstance(value, list) and not value:
         raise ValueError("should not be empty")
@@ -271,9 +254,6 @@ class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``."""
 
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
-        **GenerationBody.unsupported,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         # The template comes from the model only: a template from a client is a program.
         "chat_template": (),
     }
@@ -282,6 +262,41 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")
     add_special_tokens: bool = Field(False, description="Chat templates write the special tokens themselves.")
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = Field(None, description="`auto` where there are tools.")
+    parallel_tool_calls: bool = Field(True, description="Whether an answer may have several calls.")
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        check_choice(self.tools, self.tool_choice)
+        forced = forced_constraint(self.tools, self.tool_choice)
+        if forced is not None:
+            if self._constraint is not None:
+                field = self._constraint[0]
+                raise InvalidRequestError(
+                    f"tool_choice: a forced call leaves no room for {field}", param="tool_choice"
+                )
+            self._constraint = ("tools", forced)
+        return self
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools as chat templates take them; none where the model may not call any."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+
+    @property
+    def make_reader(self) -> MakeReader | None:
+        """What reads calls out of the answer's text; None where there can be none."""
+        if isinstance(self.tool_choice, NamedTool):
+            return partial(NamedCallReader, self.tool_choice.function.name)
+        if self.tool_choice == "required":
+            return RequiredCallReader
+        if not self.tools or self.tool_choice == "none":
+            return None
+        names = frozenset(tool.function.name for tool in self.tools)
+        return partial(HermesReader, names, allows_several=self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> Self:

@@ -89,12 +89,28 @@ class Completion(msgspec.Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class CalledFunction(msgspec.Struct):
+    """A function's name and arguments, which are JSON in a string."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(msgspec.Struct, kw_only=True):
+    """A call that the assistant makes."""
+
+    id: str
+    type: str = "function"
+    function: CalledFunction
+
+
 class ChatAnswer(msgspec.Struct, kw_only=True):
-    """The assistant's message."""
+    """The assistant's message; its content is null where it is nothing but calls."""
 
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -119,11 +135,28 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: Usage
 
 
+class FunctionDelta(msgspec.Struct, kw_only=True):
+    """The name in a call's first piece, arguments in all."""
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class CallDelta(msgspec.Struct, kw_only=True):
+    """What a chunk adds to one call."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class ChatDelta(msgspec.Struct, kw_only=True):
     """What a chunk adds to the assistant's message."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

@@ -8,10 +8,12 @@ from typing import Annotated, Self
 from fastapi import APIRouter, Depends
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready
+from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.leasing import version_of
-from server.api.protocol import ChatMessage, RequestBody, TokenId, check_unicode
+from server.api.protocol import TokenId
+from server.api.request_body import RequestBody, check_unicode
 from server.api.resolution import resolve
+from server.api.tools import ChatMessage
 from server.errors import InvalidRequestError
 
 router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
@@ -92,12 +94,12 @@ async def tokenize(body: TokenizeBody, services: ServicesDep) -> TokenizeReply:
     if body.messages is not None:
         if not tokenizer.has_chat_template:
             raise InvalidRequestError("this model has no chat template: send prompt", param="messages")
-        if sum(len(message.content) for message in body.messages) > MAX_TEXT_CHARS:
+        if sum(len(message.content or "") for message in body.messages) > MAX_TEXT_CHARS:
             raise InvalidRequestError(
                 f"messages: more than {MAX_TEXT_CHARS} characters are not taken", param="messages"
             )
-        turns = [ChatTurn(role=message.role, content=message.content) for message in body.messages]
-        text, add_special_tokens = await tokenizer.render_chat(turns), bool(body.add_special_tokens)
+        text = await tokenizer.render_chat([message.turn for message in body.messages])
+        add_special_tokens = bool(body.add_special_tokens)
     else:
         text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
     (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)

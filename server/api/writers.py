@@ -14,6 +14,9 @@ from msgspec import UNSET, UnsetType
 from server.api.generation import Delta
 from server.api.logprobs import ScoredToken, TokenBytes, chat_logprobs, completion_logprobs
 from server.api.responses import (
+    AnsweredCall,
+    CallDelta,
+    CalledFunction,
     ChatAnswer,
     ChatChoice,
     ChatChunkChoice,
@@ -24,8 +27,10 @@ from server.api.responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    FunctionDelta,
     Usage,
 )
+from server.api.tool_calls import CallArguments, CallStart, MakeReader, Piece, Text, ToolCallReader
 
 
 @dataclass(slots=True)
@@ -156,34 +161,52 @@ class CompletionWriter(Writer):
 
 
 class ChatWriter(Writer):
-    """``/v1/chat/completions``."""
+    """``/v1/chat/completions``.
+
+    Args:
+        model: As for every writer, like the next three.
+        with_token_ids: See ``Writer``.
+        num_top: See ``Writer``.
+        token_bytes: See ``Writer``.
+        make_reader: Makes what reads tool calls out of a choice's text; None where there are none.
+    """
 
     id_prefix = "chatcmpl"
 
+    def __init__(
+        self,
+        model: str,
+        *,
+        with_token_ids: bool,
+        num_top: int | None,
+        token_bytes: TokenBytes,
+        make_reader: MakeReader | None,
+    ) -> None:
+        super().__init__(model, with_token_ids=with_token_ids, num_top=num_top, token_bytes=token_bytes)
+        self._make_reader = make_reader
+        self._readers: dict[int, ToolCallReader] = {}
+
     def answer(self, choices: list[ChoiceText], usage: Usage) -> msgspec.Struct:
         """The whole answer."""
-        return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
-            choices=[
+        laid_out = []
+        for index, choice in enumerate(choices):
+            pieces, reason = self._read(index, "".join(choice.pieces), choice.finish_reason)
+            laid_out.append(
                 ChatChoice(
                     index=index,
-                    message=ChatAnswer(content="".join(choice.pieces)),
+                    message=_message(pieces),
                     logprobs=self._logprobs(choice.scored),
-                    finish_reason=choice.finish_reason,
+                    finish_reason=reason,
                     token_ids=self._ids(choice.token_ids),
                     prompt_token_ids=self._ids(choice.prompt_token_ids),
                 )
-                for index, choice in enumerate(choices)
-            ],
-            usage=usage,
-        )
+            )
+        return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=laid_out, usage=usage)
 
     def chunks(
         self, delta: Delta, prompt_token_ids: list[int], usage: Usage | UnsetType | None
     ) -> Iterator[msgspec.Struct]:
-        """The role once, then the text, then the finish reason with an empty delta."""
+        """The role once, then text and calls, then the finish reason with an empty delta."""
         if self._is_first(delta):
             first = ChatChunkChoice(
                 index=delta.index,
@@ -191,18 +214,31 @@ class ChatWriter(Writer):
                 prompt_token_ids=self._ids(prompt_token_ids),
             )
             yield self._chunk([first], usage)
-        if self._has_content(delta):
-            piece = ChatDelta(content=delta.text)
-            own = ChatChunkChoice(
-                index=delta.index,
-                delta=piece,
-                logprobs=self._logprobs(delta.scored),
-                token_ids=self._ids(delta.token_ids),
-            )
+        pieces, reason = self._read(delta.index, delta.text, delta.finish_reason)
+        gains = [_gain(piece) for piece in pieces]
+        if not gains and (delta.scored or (self._with_token_ids and delta.token_ids)):
+            gains = [ChatDelta(content="")]
+        for position, gain in enumerate(gains):
+            own = ChatChunkChoice(index=delta.index, delta=gain)
+            if position == 0:
+                own.logprobs, own.token_ids = self._logprobs(delta.scored), self._ids(delta.token_ids)
             yield self._chunk([own], usage)
-        if delta.finish_reason is not None:
-            last = ChatChunkChoice(index=delta.index, delta=ChatDelta(), finish_reason=delta.finish_reason)
+        if reason is not None:
+            last = ChatChunkChoice(index=delta.index, delta=ChatDelta(), finish_reason=reason)
             yield self._chunk([last], usage)
+
+    def _read(self, index: int, text: str, reason: str | None) -> tuple[list[Piece], str | None]:
+        """A choice's new text as pieces, and why it ended, where it has."""
+        if self._make_reader is None:
+            return [Text(text)] if text else [], reason
+        reader = self._readers.get(index)
+        if reader is None:
+            reader = self._readers[index] = self._make_reader()
+        pieces = reader.append(text)
+        if reason is not None:
+            last, reason = reader.finish(reason)
+            pieces = pieces + last
+        return pieces, reason
 
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         """The stream's last chunk, without choices."""
@@ -215,3 +251,29 @@ class ChatWriter(Writer):
         return ChatCompletionChunk(
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
+
+
+def _message(pieces: list[Piece]) -> ChatAnswer:
+    text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+    calls = {
+        piece.index: AnsweredCall(id=piece.id, function=CalledFunction(piece.name, ""))
+        for piece in pieces
+        if isinstance(piece, CallStart)
+    }
+    for piece in pieces:
+        if isinstance(piece, CallArguments):
+            calls[piece.index].function.arguments += piece.text
+    if not calls:
+        return ChatAnswer(content=text)
+    return ChatAnswer(content=text or None, tool_calls=list(calls.values()))
+
+
+def _gain(piece: Piece) -> ChatDelta:
+    match piece:
+        case Text(text):
+            return ChatDelta(content=text)
+        case CallStart(index, call_id, name):
+            function = FunctionDelta(name=name, arguments="")
+            return ChatDelta(tool_calls=[CallDelta(index=index, id=call_id, type="function", function=function)])
+        case CallArguments(index, text):
+            return ChatDelta(tool_calls=[CallDelta(index=index, function=FunctionDelta(arguments=text))])

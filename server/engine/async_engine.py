@@ -35,6 +35,7 @@ from server.engine.types import (
     TokenOutput,
 )
 from server.errors import (
+    ConstraintError,
     EngineDeadError,
     EngineError,
     EngineNotReadyError,
@@ -149,6 +150,8 @@ class AsyncEngine:
                 ended = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(output.error or "the engine gave no reason")
+                if output.finish_reason is FinishReason.CONSTRAINT:
+                    raise ConstraintError(output.error or "the constraint cannot be satisfied")
                 if output.finish_reason is FinishReason.TIMEOUT:
                     raise WaitTimeoutError(output.error or "the request waited too long")
                 if output.num_cached_tokens is not None:

@@ -109,6 +109,7 @@ class Engine(Protocol):
             EngineNotReadyError: If the engine is loading, restarting or draining.
             EngineDeadError: If the engine process ends before the last event.
             WaitTimeoutError: If it did not begin to run within its timeout.
+            ConstraintError: If its constraint cannot be used or satisfied, with the reason.
             RequestFailedError: If the engine could not finish this request, with the reason.
         """
         ...

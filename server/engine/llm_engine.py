@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from math import isfinite
 
 from server.config import EngineSettings
@@ -12,9 +12,11 @@ from server.engine.block_manager import BlockManager
 from server.engine.inspection import Inspector
 from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
 from server.engine.model_runner import ModelRunner
-from server.engine.sampler import NOT_FINITE
+from server.engine.pending import PendingSequences
+from server.engine.sampler import NO_TOKEN, NOT_FINITE
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.soft_prompts import SoftPromptLoader
+from server.engine.structured import NO_WAY_ON, GrammarCompiler, load_tokenizer
 from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, Sequence, StepOutput, TokenOutput
 from server.errors import EngineStartError
 
@@ -28,7 +30,8 @@ class LLMEngine:
 
     Args:
         settings: The model and its limits.
-        on_loaded: Called from another thread when a soft prompt has been read, so that a sleeping loop wakes.
+        on_loaded: Called from another thread when a soft prompt has been read or a grammar compiled, so that a
+            sleeping loop wakes.
 
     Raises:
         EngineStartError: If the model cannot be served with these settings.
@@ -51,7 +54,13 @@ class LLMEngine:
             on_loaded=on_loaded,
         )
         self._inspector = Inspector(self.runner, self.soft_prompts.read)
-        self._loading: dict[str, list[Sequence]] = {}
+        self._grammars = GrammarCompiler(
+            lambda: load_tokenizer(settings.model, settings.revision),
+            vocab_size=self.model.vocab_size,
+            eos_token_ids=self.model.eos_token_ids,
+            on_compiled=on_loaded,
+        )
+        self._pending = PendingSequences()
         self._stats = EngineStats(num_blocks=self.model.num_blocks)
 
     @property
@@ -61,19 +70,19 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step has anything to do now; sequences whose soft prompt is being read do not count."""
+        """Whether a step has anything to do now; what waits for a soft prompt's file or a grammar does not count."""
         return self.scheduler.has_work
 
     @property
     def idle_seconds(self) -> float | None:
-        """Seconds until a step has to end a sequence whose soft prompt is still being read; None if there is none."""
-        deadlines = [seq.deadline for seqs in self._loading.values() for seq in seqs if seq.deadline is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        """Seconds until a step has to end a sequence that still waits to be scheduled; None if there is none."""
+        deadline = self._pending.next_deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     @property
     def num_unfinished(self) -> int:
         """Sequences that have not ended, wherever they wait."""
-        return self.scheduler.num_sequences + sum(len(seqs) for seqs in self._loading.values())
+        return self.scheduler.num_sequences + len(self._pending)
 
     def add(self, request: AddRequest) -> list[TokenOutput]:
         """Admit a sequence; returns its only output if it is refused."""
@@ -87,30 +96,38 @@ class LLMEngine:
             arrival=time.monotonic(),
             timeout=request.timeout,
         )
-        source = seq.soft_prompt
         try:
             self.scheduler.check(seq)
         except ValueError as error:
             return [_failure(seq, str(error))]
+        if seq.request_id in self._pending:
+            return [_failure(seq, f"request id {seq.request_id!r} is in use")]
         if seq.params.prompt_logprobs is not None and not self.runner.scores_prompts:
             return [_failure(seq, f"{self.model.architecture} gives no logprobs of the text")]
         if seq.params.classify and not self.runner.scores_prompts:
             return [_failure(seq, f"{self.model.architecture} gives no hidden states to classify by")]
-        if seq.params.classify and (source is None or source.num_labels is None):
+        if seq.params.classify and (seq.soft_prompt is None or seq.soft_prompt.num_labels is None):
             return [_failure(seq, "only a soft prompt with a classification head classifies")]
         self._stats.prompt_tokens += seq.num_prompt_tokens
         self._stats.virtual_tokens += seq.num_virtual_tokens
-        if source is None or self.soft_prompts.acquire(source):
-            self.scheduler.add(seq)
+        needs: list[Hashable] = []
+        if seq.soft_prompt is not None and not self.soft_prompts.acquire(seq.soft_prompt):
+            needs.append(seq.soft_prompt.identity)
+        if seq.params.constraint is not None:
+            seq.matcher = self._grammars.matcher(seq.params.constraint)
+            if seq.matcher is None:
+                needs.append(seq.params.constraint)
+        if needs:
+            self._pending.add(seq, needs)
         else:
-            self._loading.setdefault(source.identity, []).append(seq)
+            self.scheduler.add(seq)
         return []
 
     def abort(self, request_id: str) -> list[TokenOutput]:
         """End a sequence; returns its last output, or nothing if it had ended already."""
         seq = self.scheduler.abort(request_id)
         if seq is None:
-            seq = self._abort_loading(request_id)
+            seq = self._pending.remove(request_id)
         if seq is None:
             return []
         self._let_go(seq)
@@ -128,14 +145,23 @@ class LLMEngine:
         self._inspector.inspect(message, on_inspected)
 
     def take_loaded(self) -> list[TokenOutput]:
-        """Let sequences go on whose soft prompts have been read; returns the ends of those that could not be."""
+        """Let sequences go on for which nothing is missing any more; returns the ends of those that cannot."""
         outputs: list[TokenOutput] = []
         for identity, error in self.soft_prompts.take_loaded():
-            for seq in self._loading.pop(identity, []):
-                if error is None:
-                    self.scheduler.add(seq)
-                else:
+            if error is not None:
+                for seq in self._pending.waiting_for(identity):
+                    self._pending.remove(seq.request_id)
                     outputs.append(_failure(seq, error))
+            self._admit_pending(identity)
+        for constraint, error in self._grammars.take_compiled():
+            for seq in self._pending.waiting_for(constraint):
+                if error is None:
+                    seq.matcher = self._grammars.matcher(constraint)
+                else:
+                    self._pending.remove(seq.request_id)
+                    self._let_go(seq)
+                    outputs.append(_failure(seq, error, FinishReason.CONSTRAINT))
+            self._admit_pending(constraint)
         return outputs
 
     def step(self) -> list[TokenOutput]:
@@ -177,6 +203,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the other threads and let go of the model."""
+        self._grammars.close()
         self._inspector.close()
         self.soft_prompts.close()
         self.runner.close()
@@ -221,14 +248,22 @@ class LLMEngine:
             if seq.params.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
             output.class_logits = class_logits
-        if seq.params.max_tokens > 0:
+        if seq.params.max_tokens > 0 and token != NO_TOKEN:
             seq.token_ids.append(token)
             self._stats.generation_tokens += 1
             output.token_ids.append(token)
             output.logprobs = None if logprobs is None else [logprobs]
-        if seq.params.max_tokens > 0 and self._ends(seq, token):
-            seq.stop_token_id = output.stop_token_id = token
+            if seq.matcher is not None:
+                seq.matcher.advance(token)
+            if self._ends(seq, token):
+                seq.stop_token_id = output.stop_token_id = token
+        error = self._constraint_error(seq, token)
+        is_complete = seq.matcher is not None and error is None and (token == NO_TOKEN or seq.matcher.is_finished)
+        if seq.stop_token_id is not None or is_complete:
             self._finish(seq, FinishReason.STOP)
+        elif error is not None:
+            self._finish(seq, FinishReason.CONSTRAINT)
+            output.error = error
         elif seq.num_new_tokens == seq.params.max_tokens:
             self._finish(seq, FinishReason.LENGTH)
         output.finish_reason = seq.finish_reason
@@ -237,7 +272,19 @@ class LLMEngine:
     def _ends(self, seq: Sequence, token: int) -> bool:
         if token in seq.params.stop_token_ids:
             return True
-        return not seq.params.ignore_eos and token in self.model.eos_token_ids
+        # A grammar allows an end of sequence only as such.
+        return token in self.model.eos_token_ids and (not seq.params.ignore_eos or seq.matcher is not None)
+
+    def _constraint_error(self, seq: Sequence, token: int) -> str | None:
+        """Why a sequence's constraint can not be followed after this token; None where it can."""
+        if seq.matcher is None or seq.params.constraint is None:
+            return None
+        error = seq.matcher.error
+        if error is not None:
+            self._grammars.forget(seq.params.constraint)
+        elif token == NO_TOKEN and not seq.matcher.is_complete:
+            error = NO_WAY_ON
+        return error
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         self.scheduler.finish(seq, reason)
@@ -250,9 +297,7 @@ class LLMEngine:
     def _expire(self, now: float) -> list[TokenOutput]:
         """End what has not begun to run by its deadline, for whichever reason it waits."""
         late = self.scheduler.expire(now)
-        for identity, seqs in self._loading.items():
-            late += [seq for seq in seqs if seq.deadline is not None and seq.deadline <= now]
-            self._loading[identity] = [seq for seq in seqs if seq.deadline is None or seq.deadline > now]
+        late += self._pending.expire(now)
         outputs = []
         for seq in late:
             seq.finish_reason = FinishReason.TIMEOUT
@@ -262,13 +307,9 @@ class LLMEngine:
             outputs.append(TokenOutput(seq.request_id, [], FinishReason.TIMEOUT, error=message))
         return outputs
 
-    def _abort_loading(self, request_id: str) -> Sequence | None:
-        for seqs in self._loading.values():
-            for seq in seqs:
-                if seq.request_id == request_id:
-                    seqs.remove(seq)
-                    return seq
-        return None
+    def _admit_pending(self, need: Hashable) -> None:
+        for seq in self._pending.supply(need):
+            self.scheduler.add(seq)
 
     def _fail_all(self, message: str) -> list[TokenOutput]:
         """End everything that a broken step may have touched; its blocks hold nothing that can be trusted."""
@@ -288,6 +329,6 @@ class LLMEngine:
         stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, stats.batch_distinct_prompts)
 
 
-def _failure(seq: Sequence, message: str) -> TokenOutput:
-    seq.finish_reason = FinishReason.ERROR
-    return TokenOutput(seq.request_id, [], FinishReason.ERROR, error=message)
+def _failure(seq: Sequence, message: str, reason: FinishReason = FinishReason.ERROR) -> TokenOutput:
+    seq.finish_reason = reason
+    return TokenOutput(seq.request_id, [], reason, error=message)

@@ -1,8 +1,9 @@
 """Choosing the next token of every row at once.
 
 A row's logits go through what its parameters ask for, in this order: repetition penalty, frequency and presence
-penalty, logit bias, end-of-sequence mask of min_tokens, temperature, top-k, top-p, min-p. Where transformers has the
-same step, the order and the arithmetic are those of its ``generate``; the other penalties are OpenAI's.
+penalty, logit bias, mask of its grammar, end-of-sequence mask of min_tokens, temperature, top-k, top-p, min-p. Where
+transformers has the same step, the order and the arithmetic are those of its ``generate``; the other penalties are
+OpenAI's.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from server.engine.logprobs import logprobs_of
+from server.engine.structured import TokenMasks
 from server.engine.types import Logprobs, SamplingParams, Sequence
 
 NOT_FINITE = -1
 """Returned instead of a token where a row's logits hold NaN or infinity."""
+
+NO_TOKEN = -2
+"""Returned where a row's grammar allows no token: it is complete, or has failed, and the matcher knows."""
 
 
 class Sampler:
@@ -32,6 +37,7 @@ class Sampler:
 
     def __init__(self, eos_token_ids: SequenceOf[int] = ()) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._masks = TokenMasks()
 
     def sample(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
         """Choose one token for each row.
@@ -41,7 +47,7 @@ class Sampler:
             seqs: The rows' sequences, in order.
 
         Returns:
-            A token id for each row, or NOT_FINITE. One synchronisation with the device.
+            A token id for each row, or NOT_FINITE or NO_TOKEN. One synchronisation with the device.
         """
         best = torch.max(logits, dim=-1)  # NaN, if there is any, is the maximum
         tokens = best.indices
@@ -55,7 +61,7 @@ class Sampler:
             scores = self._adjust(logits[index].float(), own)
             chosen = scores.argmax(dim=-1)
             self._draw(scores, own, range(len(own)), chosen)
-            tokens[index] = chosen
+            tokens[index] = torch.where(scores.amax(dim=-1) == float("-inf"), NO_TOKEN, chosen)
         result: list[int] = torch.where(best.values.isfinite(), tokens, NOT_FINITE).tolist()
         return result
 
@@ -75,7 +81,7 @@ class Sampler:
         asked = [
             (row, seq.params.logprobs)
             for row, seq in enumerate(seqs)
-            if seq.params.logprobs is not None and tokens[row] != NOT_FINITE
+            if seq.params.logprobs is not None and tokens[row] >= 0
         ]
         if not asked:
             return []
@@ -88,7 +94,7 @@ class Sampler:
         return result
 
     def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
-        """Penalties, bias and the mask of min_tokens, in place on [rows, vocabulary] float32."""
+        """Penalties, bias and the masks, in place on [rows, vocabulary] float32."""
         every = [seq.params for seq in seqs]
         repeating = [row for row, params in enumerate(every) if params.repetition_penalty != 1.0]
         if repeating:
@@ -108,6 +114,16 @@ class Sampler:
         if biased:
             rows, tokens, values = zip(*biased, strict=True)
             scores[list(rows), list(tokens)] += torch.tensor(values, device=scores.device)
+        matchers = {row: seq.matcher for row, seq in enumerate(seqs) if seq.matcher is not None}
+        if matchers:
+            allowed = self._masks.allowed(list(matchers.values()), scores.shape[-1], scores.device)
+            constrained = list(matchers)
+            scores[constrained] = scores[constrained].masked_fill(~allowed, float("-inf"))
+        self._put_off_ends(scores, seqs)
+        return scores
+
+    def _put_off_ends(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
+        """The mask of min_tokens, in place; a grammar that allows nothing but the end is right against it."""
         masked = [
             (row, token)
             for row, seq in enumerate(seqs)
@@ -117,8 +133,13 @@ class Sampler:
         ]
         if masked:
             rows, tokens = zip(*masked, strict=True)
+            constrained = sorted({row for row in rows if seqs[row].matcher is not None})
+            before = scores[constrained]
             scores[list(rows), list(tokens)] = float("-inf")
-        return scores
+            if constrained:
+                after = scores[constrained]
+                is_empty = after.amax(dim=-1, keepdim=True) == float("-inf")
+                scores[constrained] = torch.where(is_empty, before, after)
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_token_ids if params.ignore_eos else params.stop_token_ids + self._eos_token_ids

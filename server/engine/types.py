@@ -7,18 +7,21 @@ from enum import StrEnum
 
 import msgspec
 
+from server.engine.constraints import Constraint, TokenMatcher
+
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """The most and the least urgent priority."""
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; the values are the API's words, except for the last two, which it answers with errors."""
+    """Why a sequence ended; the values are the API's words, except for the last three, which are errors there."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
     TIMEOUT = "timeout"
+    CONSTRAINT = "constraint"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         seed: Seeds this sequence's own random numbers; None draws them from the operating system.
         stop_token_ids: Tokens that end the sequence (the tokenizer's end-of-sequence ids come with the model).
         ignore_eos: Whether end-of-sequence tokens are ordinary ones.
+        constraint: What the text has to be; it ends where nothing more may follow, whatever ``min_tokens`` and
+            ``ignore_eos`` say.
     """
 
     max_tokens: int = 16
@@ -62,6 +67,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    constraint: Constraint | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -77,6 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             or self.frequency_penalty
             or self.logit_bias
             or self.min_tokens
+            or self.constraint
         )
 
 
@@ -148,6 +155,8 @@ class Sequence:
         finish_reason: Set once, when the sequence has ended.
         stop_token_id: The token that ended it, when one did.
         rng: This sequence's random numbers.
+        matcher: Where it stands in the grammar of its constraint, once that is compiled; it has taken exactly the new
+            tokens, so that preemption leaves it as it is.
         adjusts_logits: ``params.adjusts_logits``, which every step asks.
         prompt_logprobs: Of the text's tokens from ``params.prompt_logprobs_start``, as far as they are computed; the
             text's first is None where no row of the model stands before it. They survive preemption.
@@ -161,6 +170,7 @@ class Sequence:
         "deadline",
         "finish_reason",
         "first_run",
+        "matcher",
         "num_cached_tokens",
         "num_computed",
         "num_prompt_tokens",
@@ -213,6 +223,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
         self.rng = random.Random(params.seed)  # noqa: S311 - sampling, not secrets
+        self.matcher: TokenMatcher | None = None
         self.adjusts_logits = params.adjusts_logits
         self.prompt_logprobs: list[Logprobs | None] = []
 
@@ -268,7 +279,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
         finish_reason: Set in the last output of a sequence.
         stop_token_id: The token that ended it, when one did.
         num_cached_tokens: Text tokens that a cached prefix saved; in the first output.
-        error: What went wrong, when ``finish_reason`` is ``error`` or ``timeout``.
+        error: What went wrong, when ``finish_reason`` is ``error``, ``timeout`` or ``constraint``.
         queue_seconds: From its arrival at the engine to its first blocks; in the first output.
         prefill_seconds: From then to its first token; in the first output.
         logprobs: One for each of ``token_ids``, where they were asked for.
@@ -294,7 +305,7 @@ class StepOutput(msgspec.Struct, frozen=True):
     """What a forward pass gave.
 
     Attributes:
-        tokens: A new token for each chunk that samples, in order.
+        tokens: A new token for each chunk that samples, in order; negative where there is none (see ``sampler``).
         logprobs: For each of them, None where they were not asked for; empty where nobody asked.
         prompt_logprobs: By request id, what this step adds to each sequence's ``prompt_logprobs``.
         class_logits: By request id, what heads give.
@@ -335,7 +346,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
 
     Attributes:
         num_running: Sequences that hold blocks and take part in steps.
-        num_waiting: Sequences that wait for blocks, for a place or for their soft prompt's file.
+        num_waiting: Sequences that wait for blocks, for a place, for their soft prompt's file or for their grammar.
         num_blocks: Key/value blocks in all.
         num_used_blocks: Blocks that some sequence refers to.
         num_cached_blocks: Blocks that hold only an idle, reusable prefix.

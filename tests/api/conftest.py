@@ -51,10 +51,21 @@ class ByteTokenizer:
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         return [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
 
-    async def render_chat(self, messages: Sequence[Any]) -> str:
-        if messages[0]["role"] == "assistant":
+    shows_tools = True
+
+    def __init__(self) -> None:
+        self.turns: list[Any] = []
+        self.tools: list[Any] = []
+
+    async def render_chat(self, turns: Sequence[Any], *, tools: Sequence[Any] = (), needs_tools: bool = False) -> str:
+        if turns[0]["role"] == "assistant":
             raise InvalidRequestError("messages: the assistant cannot begin", param="messages")
-        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
+        if tools and needs_tools and not self.shows_tools:
+            raise InvalidRequestError("tools: the chat template does not show them", param="tools")
+        self.turns, self.tools = list(turns), list(tools)
+        names = ",".join(tool["function"]["name"] for tool in tools if self.shows_tools)
+        text = "".join(f"[{turn['role']}]{turn['content']}" for turn in turns)
+        return (f"[tools]{names}" if names else "") + text + "[assistant]"
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         text = b""

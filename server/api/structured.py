@@ -1,0 +1,207 @@
+"""``response_format`` and ``structured_outputs``: what a client may demand of a text, and its bounds.
+
+Whether a constraint can be compiled is the engine's to find out, in its own time. What is checked here takes none:
+shapes, sizes, depths, and the few things that no limit of the compiler holds back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from math import lcm
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, PlainValidator, model_validator
+
+from prompt_store.strict_json import check_depth, refuse_constant
+from server.api.request_body import RequestBody
+from server.engine.constraints import Constraint, ConstraintKind
+from server.errors import UnsupportedError
+
+MAX_CHOICE_STRINGS = 1024
+MAX_CHOICE_CHARS = 1024
+MAX_REGEX_CHARS = 8192
+MAX_CONSTRAINT_CHARS = 64 * 1024
+"""Of a schema as JSON, of a grammar, or of all choices together."""
+
+MAX_SCHEMA_DEPTH = 64
+"""Objects and lists within each other, those of the schema language included."""
+
+MAX_MULTIPLE = 50_000
+"""Least common multiple of a schema's ``multipleOf``: so many states has the automaton that divides by them."""
+
+MAX_MULTIPLE_PLACES = 9
+"""Decimal places of each."""
+
+_HELD_BACK = ("%llguidance", "multipleOf")
+"""What a grammar may not set: the options that keep it harmless, and what is bounded in schemas."""
+
+
+def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Bound a JSON schema.
+
+    Raises:
+        ValueError: If it is too deep or too long, or divides by too large a number.
+    """
+    check_depth(schema, MAX_SCHEMA_DEPTH)
+    if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
+        raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters as JSON")
+    if _common_multiple(_divisors(schema)) > MAX_MULTIPLE:
+        raise ValueError(
+            f"should have multipleOf of few digits, with a least common multiple of at most {MAX_MULTIPLE}"
+        )
+    return schema
+
+
+def text_of(schema: dict[str, Any]) -> str:
+    """A schema as the engine takes it, the same for the same schema; its order is the order of the output.
+
+    Raises:
+        ValueError: If it holds a number that JSON has not.
+    """
+    return json.dumps(schema, separators=(",", ":"), allow_nan=False)
+
+
+def schema_constraint(schema: dict[str, Any], *, is_strict: bool) -> Constraint:
+    """The constraint to what satisfies a schema; without ``is_strict`` as far as it can be enforced."""
+    return Constraint(kind=ConstraintKind.JSON_SCHEMA, text=text_of(schema), is_lenient=not is_strict)
+
+
+def _divisors(schema: dict[str, Any]) -> Iterator[Decimal]:
+    """Every multipleOf in a schema, each positive number once."""
+    seen: set[Decimal] = set()
+    nodes: list[Any] = [schema]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            value = node.get("multipleOf")
+            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+                seen.add(Decimal(str(value)))
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
+    yield from seen
+
+
+def _common_multiple(divisors: Iterator[Decimal]) -> int:
+    """The least common multiple, in units of its last decimal place; of more than is allowed some larger number."""
+    multiple = 1
+    for divisor in divisors:
+        if divisor > MAX_MULTIPLE or divisor != round(divisor, MAX_MULTIPLE_PLACES):
+            return MAX_MULTIPLE + 1
+        multiple = lcm(multiple, int(divisor.scaleb(MAX_MULTIPLE_PLACES)))
+        if multiple > MAX_MULTIPLE * 10**MAX_MULTIPLE_PLACES:
+            return MAX_MULTIPLE + 1
+    places = MAX_MULTIPLE_PLACES
+    while places and multiple % 10 == 0:
+        multiple, places = multiple // 10, places - 1
+    return multiple
+
+
+def _schema(value: object) -> dict[str, Any]:
+    """A schema as an object, or as its JSON."""
+    if isinstance(value, str):
+        if len(value) > MAX_CONSTRAINT_CHARS:
+            raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters")
+        try:
+            value = json.loads(value, parse_constant=refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("should be a JSON schema: an object, or a string that holds one") from error
+    if not isinstance(value, dict):
+        raise ValueError("should be a JSON schema: an object, or a string that holds one")
+    return check_schema(value)
+
+
+def _choice(value: list[str]) -> list[str]:
+    if not all(0 < len(item) <= MAX_CHOICE_CHARS for item in value):
+        raise ValueError(f"should hold strings of 1 to {MAX_CHOICE_CHARS} characters")
+    if sum(map(len, value)) > MAX_CONSTRAINT_CHARS:
+        raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters together")
+    return value
+
+
+def _grammar(value: str) -> str:
+    for word in _HELD_BACK:
+        if word in value:
+            raise ValueError(f"should not have {word!r} in it")
+    return value
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(check_schema)]
+SchemaOrText = Annotated[dict[str, Any], PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)]
+
+
+class JsonSchemaFormat(RequestBody):
+    """OpenAI's wrapping of a schema."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    schema_: Schema = Field(alias="schema")
+    strict: bool = Field(False, description="Refuse what cannot be enforced, instead of leaving it out.")
+
+
+class ResponseFormat(RequestBody):
+    """OpenAI's way to demand JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_that_the_schema_is_where_it_belongs(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema is needed with the type json_schema, and with no other")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to be; None for any."""
+        if self.json_schema is not None:
+            return schema_constraint(self.json_schema.schema_, is_strict=self.json_schema.strict)
+        return Constraint(kind=ConstraintKind.JSON_OBJECT) if self.type == "json_object" else None
+
+
+class StructuredOutputs(RequestBody):
+    """vLLM's way to demand any structure: one of these."""
+
+    choice: Annotated[
+        list[str] | None, Field(min_length=1, max_length=MAX_CHOICE_STRINGS), AfterValidator(_choice)
+    ] = None
+    regex: str | None = Field(
+        None, min_length=1, max_length=MAX_REGEX_CHARS, description="Rust's syntax; the whole text has to match."
+    )
+    json_: SchemaOrText | None = Field(None, alias="json", description="A JSON schema, as an object or as text.")
+    json_object: bool = Field(False, description="Any JSON object.")
+    grammar: Annotated[
+        str | None,
+        Field(min_length=1, max_length=MAX_CONSTRAINT_CHARS, description="llguidance's dialect of Lark."),
+        AfterValidator(_grammar),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        for name in ("structural_tag", "whitespace_pattern"):
+            if isinstance(value, dict) and value.get(name) is not None:
+                param = f"structured_outputs.{name}"
+                raise UnsupportedError(f"{param}: this server does not support it; leave it out", param=param)
+        return value
+
+    @model_validator(mode="after")
+    def _check_that_there_is_one(self) -> Self:
+        given = [self.choice, self.regex, self.json_, self.grammar, self.json_object or None]
+        if len(given) - given.count(None) > 1:
+            raise ValueError("should have one of choice, regex, json, json_object and grammar, not several")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to be; None for any."""
+        if self.choice is not None:
+            return Constraint(kind=ConstraintKind.CHOICE, text=json.dumps(self.choice))
+        if self.regex is not None:
+            return Constraint(kind=ConstraintKind.REGEX, text=self.regex)
+        if self.json_ is not None:
+            return schema_constraint(self.json_, is_strict=True)
+        if self.grammar is not None:
+            return Constraint(kind=ConstraintKind.GRAMMAR, text=self.grammar)
+        return Constraint(kind=ConstraintKind.JSON_OBJECT) if self.json_object else None

@@ -1,0 +1,208 @@
+"""Tools and the messages that speak of them: OpenAI's shapes, and what a forced choice holds the answer to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator, ValidationInfo, field_validator
+
+from prompt_store.strict_json import check_depth, refuse_constant
+from server.api.request_body import RequestBody, check_unicode
+from server.api.structured import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, Schema, schema_constraint, text_of
+from server.engine.constraints import Constraint
+from server.errors import InvalidRequestError
+
+MAX_TOOLS = 128
+MAX_TOOL_CALLS = 128
+
+_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _chat_text(value: object) -> str:
+    """A message's content: a string, or text parts that are joined by line ends as they stand."""
+    if isinstance(value, str):
+        check_unicode([value])
+        return value
+    if not isinstance(value, list):
+        raise ValueError("should be a string or a list of text parts")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("should hold only text parts: {'type': 'text', 'text': '...'}")
+        texts.append(part["text"])
+    check_unicode(texts)
+    return "\n".join(texts)
+
+
+def _arguments(value: object) -> dict[str, Any]:
+    """A call's arguments: JSON in a string, read for the chat template, which writes it in its own way."""
+    if not isinstance(value, str):
+        raise ValueError("should be a string that holds a JSON object")
+    try:
+        arguments = json.loads(value or "{}", parse_constant=refuse_constant)
+        check_depth(arguments, MAX_SCHEMA_DEPTH)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("should be a string that holds a JSON object") from error
+    if not isinstance(arguments, dict):
+        raise ValueError("should be a string that holds a JSON object")
+    return arguments
+
+
+ChatText = Annotated[str, PlainValidator(_chat_text, json_schema_input_type=str | list[dict[str, str]])]
+
+
+class FunctionCall(RequestBody):
+    """What the model called."""
+
+    name: str = Field(pattern=_NAME)
+    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str)]
+
+
+class ToolCall(RequestBody):
+    """One call in an assistant's message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(RequestBody):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    name: str | None = None
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS, description="Of the assistant only.")
+    content: ChatText | None = Field(None, validate_default=True, description="Needed without `tool_calls`.")
+    tool_call_id: str | None = Field(
+        None, validate_default=True, description="Which call a message of role `tool` answers."
+    )
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _check_who_calls(cls, value: list[ToolCall], info: ValidationInfo) -> list[ToolCall]:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("should only be in messages of the assistant")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _check_that_something_is_said(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and not info.data.get("tool_calls"):
+            raise ValueError("should be a string or a list of text parts")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _check_what_is_answered(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is not None) != (info.data.get("role") == "tool"):
+            raise ValueError("should be in messages of role tool, and in no others")
+        return value
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            turn["name"] = self.name
+        return turn
+
+
+class Function(RequestBody):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=_NAME)
+    description: str | None = Field(None, max_length=MAX_CONSTRAINT_CHARS)
+    parameters: Schema = _NO_PARAMETERS
+    strict: bool = Field(False, description="Refuse what cannot be enforced, instead of leaving it out.")
+
+
+class Tool(RequestBody):
+    """A tool; all are functions."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(RequestBody):
+    """A function by its name."""
+
+    name: str = Field(pattern=_NAME)
+
+
+class NamedTool(RequestBody):
+    """The one tool that the model has to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
+    """Hold a tool choice against the tools.
+
+    Raises:
+        InvalidRequestError: If two tools have one name, or the choice forces one that there is not.
+    """
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise InvalidRequestError("tools: two functions have the same name", param="tools")
+    if not tools and choice not in (None, "none", "auto"):
+        raise InvalidRequestError("tool_choice: there are no tools to choose from", param="tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise InvalidRequestError(f"tool_choice: {choice.function.name!r} is none of the tools", param="tool_choice")
+
+
+def forced_constraint(tools: Sequence[Tool], choice: ToolChoice | None) -> Constraint | None:
+    """What a choice holds the answer to: a named function's arguments, or one call of any; None where it is free.
+
+    Raises:
+        InvalidRequestError: If the tools together are too long for it.
+    """
+    if isinstance(choice, NamedTool):
+        function = next(tool.function for tool in tools if tool.function.name == choice.function.name)
+        return schema_constraint(function.parameters, is_strict=function.strict)
+    if choice != "required":
+        return None
+    functions = [tool.function for tool in tools]
+    schema = {
+        "anyOf": [_call_schema(function.name) for function in functions],
+        # Each function's own definitions stay inside its schema, where its references are led.
+        "$defs": {function.name: _relocated(function.parameters, function.name) for function in functions},
+    }
+    if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
+        raise InvalidRequestError(
+            f"tools: with tool_choice 'required', they may have {MAX_CONSTRAINT_CHARS} characters together",
+            param="tools",
+        )
+    return schema_constraint(schema, is_strict=all(function.strict for function in functions))
+
+
+def _call_schema(name: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _relocated(node: Any, name: str) -> Any:
+    """A schema whose references into itself are right under ``#/$defs/NAME``. Its depth is bounded already."""
+    if isinstance(node, list):
+        return [_relocated(item, name) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    moved = {key: _relocated(item, name) for key, item in node.items()}
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = f"#/$defs/{name}{reference[1:]}"
+    return moved
