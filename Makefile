@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test test-clients check bench bench-vllm fuzz format build-demo clean
+.PHONY: install demo test test-clients check bench bench-vllm fuzz format build-demo wheel check-wheel secrets clean
 
 install: $(INSTALLED)
 
@@ -62,6 +62,23 @@ fuzz: install
 
 build-demo: install
 	$(BIN)/python scripts/build_demo.py --out server/demo $(ARGS)
+
+# Built with the pinned build tools; the container images are made from it.
+wheel:
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
+		$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Whether the wheel holds all that it needs: installed by itself, away from this checkout, it shows its demo.
+check-wheel: wheel
+	rm -rf build/wheel
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd / && $(CURDIR)/build/wheel/bin/prelude demo --exit
+
+# What docker-compose.yml reads; what is there already is kept.
+secrets:
+	$(PYTHON) scripts/make_secrets.py secrets
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) .venv-vllm tests/clients/node/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,10 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
 from server.cli import FLAGS, app
 from server.commands import ExitStatus
+from tests.test_metrics import make_used
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -78,6 +80,23 @@ def test_links_and_make_targets_exist(document: Path) -> None:
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
     for command in re.findall(r"^(?:    )?make ([a-z -]+?)(?:\s+#.*| ARGS.*)?$", text, re.MULTILINE):
         assert set(command.split()) <= make_targets(), f"{document.name} names make {command}"
+
+
+def test_every_metric_is_documented_with_its_type_labels_and_help() -> None:
+    text, _ = make_used().render("")
+    families = [family for family in text_string_to_metric_families(text.decode()) if "_created" not in family.name]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in (ROOT / "docs" / "operations.md").read_text().splitlines()
+        if line.startswith("| `prelude_")
+    ]
+    expected = []
+    for family in families:
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        shown = ", ".join(f"`{label}`" for label in labels)
+        expected.append((f"`{name}`", family.type, shown or "-", family.documentation))
+    assert sorted(rows) == sorted(expected)
 
 
 def test_readme_names_files_that_exist() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from prompt_store.blobs import TierStats
 from prompt_store.types import StoreTotals
 from server.engine.types import EngineStats, HostTierStats
 from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreState
+from tests.docker.tools import run
 
 TIERS = [TierStats(tier, 1, 2, 3, 4, 5, 6, 7, 8, 0.5, ((0.1, 1), (math.inf, 3))) for tier in ("disk", "object_store")]
 STORE = StoreState(StoreTotals(3, 5), TIERS, False)
@@ -18,18 +20,33 @@ def make(stats: EngineStats | None = None, top_prompts: int = 2) -> Metrics:
     return Metrics(read_stats=lambda: stats or EngineStats(), read_store=lambda: STORE, top_prompts=top_prompts)
 
 
+def make_used() -> Metrics:
+    """With at least one sample of every metric."""
+    metrics = make(EngineStats(num_blocks=8, host=HostTierStats(load_seconds_buckets=((0.1, 2), (math.inf, 5)))))
+    metrics.count_request(None, "stop")
+    metrics.count_request("sentiment", "error")
+    metrics.count_error("model_not_found")
+    for observe in (metrics.observe_first_token, metrics.observe_inter_token, metrics.observe_request):
+        observe(0.02)
+    metrics.observe_phases(0.001, 0.02)
+    metrics.observe_decode(0.3)
+    return metrics
+
+
 def families(metrics: Metrics):
     text, _ = metrics.render("")
     return {family.name: family for family in text_string_to_metric_families(text.decode())}
 
 
 def test_every_metric_is_prefixed_and_explained():
-    metrics = make()
-    metrics.count_request(None, "stop")
-    metrics.count_error("x")
-    for family in families(metrics).values():
+    for family in families(make_used()).values():
         assert family.name.startswith(PREFIX)
         assert family.documentation
+
+
+def test_promtool_finds_nothing_to_say():
+    text, _ = make_used().render("")
+    assert run("promtool", "check", "metrics", text=text.decode()) == ""
 
 
 @pytest.mark.parametrize(
@@ -50,11 +67,30 @@ def test_every_metric_is_prefixed_and_explained():
         for tier in ("device", "host")
         for what in ("loads", "evictions", "hits", "misses")
     ]
-    + ['soft_prompt_load_seconds_bucket{le="+Inf",tier="object_store"}', "catalog_available"],
+    + ['soft_prompt_load_seconds_bucket{le="+Inf",tier="object_store"}', "catalog_available"]
+    + [f"{name}_seconds_count" for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency")]
+    + ['requests_total{outcome="stop",prompt="-"}', 'request_errors_total{code="model_not_found"}'],
 )
 def test_promised_names(name):
-    text, _ = make().render("")
+    text, _ = make_used().render("")
     assert any(line.startswith(f"{PREFIX}{name} ") for line in text.decode().splitlines())
+
+
+def test_buckets_reach_from_the_fastest_step_to_the_slowest_request():
+    """A quantile that falls into the first or the last bucket tells nothing."""
+    bounds = {
+        family.name: [float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels]
+        for family in families(make_used()).values()
+        if family.type == "histogram" and not family.name.endswith("load_seconds")
+    }
+    assert len(bounds) == 6
+    for name, found in bounds.items():
+        assert found == sorted(found), name
+        assert found[-1] == math.inf
+        ratios = [after / before for before, after in itertools.pairwise(found[:-1])]
+        assert max(ratios) <= 5, name
+    assert bounds["prelude_inter_token_latency_seconds"][0] <= 0.001
+    assert bounds["prelude_e2e_request_latency_seconds"][-2] >= 300
 
 
 def test_values_are_read_at_each_scrape():

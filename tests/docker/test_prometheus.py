@@ -1,0 +1,220 @@
+"""Alert rules and dashboards: valid by Prometheus' own tools, and answered by a Prometheus that watches a server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.docker.tools import DOCKER, ROOT, run, tool
+from tests.serving import BASE, adapter, serving, upload
+
+RULES = DOCKER / "prometheus" / "rules.yml"
+DASHBOARDS = sorted((DOCKER / "grafana" / "dashboards").glob("*.json"))
+TASKS = ("sentiment", "extract", "intent")
+_SECONDS = 30.0
+
+
+def dashboard(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def test_configuration_is_valid() -> None:
+    run("promtool", "check", "config", "--syntax-only", DOCKER / "prometheus" / "prometheus.yml")
+
+
+def test_rules_are_valid() -> None:
+    run("promtool", "check", "rules", "--lint-fatal", RULES)
+
+
+def test_rules_fire_when_they_should() -> None:
+    run("promtool", "test", "rules", DOCKER / "prometheus" / "rules_test.yml")
+
+
+def test_every_alert_has_a_unit_test_that_fires_and_one_that_does_not() -> None:
+    cases = yaml.safe_load((DOCKER / "prometheus" / "rules_test.yml").read_text())["tests"]
+    checks = [check for case in cases for check in case["alert_rule_test"]]
+    alerts = {rule["alert"] for rule in rules()}
+    assert {check["alertname"] for check in checks if check.get("exp_alerts")} == alerts
+    assert {check["alertname"] for check in checks if not check.get("exp_alerts")} == alerts
+
+
+def test_every_alert_tells_what_to_do() -> None:
+    documented = re.findall(r"^\| `(Prelude\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert documented == [rule["alert"] for rule in rules()]
+    for rule in rules():
+        assert rule["labels"]["severity"] in {"critical", "warning"}
+        assert rule["annotations"].keys() == {"summary", "description"}
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboards_fit_what_is_provisioned(path: Path) -> None:
+    provisioning = DOCKER / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    board = dashboard(path)
+    assert board["uid"] == f"prelude-{path.stem}"
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in board["panels"]:
+        assert panel["description"]
+        for part in (panel, *panel["targets"]):
+            assert part["datasource"] == {"type": "prometheus", "uid": source["uid"]}
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+    for one, other in itertools.combinations([panel["gridPos"] for panel in board["panels"]], 2):
+        apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert apart_x or apart_y, "two panels cover each other"
+
+
+@dataclass
+class Prometheus:
+    """A Prometheus with the project's rules, and the load that gives it something to see."""
+
+    client: httpx.Client
+    keep_busy: Callable[[], None]
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        reply = self.client.get(f"/api/v1/{path}", params=parameters).json()
+        assert reply["status"] == "success", f"{parameters}: {reply['error']}"
+        return reply["data"]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        return self.ask("query", query=expression)["result"]
+
+
+@contextmanager
+def prometheus(folder: Path, target: str, keep_busy: Callable[[], None]) -> Iterator[Prometheus]:
+    """The project's configuration, but for how a server is found and how often it is asked."""
+    config = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(RULES)]
+    (scrape,) = config["scrape_configs"]
+    config["scrape_configs"] = [{"job_name": scrape["job_name"], "static_configs": [{"targets": [target]}]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [tool("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
+    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}", "--log.level=warn"]
+    with (folder / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        with httpx.Client(base_url=f"http://{address}", timeout=20) as client:
+            deadline = time.monotonic() + _SECONDS
+            while True:
+                assert process.poll() is None, (folder / "prometheus.log").read_text()
+                try:
+                    if client.get("/-/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass  # it does not listen yet
+                assert time.monotonic() < deadline, (folder / "prometheus.log").read_text()
+                time.sleep(0.1)
+            yield Prometheus(client, keep_busy)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    tool("prometheus")
+    folder = tmp_path_factory.mktemp("prometheus")
+    with serving(folder / "server", "--num-threads", "1") as (client, _):
+        for task in TASKS:
+            assert upload(client, task, *adapter(task)).status_code == 201
+
+        def keep_busy() -> None:
+            for model in (BASE, *TASKS):
+                body = {"model": model, "prompt": ["My lamp feels flimsy", "Will it rain in Oslo?"], "max_tokens": 4}
+                assert client.post("/v1/completions", json=body).status_code == 200
+            body = {"model": TASKS[0], "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_lines())  # and goes away
+            assert client.post("/v1/completions", json={"model": "nobody", "prompt": "x"}).status_code == 404
+            assert client.post("/v1/completions", json={"model": BASE, "max_tokens": -1}).status_code == 400
+
+        keep_busy()
+        with prometheus(folder, client.base_url.netloc.decode(), keep_busy) as watching:
+            yield watching
+
+
+def without_variables(expression: str) -> str:
+    """A panel's query as Grafana would send it with every server chosen."""
+    expression = expression.replace("$instance", ".*").replace("$__rate_interval", "10s")
+    assert "$" not in expression
+    return expression
+
+
+def unanswered(watched: Prometheus, expressions: dict[str, str]) -> list[str]:
+    """Which expressions have no data yet after a while under load."""
+    deadline = time.monotonic() + _SECONDS
+    while left := [name for name, expression in expressions.items() if not watched.query(expression)]:
+        if time.monotonic() > deadline:
+            break
+        watched.keep_busy()
+        time.sleep(0.5)
+    return left
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_panel_shows_data(watched: Prometheus, path: Path) -> None:
+    expressions = {
+        f"{panel['title']} {target['refId']}": without_variables(target["expr"])
+        for panel in dashboard(path)["panels"]
+        for target in panel["targets"]
+    }
+    assert unanswered(watched, expressions) == []
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_the_server_variable_finds_servers(watched: Prometheus, path: Path) -> None:
+    (variable,) = dashboard(path)["templating"]["list"]
+    found = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
+    assert found is not None
+    assert unanswered(watched, {"metric": found[1]}) == []
+    assert {sample["metric"][found[2]] for sample in watched.query(found[1])} != {""}
+
+
+def test_every_rule_is_evaluated(watched: Prometheus) -> None:
+    deadline = time.monotonic() + _SECONDS
+    while True:
+        found = [rule for group in watched.ask("rules")["groups"] for rule in group["rules"]]
+        if all(rule["health"] != "unknown" for rule in found):
+            break
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    assert [rule["name"] for rule in found] == [rule["alert"] for rule in rules()]
+    assert {rule["health"]: rule.get("lastError") for rule in found} == {"ok": None}
+    assert [rule["name"] for rule in found if rule["state"] == "firing"] == []
+
+
+def test_every_metric_of_the_rules_is_there(watched: Prometheus) -> None:
+    names = {name for rule in rules() for name in re.findall(r"\bprelude_\w+", rule["expr"])}
+    assert names
+    assert unanswered(watched, {name: name for name in names}) == []
+
+
+def test_rules_and_errors_speak_of_codes_that_exist() -> None:
+    from server.api.errors import _TABLE
+
+    codes = {row.code for row in _TABLE.values()}
+    for rule in rules():
+        for pattern in re.findall(r'code=~"([^"]+)"', rule["expr"]):
+            assert set(pattern.split("|")) <= codes
