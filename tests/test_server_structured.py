@@ -39,7 +39,7 @@ TOOLS = [
 
 
 class Ticket(BaseModel):
-    """What the answer is parsed into; all of it is bounded, for the model is too small to come to an end by itself."""
+    """What the answer is parsed into, all of it bounded: a model that small does not come to an end by itself."""
 
     model_config = ConfigDict(extra="forbid")
 
