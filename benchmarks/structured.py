@@ -1,0 +1,152 @@
+"""What constraints cost: a batch of 64 texts of which none, 8 or all have to be JSON of a schema, in one run.
+
+    python -m benchmarks.structured
+
+64 texts of 32 to 128 tokens, 64 new tokens each, on a model of 135M shape with random weights (vocabulary 49,152) and
+a tokenizer that is trained for the occasion. The JSON is a list of objects that does not end within 64 tokens. The
+three ways take turns, several times, after one warm-up in which the schema is compiled; the figures are medians of
+the ratios round by round. Besides, the time of the masks alone: 64 of them computed and expanded, as in a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.mixed_batch import measure
+from benchmarks.workload import VOCABULARY, Text, build_model, make_texts
+from server.config import EngineSettings
+from server.engine.constraints import Constraint, ConstraintKind
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import AddRequest
+from server.engine.structured import GrammarCompiler, TokenMasks, load_tokenizer
+from server.engine.types import SamplingParams
+
+SCHEMA = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "kind": {"enum": ["refund", "delivery", "other"]},
+            "count": {"type": "integer"},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}},
+        },
+        "required": ["name", "kind", "count", "tags"],
+        "additionalProperties": False,
+    },
+}
+CONSTRAINT = Constraint(kind=ConstraintKind.JSON_SCHEMA, text=json.dumps(SCHEMA))
+
+
+def build_tokenizer(folder: Path) -> None:
+    """Train a byte-level tokenizer of the model's vocabulary on Python's own library."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) + sorted(
+        Path(sysconfig.get_path("stdlib")).glob("*/*.py")
+    )
+    core.train([str(path) for path in sources], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+
+
+def make_way(engine: LLMEngine, texts: list[Text], new_tokens: int, num_constrained: int) -> Callable[[], int]:
+    """All texts at once, the constrained ones spread among them; returns the number of new tokens."""
+    every = len(texts) // num_constrained if num_constrained else len(texts) + 1
+
+    def run() -> int:
+        for index, text in enumerate(texts):
+            is_constrained = num_constrained > 0 and index % every == 0
+            params = SamplingParams(
+                max_tokens=new_tokens, temperature=0.0, constraint=CONSTRAINT if is_constrained else None
+            )
+            refused = engine.add(AddRequest(request_id=str(index), prompt_token_ids=text.token_ids, params=params))
+            if refused:
+                raise RuntimeError(refused[0].error)
+        count = 0
+        while engine.num_unfinished:
+            for output in engine.step():
+                if output.error is not None:
+                    raise RuntimeError(output.error)
+                count += len(output.token_ids)
+        return count
+
+    return run
+
+
+def mask_seconds(model_folder: Path, rows: int, steps: int) -> float:
+    """Median time of one step's masks, along texts that the grammar allows at random."""
+    compiler = GrammarCompiler(
+        lambda: load_tokenizer(str(model_folder), None), vocab_size=VOCABULARY, eos_token_ids=()
+    )
+    compiler.matcher(CONSTRAINT)
+    while not compiler.take_compiled():
+        time.sleep(0.01)
+    matchers = [matcher for matcher in (compiler.matcher(CONSTRAINT) for _ in range(rows)) if matcher is not None]
+    masks, seconds = TokenMasks(), []
+    torch.manual_seed(0)
+    for _ in range(steps):
+        started = time.perf_counter()
+        allowed = masks.allowed(matchers, VOCABULARY, torch.device("cpu"))
+        seconds.append(time.perf_counter() - started)
+        tokens = torch.multinomial(allowed.float(), 1)[:, 0].tolist()
+        for matcher, token in zip(matchers, tokens, strict=True):
+            matcher.advance(token)
+    compiler.close()
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments = parser.parse_args()
+    texts = make_texts(arguments.requests, num_prompts=1, shortest=32, longest=128)
+    counts = (0, arguments.requests // 8, arguments.requests)
+    with tempfile.TemporaryDirectory() as name:
+        model_folder = build_model(Path(name), layers=arguments.layers)
+        build_tokenizer(model_folder)
+        # Without prefix caching, or every round after the first would find its texts computed.
+        engine = LLMEngine(
+            EngineSettings(model=str(model_folder), dtype=arguments.dtype, enable_prefix_caching=False)
+        )
+        ways = {str(count): make_way(engine, texts, arguments.new_tokens, count) for count in counts}
+        speeds = measure(ways, arguments.rounds)
+        engine.close()
+        masks = mask_seconds(model_folder, arguments.requests, 200)
+    free = speeds["0"]
+    figures = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "dtype": arguments.dtype,
+        "median_tokens_per_second": {key: round(statistics.median(values), 1) for key, values in speeds.items()},
+        "share_of_the_unconstrained_speed": {
+            key: round(statistics.median(own / other for own, other in zip(values, free, strict=True)), 3)
+            for key, values in speeds.items()
+            if key != "0"
+        },
+        "milliseconds_of_all_masks_of_a_step": round(1000 * masks, 2),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
