@@ -7,6 +7,7 @@ ServerError
 │   ├── PayloadTooLargeError the body is over its limit
 │   └── MediaTypeError       the body is not of a type that the path takes
 ├── AuthenticationError      no key, or an unknown one
+├── PermissionDeniedError    the key may not do this
 ├── NotFoundError
 │   ├── ModelNotFoundError
 │   └── SoftPromptNotFoundError
@@ -22,6 +23,8 @@ ServerError
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ServerError(Exception):
@@ -60,6 +63,18 @@ class MediaTypeError(InvalidRequestError):
 
 class AuthenticationError(ServerError):
     """No key was sent, or one that is not known."""
+
+
+class PermissionDeniedError(ServerError):
+    """The key that was sent may not do this.
+
+    Attributes:
+        scopes: What it would have to have, one of them.
+    """
+
+    def __init__(self, message: str, *, scopes: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.scopes = tuple(scopes)
 
 
 class NotFoundError(ServerError):

@@ -33,6 +33,7 @@ from server.errors import (
     NotFoundError,
     OverloadedError,
     PayloadTooLargeError,
+    PermissionDeniedError,
     RequestFailedError,
     ServerError,
     SoftPromptNotFoundError,
@@ -75,6 +76,7 @@ _TABLE: dict[type[Exception], _Row] = {
     UnsupportedError: _Row(400, _REQUEST_ERROR, "unsupported_parameter"),
     InvalidPromptError: _Row(400, _REQUEST_ERROR, "invalid_prompt"),
     AuthenticationError: _Row(401, _REQUEST_ERROR, "invalid_api_key", {"www-authenticate": "Bearer"}),
+    PermissionDeniedError: _Row(403, _REQUEST_ERROR, "insufficient_scope"),
     NotFoundError: _Row(404, _REQUEST_ERROR, "not_found"),
     ModelNotFoundError: _Row(404, _REQUEST_ERROR, "model_not_found"),
     SoftPromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
@@ -163,7 +165,14 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
             for fault in error.faults
         ]
     param = error.param if isinstance(error, ServerError) else None
-    return ErrorReply(row.status, row.type, row.code, message, param, details, row.headers)
+    return ErrorReply(row.status, row.type, row.code, message, param, details, {**row.headers, **_own_headers(error)})
+
+
+def _own_headers(error: Exception) -> Mapping[str, str]:
+    """Headers that depend on more than the class of an exception."""
+    if isinstance(error, PermissionDeniedError) and error.scopes:  # RFC 6750, section 3
+        return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{" ".join(error.scopes)}"'}
+    return {}
 
 
 def _describe_http(error: HTTPException) -> ErrorReply:

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access import OPEN_PATHS, check_access
 from server.api.auth import ApiKeys
 from server.api.errors import describe
 from server.errors import ServerError
@@ -16,9 +17,6 @@ from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Incoming ids that are taken over: nothing that could forge a log line or a header."""
-
-OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
-"""Probes carry no key."""
 
 
 class RequestIdMiddleware:
@@ -56,7 +54,7 @@ class RequestIdMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without a valid key, before any of their body is read."""
+    """Refuses requests without a valid key that may do this, before any of their body is read."""
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics) -> None:
         self._app = app
@@ -67,12 +65,14 @@ class ApiKeyMiddleware:
         """Check one request's key."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
-                scope["state"]["actor"] = self._keys.check(Headers(scope=scope).get("authorization"))
-            except ServerError as error:
+                caller = self._keys.check(Headers(scope=scope).get("authorization"))
+                check_access(caller, scope["method"], scope["path"])
+            except (ServerError, HTTPException) as error:
                 reply = describe(error, request_id=scope["state"]["request_id"])
                 self._metrics.count_error(reply.code)
                 await reply.response()(scope, receive, send)
                 return
+            scope["state"]["caller"] = caller
         await self._app(scope, receive, send)
 
 

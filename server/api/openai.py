@@ -13,7 +13,8 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready, tenant_of
+from server.api.callers import caller_of
+from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted
@@ -132,7 +133,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         ),
         tokenize=tokenize,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-        tenant=tenant_of(request),
+        tenant=caller_of(request).tenant,
         arrival=arrival,
     )
     return await call.respond(request)
@@ -166,7 +167,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         ),
         tokenize=tokenize,
         default_max_tokens=None,
-        tenant=tenant_of(request),
+        tenant=caller_of(request).tenant,
         arrival=arrival,
     )
     return await call.respond(request)

@@ -20,6 +20,7 @@ from prompt_store.types import (
     PromptVersion,
     check_name,
 )
+from server.api.callers import caller_of
 from server.api.deps import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
 from server.api.multipart import UploadParser, discard_rest, gathered
 from server.api.prompt_bodies import (
@@ -61,8 +62,7 @@ Before = Annotated[int | None, Query(ge=1, lt=2**63)]
 
 
 async def _actor(request: Request) -> str | None:
-    actor: str | None = getattr(request.state, "actor", None)
-    return actor
+    return caller_of(request).name
 
 
 Actor = Annotated[str | None, Depends(_actor)]

@@ -1,0 +1,47 @@
+"""Who asks: the tenant and the scopes of the API key that a request came with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from starlette.requests import Request
+
+
+class Scope(StrEnum):
+    """What a key may do."""
+
+    GENERATE = "generate"
+    PROMPTS_READ = "prompts:read"
+    PROMPTS_WRITE = "prompts:write"
+    ADMIN = "admin"
+
+
+ALL_SCOPES = frozenset(Scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever sent a request.
+
+    Attributes:
+        name: What the key is called in records, which does not give it away; None where there are no keys.
+        tenant: Whose cached texts and turns it shares; empty where there are no keys.
+        scopes: What it may do.
+    """
+
+    name: str | None
+    tenant: str
+    scopes: frozenset[Scope]
+
+
+ANYBODY = Caller(None, "", ALL_SCOPES)
+"""Every caller of a server without keys."""
+
+
+def caller_of(request: Request) -> Caller:
+    """Whose request it is."""
+    caller = getattr(request.state, "caller", ANYBODY)
+    if not isinstance(caller, Caller):
+        raise TypeError("the state of a request holds something else than a caller")
+    return caller
