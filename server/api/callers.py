@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
+from fastapi import Depends
 from starlette.requests import Request
+
+from prompt_store.types import SHARED, Access
 
 
 class Scope(StrEnum):
@@ -26,7 +30,7 @@ class Caller:
 
     Attributes:
         name: What the key is called in records, which does not give it away; None where there are no keys.
-        tenant: Whose cached texts and turns it shares; empty where there are no keys.
+        tenant: Whose soft prompts, cached texts and turns it shares; ``SHARED`` where there are no keys.
         scopes: What it may do.
     """
 
@@ -34,8 +38,13 @@ class Caller:
     tenant: str
     scopes: frozenset[Scope]
 
+    @property
+    def access(self) -> Access:
+        """Which soft prompts it sees and changes."""
+        return Access(self.tenant, may_change_shared=Scope.ADMIN in self.scopes)
 
-ANYBODY = Caller(None, "", ALL_SCOPES)
+
+ANYBODY = Caller(None, SHARED, ALL_SCOPES)
 """Every caller of a server without keys."""
 
 
@@ -45,3 +54,10 @@ def caller_of(request: Request) -> Caller:
     if not isinstance(caller, Caller):
         raise TypeError("the state of a request holds something else than a caller")
     return caller
+
+
+async def _caller(request: Request) -> Caller:
+    return caller_of(request)
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]

@@ -292,7 +292,7 @@ async def admitted(
         leased = None
         if target.ref is not None:
             try:
-                leased = await stack.enter_async_context(services.store.lease(target.ref))
+                leased = await stack.enter_async_context(services.store.lease(target.ref, target.access))
             except PromptNotFoundError as error:
                 raise target.not_found(error) from error
             _check_generates(leased.version, target)

@@ -120,7 +120,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
             return await services.tokenizer.encode(texts, add_special_tokens=body.add_special_tokens)
         return [prompt for prompt in body.prompt if not isinstance(prompt, str)]
 
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name)
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,
         body=body,
@@ -154,7 +154,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         text = await services.tokenizer.render_chat(turns)
         return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
 
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name)
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,
         body=body,

@@ -162,7 +162,7 @@ def _tour(url: str, settings: Settings, serving: threading.Thread, console: Cons
     directories = sorted(path for path in SOFT_PROMPTS_DIRECTORY.iterdir() if path.is_dir())
     with PreludeClient(url, api_key=key) as client:
         for directory in directories:
-            version, _ = client.push(directory, name=directory.name)
+            version, _ = client.push(directory, name=directory.name, shared=True)
             console.print(
                 f"Uploaded [bold]{version['id']}@{version['version']}[/]: {version['peft_type']}, "
                 f"{version['num_virtual_tokens']} virtual tokens, {version['size']:,} bytes"
