@@ -3,8 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := .venv-clients
+CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test check bench bench-vllm format build-demo clean
+.PHONY: install demo test test-clients check bench bench-vllm fuzz format build-demo clean
 
 install: $(INSTALLED)
 
@@ -19,6 +21,17 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# Clients that others wrote, in an environment of their own: they do not all go with this project's dependencies.
+test-clients: install $(CLIENTS_INSTALLED)
+	PRELUDE_TEST_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients $(ARGS)
+
+$(CLIENTS_INSTALLED): $(addprefix tests/clients/,requirements.txt constraints.txt node/package-lock.json)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint tests/clients/constraints.txt \
+		--requirement tests/clients/requirements.txt
+	if command -v npm > /dev/null; then npm ci --no-audit --no-fund --prefix tests/clients/node; fi
+	touch $@
 
 check: install
 	$(BIN)/ruff check .
@@ -43,8 +56,12 @@ bench-vllm: install .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+fuzz: install
+	$(BIN)/python -m scripts.fuzz_api
+	$(BIN)/python -m scripts.mutate_bodies
+
 build-demo: install
 	$(BIN)/python scripts/build_demo.py --out server/demo $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) .venv-vllm tests/clients/node/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,7 +15,6 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -26,13 +25,14 @@ from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import StoreTotals
 from server import tokenizer as base_tokenizer
-from server.api import inspection, models, openai, ops, prompts
+from server.api import classify, inspection, models, openai, ops, prompts, tokenization
 from server.api.access import OPEN_PATHS
 from server.api.admission import Admission
 from server.api.auth import ApiKeys, KeyReloader, load_keys
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
 from server.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from server.api.openapi import describe_api
 from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
 from server.config import HttpSettings, Settings, StoreSettings
@@ -47,22 +47,6 @@ _CLOSE_SECONDS = 5
 """After the drain, how long connections may take to send their last bytes."""
 
 _POLL_SECONDS = 0.1
-
-
-class ErrorFields(BaseModel):
-    """What went wrong, in OpenAI's shape."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-    details: list[dict[str, object]] | None = None
-
-
-class ErrorBody(BaseModel):
-    """Every answer that is not a result."""
-
-    error: ErrorFields
 
 
 def create_app(
@@ -115,14 +99,14 @@ def create_app(
         ),
         middleware=middleware,
         redirect_slashes=False,
-        # FastAPI would document its own error shape, which this server never sends.
-        responses={"default": {"model": ErrorBody, "description": "An error"}},
     )
     app.state.services = services
     for error in (ServerError, PromptStoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(error, _answer_error)
-    for module in (ops, models, openai, prompts, inspection):
+    for module in (ops, models, openai, classify, tokenization, prompts, inspection):
         app.include_router(module.router)
+    # FastAPI would document its own error shape, which this server never sends.
+    app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
     return app
 
 

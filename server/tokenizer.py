@@ -27,6 +27,9 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 
+_INFO_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
+"""What is told of a tokenizer's configuration besides its class, special tokens and template."""
+
 _NUM_THREADS = 2
 """Enough that one long text does not stand before all others; more would take cores from a CPU engine."""
 
@@ -117,6 +120,26 @@ class Tokenizer:
         if piece.startswith("\u2581") and not text.startswith(" "):
             text = " " + text
         return text.encode()
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own text of each token; empty for ids that no token has."""
+        return [text or "" for text in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
+
+    @property
+    def info(self) -> dict[str, object]:
+        """The tokenizer's configuration, as far as it matters to who writes its text; no path of this machine."""
+        tokenizer = self._tokenizer
+        kept = {key: tokenizer.init_kwargs[key] for key in _INFO_KEYS if key in tokenizer.init_kwargs}
+        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        template = tokenizer.chat_template
+        return {
+            **kept,
+            **special,
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": len(tokenizer),
+            # Some models come with several by name; the one that is used without a choice is the default.
+            "chat_template": template.get("default") if isinstance(template, dict) else template,
+        }
 
     def close(self) -> None:
         """End the threads."""

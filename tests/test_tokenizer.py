@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -63,3 +64,13 @@ async def test_the_embedded_model() -> None:
         ((*ids,),) = await tokenizer.encode([TEXT], add_special_tokens=False)
         assert b"".join(map(tokenizer.token_bytes, ids)) == TEXT.encode()
         assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_what_clients_are_told_is_the_configuration_without_its_paths() -> None:
+    with closing(Tokenizer.load(str(MODEL_DIRECTORY))) as tokenizer:
+        info = tokenizer.info
+        assert (info["bos_token"], info["eos_token"], info["pad_token"]) == (None, "<|endoftext|>", "<|pad|>")
+        assert "message['content']" in info["chat_template"]
+        assert str(MODEL_DIRECTORY.parent) not in json.dumps(info)
+        assert tokenizer.token_strings([65, 10**6])[1] == ""
+        assert all(tokenizer.token_strings([1, 65]))

@@ -20,6 +20,10 @@ _ADMIN = frozenset({Scope.ADMIN})
 SCOPES: dict[tuple[str, str], frozenset[Scope]] = {
     ("POST", "/v1/completions"): _GENERATE,
     ("POST", "/v1/chat/completions"): _GENERATE,
+    ("POST", "/v1/classify"): _GENERATE,
+    ("POST", "/tokenize"): _GENERATE,
+    ("POST", "/detokenize"): _GENERATE,
+    ("GET", "/tokenizer_info"): _GENERATE,
     ("GET", "/v1/models"): _GENERATE | _READ,
     ("GET", "/v1/models/{model_id:path}"): _GENERATE | _READ,
     ("GET", "/v1/prompts"): _READ,

@@ -63,6 +63,15 @@ class Tokenizer(Protocol):
         """What one token shows by itself, special tokens included; it may be a part of a character."""
         ...
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own text of each token, such as ``\u0120word``; empty for ids that no token has."""
+        ...
+
+    @property
+    def info(self) -> dict[str, object]:
+        """Its configuration as JSON: ``tokenizer_class``, special tokens (or None), ``chat_template`` and more."""
+        ...
+
     def close(self) -> None:
         """End its threads."""
         ...

@@ -15,6 +15,7 @@ def soft_prompt_source(leased: LeasedPrompt, task_id: int | None) -> SoftPromptS
         is_key_values=leased.version.peft_type.is_key_values,
         path=str(leased.weights_path),
         task_id=task_id,
+        num_labels=leased.version.num_labels,
     )
 
 

@@ -44,6 +44,9 @@ from server.errors import (
 
 logger = logging.getLogger(__name__)
 
+MAX_DETAILS = 32
+"""Faults of a body that are told: a long list of wrong items would make an answer longer than itself."""
+
 _REQUEST_ERROR = "invalid_request_error"
 _SERVER_ERROR = "server_error"
 _UNAVAILABLE = "service_unavailable_error"
@@ -101,7 +104,13 @@ _TABLE: dict[type[Exception], _Row] = {
     PromptStoreError: _INTERNAL,
 }
 
-_HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+_HTTP_CODES = {
+    400: "invalid_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "payload_too_large",
+    416: "range_not_satisfiable",
+}
 
 _PUBLIC_TEXT = {
     "internal_error": "the server failed to handle this request; its log has the reason under this X-Request-ID",
@@ -185,12 +194,13 @@ def _describe_http(error: HTTPException) -> ErrorReply:
 
 
 def _describe_validation(error: RequestValidationError) -> ErrorReply:
-    details = [_fault(item) for item in error.errors()]
+    faults = error.errors()
+    details = [_fault(item) for item in faults[:MAX_DETAILS]]
     first = details[0]
     param = first["field"]
     message = f"{param}: {first['message']}" if param else str(first["message"])
-    if len(details) > 1:
-        message += f" (and {len(details) - 1} more, see details)"
+    if len(faults) > 1:
+        message += f" (and {len(faults) - 1} more, see details)"
     return ErrorReply(400, _REQUEST_ERROR, "invalid_request", message, param, details)
 
 

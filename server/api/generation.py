@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 
-from prompt_store.errors import PromptNotFoundError
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
+from server.api.leasing import lease_of
 from server.api.logprobs import ScoredToken, TokenScorer
 from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
 from server.api.resolution import Target
@@ -247,7 +247,7 @@ class Generation:
             self._soft_prompt,
             salt=self._tenant,
             priority=body.priority,
-            timeout=_shorter(body.timeout, self._services.settings.http.max_wait_seconds),
+            timeout=shorter(body.timeout, self._services.settings.http.max_wait_seconds),
         )
 
 
@@ -289,12 +289,8 @@ async def admitted(
     _check_tokens(prompts, body, vocab_size=services.engine.model.vocab_size)
     _check_echo(prompts, body)
     async with AsyncExitStack() as stack:
-        leased = None
-        if target.ref is not None:
-            try:
-                leased = await stack.enter_async_context(services.store.lease(target.ref, target.access))
-            except PromptNotFoundError as error:
-                raise target.not_found(error) from error
+        leased = await stack.enter_async_context(lease_of(services, target))
+        if leased is not None:
             _check_generates(leased.version, target)
         check_task(leased.version if leased else None, body.task_id)
         max_tokens = [
@@ -371,7 +367,7 @@ def _check_generates(version: PromptVersion, target: Target) -> None:
         )
 
 
-def _shorter(asked: float | None, limit: float) -> float | None:
+def shorter(asked: float | None, limit: float) -> float | None:
     """The shorter of what a request asks for and the server's own limit, 0 being none; None is without limit."""
     return asked if not limit else limit if asked is None else min(asked, limit)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import AsyncIterator
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.access import OPEN_PATHS, check_access
 from server.api.auth import ApiKeys
 from server.api.errors import describe
+from server.api.multipart import discard_rest
 from server.errors import ServerError
 from server.metrics import Metrics
 
@@ -97,13 +99,13 @@ class BodyLimitMiddleware:
 
         async def limited_receive() -> Message:
             nonlocal received
-            if is_too_long:
-                raise self._error()
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._error()
-            return message
+            if not is_too_long:
+                message = await receive()
+                received += len(message.get("body", b""))
+                if received <= self._max_bytes:
+                    return message
+            await discard_rest(_rest(receive))
+            raise self._error()
 
         await self._app(scope, limited_receive, send)
 
@@ -111,6 +113,14 @@ class BodyLimitMiddleware:
         return HTTPException(
             413, f"the body is over the limit of {self._max_bytes} bytes", headers={"connection": "close"}
         )
+
+
+async def _rest(receive: Receive) -> AsyncIterator[bytes]:
+    more = True
+    while more:
+        message = await receive()
+        more = bool(message.get("more_body", False))
+        yield message.get("body", b"")
 
 
 def _is_upload(scope: Scope) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel
 
-from prompt_store.errors import PromptNotFoundError
 from prompt_store.types import PromptVersion
 from server.api.callers import CallerDep
 from server.api.deps import Services, ServicesDep, require_ready
+from server.api.leasing import version_of
 from server.api.resolution import resolve
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_ready)])
@@ -64,13 +64,8 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
 async def get_model(model_id: str, services: ServicesDep, caller: CallerDep) -> ModelCard:
     """One of them, by any name that a request may use."""
     target = resolve(model_id, None, base_name=services.base_name, access=caller.access)
-    if target.ref is None:
-        return _base_card(services)
-    try:
-        version = await services.store.call(services.store.store.resolve, target.ref, target.access)
-    except PromptNotFoundError as error:
-        raise target.not_found(error) from error
-    return _prompt_card(services, model_id, version)
+    version = await version_of(services, target)
+    return _base_card(services) if version is None else _prompt_card(services, model_id, version)
 
 
 def _base_card(services: Services) -> ModelCard:

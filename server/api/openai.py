@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.callers import caller_of
-from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready
+from server.api.deps import ChatTurn, Services, ServicesDep, Tokenizer, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted
@@ -109,16 +109,23 @@ class _Call:
         return describe_late
 
 
+async def tokenize_prompts(
+    tokenizer: Tokenizer, prompts: list[str] | list[list[int]], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """The tokens of each prompt; those given as tokens are taken as they are."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts:
+        return await tokenizer.encode(texts, add_special_tokens=add_special_tokens)
+    return [prompt for prompt in prompts if not isinstance(prompt, str)]
+
+
 @router.post("/completions", response_class=Response)
 async def create_completion(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
     """Continue one text or several, given as text or as token ids."""
     arrival = time.monotonic()
 
     async def tokenize() -> list[list[int]]:
-        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-        if texts:
-            return await services.tokenizer.encode(texts, add_special_tokens=body.add_special_tokens)
-        return [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+        return await tokenize_prompts(services.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
 
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(

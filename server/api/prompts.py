@@ -6,9 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import AfterValidator
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import (
@@ -73,9 +74,15 @@ class _LeasedWeights(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the file, or the part of it that was asked for."""
+
+        async def send_or_raise(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                raise HTTPException(message["status"], "the Range header asks for no part of this file")
+            await send(message)
+
         async with self._threads.lease(self._ref, self._access) as leased:
             self.path = leased.weights_path
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_or_raise)
 
 
 def ref_of(name: str, version: int | None, alias: str | None) -> PromptRef:

@@ -34,12 +34,26 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
     if not value or "" in value or [] in value:
         raise ValueError("should not be empty")
     if all(isinstance(item, str) for item in value):
+        check_unicode(value)
         return value
     if all(_is_token_id(item) for item in value):
         return [value]
     if all(isinstance(item, list) and all(_is_token_id(token) for token in item) for item in value):
         return value
     raise ValueError("should hold only strings, only token ids (integers from 0), or only lists of token ids")
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """JSON can spell half of a surrogate pair; that is no text, and no tokenizer takes it.
+
+    Raises:
+        ValueError: If one of them has such a half.
+    """
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"should be Unicode: character {error.start} is half of a surrogate pair") from error
 
 
 def _is_token_id(value: object) -> bool:
@@ -55,6 +69,7 @@ def _stop(value: object) -> list[str]:
         raise ValueError(f"should have at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
     if not all(0 < len(item) <= MAX_STOP_STRING_CHARS for item in stop):
         raise ValueError(f"should hold strings of 1 to {MAX_STOP_STRING_CHARS} characters")
+    check_unicode(stop)
     return stop
 
 
@@ -77,6 +92,7 @@ def _logit_bias(value: object) -> dict[int, float]:
 def _chat_text(value: object) -> str:
     """A message's content: a string, or text parts that are joined by line ends as they stand."""
     if isinstance(value, str):
+        check_unicode([value])
         return value
     if not isinstance(value, list):
         raise ValueError("should be a string or a list of text parts")
@@ -85,6 +101,7 @@ def _chat_text(value: object) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError("should hold only text parts: {'type': 'text', 'text': '...'}")
         texts.append(part["text"])
+    check_unicode(texts)
     return "\n".join(texts)
 
 

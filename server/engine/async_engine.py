@@ -162,6 +162,7 @@ class AsyncEngine:
                     output.prefill_seconds,
                     output.logprobs,
                     output.prompt_logprobs,
+                    output.class_logits,
                 )
         finally:
             del self._queues[request.request_id]

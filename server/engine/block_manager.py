@@ -285,11 +285,9 @@ class BlockManager:
     def _match(self, seq: Sequence, shared: int) -> tuple[list[int], list[bytes]]:
         matched: list[int] = []
         hashes: list[bytes] = []
-        # Prompt logprobs need the logits of every position, so none of the text's may be skipped.
-        if self.enable_prefix_caching and not seq.wants_prompt_logprobs:
+        if self.enable_prefix_caching:
             seed = self._seed(seq)
-            # At least one token has to be computed, or there are no logits to sample from.
-            for index in range(shared, (seq.num_positions - 1) // self.block_size):
+            for index in range(shared, seq.num_skippable // self.block_size):
                 seed = self._hash(seq, index, seed)
                 block = self._by_hash.get(seed)
                 if block is None:

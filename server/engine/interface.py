@@ -53,7 +53,8 @@ class TokenEvent:
         prefill_seconds: From then to its first token; in the first event only.
         logprobs: One for each of ``token_ids``, where they were asked for.
         prompt_logprobs: One for each of the text's tokens, in the first event, where they were asked for; the first
-            may be None.
+            may be None. They begin at ``SamplingParams.prompt_logprobs_start``.
+        class_logits: What the soft prompt's head gives each label, in the first event, where it was asked for.
     """
 
     token_ids: list[int]
@@ -64,6 +65,7 @@ class TokenEvent:
     prefill_seconds: float | None = None
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs | None] | None = None
+    class_logits: list[float] | None = None
 
 
 class Engine(Protocol):

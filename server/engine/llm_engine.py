@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from math import isfinite
 
 from server.config import EngineSettings
 from server.engine.block_manager import BlockManager
@@ -44,6 +45,7 @@ class LLMEngine:
         self.soft_prompts = SoftPromptLoader(
             embedding_width=self.model.embedding_width,
             key_values_width=2 * spec.num_layers * spec.num_kv_heads * spec.head_dim,
+            head_width=self.model.hidden_size or self.model.embedding_width,
             dtype=self.runner.dtype,
             budget_bytes=settings.soft_prompt_host_bytes,
             on_loaded=on_loaded,
@@ -92,6 +94,10 @@ class LLMEngine:
             return [_failure(seq, str(error))]
         if seq.params.prompt_logprobs is not None and not self.runner.scores_prompts:
             return [_failure(seq, f"{self.model.architecture} gives no logprobs of the text")]
+        if seq.params.classify and not self.runner.scores_prompts:
+            return [_failure(seq, f"{self.model.architecture} gives no hidden states to classify by")]
+        if seq.params.classify and (source is None or source.num_labels is None):
+            return [_failure(seq, "only a soft prompt with a classification head classifies")]
         self._stats.prompt_tokens += seq.num_prompt_tokens
         self._stats.virtual_tokens += seq.num_virtual_tokens
         if source is None or self.soft_prompts.acquire(source):
@@ -194,11 +200,16 @@ class LLMEngine:
                 chunk.seq.prompt_logprobs += step.prompt_logprobs[chunk.seq.request_id]
         sampled = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         logprobs = step.logprobs or [None] * len(sampled)
-        return [self._advance(*new) for new in zip(sampled, step.tokens, logprobs, strict=True)]
+        return [
+            self._advance(seq, token, own, step.class_logits.get(seq.request_id))
+            for seq, token, own in zip(sampled, step.tokens, logprobs, strict=True)
+        ]
 
-    def _advance(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> TokenOutput:
+    def _advance(
+        self, seq: Sequence, token: int, logprobs: Logprobs | None, class_logits: list[float] | None
+    ) -> TokenOutput:
         """Give a sequence its next token, and end it where that is its last."""
-        if token == NOT_FINITE:
+        if token == NOT_FINITE or not all(map(isfinite, class_logits or ())):
             self._finish(seq, FinishReason.ERROR)
             return _failure(seq, "the model computed a value that is not finite for this text")
         output = TokenOutput(seq.request_id, [])
@@ -209,6 +220,7 @@ class LLMEngine:
                 output.prefill_seconds = time.monotonic() - seq.first_run
             if seq.params.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
+            output.class_logits = class_logits
         if seq.params.max_tokens > 0:
             seq.token_ids.append(token)
             self._stats.generation_tokens += 1

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, make_metadata
 from server.engine.cpu_attention import make_backend
+from server.engine.heads import head_logits
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.packed_linear import can_pack, has_fast_bfloat16, pack_linears
 from server.engine.prompt_scoring import PromptScorer
@@ -138,13 +139,15 @@ class ModelRunner:
         with self._scorer.watching(plan.chunks) as kept:
             logits = self._forward(spans, self._inputs(plan.chunks, soft_prompts), last_rows or [row - 1])
         scores: dict[str, list[Logprobs | None]] = {}
+        class_logits: dict[str, list[float]] = {}
         if kept:
+            class_logits = head_logits(plan.chunks, kept[0][0], soft_prompts.head)
             scores = self._scorer.score(
                 plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
             )
         seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         tokens = self.sampler.sample(logits, seqs) if seqs else []
-        return StepOutput(tokens, self.sampler.logprobs(logits, seqs, tokens), scores)
+        return StepOutput(tokens, self.sampler.logprobs(logits, seqs, tokens), scores, class_logits)
 
     def close(self) -> None:
         """Take the backend out of transformers' tables."""

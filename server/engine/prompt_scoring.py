@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from server.engine.heads import wants_head
 from server.engine.logprobs import logprobs_of
 from server.engine.scheduler import Chunk
 from server.engine.types import Logprobs
@@ -53,7 +54,7 @@ class PromptScorer:
     @contextmanager
     def watching(self, chunks: Sequence[Chunk]) -> Iterator[list[ModelOutput]]:
         """Keep what the base model returns in the forward pass inside, if one of the chunks needs it."""
-        if any(_wants(chunk) for chunk in chunks):
+        if any(_wants(chunk) or wants_head(chunk) for chunk in chunks):
             with self._keeping() as kept:
                 yield kept
         else:
@@ -96,12 +97,12 @@ class PromptScorer:
             if seq is not None and _wants(chunk):
                 num_top = seq.params.prompt_logprobs or 0
                 entries = result.setdefault(seq.request_id, [])
-                known = len(seq.prompt_logprobs)
-                if known == 0:
+                index = seq.next_scored
+                if index == 0:
                     entries.append(self._first(chunk, num_top, boundary))
-                    known = 1
+                    index = 1
                 # The token at text index i is told of by the row of the position before it.
-                first = seq.num_virtual_tokens + known - 1
+                first = seq.num_virtual_tokens + index - 1
                 last = min(chunk.stop, seq.num_virtual_tokens + seq.num_prompt_tokens - 1)
                 for position in range(first, last):
                     token = seq.token_ids[position + 1 - seq.num_virtual_tokens]

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from prompt_store.blobs import LOAD_SECONDS_BOUNDS
 from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
+from server.engine.heads import Head, read_head
 from server.engine.types import HostTierStats, SoftPromptSource
 
 
@@ -28,6 +29,12 @@ class _Entry:
     source: SoftPromptSource
     ref_count: int = 0
     rows: torch.Tensor | None = None
+    head: Head | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what has been read."""
+        return (0 if self.rows is None else self.rows.nbytes) + (0 if self.head is None else self.head.nbytes)
 
 
 class SoftPromptLoader:
@@ -39,6 +46,7 @@ class SoftPromptLoader:
     Args:
         embedding_width: Columns of a soft prompt made of embeddings.
         key_values_width: Columns of one made of keys and values.
+        head_width: Columns of a classification head.
         dtype: The serving dtype; rows are cast to it when read, as PEFT casts them at use.
         budget_bytes: Host memory for soft prompts that nobody refers to.
         on_loaded: Called from the reading thread after each file, to wake the engine.
@@ -49,11 +57,13 @@ class SoftPromptLoader:
         *,
         embedding_width: int,
         key_values_width: int,
+        head_width: int,
         dtype: torch.dtype,
         budget_bytes: int,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self._widths = {False: embedding_width, True: key_values_width}
+        self._head_width = head_width
         self._dtype = dtype
         self._budget = budget_bytes
         self._on_loaded = on_loaded
@@ -69,7 +79,7 @@ class SoftPromptLoader:
         self._load_seconds = 0.0
         self._buckets = [0] * len(LOAD_SECONDS_BOUNDS)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-loader")
-        self._done: SimpleQueue[tuple[str, Future[tuple[torch.Tensor, float]]]] = SimpleQueue()
+        self._done: SimpleQueue[tuple[str, Future[tuple[torch.Tensor, Head | None, float]]]] = SimpleQueue()
 
     @property
     def stats(self) -> HostTierStats:
@@ -102,7 +112,7 @@ class SoftPromptLoader:
         entry = self._entries[source.identity]
         entry.ref_count -= 1
         if entry.ref_count == 0 and entry.rows is not None:
-            self._make_idle(source.identity, entry.rows)
+            self._make_idle(source.identity, entry)
 
     def pin(self, source: SoftPromptSource) -> None:
         """Keep a soft prompt in memory until ``unpin``, reading it where nobody has; twice is the same as once.
@@ -125,6 +135,13 @@ class SoftPromptLoader:
             raise AssertionError(f"soft prompt {source.identity} is not loaded")
         return rows
 
+    def head(self, source: SoftPromptSource) -> Head:
+        """The classification head that was loaded with a soft prompt."""
+        head = self._entries[source.identity].head
+        if head is None:
+            raise AssertionError(f"soft prompt {source.identity} has no head")
+        return head
+
     def take_loaded(self) -> list[tuple[str, str | None]]:
         """Identities whose reading has ended since the last call, each with what went wrong or None."""
         ended: list[tuple[str, str | None]] = []
@@ -140,13 +157,13 @@ class SoftPromptLoader:
                 ended.append((identity, str(error)))
                 continue
             entry = self._entries[identity]
-            entry.rows, seconds = future.result()
+            entry.rows, entry.head, seconds = future.result()
             self._num_resident += 1
-            self._resident_bytes += entry.rows.nbytes
+            self._resident_bytes += entry.nbytes
             self._load_seconds += seconds
             self._buckets[bisect_left(LOAD_SECONDS_BOUNDS, seconds)] += 1
             if entry.ref_count == 0:  # everybody who wanted it has gone meanwhile
-                self._make_idle(identity, entry.rows)
+                self._make_idle(identity, entry)
             ended.append((identity, None))
 
     def close(self) -> None:
@@ -161,30 +178,35 @@ class SoftPromptLoader:
             future.add_done_callback(lambda done: self._announce(source.identity, done))
         elif entry.ref_count == 0 and entry.rows is not None:
             del self._idle[source.identity]
-            self._idle_bytes -= entry.rows.nbytes
+            self._idle_bytes -= entry.nbytes
         entry.ref_count += 1
         return entry.rows is not None
 
-    def _announce(self, identity: str, future: Future[tuple[torch.Tensor, float]]) -> None:
+    def _announce(self, identity: str, future: Future[tuple[torch.Tensor, Head | None, float]]) -> None:
         self._done.put((identity, future))
         self._on_loaded()
 
-    def _make_idle(self, identity: str, rows: torch.Tensor) -> None:
+    def _make_idle(self, identity: str, entry: _Entry) -> None:
         self._idle[identity] = None
-        self._idle_bytes += rows.nbytes
+        self._idle_bytes += entry.nbytes
         while self._idle_bytes > self._budget:
             oldest, _ = self._idle.popitem(last=False)
-            evicted = self._entries.pop(oldest).rows
-            size = evicted.nbytes if evicted is not None else 0
+            size = self._entries.pop(oldest).nbytes
             self._idle_bytes -= size
             self._resident_bytes -= size
             self._num_resident -= 1
             self._evictions += 1
 
-    def _timed_read(self, source: SoftPromptSource) -> tuple[torch.Tensor, float]:
+    def _timed_read(self, source: SoftPromptSource) -> tuple[torch.Tensor, Head | None, float]:
         started = time.perf_counter()
         rows = self.read(source)
-        return rows, time.perf_counter() - started
+        head = None
+        if source.num_labels is not None:
+            try:
+                head = read_head(source.path, num_labels=source.num_labels, width=self._head_width)
+            except Exception as error:
+                raise SoftPromptLoadError(f"the head of {source.digest[:12]} cannot be read: {error}") from error
+        return rows, head, time.perf_counter() - started
 
     def read(self, source: SoftPromptSource) -> torch.Tensor:
         """Read a soft prompt's file; from any thread, and nothing is kept.

@@ -37,6 +37,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         logit_bias: Added to the logits of these token ids.
         logprobs: For each new token its log-probability and those of so many likeliest ones; None for neither.
         prompt_logprobs: The same for the text's own tokens.
+        prompt_logprobs_start: The first token of the text that they are wanted for; what is computed for those
+            before it may come from the prefix cache.
+        classify: Whether the soft prompt's own head reads the text's last hidden state.
         seed: Seeds this sequence's own random numbers; None draws them from the operating system.
         stop_token_ids: Tokens that end the sequence (the tokenizer's end-of-sequence ids come with the model).
         ignore_eos: Whether end-of-sequence tokens are ordinary ones.
@@ -54,6 +57,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
+    classify: bool = False
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -102,6 +107,7 @@ class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
         is_key_values: True for keys and values of every layer, False for rows of input embeddings.
         path: A safetensors file on this machine that holds ``prompt_embeddings``.
         task_id: Which task of a multitask prompt, counted from 0; None for all others.
+        num_labels: Labels of the classification head in the same file; None where there is none.
     """
 
     digest: str
@@ -109,6 +115,7 @@ class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
     is_key_values: bool
     path: str
     task_id: int | None = None
+    num_labels: int | None = None
 
     @property
     def identity(self) -> str:
@@ -142,8 +149,8 @@ class Sequence:
         stop_token_id: The token that ended it, when one did.
         rng: This sequence's random numbers.
         adjusts_logits: ``params.adjusts_logits``, which every step asks.
-        prompt_logprobs: Of the text's first tokens, as far as they are computed; the first of all is None where
-            no row of the model stands before it. They survive preemption.
+        prompt_logprobs: Of the text's tokens from ``params.prompt_logprobs_start``, as far as they are computed; the
+            text's first is None where no row of the model stands before it. They survive preemption.
     """
 
     __slots__ = (
@@ -230,9 +237,21 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def next_scored(self) -> int:
+        """Index of the text token whose logprob is to be computed next, where they are wanted."""
+        return self.params.prompt_logprobs_start + len(self.prompt_logprobs)
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether some of the text's logprobs are still to be computed, so that no position may be skipped."""
-        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+        """Whether some of the text's logprobs are still to be computed."""
+        return self.params.prompt_logprobs is not None and self.next_scored < self.num_prompt_tokens
+
+    @property
+    def num_skippable(self) -> int:
+        """Positions that need not be computed where their keys and values are cached: nobody wants their logits."""
+        if self.wants_prompt_logprobs:  # the logits at a position tell of the token after it
+            return self.num_virtual_tokens + self.next_scored - 1
+        return self.num_positions - 1
 
     @property
     def is_decoding(self) -> bool:
@@ -253,7 +272,9 @@ class TokenOutput(msgspec.Struct, array_like=True):
         queue_seconds: From its arrival at the engine to its first blocks; in the first output.
         prefill_seconds: From then to its first token; in the first output.
         logprobs: One for each of ``token_ids``, where they were asked for.
-        prompt_logprobs: One for each of the text's tokens, in the first output, where they were asked for.
+        prompt_logprobs: One for each of the text's tokens from ``prompt_logprobs_start``, in the first output, where
+            they were asked for.
+        class_logits: What the soft prompt's head gives each label, in the first output, where it was asked for.
     """
 
     request_id: str
@@ -266,6 +287,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
     prefill_seconds: float | None = None
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs | None] | None = None
+    class_logits: list[float] | None = None
 
 
 class StepOutput(msgspec.Struct, frozen=True):
@@ -275,11 +297,13 @@ class StepOutput(msgspec.Struct, frozen=True):
         tokens: A new token for each chunk that samples, in order.
         logprobs: For each of them, None where they were not asked for; empty where nobody asked.
         prompt_logprobs: By request id, what this step adds to each sequence's ``prompt_logprobs``.
+        class_logits: By request id, what heads give.
     """
 
     tokens: list[int]
     logprobs: list[Logprobs | None] = []
     prompt_logprobs: dict[str, list[Logprobs | None]] = {}
+    class_logits: dict[str, list[float]] = {}
 
 
 class HostTierStats(msgspec.Struct, kw_only=True):

@@ -68,6 +68,14 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<s>" if token_id == BOS else b"</s>"
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+
+    @property
+    def info(self) -> dict[str, object]:
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": None}
+        return {"tokenizer_class": "ByteTokenizer", "chat_template": "{{ messages }}", "vocab_size": 258, **special}
+
     def close(self) -> None:
         pass
 
@@ -90,7 +98,15 @@ def scores(
     ]
     if request.soft_prompt is None:
         of_prompt[0] = None
-    return of_new, of_prompt
+    return of_new, of_prompt[request.params.prompt_logprobs_start :]
+
+
+def head_of(request: GenerateRequest) -> list[float] | None:
+    """As if a head gave its last label the most, and the others the less the longer the text."""
+    if not request.params.classify:
+        return None
+    num_labels = request.soft_prompt.num_labels
+    return [-float((num_labels - 1 - index) * len(request.prompt_token_ids)) for index in range(num_labels)]
 
 
 class FakeEngine:
@@ -164,8 +180,12 @@ class FakeEngine:
             tokens = tokens[: request.params.max_tokens]
             num_sent = 0
             if not tokens:
-                ending = "length"
-                yield TokenEvent([], FinishReason.LENGTH, None, 2, None, None, *scores(request, [], is_first=True))
+                await asyncio.sleep(self.step_seconds)
+                ending = "length" if self.failure is None else "error"
+                if self.failure is not None:
+                    raise self.failure
+                scored = scores(request, [], is_first=True)
+                yield TokenEvent([], FinishReason.LENGTH, None, 2, None, None, *scored, head_of(request))
             while num_sent < len(tokens):
                 if self.failure is not None and num_sent >= (self.fail_after or 0):
                     ending = "error"

@@ -298,3 +298,11 @@ def test_an_upload_that_breaks_off_leaves_nothing(live, settings, store, eventua
         httpx.post(f"{live.url}/v1/prompts", content=body(), headers=headers)
     eventually(lambda: not any(staging.glob("*/*/")))
     assert store.totals().num_prompts == 0
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_a_client_that_sends_too_much_can_read_why(live, is_declared):
+    body = b'{"prompt": "' + b"x" * 10_000_000 + b'"}'
+    content = body if is_declared else iter([body[:5_000_000], body[5_000_000:]])
+    response = httpx.post(f"{live.url}{URL}", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")

@@ -82,6 +82,9 @@ async def test_anothers_soft_prompt_is_not_there(client, prompts, is_known):
     [
         ("/v1/completions", {"prompt": "x"}),
         ("/v1/completions", {"prompt": "x", "stream": True}),
+        ("/v1/classify", {"input": "x", "labels": ["a", "b"]}),
+        ("/tokenize", {"prompt": "x"}),
+        ("/detokenize", {"tokens": [1]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -215,3 +216,41 @@ async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(client,
 async def test_no_room_for_one_token(client, store, max_tokens):
     error = await refused(client, {"prompt": "x" * 255, "max_tokens": max_tokens})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+HALF = "a\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"prompt": HALF}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", HALF]}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "stop": HALF}, "stop"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stop": ["b", HALF]}, "stop"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF}]}, "messages[0].content"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+            "messages[0].content",
+        ),
+        ("/tokenize", {"prompt": HALF}, "prompt"),
+        ("/v1/classify", {"input": "a", "labels": ["b", HALF]}, "labels"),
+        ("/v1/classify", {"input": ["a", HALF], "labels": ["b"]}, "input"),
+    ],
+)
+async def test_half_of_a_surrogate_pair_is_no_text(client, engine, path, fields, param):
+    # httpx would write the half as it is, which is no UTF-8; json escapes it, as other clients do.
+    content = json.dumps({"model": "tiny"} | fields)
+    response = await client.post(path, content=content, headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert "character 1 is half of a surrogate pair" in error["message"]
+    assert engine.requests == []
+
+
+async def test_a_long_list_of_faults_is_cut(client):
+    response = await client.post("/v1/chat/completions", json={"messages": [1] * 5000})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], len(error["details"])) == (400, "messages[0]", 32)
+    assert "and 4999 more" in error["message"]

@@ -58,7 +58,7 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
     llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
     engine = make_engine(llama, block_size=4, max_num_batched_tokens=16, max_num_seqs=4)
-    text = random_text(random.Random(8), 50, 50)
+    text = random_text(random.Random(8), 120, 120)
     for key in ("prompt_tuning_20", "prefix_13", None):
         add(engine, "r", text, greedy(3, **SCORED), soft_prompt=llama.soft_prompts.get(key))
         outputs = []

@@ -26,7 +26,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
 
     def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32):
         loader = SoftPromptLoader(
-            embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype, budget_bytes=1 << 20
+            head_width=8, embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype, budget_bytes=1 << 20
         )
         loaders.append(loader)
         path = tmp_path / f"{len(loaders)}.safetensors"
@@ -99,7 +99,11 @@ def make_loader(tmp_path: Path) -> Iterator[Callable[[int], SoftPromptLoader]]:
 
     def make(budget_bytes: int) -> SoftPromptLoader:
         loader = SoftPromptLoader(
-            embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=torch.float32, budget_bytes=budget_bytes
+            head_width=8,
+            embedding_width=WIDTH,
+            key_values_width=4 * WIDTH,
+            dtype=torch.float32,
+            budget_bytes=budget_bytes,
         )
         made.append(loader)
         return loader

@@ -1,0 +1,248 @@
+"""The life of a classification: a sequence for each label of each input, or for each input where there is a head."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from math import exp
+
+from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
+from server.api.admission import Permits
+from server.api.deps import Services
+from server.api.engine_sources import check_task, soft_prompt_source
+from server.api.leasing import lease_of
+from server.api.resolution import Target
+from server.api.responses import PromptTokensDetails, Usage
+from server.engine.interface import GenerateRequest, TokenEvent
+from server.engine.types import FinishReason, SamplingParams
+from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
+
+MAX_LABEL_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A label that is scored as the text's continuation.
+
+    Attributes:
+        name: As the request wrote it.
+        token_ids: Its tokens, at least one.
+    """
+
+    name: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a request asks for, tokenised.
+
+    Attributes:
+        inputs: Text tokens of each input.
+        labels: What to score; None where the soft prompt's own head decides.
+        task_id: The task of a multitask prompt.
+        priority: Lower is more urgent.
+        timeout: Seconds in which each sequence has to begin to run; None is without limit.
+    """
+
+    inputs: list[list[int]]
+    labels: list[Label] | None
+    task_id: int | None = None
+    priority: int = 0
+    timeout: float | None = None
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found about one input.
+
+    Attributes:
+        scores: Of each label: the sum of its tokens' log-probabilities, or the head's logit.
+    """
+
+    scores: list[float]
+
+    @property
+    def probabilities(self) -> list[float]:
+        """The softmax of the scores."""
+        best = max(self.scores)
+        weights = [exp(score - best) for score in self.scores]
+        total = sum(weights)
+        return [weight / total for weight in weights]
+
+    @property
+    def best(self) -> int:
+        """Index of the likeliest label; the first of equals."""
+        return self.scores.index(max(self.scores))
+
+
+@dataclass(slots=True, kw_only=True)
+class Classification:
+    """One admitted request.
+
+    Attributes:
+        leased: The soft prompt; None for the bare base.
+        wanted: What was asked for.
+        verdicts: One for each input, when it has run.
+        usage: Tokens of the inputs' texts, each once; labels are not counted.
+    """
+
+    services: Services
+    wanted: Wanted
+    leased: LeasedPrompt | None
+    permits: Permits
+    tenant: str
+    verdicts: list[Verdict] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        """Text tokens of the inputs, each once; the virtual ones before them, and what was cached already."""
+        num_virtual = self.leased.version.num_virtual_tokens if self.leased else 0
+        num_text = sum(map(len, self.wanted.inputs))
+        details = PromptTokensDetails(self.num_cached_tokens, num_virtual * len(self.wanted.inputs))
+        return Usage(num_text, 0, num_text, details)
+
+    async def run(self) -> None:
+        """Compute the verdicts. Cancelled, or failed, it aborts every sequence that still runs.
+
+        Raises:
+            EngineError: If one sequence fails.
+        """
+        source = soft_prompt_source(self.leased, self.wanted.task_id) if self.leased else None
+        request_id = uuid.uuid4().hex
+        labels: Sequence[Label | None] = self.wanted.labels or [None]
+        requests = [
+            GenerateRequest(
+                f"{request_id}-{index}-{rank}",
+                text if label is None else text + label.token_ids,
+                _params(text, label),
+                source,
+                salt=self.tenant,
+                priority=self.wanted.priority,
+                timeout=self.wanted.timeout,
+            )
+            for index, text in enumerate(self.wanted.inputs)
+            for rank, label in enumerate(labels)
+        ]
+        tasks = [asyncio.create_task(self._score(request)) for request in requests]
+        try:
+            events = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for start in range(0, len(events), len(labels)):
+            of_input = events[start : start + len(labels)]
+            self.num_cached_tokens += of_input[0].num_cached_tokens
+            if self.wanted.labels is None:
+                self.verdicts.append(Verdict(_head_scores(of_input[0])))
+            else:
+                self.verdicts.append(Verdict([_label_score(event) for event in of_input]))
+
+    async def _score(self, request: GenerateRequest) -> TokenEvent:
+        try:
+            async with aclosing(self.services.engine.generate(request)) as events:
+                async for event in events:
+                    if event.finish_reason is FinishReason.ABORT:
+                        raise EngineNotReadyError("the server is shutting down and cut the request off")
+                    if event.queue_seconds is not None and event.prefill_seconds is not None:
+                        self.services.metrics.observe_phases(event.queue_seconds, event.prefill_seconds)
+                    return event
+            raise EngineNotReadyError("the engine ended the request without a reason")
+        finally:
+            self.permits.release_one()
+
+
+def _params(text: list[int], label: Label | None) -> SamplingParams:
+    if label is None:
+        return SamplingParams(max_tokens=0, temperature=0.0, classify=True)
+    return SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=len(text))
+
+
+def _head_scores(event: TokenEvent) -> list[float]:
+    if event.class_logits is None:
+        raise EngineNotReadyError("the engine ended the request without the head's logits")
+    return event.class_logits
+
+
+def _label_score(event: TokenEvent) -> float:
+    return sum(entry.logprob for entry in event.prompt_logprobs or () if entry is not None)
+
+
+@asynccontextmanager
+async def classifying(
+    services: Services, target: Target, wanted: Wanted, *, tenant: str, arrival: float
+) -> AsyncIterator[Classification]:
+    """Check, lease and admit a classification; everything is given back when the block ends, however it ends.
+
+    Raises:
+        InvalidRequestError: If the texts or labels cannot be taken, there are too many of them, labels are missing
+            or given to a soft prompt that has its own, or the task is not one of its tasks.
+        NotFoundError: If there is no such soft prompt.
+        OverloadedError: If no permits are free.
+    """
+    async with lease_of(services, target) as leased:
+        version = leased.version if leased else None
+        _check_labels(version, wanted.labels)
+        check_task(version, wanted.task_id)
+        _check_texts(
+            wanted,
+            num_virtual_tokens=version.num_virtual_tokens if version else 0,
+            vocab_size=services.engine.model.vocab_size,
+            max_model_len=services.engine.model.max_model_len,
+        )
+        count = len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
+        with services.admission.permits(count, param="input") as permits:
+            outcome = "error"
+            try:
+                yield Classification(services=services, wanted=wanted, leased=leased, permits=permits, tenant=tenant)
+                outcome = "stop"
+            except (asyncio.CancelledError, GeneratorExit):
+                outcome = "abort"
+                raise
+            finally:
+                services.metrics.count_request(version.name if version else None, outcome)
+                if outcome == "stop":
+                    services.metrics.observe_request(time.monotonic() - arrival)
+
+
+def _check_labels(version: PromptVersion | None, labels: list[Label] | None) -> None:
+    has_head = version is not None and version.task_type == TaskType.SEQ_CLS
+    if version is not None and has_head and labels is not None:
+        raise InvalidRequestError(
+            f"labels: the soft prompt {version.name}@{version.version} has a head of its own with "
+            f"{version.num_labels} labels; leave them out",
+            param="labels",
+        )
+    if not has_head and labels is None:
+        named = "the base model" if version is None else f"the soft prompt {version.name}@{version.version}"
+        raise InvalidRequestError(
+            f"labels: {named} has no classification head: say which labels to choose from", param="labels"
+        )
+
+
+def _check_texts(wanted: Wanted, *, num_virtual_tokens: int, vocab_size: int, max_model_len: int) -> None:
+    longest_label = max((len(label.token_ids) for label in wanted.labels or ()), default=0)
+    if longest_label > MAX_LABEL_TOKENS:
+        raise InvalidRequestError(
+            f"labels: one has {longest_label} tokens; at most {MAX_LABEL_TOKENS} are taken", param="labels"
+        )
+    for text in wanted.inputs:
+        if not text:
+            raise InvalidRequestError("input: there is no text: at least one token is needed", param="input")
+        if max(text) >= vocab_size:
+            raise InvalidRequestError(
+                f"input: token id {max(text)} is not in the vocabulary of {vocab_size} tokens", param="input"
+            )
+        if num_virtual_tokens + len(text) + longest_label > max_model_len:
+            raise ContextLengthError(
+                f"input: the model's context is {max_model_len} tokens, and the request takes more: "
+                f"{num_virtual_tokens} virtual tokens of the soft prompt, {len(text)} text tokens and "
+                f"{longest_label} of the longest label",
+                param="input",
+            )

@@ -1,0 +1,215 @@
+"""``/v1/classify``: texts to labels, by a soft prompt's own head or by scoring labels as continuations."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends
+from msgspec import UNSET, UnsetType
+from pydantic import Field, PlainValidator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from prompt_store.formats import read_config
+from prompt_store.types import CONFIG_FILE
+from server.api.callers import caller_of
+from server.api.classification import Classification, Label, Verdict, Wanted, classifying
+from server.api.deps import Services, ServicesDep, require_json, require_ready
+from server.api.disconnect import ClientDisconnected, unless_disconnected
+from server.api.generation import shorter
+from server.api.openai import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
+from server.api.protocol import MAX_TIMEOUT_SECONDS, Prompts, RequestBody, check_unicode
+from server.api.resolution import resolve
+from server.api.responses import Usage
+from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
+from server.errors import InvalidRequestError
+
+router = APIRouter(
+    prefix="/v1", tags=["classification"], dependencies=[Depends(require_ready), Depends(require_json)]
+)
+
+MAX_LABELS = 256
+MAX_LABEL_CHARS = 1024
+
+
+_LabelList = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]],
+    Field(min_length=1, max_length=MAX_LABELS, json_schema_extra={"uniqueItems": True}),
+]
+
+
+def _labels(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+        raise ValueError("should be a list of strings")
+    if not 0 < len(value) <= MAX_LABELS:
+        raise ValueError(f"should have 1 to {MAX_LABELS} labels, not {len(value)}")
+    if not all(0 < len(label) <= MAX_LABEL_CHARS for label in value):
+        raise ValueError(f"should hold strings of 1 to {MAX_LABEL_CHARS} characters")
+    if len(set(value)) != len(value):
+        raise ValueError("should not hold a label twice")
+    check_unicode(value)
+    return value
+
+
+class ClassifyBody(RequestBody):
+    """``POST /v1/classify``."""
+
+    model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
+    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
+    task_id: int | None = Field(None, ge=0, lt=2**63, description="Which task of a multitask prompt, from 0.")
+    input: Annotated[Prompts, Field(description="One text or several, as strings or token ids.")]
+    labels: Annotated[
+        list[str] | None,
+        PlainValidator(_labels, json_schema_input_type=_LabelList),
+        Field(
+            description="What to choose from, each with the space or line end before it, if it has one: its tokens "
+            "are appended to the text's. Not for soft prompts with a head (SEQ_CLS); needed for all others."
+        ),
+    ] = None
+    add_special_tokens: bool = Field(True, description="Whether texts begin as the tokenizer begins them.")
+    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower is more urgent, and goes first.")
+    timeout: float | None = Field(
+        None, gt=0.0, le=MAX_TIMEOUT_SECONDS, description="Seconds in which it has to begin to run, or it fails."
+    )
+
+
+class Classified(msgspec.Struct, kw_only=True):
+    """One input's label.
+
+    Attributes:
+        index: Which input.
+        label: The likeliest label.
+        probability: Its probability.
+        num_classes: How many labels there are.
+        probs: The probabilities of all labels in order, as vLLM tells them.
+        probabilities: The same by label.
+        logprobs: Where labels were scored: the log-probability of each as the text's continuation.
+        logits: Where a head decided: what it gave each label.
+    """
+
+    index: int
+    label: str
+    probability: float
+    num_classes: int
+    probs: list[float]
+    probabilities: dict[str, float]
+    logprobs: dict[str, float] | UnsetType = UNSET
+    logits: dict[str, float] | UnsetType = UNSET
+
+
+class ClassifyReply(msgspec.Struct, kw_only=True):
+    """The answer of ``/v1/classify``."""
+
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+
+@router.post("/classify", response_class=Response)
+async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
+    """Find the label of one text or several."""
+    arrival = time.monotonic()
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
+
+    async def answer() -> tuple[bytes, dict[str, str]]:
+        wanted = Wanted(
+            inputs=await tokenize_prompts(services.tokenizer, body.input, add_special_tokens=body.add_special_tokens),
+            labels=await _tokenize_labels(services, body.labels),
+            task_id=body.task_id,
+            priority=body.priority,
+            timeout=shorter(body.timeout, services.settings.http.max_wait_seconds),
+        )
+        async with classifying(
+            services, target, wanted, tenant=caller_of(request).tenant, arrival=arrival
+        ) as classification:
+            names = body.labels or await _label_names(services, classification)
+            await classification.run()
+            reply = ClassifyReply(
+                id=f"classify-{uuid.uuid4().hex}",
+                created=int(time.time()),
+                model=target.model,
+                data=[
+                    _classified(index, names, verdict, is_by_head=body.labels is None)
+                    for index, verdict in enumerate(classification.verdicts)
+                ],
+                usage=classification.usage,
+            )
+            leased = classification.leased
+            headers = {SERVED_BY_HEADER: f"{leased.version.name}@{leased.version.version}"} if leased else {}
+            return msgspec.json.encode(reply), headers
+
+    try:
+        encoded, headers = await unless_disconnected(request.receive, answer())
+    except ClientDisconnected:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(encoded, headers=headers, media_type="application/json")
+
+
+def _classified(index: int, names: list[str], verdict: Verdict, *, is_by_head: bool) -> Classified:
+    probs = verdict.probabilities
+    scores = dict(zip(names, verdict.scores, strict=True))
+    return Classified(
+        index=index,
+        label=names[verdict.best],
+        probability=probs[verdict.best],
+        num_classes=len(names),
+        probs=probs,
+        probabilities=dict(zip(names, probs, strict=True)),
+        logprobs=UNSET if is_by_head else scores,
+        logits=scores if is_by_head else UNSET,
+    )
+
+
+async def _tokenize_labels(services: Services, names: list[str] | None) -> list[Label] | None:
+    """Each label's tokens, by itself: what follows a text must not change the text's own tokens."""
+    if names is None:
+        return None
+    encoded = await services.tokenizer.encode(names, add_special_tokens=False)
+    labels = [Label(name, token_ids) for name, token_ids in zip(names, encoded, strict=True)]
+    known: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        if not label.token_ids:
+            raise InvalidRequestError(f"labels: {label.name[:64]!r} has no tokens", param="labels")
+        other = known.setdefault(tuple(label.token_ids), label.name)
+        if other != label.name:
+            raise InvalidRequestError(
+                f"labels: {other[:64]!r} and {label.name[:64]!r} are the same tokens", param="labels"
+            )
+    return labels
+
+
+async def _label_names(services: Services, classification: Classification) -> list[str]:
+    """What a head's labels are called: by the metadata, or by the configuration that came with the head."""
+    leased = classification.leased
+    if leased is None or leased.version.num_labels is None:
+        raise TypeError("only a soft prompt with a head has labels of its own")
+    version, num_labels = leased.version, leased.version.num_labels
+    names = head_label_names(version.metadata, num_labels)
+    if names is None:
+        store = services.store
+        data = await store.call(store.store.read_file, version.name, version.version, CONFIG_FILE)
+        names = head_label_names(read_config(data), num_labels)
+    return names or [f"LABEL_{index}" for index in range(num_labels)]
+
+
+def head_label_names(source: Mapping[str, object], num_labels: int) -> list[str] | None:
+    """Names of a head's labels in a JSON object: ``labels`` (a list), or transformers' ``id2label``.
+
+    Returns:
+        As many different names as there are labels, or None where the object does not hold that.
+    """
+    names = source.get("labels")
+    by_id = source.get("id2label")
+    if names is None and isinstance(by_id, Mapping):
+        names = [by_id.get(str(index)) for index in range(num_labels)]
+    if not isinstance(names, list) or len(names) != num_labels:
+        return None
+    texts = [name for name in names if isinstance(name, str) and name]
+    return texts if len(set(texts)) == num_labels else None

@@ -1,0 +1,135 @@
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's shapes: what the evaluation harness asks for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Self
+
+from fastapi import APIRouter, Depends
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from server.api.callers import Caller, CallerDep
+from server.api.deps import ChatTurn, Services, ServicesDep, require_json, require_ready
+from server.api.leasing import version_of
+from server.api.protocol import ChatMessage, RequestBody, TokenId, check_unicode
+from server.api.resolution import resolve
+from server.errors import InvalidRequestError
+
+router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
+
+MAX_TEXT_CHARS = 1_000_000
+MAX_TOKENS = 1_000_000
+MAX_MESSAGES = 10_000
+
+
+def _text(value: str) -> str:
+    check_unicode([value])
+    return value
+
+
+class TokenizeBody(RequestBody):
+    """``POST /tokenize``: a text, or a conversation as the model's chat template writes it."""
+
+    model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
+    prompt_id: str | None = Field(None, description="As for a completion.")
+    prompt: Annotated[str, AfterValidator(_text)] | None = Field(
+        None, max_length=MAX_TEXT_CHARS, examples=["My invoice is wrong"]
+    )
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = Field(
+        None, description="By default true for `prompt`, and false for `messages`, whose template writes its own."
+    )
+    return_token_strs: bool = Field(False, description="Adds the vocabulary's own text of each token.")
+
+    @model_validator(mode="after")
+    def _check_that_there_is_one_text(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("prompt: send either prompt or messages", param="prompt")
+        return self
+
+
+class TokenizeReply(BaseModel):
+    """The tokens of a text; virtual tokens of soft prompts are not among them."""
+
+    count: int
+    max_model_len: int = Field(description="Positions of one sequence, virtual tokens included.")
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeBody(RequestBody):
+    """``POST /detokenize``: tokens to text, special tokens shown."""
+
+    model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
+    prompt_id: str | None = Field(None, description="As for a completion.")
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]])]
+
+
+class DetokenizeReply(BaseModel):
+    """The text of some tokens."""
+
+    prompt: str
+
+
+class TokenizerInfoReply(BaseModel):
+    """What the tokenizer's own configuration says, other keys among it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    model_max_length: int = Field(description="Positions of one sequence on this server.")
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
+@router.post("/tokenize", dependencies=[Depends(require_json)])
+async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> TokenizeReply:
+    """Text to token ids, as a completion or a chat completion would see it."""
+    await _check_model(services, caller, body.model, body.prompt_id)
+    tokenizer = services.tokenizer
+    if body.messages is not None:
+        if not tokenizer.has_chat_template:
+            raise InvalidRequestError("this model has no chat template: send prompt", param="messages")
+        if sum(len(message.content) for message in body.messages) > MAX_TEXT_CHARS:
+            raise InvalidRequestError(
+                f"messages: more than {MAX_TEXT_CHARS} characters are not taken", param="messages"
+            )
+        turns = [ChatTurn(role=message.role, content=message.content) for message in body.messages]
+        text, add_special_tokens = await tokenizer.render_chat(turns), bool(body.add_special_tokens)
+    else:
+        text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
+    (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
+    token_strs = await asyncio.to_thread(tokenizer.token_strings, tokens) if body.return_token_strs else None
+    return TokenizeReply(
+        count=len(tokens),
+        max_model_len=services.engine.model.max_model_len,
+        tokens=tokens,
+        token_strs=token_strs,
+    )
+
+
+@router.post("/detokenize", dependencies=[Depends(require_json)])
+async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> DetokenizeReply:
+    """Token ids to text."""
+    await _check_model(services, caller, body.model, body.prompt_id)
+    vocab_size = services.engine.model.vocab_size
+    if body.tokens and max(body.tokens) >= vocab_size:
+        raise InvalidRequestError(
+            f"tokens: {max(body.tokens)} is not in the vocabulary of {vocab_size} tokens", param="tokens"
+        )
+    text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return DetokenizeReply(prompt=text)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(services: ServicesDep) -> TokenizerInfoReply:
+    """The tokenizer's configuration: its special tokens and the chat template."""
+    info = {**services.tokenizer.info, "model_max_length": services.engine.model.max_model_len}
+    return TokenizerInfoReply.model_validate(info)
+
+
+async def _check_model(services: Services, caller: Caller, model: str | None, prompt_id: str | None) -> None:
+    await version_of(services, resolve(model, prompt_id, base_name=services.base_name, access=caller.access))

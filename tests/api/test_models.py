@@ -1,0 +1,73 @@
+"""``/v1/models``: every name that a request may use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from server.config import Settings
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_base_and_soft_prompts_are_listed(client, sentiment):
+    base, prompt = (await client.get("/v1/models")).json()["data"]
+    common = {"object": "model", "owned_by": "prelude", "root": "tiny", "max_model_len": 256}
+    assert base.items() >= (common | {"id": "tiny", "parent": None}).items()
+    assert prompt.items() >= (common | {"id": "sentiment", "parent": "tiny"}).items()
+
+
+@pytest.mark.parametrize("base", ["tiny", "org/model"])
+@pytest.mark.parametrize("name", ["sentiment", "sentiment@1", "sentiment@canary", "{base}:sentiment", "{base}"])
+@pytest.mark.parametrize("is_encoded", [False, True])
+async def test_every_name_is_found(
+    make_app: Callable[[Settings], Any],
+    settings: Settings,
+    upload_parts: Callable[..., dict[str, Any]],
+    base: str,
+    name: str,
+    is_encoded: bool,
+) -> None:
+    app = make_app(replace(settings, served_model_name=base))
+    parts = upload_parts("sentiment", alias="canary")
+    model_id = name.format(base=base)
+    path = "".join(f"%{byte:02X}" for byte in model_id.encode()) if is_encoded else model_id
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+    ):
+        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
+            await asyncio.sleep(0.001)
+        config = parts["files"][0][1][1].replace(b'"tiny"', f'"{base}"'.encode())
+        parts["files"][0] = ("files", ("adapter_config.json", config))
+        assert (await client.post("/v1/prompts", **parts)).status_code == 201
+        response = await client.put("/v1/prompts/sentiment/aliases/latest", json={"version": 1})
+        assert response.status_code == 200
+        card = (await client.get(f"/v1/models/{path}")).json()
+    assert (card["id"], card["root"]) == (model_id, base)
+    assert card["parent"] == (None if model_id == base else base)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("nothing", "model_not_found"),
+        ("nothing@1", "prompt_not_found"),
+        ("sentiment@2", "prompt_not_found"),
+        ("sentiment@no-such", "prompt_not_found"),
+        ("tiny:nothing", "prompt_not_found"),
+        ("other:sentiment", "model_not_found"),
+        ("org/model", "model_not_found"),
+        ("sentiment@0", "model_not_found"),
+        ("%00", "model_not_found"),
+        ("%ff", "model_not_found"),
+    ],
+)
+async def test_what_is_not_there(client, sentiment, name, code):
+    response = await client.get(f"/v1/models/{name}")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, code)

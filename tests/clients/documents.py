@@ -1,0 +1,37 @@
+"""The examples of docs/clients.md, which the tests run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+_TEXT = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
+
+DOCUMENTED_URL = "http://127.0.0.1:8000"
+"""Where the document's server is: the one thing in an example that a test puts another in place of."""
+
+
+def sections() -> list[str]:
+    """The headings, each of which is a client."""
+    return re.findall(r"^## (.+)$", _TEXT, re.MULTILINE)
+
+
+def example(section: str, language: str, url: str) -> str:
+    """The only block of that language under a heading, for a server at ``url``."""
+    body = re.split(r"^## .+$", _TEXT.split(f"\n## {section}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    (block,) = re.findall(rf"```{language}\n(.*?)```", body, re.DOTALL)
+    assert DOCUMENTED_URL in block
+    return block.replace(DOCUMENTED_URL, url)
+
+
+def expected_output(program: str) -> list[str]:
+    """What the comments behind a program's print statements say that it prints."""
+    lines = re.findall(r"^\s*(?:print|console\.log)\(.*\);?\s*(?:#|//) (.*)$", program, re.MULTILINE)
+    assert lines
+    return lines
+
+
+def command(section: str, url: str) -> list[str]:
+    """The only shell command under a heading, as its arguments."""
+    return shlex.split(example(section, "bash", url).replace("\\\n", " "))

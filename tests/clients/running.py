@@ -1,0 +1,99 @@
+"""Clients in environments of their own: ``make test-clients`` installs them and says where."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.demo.tour import HELDOUT_DIRECTORY
+
+FOLDER = Path(__file__).parent
+TASKS = ("sentiment", "intent", "extract", "dates")
+
+DIRECTORY_VARIABLE = "PRELUDE_TEST_CLIENTS"
+"""Names the virtual environment of the Python clients; the tests that need it are skipped without."""
+
+_PROGRAM_SECONDS = 240.0
+
+# No client may look anything up: the tokenizer is in a directory, the data is made here.
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LANGCHAIN_TRACING_V2": "false",
+    "NO_PROXY": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEnvironment:
+    """An interpreter whose packages are the clients.
+
+    Attributes:
+        interpreter: Runs a program that comes on its standard input.
+        folder: Where it is started: node looks for packages from there.
+    """
+
+    interpreter: list[str]
+    folder: Path
+    variables: Mapping[str, str] = field(default_factory=lambda: {**os.environ, **_OFFLINE})
+
+    def command(self, name: str) -> str:
+        """A command that a package has installed beside the interpreter."""
+        return str(Path(self.interpreter[0]).parent / name)
+
+    def run(self, program: str, *arguments: str) -> str:
+        """Run the text of a program; returns what it printed."""
+        return self.call([*self.interpreter, *arguments], program)
+
+    def json(self, name: str, *arguments: object) -> dict[str, Any]:
+        """Run ``programs/NAME``, which prints one JSON object; arguments that are not strings go as JSON."""
+        told = [argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments]
+        return json.loads(self.run((FOLDER / "programs" / name).read_text(), *told))
+
+    def call(self, command: list[str], program: str = "", *, seconds: float = _PROGRAM_SECONDS) -> str:
+        """Run a command, which must end well; returns what it printed."""
+        result = subprocess.run(
+            command,
+            input=program,
+            cwd=self.folder,
+            env=self.variables,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+        return result.stdout
+
+
+def python_environment() -> ClientEnvironment:
+    directory = os.environ.get(DIRECTORY_VARIABLE)
+    if directory is None:
+        pytest.skip(f"needs an environment of its own: make test-clients sets it up, {DIRECTORY_VARIABLE} names it")
+    return ClientEnvironment([str(Path(directory).absolute() / "bin" / "python"), "-"], FOLDER.parents[1])
+
+
+def node_environment() -> ClientEnvironment:
+    if DIRECTORY_VARIABLE not in os.environ:
+        pytest.skip("needs npm packages: make test-clients installs them")
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node, which is not on this machine")
+    return ClientEnvironment([node, "--input-type=module", "-"], FOLDER / "node")
+
+
+def heldout(task: str) -> list[dict[str, str]]:
+    """Pairs of ``input`` and ``output`` that a soft prompt was not trained on."""
+    return [json.loads(line) for line in (HELDOUT_DIRECTORY / f"{task}.jsonl").read_text().splitlines()]

@@ -1,0 +1,92 @@
+"""The LiteLLM proxy between OpenAI's client and a whole server, its soft prompts named either way."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from tests.clients.documents import example
+from tests.clients.running import ClientEnvironment, heldout
+
+_START_SECONDS = 120.0
+
+# The document's name, and the soft prompt behind it.
+NAMES = {"dates": "dates", "intent": "intent", "prelude/extract": "extract", "prelude/sentiment@1": "sentiment"}
+
+
+@pytest.fixture(scope="module")
+def proxy(
+    server: str, python_clients: ClientEnvironment, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[openai.OpenAI]:
+    folder = tmp_path_factory.mktemp("litellm")
+    config = folder / "litellm.yaml"
+    config.write_text(example("LiteLLM proxy", "yaml", server))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    key = f"sk-{secrets.token_hex(32)}"
+    command = [python_clients.command("litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    log = (folder / "log").open("wb")
+    process = subprocess.Popen(
+        command, cwd=folder, env={**python_clients.variables, "LITELLM_MASTER_KEY": key}, stdout=log, stderr=log
+    )
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            try:
+                if httpx.get(f"{url}/health/readiness").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass  # it does not listen yet
+            time.sleep(0.2)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
+            yield client
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        finally:
+            process.kill()
+            process.wait()
+            log.close()
+
+
+@pytest.mark.parametrize(("model", "task"), NAMES.items())
+def test_answers_pass_through(proxy: openai.OpenAI, model: str, task: str) -> None:
+    pair = heldout(task)[0]
+    ask = {"model": model, "temperature": 0, "max_tokens": 40}
+    messages = [{"role": "user", "content": pair["input"]}]
+    completion = proxy.completions.create(**ask, prompt=pair["input"])
+    assert completion.choices[0].text.strip() == pair["output"]
+    chat = proxy.chat.completions.create(**ask, messages=messages)
+    assert chat.choices[0].message.content.strip() == pair["output"]
+    assert chat.usage.completion_tokens == completion.usage.completion_tokens
+    stream = proxy.chat.completions.create(
+        **ask, messages=messages, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == chat.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == chat.usage.completion_tokens
+
+
+def test_its_list_of_models_has_the_servers_limits(proxy: openai.OpenAI) -> None:
+    models = {model.id: model for model in proxy.models.list()}
+    assert models.keys() >= {"dates", "intent"}
+    assert models["dates"].max_input_tokens == 1024
+
+
+def test_errors_pass_through(proxy: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="'nothing' does not exist"):
+        proxy.completions.create(model="prelude/nothing", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="min_p"):
+        proxy.completions.create(model="dates", prompt="x", extra_body={"min_p": 7})

@@ -1,0 +1,95 @@
+"""A whole server beside clients that leave, and clients that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.serving import adapter, serving, upload
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[tuple[httpx.Client, int]]:
+    with serving(folder, "--dtype", "float32", "--max-num-seqs", "64") as (client, process):
+        yield client, process.pid
+
+
+def value(client: httpx.Client, name: str) -> float:
+    found = re.search(rf"^prelude_{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing(
+    served: tuple[httpx.Client, int], folder: Path
+) -> None:
+    client, _ = served
+    upload(client, "dates", *adapter("dates")).raise_for_status()
+    rng = random.Random(1)
+
+    async def one(http: httpx.AsyncClient) -> None:
+        body = {"model": "dates", "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": rng.random() < 0.8}
+        try:
+            async with asyncio.timeout(rng.uniform(0, 3)), http.stream("POST", "/v1/completions", json=body) as reply:
+                async for _ in reply.aiter_raw():
+                    pass
+        except (TimeoutError, httpx.TransportError):
+            pass
+
+    async def crowd() -> None:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60, limits=limits) as http:
+            await asyncio.gather(*(one(http) for _ in range(200)))
+
+    asyncio.run(crowd())
+    deadline = time.monotonic() + 1.0
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
+    while any(value(client, name) > 0 for name in names):
+        assert time.monotonic() < deadline, {name: value(client, name) for name in names}
+        time.sleep(0.02)
+    # A lease would keep the deleted files.
+    assert any(path.is_file() for path in (folder / "store" / "blobs").rglob("*"))
+    assert client.delete("/v1/prompts/dates").status_code == 200
+    while any(path.is_file() for path in (folder / "store" / "blobs").rglob("*")):
+        assert time.monotonic() < deadline + 1.0, "a lease is held"
+        time.sleep(0.02)
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(served: tuple[httpx.Client, int]) -> None:
+    client, pid = served
+    body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
+    encoded = json.dumps(body).encode()
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    before = psutil.Process(pid).memory_info().rss
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.sendall(request % len(encoded) + encoded)
+        deadline = time.monotonic() + 60
+        while value(client, "num_requests_running") < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        answer = client.post("/v1/completions", json={"prompt": "y", "max_tokens": 20, "ignore_eos": True})
+        assert answer.json()["usage"]["completion_tokens"] == 20
+        while value(client, "num_requests_running") > 0:  # it is generated for nobody all the same
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert value(client, "kv_cache_usage_ratio") == 0
+        assert psutil.Process(pid).memory_info().rss - before < 100 * 2**20
+        assert value(client, 'requests_total{outcome="length",prompt="-"}') == 1, "the silent one is not finished"
