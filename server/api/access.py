@@ -11,6 +11,9 @@ from server.errors import PermissionDeniedError
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 """Probes carry no key."""
 
+LIMITED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/classify"})
+"""What counts against a key's limits."""
+
 _ANY_KEY: frozenset[Scope] = frozenset()
 _GENERATE = frozenset({Scope.GENERATE})
 _READ = frozenset({Scope.PROMPTS_READ})

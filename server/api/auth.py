@@ -9,6 +9,7 @@ import ipaddress
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from server.api.callers import Caller
@@ -58,8 +59,19 @@ class ApiKeys:
         return matches[0].caller
 
     def replace(self, keys: Sequence[Key]) -> None:
-        """Take these keys from the next request on; requests under way go on."""
-        self._keys = tuple(keys)
+        """Take these keys from the next request on; requests under way go on.
+
+        A key whose limits are as they were keeps what it has used of them.
+        """
+        limiters = {key.digest: key.caller.limiter for key in self._keys}
+
+        def with_old_limiter(key: Key) -> Key:
+            old = limiters.get(key.digest)
+            if old is None or old.limits != key.caller.limiter.limits:
+                return key
+            return replace(key, caller=replace(key.caller, limiter=old))
+
+        self._keys = tuple(map(with_old_limiter, keys))
 
 
 class KeyReloader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,6 +10,7 @@ from fastapi import Depends
 from starlette.requests import Request
 
 from prompt_store.types import SHARED, Access
+from server.api.limits import KeyLimiter, Limits
 
 
 class Scope(StrEnum):
@@ -32,11 +33,13 @@ class Caller:
         name: What the key is called in records, which does not give it away; None where there are no keys.
         tenant: Whose soft prompts, cached texts and turns it shares; ``SHARED`` where there are no keys.
         scopes: What it may do.
+        limiter: Holds the key to its limits.
     """
 
     name: str | None
     tenant: str
     scopes: frozenset[Scope]
+    limiter: KeyLimiter = field(default_factory=lambda: KeyLimiter(Limits()), compare=False)
 
     @property
     def access(self) -> Access:

@@ -127,7 +127,7 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
             timeout=shorter(body.timeout, services.settings.http.max_wait_seconds),
         )
         async with classifying(
-            services, target, wanted, tenant=caller_of(request).tenant, arrival=arrival
+            services, target, wanted, caller=caller_of(request), arrival=arrival
         ) as classification:
             names = body.labels or await _label_names(services, classification)
             await classification.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ from server.errors import (
     OverloadedError,
     PayloadTooLargeError,
     PermissionDeniedError,
+    RateLimitError,
     RequestFailedError,
     ServerError,
     SoftPromptNotFoundError,
@@ -91,6 +93,7 @@ _TABLE: dict[type[Exception], _Row] = {
     PayloadTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     PromptTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     MediaTypeError: _Row(415, _REQUEST_ERROR, "unsupported_media_type"),
+    RateLimitError: _Row(429, "rate_limit_error", "rate_limit_exceeded"),
     OverloadedError: _Row(429, "rate_limit_error", "overloaded", {"retry-after": "1"}),
     WaitTimeoutError: _Row(503, _UNAVAILABLE, "overloaded_waiting", {"retry-after": "5"}),
     RequestFailedError: _Row(500, _SERVER_ERROR, "request_failed"),
@@ -183,6 +186,10 @@ def _own_headers(error: Exception) -> Mapping[str, str]:
     """Headers that depend on more than the class of an exception."""
     if isinstance(error, PermissionDeniedError) and error.scopes:  # RFC 6750, section 3
         return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{" ".join(error.scopes)}"'}
+    if isinstance(error, RateLimitError):
+        milliseconds = max(1, math.ceil(error.retry_after * 1000))
+        when = {"retry-after": str(math.ceil(milliseconds / 1000)), "retry-after-ms": str(milliseconds)}
+        return when | ({"x-should-retry": "false"} if error.is_hopeless else {})
     return {}
 
 

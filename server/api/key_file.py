@@ -1,4 +1,4 @@
-"""API keys as operators write them: one a line, or with tenant and scopes in TOML or JSON. Held as digests only."""
+"""API keys as operators write them: one a line, or with tenant, scopes and limits in TOML or JSON."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from prompt_store.types import check_name
 from server.api.callers import ALL_SCOPES, Caller, Scope
+from server.api.limits import KeyLimiter, Limits
 from server.errors import ConfigurationError
 
 _HASHED = "sha256:"
@@ -34,10 +36,16 @@ class Key:
     caller: Caller
 
 
+_Limit = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
+
+
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     key: str
     scopes: list[Scope]
     tenant: str | None = None
+    requests_per_minute: _Limit | None = None
+    tokens_per_minute: _Limit | None = None
+    max_concurrency: _Limit | None = None
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -108,7 +116,7 @@ def parse_plain(keys: Iterable[tuple[str, str]]) -> list[Key]:
     Raises:
         ValueError: If one is not well formed, or comes twice; names the place.
     """
-    return _without_doubles((place, _key(place, text, None, ALL_SCOPES)) for place, text in keys)
+    return _without_doubles((place, _key(place, text, None, ALL_SCOPES, Limits())) for place, text in keys)
 
 
 def _parse_entries(text: str, *, is_toml: bool) -> list[Key]:
@@ -129,10 +137,11 @@ def _entry(place: str, entry: _Entry) -> Key:
             check_name(entry.tenant, "tenant")
         except ValueError as error:
             raise ValueError(f"{place}.{error}") from error
-    return _key(f"{place}.key", entry.key, entry.tenant, frozenset(entry.scopes))
+    limits = Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.max_concurrency)
+    return _key(f"{place}.key", entry.key, entry.tenant, frozenset(entry.scopes), limits)
 
 
-def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope]) -> Key:
+def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], limits: Limits) -> Key:
     """No part of the key itself may come into an error: errors are logged."""
     if text.startswith(_HASHED):
         if not _HEX_DIGEST.fullmatch(text.removeprefix(_HASHED)):
@@ -143,7 +152,7 @@ def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope]) ->
             raise ValueError(f"{place}: a key is not empty, and has no control characters or spaces around it")
         digest = hashlib.sha256(text.encode()).digest()
     name = f"key-{digest.hex()[:12]}"
-    return Key(digest, Caller(name, tenant or name, scopes))
+    return Key(digest, Caller(name, tenant or name, scopes, KeyLimiter(limits)))
 
 
 def _without_doubles(keys: Iterable[tuple[str, Key]]) -> list[Key]:

@@ -10,8 +10,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.access import OPEN_PATHS, check_access
+from server.api.access import LIMITED_PATHS, OPEN_PATHS, check_access
 from server.api.auth import ApiKeys
+from server.api.callers import Caller
 from server.api.errors import describe
 from server.api.multipart import discard_rest
 from server.errors import ServerError
@@ -75,7 +76,20 @@ class ApiKeyMiddleware:
                 await reply.response()(scope, receive, send)
                 return
             scope["state"]["caller"] = caller
+            if scope["path"] in LIMITED_PATHS:
+                send = _with_limits(caller, send)
         await self._app(scope, receive, send)
+
+
+def _with_limits(caller: Caller, send: Send) -> Send:
+    """Tell in the response's headers what the key's limits leave it."""
+
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(caller.limiter.headers)
+        await send(message)
+
+    return send_with_limits
 
 
 class BodyLimitMiddleware:

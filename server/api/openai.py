@@ -13,7 +13,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.callers import caller_of
+from server.api.callers import Caller, caller_of
 from server.api.deps import ChatTurn, Services, ServicesDep, Tokenizer, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
@@ -44,7 +44,7 @@ class _Call:
     writer: Writer
     tokenize: Callable[[], Awaitable[list[list[int]]]]
     default_max_tokens: int | None
-    tenant: str
+    caller: Caller
     arrival: float
     served_by: str | None = None
 
@@ -60,7 +60,7 @@ class _Call:
             self.body,
             await self.tokenize(),
             default_max_tokens=self.default_max_tokens,
-            tenant=self.tenant,
+            caller=self.caller,
             arrival=self.arrival,
         )
 
@@ -140,7 +140,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         ),
         tokenize=tokenize,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-        tenant=caller_of(request).tenant,
+        caller=caller_of(request),
         arrival=arrival,
     )
     return await call.respond(request)
@@ -174,7 +174,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         ),
         tokenize=tokenize,
         default_max_tokens=None,
-        tenant=caller_of(request).tenant,
+        caller=caller_of(request),
         arrival=arrival,
     )
     return await call.respond(request)
