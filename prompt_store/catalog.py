@@ -9,18 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from prompt_store import records
+from prompt_store import lookups, records
 from prompt_store.database import Database, Listener
 from prompt_store.errors import PromptConflictError, PromptNotFoundError
-from prompt_store.records import NewVersion
+from prompt_store.lookups import live
+from prompt_store.records import NewVersion, Prompt
 from prompt_store.schema import aliases, blobs, history, prompts, state, tags, version_files, versions
 from prompt_store.types import (
     DEFAULT_ALIAS,
+    SHARED,
+    Access,
     HistoryAction,
     HistoryEntry,
     PromptRef,
@@ -33,7 +35,6 @@ from prompt_store.types import (
 CHANNEL = "prelude_catalog"
 """What PostgreSQL notifies replicas on, with the new revision as payload."""
 
-_live = versions.c.deleted_at.is_(None)
 _MAX_CHANGES = 10_000
 
 
@@ -41,17 +42,13 @@ class BlobsGoneError(Exception):
     """The files of a publication were collected before it: they have to be put again."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    id: int
-    name: str
-    last_version: int
-
-
 class Catalog:
     """The tables and what is done with them. Thread-safe.
 
     Every method raises StoreUnavailableError where the database cannot be reached.
+
+    Where an ``access`` is given, what it does not see is not there (PromptNotFoundError), what it may only use is not
+    changed (PromptForbiddenError); without one everything may be seen and changed.
 
     Args:
         database: Where the tables are; closed with the catalog.
@@ -71,28 +68,36 @@ class Catalog:
 
     # Reading
 
-    def resolve(self, ref: PromptRef) -> PromptVersion:
+    def resolve(self, ref: PromptRef, access: Access | None = None) -> PromptVersion:
         """The version that a reference means now; PromptNotFoundError if there is none."""
         with self._database.reading() as connection:
-            prompt = _find(connection, ref.name)
+            prompt = lookups.find(connection, ref.name, access)
             version = ref.version
             if version is None:
-                version = _pointed(connection, prompt, ref.alias or DEFAULT_ALIAS)
+                version = lookups.pointed(connection, prompt, ref.alias or DEFAULT_ALIAS)
                 if version is None:
                     raise PromptNotFoundError(f"soft prompt {ref.name!r} has no alias {ref.alias!r}")
-            return _version(connection, prompt, version)
+            return lookups.version_of(connection, prompt, version)
 
-    def get_prompt(self, name: str) -> PromptSummary:
+    def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
         """A name with its aliases and newest version; PromptNotFoundError if there is none."""
         with self._database.reading() as connection:
-            return records.summaries(connection, [_find(connection, name).id])[0]
+            return records.summaries(connection, [lookups.find(connection, name, access).id])[0]
 
-    def list_prompts(self, limit: int, after: str | None, tag: str | None) -> tuple[list[PromptSummary], bool]:
+    def list_prompts(
+        self, limit: int, after: str | None, tag: str | None, access: Access | None = None
+    ) -> tuple[list[PromptSummary], bool]:
         """Names in order, those behind ``after`` (which need not exist any more); and whether there are more."""
-        query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0)
+        visible = sa.true() if access is None else prompts.c.owner.in_((SHARED, access.tenant))
+        query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0, visible)
         if tag is not None:
             # The index on (tag, name) gives the names of one page in order, however many carry the tag.
             tagged = sa.select(tags.c.name).where(tags.c.tag == tag)
+            if access is not None:
+                owned = prompts.alias()
+                tagged = tagged.join(owned, owned.c.name == tags.c.name).where(
+                    owned.c.owner.in_((SHARED, access.tenant))
+                )
             if after is not None:
                 tagged = tagged.where(tags.c.name > after)
             names = tagged.distinct().order_by(tags.c.name).limit(limit + 1)
@@ -103,21 +108,25 @@ class Catalog:
             ids = connection.execute(query.order_by(prompts.c.name).limit(limit + 1)).scalars().all()
             return records.summaries(connection, ids[:limit]), len(ids) > limit
 
-    def list_versions(self, name: str, limit: int, before: int | None) -> tuple[list[PromptVersion], bool]:
+    def list_versions(
+        self, name: str, limit: int, before: int | None, access: Access | None = None
+    ) -> tuple[list[PromptVersion], bool]:
         """Versions of a name, newest first, those below ``before``; and whether there are more.
 
         Raises:
             PromptNotFoundError: If there is no such name.
         """
         with self._database.reading() as connection:
-            prompt = _find(connection, name)
-            query = sa.select(versions).where(versions.c.prompt_id == prompt.id, _live)
+            prompt = lookups.find(connection, name, access)
+            query = sa.select(versions).where(versions.c.prompt_id == prompt.id, live)
             if before is not None:
                 query = query.where(versions.c.version < before)
             rows = connection.execute(query.order_by(versions.c.version.desc()).limit(limit + 1)).all()
-            return records.versions_of(connection, rows[:limit], {prompt.id: name}), len(rows) > limit
+            return records.versions_of(connection, rows[:limit], {prompt.id: prompt}), len(rows) > limit
 
-    def list_history(self, name: str, limit: int, before: int | None) -> tuple[list[HistoryEntry], bool]:
+    def list_history(
+        self, name: str, limit: int, before: int | None, access: Access | None = None
+    ) -> tuple[list[HistoryEntry], bool]:
         """What was done to a name, newest first, before the entry ``before``; and whether there is more.
 
         The history outlives the name. PromptNotFoundError if there never was one.
@@ -127,7 +136,8 @@ class Catalog:
             query = query.where(history.c.id < before)
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(history.c.id.desc()).limit(limit + 1)).all()
-            if not rows and before is None:
+            owner = connection.execute(sa.select(prompts.c.owner).where(prompts.c.name == name)).scalar_one_or_none()
+            if owner is None or not (access is None or access.sees(owner)):
                 raise PromptNotFoundError(f"there is no soft prompt {name!r}, and never was")
             return [records.history_entry(row) for row in rows[:limit]], len(rows) > limit
 
@@ -183,6 +193,7 @@ class Catalog:
 
         Raises:
             BlobsGoneError: If its blobs were collected since they were reserved.
+            PromptConflictError: If the name is, or was, another owner's.
         """
         with self._changing(actor) as change:
             connection = change.connection
@@ -195,13 +206,16 @@ class Catalog:
                 raise BlobsGoneError
             row = connection.execute(sa.select(prompts).where(prompts.c.name == new.name)).one_or_none()
             if row is None:
-                values = {"name": new.name, "last_version": 0, "num_versions": 0}
-                prompt = _Prompt(records.insert(connection, prompts, values), new.name, 0)
+                values = {"name": new.name, "owner": new.owner, "last_version": 0, "num_versions": 0}
+                prompt = Prompt(records.insert(connection, prompts, values), new.name, 0, new.owner)
+            elif row.owner == new.owner:
+                prompt = Prompt(row.id, row.name, row.last_version, row.owner)
             else:
-                prompt = _Prompt(row.id, row.name, row.last_version)
+                hint = "" if row.owner else " by a shared soft prompt: its versions are published as shared ones"
+                raise PromptConflictError(f"the name {new.name!r} is taken{hint}")
             version: int | None = connection.execute(
                 sa.select(versions.c.version).where(
-                    versions.c.prompt_id == prompt.id, versions.c.digest == new.digest, _live
+                    versions.c.prompt_id == prompt.id, versions.c.digest == new.digest, live
                 )
             ).scalar_one_or_none()
             is_new = version is None
@@ -216,10 +230,16 @@ class Catalog:
                 change.note(new.name, HistoryAction.PUBLISH, version=version)
             if alias is not None:
                 change.point(prompt, alias, version, HistoryAction.PROMOTE)
-            return _version(connection, prompt, version), is_new
+            return lookups.version_of(connection, prompt, version), is_new
 
     def set_alias(
-        self, name: str, alias: str, version: int, expected_version: int | None, actor: str | None = None
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        expected_version: int | None,
+        actor: str | None = None,
+        access: Access | None = None,
     ) -> None:
         """Point an alias at a version.
 
@@ -228,12 +248,19 @@ class Catalog:
             PromptConflictError: If ``expected_version`` is given and the alias does not point there.
         """
         with self._changing(actor) as change:
-            prompt = _find(change.connection, name)
-            _require_version(change.connection, prompt, version)
-            _expect(change.connection, prompt, alias, expected_version)
+            prompt = lookups.find(change.connection, name, access, to_change=True)
+            lookups.require_version(change.connection, prompt, version)
+            lookups.expect(change.connection, prompt, alias, expected_version)
             change.point(prompt, alias, version, HistoryAction.PROMOTE)
 
-    def rollback(self, name: str, alias: str, expected_version: int | None, actor: str | None = None) -> int:
+    def rollback(
+        self,
+        name: str,
+        alias: str,
+        expected_version: int | None,
+        actor: str | None = None,
+        access: Access | None = None,
+    ) -> int:
         """Point an alias back at the version that it pointed at before the newest promotion that is not undone yet.
 
         Rolling back again goes one promotion further back. Versions deleted meanwhile are passed over.
@@ -247,46 +274,46 @@ class Catalog:
         """
         with self._changing(actor) as change:
             connection = change.connection
-            prompt = _find(connection, name)
-            current = _pointed(connection, prompt, alias)
+            prompt = lookups.find(connection, name, access, to_change=True)
+            current = lookups.pointed(connection, prompt, alias)
             if current is None:
                 raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
-            _expect(connection, prompt, alias, expected_version)
-            earlier = _earlier_versions(connection, name, alias)
+            lookups.expect(connection, prompt, alias, expected_version)
+            earlier = lookups.earlier_versions(connection, name, alias)
             while earlier:
                 version = earlier.pop()
-                if version != current and _has_version(connection, prompt, version):
+                if version != current and lookups.has_version(connection, prompt, version):
                     change.point(prompt, alias, version, HistoryAction.ROLLBACK)
                     return version
             raise PromptConflictError(
                 f"alias {alias!r} of {name!r} points at {current}, and there is no earlier version to go back to"
             )
 
-    def delete_alias(self, name: str, alias: str, actor: str | None = None) -> None:
+    def delete_alias(self, name: str, alias: str, actor: str | None = None, access: Access | None = None) -> None:
         """Remove an alias; PromptNotFoundError if there is none."""
         with self._changing(actor) as change:
-            prompt = _find(change.connection, name)
-            previous = _pointed(change.connection, prompt, alias)
+            prompt = lookups.find(change.connection, name, access, to_change=True)
+            previous = lookups.pointed(change.connection, prompt, alias)
             if previous is None:
                 raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
             change.unpoint(prompt, alias, previous)
 
-    def delete_version(self, name: str, version: int, actor: str | None = None) -> None:
+    def delete_version(self, name: str, version: int, actor: str | None = None, access: Access | None = None) -> None:
         """Delete one version; PromptNotFoundError if there is none.
 
         ``latest`` falls back to the highest version that is left; other aliases of the version are removed.
         """
         with self._changing(actor) as change:
             connection = change.connection
-            prompt = _find(connection, name)
-            _require_version(connection, prompt, version)
+            prompt = lookups.find(connection, name, access, to_change=True)
+            lookups.require_version(connection, prompt, version)
             change.drop_versions(prompt, versions.c.version == version)
             change.note(name, HistoryAction.DELETE_VERSION, version=version)
             pointing = sa.select(aliases.c.alias).where(
                 aliases.c.prompt_id == prompt.id, aliases.c.version == version
             )
             highest = connection.execute(
-                sa.select(sa.func.max(versions.c.version)).where(versions.c.prompt_id == prompt.id, _live)
+                sa.select(sa.func.max(versions.c.version)).where(versions.c.prompt_id == prompt.id, live)
             ).scalar_one()
             for alias in connection.execute(pointing.order_by(aliases.c.alias)).scalars().all():
                 if alias == DEFAULT_ALIAS and highest is not None:
@@ -294,10 +321,10 @@ class Catalog:
                 else:
                     change.unpoint(prompt, alias, version)
 
-    def delete_prompt(self, name: str, actor: str | None = None) -> None:
+    def delete_prompt(self, name: str, actor: str | None = None, access: Access | None = None) -> None:
         """Delete all versions and aliases of a name; PromptNotFoundError if there is none."""
         with self._changing(actor) as change:
-            prompt = _find(change.connection, name)
+            prompt = lookups.find(change.connection, name, access, to_change=True)
             change.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id))
             change.drop_versions(prompt, sa.true())
             change.note(name, HistoryAction.DELETE_PROMPT)
@@ -372,9 +399,9 @@ class _Change:
         }
         self.connection.execute(history.insert().values(values))
 
-    def point(self, prompt: _Prompt, alias: str, version: int, action: HistoryAction) -> None:
+    def point(self, prompt: Prompt, alias: str, version: int, action: HistoryAction) -> None:
         """Let an alias point at a version; nothing is noted where it does already."""
-        previous = _pointed(self.connection, prompt, alias)
+        previous = lookups.pointed(self.connection, prompt, alias)
         if previous == version:
             return
         mine = sa.and_(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
@@ -385,17 +412,17 @@ class _Change:
             self.connection.execute(aliases.update().where(mine).values(version=version))
         self.note(prompt.name, action, alias=alias, version=version, previous=previous)
 
-    def unpoint(self, prompt: _Prompt, alias: str, previous: int) -> None:
+    def unpoint(self, prompt: Prompt, alias: str, previous: int) -> None:
         """Remove an alias."""
         self.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias))
         self.note(prompt.name, HistoryAction.DELETE_ALIAS, alias=alias, previous=previous)
 
-    def drop_versions(self, prompt: _Prompt, which: sa.ColumnElement[bool]) -> None:
+    def drop_versions(self, prompt: Prompt, which: sa.ColumnElement[bool]) -> None:
         """Leave tombstones of versions; blobs that lose their last name become garbage from now on."""
         connection = self.connection
         rows = connection.execute(
             versions.update()
-            .where(versions.c.prompt_id == prompt.id, _live, which)
+            .where(versions.c.prompt_id == prompt.id, live, which)
             .values(deleted_at=self.at)
             .returning(versions.c.id)
         )
@@ -419,70 +446,6 @@ def _lock_blobs(connection: sa.Connection, digests: Collection[str]) -> None:
     """Lock in the order in which ``reserve`` does, or two uploads of the same files could wait in a circle."""
     query = sa.select(blobs.c.sha256).where(blobs.c.sha256.in_(digests)).order_by(blobs.c.sha256)
     connection.execute(query.with_for_update()).all()
-
-
-def _find(connection: sa.Connection, name: str) -> _Prompt:
-    query = sa.select(prompts).where(prompts.c.name == name, prompts.c.num_versions > 0)
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        raise PromptNotFoundError(f"there is no soft prompt {name!r}")
-    return _Prompt(row.id, row.name, row.last_version)
-
-
-def _version(connection: sa.Connection, prompt: _Prompt, version: int) -> PromptVersion:
-    query = sa.select(versions).where(versions.c.prompt_id == prompt.id, versions.c.version == version, _live)
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        raise PromptNotFoundError(f"soft prompt {prompt.name!r} has no version {version}")
-    return records.versions_of(connection, [row], {prompt.id: prompt.name})[0]
-
-
-def _has_version(connection: sa.Connection, prompt: _Prompt, version: int) -> bool:
-    query = sa.select(versions.c.id).where(versions.c.prompt_id == prompt.id, versions.c.version == version, _live)
-    return connection.execute(query).one_or_none() is not None
-
-
-def _require_version(connection: sa.Connection, prompt: _Prompt, version: int) -> None:
-    if not _has_version(connection, prompt, version):
-        raise PromptNotFoundError(f"soft prompt {prompt.name!r} has no version {version}")
-
-
-def _pointed(connection: sa.Connection, prompt: _Prompt, alias: str) -> int | None:
-    query = sa.select(aliases.c.version).where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
-    found: int | None = connection.execute(query).scalar_one_or_none()
-    return found
-
-
-def _expect(connection: sa.Connection, prompt: _Prompt, alias: str, expected: int | None) -> None:
-    if expected is None:
-        return
-    found = _pointed(connection, prompt, alias)
-    if found != expected:
-        raise PromptConflictError(
-            f"alias {alias!r} of {prompt.name!r} points at {found or 'nothing'}, not at {expected}"
-        )
-
-
-def _earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[int]:
-    """What an alias pointed at before, oldest first, without the promotions that were rolled back."""
-    query = (
-        sa.select(history.c.action, history.c.version)
-        .where(
-            history.c.name == name,
-            sa.or_(history.c.alias == alias, history.c.action == HistoryAction.DELETE_PROMPT.value),
-        )
-        .order_by(history.c.id)
-    )
-    pointed: list[int] = []
-    for action, version in connection.execute(query):
-        if action == HistoryAction.PROMOTE:
-            pointed.append(version)
-        elif action == HistoryAction.ROLLBACK:
-            while pointed and pointed[-1] != version:
-                pointed.pop()
-        else:  # the alias was removed
-            pointed.clear()
-    return pointed[:-1]
 
 
 def _now() -> int:

@@ -3,6 +3,7 @@
 PromptStoreError
 ├── PromptNotFoundError      no such name, version or alias
 ├── InvalidPromptError       the uploaded files are not a soft prompt that this base can serve; lists every fault
+├── PromptForbiddenError     the soft prompt may be used, but not changed
 ├── PromptConflictError      the catalog is not in the state that the caller expected
 ├── PromptTooLargeError      a file is over the size limit
 ├── CorruptBlobError         stored bytes no longer match their digest
@@ -47,6 +48,10 @@ class InvalidPromptError(PromptStoreError):
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("; ".join(fault.message for fault in faults))
         self.faults = tuple(faults)
+
+
+class PromptForbiddenError(PromptStoreError):
+    """The soft prompt may be used, but not changed."""
 
 
 class PromptConflictError(PromptStoreError):

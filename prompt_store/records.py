@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from prompt_store.schema import aliases, blobs, prompts, tags, version_files, versions
 from prompt_store.types import (
     DEFAULT_ALIAS,
+    SHARED,
     HistoryAction,
     HistoryEntry,
     Lineage,
@@ -23,6 +24,16 @@ from prompt_store.types import (
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row of ``prompts``."""
+
+    id: int
+    name: str
+    last_version: int
+    owner: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +57,7 @@ class NewVersion:
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
+    owner: str = SHARED
 
 
 def record(
@@ -90,14 +102,14 @@ def insert(connection: sa.Connection, table: sa.Table, values: Mapping[str, obje
 
 
 def versions_of(
-    connection: sa.Connection, rows: Sequence[sa.Row[Any]], names: Mapping[int, str]
+    connection: sa.Connection, rows: Sequence[sa.Row[Any]], of: Mapping[int, Prompt]
 ) -> list[PromptVersion]:
     """Rows of ``versions`` with their files and tags, in the order of the rows.
 
     Args:
         connection: Where the files and tags are read.
         rows: Whole rows.
-        names: The soft prompts' names by ``prompt_id``.
+        of: The soft prompts by ``prompt_id``.
     """
     ids = [row.id for row in rows]
     files: dict[int, list[StoredFile]] = {row_id: [] for row_id in ids}
@@ -112,12 +124,13 @@ def versions_of(
         files[file.version_id].append(StoredFile(file.filename, file.sha256, file.size))
     for tag in connection.execute(sa.select(tags).where(tags.c.version_id.in_(ids)).order_by(tags.c.tag)):
         words[tag.version_id].append(tag.tag)
-    return [_version(row, names[row.prompt_id], files[row.id], words[row.id]) for row in rows]
+    return [_version(row, of[row.prompt_id], files[row.id], words[row.id]) for row in rows]
 
 
 def summaries(connection: sa.Connection, prompt_ids: Sequence[int]) -> list[PromptSummary]:
     """Names with their aliases and newest versions, in the order of the ids: four queries for any number."""
     prompt_rows = {row.id: row for row in connection.execute(sa.select(prompts).where(prompts.c.id.in_(prompt_ids)))}
+    of = {row.id: Prompt(row.id, row.name, row.last_version, row.owner) for row in prompt_rows.values()}
     pointed: dict[int, dict[str, int]] = {prompt_id: {} for prompt_id in prompt_ids}
     query = sa.select(aliases).where(aliases.c.prompt_id.in_(prompt_ids)).order_by(aliases.c.alias)
     for alias in connection.execute(query):
@@ -136,9 +149,10 @@ def summaries(connection: sa.Connection, prompt_ids: Sequence[int]) -> list[Prom
         .outerjoin(aliases, latest)
         .join(versions, sa.and_(versions.c.prompt_id == highest.c.prompt_id, versions.c.version == wanted))
     ).all()
-    names = {prompt_id: row.name for prompt_id, row in prompt_rows.items()}
-    found = {row.prompt_id: version for row, version in zip(rows, versions_of(connection, rows, names), strict=True)}
-    return [PromptSummary(names[key], pointed[key], found[key], prompt_rows[key].num_versions) for key in prompt_ids]
+    found = {row.prompt_id: version for row, version in zip(rows, versions_of(connection, rows, of), strict=True)}
+    return [
+        PromptSummary(of[key].name, pointed[key], found[key], prompt_rows[key].num_versions) for key in prompt_ids
+    ]
 
 
 def history_entry(row: sa.Row[Any]) -> HistoryEntry:
@@ -147,9 +161,10 @@ def history_entry(row: sa.Row[Any]) -> HistoryEntry:
     return HistoryEntry(row.id, action, row.alias, row.version, row.previous_version, row.actor, _datetime(row.at))
 
 
-def _version(row: sa.Row[Any], name: str, files: Sequence[StoredFile], words: Sequence[str]) -> PromptVersion:
+def _version(row: sa.Row[Any], prompt: Prompt, files: Sequence[StoredFile], words: Sequence[str]) -> PromptVersion:
     return PromptVersion(
-        name=name,
+        name=prompt.name,
+        owner=prompt.owner,
         version=row.version,
         digest=row.digest,
         peft_type=PeftType(row.peft_type),

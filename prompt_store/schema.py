@@ -29,9 +29,12 @@ prompts = sa.Table(
     metadata,
     sa.Column("id", Identity, primary_key=True),
     sa.Column("name", Name, nullable=False, unique=True),
+    # The tenant that alone sees it, empty for all. It stays with the name through deletions: so does the history.
+    sa.Column("owner", Name, nullable=False, server_default=""),
     # Counts on through deletions: a version number never comes to mean something else.
     sa.Column("last_version", sa.BigInteger, nullable=False),
     sa.Column("num_versions", sa.BigInteger, nullable=False),
+    sa.Index("prompts_by_owner", "owner", "name"),
 )
 versions = sa.Table(
     "versions",

@@ -26,7 +26,9 @@ from prompt_store.staging import Staging, Upload
 from prompt_store.types import (
     CONFIG_FILE,
     DEFAULT_ALIAS,
+    SHARED,
     WEIGHTS_FILE,
+    Access,
     BaseModelSpec,
     HistoryEntry,
     LeasedPrompt,
@@ -50,6 +52,9 @@ class PromptStore:
     Files are on the disk (or in the object store) before the catalog names them, so a version never lacks its bytes.
     A blob goes when no version has named it for some time and nobody here holds it: at once where this process alone
     uses the store, after ``COLLECT_GRACE_SECONDS`` where replicas share it and cannot see each other's leases.
+
+    Methods that take an ``access`` raise PromptNotFoundError for what it does not see, PromptForbiddenError where it
+    may not change what it sees; without one everything may be seen and changed.
 
     Args:
         catalog: Names and versions.
@@ -124,6 +129,7 @@ class PromptStore:
         lineage: Lineage | None = None,
         actor: str | None = None,
         reserved_names: Collection[str] = (),
+        owner: str = SHARED,
     ) -> tuple[PromptVersion, bool]:
         """Validate an upload and make it a version, served from the next request on.
 
@@ -140,6 +146,7 @@ class PromptStore:
             lineage: Where it comes from.
             actor: Who publishes.
             reserved_names: Names that mean something else, such as the base model's.
+            owner: The tenant that alone sees it.
 
         Returns:
             The version, and whether it is new. The same files under the same name are the version that is there;
@@ -148,6 +155,7 @@ class PromptStore:
         Raises:
             ValueError: If name, alias or a tag is not well formed, or the name is reserved.
             InvalidPromptError: With every fault of the files.
+            PromptConflictError: If the name is, or was, another owner's.
             StoreUnavailableError: If catalog or blobs cannot be reached; nothing was published.
         """
         check_name(name, "name")
@@ -183,6 +191,7 @@ class PromptStore:
             tags=tuple(tags),
             metadata=metadata or {},
             lineage=lineage or Lineage(),
+            owner=owner,
         )
         self._require_catalog()
         with self._collector.holding([file.sha256 for file in files]):
@@ -201,7 +210,7 @@ class PromptStore:
 
     # Using
 
-    def resolve(self, ref: PromptRef) -> PromptVersion:
+    def resolve(self, ref: PromptRef, access: Access | None = None) -> PromptVersion:
         """The version that a reference means now.
 
         Raises:
@@ -212,11 +221,13 @@ class PromptStore:
         if version is None:
             self._require_catalog()
             generation = self._resolved.generation
-            version = self._catalog.resolve(ref)
+            version = self._catalog.resolve(ref, access)
             self._resolved.add(ref, version, generation)
+        if access is not None and not access.sees(version.owner):
+            raise PromptNotFoundError(f"there is no soft prompt {ref.name!r}")
         return version
 
-    def lease(self, ref: PromptRef) -> LeasedPrompt:
+    def lease(self, ref: PromptRef, access: Access | None = None) -> LeasedPrompt:
         """Resolve, and keep the files until ``release``, whatever is promoted or deleted meanwhile.
 
         Raises:
@@ -224,14 +235,14 @@ class PromptStore:
             CorruptBlobError: If its weights are missing or not what was uploaded.
             StoreUnavailableError: If version or weights are not here and cannot be had now.
         """
-        version = self.resolve(ref)
+        version = self.resolve(ref, access)
         try:
             return self._lease(version)
         except BlobNotFoundError:
             # Deleted and collected between our two looks, or truly lost: a second look tells. Nothing is forgotten
             # before it has succeeded: while the catalog is away, what is known is all there is.
             self._require_catalog()
-            fresh = self._catalog.resolve(ref)
+            fresh = self._catalog.resolve(ref, access)
             self._resolved.invalidate([ref.name])
             return self._lease(fresh)
 
@@ -279,20 +290,20 @@ class PromptStore:
             for tier in self._blobs.stats()
         ]
 
-    def get_prompt(self, name: str) -> PromptSummary:
+    def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
         """A name with its aliases and newest version; PromptNotFoundError if there is none."""
         self._require_catalog()
-        return self._catalog.get_prompt(name)
+        return self._catalog.get_prompt(name, access)
 
     def list_prompts(
-        self, limit: int = 100, after: str | None = None, tag: str | None = None
+        self, limit: int = 100, after: str | None = None, tag: str | None = None, access: Access | None = None
     ) -> tuple[list[PromptSummary], bool]:
         """Names in order, behind ``after``, those with ``tag``; and whether there are more."""
         self._require_catalog()
-        return self._catalog.list_prompts(limit, after, tag)
+        return self._catalog.list_prompts(limit, after, tag, access)
 
     def list_versions(
-        self, name: str, limit: int = 100, before: int | None = None
+        self, name: str, limit: int = 100, before: int | None = None, access: Access | None = None
     ) -> tuple[list[PromptVersion], bool]:
         """Versions of a name, newest first, those below ``before``; and whether there are more.
 
@@ -300,18 +311,20 @@ class PromptStore:
             PromptNotFoundError: If there is no such name.
         """
         self._require_catalog()
-        return self._catalog.list_versions(name, limit, before)
+        return self._catalog.list_versions(name, limit, before, access)
 
-    def list_history(self, name: str, limit: int = 100, before: int | None = None) -> tuple[list[HistoryEntry], bool]:
+    def list_history(
+        self, name: str, limit: int = 100, before: int | None = None, access: Access | None = None
+    ) -> tuple[list[HistoryEntry], bool]:
         """What was done to a name, newest first, before the entry ``before``; and whether there is more.
 
         Raises:
             PromptNotFoundError: If there never was such a name.
         """
         self._require_catalog()
-        return self._catalog.list_history(name, limit, before)
+        return self._catalog.list_history(name, limit, before, access)
 
-    def read_file(self, name: str, version: int, filename: str) -> bytes:
+    def read_file(self, name: str, version: int, filename: str, access: Access | None = None) -> bytes:
         """One file, byte for byte as it was uploaded.
 
         Raises:
@@ -319,7 +332,7 @@ class PromptStore:
             CorruptBlobError: If the bytes are not those that were uploaded.
             StoreUnavailableError: If they are not here and cannot be had now.
         """
-        found = self.resolve(PromptRef(name, version=version, alias=None))
+        found = self.resolve(PromptRef(name, version=version, alias=None), access)
         file = found.file(filename)
         if file is None:
             raise PromptNotFoundError(f"{name}@{version} has no file {filename[:128]!r}")
@@ -345,7 +358,13 @@ class PromptStore:
     # Changing
 
     def set_alias(
-        self, name: str, alias: str, version: int, expected_version: int | None = None, actor: str | None = None
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        expected_version: int | None = None,
+        actor: str | None = None,
+        access: Access | None = None,
     ) -> None:
         """Point an alias at a version.
 
@@ -356,10 +375,15 @@ class PromptStore:
         """
         check_name(alias, "alias")
         with self._changing(name):
-            self._catalog.set_alias(name, alias, version, expected_version, actor)
+            self._catalog.set_alias(name, alias, version, expected_version, actor, access)
 
     def rollback(
-        self, name: str, alias: str = DEFAULT_ALIAS, expected_version: int | None = None, actor: str | None = None
+        self,
+        name: str,
+        alias: str = DEFAULT_ALIAS,
+        expected_version: int | None = None,
+        actor: str | None = None,
+        access: Access | None = None,
     ) -> int:
         """Point an alias back at what it pointed at before; returns that version.
 
@@ -368,23 +392,23 @@ class PromptStore:
             PromptConflictError: If there is nothing to go back to, or the alias is not at ``expected_version``.
         """
         with self._changing(name):
-            return self._catalog.rollback(name, alias, expected_version, actor)
+            return self._catalog.rollback(name, alias, expected_version, actor, access)
 
-    def delete_alias(self, name: str, alias: str, actor: str | None = None) -> None:
+    def delete_alias(self, name: str, alias: str, actor: str | None = None, access: Access | None = None) -> None:
         """Remove an alias; PromptNotFoundError if there is none."""
         with self._changing(name):
-            self._catalog.delete_alias(name, alias, actor)
+            self._catalog.delete_alias(name, alias, actor, access)
 
-    def delete_version(self, name: str, version: int, actor: str | None = None) -> None:
+    def delete_version(self, name: str, version: int, actor: str | None = None, access: Access | None = None) -> None:
         """Delete a version; its files stay while leased. PromptNotFoundError if there is none."""
         with self._changing(name):
-            self._catalog.delete_version(name, version, actor)
+            self._catalog.delete_version(name, version, actor, access)
         self._collector.collect_if_alone()
 
-    def delete_prompt(self, name: str, actor: str | None = None) -> None:
+    def delete_prompt(self, name: str, actor: str | None = None, access: Access | None = None) -> None:
         """Delete a name with all its versions; files stay while leased. PromptNotFoundError if there is none."""
         with self._changing(name):
-            self._catalog.delete_prompt(name, actor)
+            self._catalog.delete_prompt(name, actor, access)
         self._collector.collect_if_alone()
 
     def collect(self) -> int:

@@ -264,6 +264,31 @@ class Lineage:
         return {key: value for key, value in fields.items() if value}
 
 
+SHARED = ""
+"""The owner of soft prompts that everybody may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What somebody may see and change: their own soft prompts; the shared ones too, if they may change those.
+
+    Attributes:
+        tenant: Who; ``SHARED`` is nobody in particular.
+        may_change_shared: Whether they may publish, promote and delete for all.
+    """
+
+    tenant: str
+    may_change_shared: bool = False
+
+    def sees(self, owner: str) -> bool:
+        """Whether an owner's soft prompts are there for them."""
+        return owner in (SHARED, self.tenant)
+
+    def changes(self, owner: str) -> bool:
+        """Whether they may change an owner's soft prompts."""
+        return self.may_change_shared if owner == SHARED else owner == self.tenant
+
+
 @dataclass(frozen=True, slots=True)
 class PromptVersion:
     """One immutable version of a named soft prompt, as the catalog records it.
@@ -284,6 +309,7 @@ class PromptVersion:
         metadata: The uploader's own JSON object.
         lineage: Where it comes from.
         created_by: Who published it, as far as the server knows.
+        owner: The tenant that alone sees it; ``SHARED`` for all.
         num_tasks: Tasks of a multitask prompt, else None.
         num_labels: Labels of a prompt that was trained with a classification head, else None.
     """
@@ -303,6 +329,7 @@ class PromptVersion:
     metadata: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
     created_by: str | None = None
+    owner: str = SHARED
     num_tasks: int | None = None
     num_labels: int | None = None
 

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -25,11 +26,12 @@ from prompt_store.store import PromptStore
 from prompt_store.types import StoreTotals
 from server import tokenizer as base_tokenizer
 from server.api import classify, inspection, models, openai, ops, prompts, tokenization
+from server.api.access import OPEN_PATHS
 from server.api.admission import Admission
-from server.api.auth import load_keys
+from server.api.auth import ApiKeys, KeyReloader, load_keys
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
-from server.api.middleware import OPEN_PATHS, ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from server.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
 from server.api.openapi import describe_api
 from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
@@ -92,7 +94,9 @@ def create_app(
     app = FastAPI(
         title="Prelude",
         description="One frozen model, many soft prompts, one batch. OpenAI's API where OpenAI has one.",
-        lifespan=lambda _: _lifespan(services, owns_store=store is None),
+        lifespan=lambda _: _lifespan(
+            services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics)
+        ),
         middleware=middleware,
         redirect_slashes=False,
     )
@@ -194,7 +198,7 @@ def run(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def _lifespan(services: Services, *, owns_store: bool) -> AsyncIterator[None]:
+async def _lifespan(services: Services, *, owns_store: bool, reloader: KeyReloader | None) -> AsyncIterator[None]:
     starting = asyncio.create_task(_start(services), name="start")
     loop = asyncio.get_running_loop()
 
@@ -204,17 +208,45 @@ async def _lifespan(services: Services, *, owns_store: bool) -> AsyncIterator[No
 
     services.store.store.subscribe(tell_the_warmer)
     services.engine.subscribe(services.warmer.restore)
+    async with AsyncExitStack() as stack:
+        if reloader is not None:
+            await stack.enter_async_context(_reloading(reloader))
+        stack.push_async_callback(_stop, services, starting, owns_store=owns_store)
+        yield
+
+
+async def _stop(services: Services, starting: asyncio.Task[None], *, owns_store: bool) -> None:
+    services.lifecycle.drain()
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await services.warmer.close()
+    await services.engine.stop()
+    if services.loaded_tokenizer is not None:
+        await asyncio.to_thread(services.loaded_tokenizer.close)
+    await asyncio.to_thread(services.store.close, close_store=owns_store)
+
+
+def _reloader(http: HttpSettings, keys: ApiKeys | None, metrics: Metrics) -> KeyReloader | None:
+    """What keeps up with the key file, where there is one."""
+    return None if keys is None or http.api_key_file is None else KeyReloader(http, keys, metrics)
+
+
+@asynccontextmanager
+async def _reloading(reloader: KeyReloader) -> AsyncIterator[None]:
+    """Look after the key file, and read it again on SIGHUP."""
+    loop = asyncio.get_running_loop()
+    # Only the main thread may take signals; a server in another one, as in tests, polls all the same.
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+    task = asyncio.create_task(reloader.run(), name="reload API keys")
     try:
         yield
     finally:
-        services.lifecycle.drain()
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        await services.warmer.close()
-        await services.engine.stop()
-        if services.loaded_tokenizer is not None:
-            await asyncio.to_thread(services.loaded_tokenizer.close)
-        await asyncio.to_thread(services.store.close, close_store=owns_store)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if is_main:
+            loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _start(services: Services) -> None:

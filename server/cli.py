@@ -112,7 +112,13 @@ def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def parse_keys(text: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Read API keys with commas between."""
+    return text if isinstance(text, tuple) else tuple(key for part in text.split(",") if (key := part.strip()))
+
+
 _NAMES: dict[str, Any] = {"parser": parse_names, "metavar": "NAME[@V],..."}
+_KEYS: dict[str, Any] = {"parser": parse_keys, "metavar": "KEY,..."}
 _BYTES: dict[str, Any] = {"parser": parse_bytes, "metavar": "BYTES"}
 
 FLAGS = (
@@ -126,7 +132,7 @@ FLAGS = (
         DType,
         "The serving dtype; auto takes the checkpoint's where the device is fast at it.",
     ),
-    _flag(HttpSettings, "host", str, "Address to bind; anything but loopback needs --api-key-file."),
+    _flag(HttpSettings, "host", str, "Address to bind; anything but loopback needs keys."),
     _flag(HttpSettings, "port", int, "TCP port; 0 takes a free one.", min=0, max=65535),
     _flag(
         StoreSettings, "location", str, "Where soft prompts are: a directory, or s3://, gs:// or az://.", name="store"
@@ -176,8 +182,16 @@ FLAGS = (
         min=0.0,
     ),
     _flag(
-        HttpSettings, "api_key_file", Path | None, "One key a line; without it, everybody who can connect is served."
+        HttpSettings, "api_key_file", Path | None, "Keys, one a line, or *.toml or *.json with tenants and scopes."
     ),
+    _flag(
+        HttpSettings,
+        "api_keys",
+        tuple,
+        "Keys without a file; as a variable, a process list does not show them.",
+        **_KEYS,
+    ),
+    _flag(HttpSettings, "allow_open", bool, "Serve everybody, without keys, on an address that others reach."),
     _flag(HttpSettings, "max_waiting", int, "Sequences that may wait for a place before the answer is 429.", min=0),
     _flag(
         HttpSettings, "max_wait_seconds", float, "Wait for a place before the answer is 503; 0 is no limit.", min=0.0
@@ -269,6 +283,24 @@ def demo(
         settings = settings_from(values | {"model": str(tour.MODEL_DIRECTORY), "revision": None, "store": store})
         status = tour.run(settings, any_port=_is_default(context, "port"), exit_after=exit_, console=Console())
     raise typer.Exit(status)
+
+
+@app.command()
+def key(
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose key it is; by default it has a tenant of its own.")
+    ] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="What it may do; may be given several times.")] = None,
+) -> None:
+    """Make a random API key: its hash for a key file on standard output, the key itself on standard error."""
+    # Not at the top: starlette takes time that the client commands need not wait.
+    from server.api.key_file import describe_key, new_key  # noqa: PLC0415
+
+    secret, digest = new_key()
+    with _errors_on_one_line():
+        line = describe_key(digest, tenant=tenant, scopes=scope or [])
+    typer.echo(line)
+    typer.echo(f"the key, shown only now: {secret}", err=True)
 
 
 app.add_typer(commands.app)

@@ -105,6 +105,7 @@ class PreludeClient:
         tags: Sequence[str] = (),
         metadata: str | None = None,
         lineage: str | None = None,
+        shared: bool = False,
         on_bytes: OnBytes = lambda _: None,
     ) -> tuple[dict[str, Any], bool]:
         """Upload a PEFT directory, streamed from the disk; returns the version, and whether it is new.
@@ -117,6 +118,7 @@ class PreludeClient:
             tags: Words to list by.
             metadata: A JSON object, as text.
             lineage: A JSON object, as text.
+            shared: For every tenant, which takes a key with the scope admin.
             on_bytes: Told of the files' bytes as they are sent.
 
         Raises:
@@ -124,6 +126,8 @@ class PreludeClient:
         """
         texts = {"alias": alias, "description": description, "metadata": metadata, "lineage": lineage}
         data: dict[str, Any] = {"id": name, "tags": list(tags)}
+        if shared:
+            data["shared"] = "true"
         data |= {key: text for key, text in texts.items() if text is not None}
         with ExitStack() as stack:
             files = []

@@ -83,6 +83,7 @@ def push(
     lineage: Annotated[
         str | None, typer.Option(metavar="JSON", help="An object: training_run, parent, dataset_digest, scores.")
     ] = None,
+    shared: Annotated[bool, typer.Option("--shared", help="For every tenant; takes the scope admin.")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -98,6 +99,7 @@ def push(
             tags=tag or (),
             metadata=metadata,
             lineage=lineage,
+            shared=shared,
             on_bytes=on_bytes,
         )
     known = "" if created else " (the same bytes were there already)"

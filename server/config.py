@@ -77,9 +77,12 @@ class HttpSettings:
     """The HTTP front.
 
     Attributes:
-        host: Address to bind; anything but loopback needs keys.
+        host: Address to bind; anything but loopback needs keys, or ``allow_open``.
         port: TCP port; 0 takes a free one.
-        api_key_file: A file with one key a line; None serves everybody who can connect.
+        api_key_file: The keys: one a line, or TOML or JSON with tenants and scopes (docs/security.md). Without keys
+            everybody who can connect is served.
+        api_keys: Keys that need no file; each may do everything.
+        allow_open: Serve everybody on an address that other machines reach.
         max_waiting: Requests admitted beyond those that run, before the door answers 429.
         max_wait_seconds: How long a request may wait to begin to run; 0 is without limit.
         max_body_bytes: Largest JSON body.
@@ -90,6 +93,8 @@ class HttpSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allow_open: bool = False
     max_waiting: int = 1024
     max_wait_seconds: float = 0.0
     max_body_bytes: int = 8 * 1024 * 1024

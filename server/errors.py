@@ -7,6 +7,8 @@ ServerError
 │   ├── PayloadTooLargeError the body is over its limit
 │   └── MediaTypeError       the body is not of a type that the path takes
 ├── AuthenticationError      no key, or an unknown one
+├── PermissionDeniedError    the key may not do this
+├── RateLimitError           the key is over one of its limits
 ├── NotFoundError
 │   ├── ModelNotFoundError
 │   └── SoftPromptNotFoundError
@@ -23,6 +25,8 @@ ServerError
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ServerError(Exception):
@@ -61,6 +65,32 @@ class MediaTypeError(InvalidRequestError):
 
 class AuthenticationError(ServerError):
     """No key was sent, or one that is not known."""
+
+
+class PermissionDeniedError(ServerError):
+    """The key that was sent may not do this.
+
+    Attributes:
+        scopes: What it would have to have, one of them.
+    """
+
+    def __init__(self, message: str, *, scopes: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.scopes = tuple(scopes)
+
+
+class RateLimitError(ServerError):
+    """The key that was sent is over one of its limits.
+
+    Attributes:
+        retry_after: Seconds until it need not be any more.
+        is_hopeless: Whether the same request will always be.
+    """
+
+    def __init__(self, message: str, *, retry_after: float, is_hopeless: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.is_hopeless = is_hopeless
 
 
 class NotFoundError(ServerError):

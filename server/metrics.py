@@ -72,6 +72,14 @@ class Metrics:
             ["code"],
             registry=self._registry,
         )
+        self._key_reloads = Counter(
+            f"{PREFIX}api_key_reloads",
+            "Times that the API key file was read again, by outcome: success, or failure (the old keys stay).",
+            ["outcome"],
+            registry=self._registry,
+        )
+        for outcome in ("success", "failure"):
+            self._key_reloads.labels(outcome)
         self._first_token = Histogram(
             f"{PREFIX}time_to_first_token_seconds",
             "From a request's arrival to its first new token.",
@@ -102,6 +110,10 @@ class Metrics:
     def count_error(self, code: str) -> None:
         """A client was answered with an error."""
         self._errors.labels(code).inc()
+
+    def count_key_reload(self, outcome: str) -> None:
+        """The API key file was read again: ``success`` or ``failure``."""
+        self._key_reloads.labels(outcome).inc()
 
     def observe_first_token(self, seconds: float) -> None:
         """A request's first token came this long after its arrival."""

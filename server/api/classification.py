@@ -12,6 +12,7 @@ from math import exp
 
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
+from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.leasing import lease_of
@@ -54,6 +55,12 @@ class Wanted:
     task_id: int | None = None
     priority: int = 0
     timeout: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """What it counts against limits: each text once, and every label after each."""
+        of_labels = sum(len(label.token_ids) for label in self.labels or ())
+        return sum(map(len, self.inputs)) + len(self.inputs) * of_labels
 
 
 @dataclass(slots=True)
@@ -176,7 +183,7 @@ def _label_score(event: TokenEvent) -> float:
 
 @asynccontextmanager
 async def classifying(
-    services: Services, target: Target, wanted: Wanted, *, tenant: str, arrival: float
+    services: Services, target: Target, wanted: Wanted, *, caller: Caller, arrival: float
 ) -> AsyncIterator[Classification]:
     """Check, lease and admit a classification; everything is given back when the block ends, however it ends.
 
@@ -184,6 +191,7 @@ async def classifying(
         InvalidRequestError: If the texts or labels cannot be taken, there are too many of them, labels are missing
             or given to a soft prompt that has its own, or the task is not one of its tasks.
         NotFoundError: If there is no such soft prompt.
+        RateLimitError: If the caller's key is over its limits.
         OverloadedError: If no permits are free.
     """
     async with lease_of(services, target) as leased:
@@ -197,10 +205,16 @@ async def classifying(
             max_model_len=services.engine.model.max_model_len,
         )
         count = len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
-        with services.admission.permits(count, param="input") as permits:
+        with (
+            caller.limiter.admitted(wanted.num_tokens) as reservation,
+            services.admission.permits(count, param="input") as permits,
+        ):
+            reservation.used = wanted.num_tokens
             outcome = "error"
             try:
-                yield Classification(services=services, wanted=wanted, leased=leased, permits=permits, tenant=tenant)
+                yield Classification(
+                    services=services, wanted=wanted, leased=leased, permits=permits, tenant=caller.tenant
+                )
                 outcome = "stop"
             except (asyncio.CancelledError, GeneratorExit):
                 outcome = "abort"

@@ -16,8 +16,9 @@ from starlette.responses import Response
 
 from prompt_store.formats import read_config
 from prompt_store.types import CONFIG_FILE
+from server.api.callers import caller_of
 from server.api.classification import Classification, Label, Verdict, Wanted, classifying
-from server.api.deps import Services, ServicesDep, require_json, require_ready, tenant_of
+from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.generation import shorter
 from server.api.openai import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
@@ -116,7 +117,7 @@ class ClassifyReply(msgspec.Struct, kw_only=True):
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
     """Find the label of one text or several."""
     arrival = time.monotonic()
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name)
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
 
     async def answer() -> tuple[bytes, dict[str, str]]:
         wanted = Wanted(
@@ -127,7 +128,7 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
             timeout=shorter(body.timeout, services.settings.http.max_wait_seconds),
         )
         async with classifying(
-            services, target, wanted, tenant=tenant_of(request), arrival=arrival
+            services, target, wanted, caller=caller_of(request), arrival=arrival
         ) as classification:
             names = body.labels or await _label_names(services, classification)
             await classification.run()

@@ -213,11 +213,6 @@ async def get_services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 
-def tenant_of(request: Request) -> str:
-    """Whose request it is: what the key is called in records; empty where the server asks for no key."""
-    return str(getattr(request.state, "actor", ""))
-
-
 async def require_ready(services: ServicesDep) -> None:
     """A route's dependency that refuses requests while the server does not serve."""
     services.require_ready()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from prompt_store.errors import (
     CorruptBlobError,
     InvalidPromptError,
     PromptConflictError,
+    PromptForbiddenError,
     PromptNotFoundError,
     PromptStoreError,
     PromptTooLargeError,
@@ -34,6 +36,8 @@ from server.errors import (
     NotFoundError,
     OverloadedError,
     PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitError,
     RequestFailedError,
     ServerError,
     SoftPromptNotFoundError,
@@ -79,6 +83,8 @@ _TABLE: dict[type[Exception], _Row] = {
     UnsupportedError: _Row(400, _REQUEST_ERROR, "unsupported_parameter"),
     InvalidPromptError: _Row(400, _REQUEST_ERROR, "invalid_prompt"),
     AuthenticationError: _Row(401, _REQUEST_ERROR, "invalid_api_key", {"www-authenticate": "Bearer"}),
+    PermissionDeniedError: _Row(403, _REQUEST_ERROR, "insufficient_scope"),
+    PromptForbiddenError: _Row(403, _REQUEST_ERROR, "insufficient_scope"),
     NotFoundError: _Row(404, _REQUEST_ERROR, "not_found"),
     ModelNotFoundError: _Row(404, _REQUEST_ERROR, "model_not_found"),
     SoftPromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
@@ -88,6 +94,7 @@ _TABLE: dict[type[Exception], _Row] = {
     PayloadTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     PromptTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     MediaTypeError: _Row(415, _REQUEST_ERROR, "unsupported_media_type"),
+    RateLimitError: _Row(429, "rate_limit_error", "rate_limit_exceeded"),
     OverloadedError: _Row(429, "rate_limit_error", "overloaded", {"retry-after": "1"}),
     WaitTimeoutError: _Row(503, _UNAVAILABLE, "overloaded_waiting", {"retry-after": "5"}),
     ConstraintError: _Row(400, _REQUEST_ERROR, "invalid_constraint"),
@@ -174,7 +181,18 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
             for fault in error.faults
         ]
     param = error.param if isinstance(error, ServerError) else None
-    return ErrorReply(row.status, row.type, row.code, message, param, details, row.headers)
+    return ErrorReply(row.status, row.type, row.code, message, param, details, {**row.headers, **_own_headers(error)})
+
+
+def _own_headers(error: Exception) -> Mapping[str, str]:
+    """Headers that depend on more than the class of an exception."""
+    if isinstance(error, PermissionDeniedError) and error.scopes:  # RFC 6750, section 3
+        return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{" ".join(error.scopes)}"'}
+    if isinstance(error, RateLimitError):
+        milliseconds = max(1, math.ceil(error.retry_after * 1000))
+        when = {"retry-after": str(math.ceil(milliseconds / 1000)), "retry-after-ms": str(milliseconds)}
+        return when | ({"x-should-retry": "false"} if error.is_hopeless else {})
+    return {}
 
 
 def _describe_http(error: HTTPException) -> ErrorReply:

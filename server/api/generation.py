@@ -13,6 +13,7 @@ from hashlib import blake2b
 
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
+from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.leasing import lease_of
@@ -270,7 +271,7 @@ async def admitted(
     prompts: list[list[int]],
     *,
     default_max_tokens: int | None,
-    tenant: str,
+    caller: Caller,
     arrival: float,
 ) -> AsyncIterator[Generation]:
     """Check, lease and admit a request; everything is given back when the block ends, however it ends.
@@ -281,13 +282,14 @@ async def admitted(
         body: Its fields.
         prompts: Text tokens of each sequence.
         default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
-        tenant: Whose request it is.
+        caller: Whose request it is.
         arrival: When the request came, by the monotonic clock.
 
     Raises:
         InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many, the soft prompt
             is not for generation, or the task is not one of its tasks.
         NotFoundError: If there is no such soft prompt.
+        RateLimitError: If the caller's key is over its limits.
         OverloadedError: If no permits are free.
     """
     _check_tokens(prompts, body, vocab_size=services.engine.model.vocab_size)
@@ -312,6 +314,8 @@ async def admitted(
                 f"min_tokens: {body.min_tokens} is more than the {min(max_tokens)} new tokens there may be",
                 param="min_tokens",
             )
+        num_tokens = sum(map(len, prompts)) + sum(max_tokens) * body.n
+        reservation = stack.enter_context(caller.limiter.admitted(num_tokens))
         permits = stack.enter_context(
             services.admission.permits(len(prompts) * body.n, param="n" if body.n > 1 else "prompt")
         )
@@ -322,7 +326,7 @@ async def admitted(
             max_tokens=max_tokens,
             leased=leased,
             permits=permits,
-            tenant=tenant,
+            tenant=caller.tenant,
             arrival=arrival,
         )
         outcome = "error"
@@ -333,6 +337,7 @@ async def admitted(
             outcome = generation.outcome
             raise
         finally:
+            reservation.used = generation.usage.total_tokens
             services.metrics.count_request(leased.version.name if leased else None, outcome)
             if outcome in {"stop", "length"}:
                 services.metrics.observe_request(time.monotonic() - arrival)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import AfterValidator, BaseModel, Field
 
 from prompt_store.types import PromptVersion, check_name
+from server.api.callers import CallerDep
 from server.api.deps import ServicesDep, Tokenizer, require_ready
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.prompts import PromptId, ref_of
@@ -122,13 +123,14 @@ class InspectionBody(BaseModel):
 async def inspect_prompt(
     name: PromptId,
     services: ServicesDep,
+    caller: CallerDep,
     version: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
     alias: Annotated[str | None, AfterValidator(lambda text: text and check_name(text, "alias"))] = None,
     task_id: Annotated[int | None, Query(ge=0, lt=2**63, description="Needed for a multitask prompt.")] = None,
     top_k: Annotated[int, Query(ge=1, le=MAX_NEAREST, description="Near tokens for each virtual one.")] = 5,
 ) -> InspectionBody:
     """Norms of a version (of the alias latest, where none is named), and the tokens that its rows are near to."""
-    async with services.store.lease(ref_of(name, version, alias)) as leased:
+    async with services.store.lease(ref_of(name, version, alias), caller.access) as leased:
         check_task(leased.version, task_id)
         source = soft_prompt_source(leased, task_id)
         found = await services.engine.inspect(source, num_nearest=top_k)

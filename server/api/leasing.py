@@ -20,7 +20,7 @@ async def version_of(services: Services, target: Target) -> PromptVersion | None
     if target.ref is None:
         return None
     try:
-        return await services.store.call(services.store.store.resolve, target.ref)
+        return await services.store.call(services.store.store.resolve, target.ref, target.access)
     except PromptNotFoundError as error:
         raise target.not_found(error) from error
 
@@ -36,7 +36,7 @@ async def lease_of(services: Services, target: Target) -> AsyncIterator[LeasedPr
         found = None
         if target.ref is not None:
             try:
-                found = await stack.enter_async_context(services.store.lease(target.ref))
+                found = await stack.enter_async_context(services.store.lease(target.ref, target.access))
             except PromptNotFoundError as error:
                 raise target.not_found(error) from error
         yield found

@@ -10,7 +10,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access import LIMITED_PATHS, OPEN_PATHS, check_access
 from server.api.auth import ApiKeys
+from server.api.callers import Caller
 from server.api.errors import describe
 from server.api.multipart import discard_rest
 from server.errors import ServerError
@@ -18,9 +20,6 @@ from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Incoming ids that are taken over: nothing that could forge a log line or a header."""
-
-OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
-"""Probes carry no key."""
 
 
 class RequestIdMiddleware:
@@ -58,7 +57,7 @@ class RequestIdMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without a valid key, before any of their body is read."""
+    """Refuses requests without a valid key that may do this, before any of their body is read."""
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics) -> None:
         self._app = app
@@ -69,13 +68,28 @@ class ApiKeyMiddleware:
         """Check one request's key."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
-                scope["state"]["actor"] = self._keys.check(Headers(scope=scope).get("authorization"))
-            except ServerError as error:
+                caller = self._keys.check(Headers(scope=scope).get("authorization"))
+                check_access(caller, scope["method"], scope["path"])
+            except (ServerError, HTTPException) as error:
                 reply = describe(error, request_id=scope["state"]["request_id"])
                 self._metrics.count_error(reply.code)
                 await reply.response()(scope, receive, send)
                 return
+            scope["state"]["caller"] = caller
+            if scope["path"] in LIMITED_PATHS:
+                send = _with_limits(caller, send)
         await self._app(scope, receive, send)
+
+
+def _with_limits(caller: Caller, send: Send) -> Send:
+    """Tell in the response's headers what the key's limits leave it."""
+
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(caller.limiter.headers)
+        await send(message)
+
+    return send_with_limits
 
 
 class BodyLimitMiddleware:

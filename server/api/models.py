@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel
 
 from prompt_store.types import PromptVersion
+from server.api.callers import CallerDep
 from server.api.deps import Services, ServicesDep, require_ready
 from server.api.leasing import version_of
 from server.api.resolution import resolve
@@ -45,22 +46,25 @@ class ModelList(BaseModel):
 
 
 @router.get("")
-async def list_models(services: ServicesDep) -> ModelList:
+async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
     """List the base, then every soft prompt by its bare name."""
     cards = [_base_card(services)]
     after: str | None = None
     has_more = True
     while has_more:
-        summaries, has_more = await services.store.call(services.store.store.list_prompts, limit=_PAGE, after=after)
+        summaries, has_more = await services.store.call(
+            services.store.store.list_prompts, limit=_PAGE, after=after, access=caller.access
+        )
         cards += [_prompt_card(services, summary.name, summary.latest) for summary in summaries]
         after = summaries[-1].name if summaries else None
     return ModelList(data=cards)
 
 
 @router.get("/{model_id:path}")
-async def get_model(model_id: str, services: ServicesDep) -> ModelCard:
+async def get_model(model_id: str, services: ServicesDep, caller: CallerDep) -> ModelCard:
     """One of them, by any name that a request may use."""
-    version = await version_of(services, resolve(model_id, None, base_name=services.base_name))
+    target = resolve(model_id, None, base_name=services.base_name, access=caller.access)
+    version = await version_of(services, target)
     return _base_card(services) if version is None else _prompt_card(services, model_id, version)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FILES_FIELD = "files"
 FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
-TEXT_FIELDS = ("id", "alias", "description", "tags", "metadata", "lineage")
+TEXT_FIELDS = ("id", "alias", "description", "tags", "metadata", "lineage", "shared")
 
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 64 * 1024
@@ -59,6 +59,7 @@ class UploadFields:
         tags: Words to list by.
         metadata: The uploader's own JSON object.
         lineage: Where the soft prompt comes from.
+        shared: Whether it is for every tenant.
     """
 
     name: str
@@ -67,6 +68,7 @@ class UploadFields:
     tags: tuple[str, ...]
     metadata: dict[str, object]
     lineage: Lineage
+    shared: bool
 
 
 class UploadParser:
@@ -148,6 +150,7 @@ class UploadParser:
             tags=self._tags(),
             metadata=self._json_object("metadata"),
             lineage=self._lineage(),
+            shared=self._switch("shared"),
         )
 
     def _single(self, field: str) -> str:
@@ -155,6 +158,12 @@ class UploadParser:
         if len(values) > 1:
             raise InvalidRequestError(f"{field}: sent {len(values)} times", param=field)
         return values[0]
+
+    def _switch(self, field: str) -> bool:
+        text = self._single(field)
+        if text not in ("", "true", "false"):
+            raise InvalidRequestError(f"{field}: has to be true or false, not {text[:100]!r}", param=field)
+        return text == "true"
 
     def _tags(self) -> tuple[str, ...]:
         """Repeated fields, comma-separated lists, or both."""

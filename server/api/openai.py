@@ -13,7 +13,8 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.deps import Services, ServicesDep, Tokenizer, require_json, require_ready, tenant_of
+from server.api.callers import Caller, caller_of
+from server.api.deps import Services, ServicesDep, Tokenizer, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted
@@ -43,7 +44,7 @@ class _Call:
     writer: Writer
     tokenize: Callable[[], Awaitable[list[list[int]]]]
     default_max_tokens: int | None
-    tenant: str
+    caller: Caller
     arrival: float
     served_by: str | None = None
 
@@ -59,7 +60,7 @@ class _Call:
             self.body,
             await self.tokenize(),
             default_max_tokens=self.default_max_tokens,
-            tenant=self.tenant,
+            caller=self.caller,
             arrival=self.arrival,
         )
 
@@ -126,7 +127,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
     async def tokenize() -> list[list[int]]:
         return await tokenize_prompts(services.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
 
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name)
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,
         body=body,
@@ -139,7 +140,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         ),
         tokenize=tokenize,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-        tenant=tenant_of(request),
+        caller=caller_of(request),
         arrival=arrival,
     )
     return await call.respond(request)
@@ -164,7 +165,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         )
         return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
 
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name)
+    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,
         body=body,
@@ -178,7 +179,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         ),
         tokenize=tokenize,
         default_max_tokens=None,
-        tenant=tenant_of(request),
+        caller=caller_of(request),
         arrival=arrival,
     )
     return await call.respond(request)

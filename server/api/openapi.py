@@ -8,8 +8,8 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from server.api.access import OPEN_PATHS
 from server.api.classify import ClassifyReply
-from server.api.middleware import OPEN_PATHS
 from server.api.openapi_fields import FIELDS, PARAMETERS
 from server.api.responses import ChatCompletion, ChatCompletionChunk, Completion
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from prompt_store.types import HistoryEntry, PromptSummary, PromptVersion, check_name
+from prompt_store.types import SHARED, HistoryEntry, PromptSummary, PromptVersion, check_name
 from server.api.request_body import RequestBody
 
 
@@ -42,6 +42,7 @@ class VersionBody(BaseModel):
     created_by: str | None = Field(description="Which API key published it.")
     num_tasks: int | None = Field(description="Tasks of a multitask prompt, of which a request names one.")
     num_labels: int | None = Field(description="Labels of its classification head.")
+    shared: bool = Field(description="Whether every tenant may use it.")
     pinned: bool = Field(description="Whether this server keeps it at hand.")
 
     @classmethod
@@ -64,6 +65,7 @@ class VersionBody(BaseModel):
             metadata=dict(version.metadata),
             lineage=version.lineage.to_json(),
             created_by=version.created_by,
+            shared=version.owner == SHARED,
             num_tasks=version.num_tasks,
             num_labels=version.num_labels,
             pinned=pinned,

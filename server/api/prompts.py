@@ -15,12 +15,14 @@ from prompt_store.errors import PromptStoreError
 from prompt_store.types import (
     CONFIG_FILE,
     DEFAULT_ALIAS,
+    SHARED,
     WEIGHTS_FILE,
     PromptRef,
     PromptSummary,
     PromptVersion,
     check_name,
 )
+from server.api.callers import Caller, CallerDep
 from server.api.deps import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
 from server.api.multipart import UploadParser, discard_rest, gathered
 from server.api.prompt_bodies import (
@@ -38,7 +40,7 @@ from server.api.prompt_bodies import (
     WarmReply,
 )
 from server.api.store_threads import StoreThreads
-from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, ServerError
+from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, PermissionDeniedError, ServerError
 
 router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
 
@@ -61,21 +63,14 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 Before = Annotated[int | None, Query(ge=1, lt=2**63)]
 
 
-async def _actor(request: Request) -> str | None:
-    actor: str | None = getattr(request.state, "actor", None)
-    return actor
-
-
-Actor = Annotated[str | None, Depends(_actor)]
-
-
 class _LeasedWeights(FileResponse):
     """A weights file straight from the store's directory, leased while it is sent: it may be too large for memory."""
 
-    def __init__(self, threads: StoreThreads, ref: PromptRef, *, sha256: str) -> None:
+    def __init__(self, threads: StoreThreads, ref: PromptRef, caller: Caller, *, sha256: str) -> None:
         super().__init__("", headers=_file_headers(WEIGHTS_FILE, sha256), media_type="application/octet-stream")
         self._threads = threads
         self._ref = ref
+        self._access = caller.access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the file, or the part of it that was asked for."""
@@ -85,7 +80,7 @@ class _LeasedWeights(FileResponse):
                 raise HTTPException(message["status"], "the Range header asks for no part of this file")
             await send(message)
 
-        async with self._threads.lease(self._ref) as leased:
+        async with self._threads.lease(self._ref, self._access) as leased:
             self.path = leased.weights_path
             await super().__call__(scope, receive, send_or_raise)
 
@@ -132,6 +127,7 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
                             "id": {"type": "string"},
                             "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                             "alias": {"type": "string"},
+                            "shared": {"type": "boolean", "description": "For every tenant; needs the scope admin."},
                             "description": {"type": "string"},
                             "tags": {"type": "array", "items": {"type": "string"}},
                             "metadata": {"type": "string", "description": "A JSON object"},
@@ -147,7 +143,7 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
         }
     },
 )
-async def upload_prompt(request: Request, services: ServicesDep, actor: Actor) -> Response:
+async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Publish a PEFT directory's two files as the next version of a name; 200 where that version exists already."""
     base = services.base_spec
     limit = 2 * services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
@@ -161,6 +157,8 @@ async def upload_prompt(request: Request, services: ServicesDep, actor: Actor) -
             async for data in gathered(stream):
                 await threads.call(parser.feed, data)
             fields = parser.fields()
+            if fields.shared and not caller.access.changes(SHARED):
+                raise PermissionDeniedError("shared: this needs an API key with the scope admin", scopes=["admin"])
         except ClientDisconnect:
             return Response(status_code=499)
         except (ServerError, PromptStoreError):
@@ -179,7 +177,8 @@ async def upload_prompt(request: Request, services: ServicesDep, actor: Actor) -
                 tags=fields.tags,
                 metadata=fields.metadata,
                 lineage=fields.lineage,
-                actor=actor,
+                actor=caller.name,
+                owner=SHARED if fields.shared else caller.tenant,
                 reserved_names=(services.base_name,),
             )
         except ValueError as error:  # its form was checked already; it is the base's own name
@@ -192,84 +191,99 @@ async def upload_prompt(request: Request, services: ServicesDep, actor: Actor) -
 @router.get("")
 async def list_prompts(
     services: ServicesDep,
+    caller: CallerDep,
     limit: Limit = 20,
     after: Annotated[str | None, AfterValidator(lambda name: name and _name(name))] = None,
     tag: Annotated[str | None, AfterValidator(lambda tag: tag and check_name(tag, "tag"))] = None,
 ) -> PromptList:
     """A page of soft prompts, by name."""
     store = services.store.store
-    summaries, has_more = await services.store.call(store.list_prompts, limit=limit, after=after, tag=tag)
+    summaries, has_more = await services.store.call(
+        store.list_prompts, limit=limit, after=after, tag=tag, access=caller.access
+    )
     data = [_prompt_body(services, summary) for summary in summaries]
     return PromptList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
 @router.get("/{id}")
-async def get_prompt(name: PromptId, services: ServicesDep) -> PromptBody:
+async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> PromptBody:
     """One soft prompt."""
-    return _prompt_body(services, await services.store.call(services.store.store.get_prompt, name))
+    return _prompt_body(services, await services.store.call(services.store.store.get_prompt, name, caller.access))
 
 
 @router.delete("/{id}")
-async def delete_prompt(name: PromptId, services: ServicesDep, actor: Actor) -> Deleted:
+async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete all versions and aliases of a name; requests under way keep theirs until they end."""
-    await services.store.call(services.store.store.delete_prompt, name, actor=actor)
+    await services.store.call(services.store.store.delete_prompt, name, actor=caller.name, access=caller.access)
     await services.warmer.forget(name)
     return Deleted(id=name, object="prompt")
 
 
 @router.get("/{id}/versions")
 async def list_versions(
-    name: PromptId, services: ServicesDep, limit: Limit = 100, before: Before = None
+    name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> VersionList:
     """A page of a name's versions, newest first, those below ``before``."""
     store = services.store.store
-    versions, has_more = await services.store.call(store.list_versions, name, limit=limit, before=before)
+    versions, has_more = await services.store.call(
+        store.list_versions, name, limit=limit, before=before, access=caller.access
+    )
     data = [_version_body(services, version) for version in versions]
     return VersionList(data=data, has_more=has_more, last_id=data[-1].version if data else None)
 
 
 @router.get("/{id}/history")
 async def list_history(
-    name: PromptId, services: ServicesDep, limit: Limit = 100, before: Before = None
+    name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> HistoryList:
     """A page of what was done to a name, newest first; it outlives the name."""
     store = services.store.store
-    entries, has_more = await services.store.call(store.list_history, name, limit=limit, before=before)
+    entries, has_more = await services.store.call(
+        store.list_history, name, limit=limit, before=before, access=caller.access
+    )
     data = [HistoryBody.of(entry) for entry in entries]
     return HistoryList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
 @router.get("/{id}/versions/{version}")
-async def get_version(name: PromptId, version: VersionNumber, services: ServicesDep) -> VersionBody:
+async def get_version(
+    name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep
+) -> VersionBody:
     """One version."""
     ref = PromptRef(name, version=version, alias=None)
-    return _version_body(services, await services.store.call(services.store.store.resolve, ref))
+    return _version_body(services, await services.store.call(services.store.store.resolve, ref, caller.access))
 
 
 @router.get("/{id}/versions/{version}/files/{filename}", response_class=Response)
-async def get_file(name: PromptId, version: VersionNumber, filename: str, services: ServicesDep) -> Response:
+async def get_file(
+    name: PromptId, version: VersionNumber, filename: str, services: ServicesDep, caller: CallerDep
+) -> Response:
     """One file of a version, byte for byte as it was uploaded."""
     threads, ref = services.store, PromptRef(name, version=version, alias=None)
-    found = await threads.call(threads.store.resolve, ref)
+    found = await threads.call(threads.store.resolve, ref, caller.access)
     file = found.file(filename)
     if file is None:
         raise NotFoundError(f"a version has {CONFIG_FILE} and {WEIGHTS_FILE}, and no file {filename[:100]!r}")
     if filename == WEIGHTS_FILE:
-        return _LeasedWeights(threads, ref, sha256=file.sha256)
-    data = await threads.call(threads.store.read_file, name, version, filename)
+        return _LeasedWeights(threads, ref, caller, sha256=file.sha256)
+    data = await threads.call(threads.store.read_file, name, version, filename, caller.access)
     return Response(data, headers=_file_headers(filename, file.sha256), media_type="application/json")
 
 
 @router.delete("/{id}/versions/{version}")
-async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, actor: Actor) -> Deleted:
+async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete one version; requests under way keep it until they end."""
-    await services.store.call(services.store.store.delete_version, name, version, actor=actor)
+    await services.store.call(
+        services.store.store.delete_version, name, version, actor=caller.name, access=caller.access
+    )
     await services.warmer.forget(name, version)
     return Deleted(id=f"{name}@{version}", object="prompt.version")
 
 
 @router.put("/{id}/aliases/{alias}", dependencies=[Depends(require_json)])
-async def set_alias(name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, actor: Actor) -> AliasReply:
+async def set_alias(
+    name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, caller: CallerDep
+) -> AliasReply:
     """Point an alias at a version."""
     await services.store.call(
         services.store.store.set_alias,
@@ -277,7 +291,8 @@ async def set_alias(name: PromptId, alias: Alias, body: AliasBody, services: Ser
         alias,
         body.version,
         expected_version=body.expected_version,
-        actor=actor,
+        actor=caller.name,
+        access=caller.access,
     )
     services.warmer.promoted(name, alias)
     return AliasReply(id=name, alias=alias, version=body.version)
@@ -285,21 +300,31 @@ async def set_alias(name: PromptId, alias: Alias, body: AliasBody, services: Ser
 
 @router.post("/{id}/aliases/{alias}/rollback", dependencies=[Depends(require_json)])
 async def rollback(
-    name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, actor: Actor
+    name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
     """Point an alias back at what it pointed at before its newest promotion; again, and it goes one further back."""
     version = await services.store.call(
-        services.store.store.rollback, name, alias, expected_version=body.expected_version, actor=actor
+        services.store.store.rollback,
+        name,
+        alias,
+        expected_version=body.expected_version,
+        actor=caller.name,
+        access=caller.access,
     )
     services.warmer.promoted(name, alias)
     return AliasReply(id=name, alias=alias, version=version)
 
 
 @router.post("/{id}/warm", dependencies=[Depends(require_ready), Depends(require_json_or_nothing)])
-async def warm_prompt(name: PromptId, services: ServicesDep, body: WarmBody | None = None) -> WarmReply:
+async def warm_prompt(
+    name: PromptId, services: ServicesDep, caller: CallerDep, body: WarmBody | None = None
+) -> WarmReply:
     """Bring a soft prompt onto the device before its first request, and pin it or end its pin."""
     body = body or WarmBody.model_validate({})
     ref = ref_of(name, body.version, body.alias)
+    found = await services.store.call(services.store.store.resolve, ref, caller.access)
+    if body.pin is not None and not caller.access.changes(found.owner):
+        raise PermissionDeniedError("pin: of a shared soft prompt, this needs the scope admin", scopes=["admin"])
     if body.pin is False:
         version = await services.warmer.unpin(ref, task_id=body.task_id)
         pinned = services.warmer.is_pinned(version)
@@ -316,7 +341,7 @@ async def warm_prompt(name: PromptId, services: ServicesDep, body: WarmBody | No
 
 
 @router.delete("/{id}/aliases/{alias}")
-async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, actor: Actor) -> Deleted:
+async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete an alias; its version stays."""
-    await services.store.call(services.store.store.delete_alias, name, alias, actor=actor)
+    await services.store.call(services.store.store.delete_alias, name, alias, actor=caller.name, access=caller.access)
     return Deleted(id=f"{name}@{alias}", object="prompt.alias")

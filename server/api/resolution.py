@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prompt_store.errors import PromptNotFoundError
-from prompt_store.types import PromptRef
+from prompt_store.types import Access, PromptRef
 from server.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, SoftPromptNotFoundError
 
 
@@ -17,9 +17,11 @@ class Target:
         model: The ``model`` field as it was sent, or the base's name.
         ref: The soft prompt, or None for the bare base.
         param: The field that named the soft prompt.
+        access: Which soft prompts are there for whoever asks.
     """
 
     model: str
+    access: Access
     ref: PromptRef | None = None
     param: str = "model"
 
@@ -30,13 +32,14 @@ class Target:
         return SoftPromptNotFoundError(str(error), param=self.param)
 
 
-def resolve(model: str | None, prompt_id: str | None, *, base_name: str) -> Target:
+def resolve(model: str | None, prompt_id: str | None, *, base_name: str, access: Access) -> Target:
     """Read the fields ``model`` and ``prompt_id``.
 
     Args:
         model: The base's name, ``NAME[@SELECTOR]`` or ``BASE:NAME[@SELECTOR]``; None is the base.
         prompt_id: ``NAME[@SELECTOR]``, where ``model`` is the base.
         base_name: The base's name in the API.
+        access: For whom.
 
     Raises:
         ModelNotFoundError: If ``model`` cannot be the name of anything.
@@ -44,9 +47,9 @@ def resolve(model: str | None, prompt_id: str | None, *, base_name: str) -> Targ
     """
     if model is None or model == base_name:
         if prompt_id is None:
-            return Target(base_name)
+            return Target(base_name, access)
         try:
-            return Target(base_name, PromptRef.parse(prompt_id), "prompt_id")
+            return Target(base_name, access, PromptRef.parse(prompt_id), "prompt_id")
         except ValueError as error:
             raise InvalidRequestError(f"prompt_id: {error}", param="prompt_id") from error
     try:
@@ -58,7 +61,7 @@ def resolve(model: str | None, prompt_id: str | None, *, base_name: str) -> Targ
             f"prompt_id: model {model[:200]!r} names a soft prompt already; send model {base_name!r} with prompt_id",
             param="prompt_id",
         )
-    return Target(model, ref)
+    return Target(model, access, ref)
 
 
 def _model_not_found(model: str) -> ModelNotFoundError:

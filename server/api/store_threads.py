@@ -11,7 +11,7 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from prompt_store.store import PromptStore
-from prompt_store.types import LeasedPrompt, PromptRef
+from prompt_store.types import Access, LeasedPrompt, PromptRef
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,19 @@ class StoreThreads:
             raise
 
     @asynccontextmanager
-    async def lease(self, ref: PromptRef) -> AsyncIterator[LeasedPrompt]:
+    async def lease(self, ref: PromptRef, access: Access | None) -> AsyncIterator[LeasedPrompt]:
         """Resolve ``ref`` to one version that stays readable until the block ends.
 
         The release is handed to the pool and not awaited, so that no cancellation can come between.
 
+        Args:
+            ref: What to lease.
+            access: For whom; None is the server itself, which sees everything.
+
         Raises:
             PromptNotFoundError: If there is no such name, version or alias.
         """
-        pending = self._executor.submit(self.store.lease, ref)
+        pending = self._executor.submit(self.store.lease, ref, access)
         try:
             leased = await asyncio.shield(asyncio.wrap_future(pending))
         except asyncio.CancelledError:

@@ -8,6 +8,7 @@ from typing import Annotated, Self
 from fastapi import APIRouter, Depends
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from server.api.callers import Caller, CallerDep
 from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.leasing import version_of
 from server.api.protocol import TokenId
@@ -87,9 +88,9 @@ class TokenizerInfoReply(BaseModel):
 
 
 @router.post("/tokenize", dependencies=[Depends(require_json)])
-async def tokenize(body: TokenizeBody, services: ServicesDep) -> TokenizeReply:
+async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> TokenizeReply:
     """Text to token ids, as a completion or a chat completion would see it."""
-    await _check_model(services, body.model, body.prompt_id)
+    await _check_model(services, caller, body.model, body.prompt_id)
     tokenizer = services.tokenizer
     if body.messages is not None:
         if not tokenizer.has_chat_template:
@@ -113,9 +114,9 @@ async def tokenize(body: TokenizeBody, services: ServicesDep) -> TokenizeReply:
 
 
 @router.post("/detokenize", dependencies=[Depends(require_json)])
-async def detokenize(body: DetokenizeBody, services: ServicesDep) -> DetokenizeReply:
+async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> DetokenizeReply:
     """Token ids to text."""
-    await _check_model(services, body.model, body.prompt_id)
+    await _check_model(services, caller, body.model, body.prompt_id)
     vocab_size = services.engine.model.vocab_size
     if body.tokens and max(body.tokens) >= vocab_size:
         raise InvalidRequestError(
@@ -132,5 +133,5 @@ async def tokenizer_info(services: ServicesDep) -> TokenizerInfoReply:
     return TokenizerInfoReply.model_validate(info)
 
 
-async def _check_model(services: Services, model: str | None, prompt_id: str | None) -> None:
-    await version_of(services, resolve(model, prompt_id, base_name=services.base_name))
+async def _check_model(services: Services, caller: Caller, model: str | None, prompt_id: str | None) -> None:
+    await version_of(services, resolve(model, prompt_id, base_name=services.base_name, access=caller.access))

@@ -119,7 +119,7 @@ class Warmer:
             EngineError: If the engine cannot load it, or does not serve.
         """
         async with AsyncExitStack() as lease:
-            leased = await lease.enter_async_context(self._store.lease(ref))
+            leased = await lease.enter_async_context(self._store.lease(ref, None))
             version = leased.version
             if task_id is not None:
                 check_task(version, task_id)

@@ -22,7 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from server.api.auth import read_keys
+from server.api.key_file import new_key
 from server.app import PreludeServer, bind, create_app, lifecycle_of, url_of
 from server.client import ClientError, PreludeClient
 from server.config import Settings
@@ -103,6 +103,11 @@ def run(settings: Settings, *, any_port: bool, exit_after: bool, console: Consol
     Raises:
         ServerError: If the server cannot start.
     """
+    key = None
+    if settings.http.api_key_file is not None or settings.http.api_keys:
+        # The tour's own, since a file may hold nothing but hashes.
+        key, digest = new_key()
+        settings = replace(settings, http=replace(settings.http, api_keys=(*settings.http.api_keys, digest)))
     with contextlib.closing(_bind(settings, any_port=any_port)) as bound:
         app = create_app(settings)
         server = PreludeServer(app, settings)
@@ -118,7 +123,7 @@ def run(settings: Settings, *, any_port: bool, exit_after: bool, console: Consol
         serving.start()
         status = 0
         try:
-            _tour(url, settings, serving, console)
+            _tour(url, settings, serving, console, key=key)
             if not exit_after:
                 console.print(f"\nServing at [bold]{url}[/]. Ctrl-C stops.")
                 while serving.is_alive() and not stopping.is_set():
@@ -147,9 +152,7 @@ def _bind(settings: Settings, *, any_port: bool) -> socket.socket:
         return bind(replace(settings.http, port=0))
 
 
-def _tour(url: str, settings: Settings, serving: threading.Thread, console: Console) -> None:
-    key_file = settings.http.api_key_file
-    key = read_keys(key_file)[0] if key_file is not None else None
+def _tour(url: str, settings: Settings, serving: threading.Thread, console: Console, *, key: str | None) -> None:
     base_name = settings.served_model_name or MODEL_NAME
     console.print(f"Loading the embedded model [bold]{base_name}[/] …")
     started = time.monotonic()
@@ -159,7 +162,7 @@ def _tour(url: str, settings: Settings, serving: threading.Thread, console: Cons
     directories = sorted(path for path in SOFT_PROMPTS_DIRECTORY.iterdir() if path.is_dir())
     with PreludeClient(url, api_key=key) as client:
         for directory in directories:
-            version, _ = client.push(directory, name=directory.name)
+            version, _ = client.push(directory, name=directory.name, shared=True)
             console.print(
                 f"Uploaded [bold]{version['id']}@{version['version']}[/]: {version['peft_type']}, "
                 f"{version['num_virtual_tokens']} virtual tokens, {version['size']:,} bytes"

@@ -16,9 +16,9 @@ is never part of it, so a re-upload under an old name can not reach old keys. Th
 (BLAKE2b, 128 bits), because a tenant chooses the tokens and must not be able to construct a collision with
 another's.
 
-A soft prompt's own blocks are shared by all tenants: every key may use every soft prompt, so timing tells only that
-somebody does, and what is warmed before its first request would otherwise be warm for nobody who sends a key. The
-text after it is never shared between tenants, a text that begins in its partial last block included.
+A soft prompt's own blocks are shared by all tenants: they are found by content, so whoever can tell that they are
+warm has those bytes; and what is warmed before its first request would otherwise be warm for nobody who sends a key.
+The text after it is never shared between tenants, a text that begins in its partial last block included.
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ class CountingStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def lease(self, ref: Any) -> Any:
-        leased = self._store.lease(ref)
+    def lease(self, ref: Any, access: Any = None) -> Any:
+        leased = self._store.lease(ref, access)
         self.leased.append(leased)
         return leased
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from server.api.auth import ApiKeys, is_loopback, load_keys, read_keys
+from server.api.auth import ApiKeys, is_loopback, load_keys
+from server.api.key_file import parse_plain, read_keys
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError
 
@@ -152,7 +153,7 @@ async def test_probes_need_no_key(key_file, client):
 def test_keys_are_not_held(key_file):
     assert "first-key" not in str(vars(ApiKeys(read_keys(key_file))))
     with pytest.raises(AuthenticationError):
-        ApiKeys(["a"]).check(None)
+        ApiKeys(parse_plain([("here", "a")])).check(None)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe"])
@@ -169,6 +170,12 @@ def test_open_hosts_need_keys(host, key_file):
     with pytest.raises(ConfigurationError, match="api-key-file"):
         load_keys(HttpSettings(host=host))
     assert load_keys(HttpSettings(host=host, api_key_file=key_file)) is not None
+    assert load_keys(HttpSettings(host=host, api_keys=("k",))) is not None
+
+
+def test_an_open_host_without_keys_has_to_be_asked_for(caplog):
+    assert load_keys(HttpSettings(host="0.0.0.0", allow_open=True)) is None  # noqa: S104
+    assert "OPEN SERVER" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])

@@ -11,18 +11,22 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 
+import prompt_store
 from prompt_store import schema
 from prompt_store.catalog import BlobsGoneError, Catalog
 from prompt_store.database import Database
 from prompt_store.errors import (
     PromptConflictError,
+    PromptForbiddenError,
     PromptNotFoundError,
     PromptStoreError,
     StoreUnavailableError,
 )
 from prompt_store.records import NewVersion
-from prompt_store.types import HistoryAction, Lineage, PeftType, PromptRef, StoredFile, StoreTotals
+from prompt_store.types import SHARED, Access, HistoryAction, Lineage, PeftType, PromptRef, StoredFile, StoreTotals
 from tests.prompt_store.databases import postgres_url, refuse_connections, sqlite_url
 
 
@@ -388,3 +392,70 @@ def test_password_is_not_shown() -> None:
     with pytest.raises(StoreUnavailableError) as caught:
         Database("postgresql://user:secret@127.0.0.1:1/test")
     assert "secret" not in str(caught.value)
+
+
+def test_owners(catalog: Catalog) -> None:
+    """A tenant sees its own names and the shared ones; others' are not there, nor free."""
+    for name, owner in (("a-own", "a"), ("b-own", "b"), ("shared", SHARED)):
+        publish(catalog, name, name, owner=owner, tags=("t",))
+    tenant, admin, other = Access("a"), Access("a", may_change_shared=True), Access("b")
+    for tag in (None, "t"):
+        listed = [summary.name for summary in catalog.list_prompts(10, None, tag, tenant)[0]]
+        assert listed == ["a-own", "shared"]
+        page, has_more = catalog.list_prompts(1, "a-own", tag, other)
+        assert ([summary.name for summary in page], has_more) == (["b-own"], True)
+    assert len(catalog.list_prompts(10, None, None)[0]) == 3
+    assert catalog.resolve(PromptRef("a-own"), tenant).owner == "a"
+    assert catalog.get_prompt("shared", other).latest.owner == SHARED
+
+    unseen = [
+        lambda name: catalog.resolve(PromptRef(name), other),
+        lambda name: catalog.resolve(PromptRef(name, version=9, alias=None), other),
+        lambda name: catalog.get_prompt(name, other),
+        lambda name: catalog.list_versions(name, 10, None, other),
+        lambda name: catalog.list_history(name, 10, None, other),
+        lambda name: catalog.list_history(name, 10, 5, other),
+    ]
+    changes = [
+        lambda name, access: catalog.set_alias(name, "x", 1, None, access=access),
+        lambda name, access: catalog.rollback(name, "latest", None, access=access),
+        lambda name, access: catalog.delete_alias(name, "latest", access=access),
+        lambda name, access: catalog.delete_version(name, 1, access=access),
+        lambda name, access: catalog.delete_prompt(name, access=access),
+    ]
+    for call in [*unseen, *(lambda name, change=change: change(name, other) for change in changes)]:
+        messages = []
+        for name in ("a-own", "nobodys"):
+            with pytest.raises(PromptNotFoundError) as error:
+                call(name)
+            messages.append(str(error.value).replace(name, "NAME"))
+        assert messages[0] == messages[1]
+    for change in changes:
+        with pytest.raises(PromptForbiddenError, match="shared"):
+            change("shared", other)
+    catalog.set_alias("shared", "x", 1, None, access=admin)
+    catalog.delete_prompt("a-own", access=tenant)
+
+    for name, owner in (("a-own", "b"), ("b-own", "a"), ("b-own", SHARED)):
+        with pytest.raises(PromptConflictError, match=f"^the name '{name}' is taken$"):
+            publish(catalog, name, "other", owner=owner)
+    with pytest.raises(PromptConflictError, match="published as shared ones"):
+        publish(catalog, "shared", "other", owner="a")
+    assert publish(catalog, "a-own", "again", owner="a") == 2
+
+
+def test_what_was_there_before_owners_is_shared(url: str) -> None:
+    before = Catalog(Database(url))
+    publish(before, "p", "one")
+    before.close()
+    config = Config()
+    config.set_main_option("script_location", str(Path(prompt_store.__file__).with_name("migrations")))
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+        assert "owner" not in {column["name"] for column in sa.inspect(connection).get_columns("prompts")}
+    engine.dispose()
+    after = Catalog(Database(url))
+    assert after.resolve(PromptRef("p"), Access("anybody")).owner == SHARED
+    after.close()
