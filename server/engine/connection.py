@@ -35,7 +35,7 @@ SPIN_COUNT = "3000"
 """Turns (some 10 us) that torch's OpenMP threads wait actively before they sleep; libgomp's own are milliseconds.
 
 Where the API process or anybody else needs one of the cores, a thread that spins keeps the one it waits for from
-running: products of 64 rows took 3 to 7 times as long beside one busy process, and take 1.5 to 2 times with this.
+running; ``benchmarks/spinning.py`` shows by how much.
 """
 
 
