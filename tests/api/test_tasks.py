@@ -25,8 +25,8 @@ def record(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     lease = store.lease
 
     def change(**fields: Any) -> None:
-        def leased(ref: Any) -> Any:
-            found = lease(ref)
+        def leased(ref: Any, access: Any) -> Any:
+            found = lease(ref, access)
             return replace(found, version=replace(found.version, **fields))
 
         monkeypatch.setattr(store, "lease", leased)

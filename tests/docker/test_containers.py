@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import stat
 from pathlib import Path
@@ -12,8 +13,9 @@ import yaml
 
 from scripts.make_secrets import make_secrets
 from server import app
-from server.api.auth import read_keys
-from server.api.middleware import OPEN_PATHS
+from server.api.access import OPEN_PATHS
+from server.api.callers import Scope
+from server.api.key_file import read_keys
 from server.cli import FLAGS
 from tests.docker.tools import DOCKER, ROOT, run
 
@@ -201,8 +203,9 @@ def test_secrets_are_made_once_and_fit_the_server(tmp_path: Path) -> None:
     named = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["secrets"].values()
     assert {path.name for path in written} == {Path(secret["file"]).name for secret in named}
     keys = read_keys(folder / "api_keys")
-    assert len(set(keys)) == 2
-    assert (folder / "metrics_key").read_text().strip() == keys[1]
+    assert len({key.digest for key in keys}) == 2
+    assert hashlib.sha256((folder / "metrics_key").read_text().strip().encode()).digest() == keys[1].digest
+    assert Scope.ADMIN in keys[1].caller.scopes, "Prometheus reads /metrics"
     before = {path: path.read_text() for path in folder.iterdir()}
     (folder / "grafana_password").unlink()
     assert [path.name for path in make_secrets(folder)] == ["grafana_password"]
