@@ -340,7 +340,7 @@ def test_forced_calls_come_out_as_they_went_in(arguments: dict[str, Any], seed: 
     assert read(NamedCallReader("f"), text, seed) == ("", [("f", text)], "stop")
     whole = json.dumps({"name": "f", "arguments": arguments})
     assert read(RequiredCallReader(), whole, seed) == ("", [("f", text)], "tool_calls")
-    hermes = f"<tool_call>{whole}</tool_call>"
-    _, ((name, got),), _ = read(HermesReader({"f"}, allows_several=False), hermes, seed)
-    if "<tool_call>" not in text and "</tool_call>" not in text:
+    if "<tool_call>" not in text and "</tool_call>" not in text:  # which nobody could tell from the form's own
+        hermes = f"<tool_call>{whole}</tool_call>"
+        _, ((name, got),), _ = read(HermesReader({"f"}, allows_several=False), hermes, seed)
         assert (name, json.loads(got)) == ("f", arguments)
