@@ -122,14 +122,13 @@ class AttentionBackend(ABC):
         keys[metadata.slot_mapping] = torch.nan_to_num(key[0].transpose(0, 1))
         values[metadata.slot_mapping] = torch.nan_to_num(value[0].transpose(0, 1))
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        return self.attend(query[0], keys, values, metadata, scale, sliding_window, softcap, s_aux)[None], None
+        return self.attend(query[0], layer, metadata, scale, sliding_window, softcap, s_aux)[None], None
 
     @abstractmethod
     def attend(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        layer: int,
         metadata: AttentionMetadata,
         scale: float,
         window: int | None,
@@ -140,8 +139,7 @@ class AttentionBackend(ABC):
 
         Args:
             query: [heads, rows, head_dim].
-            keys: [slots, kv_heads, head_dim], new ones included.
-            values: Likewise.
+            layer: Whose keys and values, new ones included, to read from the cache.
             metadata: Whose rows and keys are whose.
             scale: Factor of the scores.
             window: Newest keys that a row sees, itself included; None for all.
@@ -164,8 +162,7 @@ class SDPABackend(AttentionBackend):
     def attend(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        layer: int,
         metadata: AttentionMetadata,
         scale: float,
         window: int | None,
@@ -174,24 +171,44 @@ class SDPABackend(AttentionBackend):
     ) -> torch.Tensor:
         """One SDPA call for all decodes, and one for each prefill chunk; shapes as in the base class."""
         num_heads, num_rows, head_dim = query.shape
-        num_kv_heads = keys.shape[1]
         output = query.new_empty(num_rows, num_heads, head_dim)
         for index, rows in enumerate(metadata.groups):
-            num_seqs, per_seq = rows.query_positions.shape
-            # [heads, rows] -> [seqs, kv_heads, heads of each * rows of each]
-            q = query[:, rows.start : rows.stop].reshape(num_kv_heads, -1, num_seqs, per_seq, head_dim)
-            q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv_heads, -1, head_dim)
-            k = _gather(keys, rows.tables, metadata.block_size).transpose(1, 2)
-            v = _gather(values, rows.tables, metadata.block_size).transpose(1, 2)
-            mask = self._mask(metadata, index, window, num_heads // num_kv_heads, q.dtype)
-            if softcap is None and s_aux is None:
-                attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            else:
-                sinks = None if s_aux is None else s_aux.view(num_kv_heads, -1).repeat_interleave(per_seq, dim=1)
-                attended = _manual_attention(q, k, v, mask, scale, softcap, sinks)
-            attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
-            output[rows.start : rows.stop] = attended.reshape(-1, num_heads, head_dim)
+            part = query[:, rows.start : rows.stop]
+            output[rows.start : rows.stop] = self.attend_group(
+                part, layer, metadata, index, scale, window, softcap, s_aux
+            )
         return output
+
+    def attend_group(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        metadata: AttentionMetadata,
+        index: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of the rows of ``metadata.groups[index]``; the rest as in ``attend``."""
+        keys, values = self.cache.layer(layer)
+        rows = metadata.groups[index]
+        num_heads, _, head_dim = query.shape
+        num_kv_heads = keys.shape[1]
+        num_seqs, per_seq = rows.query_positions.shape
+        # [heads, rows] -> [seqs, kv_heads, heads of each * rows of each]
+        q = query.reshape(num_kv_heads, -1, num_seqs, per_seq, head_dim)
+        q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv_heads, -1, head_dim)
+        k = _gather(keys, rows.tables, metadata.block_size).transpose(1, 2)
+        v = _gather(values, rows.tables, metadata.block_size).transpose(1, 2)
+        mask = self._mask(metadata, index, window, num_heads // num_kv_heads, q.dtype)
+        if softcap is None and s_aux is None:
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        else:
+            sinks = None if s_aux is None else s_aux.view(num_kv_heads, -1).repeat_interleave(per_seq, dim=1)
+            attended = _manual_attention(q, k, v, mask, scale, softcap, sinks)
+        attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
+        return attended.reshape(-1, num_heads, head_dim)
 
     def _mask(
         self, metadata: AttentionMetadata, index: int, window: int | None, group_size: int, dtype: torch.dtype

@@ -1,0 +1,47 @@
+"""The engine process's surroundings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.engine import connection
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": connection.SPIN_COUNT}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_sleep_soon_unless_the_operator_says_otherwise(
+    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment = connection.environment()
+    assert {name: environment[name] for name in expected} == expected
+    assert environment.keys() == os.environ.keys() | expected.keys()
+
+
+def test_without_a_folder_to_write_to_the_kernel_is_compiled_at_each_start(tmp_path: Path) -> None:
+    """Containers run from read-only file systems."""
+    source = Path(__file__).parents[2] / "server" / "engine" / "decode_kernel.py"
+    copy = tmp_path / "kernel_copy.py"
+    copy.write_text(source.read_text())
+    script = (
+        "import numba.core.caching as caching\n"
+        "caching._CacheLocator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError('read-only'))\n"
+        "import kernel_copy\n"
+        "print(type(kernel_copy.attend_rows._cache).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "NullCache"
