@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
 from prompt_store.strict_json import check_depth, refuse_constant
+from server.api.closed_schemas import closed
 from server.api.request_body import RequestBody
 from server.engine.constraints import Constraint, ConstraintKind
 from server.errors import UnsupportedError
@@ -64,8 +65,11 @@ def text_of(schema: dict[str, Any]) -> str:
 
 
 def schema_constraint(schema: dict[str, Any], *, is_strict: bool) -> Constraint:
-    """The constraint to what satisfies a schema; without ``is_strict`` as far as it can be enforced."""
-    return Constraint(kind=ConstraintKind.JSON_SCHEMA, text=text_of(schema), is_lenient=not is_strict)
+    """The constraint to what satisfies a schema; without ``is_strict`` as far as it can be enforced.
+
+    Objects have the properties that they name and no others, where the schema does not speak of others.
+    """
+    return Constraint(kind=ConstraintKind.JSON_SCHEMA, text=text_of(closed(schema)), is_lenient=not is_strict)
 
 
 def _divisors(schema: dict[str, Any]) -> Iterator[Decimal]:

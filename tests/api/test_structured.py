@@ -13,7 +13,8 @@ from server.errors import ConstraintError
 pytestmark = pytest.mark.anyio
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"enum": ["x", None]}}}
-TEXT = json.dumps(SCHEMA, separators=(",", ":"))
+CLOSED = SCHEMA | {"additionalProperties": False}
+TEXT = json.dumps(CLOSED, separators=(",", ":"))
 WRAPPED = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
 ROUTES = ["/v1/completions", "/v1/chat/completions"]
 

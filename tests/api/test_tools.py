@@ -76,7 +76,7 @@ async def test_a_named_function(client, engine, tokenizer) -> None:
         {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     ]
     constraint = engine.requests[0].params.constraint
-    assert json.loads(constraint.text) == PARAMETERS
+    assert json.loads(constraint.text) == PARAMETERS | {"additionalProperties": False}
     assert constraint.is_lenient
     assert [tool["function"]["name"] for tool in tokenizer.tools] == ["weather", "time"]
     deltas, reason = await stream(client, tool_choice=NAMED)

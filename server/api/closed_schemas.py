@@ -1,0 +1,86 @@
+"""Schemas that say nothing of further properties are taken to have none.
+
+JSON Schema leaves an object open unless it says otherwise, and clients seldom say it: LangChain and Instructor send
+what pydantic writes. A model whose every further name is allowed goes on naming; a small one never stops. xgrammar
+and OpenAI's strict schemas close such objects too.
+
+An object is only closed where that cannot make a schema unsatisfiable: not where several schemas have to hold
+together (``allOf``, ``if``, a reference beside properties), for each would forbid the others' properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_TOGETHER = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "$ref", "$dynamicRef", "dependentSchemas")
+"""Each speaks of the same object as what stands beside it."""
+
+_LEAVES_OPEN = ("not", "if", "then", "else", "dependentSchemas")
+"""What these hold has to hold with something else, or not to hold."""
+
+_SPOKEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties")
+"""Who writes one of these has thought of further properties."""
+
+_SCHEMA = ("items", "contains", "additionalProperties", "additionalItems")
+_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a schema whose objects have the properties that they name, where nothing else is said.
+
+    Args:
+        schema: Of bounded depth.
+    """
+    # Where references lead is not followed: one from a place that is left open leaves everything open.
+    if any(_open_references(schema)):
+        return schema
+    made: dict[str, Any] = _closed(schema)
+    return made
+
+
+def _closed(node: Any) -> Any:
+    if not isinstance(node, dict) or _is_left_open(node):
+        return node
+    made = dict(node)
+    for key, value in node.items():
+        if key in _SCHEMA:
+            made[key] = _closed(value)
+        elif key in _SCHEMAS and isinstance(value, list):
+            made[key] = [_closed(item) for item in value]
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            made[key] = {name: _closed(item) for name, item in value.items()}
+    properties, required = node.get("properties"), node.get("required", [])
+    names_all = (
+        isinstance(properties, dict)
+        and isinstance(required, list)
+        and all(isinstance(name, str) and name in properties for name in required)
+    )
+    if names_all and not any(key in node for key in _SPOKEN):
+        made["additionalProperties"] = False
+    return made
+
+
+def _is_left_open(node: dict[str, Any]) -> bool:
+    together = [key for key in _TOGETHER if key in node]
+    parts = node.get("allOf", [None])
+    return (
+        len(together) > 1
+        or ("properties" in node and bool(together))
+        or any(key in node for key in _LEAVES_OPEN)
+        or not (isinstance(parts, list) and len(parts) == 1)  # pydantic 1 writes a described reference as one part
+    )
+
+
+def _open_references(node: Any, *, is_open: bool = False) -> Iterator[bool]:
+    """True for every reference from a schema that is left open; a property that is called so is one, too."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _open_references(item, is_open=is_open)
+    elif isinstance(node, dict):
+        is_open = is_open or _is_left_open(node)
+        if is_open and ("$ref" in node or "$dynamicRef" in node):
+            yield True
+        for value in node.values():
+            yield from _open_references(value, is_open=is_open)
