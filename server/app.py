@@ -33,6 +33,7 @@ from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
 from server.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
 from server.api.openapi import describe_api
+from server.api.request_record import log_request, record_of
 from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
 from server.config import HttpSettings, Settings, StoreSettings
@@ -87,7 +88,7 @@ def create_app(
         metrics=metrics,
         loaded_tokenizer=tokenizer,
     )
-    middleware = [Middleware(RequestIdMiddleware, metrics=metrics)]
+    middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=[log_request])]
     if keys is not None:
         middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
@@ -132,6 +133,7 @@ class PreludeServer(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
+                access_log=False,  # each request has a line of our own
                 server_header=False,
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
@@ -278,6 +280,7 @@ async def _load_tokenizer(services: Services) -> None:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     reply = describe(error, request_id=request.state.request_id)
+    record_of(request).error = reply.code
     if request.url.path not in OPEN_PATHS:  # a probe that finds the server loading is no failed request
         (await get_services(request)).metrics.count_error(reply.code)
     return reply.response()

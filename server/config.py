@@ -8,6 +8,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,7 @@ class HttpSettings:
         max_body_bytes: Largest JSON body.
         drain_seconds: How long running requests may finish after SIGTERM.
         metrics_top_prompts: Soft prompts that get a metric label of their own; the others share ``other``.
+        log_prompts: Whether the line that is logged for a request holds its prompts or messages.
     """
 
     host: str = "127.0.0.1"
@@ -100,6 +102,7 @@ class HttpSettings:
     max_body_bytes: int = 8 * 1024 * 1024
     drain_seconds: float = 30.0
     metrics_top_prompts: int = 50
+    log_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +115,7 @@ class Settings:
         store: The prompt store.
         http: The HTTP front.
         log_level: Python's level name.
+        log_format: Text for people, or one JSON object a line.
     """
 
     engine: EngineSettings
@@ -119,3 +123,4 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     log_level: str = "INFO"
+    log_format: LogFormat = "text"

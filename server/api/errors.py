@@ -44,6 +44,7 @@ from server.errors import (
     UnsupportedError,
     WaitTimeoutError,
 )
+from server.logs import FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
         return _describe_http(error)
     row = next((_TABLE[cls] for cls in type(error).__mro__ if cls in _TABLE), _INTERNAL)
     if row.status >= 500 and not row.is_public:
-        logger.error("request %s failed", request_id, exc_info=error)
+        logger.error("request %s failed", request_id, exc_info=error, extra={FIELDS: {"request_id": request_id}})
     message = (str(error) if row.is_public else _PUBLIC_TEXT[row.code]) or row.code
     details = None
     if isinstance(error, InvalidPromptError):

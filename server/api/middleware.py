@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -15,6 +16,7 @@ from server.api.auth import ApiKeys
 from server.api.callers import Caller
 from server.api.errors import describe
 from server.api.multipart import discard_rest
+from server.api.request_record import RequestRecord
 from server.errors import ServerError
 from server.metrics import Metrics
 
@@ -23,26 +25,43 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Gives every response an ``X-Request-ID``, and every bug a 500 in the error shape."""
+    """Gives every response an ``X-Request-ID``, every bug a 500 in the error shape, every request a record.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    Args:
+        app: The rest of the application.
+        metrics: Where errors are counted.
+        observers: What is told of each request when it has ended.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, observers: Sequence[Callable[[RequestRecord], None]] = ()
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        incoming = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        incoming = headers.get("x-request-id", "")
         request_id = incoming if _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        record = RequestRecord(
+            request_id=request_id,
+            method=scope["method"],
+            path=scope.get("raw_path", scope["path"].encode()).decode("latin-1"),
+            traceparent=headers.get("traceparent"),
+        )
+        scope.setdefault("state", {}).update(request_id=request_id, record=record)
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -51,9 +70,14 @@ class RequestIdMiddleware:
         except Exception as error:
             reply = describe(error, request_id=request_id)
             self._metrics.count_error(reply.code)
+            record.error = reply.code
             if started:
                 raise  # the server closes the connection, which tells the client that the response is not whole
             await reply.response()(scope, receive, send_with_id)
+        finally:
+            record.total_seconds = time.monotonic() - record.started
+            for observe in self._observers:
+                observe(record)
 
 
 class ApiKeyMiddleware:
@@ -73,9 +97,11 @@ class ApiKeyMiddleware:
             except (ServerError, HTTPException) as error:
                 reply = describe(error, request_id=scope["state"]["request_id"])
                 self._metrics.count_error(reply.code)
+                scope["state"]["record"].error = reply.code
                 await reply.response()(scope, receive, send)
                 return
             scope["state"]["caller"] = caller
+            scope["state"]["record"].tenant = caller.tenant
             if scope["path"] in LIMITED_PATHS:
                 send = _with_limits(caller, send)
         await self._app(scope, receive, send)
