@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -29,9 +30,15 @@ from server.api import classify, inspection, models, openai, ops, prompts, token
 from server.api.access import OPEN_PATHS
 from server.api.admission import Admission
 from server.api.auth import ApiKeys, KeyReloader, load_keys
+from server.api.connections import ConnectionLimits, limited
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
-from server.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from server.api.middleware import (
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    BodyTimeoutMiddleware,
+    RequestIdMiddleware,
+)
 from server.api.openapi import describe_api
 from server.api.request_record import log_request, record_of
 from server.api.store_threads import StoreThreads
@@ -48,6 +55,9 @@ _CLOSE_SECONDS = 5
 """After the drain, how long connections may take to send their last bytes."""
 
 _POLL_SECONDS = 0.1
+
+_OTHER_FILES = 512
+"""Open files besides connections: the store's, the log, uploads."""
 
 
 def create_app(
@@ -91,6 +101,7 @@ def create_app(
     middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=[log_request])]
     if keys is not None:
         middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics))
+    middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
     app = FastAPI(
         title="Prelude",
@@ -125,11 +136,19 @@ class PreludeServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        services, http = _services_of(app), settings.http
+        limits = ConnectionLimits(
+            max_connections=http.max_connections,
+            max_head_bytes=http.max_head_bytes,
+            head_seconds=http.head_timeout,
+            stall_seconds=http.stall_timeout,
+            on_refused=services.metrics.count_error,
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=limited(limits),
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -138,8 +157,8 @@ class PreludeServer(uvicorn.Server):
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )
-        self._services = _services_of(app)
-        self._drain_seconds = settings.http.drain_seconds
+        self._services = services
+        self._drain_seconds = http.drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop; a second Ctrl-C does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
@@ -190,6 +209,7 @@ def run(settings: Settings) -> None:
         ServerError: If the settings cannot be used, or the engine cannot start.
         PromptStoreError: If the store cannot be opened.
     """
+    _allow_open_files(settings.http.max_connections)
     with closing(bind(settings.http)) as bound:
         app = create_app(settings)
         logger.info("loading %s; %s answers meanwhile", settings.engine.model, url_of(bound))
@@ -197,6 +217,19 @@ def run(settings: Settings) -> None:
     failure = lifecycle_of(app).failure
     if failure is not None:
         raise failure
+
+
+def _allow_open_files(max_connections: int) -> None:
+    """Raise the soft limit of open files to what so many connections need, as far as the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        if allowed < wanted:
+            logger.warning(
+                "%d open files are allowed, which is too few for --max-connections %d", allowed, max_connections
+            )
 
 
 @asynccontextmanager

@@ -87,6 +87,11 @@ class HttpSettings:
         max_waiting: Requests admitted beyond those that run, before the door answers 429.
         max_wait_seconds: How long a request may wait to begin to run; 0 is without limit.
         max_body_bytes: Largest JSON body.
+        max_connections: Connections that may be open at once.
+        max_head_bytes: Largest request line and headers of one request.
+        head_timeout: Seconds in which a request's head has to come.
+        body_timeout: Seconds that may be spent waiting for a request's body, and one more for every 4 KiB that came.
+        stall_timeout: Seconds that an answer may lie unread before its request is ended.
         drain_seconds: How long running requests may finish after SIGTERM.
         metrics_top_prompts: Soft prompts that get a metric label of their own; the others share ``other``.
         log_prompts: Whether the line that is logged for a request holds its prompts or messages.
@@ -100,6 +105,11 @@ class HttpSettings:
     max_waiting: int = 1024
     max_wait_seconds: float = 0.0
     max_body_bytes: int = 8 * 1024 * 1024
+    max_connections: int = 4096
+    max_head_bytes: int = 64 * 1024
+    head_timeout: float = 15.0
+    body_timeout: float = 30.0
+    stall_timeout: float = 60.0
     drain_seconds: float = 30.0
     metrics_top_prompts: int = 50
     log_prompts: bool = False

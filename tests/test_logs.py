@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from server import logs
 from server.api.request_record import MAX_LOGGED_CHARS, RequestRecord, log_request, logged_input
-from tests.serving import BASE, PRELUDE, adapter, serving, upload
+from server.cli import app
+from tests.serving import BASE, adapter, serving, upload
 
 
 def made(**values: object) -> logging.LogRecord:
@@ -142,13 +144,21 @@ def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -
     assert "secret text" not in (tmp_path / "log").read_text()
 
 
-def test_prompts_are_logged_where_the_operator_asks_and_a_failed_start_is_json(tmp_path: Path) -> None:
+def test_prompts_are_logged_where_the_operator_asks(tmp_path: Path) -> None:
     with serving(tmp_path, "--dtype", "float32", "--log-format", "json", "--log-prompts") as (client, _):
         headers = {"x-request-id": "r1"}
         body = {"prompt": ["a secret text"], "max_tokens": 1}
         client.post("/v1/completions", json=body, headers=headers).raise_for_status()
         assert ended(tmp_path, "r1")["input"] == ["a secret text"]
-    command = [*PRELUDE, "serve", "--model", str(tmp_path), "--host", "0.0.0.0", "--log-format", "json"]  # noqa: S104
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
-    assert result.returncode == 1
-    assert "--api-key-file" in json.loads(result.stderr)["message"]
+
+
+def test_a_failed_start_is_json_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logs, "configure", lambda *_: None)  # which would take caplog's handler away
+    line = ["serve", "--model", "m", "--host", "0.0.0.0", "--port", "0", "--log-format", "json"]  # noqa: S104
+    result = CliRunner().invoke(app, [*line, "--store", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr == ""
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "--api-key-file" in record.message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -22,6 +23,9 @@ from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Incoming ids that are taken over: nothing that could forge a log line or a header."""
+
+MIN_BODY_RATE = 4096
+"""Bytes a second that a long body has to keep up with."""
 
 
 class RequestIdMiddleware:
@@ -116,6 +120,42 @@ def _with_limits(caller: Caller, send: Send) -> Send:
         await send(message)
 
     return send_with_limits
+
+
+class BodyTimeoutMiddleware:
+    """Ends a request whose body comes too slowly; only time spent waiting for the client counts.
+
+    Args:
+        app: The rest of the application.
+        seconds: How long may be waited, and ``1 / MIN_BODY_RATE`` seconds more for each byte that has come.
+    """
+
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bound the time for one request's body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        left, is_whole = self._seconds, False
+
+        async def timely_receive() -> Message:
+            nonlocal left, is_whole
+            if is_whole:  # what is waited for now is the client's going
+                return await receive()
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(max(left, 0.0)):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not come in time", headers={"connection": "close"}) from None
+            left += len(message.get("body", b"")) / MIN_BODY_RATE - (time.monotonic() - began)
+            is_whole = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, timely_receive, send)
 
 
 class BodyLimitMiddleware:

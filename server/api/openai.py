@@ -95,7 +95,10 @@ class _Call:
         """Answer at once, or as a stream; the work ends within a step when the client goes."""
         if self.body.stream:
             return EventStream(
-                self.events(), late_headers=lambda: self.headers, on_error=self._describe_late(request)
+                self.events(),
+                late_headers=lambda: self.headers,
+                on_error=self._describe_late(request),
+                stall_seconds=self.services.settings.http.stall_timeout,
             )
         try:
             answer = await unless_disconnected(request.receive, self.answer())
