@@ -48,6 +48,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
 from server.errors import ConfigurationError, EngineStartError, ServerError
 from server.metrics import Metrics, StoreState
+from server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,10 @@ def create_app(
         metrics=metrics,
         loaded_tokenizer=tokenizer,
     )
-    middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=[log_request])]
+    endpoint = settings.otlp_traces_endpoint
+    tracer = None if endpoint is None else RequestTracer.to(endpoint)
+    observers = [log_request] if tracer is None else [log_request, tracer.observe]
+    middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=observers)]
     if keys is not None:
         middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics))
     middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
@@ -107,7 +111,7 @@ def create_app(
         title="Prelude",
         description="One frozen model, many soft prompts, one batch. OpenAI's API where OpenAI has one.",
         lifespan=lambda _: _lifespan(
-            services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics)
+            services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics), tracer=tracer
         ),
         middleware=middleware,
         redirect_slashes=False,
@@ -161,8 +165,8 @@ class PreludeServer(uvicorn.Server):
         self._drain_seconds = http.drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop; a second Ctrl-C does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
-        if self.should_exit and sig == signal.SIGINT:
+        """Begin to stop; a second signal does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
+        if self.should_exit:
             self.force_exit = True
         self.should_exit = True
 
@@ -233,7 +237,9 @@ def _allow_open_files(max_connections: int) -> None:
 
 
 @asynccontextmanager
-async def _lifespan(services: Services, *, owns_store: bool, reloader: KeyReloader | None) -> AsyncIterator[None]:
+async def _lifespan(
+    services: Services, *, owns_store: bool, reloader: KeyReloader | None, tracer: RequestTracer | None
+) -> AsyncIterator[None]:
     starting = asyncio.create_task(_start(services), name="start")
     loop = asyncio.get_running_loop()
 
@@ -244,6 +250,8 @@ async def _lifespan(services: Services, *, owns_store: bool, reloader: KeyReload
     services.store.store.subscribe(tell_the_warmer)
     services.engine.subscribe(services.warmer.restore)
     async with AsyncExitStack() as stack:
+        if tracer is not None:
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
         if reloader is not None:
             await stack.enter_async_context(_reloading(reloader))
         stack.push_async_callback(_stop, services, starting, owns_store=owns_store)

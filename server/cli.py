@@ -208,6 +208,7 @@ FLAGS = (
     _flag(Settings, "log_level", LogLevel, "How much is logged, to the standard error."),
     _flag(Settings, "log_format", LogFormat, "Lines of text, or one JSON object a line."),
     _flag(HttpSettings, "log_prompts", bool, "Log each request's prompts or messages, too."),
+    _flag(Settings, "otlp_traces_endpoint", str | None, "Collector of traces by OTLP over HTTP; no text is sent."),
 )
 """Every flag of ``serve``. Names come from the fields, defaults from the settings."""
 

@@ -126,6 +126,7 @@ class Settings:
         http: The HTTP front.
         log_level: Python's level name.
         log_format: Text for people, or one JSON object a line.
+        otlp_traces_endpoint: Where spans of requests are sent, by OTLP over HTTP; None sends none.
     """
 
     engine: EngineSettings
@@ -134,3 +135,4 @@ class Settings:
     http: HttpSettings = field(default_factory=HttpSettings)
     log_level: str = "INFO"
     log_format: LogFormat = "text"
+    otlp_traces_endpoint: str | None = None

@@ -16,6 +16,7 @@ def test_every_setting_has_a_flag():
     sections = (EngineSettings, StoreSettings, HttpSettings)
     settings = {(section, field.name) for section in sections for field in fields(section)}
     settings |= {(Settings, "served_model_name"), (Settings, "log_level"), (Settings, "log_format")}
+    settings |= {(Settings, "otlp_traces_endpoint")}
     assert flags == settings
 
 

@@ -173,6 +173,7 @@ class Classification:
                     if event.queue_seconds is not None and event.prefill_seconds is not None:
                         self.services.metrics.observe_phases(event.queue_seconds, event.prefill_seconds)
                         if self.record.queue_seconds is None:
+                            self.record.first_output = time.monotonic()
                             self.record.queue_seconds = event.queue_seconds
                             self.record.prefill_seconds = event.prefill_seconds
                     return event

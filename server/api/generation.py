@@ -229,6 +229,7 @@ class Generation:
         if not self._seen_token:
             self._seen_token = True
             metrics.observe_first_token(now - self._arrival)
+            self._record.first_output = now
             self._record.first_token_seconds = now - self._arrival
             self._record.queue_seconds, self._record.prefill_seconds = event.queue_seconds, event.prefill_seconds
         if event.queue_seconds is not None and event.prefill_seconds is not None:

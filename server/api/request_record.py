@@ -48,6 +48,7 @@ class RequestRecord:
         total_seconds: From the request's head to the end of the response.
         input: The prompts or messages, where ``--log-prompts`` asks for them.
         traceparent: The trace that the client belongs to, as W3C's Trace Context writes it.
+        first_output: When the engine's first output for it came, by the monotonic clock.
         started: When its head had come, by the monotonic clock.
         started_at: The same in Unix seconds.
     """
@@ -74,6 +75,7 @@ class RequestRecord:
     total_seconds: float | None = None
     input: object = None
     traceparent: str | None = None
+    first_output: float | None = None
     started: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
 
@@ -88,7 +90,8 @@ class RequestRecord:
         }
 
 
-_LOGGED = tuple(item.name for item in fields(RequestRecord) if item.name not in {"started", "started_at"})
+_MOMENTS = {"first_output", "started", "started_at"}
+_LOGGED = tuple(item.name for item in fields(RequestRecord) if item.name not in _MOMENTS)
 
 
 def record_of(request: Request) -> RequestRecord:
