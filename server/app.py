@@ -30,7 +30,7 @@ from server.api import classify, inspection, models, openai, ops, prompts, token
 from server.api.access import OPEN_PATHS
 from server.api.admission import Admission
 from server.api.auth import ApiKeys, KeyReloader, load_keys
-from server.api.connections import ConnectionLimits, limited
+from server.api.connections import ConnectionLimits, LimitedProtocol, limited
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
 from server.api.middleware import (
@@ -56,6 +56,9 @@ _CLOSE_SECONDS = 5
 """After the drain, how long connections may take to send their last bytes."""
 
 _POLL_SECONDS = 0.1
+
+_LAST_WORDS_SECONDS = 0.3
+"""After a second signal, how long connections may take to tell their clients of it."""
 
 _OTHER_FILES = 512
 """Open files besides connections: the store's, the log, uploads."""
@@ -163,11 +166,13 @@ class PreludeServer(uvicorn.Server):
         )
         self._services = services
         self._drain_seconds = http.drain_seconds
+        self._hurries = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop; a second signal does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
         if self.should_exit:
-            self.force_exit = True
+            self._hurries = True
+            signal.signal(sig, signal.SIG_DFL)  # and a third one ends the process as it is
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -177,14 +182,27 @@ class PreludeServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs while the door still answers, then close it."""
         self._services.lifecycle.drain()
-        drain = asyncio.create_task(self._services.engine.drain(self._drain_seconds))
-        while not drain.done() and not self.force_exit:
-            await asyncio.wait([drain], timeout=_POLL_SECONDS)
-        drain.cancel()
-        (error,) = await asyncio.gather(drain, return_exceptions=True)
-        if isinstance(error, Exception):
-            logger.error("the engine could not drain", exc_info=error)
-        await super().shutdown(sockets)
+        hurry = asyncio.create_task(self._hurry(), name="hurry")
+        try:
+            await self._services.engine.drain(self._drain_seconds)
+        except Exception:
+            logger.exception("the engine could not drain")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hurry.cancel()
+            await asyncio.gather(hurry, return_exceptions=True)
+
+    async def _hurry(self) -> None:
+        """After a second signal, end what runs with an error, and soon thereafter every connection."""
+        while not self._hurries:  # noqa: ASYNC110 - set by a signal handler, which may only set a flag
+            await asyncio.sleep(_POLL_SECONDS)
+        logger.warning("a second signal: what still runs is cut off")
+        await self._services.engine.drain(0)
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, LimitedProtocol):
+                connection.transport.abort()
 
 
 def bind(http: HttpSettings) -> socket.socket:
