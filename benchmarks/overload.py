@@ -4,7 +4,7 @@
 
 The embedded model answers completions of 128 tokens over its four soft prompts. First it is measured what it carries
 when each of 64 clients asks again as soon as it has its answer. Then requests arrive at random (Poisson, and nobody
-waits for anybody: an open loop) at 0.5, 1, 2 and 4 times that rate. Goodput is answers a second that came within the limit.
+waits for anybody: an open loop) at 0.5, 1, 2 and 4 times that rate. Goodput is answers a second within the limit.
 """
 
 from __future__ import annotations

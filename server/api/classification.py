@@ -168,6 +168,7 @@ class Classification:
         try:
             async with aclosing(self.services.engine.generate(request)) as events:
                 async for event in events:
+                    self.permits.begin_one()
                     if event.finish_reason is FinishReason.ABORT:
                         raise EngineNotReadyError("the server is shutting down and cut the request off")
                     if event.queue_seconds is not None and event.prefill_seconds is not None:
@@ -224,7 +225,7 @@ async def classifying(
         count = len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
         with (
             caller.limiter.admitted(wanted.num_tokens) as reservation,
-            services.admission.permits(count, param="input") as permits,
+            services.admission.permits(count, tenant=caller.tenant, param="input") as permits,
         ):
             reservation.used = wanted.num_tokens
             outcome = "error"

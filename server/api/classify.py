@@ -125,12 +125,15 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
 
     async def answer() -> tuple[bytes, dict[str, str]]:
+        timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
+        if body.priority >= 0:
+            services.admission.check(caller_of(request).tenant, timeout)
         wanted = Wanted(
             inputs=await tokenize_prompts(services.tokenizer, body.input, add_special_tokens=body.add_special_tokens),
             labels=await _tokenize_labels(services, body.labels),
             task_id=body.task_id,
             priority=body.priority,
-            timeout=shorter(body.timeout, services.settings.http.max_wait_seconds),
+            timeout=timeout,
         )
         async with classifying(
             services, target, wanted, caller=caller_of(request), arrival=arrival, record=record

@@ -167,10 +167,13 @@ class Generation:
         events = self._services.engine.generate(self._request(index))
         scorer = TokenScorer(decode)
         newest = self._arrival
-        is_first = True
+        is_first, has_begun = True, False
         try:
             async with aclosing(events):
                 async for event in events:
+                    if not has_begun:
+                        has_begun = True
+                        self._permits.begin_one()
                     newest = self._observe(index, event, newest)
                     if event.finish_reason is FinishReason.ABORT:
                         raise EngineNotReadyError("the server is shutting down and cut the request off")
@@ -338,7 +341,9 @@ async def admitted(
         num_tokens = sum(map(len, prompts)) + sum(max_tokens) * body.n
         reservation = stack.enter_context(caller.limiter.admitted(num_tokens))
         permits = stack.enter_context(
-            services.admission.permits(len(prompts) * body.n, param="n" if body.n > 1 else "prompt")
+            services.admission.permits(
+                len(prompts) * body.n, tenant=caller.tenant, param="n" if body.n > 1 else "prompt"
+            )
         )
         generation = Generation(
             services,

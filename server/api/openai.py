@@ -17,7 +17,7 @@ from server.api.callers import Caller, caller_of
 from server.api.deps import Services, ServicesDep, Tokenizer, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
-from server.api.generation import Generation, admitted
+from server.api.generation import Generation, admitted, shorter
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
 from server.api.request_record import RequestRecord, logged_input, record_of
 from server.api.resolution import Target, resolve
@@ -56,6 +56,9 @@ class _Call:
         return {} if self.served_by is None else {SERVED_BY_HEADER: self.served_by}
 
     async def admitted(self) -> AbstractAsyncContextManager[Generation]:
+        if self.body.priority >= 0:  # what is more urgent does not wait with the others
+            limit = shorter(self.body.timeout, self.services.settings.http.max_wait_seconds)
+            self.services.admission.check(self.caller.tenant, limit)
         return admitted(
             self.services,
             self.target,
