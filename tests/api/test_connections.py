@@ -205,6 +205,31 @@ def test_a_reader_that_is_slow_but_reads_gets_all_of_it(
     assert len(json.loads(answer)["choices"]) == 128
 
 
+def test_pipelined_requests_are_answered_in_turn(serve: Any, connect: Callable[..., socket.socket]) -> None:
+    connection = connect(serve())
+    first, last = (
+        b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /no HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    )
+    connection.sendall(first * 3 + last)
+    answer = everything(connection)
+    assert (answer.count(b"200 OK"), answer.count(b"404 Not Found")) == (3, 1)
+
+
+def test_an_endless_head_behind_a_running_stream_ends_both(
+    serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
+) -> None:
+    live = serve(max_head_bytes=2048)
+    engine.reply, engine.stall_after = "x" * 200, 5
+    connection = connect(live)
+    body = json.dumps({"prompt": "abc", "max_tokens": 100, "stream": True}).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert b"200 OK" in connection.recv(4096)
+    connection.sendall(b"GET /live HTTP/1.1\r\nX: " + b"x" * 3000)
+    assert b" 431 " not in everything(connection), "it would stand in the middle of the stream"
+    eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+
+
 def test_open_files_are_allowed_for_as_many_connections(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
