@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -29,10 +30,17 @@ from server.api import classify, inspection, models, openai, ops, prompts, token
 from server.api.access import OPEN_PATHS
 from server.api.admission import Admission
 from server.api.auth import ApiKeys, KeyReloader, load_keys
+from server.api.connections import ConnectionLimits, LimitedProtocol, limited
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.errors import describe
-from server.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from server.api.middleware import (
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    BodyTimeoutMiddleware,
+    RequestIdMiddleware,
+)
 from server.api.openapi import describe_api
+from server.api.request_record import log_request, record_of
 from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
 from server.config import HttpSettings, Settings, StoreSettings
@@ -40,6 +48,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
 from server.errors import ConfigurationError, EngineStartError, ServerError
 from server.metrics import Metrics, StoreState
+from server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +56,12 @@ _CLOSE_SECONDS = 5
 """After the drain, how long connections may take to send their last bytes."""
 
 _POLL_SECONDS = 0.1
+
+_LAST_WORDS_SECONDS = 0.3
+"""After a second signal, how long connections may take to tell their clients of it."""
+
+_OTHER_FILES = 512
+"""Open files besides connections: the store's, the log, uploads."""
 
 
 def create_app(
@@ -87,15 +102,19 @@ def create_app(
         metrics=metrics,
         loaded_tokenizer=tokenizer,
     )
-    middleware = [Middleware(RequestIdMiddleware, metrics=metrics)]
+    endpoint = settings.otlp_traces_endpoint
+    tracer = None if endpoint is None else RequestTracer.to(endpoint)
+    observers = [log_request] if tracer is None else [log_request, tracer.observe]
+    middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=observers)]
     if keys is not None:
         middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics))
+    middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
     app = FastAPI(
         title="Prelude",
         description="One frozen model, many soft prompts, one batch. OpenAI's API where OpenAI has one.",
         lifespan=lambda _: _lifespan(
-            services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics)
+            services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics), tracer=tracer
         ),
         middleware=middleware,
         redirect_slashes=False,
@@ -124,25 +143,36 @@ class PreludeServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        services, http = _services_of(app), settings.http
+        limits = ConnectionLimits(
+            max_connections=http.max_connections,
+            max_head_bytes=http.max_head_bytes,
+            head_seconds=http.head_timeout,
+            stall_seconds=http.stall_timeout,
+            on_refused=services.metrics.count_error,
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=limited(limits),
                 ws="none",
                 lifespan="on",
                 log_config=None,
+                access_log=False,  # each request has a line of our own
                 server_header=False,
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )
-        self._services = _services_of(app)
-        self._drain_seconds = settings.http.drain_seconds
+        self._services = services
+        self._drain_seconds = http.drain_seconds
+        self._hurries = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop; a second Ctrl-C does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
-        if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
+        """Begin to stop; a second signal does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
+        if self.should_exit:
+            self._hurries = True
+            signal.signal(sig, signal.SIG_DFL)  # and a third one ends the process as it is
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -152,14 +182,27 @@ class PreludeServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs while the door still answers, then close it."""
         self._services.lifecycle.drain()
-        drain = asyncio.create_task(self._services.engine.drain(self._drain_seconds))
-        while not drain.done() and not self.force_exit:
-            await asyncio.wait([drain], timeout=_POLL_SECONDS)
-        drain.cancel()
-        (error,) = await asyncio.gather(drain, return_exceptions=True)
-        if isinstance(error, Exception):
-            logger.error("the engine could not drain", exc_info=error)
-        await super().shutdown(sockets)
+        hurry = asyncio.create_task(self._hurry(), name="hurry")
+        try:
+            await self._services.engine.drain(self._drain_seconds)
+        except Exception:
+            logger.exception("the engine could not drain")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hurry.cancel()
+            await asyncio.gather(hurry, return_exceptions=True)
+
+    async def _hurry(self) -> None:
+        """After a second signal, end what runs with an error, and soon thereafter every connection."""
+        while not self._hurries:  # noqa: ASYNC110 - set by a signal handler, which may only set a flag
+            await asyncio.sleep(_POLL_SECONDS)
+        logger.warning("a second signal: what still runs is cut off")
+        await self._services.engine.drain(0)
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, LimitedProtocol):
+                connection.transport.abort()
 
 
 def bind(http: HttpSettings) -> socket.socket:
@@ -188,6 +231,7 @@ def run(settings: Settings) -> None:
         ServerError: If the settings cannot be used, or the engine cannot start.
         PromptStoreError: If the store cannot be opened.
     """
+    _allow_open_files(settings.http.max_connections)
     with closing(bind(settings.http)) as bound:
         app = create_app(settings)
         logger.info("loading %s; %s answers meanwhile", settings.engine.model, url_of(bound))
@@ -197,8 +241,23 @@ def run(settings: Settings) -> None:
         raise failure
 
 
+def _allow_open_files(max_connections: int) -> None:
+    """Raise the soft limit of open files to what so many connections need, as far as the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        if allowed < wanted:
+            logger.warning(
+                "%d open files are allowed, which is too few for --max-connections %d", allowed, max_connections
+            )
+
+
 @asynccontextmanager
-async def _lifespan(services: Services, *, owns_store: bool, reloader: KeyReloader | None) -> AsyncIterator[None]:
+async def _lifespan(
+    services: Services, *, owns_store: bool, reloader: KeyReloader | None, tracer: RequestTracer | None
+) -> AsyncIterator[None]:
     starting = asyncio.create_task(_start(services), name="start")
     loop = asyncio.get_running_loop()
 
@@ -209,6 +268,8 @@ async def _lifespan(services: Services, *, owns_store: bool, reloader: KeyReload
     services.store.store.subscribe(tell_the_warmer)
     services.engine.subscribe(services.warmer.restore)
     async with AsyncExitStack() as stack:
+        if tracer is not None:
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
         if reloader is not None:
             await stack.enter_async_context(_reloading(reloader))
         stack.push_async_callback(_stop, services, starting, owns_store=owns_store)
@@ -278,6 +339,7 @@ async def _load_tokenizer(services: Services) -> None:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     reply = describe(error, request_id=request.state.request_id)
+    record_of(request).error = reply.code
     if request.url.path not in OPEN_PATHS:  # a probe that finds the server loading is no failed request
         (await get_services(request)).metrics.count_error(reply.code)
     return reply.response()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -17,8 +16,8 @@ from rich.console import Console
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
-from server import commands
-from server.config import Device, DType, EngineSettings, HttpSettings, Settings, StoreSettings
+from server import commands, logs
+from server.config import Device, DType, EngineSettings, HttpSettings, LogFormat, Settings, StoreSettings
 from server.errors import ServerError
 
 app = typer.Typer(
@@ -30,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+logger = logging.getLogger(__name__)
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -197,9 +198,17 @@ FLAGS = (
         HttpSettings, "max_wait_seconds", float, "Wait for a place before the answer is 503; 0 is no limit.", min=0.0
     ),
     _flag(HttpSettings, "max_body_bytes", int, "Largest JSON body.", **_BYTES),
+    _flag(HttpSettings, "max_connections", int, "Connections that may be open at once.", min=1),
+    _flag(HttpSettings, "max_head_bytes", int, "Largest request line and headers.", **_BYTES),
+    _flag(HttpSettings, "head_timeout", float, "Seconds for a request's line and headers to come.", min=0.1),
+    _flag(HttpSettings, "body_timeout", float, "Seconds to wait for a body, and one for every 4 KiB of it.", min=0.1),
+    _flag(HttpSettings, "stall_timeout", float, "Seconds that an answer may lie unread.", min=0.1),
     _flag(HttpSettings, "drain_seconds", float, "How long running requests may finish after SIGTERM.", min=0.0),
     _flag(HttpSettings, "metrics_top_prompts", int, "Soft prompts with a metric label of their own.", min=0),
     _flag(Settings, "log_level", LogLevel, "How much is logged, to the standard error."),
+    _flag(Settings, "log_format", LogFormat, "Lines of text, or one JSON object a line."),
+    _flag(HttpSettings, "log_prompts", bool, "Log each request's prompts or messages, too."),
+    _flag(Settings, "otlp_traces_endpoint", str | None, "Collector of traces by OTLP over HTTP; no text is sent."),
 )
 """Every flag of ``serve``. Names come from the fields, defaults from the settings."""
 
@@ -232,12 +241,16 @@ def _with_flags(flags: tuple[_Flag, ...]) -> Callable[[Callable[..., None]], Cal
 
 
 @contextmanager
-def _errors_on_one_line() -> Iterator[None]:
+def _errors_on_one_line(log_format: LogFormat = "text") -> Iterator[None]:
     """End with status 1 and one line where the operator is told what is wrong."""
     try:
         yield
     except (ServerError, PromptStoreError) as error:
-        typer.echo(f"prelude: {' '.join(str(error).split())}", err=True)
+        line = " ".join(str(error).split())
+        if log_format == "json":
+            logger.error("%s", line)
+        else:
+            typer.echo(f"prelude: {line}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -247,12 +260,6 @@ def _is_default(context: typer.Context, name: str) -> bool:
     return source is None or source.name.startswith("DEFAULT")
 
 
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
-
-
 @app.command()
 @_with_flags(FLAGS)
 def serve(**values: Any) -> None:
@@ -260,8 +267,8 @@ def serve(**values: Any) -> None:
     # Not at the top: it brings transformers, which takes seconds that the client commands need not wait.
     from server.app import run  # noqa: PLC0415
 
-    _configure_logging(values["log_level"])
-    with _errors_on_one_line():
+    logs.configure(values["log_level"], values["log_format"])
+    with _errors_on_one_line(values["log_format"]):
         run(settings_from(values))
 
 
@@ -278,8 +285,8 @@ def demo(
     if _is_default(context, "store"):
         values["store"] = None
     values["served_model_name"] = values["served_model_name"] or tour.MODEL_NAME
-    _configure_logging("WARNING" if values["log_level"] == "INFO" else values["log_level"])
-    with _errors_on_one_line(), tour.store_directory(values["store"]) as store:
+    logs.configure("WARNING" if values["log_level"] == "INFO" else values["log_level"], values["log_format"])
+    with _errors_on_one_line(values["log_format"]), tour.store_directory(values["store"]) as store:
         settings = settings_from(values | {"model": str(tour.MODEL_DIRECTORY), "revision": None, "store": store})
         status = tour.run(settings, any_port=_is_default(context, "port"), exit_after=exit_, console=Console())
     raise typer.Exit(status)

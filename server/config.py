@@ -8,6 +8,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +87,14 @@ class HttpSettings:
         max_waiting: Requests admitted beyond those that run, before the door answers 429.
         max_wait_seconds: How long a request may wait to begin to run; 0 is without limit.
         max_body_bytes: Largest JSON body.
+        max_connections: Connections that may be open at once.
+        max_head_bytes: Largest request line and headers of one request.
+        head_timeout: Seconds in which a request's head has to come.
+        body_timeout: Seconds that may be spent waiting for a request's body, and one more for every 4 KiB that came.
+        stall_timeout: Seconds that an answer may lie unread before its request is ended.
         drain_seconds: How long running requests may finish after SIGTERM.
         metrics_top_prompts: Soft prompts that get a metric label of their own; the others share ``other``.
+        log_prompts: Whether the line that is logged for a request holds its prompts or messages.
     """
 
     host: str = "127.0.0.1"
@@ -98,8 +105,14 @@ class HttpSettings:
     max_waiting: int = 1024
     max_wait_seconds: float = 0.0
     max_body_bytes: int = 8 * 1024 * 1024
+    max_connections: int = 4096
+    max_head_bytes: int = 64 * 1024
+    head_timeout: float = 15.0
+    body_timeout: float = 30.0
+    stall_timeout: float = 60.0
     drain_seconds: float = 30.0
     metrics_top_prompts: int = 50
+    log_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +125,8 @@ class Settings:
         store: The prompt store.
         http: The HTTP front.
         log_level: Python's level name.
+        log_format: Text for people, or one JSON object a line.
+        otlp_traces_endpoint: Where spans of requests are sent, by OTLP over HTTP; None sends none.
     """
 
     engine: EngineSettings
@@ -119,3 +134,5 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     log_level: str = "INFO"
+    log_format: LogFormat = "text"
+    otlp_traces_endpoint: str | None = None

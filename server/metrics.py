@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from math import inf
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -13,6 +15,13 @@ from prometheus_client.utils import floatToGoString
 
 from prompt_store.blobs import TierStats
 from prompt_store.types import StoreTotals
+from server.engine.distributions import (
+    BATCH_SIZE_BOUNDS,
+    BATCH_TOKENS_BOUNDS,
+    DISTINCT_PROMPTS_BOUNDS,
+    STEP_SECONDS_BOUNDS,
+    Distribution,
+)
 from server.engine.types import EngineStats
 
 PREFIX = "prelude_"
@@ -193,11 +202,14 @@ class _ScrapeCollector(Collector):
             "Times that the engine's process was killed for a step that did not end.",
             stats.step_timeouts,
         )
-        yield _gauge("step_seconds", "Wall time of the newest step.", stats.step_seconds)
-        yield _gauge("batch_size", "Sequences in the newest step.", stats.batch_size)
-        yield _gauge("batch_tokens", "Tokens computed in the newest step.", stats.batch_tokens)
-        yield _gauge(
-            "batch_distinct_prompts", "Distinct soft prompts in the newest step.", stats.batch_distinct_prompts
+        yield _histogram("step_seconds", "Wall times of steps.", STEP_SECONDS_BOUNDS, stats.step_seconds)
+        yield _histogram("batch_size", "Sequences in a step.", BATCH_SIZE_BOUNDS, stats.batch_size)
+        yield _histogram("batch_tokens", "Tokens computed in a step.", BATCH_TOKENS_BOUNDS, stats.batch_tokens)
+        yield _histogram(
+            "batch_distinct_prompts",
+            "Distinct soft prompts in a step.",
+            DISTINCT_PROMPTS_BOUNDS,
+            stats.batch_distinct_prompts,
         )
         yield _gauge(
             "batch_distinct_prompts_max",
@@ -228,6 +240,11 @@ def _counter(name: str, text: str, value: float, labels: dict[str, str] | None =
     family = CounterMetricFamily(PREFIX + name, text, labels=list(labels or ()))
     family.add_metric(list((labels or {}).values()), value)
     return family
+
+
+def _histogram(name: str, text: str, bounds: Iterable[float], distribution: Distribution) -> Metric:
+    cumulative = zip((*bounds, inf), accumulate(distribution.counts), strict=True)
+    return HistogramMetricFamily(PREFIX + name, text, buckets=_buckets(cumulative), sum_value=distribution.sum)
 
 
 def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:

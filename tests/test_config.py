@@ -15,7 +15,8 @@ def test_every_setting_has_a_flag():
     flags = {(flag.section, flag.field) for flag in FLAGS}
     sections = (EngineSettings, StoreSettings, HttpSettings)
     settings = {(section, field.name) for section in sections for field in fields(section)}
-    settings |= {(Settings, "served_model_name"), (Settings, "log_level")}
+    settings |= {(Settings, "served_model_name"), (Settings, "log_level"), (Settings, "log_format")}
+    settings |= {(Settings, "otlp_traces_endpoint")}
     assert flags == settings
 
 

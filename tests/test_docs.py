@@ -99,6 +99,18 @@ def test_every_metric_is_documented_with_its_type_labels_and_help() -> None:
     assert sorted(rows) == sorted(expected)
 
 
+def test_every_test_that_security_names_is_there() -> None:
+    rows = (ROOT / "docs" / "security.md").read_text().split("## What others were open to")[1].split("\n## ")[0]
+    rows = [line for line in rows.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| class"))]
+    assert rows
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, f"no test is named: {row[:60]}"
+        for file, function in named:
+            text = (ROOT / file).read_text()
+            assert re.search(rf"^(async )?def {function}\(", text, re.MULTILINE), f"{file} has no {function}"
+
+
 def test_readme_names_files_that_exist() -> None:
     tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1]
     names = set(re.findall(r"\b([a-z_]+\.py)\b", tree))

@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from prompt_store.blobs import TierStats
 from prompt_store.types import StoreTotals
+from server.engine.distributions import BATCH_SIZE_BOUNDS
 from server.engine.types import EngineStats, HostTierStats
 from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreState
 from tests.docker.tools import run
@@ -53,8 +54,14 @@ def test_promtool_finds_nothing_to_say():
     "name",
     ["num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "num_preemptions_total"]
     + ["prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total"]
-    + ["virtual_tokens_total", "soft_prompts_registered", "soft_prompt_versions", "batch_size", "step_seconds"]
-    + ["batch_distinct_prompts", "batch_distinct_prompts_max", "request_timeouts_total"]
+    + [
+        "virtual_tokens_total",
+        "soft_prompts_registered",
+        "soft_prompt_versions",
+        "batch_size_count",
+        "step_seconds_count",
+    ]
+    + ["batch_distinct_prompts_count", "batch_distinct_prompts_max", "request_timeouts_total"]
     + ["engine_restarts_total", "engine_step_timeouts_total"]
     + [f"request_{phase}_time_seconds_count" for phase in ("queue", "prefill", "decode")]
     + [f'soft_prompt_{what}{{tier="device"}}' for what in ("resident", "resident_bytes")]
@@ -83,11 +90,11 @@ def test_buckets_reach_from_the_fastest_step_to_the_slowest_request():
         for family in families(make_used()).values()
         if family.type == "histogram" and not family.name.endswith("load_seconds")
     }
-    assert len(bounds) == 6
+    assert len(bounds) == 10
     for name, found in bounds.items():
         assert found == sorted(found), name
         assert found[-1] == math.inf
-        ratios = [after / before for before, after in itertools.pairwise(found[:-1])]
+        ratios = [after / before for before, after in itertools.pairwise(found[:-1]) if before]
         assert max(ratios) <= 5, name
     assert bounds["prelude_inter_token_latency_seconds"][0] <= 0.001
     assert bounds["prelude_e2e_request_latency_seconds"][-2] >= 300
@@ -99,6 +106,19 @@ def test_values_are_read_at_each_scrape():
     assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0
     stats.num_used_blocks = 2
     assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0.25
+
+
+def test_steps_are_counted_by_size():
+    stats = EngineStats()
+    for size in (1, 2, 3, 5000):
+        stats.batch_size.observe(BATCH_SIZE_BOUNDS, size)
+    samples = families(make(stats))["prelude_batch_size"].samples
+    found = {sample.labels["le"]: sample.value for sample in samples if "le" in sample.labels}
+    assert (found["1.0"], found["2.0"], found["4.0"], found["1024.0"], found["+Inf"]) == (1, 2, 3, 3, 4)
+    assert {sample.name: sample.value for sample in samples if not sample.labels} == {
+        "prelude_batch_size_count": 4,
+        "prelude_batch_size_sum": 5006,
+    }
 
 
 def test_tiers_of_the_engine():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY
 from tests.serving import BASE, adapter, serving, upload
@@ -107,3 +108,24 @@ def test_a_held_engine_is_replaced_and_one_that_cannot_start_is_told(tmp_path: P
     log = (tmp_path / "log").read_text()
     assert "has taken more than 1 s (--step-timeout)" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, number: signal.Signals) -> None:
+    with serving(tmp_path, *FLAGS, "--drain-seconds", "60") as (client, process), ThreadPoolExecutor(64) as pool:
+        engine = engine_of(process.pid)
+        streams = [pool.submit(stream, client, BASE) for _ in range(64)]
+        wait_until(lambda: value(client, "prelude_num_requests_running") == 64)
+        process.send_signal(number)
+        wait_until(lambda: client.get("/ready").status_code == 503)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=5) == 0
+        engine.wait(timeout=5)
+        for future in streams:
+            try:
+                _, events = future.result()
+            except httpx.RemoteProtocolError:  # the connection has gone before the stream's end
+                continue
+            assert events[-1]["error"]["code"] == "engine_not_ready"
+    assert "Traceback" not in (tmp_path / "log").read_text()

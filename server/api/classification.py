@@ -16,6 +16,7 @@ from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.leasing import lease_of
+from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.engine.interface import GenerateRequest, TokenEvent
@@ -95,6 +96,7 @@ class Classification:
         leased: The soft prompt; None for the bare base.
         wanted: What was asked for.
         verdicts: One for each input, when it has run.
+        record: What is told of the request when it has ended.
         usage: Tokens of the inputs' texts, each once; labels are not counted.
     """
 
@@ -103,6 +105,7 @@ class Classification:
     leased: LeasedPrompt | None
     permits: Permits
     tenant: str
+    record: RequestRecord
     verdicts: list[Verdict] = field(default_factory=list)
     num_cached_tokens: int = 0
 
@@ -113,6 +116,16 @@ class Classification:
         num_text = sum(map(len, self.wanted.inputs))
         details = PromptTokensDetails(self.num_cached_tokens, num_virtual * len(self.wanted.inputs))
         return Usage(num_text, 0, num_text, details)
+
+    def end_record(self, outcome: str) -> None:
+        """Tell the request's record what has come of it."""
+        record, usage = self.record, self.usage
+        record.outcome = outcome
+        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        record.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        record.virtual_tokens = usage.prompt_tokens_details.virtual_tokens
+        if self.leased is not None:
+            record.prompt, record.version = self.leased.version.name, self.leased.version.version
 
     async def run(self) -> None:
         """Compute the verdicts. Cancelled, or failed, it aborts every sequence that still runs.
@@ -155,10 +168,15 @@ class Classification:
         try:
             async with aclosing(self.services.engine.generate(request)) as events:
                 async for event in events:
+                    self.permits.begin_one()
                     if event.finish_reason is FinishReason.ABORT:
                         raise EngineNotReadyError("the server is shutting down and cut the request off")
                     if event.queue_seconds is not None and event.prefill_seconds is not None:
                         self.services.metrics.observe_phases(event.queue_seconds, event.prefill_seconds)
+                        if self.record.queue_seconds is None:
+                            self.record.first_output = time.monotonic()
+                            self.record.queue_seconds = event.queue_seconds
+                            self.record.prefill_seconds = event.prefill_seconds
                     return event
             raise EngineNotReadyError("the engine ended the request without a reason")
         finally:
@@ -183,7 +201,7 @@ def _label_score(event: TokenEvent) -> float:
 
 @asynccontextmanager
 async def classifying(
-    services: Services, target: Target, wanted: Wanted, *, caller: Caller, arrival: float
+    services: Services, target: Target, wanted: Wanted, *, caller: Caller, arrival: float, record: RequestRecord
 ) -> AsyncIterator[Classification]:
     """Check, lease and admit a classification; everything is given back when the block ends, however it ends.
 
@@ -207,19 +225,21 @@ async def classifying(
         count = len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
         with (
             caller.limiter.admitted(wanted.num_tokens) as reservation,
-            services.admission.permits(count, param="input") as permits,
+            services.admission.permits(count, tenant=caller.tenant, param="input") as permits,
         ):
             reservation.used = wanted.num_tokens
             outcome = "error"
+            classification = Classification(
+                services=services, wanted=wanted, leased=leased, permits=permits, tenant=caller.tenant, record=record
+            )
             try:
-                yield Classification(
-                    services=services, wanted=wanted, leased=leased, permits=permits, tenant=caller.tenant
-                )
+                yield classification
                 outcome = "stop"
             except (asyncio.CancelledError, GeneratorExit):
                 outcome = "abort"
                 raise
             finally:
+                classification.end_record(outcome)
                 services.metrics.count_request(version.name if version else None, outcome)
                 if outcome == "stop":
                     services.metrics.observe_request(time.monotonic() - arrival)

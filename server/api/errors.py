@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -44,6 +45,7 @@ from server.errors import (
     UnsupportedError,
     WaitTimeoutError,
 )
+from server.logs import FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +115,11 @@ _HTTP_CODES = {
     400: "invalid_request",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "payload_too_large",
+    414: "uri_too_long",
     416: "range_not_satisfiable",
+    431: "headers_too_large",
 }
 
 _PUBLIC_TEXT = {
@@ -172,7 +177,7 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
         return _describe_http(error)
     row = next((_TABLE[cls] for cls in type(error).__mro__ if cls in _TABLE), _INTERNAL)
     if row.status >= 500 and not row.is_public:
-        logger.error("request %s failed", request_id, exc_info=error)
+        logger.error("request %s failed", request_id, exc_info=error, extra={FIELDS: {"request_id": request_id}})
     message = (str(error) if row.is_public else _PUBLIC_TEXT[row.code]) or row.code
     details = None
     if isinstance(error, InvalidPromptError):
@@ -182,6 +187,23 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
         ]
     param = error.param if isinstance(error, ServerError) else None
     return ErrorReply(row.status, row.type, row.code, message, param, details, {**row.headers, **_own_headers(error)})
+
+
+_AT_THE_DOOR = {
+    HTTPStatus.BAD_REQUEST: "this is no HTTP/1.1 request",
+    HTTPStatus.REQUEST_TIMEOUT: "the request did not come in time",
+    HTTPStatus.REQUEST_URI_TOO_LONG: "the request's target is too long",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request's headers are too many or too long",
+    HTTPStatus.SERVICE_UNAVAILABLE: "too many connections are open; try again later",
+}
+
+
+def describe_status(status: HTTPStatus) -> ErrorReply:
+    """What a client is told whose request has not even begun."""
+    is_full = status is HTTPStatus.SERVICE_UNAVAILABLE
+    kind, code = (_UNAVAILABLE, "too_many_connections") if is_full else (_REQUEST_ERROR, _HTTP_CODES[status.value])
+    headers = {"retry-after": "1"} if is_full else {}
+    return ErrorReply(status.value, kind, code, _AT_THE_DOOR[status], headers=headers)
 
 
 def _own_headers(error: Exception) -> Mapping[str, str]:

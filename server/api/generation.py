@@ -19,6 +19,7 @@ from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.leasing import lease_of
 from server.api.logprobs import ScoredToken, TokenScorer
 from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
+from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.engine.detokenizer import IncrementalDetokenizer
@@ -70,6 +71,7 @@ class Generation:
         permits: Permits,
         tenant: str,
         arrival: float,
+        record: RequestRecord,
     ) -> None:
         self.prompts = prompts
         self.num_choices = len(prompts) * body.n
@@ -88,6 +90,8 @@ class Generation:
         self._finish_reasons: list[str | None] = [None] * self.num_choices
         self._first_tokens: dict[int, float] = {}
         self._seen_token = False
+        self._newest = arrival
+        self._record = record
 
     @property
     def outcome(self) -> str:
@@ -103,6 +107,16 @@ class Generation:
         num_virtual = self.num_virtual_tokens * len(self.prompts)
         details = PromptTokensDetails(sum(self._num_cached[:: self._body.n]), num_virtual)
         return Usage(num_prompt, num_new, num_prompt + num_new, details)
+
+    def end_record(self, outcome: str) -> None:
+        """Tell the request's record what has come of it."""
+        record, usage = self._record, self.usage
+        record.outcome = outcome
+        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        record.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        record.virtual_tokens = usage.prompt_tokens_details.virtual_tokens
+        if record.first_token_seconds is not None:
+            record.decode_seconds = self._newest - self._arrival - record.first_token_seconds
 
     def prompt_of(self, index: int) -> list[int]:
         """The text tokens that a choice continues."""
@@ -153,10 +167,13 @@ class Generation:
         events = self._services.engine.generate(self._request(index))
         scorer = TokenScorer(decode)
         newest = self._arrival
-        is_first = True
+        is_first, has_begun = True, False
         try:
             async with aclosing(events):
                 async for event in events:
+                    if not has_begun:
+                        has_begun = True
+                        self._permits.begin_one()
                     newest = self._observe(index, event, newest)
                     if event.finish_reason is FinishReason.ABORT:
                         raise EngineNotReadyError("the server is shutting down and cut the request off")
@@ -215,6 +232,9 @@ class Generation:
         if not self._seen_token:
             self._seen_token = True
             metrics.observe_first_token(now - self._arrival)
+            self._record.first_output = now
+            self._record.first_token_seconds = now - self._arrival
+            self._record.queue_seconds, self._record.prefill_seconds = event.queue_seconds, event.prefill_seconds
         if event.queue_seconds is not None and event.prefill_seconds is not None:
             metrics.observe_phases(event.queue_seconds, event.prefill_seconds)
         if self._num_new[index]:
@@ -222,6 +242,7 @@ class Generation:
         else:
             self._first_tokens[index] = now
         self._num_new[index] += len(event.token_ids)
+        self._newest = now
         return now
 
     def _request(self, index: int) -> GenerateRequest:
@@ -273,6 +294,7 @@ async def admitted(
     default_max_tokens: int | None,
     caller: Caller,
     arrival: float,
+    record: RequestRecord,
 ) -> AsyncIterator[Generation]:
     """Check, lease and admit a request; everything is given back when the block ends, however it ends.
 
@@ -284,6 +306,7 @@ async def admitted(
         default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
         caller: Whose request it is.
         arrival: When the request came, by the monotonic clock.
+        record: What is told of it when it has ended.
 
     Raises:
         InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many, the soft prompt
@@ -297,6 +320,7 @@ async def admitted(
     async with AsyncExitStack() as stack:
         leased = await stack.enter_async_context(lease_of(services, target))
         if leased is not None:
+            record.prompt, record.version = leased.version.name, leased.version.version
             _check_generates(leased.version, target)
         check_task(leased.version if leased else None, body.task_id)
         max_tokens = [
@@ -317,7 +341,9 @@ async def admitted(
         num_tokens = sum(map(len, prompts)) + sum(max_tokens) * body.n
         reservation = stack.enter_context(caller.limiter.admitted(num_tokens))
         permits = stack.enter_context(
-            services.admission.permits(len(prompts) * body.n, param="n" if body.n > 1 else "prompt")
+            services.admission.permits(
+                len(prompts) * body.n, tenant=caller.tenant, param="n" if body.n > 1 else "prompt"
+            )
         )
         generation = Generation(
             services,
@@ -328,6 +354,7 @@ async def admitted(
             permits=permits,
             tenant=caller.tenant,
             arrival=arrival,
+            record=record,
         )
         outcome = "error"
         try:
@@ -338,6 +365,7 @@ async def admitted(
             raise
         finally:
             reservation.used = generation.usage.total_tokens
+            generation.end_record(outcome)
             services.metrics.count_request(leased.version.name if leased else None, outcome)
             if outcome in {"stop", "length"}:
                 services.metrics.observe_request(time.monotonic() - arrival)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -15,34 +17,55 @@ from server.api.auth import ApiKeys
 from server.api.callers import Caller
 from server.api.errors import describe
 from server.api.multipart import discard_rest
+from server.api.request_record import RequestRecord
 from server.errors import ServerError
 from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Incoming ids that are taken over: nothing that could forge a log line or a header."""
 
+MIN_BODY_RATE = 4096
+"""Bytes a second that a long body has to keep up with."""
+
 
 class RequestIdMiddleware:
-    """Gives every response an ``X-Request-ID``, and every bug a 500 in the error shape."""
+    """Gives every response an ``X-Request-ID``, every bug a 500 in the error shape, every request a record.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    Args:
+        app: The rest of the application.
+        metrics: Where errors are counted.
+        observers: What is told of each request when it has ended.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, observers: Sequence[Callable[[RequestRecord], None]] = ()
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        incoming = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        incoming = headers.get("x-request-id", "")
         request_id = incoming if _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        record = RequestRecord(
+            request_id=request_id,
+            method=scope["method"],
+            path=scope.get("raw_path", scope["path"].encode()).decode("latin-1"),
+            traceparent=headers.get("traceparent"),
+        )
+        scope.setdefault("state", {}).update(request_id=request_id, record=record)
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -51,9 +74,14 @@ class RequestIdMiddleware:
         except Exception as error:
             reply = describe(error, request_id=request_id)
             self._metrics.count_error(reply.code)
+            record.error = reply.code
             if started:
                 raise  # the server closes the connection, which tells the client that the response is not whole
             await reply.response()(scope, receive, send_with_id)
+        finally:
+            record.total_seconds = time.monotonic() - record.started
+            for observe in self._observers:
+                observe(record)
 
 
 class ApiKeyMiddleware:
@@ -73,9 +101,11 @@ class ApiKeyMiddleware:
             except (ServerError, HTTPException) as error:
                 reply = describe(error, request_id=scope["state"]["request_id"])
                 self._metrics.count_error(reply.code)
+                scope["state"]["record"].error = reply.code
                 await reply.response()(scope, receive, send)
                 return
             scope["state"]["caller"] = caller
+            scope["state"]["record"].tenant = caller.tenant
             if scope["path"] in LIMITED_PATHS:
                 send = _with_limits(caller, send)
         await self._app(scope, receive, send)
@@ -90,6 +120,42 @@ def _with_limits(caller: Caller, send: Send) -> Send:
         await send(message)
 
     return send_with_limits
+
+
+class BodyTimeoutMiddleware:
+    """Ends a request whose body comes too slowly; only time spent waiting for the client counts.
+
+    Args:
+        app: The rest of the application.
+        seconds: How long may be waited, and ``1 / MIN_BODY_RATE`` seconds more for each byte that has come.
+    """
+
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bound the time for one request's body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        left, is_whole = self._seconds, False
+
+        async def timely_receive() -> Message:
+            nonlocal left, is_whole
+            if is_whole:  # what is waited for now is the client's going
+                return await receive()
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(max(left, 0.0)):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not come in time", headers={"connection": "close"}) from None
+            left += len(message.get("body", b"")) / MIN_BODY_RATE - (time.monotonic() - began)
+            is_whole = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, timely_receive, send)
 
 
 class BodyLimitMiddleware:

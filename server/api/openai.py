@@ -17,8 +17,9 @@ from server.api.callers import Caller, caller_of
 from server.api.deps import Services, ServicesDep, Tokenizer, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
-from server.api.generation import Generation, admitted
+from server.api.generation import Generation, admitted, shorter
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
+from server.api.request_record import RequestRecord, logged_input, record_of
 from server.api.resolution import Target, resolve
 from server.api.sse import DONE, EventStream, event
 from server.api.writers import ChatWriter, ChoiceText, CompletionWriter, Writer
@@ -46,6 +47,7 @@ class _Call:
     default_max_tokens: int | None
     caller: Caller
     arrival: float
+    record: RequestRecord
     served_by: str | None = None
 
     @property
@@ -54,6 +56,9 @@ class _Call:
         return {} if self.served_by is None else {SERVED_BY_HEADER: self.served_by}
 
     async def admitted(self) -> AbstractAsyncContextManager[Generation]:
+        if self.body.priority >= 0:  # what is more urgent does not wait with the others
+            limit = shorter(self.body.timeout, self.services.settings.http.max_wait_seconds)
+            self.services.admission.check(self.caller.tenant, limit)
         return admitted(
             self.services,
             self.target,
@@ -62,6 +67,7 @@ class _Call:
             default_max_tokens=self.default_max_tokens,
             caller=self.caller,
             arrival=self.arrival,
+            record=self.record,
         )
 
     async def answer(self) -> bytes:
@@ -92,7 +98,10 @@ class _Call:
         """Answer at once, or as a stream; the work ends within a step when the client goes."""
         if self.body.stream:
             return EventStream(
-                self.events(), late_headers=lambda: self.headers, on_error=self._describe_late(request)
+                self.events(),
+                late_headers=lambda: self.headers,
+                on_error=self._describe_late(request),
+                stall_seconds=self.services.settings.http.stall_timeout,
             )
         try:
             answer = await unless_disconnected(request.receive, self.answer())
@@ -104,9 +113,21 @@ class _Call:
         def describe_late(error: Exception) -> ErrorReply:
             reply = describe(error, request_id=request.state.request_id)
             self.services.metrics.count_error(reply.code)
+            self.record.error = reply.code
             return reply
 
         return describe_late
+
+
+def _begin_record(
+    request: Request, services: Services, operation: str, body: GenerationBody, text: object
+) -> RequestRecord:
+    record = record_of(request)
+    record.operation = operation
+    record.model = body.model or services.base_name
+    if services.settings.http.log_prompts:
+        record.input = logged_input(text)
+    return record
 
 
 async def tokenize_prompts(
@@ -127,6 +148,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
     async def tokenize() -> list[list[int]]:
         return await tokenize_prompts(services.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
 
+    record = _begin_record(request, services, "text_completion", body, body.prompt)
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,
@@ -142,6 +164,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         caller=caller_of(request),
         arrival=arrival,
+        record=record,
     )
     return await call.respond(request)
 
@@ -165,6 +188,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         )
         return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
 
+    record = _begin_record(request, services, "chat", body, [message.turn for message in body.messages])
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,
@@ -181,5 +205,6 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         default_max_tokens=None,
         caller=caller_of(request),
         arrival=arrival,
+        record=record,
     )
     return await call.respond(request)

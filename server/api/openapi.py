@@ -48,6 +48,7 @@ STATUSES = {
     403: "The API key may not do this.",
     404: "There is no such model, soft prompt, version, alias or file.",
     409: "What is there now forbids it; trying again does not help.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not of the type that this path takes.",
     416: "The Range header asks for what the file does not have.",
@@ -154,7 +155,7 @@ def _statuses(method: str, path: str, operation: dict[str, Any]) -> set[int]:
     if names_something:
         found.add(404)
     if "requestBody" in operation:
-        found |= {413, 415}
+        found |= {408, 413, 415}
     if (method, path) in _CONFLICTS:
         found.add(409)
     if path in _LIMITED:

@@ -21,9 +21,6 @@ KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 15.0
 """Silence after which a comment is sent."""
 
-STALL_SECONDS = 60.0
-"""How long a client may leave full buffers unread before its work is ended as if it had gone."""
-
 _encoder = msgspec.json.Encoder()
 
 
@@ -40,12 +37,13 @@ class EventStream(Response):
 
     What a client does not read waits in the connection's buffer (64 KiB) and the kernel's; when they are full, events
     are not taken from the engine's queue, which holds no more than the tokens that the request may have. So nothing
-    grows without bound, and after ``STALL_SECONDS`` all of it is given up.
+    grows without bound, and after ``stall_seconds`` all of it is given up.
 
     Args:
         events: Encoded events.
         late_headers: More headers, asked for when the response begins.
         on_error: What the client is told of an error after that.
+        stall_seconds: How long a client may leave full buffers unread before its work ends as if it had gone.
     """
 
     media_type = "text/event-stream"
@@ -56,6 +54,7 @@ class EventStream(Response):
         *,
         late_headers: Callable[[], Mapping[str, str]] = dict,
         on_error: Callable[[Exception], ErrorReply],
+        stall_seconds: float,
     ) -> None:
         # Not Response.__init__: that sets the length of an empty body.
         self.status_code = 200
@@ -64,6 +63,7 @@ class EventStream(Response):
         self._events = events
         self._late_headers = late_headers
         self._on_error = on_error
+        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream the events, until they end or the client goes."""
@@ -73,7 +73,7 @@ class EventStream(Response):
             return  # nobody is left to answer
 
     async def _write(self, send: Send) -> None:
-        wire = _Wire(send, self._start)
+        wire = _Wire(send, self._start, self._stall_seconds)
         writing = asyncio.create_task(self._send_all(wire))
         watching = asyncio.create_task(wire.watch())
         try:
@@ -109,10 +109,11 @@ class _Wire:
         started: Whether the response has begun.
     """
 
-    def __init__(self, send: Send, start: Callable[[], Message]) -> None:
+    def __init__(self, send: Send, start: Callable[[], Message], stall_seconds: float) -> None:
         self.started = False
         self._send = send
         self._start = start
+        self._stall_seconds = stall_seconds
         self._clock = asyncio.get_running_loop().time
         self._last = self._clock()
         self._is_sending = False
@@ -133,12 +134,12 @@ class _Wire:
     async def watch(self) -> None:
         """Break silences; returns when the client has stopped reading."""
         while True:
-            await asyncio.sleep(min(KEEP_ALIVE_SECONDS, STALL_SECONDS) / 2)
+            await asyncio.sleep(min(KEEP_ALIVE_SECONDS, self._stall_seconds) / 2)
             silent = self._clock() - self._last
             if self._is_sending:
-                if silent >= STALL_SECONDS:
+                if silent >= self._stall_seconds:
                     return
             elif silent >= KEEP_ALIVE_SECONDS / 2:
                 with suppress(TimeoutError):  # a buffer that has just filled is seen in the next round
-                    async with asyncio.timeout(STALL_SECONDS):
+                    async with asyncio.timeout(self._stall_seconds):
                         await self.send(KEEP_ALIVE)

@@ -26,6 +26,7 @@ from server.engine.messages import (
 )
 from server.engine.types import ModelInfo
 from server.errors import EngineDeadError, EngineStartError
+from server.logs import variables as log_variables
 
 logger = logging.getLogger(__name__)
 
@@ -171,9 +172,10 @@ async def launch(settings: EngineSettings) -> EngineConnection:
 
 
 def environment() -> dict[str, str]:
-    """The process's environment; what the operator has said of OpenMP's waiting stays."""
+    """The process's environment: it logs as this one does; what the operator has said of OpenMP's waiting stays."""
+    inherited = {**os.environ, **log_variables()}
     is_set = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
-    return dict(os.environ) if is_set else {**os.environ, "GOMP_SPINCOUNT": SPIN_COUNT}
+    return inherited if is_set else {**inherited, "GOMP_SPINCOUNT": SPIN_COUNT}
 
 
 async def _end(process: asyncio.subprocess.Process) -> str:

@@ -8,7 +8,6 @@ closes, the process ends: it never outlives the server that started it.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import sys
@@ -38,6 +37,7 @@ from server.engine.messages import (
 )
 from server.engine.types import TokenOutput
 from server.errors import EngineStartError
+from server.logs import configure_from_variables
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,7 @@ class EngineLoop:
 
 def main() -> None:
     """Entry point of the process."""
-    logging.basicConfig(
-        level=os.environ.get("PRELUDE_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s engine %(message)s"
-    )
+    configure_from_variables("engine")
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # Ctrl-C reaches the whole terminal; the server decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

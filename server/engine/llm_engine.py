@@ -9,6 +9,12 @@ from math import isfinite
 
 from server.config import EngineSettings
 from server.engine.block_manager import BlockManager
+from server.engine.distributions import (
+    BATCH_SIZE_BOUNDS,
+    BATCH_TOKENS_BOUNDS,
+    DISTINCT_PROMPTS_BOUNDS,
+    STEP_SECONDS_BOUNDS,
+)
 from server.engine.inspection import Inspector
 from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
 from server.engine.model_runner import ModelRunner
@@ -322,11 +328,11 @@ class LLMEngine:
     def _note_step(self, plan: StepPlan, seconds: float) -> None:
         stats = self._stats
         stats.steps += 1
-        stats.step_seconds = seconds
-        stats.batch_size = sum(chunk.seq is not None for chunk in plan.chunks)
-        stats.batch_tokens = plan.num_tokens
-        stats.batch_distinct_prompts = plan.num_distinct_prompts
-        stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, stats.batch_distinct_prompts)
+        stats.step_seconds.observe(STEP_SECONDS_BOUNDS, seconds)
+        stats.batch_size.observe(BATCH_SIZE_BOUNDS, sum(chunk.seq is not None for chunk in plan.chunks))
+        stats.batch_tokens.observe(BATCH_TOKENS_BOUNDS, plan.num_tokens)
+        stats.batch_distinct_prompts.observe(DISTINCT_PROMPTS_BOUNDS, plan.num_distinct_prompts)
+        stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, plan.num_distinct_prompts)
 
 
 def _failure(seq: Sequence, message: str, reason: FinishReason = FinishReason.ERROR) -> TokenOutput:

@@ -279,12 +279,16 @@ def _device(wanted: str) -> torch.device:
 
 def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedConfig]:
     try:
-        config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+        config = AutoConfig.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=False)
         dtype: torch.dtype | str = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
         if dtype == "auto" and device.type == "cpu" and not _is_fast(config.dtype):
             dtype = torch.float32
         model = AutoModelForCausalLM.from_pretrained(
-            settings.model, revision=settings.revision, dtype=dtype, use_safetensors=True
+            settings.model,
+            revision=settings.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,  # not said, transformers asks on the terminal, and takes a yes
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error

@@ -22,6 +22,7 @@ COUNTERS = (
     "restarts",
     "step_timeouts",
 )
+DISTRIBUTIONS = ("step_seconds", "batch_size", "batch_tokens", "batch_distinct_prompts")
 HOST_COUNTERS = ("hits", "misses", "loads", "evictions", "load_seconds_sum")
 
 
@@ -34,7 +35,7 @@ def totals_of(stats: EngineStats) -> EngineStats:
     return EngineStats(
         host=host,
         max_batch_distinct_prompts=stats.max_batch_distinct_prompts,
-        **{name: getattr(stats, name) for name in COUNTERS},
+        **{name: getattr(stats, name) for name in (*COUNTERS, *DISTRIBUTIONS)},
     )
 
 
@@ -53,4 +54,5 @@ def with_totals(stats: EngineStats, ended: EngineStats) -> EngineStats:
         host=host,
         max_batch_distinct_prompts=max(stats.max_batch_distinct_prompts, ended.max_batch_distinct_prompts),
         **{name: getattr(stats, name) + getattr(ended, name) for name in COUNTERS},
+        **{name: getattr(stats, name).plus(getattr(ended, name)) for name in DISTRIBUTIONS},
     )

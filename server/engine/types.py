@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import random
 from enum import StrEnum
+from functools import partial
 
 import msgspec
 
 from server.engine.constraints import Constraint, TokenMatcher
+from server.engine.distributions import (
+    BATCH_SIZE_BOUNDS,
+    BATCH_TOKENS_BOUNDS,
+    DISTINCT_PROMPTS_BOUNDS,
+    STEP_SECONDS_BOUNDS,
+    Distribution,
+)
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """The most and the least urgent priority."""
@@ -341,6 +349,11 @@ class HostTierStats(msgspec.Struct, kw_only=True):
     load_seconds_buckets: tuple[tuple[float, int], ...] = ()
 
 
+def _empty(bounds: tuple[float, ...]) -> Distribution:
+    distribution: Distribution = msgspec.field(default_factory=partial(Distribution.within, bounds))
+    return distribution
+
+
 class EngineStats(msgspec.Struct, kw_only=True):
     """The engine's state after a step; counters count from the engine's start.
 
@@ -365,10 +378,10 @@ class EngineStats(msgspec.Struct, kw_only=True):
         soft_prompt_misses: Sequences for whose soft prompt blocks had to be taken.
         host: Soft prompts in host memory.
         steps: Forward passes.
-        step_seconds: Wall time of the last one.
-        batch_size: Sequences in the last one.
-        batch_tokens: Tokens computed in the last one.
-        batch_distinct_prompts: Distinct soft prompts in the last one.
+        step_seconds: Wall times of the passes, over ``STEP_SECONDS_BOUNDS``.
+        batch_size: Sequences in each, over ``BATCH_SIZE_BOUNDS``.
+        batch_tokens: Tokens computed in each, over ``BATCH_TOKENS_BOUNDS``.
+        batch_distinct_prompts: Distinct soft prompts in each, over ``DISTINCT_PROMPTS_BOUNDS``.
         max_batch_distinct_prompts: The most distinct soft prompts that any one step has mixed.
         restarts: Times that the engine's process was replaced, as its front counts them.
         step_timeouts: Times that it was killed for a step that did not end, likewise.
@@ -394,10 +407,10 @@ class EngineStats(msgspec.Struct, kw_only=True):
     soft_prompt_misses: int = 0
     host: HostTierStats = msgspec.field(default_factory=HostTierStats)
     steps: int = 0
-    step_seconds: float = 0.0
-    batch_size: int = 0
-    batch_tokens: int = 0
-    batch_distinct_prompts: int = 0
+    step_seconds: Distribution = _empty(STEP_SECONDS_BOUNDS)
+    batch_size: Distribution = _empty(BATCH_SIZE_BOUNDS)
+    batch_tokens: Distribution = _empty(BATCH_TOKENS_BOUNDS)
+    batch_distinct_prompts: Distribution = _empty(DISTINCT_PROMPTS_BOUNDS)
     max_batch_distinct_prompts: int = 0
     restarts: int = 0
     step_timeouts: int = 0

@@ -24,6 +24,7 @@ from server.api.key_file import new_key, read_keys
 from server.cli import app as cli
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError
+from tests.api.keyed import bearer, locked
 
 pytestmark = pytest.mark.anyio
 
@@ -56,11 +57,7 @@ def key_file(tmp_path):
 @pytest.fixture
 def app(make_app, settings, key_file, monkeypatch):
     monkeypatch.setattr(auth, "POLL_SECONDS", 0.01)
-    return make_app(replace(settings, http=replace(settings.http, api_key_file=key_file)))
-
-
-def bearer(key):
-    return {"authorization": f"Bearer {key}"}
+    return locked(make_app, settings, key_file, ENTRIES)
 
 
 async def until(condition):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,6 +13,7 @@ from server.api.auth import ApiKeys
 from server.api.key_file import read_keys
 from server.api.limits import KeyLimiter, Limits, TokenBucket, duration
 from server.errors import ConfigurationError, RateLimitError
+from tests.api.keyed import bearer, locked
 
 pytestmark = pytest.mark.anyio
 
@@ -144,13 +144,7 @@ scopes = ["generate"]
 
 @pytest.fixture
 def app(make_app, settings, tmp_path):
-    path = tmp_path / "keys.toml"
-    path.write_text(KEYS)
-    return make_app(replace(settings, http=replace(settings.http, api_key_file=path)))
-
-
-def bearer(key):
-    return {"authorization": f"Bearer {key}"}
+    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Client:
             self.ended = True
 
     async def stream(self, events: AsyncGenerator[bytes, None]) -> None:
-        response = EventStream(events, late_headers=lambda: {"x-late": "1"}, on_error=described)
+        response = EventStream(events, late_headers=lambda: {"x-late": "1"}, on_error=described, stall_seconds=0.3)
         await response(SCOPE, self.receive, self.send)
 
     @property
@@ -68,7 +68,6 @@ class Client:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.1)
-    monkeypatch.setattr(sse, "STALL_SECONDS", 0.3)
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from server.api.access import SCOPES
+from tests.api.keyed import bearer, locked
 
 pytestmark = pytest.mark.anyio
 
@@ -34,13 +33,7 @@ scopes = ["generate", "prompts:read", "prompts:write", "admin"]
 
 @pytest.fixture
 def app(make_app, settings, tmp_path):
-    path = tmp_path / "keys.toml"
-    path.write_text(KEYS)
-    return make_app(replace(settings, http=replace(settings.http, api_key_file=path)))
-
-
-def bearer(key):
-    return {"authorization": f"Bearer {key}"}
+    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from server.config import EngineSettings
 from server.engine.async_engine import AsyncEngine
+from server.engine.distributions import STEP_SECONDS_BOUNDS
 from server.engine.interface import GenerateRequest
 from server.engine.messages import (
     AbortRequest,
@@ -25,7 +26,7 @@ from server.engine.messages import (
     ToEngine,
 )
 from server.engine.supervision import Backoff, StepWatch
-from server.engine.totals import COUNTERS, HOST_COUNTERS, totals_of, with_totals
+from server.engine.totals import COUNTERS, DISTRIBUTIONS, HOST_COUNTERS, totals_of, with_totals
 from server.engine.types import (
     EngineStats,
     FinishReason,
@@ -179,10 +180,10 @@ def test_a_message_that_crosses_a_report_keeps_the_process_busy() -> None:
 
 
 def test_every_number_of_the_engine_is_a_counter_or_not() -> None:
-    gauges = {"num_running", "num_waiting", "num_blocks", "num_used_blocks", "num_cached_blocks", "step_seconds"}
-    gauges |= {"soft_prompts_resident", "soft_prompt_bytes", "batch_size", "batch_tokens", "batch_distinct_prompts"}
+    gauges = {"num_running", "num_waiting", "num_blocks", "num_used_blocks", "num_cached_blocks"}
+    gauges |= {"soft_prompts_resident", "soft_prompt_bytes"}
     gauges |= {"max_batch_distinct_prompts"}
-    assert {*COUNTERS, *gauges, "host"} == set(EngineStats.__struct_fields__)
+    assert {*COUNTERS, *DISTRIBUTIONS, *gauges, "host"} == set(EngineStats.__struct_fields__)
     assert {*HOST_COUNTERS, "resident", "resident_bytes", "load_seconds_buckets"} == set(
         HostTierStats.__struct_fields__
     )
@@ -191,12 +192,14 @@ def test_every_number_of_the_engine_is_a_counter_or_not() -> None:
 def test_counters_are_carried_over_and_what_was_held_is_not() -> None:
     host = HostTierStats(hits=2, resident=3, load_seconds_buckets=((0.1, 1), (1.0, 4)), load_seconds_sum=0.5)
     stats = EngineStats(num_running=3, num_blocks=9, steps=5, host=host, max_batch_distinct_prompts=4)
+    stats.step_seconds.observe(STEP_SECONDS_BOUNDS, 0.25)
     ended = totals_of(stats)
     assert (ended.num_running, ended.num_blocks, ended.steps, ended.host.resident, ended.host.hits) == (0, 0, 5, 0, 2)
     began = with_totals(EngineStats(num_blocks=8), ended)
     assert (began.num_blocks, began.steps, began.host.load_seconds_buckets) == (8, 5, host.load_seconds_buckets)
     both = with_totals(stats, ended)
     assert (both.steps, both.num_running, both.host.hits, both.host.resident) == (10, 3, 4, 3)
+    assert (both.step_seconds.sum, sum(both.step_seconds.counts)) == (0.5, 2)
     assert both.host.load_seconds_buckets == ((0.1, 2), (1.0, 8))
     assert (both.host.load_seconds_sum, both.max_batch_distinct_prompts) == (1.0, 4)
 

@@ -1,0 +1,213 @@
+"""A server under more load than it can carry: what still comes in time, and what is refused.
+
+    python -m benchmarks.overload --plot benchmarks/overload.png
+
+The embedded model answers completions of 128 tokens over its four soft prompts. First it is measured what it carries
+when each of 64 clients asks again as soon as it has its answer. Then requests arrive at random (Poisson, and nobody
+waits for anybody: an open loop) at 0.5, 1, 2 and 4 times that rate. Goodput is answers a second within the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from benchmarks.server import serving
+from benchmarks.ways import machine
+from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
+
+TASKS = ("sentiment", "intent", "extract", "dates")
+NEW_TOKENS = 128
+CLIENTS = 64
+FACTORS = (0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass
+class Outcome:
+    """What came of the requests of one rate.
+
+    Attributes:
+        offered: Requests a second.
+        seconds: How long they arrived.
+        answers: Of each answered request: seconds from the beginning until its answer came, and its latency.
+        codes: How many had which status.
+        num_without_retry: Refusals that did not say when to try again.
+    """
+
+    offered: float
+    seconds: float
+    answers: list[tuple[float, float]] = field(default_factory=list)
+    codes: Counter[int] = field(default_factory=Counter)
+    num_without_retry: int = 0
+
+    def goodput(self, limit: float) -> float:
+        """Answers a second within the limit that came while requests did, the first quarter of the time aside."""
+        began = self.seconds / 4
+        within = sum(began <= at <= self.seconds and latency <= limit for at, latency in self.answers)
+        return within / (self.seconds - began)
+
+    def quantile(self, share: float) -> float:
+        """A quantile of the answered requests' latencies."""
+        found = sorted(latency for _, latency in self.answers)
+        return found[min(len(found) - 1, int(share * len(found)))] if found else 0.0
+
+
+class Client:
+    """Asks with as little of its own work as can be: a connection for each request, and no parsing of the answer."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        address = urlsplit(url)
+        self._host, self._port = address.hostname, address.port
+        self._rng = random.Random(seed)
+        lines = {task: (HELDOUT_DIRECTORY / f"{task}.jsonl").read_text().splitlines() for task in TASKS}
+        self._requests = [
+            self._encode(task, json.loads(line)["input"]) for task in TASKS for line in lines[task][:50]
+        ]
+
+    def _encode(self, task: str, text: str) -> bytes:
+        body = {"model": task, "prompt": text, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0}
+        encoded = json.dumps(body).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        return f"{head}Content-Length: {len(encoded)}\r\n\r\n".encode() + encoded
+
+    async def ask(self) -> tuple[int, bool]:
+        """Status of one request's answer, and whether it says when to try again."""
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            writer.write(self._rng.choice(self._requests))
+            answer = await reader.read(-1)
+        finally:
+            writer.close()
+        return int(answer[9:12]), b"retry-after:" in answer.partition(b"\r\n\r\n")[0].lower()
+
+
+async def carried(client: Client, seconds: float) -> float:
+    """Requests a second of clients that ask again as soon as they are answered."""
+    count, began = 0, time.monotonic()
+
+    async def work() -> None:
+        nonlocal count
+        while time.monotonic() - began < seconds:
+            status, _ = await client.ask()
+            if status != 200:
+                raise RuntimeError(f"a request was answered with {status}")
+            count += 1
+
+    await asyncio.gather(*(work() for _ in range(CLIENTS)))
+    return count / (time.monotonic() - began)
+
+
+async def offer(client: Client, rate: float, seconds: float, seed: int) -> Outcome:
+    """Let requests arrive at a rate, and wait for what comes of them."""
+    outcome, rng, tasks = Outcome(rate, seconds), random.Random(seed), []
+
+    async def one(due: float) -> None:
+        status, has_retry = await client.ask()
+        outcome.codes[status] += 1
+        if status == 200:
+            now = time.monotonic()
+            outcome.answers.append((now - began, now - due))
+        else:
+            outcome.num_without_retry += not has_retry
+
+    began = due = time.monotonic()
+    while (due := due + rng.expovariate(rate)) - began < seconds:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        tasks.append(asyncio.create_task(one(due)))
+    await asyncio.gather(*tasks)
+    return outcome
+
+
+def measure(flags: Sequence[str], seconds: float, capacity: float | None) -> tuple[float, list[Outcome]]:
+    """What a server with these flags carries, and what becomes of each rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        every = ("--dtype", "float32", "--num-threads", "1", "--allow-other-base", "--kv-cache-memory", "256MiB")
+        with serving(MODEL_DIRECTORY, Path(folder) / "store", *every, *flags) as url:
+            for task in TASKS:
+                names = ("adapter_config.json", "adapter_model.safetensors")
+                files = [("files", (name, (SOFT_PROMPTS_DIRECTORY / task / name).read_bytes())) for name in names]
+                httpx.post(f"{url}/v1/prompts", data={"id": task}, files=files).raise_for_status()
+            client = Client(url, seed=1)
+            asyncio.run(carried(client, 3))
+            capacity = capacity or asyncio.run(carried(client, seconds))
+            outcomes = [
+                asyncio.run(offer(client, factor * capacity, seconds, seed)) for seed, factor in enumerate(FACTORS)
+            ]
+    return capacity, outcomes
+
+
+def show(name: str, capacity: float, outcomes: Sequence[Outcome], limit: float) -> None:
+    """Print one server's table."""
+    peak = max(outcome.goodput(limit) for outcome in outcomes)
+    print(f"\n{name}\n| offered | answered | refused | goodput/s | of its peak | p50 s | p95 s | p99 s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for outcome in outcomes:
+        refused = {code: count for code, count in sorted(outcome.codes.items()) if code != 200}
+        cells = [
+            f"{outcome.offered / capacity:.1f} x ({outcome.offered:.1f}/s)",
+            outcome.codes[200],
+            ", ".join(f"{count} x {code}" for code, count in refused.items()) or "0",
+            f"{outcome.goodput(limit):.1f}",
+            f"{outcome.goodput(limit) / peak:.2f}",
+            *(f"{outcome.quantile(share):.2f}" for share in (0.5, 0.95, 0.99)),
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |")
+    print(f"refusals without Retry-After: {sum(outcome.num_without_retry for outcome in outcomes)}")
+
+
+def plot(path: Path, capacity: float, runs: dict[str, list[Outcome]], limit: float) -> None:
+    """Goodput and latency over what was offered."""
+    import matplotlib  # noqa: PLC0415 - needed for the picture alone
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, outcomes in runs.items():
+        offered = [outcome.offered / capacity for outcome in outcomes]
+        left.plot(offered, [outcome.goodput(limit) for outcome in outcomes], "o-", label=name)
+        (line,) = right.plot(offered, [outcome.quantile(0.95) for outcome in outcomes], "o-", label=f"p95, {name}")
+        median = [outcome.quantile(0.5) for outcome in outcomes]
+        right.plot(offered, median, "o--", color=line.get_color(), label=f"p50, {name}")
+    left.axhline(capacity, color="grey", linewidth=0.8, linestyle=":")
+    right.axhline(limit, color="grey", linewidth=0.8, linestyle=":")
+    left.set(xlabel="offered, of what is carried", ylabel=f"answers a second within {limit:g} s", ylim=0)
+    right.set(xlabel="offered, of what is carried", ylabel="seconds to the answer", ylim=0)
+    left.legend()
+    right.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure a server with a limit on waiting, and one without."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long each rate is offered")
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds within which an answer counts")
+    parser.add_argument("--wait", type=float, default=2.0, help="--max-wait-seconds of the server with a limit")
+    parser.add_argument("--plot", type=Path)
+    values = parser.parse_args()
+    print(machine())
+    flags = ("--max-num-seqs", "64")
+    capacity, bounded = measure((*flags, "--max-wait-seconds", str(values.wait)), values.seconds, None)
+    _, unbounded = measure(flags, values.seconds, capacity)
+    print(f"carried by {CLIENTS} clients: {capacity:.1f} requests/s of {NEW_TOKENS} tokens")
+    runs = {f"--max-wait-seconds {values.wait:g}": bounded, "no limit on waiting": unbounded}
+    for name, outcomes in runs.items():
+        show(name, capacity, outcomes, values.limit)
+    if values.plot is not None:
+        plot(values.plot, capacity, runs, values.limit)
+
+
+if __name__ == "__main__":
+    main()

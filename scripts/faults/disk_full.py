@@ -1,0 +1,67 @@
+"""The disk of the store is full during uploads.
+
+python -m scripts.faults.disk_full
+
+It takes a small file system of its own, which takes root.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scripts.faults.harness import Baseline, Load, Report, Uploads, check_end, main, serve
+
+BALLAST_BYTES = 6 * 2**20
+MAX_UPLOADS = 2000
+
+
+@contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[bool]:
+    """Whether a file system of this size could be put at ``folder``."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    is_mounted = os.geteuid() == 0 and subprocess.run(command, check=False, capture_output=True).returncode == 0
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def run(folder: Path, *, mebibytes: int) -> Report:
+    """Upload until nothing more fits, look at what is served, and make room again."""
+    report = Report()
+    with small_disk(folder / "store", mebibytes) as is_mounted:
+        if not is_mounted:
+            report.figure("skipped", "no file system can be mounted here (not root, or no rights)")
+            return report
+        with serve(folder) as server:
+            ballast = folder / "store" / "ballast"
+            ballast.write_bytes(bytes(BALLAST_BYTES))
+            load, uploads = Load(server), Uploads(server.client)
+            before = Baseline.of(server)
+            with load:
+                while uploads.one():
+                    if len(uploads.acknowledged) > MAX_UPLOADS:
+                        raise RuntimeError("the disk does not fill up")
+                full = [uploads.one() for _ in range(10)]
+                report.check("uploads acknowledged while nothing fits", sum(full), holds=not any(full))
+                is_served = load.ask_each(server.client)
+                report.check("answers while the disk is full", "as before", holds=is_served and server.is_ready())
+                ballast.unlink()
+                report.check("uploads when there is room again", "taken", holds=uploads.one())
+            load.report(report)
+            uploads.report(report)
+            check_end(report, server, load, before)
+            staged = [path for path in (folder / "store" / "staging").rglob("*") if path.is_file()]
+            left = [path.name for path in staged if path.name != "lock"]
+            report.check("files left in the staging area", left or 0, holds=not left)
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__ or "", mebibytes=24)

@@ -1,0 +1,332 @@
+"""What the fault scripts share: load with known answers, noted uploads, a proxy that fails, a table at the end."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import re
+import socket
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load, save
+
+from server.demo.tour import HELDOUT_DIRECTORY
+from tests.serving import adapter, serving, upload
+
+TASKS = ("sentiment", "intent", "extract", "dates")
+FLAGS = ("--dtype", "float32", "--num-threads", "1", "--log-level", "WARNING")
+SETTLE_SECONDS = 20.0
+MAX_GROWTH_BYTES = 150 * 2**20
+
+
+@dataclass
+class Report:
+    """What a run found: figures, and whether each invariant held."""
+
+    rows: list[tuple[str, str, bool | None]] = field(default_factory=list)
+
+    def figure(self, what: str, value: object) -> None:
+        """Note a number."""
+        self.rows.append((what, str(value), None))
+
+    def check(self, what: str, value: object, *, holds: bool) -> None:
+        """Note an invariant and what was found."""
+        self.rows.append((what, str(value), holds))
+
+    @property
+    def broken(self) -> list[str]:
+        """The invariants that did not hold."""
+        return [f"{what}: {value}" for what, value, holds in self.rows if holds is False]
+
+    def show(self, title: str) -> None:
+        """Print the table."""
+        table = Table(title=title, title_justify="left")
+        for column in ("", "found", "holds"):
+            table.add_column(column)
+        for what, value, holds in self.rows:
+            table.add_row(what, value, "" if holds is None else "yes" if holds else "NO")
+        Console(width=110).print(table)
+
+
+class Server:
+    """A running server with the embedded soft prompts, watched from outside."""
+
+    def __init__(self, client: httpx.Client, pid: int, folder: Path) -> None:
+        self.client = client
+        self.folder = folder
+        self.process = psutil.Process(pid)
+        self.url = str(client.base_url)
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The engine's process now."""
+        children = self.process.children(recursive=True)
+        (engine,) = [child for child in children if "server.engine.engine_process" in " ".join(child.cmdline())]
+        return engine
+
+    def value(self, name: str) -> float:
+        """A metric, by its name and labels."""
+        text = self.client.get("/metrics").raise_for_status().text
+        found = re.search(rf"^prelude_{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        try:
+            return self.client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def is_settled(self) -> bool:
+        """Whether no sequence runs or waits, and no block is in use."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
+        return all(self.value(name) == 0 for name in names)
+
+
+@contextmanager
+def serve(folder: Path, *flags: str, **options: object) -> Iterator[Server]:
+    """A server with the four soft prompts uploaded."""
+    with serving(folder, *FLAGS, *flags, **options) as (client, process):  # type: ignore[arg-type]
+        for task in TASKS:
+            upload(client, task, *adapter(task)).raise_for_status()
+        yield Server(client, process.pid, folder)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> float:
+    """Seconds until something held; ``seconds`` where it never did."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        if condition():
+            return time.monotonic() - began
+        time.sleep(0.02)
+    return seconds
+
+
+class Load:
+    """Threads that ask questions whose answers are known, and count what comes back."""
+
+    def __init__(self, server: Server, *, num_threads: int = 8, tasks: tuple[str, ...] = TASKS) -> None:
+        self.counts: Counter[str] = Counter()
+        self._url = server.url
+        self._questions = [
+            (task, json.loads(line)["input"])
+            for task in tasks
+            for line in (HELDOUT_DIRECTORY / f"{task}.jsonl").read_text().splitlines()[:6]
+        ]
+        self._reference = {question: self._ask(server.client, question)[1] for question in self._questions}
+        self._ends = threading.Event()
+        self._threads = [threading.Thread(target=self._work, args=(seed,)) for seed in range(num_threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        for thread in self._threads:
+            thread.join()
+
+    def ask_each(self, client: httpx.Client) -> bool:
+        """Whether every question is answered as before."""
+        return all(self._ask(client, question) == ("right", text) for question, text in self._reference.items())
+
+    def _ask(self, client: httpx.Client, question: tuple[str, str]) -> tuple[str, str]:
+        model, text = question
+        body = {"model": model, "prompt": text, "temperature": 0, "max_tokens": 24}
+        try:
+            response = client.post("/v1/completions", json=body)
+            reply = response.json()
+        except (httpx.TransportError, ValueError) as error:
+            return type(error).__name__, ""
+        return ("right", reply["choices"][0]["text"]) if response.is_success else (reply["error"]["code"], "")
+
+    def _work(self, seed: int) -> None:
+        rng = random.Random(seed)
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while not self._ends.is_set():
+                question = rng.choice(self._questions)
+                outcome, text = self._ask(client, question)
+                if outcome == "right" and text != self._reference[question]:
+                    outcome = "wrong"
+                self.counts[outcome] += 1
+                if outcome != "right":
+                    time.sleep(0.05)
+
+    def report(self, report: Report) -> None:
+        """Add what was counted."""
+        report.figure("requests answered", self.counts["right"])
+        errors = {code: count for code, count in sorted(self.counts.items()) if code not in ("right", "wrong")}
+        report.figure("requests refused or failed", ", ".join(f"{code} {n}" for code, n in errors.items()) or 0)
+        report.check("wrong answers", self.counts["wrong"], holds=self.counts["wrong"] == 0)
+
+
+class Uploads:
+    """Soft prompts of ever new bytes; notes which were acknowledged."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.acknowledged: dict[str, bytes] = {}
+        self.refused: Counter[str] = Counter()
+        self._client = client
+        self._numbers = itertools.count()
+        self._config, weights = adapter("sentiment")
+        self._rows = load(weights)["prompt_embeddings"]
+
+    def one(self) -> bool:
+        """Upload one; whether it was acknowledged."""
+        number = next(self._numbers)
+        name, weights = f"upload-{number}", save({"prompt_embeddings": self._rows + np.float32(number / 1000)})
+        try:
+            response = upload(self._client, name, self._config, weights)
+        except httpx.TransportError as error:
+            self.refused[type(error).__name__] += 1
+            return False
+        if response.is_success:
+            self.acknowledged[name] = weights
+            return True
+        self.refused[f"{response.status_code} {response.json()['error']['code']}"] += 1
+        return False
+
+    def report(self, report: Report) -> None:
+        """Add whether all that was acknowledged is there with its bytes."""
+        report.figure("uploads acknowledged", len(self.acknowledged))
+        report.figure("uploads refused", ", ".join(f"{what}: {n}" for what, n in sorted(self.refused.items())) or 0)
+        lost = []
+        for name, weights in self.acknowledged.items():
+            url = f"/v1/prompts/{name}/versions/1/files/adapter_model.safetensors"
+            if self._client.get(url).content != weights:
+                lost.append(name)
+        report.check("acknowledged uploads lost", lost or 0, holds=not lost)
+
+
+class Proxy:
+    """A TCP proxy on loopback that can cut connections, refuse new ones, and be slow."""
+
+    def __init__(self, port: int) -> None:
+        self.delay = 0.0
+        self._target = port
+        self._is_cut = False
+        self._live: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """End what is open, and refuse what comes."""
+        self._is_cut = True
+        for connection in list(self._live):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._is_cut = False
+
+    def close(self) -> None:
+        """End it."""
+        self.cut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, inside: socket.socket) -> None:
+        with inside, suppress(OSError):
+            if self._is_cut:
+                return
+            with socket.create_connection(("127.0.0.1", self._target)) as outside:
+                pair = {inside, outside}
+                self._live |= pair
+                back = threading.Thread(target=self._pump, args=(outside, inside), daemon=True)
+                back.start()
+                self._pump(inside, outside, is_delayed=True)
+                back.join()
+                self._live -= pair
+
+    def _pump(self, source: socket.socket, target: socket.socket, *, is_delayed: bool = False) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if is_delayed and self.delay:
+                    time.sleep(self.delay)
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the server's process held before the fault."""
+
+    num_files: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, server: Server) -> Baseline:
+        """Now."""
+        return cls(server.process.num_fds(), server.process.memory_info().rss)
+
+
+def check_end(report: Report, server: Server, load: Load, before: Baseline, *, collects: bool = True) -> None:
+    """What has to hold when a fault is over: answers as before, and nothing that is held for nobody.
+
+    Args:
+        report: Where it is noted.
+        server: The server.
+        load: What knows the answers.
+        before: What the server held before.
+        collects: Whether files that nobody needs go at once; those that other servers may just be uploading do not.
+    """
+    seconds = wait_until(server.is_ready)
+    report.check("serves again without help, after s", f"{seconds:.1f}", holds=seconds < SETTLE_SECONDS)
+    report.check("every answer as before the fault", "all of them", holds=load.ask_each(server.client))
+    seconds = wait_until(server.is_settled, SETTLE_SECONDS)
+    report.check("sequences and blocks in use at the end", 0, holds=seconds < SETTLE_SECONDS)
+    wait_until(lambda: server.process.num_fds() <= before.num_files + 8, SETTLE_SECONDS)
+    num_files = server.process.num_fds()
+    report.check(
+        "open files of the API process", f"{before.num_files} -> {num_files}", holds=num_files <= before.num_files + 8
+    )
+    num_bytes = server.process.memory_info().rss
+    mebibytes = f"{before.num_bytes >> 20} -> {num_bytes >> 20}"
+    report.check("memory of the API process, MiB", mebibytes, holds=num_bytes < before.num_bytes + MAX_GROWTH_BYTES)
+    while names := [item["id"] for item in server.client.get("/v1/prompts").json()["data"]]:
+        for name in names:
+            server.client.delete(f"/v1/prompts/{name}").raise_for_status()
+    blobs = server.folder / "store" / "blobs"
+    if collects and blobs.is_dir():  # else they are in an object store
+        wait_until(lambda: not _files(blobs), SETTLE_SECONDS)
+        left = len(_files(blobs))
+        report.check("files left when everything is deleted (a lease would keep one)", left, holds=left == 0)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def main(run: Callable[..., Report], description: str, **options: int | float) -> None:
+    """Run one script: its options as flags, its table, and status 1 where an invariant is broken."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    for name, default in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    values = vars(parser.parse_args())
+    with tempfile.TemporaryDirectory(prefix="prelude-fault-") as folder:
+        report = run(Path(folder), **values)
+    report.show(description.splitlines()[0])
+    raise SystemExit(1 if report.broken else 0)

@@ -1,0 +1,213 @@
+"""The door: what a connection may send, how slowly, and for how long, before a request has begun.
+
+uvicorn with httptools takes heads of any length and waits for them for ever; ``LimitedProtocol`` bounds both, the
+number of connections, and how long an answer may lie unread. Bodies are bounded by the application's middleware.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import sys
+import termios
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.api.errors import ErrorReply, describe_status
+
+MAX_HEADERS = 128
+"""Header lines of one request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """What one server's connections are held to.
+
+    Attributes:
+        max_connections: Open at once.
+        max_head_bytes: Request line and headers of one request.
+        head_seconds: From a connection's beginning, or a request's first byte, to the end of its head.
+        stall_seconds: How long an answer's bytes may lie without the client taking any of them.
+        on_refused: Told the error's code when a connection is refused or ended.
+    """
+
+    max_connections: int
+    max_head_bytes: int
+    head_seconds: float
+    stall_seconds: float
+    on_refused: Callable[[str], None]
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol within limits; ``limited`` makes the class that uvicorn is given."""
+
+    limits: ConnectionLimits
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._head_fault: HTTPStatus | None = None
+        self._is_in_request = False
+        self._has_body_to_come = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._num_unread = 0
+
+    # Beginning and end
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, or refuse it where there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        else:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    # Heads
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has come, within the limits of a head."""
+        if self.transport.is_closing():
+            return
+        if not self._is_in_request:
+            # What follows an answer, the rest of a refused body included, has to become another request in time.
+            self._expect_head()
+        if not self._has_body_to_come:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > self.limits.max_head_bytes:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the request's target."""
+        super().on_url(url)
+        if len(self.url) > self.limits.max_head_bytes:
+            self._head_fault = HTTPStatus.REQUEST_URI_TOO_LONG
+            raise ValueError("the target is too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        super().on_header(name, value)
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > self.limits.max_head_bytes or len(self.headers) > MAX_HEADERS:
+            self._head_fault = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise ValueError("the headers are too large")
+
+    def on_headers_complete(self) -> None:
+        """Begin a request."""
+        self._is_in_request = self._has_body_to_come = True
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """End a request's body."""
+        self._has_body_to_come = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request; what the client has still to read is looked after."""
+        self._is_in_request = bool(self.pipeline)
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_writes()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, or more of it than is taken."""
+        self._refuse(self._head_fault or HTTPStatus.BAD_REQUEST)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End a connection that sends no other request."""
+        super().timeout_keep_alive_handler()
+        self._watch_writes()
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.limits.head_seconds, self._miss_head)
+
+    def _miss_head(self) -> None:
+        self._head_timer = None
+        if self._head_bytes:
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+        elif not self.transport.is_closing():  # nothing was asked, so nothing is answered
+            self.limits.on_refused("request_timeout")
+            self.transport.close()
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Answer and close, where the answer to another request is not under way."""
+        if self.transport.is_closing():
+            return
+        reply = describe_status(status)
+        self.limits.on_refused(reply.code)
+        if not self._is_in_request or not (self.pipeline or self.cycle.response_started):
+            self.transport.write(_encoded(status, reply))
+        self.transport.close()
+        self._watch_writes()
+
+    # Answers that nobody reads
+
+    def pause_writing(self) -> None:
+        """The client does not keep up."""
+        super().pause_writing()
+        self._watch_writes()
+
+    def _watch_writes(self) -> None:
+        if self._write_timer is None:
+            self._num_unread = self._count_unread()
+            if self._num_unread:
+                self._write_timer = self.loop.call_later(self.limits.stall_seconds, self._look_at_writes)
+
+    def _look_at_writes(self) -> None:
+        """Give a client up that has taken nothing since the last look; what waits for its reading ends at once."""
+        self._write_timer = None
+        is_waiting = self.flow.write_paused or self.transport.is_closing()
+        if is_waiting and self._count_unread() >= self._num_unread:
+            self.limits.on_refused("client_stalled")
+            self.transport.abort()
+        elif is_waiting:
+            self._watch_writes()
+
+    def _count_unread(self) -> int:
+        """Bytes that the client's machine has not acknowledged, here and in the kernel, which may hold megabytes."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        waiting = fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0" * 4) if descriptor >= 0 else b""
+        return self.transport.get_write_buffer_size() + int.from_bytes(waiting, sys.byteorder)
+
+
+def limited(limits: ConnectionLimits) -> type[LimitedProtocol]:
+    """The protocol for one server."""
+
+    class Protocol(LimitedProtocol):
+        """The protocol with its limits, as uvicorn wants a class."""
+
+    Protocol.limits = limits
+    return Protocol
+
+
+def _encoded(status: HTTPStatus, reply: ErrorReply) -> bytes:
+    body = reply.body
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        "connection: close",
+        f"x-request-id: {uuid.uuid4().hex}",
+        *(f"{name}: {value}" for name, value in reply.headers.items()),
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode() + body

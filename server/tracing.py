@@ -1,0 +1,132 @@
+"""OpenTelemetry spans of requests, with the attributes of its GenAI conventions and never a text.
+
+A span is written when its request has ended, from the same record as the line in the log: a server span, and in it
+``queue``, ``prefill`` and ``decode`` as far as the request came. Attributes: https://opentelemetry.io/docs/specs/semconv/gen-ai/,
+with vLLM's ``gen_ai.latency.*`` for what the conventions have no name for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from server.api.request_record import RequestRecord
+from server.errors import ConfigurationError
+
+try:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    has_opentelemetry = True
+except ModuleNotFoundError:
+    has_opentelemetry = False
+
+_EXPORT_SECONDS = 5
+_NANOSECONDS = 10**9
+
+
+class RequestTracer:
+    """Writes the spans of requests for models; others, such as probes and uploads, have none.
+
+    Args:
+        processor: What spans are handed to.
+    """
+
+    def __init__(self, processor: SpanProcessor) -> None:
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "prelude"}), shutdown_on_exit=False)
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("prelude")
+        self._propagator = TraceContextTextMapPropagator()
+
+    @classmethod
+    def to(cls, endpoint: str) -> RequestTracer:
+        """One that sends spans to a collector, in batches and from a thread of its own.
+
+        Args:
+            endpoint: Where OTLP over HTTP is taken, such as ``http://127.0.0.1:4318/v1/traces``.
+
+        Raises:
+            ConfigurationError: If OpenTelemetry is not installed, or the endpoint is no URL.
+        """
+        if not has_opentelemetry:
+            raise ConfigurationError(
+                "--otlp-traces-endpoint needs OpenTelemetry: pip install 'prelude-server[tracing]'"
+            )
+        if not endpoint.startswith(("http://", "https://")):
+            raise ConfigurationError(f"--otlp-traces-endpoint: {endpoint!r} is not an http:// or https:// URL")
+        return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_SECONDS)))
+
+    def observe(self, record: RequestRecord) -> None:
+        """Write the spans of a request that has ended."""
+        if record.operation is None:
+            return
+        context = self._propagator.extract({"traceparent": record.traceparent or ""})
+        span = self._tracer.start_span(
+            f"{record.operation} {record.model}",
+            context=context,
+            kind=SpanKind.SERVER,
+            start_time=_at(record, record.started),
+            attributes=_attributes(record),
+        )
+        if record.error is not None:
+            span.set_attribute("error.type", record.error)
+        if record.outcome == "error" or (record.status or 0) >= 500:
+            span.set_status(Status(StatusCode.ERROR))
+        self._add_phases(record, span)
+        span.end(_at(record, record.started + (record.total_seconds or 0.0)))
+
+    def close(self) -> None:
+        """Send what has not been sent, for some seconds at most."""
+        self._provider.shutdown()
+
+    def _add_phases(self, record: RequestRecord, parent: Span) -> None:
+        """What the engine did, around the moment at which its first output came."""
+        first = record.first_output
+        if first is None:
+            return
+        prefill_start = first - (record.prefill_seconds or 0.0)
+        phases = (
+            ("queue", prefill_start - (record.queue_seconds or 0.0), record.queue_seconds),
+            ("prefill", prefill_start, record.prefill_seconds),
+            ("decode", first, record.decode_seconds),
+        )
+        context = set_span_in_context(parent)
+        for name, start, seconds in phases:
+            if seconds is not None:
+                span = self._tracer.start_span(name, context=context, start_time=_at(record, start))
+                span.end(_at(record, start + seconds))
+
+
+def _at(record: RequestRecord, moment: float) -> int:
+    """A moment of the monotonic clock in Unix nanoseconds, by the request's beginning."""
+    return int((record.started_at + moment - record.started) * _NANOSECONDS)
+
+
+def _attributes(record: RequestRecord) -> Mapping[str, str | int | float | list[str]]:
+    finished = [record.outcome] if record.outcome in {"stop", "length"} else None
+    values = {
+        "gen_ai.operation.name": record.operation,
+        "gen_ai.provider.name": "prelude",
+        "gen_ai.request.model": record.model,
+        "gen_ai.request.id": record.request_id,
+        "gen_ai.response.finish_reasons": finished,
+        "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "gen_ai.usage.output_tokens": record.completion_tokens,
+        "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
+        "gen_ai.latency.time_in_queue": record.queue_seconds,
+        "gen_ai.latency.time_in_model_prefill": record.prefill_seconds,
+        "gen_ai.latency.time_in_model_decode": record.decode_seconds,
+        "gen_ai.latency.time_to_first_token": record.first_token_seconds,
+        "gen_ai.latency.e2e": record.total_seconds,
+        "http.request.method": record.method,
+        "http.response.status_code": record.status,
+        "prelude.outcome": record.outcome,
+        "prelude.prompt.name": record.prompt,
+        "prelude.prompt.version": record.version,
+        "prelude.tenant": record.tenant,
+        "prelude.usage.virtual_tokens": record.virtual_tokens,
+    }
+    return {name: value for name, value in values.items() if value is not None}

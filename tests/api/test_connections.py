@@ -1,0 +1,250 @@
+"""The door of a real server: heads, bodies and answers that come or go too slowly, too large, or too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from server import app as server_app
+from server.api.connections import MAX_HEADERS
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., socket.socket]]:
+    with ExitStack() as stack:
+
+        def connect_to(live: Any, *, buffer: int | None = None) -> socket.socket:
+            address = urlsplit(live.url)
+            connection = stack.enter_context(socket.socket())
+            connection.settimeout(10)
+            if buffer is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            connection.connect((address.hostname, address.port))
+            return connection
+
+        yield connect_to
+
+
+def everything(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    received = b""
+    try:
+        while part := connection.recv(65536):
+            received += part
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def error_of(answer: bytes, status: int) -> str:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer
+    assert b"x-request-id: " in head
+    assert b"connection: close" in head
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["code"]
+
+
+def counted(live: Any, code: str) -> bool:
+    return f'prelude_request_errors_total{{code="{code}"}}' in httpx.get(f"{live.url}/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\n\r\n", 414, "uri_too_long"),
+        (HEAD + b"X: " + b"a" * 3000 + b"\r\n\r\n", 431, "headers_too_large"),
+        (HEAD + b"X: " + b"a" * 3000, 431, "headers_too_large"),
+        (HEAD + b"X" * 3000, 431, "headers_too_large"),
+        (HEAD + b"X:y\r\n" * MAX_HEADERS + b"\r\n", 431, "headers_too_large"),
+        (b"\x16\x03\x01 is no HTTP\r\n\r\n", 400, "invalid_request"),
+    ],
+    ids=["target", "header", "endless header", "endless name", "number", "no HTTP"],
+)
+def test_heads_that_are_not_taken(
+    serve: Any, connect: Callable[..., socket.socket], sent: bytes, status: int, code: str
+) -> None:
+    live = serve(max_head_bytes=2048)
+    connection = connect(live)
+    connection.sendall(sent)
+    assert error_of(everything(connection), status) == code
+    assert counted(live, code)
+
+
+def test_a_head_that_comes_a_byte_at_a_time_is_too_late_and_so_is_none(
+    serve: Any, connect: Callable[..., socket.socket]
+) -> None:
+    live = serve(head_timeout=0.5)
+    slow, silent = connect(live), connect(live)
+    began = time.monotonic()
+    with pytest.raises(OSError):  # noqa: PT011 - whichever the kernel gives: the other side has closed
+        for byte in HEAD * 100:
+            slow.sendall(bytes([byte]))
+            time.sleep(0.02)
+    assert everything(silent) == b""
+    assert 0.4 < time.monotonic() - began < 5
+    assert counted(live, "request_timeout")
+
+
+def test_a_head_that_stops_is_told(serve: Any, connect: Callable[..., socket.socket]) -> None:
+    live = serve(head_timeout=0.3)
+    connection = connect(live)
+    connection.sendall(HEAD)
+    assert error_of(everything(connection), 408) == "request_timeout"
+
+
+def test_a_second_request_on_the_connection_has_the_same_limits(
+    serve: Any, connect: Callable[..., socket.socket]
+) -> None:
+    connection = connect(serve(head_timeout=0.3))
+    connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b"200 OK" in connection.recv(4096)
+    connection.sendall(b"GET /li")
+    assert error_of(everything(connection), 408) == "request_timeout"
+
+
+def test_what_follows_an_early_answer_holds_the_connection_no_longer(
+    serve: Any, connect: Callable[..., socket.socket]
+) -> None:
+    live = serve(head_timeout=0.5, max_head_bytes=2048)
+    connection = connect(live)
+    connection.sendall(b"POST /no-such HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+    answer = connection.recv(4096)
+    assert b"404 Not Found" in answer
+    connection.sendall(b"x" * 10_000)  # a body that was begun is no head that is too large
+    began = time.monotonic()
+    with pytest.raises(OSError):  # noqa: PT011
+        while time.monotonic() - began < 5:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+    assert b"431" not in answer + everything(connection)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/prompts"])
+def test_a_slow_body_is_408(serve: Any, connect: Callable[..., socket.socket], path: str, engine: Any) -> None:
+    live = serve(body_timeout=0.4)
+    connection = connect(live)
+    kind = b"application/json" if path == "/v1/completions" else b"multipart/form-data; boundary=b"
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: 1000\r\n\r\n"
+    connection.sendall(head % (path.encode(), kind))
+    connection.sendall(b'{"prompt": ' if path == "/v1/completions" else b"--b\r\n")
+    assert error_of(everything(connection), 408) == "request_timeout"
+    assert engine.requests == []
+    assert live.server._services.admission.num_in_use == 0
+
+
+def test_a_body_that_keeps_up_may_take_longer(serve: Any, connect: Callable[..., socket.socket]) -> None:
+    live = serve(body_timeout=0.4)
+    connection = connect(live)
+    body = json.dumps({"prompt": "abc", "max_tokens": 2, "user": "x" * 16_000}).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body))
+    for start in range(0, len(body), 2000):
+        connection.sendall(body[start : start + 2000])
+        time.sleep(0.1)
+    assert b"200 OK" in everything(connection)
+
+
+def test_more_connections_than_allowed_are_refused_until_one_goes(
+    serve: Any, connect: Callable[..., socket.socket], eventually: Callable[..., None]
+) -> None:
+    live = serve(max_connections=3)
+    held = [connect(live) for _ in range(3)]
+    eventually(lambda: len(live.server.server_state.connections) == 3)
+    refused = everything(connect(live))
+    assert error_of(refused, 503) == "too_many_connections"
+    assert b"retry-after: 1" in refused
+    held[0].close()
+    eventually(lambda: len(live.server.server_state.connections) < 3)
+    assert counted(live, "too_many_connections")
+
+
+def test_an_answer_that_nobody_reads_is_given_up(
+    serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
+) -> None:
+    live = serve(stall_timeout=0.5, max_waiting=1000)
+    engine.reply = "x" * 200
+    connection = connect(live, buffer=4096)
+    body = json.dumps(
+        {"prompt": ["x" * 50] * 32, "n": 4, "max_tokens": 190, "logprobs": 20, "ignore_eos": True}
+    ).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    eventually(lambda: counted(live, "client_stalled"))
+    eventually(lambda: live.server._services.admission.num_in_use == 0)
+    eventually(lambda: not live.server.server_state.tasks)
+
+
+def test_a_reader_that_is_slow_but_reads_gets_all_of_it(
+    serve: Any, connect: Callable[..., socket.socket], engine: Any
+) -> None:
+    live = serve(stall_timeout=0.5, max_waiting=1000)
+    engine.reply = "x" * 200
+    connection = connect(live, buffer=65536)
+    body = json.dumps({"prompt": ["x" * 50] * 32, "n": 4, "max_tokens": 190, "logprobs": 20, "ignore_eos": True})
+    head = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    connection.sendall(head + body.encode())
+    received = b""
+    for _ in range(12):
+        received += connection.recv(200_000)
+        time.sleep(0.15)
+    received += everything(connection)
+    head, _, answer = received.partition(b"\r\n\r\n")
+    assert b"200 OK" in head
+    assert len(json.loads(answer)["choices"]) == 128
+
+
+def test_pipelined_requests_are_answered_in_turn(serve: Any, connect: Callable[..., socket.socket]) -> None:
+    connection = connect(serve())
+    first, last = (
+        b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /no HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    )
+    connection.sendall(first * 3 + last)
+    answer = everything(connection)
+    assert (answer.count(b"200 OK"), answer.count(b"404 Not Found")) == (3, 1)
+
+
+def test_an_endless_head_behind_a_running_stream_ends_both(
+    serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
+) -> None:
+    live = serve(max_head_bytes=2048)
+    engine.reply, engine.stall_after = "x" * 200, 5
+    connection = connect(live)
+    body = json.dumps({"prompt": "abc", "max_tokens": 100, "stream": True}).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert b"200 OK" in connection.recv(4096)
+    connection.sendall(b"GET /live HTTP/1.1\r\nX: " + b"x" * 3000)
+    assert b" 431 " not in everything(connection), "it would stand in the middle of the stream"
+    eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+
+
+def test_open_files_are_allowed_for_as_many_connections(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.append(values))
+    for soft, hard, expected in (
+        (1024, 100_000, 4608),
+        (1024, 2000, 2000),
+        (1024, resource.RLIM_INFINITY, 4608),
+        (50_000, 100_000, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ):
+        limits.clear()
+        monkeypatch.setattr(resource, "getrlimit", lambda _, values=(soft, hard): values)
+        with caplog.at_level(logging.WARNING):
+            server_app._allow_open_files(4096)
+        assert limits == ([] if expected is None else [(expected, hard)])
+    assert caplog.text.count("--max-connections 4096") == 1

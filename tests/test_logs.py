@@ -1,0 +1,164 @@
+"""What is logged: by the formatter, by the middleware, and by a whole server from its start to its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from server import logs
+from server.api.request_record import MAX_LOGGED_CHARS, RequestRecord, log_request, logged_input
+from server.cli import app
+from tests.serving import BASE, adapter, serving, upload
+
+
+def made(**values: object) -> logging.LogRecord:
+    record = logging.LogRecord("a.b", logging.WARNING, "file", 1, "say %s\nmore", ("it",), None)
+    record.__dict__.update(values)
+    return record
+
+
+def test_a_line_is_one_json_object_with_the_fields_given() -> None:
+    line = logs.JsonFormatter().format(made(fields={"tenant": "acme", "path": Path("x")}))
+    assert "\n" not in line
+    told = json.loads(line)
+    assert told["message"] == "say it\nmore"
+    assert (told["level"], told["logger"], told["tenant"], told["path"]) == ("WARNING", "a.b", "acme", "x")
+    assert told["time"].endswith("+00:00")
+
+
+def test_errors_and_stacks_are_in_the_line() -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        record = made(exc_info=sys.exc_info(), stack_info="here")
+    told = json.loads(logs.JsonFormatter().format(record))
+    assert "ValueError: broken" in told["exception"]
+    assert told["stack"] == "here"
+
+
+@pytest.mark.parametrize(("path", "level"), [("/v1/models", "INFO"), ("/ready", "DEBUG"), ("/metrics", "DEBUG")])
+def test_what_machines_ask_all_day_is_for_debugging(path: str, level: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    log_request(RequestRecord(request_id="r", method="GET", path=path, total_seconds=0.25, status=200))
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert record.message == f"GET {path} 200 in 0.250 s, request r"
+    assert record.fields["total_seconds"] == 0.25
+    assert "outcome" not in record.fields
+
+
+def test_long_inputs_are_cut() -> None:
+    value = [{"content": "x" * 20_000, "n": 3}]
+    assert logged_input(value) == [{"content": "x" * MAX_LOGGED_CHARS, "n": 3}]
+    assert len(logged_input(list(range(20_000)))) == MAX_LOGGED_CHARS
+
+
+PROGRAM = """
+import logging, os, warnings
+from server import logs
+logs.configure_from_variables("engine")
+logging.getLogger("x").info("not shown")
+warnings.warn("beware")
+assert logs.variables() == {name: os.environ[name] for name in (logs.LEVEL_VARIABLE, logs.FORMAT_VARIABLE)}
+1 / 0
+"""
+
+
+def test_another_process_logs_as_the_first_one_does_and_a_crash_is_a_line_too() -> None:
+    for form in ("json", "text"):
+        environment = {**os.environ, logs.LEVEL_VARIABLE: "WARNING", logs.FORMAT_VARIABLE: form}
+        command = [sys.executable, "-c", PROGRAM]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        assert result.returncode == 1
+        assert "beware" in result.stderr
+        assert "ZeroDivisionError" in result.stderr
+        assert "not shown" not in result.stderr
+        if form == "json":
+            levels = [json.loads(line)["level"] for line in result.stderr.splitlines()]
+            assert levels == ["WARNING", "CRITICAL"]
+
+
+def lines_of(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+
+
+def ended(folder: Path, request_id: str) -> dict[str, object]:
+    """The line of a request; it is written a moment after the answer."""
+    deadline = time.monotonic() + 10
+    while True:
+        found = [line for line in lines_of(folder) if line.get("request_id") == request_id]
+        if found:
+            (line,) = found
+            return line
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(
+        '[[keys]]\nkey = "k"\ntenant = "acme"\nscopes = ["generate", "prompts:read", "prompts:write", "admin"]\n'
+    )
+    flags = ("--dtype", "float32", "--log-format", "json", "--api-key-file", str(keys))
+    with serving(tmp_path, *flags) as (client, process):
+        client.headers["authorization"] = "Bearer k"
+        assert upload(client, "dates", *adapter("dates")).status_code == 201
+        body = {"model": "dates", "prompt": "a secret text", "max_tokens": 5, "ignore_eos": True}
+        client.post("/v1/completions", json=body, headers={"x-request-id": "whole"}).raise_for_status()
+        client.post("/v1/completions", json={**body, "stream": True}, headers={"x-request-id": "stream"}).read()
+        wrong = {"model": "none", "messages": [{"role": "user", "content": "a secret text"}]}
+        assert client.post("/v1/chat/completions", json=wrong, headers={"x-request-id": "bad"}).status_code >= 400
+        client.post(
+            "/v1/classify",
+            json={"model": "dates", "input": "a secret text", "labels": ["a", "b"]},
+            headers={"x-request-id": "label"},
+        ).raise_for_status()
+        unknown = {"x-request-id": "unknown", "authorization": "Bearer x"}
+        assert client.get("/v1/models", headers=unknown).status_code == 401
+        for name in ("whole", "stream"):
+            line = ended(tmp_path, name)
+            expected = {"status": 200, "tenant": "acme", "prompt": "dates", "version": 1, "outcome": "length"}
+            assert line.items() >= {**expected, "model": "dates", "completion_tokens": 5}.items()
+            assert line["prompt_tokens"] > 0
+            assert line["virtual_tokens"] > 0
+            total = line["queue_seconds"] + line["prefill_seconds"] + line["decode_seconds"]
+            assert 0 < total <= line["total_seconds"] + 0.001
+            assert 0 < line["first_token_seconds"] <= line["total_seconds"]
+        assert ended(tmp_path, "bad").items() >= {"status": 404, "error": "model_not_found"}.items()
+        assert ended(tmp_path, "label").items() >= {"operation": "classify", "outcome": "stop"}.items()
+        assert ended(tmp_path, "unknown").items() >= {"status": 401, "error": "invalid_api_key"}.items()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    lines = lines_of(tmp_path)
+    assert any(line["logger"].startswith("uvicorn") for line in lines)
+    assert any(line["message"] == f"{BASE} serves" for line in lines)
+    assert "secret text" not in (tmp_path / "log").read_text()
+
+
+def test_prompts_are_logged_where_the_operator_asks(tmp_path: Path) -> None:
+    with serving(tmp_path, "--dtype", "float32", "--log-format", "json", "--log-prompts") as (client, _):
+        headers = {"x-request-id": "r1"}
+        body = {"prompt": ["a secret text"], "max_tokens": 1}
+        client.post("/v1/completions", json=body, headers=headers).raise_for_status()
+        assert ended(tmp_path, "r1")["input"] == ["a secret text"]
+
+
+def test_a_failed_start_is_json_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logs, "configure", lambda *_: None)  # which would take caplog's handler away
+    line = ["serve", "--model", "m", "--host", "0.0.0.0", "--port", "0", "--log-format", "json"]  # noqa: S104
+    result = CliRunner().invoke(app, [*line, "--store", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "prelude:" not in result.stderr
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "--api-key-file" in record.message
