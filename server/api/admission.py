@@ -77,19 +77,22 @@ class Admission:
         """
         if not self._waiting[tenant] or len(self._begun) < _MIN_BEGUN:
             return 0.0
-        return self._waiting[tenant] * len(+self._waiting) * (self._clock() - self._begun[0]) / len(self._begun)
+        return self._waiting[tenant] * len(self._waiting) * (self._clock() - self._begun[0]) / len(self._begun)
 
-    def check(self, tenant: str, timeout: float | None) -> None:
+    def check(self, tenant: str, timeout: float | None, *, priority: int = 0) -> None:
         """Return if another sequence may come in; asked before any work is done for it.
 
         Args:
             tenant: Whose it is.
             timeout: Seconds in which it has to begin; None is no limit.
+            priority: Negative is more urgent; such a sequence does not wait with the others and always passes.
 
         Raises:
             OverloadedError: If the server is full.
             WaitTimeoutError: If its turn would come too late.
         """
+        if priority < 0:
+            return
         if self.num_in_use >= self.capacity:
             raise OverloadedError(f"the server is full: all of its {self.capacity} places are taken")
         wait = self.expected_wait(tenant)

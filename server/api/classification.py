@@ -119,13 +119,9 @@ class Classification:
 
     def end_record(self, outcome: str) -> None:
         """Tell the request's record what has come of it."""
-        record, usage = self.record, self.usage
-        record.outcome = outcome
-        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
-        record.cached_tokens = usage.prompt_tokens_details.cached_tokens
-        record.virtual_tokens = usage.prompt_tokens_details.virtual_tokens
+        self.record.end(outcome, self.usage)
         if self.leased is not None:
-            record.prompt, record.version = self.leased.version.name, self.leased.version.version
+            self.record.prompt, self.record.version = self.leased.version.name, self.leased.version.version
 
     async def run(self) -> None:
         """Compute the verdicts. Cancelled, or failed, it aborts every sequence that still runs.

@@ -24,7 +24,7 @@ from server.api.generation import shorter
 from server.api.openai import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
 from server.api.protocol import MAX_TIMEOUT_SECONDS, Prompts
 from server.api.request_body import RequestBody, check_unicode
-from server.api.request_record import logged_input, record_of
+from server.api.request_record import begin_record
 from server.api.resolution import resolve
 from server.api.responses import Usage
 from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
@@ -118,16 +118,12 @@ class ClassifyReply(msgspec.Struct, kw_only=True):
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
     """Find the label of one text or several."""
     arrival = time.monotonic()
-    record = record_of(request)
-    record.operation, record.model = "classify", body.model or services.base_name
-    if services.settings.http.log_prompts:
-        record.input = logged_input(body.input)
+    record = begin_record(request, services, "classify", model=body.model, text=lambda: body.input)
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
 
     async def answer() -> tuple[bytes, dict[str, str]]:
         timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
-        if body.priority >= 0:
-            services.admission.check(caller_of(request).tenant, timeout)
+        services.admission.check(caller_of(request).tenant, timeout, priority=body.priority)
         wanted = Wanted(
             inputs=await tokenize_prompts(services.tokenizer, body.input, add_special_tokens=body.add_special_tokens),
             labels=await _tokenize_labels(services, body.labels),

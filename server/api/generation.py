@@ -110,11 +110,8 @@ class Generation:
 
     def end_record(self, outcome: str) -> None:
         """Tell the request's record what has come of it."""
-        record, usage = self._record, self.usage
-        record.outcome = outcome
-        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
-        record.cached_tokens = usage.prompt_tokens_details.cached_tokens
-        record.virtual_tokens = usage.prompt_tokens_details.virtual_tokens
+        record = self._record
+        record.end(outcome, self.usage)
         if record.first_token_seconds is not None:
             record.decode_seconds = self._newest - self._arrival - record.first_token_seconds
 

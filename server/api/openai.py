@@ -19,7 +19,7 @@ from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted, shorter
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
-from server.api.request_record import RequestRecord, logged_input, record_of
+from server.api.request_record import RequestRecord, begin_record
 from server.api.resolution import Target, resolve
 from server.api.sse import DONE, EventStream, event
 from server.api.writers import ChatWriter, ChoiceText, CompletionWriter, Writer
@@ -56,9 +56,8 @@ class _Call:
         return {} if self.served_by is None else {SERVED_BY_HEADER: self.served_by}
 
     async def admitted(self) -> AbstractAsyncContextManager[Generation]:
-        if self.body.priority >= 0:  # what is more urgent does not wait with the others
-            limit = shorter(self.body.timeout, self.services.settings.http.max_wait_seconds)
-            self.services.admission.check(self.caller.tenant, limit)
+        limit = shorter(self.body.timeout, self.services.settings.http.max_wait_seconds)
+        self.services.admission.check(self.caller.tenant, limit, priority=self.body.priority)
         return admitted(
             self.services,
             self.target,
@@ -119,17 +118,6 @@ class _Call:
         return describe_late
 
 
-def _begin_record(
-    request: Request, services: Services, operation: str, body: GenerationBody, text: object
-) -> RequestRecord:
-    record = record_of(request)
-    record.operation = operation
-    record.model = body.model or services.base_name
-    if services.settings.http.log_prompts:
-        record.input = logged_input(text)
-    return record
-
-
 async def tokenize_prompts(
     tokenizer: Tokenizer, prompts: list[str] | list[list[int]], *, add_special_tokens: bool
 ) -> list[list[int]]:
@@ -148,7 +136,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
     async def tokenize() -> list[list[int]]:
         return await tokenize_prompts(services.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
 
-    record = _begin_record(request, services, "text_completion", body, body.prompt)
+    record = begin_record(request, services, "text_completion", model=body.model, text=lambda: body.prompt)
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,
@@ -188,7 +176,9 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         )
         return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
 
-    record = _begin_record(request, services, "chat", body, [message.turn for message in body.messages])
+    record = begin_record(
+        request, services, "chat", model=body.model, text=lambda: [message.turn for message in body.messages]
+    )
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(
         services=services,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 from starlette.requests import Request
 
 from server.api.access import OPEN_PATHS
+from server.api.deps import Services
+from server.api.responses import Usage
 from server.logs import FIELDS
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,13 @@ class RequestRecord:
     started: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
 
+    def end(self, outcome: str, usage: Usage) -> None:
+        """Note what has come of an admitted request."""
+        self.outcome = outcome
+        self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        self.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        self.virtual_tokens = usage.prompt_tokens_details.virtual_tokens
+
     @property
     def fields(self) -> dict[str, object]:
         """What is known, for a log line; seconds to the microsecond."""
@@ -99,6 +108,26 @@ def record_of(request: Request) -> RequestRecord:
     record = request.state.record
     if not isinstance(record, RequestRecord):
         raise TypeError("the state of a request holds something else than its record")
+    return record
+
+
+def begin_record(
+    request: Request, services: Services, operation: str, *, model: str | None, text: Callable[[], object]
+) -> RequestRecord:
+    """The record of a request for the model, with what it asks for.
+
+    Args:
+        request: The request.
+        services: Whose base it asks, and whether texts are logged.
+        operation: See ``RequestRecord``.
+        model: Its field ``model``.
+        text: Makes its prompts or messages; only called where they are logged.
+    """
+    record = record_of(request)
+    record.operation = operation
+    record.model = model or services.base_name
+    if services.settings.http.log_prompts:
+        record.input = logged_input(text())
     return record
 
 
