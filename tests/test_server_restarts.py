@@ -58,6 +58,8 @@ def test_an_engine_killed_under_load_comes_back_with_right_answers(tmp_path: Pat
         engine = engine_of(process.pid)
         streams = [pool.submit(stream, client, model) for model in [BASE, "intent"] * 4]
         wait_until(lambda: value(client, "prelude_num_requests_running") == 8)
+        # The first answer and all streams: one that ends before its first token has a status of its own.
+        wait_until(lambda: value(client, "prelude_time_to_first_token_seconds_count") == 9)
         before = [value(client, name) for name in counters]
         os.kill(engine.pid, signal.SIGKILL)
         for status, events in (future.result() for future in streams):

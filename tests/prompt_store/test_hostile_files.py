@@ -229,7 +229,8 @@ with path.open("wb") as file:
         file.write(large)
 config = {"peft_type": "MULTITASK_PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1024}
 base = BaseModelSpec("tiny", 8192, 1, 1, 8, 4096, "bfloat16")
-np.ones((64, 64), np.float32) @ np.ones((64, 64), np.float32)  # the library takes its work space once, here
+# The library takes its work space once, here; with AVX-512 it takes none for small products.
+np.ones((512, 512), np.float32) @ np.ones((512, 512), np.float32)
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 used = int(status["VmData"].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + (40 << 20), used + (40 << 20)))
