@@ -39,6 +39,10 @@ Where the API process or anybody else needs one of the cores, a thread that spin
 running; ``benchmarks/spinning.py`` shows by how much.
 """
 
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Makes torch ask for pages of 2 MiB: blocks lie all over the cache, and finding each one's pages takes as long as
+reading it."""
+
 
 class EngineConnection(Protocol):
     """An engine process that has loaded its model; tests put a fake in its place."""
@@ -172,10 +176,11 @@ async def launch(settings: EngineSettings) -> EngineConnection:
 
 
 def environment() -> dict[str, str]:
-    """The process's environment: it logs as this one does; what the operator has said of OpenMP's waiting stays."""
-    inherited = {**os.environ, **log_variables()}
-    is_set = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
-    return inherited if is_set else {**inherited, "GOMP_SPINCOUNT": SPIN_COUNT}
+    """The process's environment: it logs as this one does; what the operator has said of threads and memory stays."""
+    chosen = {HUGE_PAGES: "1"}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        chosen["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return {**chosen, **os.environ, **log_variables()}
 
 
 async def _end(process: asyncio.subprocess.Process) -> str:

@@ -13,8 +13,10 @@ import torch
 from numba.core import config
 
 from server.engine.attention import AttentionBackend, AttentionMetadata, Rows, SDPABackend
+from server.engine.compiled import elements
 from server.engine.decode_kernel import attend_rows
 from server.engine.kv_cache import KVCache
+from server.engine.vector_code import LANES
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,8 @@ _NO_SINKS = np.empty(0, np.float32)
 class Decodes:
     """One step's decodes as ``attend_rows`` takes them; the same for all layers."""
 
-    tables: Integers
+    slots: npt.NDArray[np.int32]
+    starts: Integers
     lengths: Integers
     rows: Integers
     bounds: Integers
@@ -45,7 +48,7 @@ class CPUBackend(SDPABackend):
         numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         self._num_threads: int = numba.get_num_threads()
         layers = (cache.layer(layer) for layer in range(cache.spec.num_layers))
-        self._arrays = [(_array(keys), _array(values)) for keys, values in layers]
+        self._arrays = [(elements(keys), elements(values)) for keys, values in layers]
         self._decodes: Decodes | None = None
 
     def compile(self) -> None:
@@ -54,19 +57,20 @@ class CPUBackend(SDPABackend):
         Raises:
             Exception: Whatever Numba and LLVM raise where they cannot.
         """
-        num_kv_heads, head_dim = self._arrays[0][0].shape[1:]
-        out = np.empty((1, num_kv_heads, head_dim), np.float32)
-        block, length, parts = np.zeros((1, 1), np.int64), np.ones(1, np.int64), np.array([0, 1])
-        zero, block_size = np.float32(0.0), self.cache.spec.block_size
         keys, values = self._arrays[0]
-        attend_rows(out.copy(), keys, values, block, block_size, length, block[0], parts, 0, zero, _NO_SINKS, out)
+        out = np.empty((1, *keys.shape[1:]), keys.dtype)
+        zero, one, parts = np.zeros(1, np.int64), np.ones(1, np.int64), np.array([0, 1])
+        slots, factor = np.zeros(LANES, np.int32), np.float32(1.0)
+        attend_rows(
+            out.copy(), keys, values, slots, zero, one, zero, parts, factor, 0, np.float32(0.0), _NO_SINKS, out
+        )
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """Set what the next forward pass attends to, and share its decodes out to the threads."""
         super().begin(metadata)
         first = metadata.groups[0]
         is_decode = first.query_positions.shape[1] == 1
-        self._decodes = share_out(first, self._num_threads) if is_decode else None
+        self._decodes = share_out(first, metadata.block_size, self._num_threads) if is_decode else None
 
     def attend_group(
         self,
@@ -83,22 +87,23 @@ class CPUBackend(SDPABackend):
         decodes = self._decodes
         if index > 0 or decodes is None:
             return super().attend_group(query, layer, metadata, index, scale, window, softcap, s_aux)
-        rows = (query.transpose(0, 1).float() * scale).contiguous()
+        rows = query.transpose(0, 1).contiguous()
         out = torch.empty_like(rows)
         attend_rows(
-            rows.numpy(),
+            elements(rows),
             *self._arrays[layer],
-            decodes.tables,
-            metadata.block_size,
+            decodes.slots,
+            decodes.starts,
             decodes.lengths,
             decodes.rows,
             decodes.bounds,
+            np.float32(scale),
             window or 0,
             np.float32(softcap or 0.0),
             _NO_SINKS if s_aux is None else s_aux.detach().float().numpy(),
-            out.numpy(),
+            elements(out),
         )
-        return out.to(query.dtype)
+        return out
 
 
 def make_backend(cache: KVCache) -> AttentionBackend:
@@ -115,9 +120,15 @@ def make_backend(cache: KVCache) -> AttentionBackend:
     return backend
 
 
-def share_out(rows: Rows, num_threads: int) -> Decodes:
-    """Give each thread about as many keys to read, the longest rows first."""
+def share_out(rows: Rows, block_size: int, num_threads: int) -> Decodes:
+    """Find each row's keys, and give each thread about as many of them to read, the longest rows first."""
     lengths = rows.query_positions[:, 0].numpy() + 1
+    ends = np.cumsum(lengths + LANES - 1)
+    starts = ends - (lengths + LANES - 1)
+    # What follows a sequence is its own last position, once more.
+    row = np.repeat(np.arange(len(lengths)), lengths + LANES - 1)
+    position = np.minimum(np.arange(ends[-1]) - starts[row], lengths[row] - 1)
+    slots = rows.tables.numpy()[row, position // block_size] * block_size + position % block_size
     shares: list[list[int]] = [[] for _ in range(min(num_threads, len(lengths)))]
     loads = [(0, thread) for thread in range(len(shares))]
     for row in np.argsort(-lengths, kind="stable").tolist():
@@ -125,11 +136,5 @@ def share_out(rows: Rows, num_threads: int) -> Decodes:
         shares[thread].append(row)
         heapq.heapreplace(loads, (load + int(lengths[row]), thread))
     bounds = np.cumsum([0, *map(len, shares)])
-    return Decodes(rows.tables.numpy(), lengths, np.concatenate([np.array(share) for share in shares]), bounds)
-
-
-def _array(slots: torch.Tensor) -> npt.NDArray[np.float32 | np.uint16]:
-    """The same memory for Numba, which has no bfloat16."""
-    array: npt.NDArray[np.float32 | np.uint16]
-    array = (slots.view(torch.uint16) if slots.dtype == torch.bfloat16 else slots).numpy()
-    return array
+    order = np.concatenate([np.array(share) for share in shares])
+    return Decodes(slots.astype(np.int32), starts, lengths, order, bounds)

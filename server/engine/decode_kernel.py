@@ -1,58 +1,20 @@
 """Attention of single rows over paged keys and values, compiled by Numba for the processor that it runs on.
 
-Keys are read where they lie, block by block and all heads of a position together, so memory is walked once and in
-order; gathering them first, as torch's SDPA needs it, would write and read them once more. Numba needs no compiler on
-the machine. Its threads are OpenMP's, which torch has started already.
+Keys are read where they lie, sixteen positions at a time and all heads of a position together, so memory is walked
+once and in order; gathering them first, as torch's SDPA needs it, would write and read them once more. Numba needs no
+compiler on the machine. Its threads are OpenMP's, which torch has started already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit, prange, types
-from numba.core import config
-from numba.extending import overload
+from numba import prange
 
-config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # torch's own pool; another would fight it for the cores
-
-# Sums may be taken in any order, and fused; but NaN has to stay NaN, for that is how an overflow is found.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
-_LOG2_E = np.float32(1.44269504)
-_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_LEAST_EXPONENT = np.float32(-87.0)
-_EXPONENT_BIAS, _EXPONENT_UNIT = np.int32(127), np.int32(1 << 23)
-# Cephes' expf (netlib.org/cephes): minimax polynomial of (exp(x) - 1 - x) / x**2 on [-ln 2 / 2, ln 2 / 2].
-_C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+from server.engine.compiled import compiled, element_of, exp, float32_of
+from server.engine.vector_code import LANES, add_positions, fetch_positions, score_positions
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
-    """Compile with Numba, and keep the result on disk for the next start where there is a place for it."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # neither this file's folder nor the user's cache can be written
-            return njit(fastmath=_FAST, nogil=True, error_model="numpy", **options)(function)
-
-    return decorate
-
-
-def _float32(_element: Any) -> Any:
-    """An element of keys or values as float32; only means something inside compiled code."""
-    raise NotImplementedError
-
-
-@overload(_float32, inline="always")
-def _overload_float32(element):  # type: ignore[no-untyped-def]
-    if element == types.uint16:  # bfloat16 is the upper half of a float32
-        return lambda element: np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
-    return lambda element: element
-
-
-@njit(fastmath=True)
+@compiled()
 def _largest(scores):  # type: ignore[no-untyped-def]
     largest = np.float32(-np.inf)
     for index in range(scores.shape[0]):
@@ -61,130 +23,138 @@ def _largest(scores):  # type: ignore[no-untyped-def]
     return largest
 
 
-@_compiled()
+@compiled()
 def _cap(scores, softcap):  # type: ignore[no-untyped-def]
     for index in range(scores.shape[0]):
         scores[index] = softcap * np.tanh(scores[index] / softcap)
 
 
-@_compiled()
+@compiled()
 def _softmax(scores, sink):  # type: ignore[no-untyped-def]
-    """In place; ``sink`` takes part in the sum. exp is written out, for LLVM vectorises no call of libm's."""
+    """In place; ``sink`` takes part in the sum."""
     largest = max(_largest(scores), sink)
     total = np.float32(0.0)
     for index in range(scores.shape[0]):
-        x = scores[index] - largest
-        x = _LEAST_EXPONENT if x < _LEAST_EXPONENT else x  # noqa: FURB136 - likewise
-        power = np.floor(x * _LOG2_E + np.float32(0.5))
-        x = x - power * _LN_2_HIGH - power * _LN_2_LOW
-        y = ((((_C0 * x + _C1) * x + _C2) * x + _C3) * x + _C4) * x + _C5
-        y = y * x * x + x + np.float32(1.0)
-        weight = y * np.int32((np.int32(power) + _EXPONENT_BIAS) * _EXPONENT_UNIT).view(np.float32)
-        scores[index] = weight
-        total += weight
+        scores[index] = exp(scores[index] - largest)
+        total += scores[index]
     total += np.exp(sink - largest)
     for index in range(scores.shape[0]):
         scores[index] /= total
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def attend_rows(  # type: ignore[no-untyped-def]
-    query,
-    keys,
-    values,
-    tables,
-    block_size,
-    lengths,
-    rows,
-    bounds,
-    window,
-    softcap,
-    sinks,
-    out,
+    query, keys, values, slots, starts, lengths, rows, bounds, scale, window, softcap, sinks, out
 ):
-    """Attention of rows that each stand at the end of their own sequence.
+    """Attention of rows that each see the first keys of a sequence, their own at the end.
 
-    Compiled for a dtype of keys when it is first called with it, or read from the disk.
+    Compiled for a dtype when it is first called with it, or read from the disk.
 
     Args:
-        query: [rows, heads, head_dim] float32, multiplied by the scale already.
-        keys: [slots, kv_heads, head_dim], float32, or bfloat16 seen as uint16.
+        query: [rows, heads, head_dim], float32, or bfloat16 seen as uint16.
+        keys: [slots, kv_heads, head_dim], of the same dtype.
         values: Likewise.
-        tables: [rows, blocks] int64, where each row's keys lie.
-        block_size: Positions in a block.
+        slots: [positions] int32, where the keys of each sequence lie, one sequence after another. Fifteen more follow
+            each sequence's last, whose keys and values are read, but count for nothing.
+        starts: [rows] int64, where the sequence of each row begins in ``slots``.
         lengths: [rows] int64, keys that each row sees, its own included.
         rows: [rows] int64, in the order in which threads take them.
         bounds: [threads + 1] int64: thread t computes ``rows[bounds[t]:bounds[t + 1]]``.
+        scale: float32, factor of the scores.
         window: Newest keys that a row sees; 0 for all.
         softcap: float32, bound of the scores; 0 for none.
         sinks: [heads] float32, a score of each head that has no value; [0] for none.
-        out: [rows, heads, head_dim] float32, which is overwritten.
+        out: [rows, heads, head_dim] of the query's dtype, which is overwritten.
     """
-    num_kv_heads, head_dim = keys.shape[1], keys.shape[2]
-    group_size = query.shape[1] // num_kv_heads
+    num_heads, head_dim, num_kv_heads = query.shape[1], query.shape[2], keys.shape[1]
+    group_size = num_heads // num_kv_heads
     for part in prange(bounds.shape[0] - 1):
         longest = 0
         for index in range(bounds[part], bounds[part + 1]):
             longest = max(longest, lengths[rows[index]])
-        scores = np.empty((num_kv_heads, group_size, longest + 2 * block_size), np.float32)
+        scores = np.empty((num_heads, longest + LANES), np.float32)
+        own = np.empty((num_heads, head_dim), np.float32)
+        mixed = np.empty((num_heads, head_dim), np.float32)
         for index in range(bounds[part], bounds[part + 1]):
             row = rows[index]
-            stop = lengths[row]
-            start = max(0, stop - window) if window else 0
-            first_block = start // block_size
-            last_block = (stop - 1) // block_size
-            for block in range(first_block, last_block + 1):
-                slot = tables[row, block] * block_size
-                column = (block - first_block) * block_size
-                for offset in range(block_size):
-                    for head in range(num_kv_heads):
-                        key = keys[slot + offset, head]
-                        for member in range(group_size):
-                            own = query[row, head * group_size + member]
-                            score = np.float32(0.0)
-                            for d in range(head_dim):
-                                score += own[d] * _float32(key[d])
-                            scores[head, member, column + offset] = score
-            skipped = start - first_block * block_size
-            for head in range(num_kv_heads):
-                for member in range(group_size):
-                    seen = scores[head, member, skipped : skipped + stop - start]
-                    if softcap > 0.0:
-                        _cap(seen, softcap)
-                    sink = sinks[head * group_size + member] if sinks.shape[0] else np.float32(-np.inf)
-                    _softmax(seen, sink)
-                    mixed = out[row, head * group_size + member]
-                    for d in range(head_dim):
-                        mixed[d] = np.float32(0.0)
-            for block in range(first_block, last_block + 1):
-                base = block * block_size
-                slot = tables[row, block] * block_size
-                column = (block - first_block) * block_size
-                offset = max(start, base) - base
-                end = min(stop, base + block_size) - base
-                # Four at a time: the sums are loaded and stored once for them all.
-                while offset + 4 <= end:
-                    for head in range(num_kv_heads):
-                        value0, value1 = values[slot + offset, head], values[slot + offset + 1, head]
-                        value2, value3 = values[slot + offset + 2, head], values[slot + offset + 3, head]
-                        for member in range(group_size):
-                            weights = scores[head, member, column + offset : column + offset + 4]
-                            weight0, weight1, weight2, weight3 = weights[0], weights[1], weights[2], weights[3]
-                            mixed = out[row, head * group_size + member]
-                            for d in range(head_dim):
-                                mixed[d] += (
-                                    weight0 * _float32(value0[d])
-                                    + weight1 * _float32(value1[d])
-                                    + weight2 * _float32(value2[d])
-                                    + weight3 * _float32(value3[d])
-                                )
-                    offset += 4
-                while offset < end:
-                    for head in range(num_kv_heads):
-                        value0 = values[slot + offset, head]
-                        for member in range(group_size):
-                            weight0 = scores[head, member, column + offset]
-                            mixed = out[row, head * group_size + member]
-                            for d in range(head_dim):
-                                mixed[d] += weight0 * _float32(value0[d])
-                    offset += 1
+            skipped = max(0, lengths[row] - window) if window else 0
+            seen = lengths[row] - skipped
+            first = starts[row] + skipped
+            for head in range(num_heads):
+                for d in range(head_dim):
+                    own[head, d] = float32_of(query[row, head, d]) * scale
+                    mixed[head, d] = np.float32(0.0)
+            _score(own, keys, values, slots, first, seen, group_size, scores)
+            for head in range(num_heads):
+                if softcap > 0.0:
+                    _cap(scores[head, :seen], softcap)
+                _softmax(scores[head, :seen], sinks[head] if sinks.shape[0] else np.float32(-np.inf))
+                for column in range(seen, seen + LANES - 1):
+                    scores[head, column] = np.float32(0.0)
+            following = rows[min(index + 1, bounds[part + 1] - 1)]
+            then = starts[following] + (max(0, lengths[following] - window) if window else 0)
+            _mix(scores, values, keys, slots, first, then, seen, group_size, mixed)
+            for head in range(num_heads):
+                for d in range(head_dim):
+                    out[row, head, d] = element_of(mixed[head, d], out)
+
+
+@compiled()
+def _score(own, keys, values, slots, first, seen, group_size, scores):  # type: ignore[no-untyped-def]
+    num_kv_heads, head_dim = keys.shape[1], keys.shape[2]
+    whole = head_dim // LANES * LANES
+    for column in range(0, seen, LANES):
+        for kv_head in range(num_kv_heads):
+            fetch_positions(values, slots, first + column, num_kv_heads * head_dim, kv_head * head_dim, head_dim)
+            for head in range(kv_head * group_size, (kv_head + 1) * group_size):
+                score_positions(
+                    own,
+                    head * head_dim,
+                    keys,
+                    slots,
+                    first + column,
+                    num_kv_heads * head_dim,
+                    kv_head * head_dim,
+                    whole,
+                    scores,
+                    head * scores.shape[1] + column,
+                )
+                if whole < head_dim:
+                    for position in range(LANES):
+                        key = keys[slots[first + column + position], kv_head]
+                        for d in range(whole, head_dim):
+                            scores[head, column + position] += own[head, d] * float32_of(key[d])
+
+
+@compiled()
+def _mix(weights, values, keys, slots, first, then, seen, group_size, mixed):  # type: ignore[no-untyped-def]
+    num_kv_heads, head_dim = values.shape[1], values.shape[2]
+    whole = head_dim // LANES * LANES
+    for column in range(0, seen, LANES):
+        for kv_head in range(num_kv_heads):
+            fetch_positions(
+                keys,
+                slots,
+                min(then + column, slots.shape[0] - LANES),
+                num_kv_heads * head_dim,
+                kv_head * head_dim,
+                head_dim,
+            )
+            for head in range(kv_head * group_size, (kv_head + 1) * group_size):
+                add_positions(
+                    weights,
+                    head * weights.shape[1] + column,
+                    values,
+                    slots,
+                    first + column,
+                    num_kv_heads * head_dim,
+                    kv_head * head_dim,
+                    whole,
+                    mixed,
+                    head * head_dim,
+                )
+                if whole < head_dim:
+                    for position in range(LANES):
+                        value = values[slots[first + column + position], kv_head]
+                        for d in range(whole, head_dim):
+                            mixed[head, d] += weights[head, column + position] * float32_of(value[d])

@@ -15,15 +15,16 @@ from server.engine import connection
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, {"GOMP_SPINCOUNT": connection.SPIN_COUNT}),
-        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({}, {"GOMP_SPINCOUNT": connection.SPIN_COUNT, connection.HUGE_PAGES: "1"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7", connection.HUGE_PAGES: "1"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE", connection.HUGE_PAGES: "1"}),
+        ({connection.HUGE_PAGES: "0"}, {"GOMP_SPINCOUNT": connection.SPIN_COUNT, connection.HUGE_PAGES: "0"}),
     ],
 )
-def test_threads_sleep_soon_unless_the_operator_says_otherwise(
+def test_threads_sleep_soon_and_pages_are_large_unless_the_operator_says_otherwise(
     given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", connection.HUGE_PAGES):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)

@@ -59,7 +59,7 @@ def plain_attention(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=9),
     block_size=st.integers(1, 17),
     group_size=st.integers(1, 4),
-    head_dim=st.sampled_from([1, 7, 16, 40]),
+    head_dim=st.sampled_from([1, 7, 16, 40, 64]),
     window=st.none() | st.integers(1, 80),
     softcap=st.none() | st.floats(0.5, 50.0),
     has_sinks=st.booleans(),
@@ -129,7 +129,8 @@ def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
 @given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=80), num_threads=st.integers(1, 16))
 def test_threads_share_the_keys_out_evenly(lengths: list[int], num_threads: int) -> None:
     positions = torch.tensor(lengths)[:, None] - 1
-    decodes = share_out(Rows(0, len(lengths), torch.zeros(len(lengths), 1, dtype=torch.long), positions), num_threads)
+    tables = torch.zeros(len(lengths), 1250, dtype=torch.long)
+    decodes = share_out(Rows(0, len(lengths), tables, positions), 4, num_threads)
     assert sorted(decodes.rows.tolist()) == list(range(len(lengths)))
     parts = np.split(decodes.rows, decodes.bounds[1:-1])
     assert len(parts) == min(num_threads, len(lengths))

@@ -1,0 +1,92 @@
+"""What the kernels that Numba compiles have in common: how they are compiled, elements, and exp.
+
+Numba keeps a compiled kernel for as long as the kernel's own file is the same. Whoever changes what kernels take from
+here or from ``vector_code`` deletes ``server/engine/__pycache__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit, types
+from numba.core import config
+from numba.extending import overload
+
+config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # torch's own pool; another would fight it for the cores
+
+# Sums may be taken in any order, and fused; but NaN has to stay NaN, for that is how an overflow is found.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+_LOG2_E = np.float32(1.44269504)
+_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_LEAST_EXPONENT, _GREATEST_EXPONENT = np.float32(-87.0), np.float32(88.0)
+_EXPONENT_BIAS, _EXPONENT_UNIT = np.int32(127), np.int32(1 << 23)
+# Cephes' expf (netlib.org/cephes): minimax polynomial of (exp(x) - 1 - x) / x**2 on [-ln 2 / 2, ln 2 / 2].
+_C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_HALF_OF_LAST, _ONE, _NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(0x7FC0)
+
+Elements = npt.NDArray[np.float32 | np.uint16]
+
+
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """Compile with Numba, and keep the result on disk for the next start where there is a place for it."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True, **options)(function)
+        except RuntimeError:  # neither this file's folder nor the user's cache can be written
+            return njit(fastmath=_FAST, nogil=True, error_model="numpy", **options)(function)
+
+    return decorate
+
+
+def elements(tensor: torch.Tensor) -> Elements:
+    """The same memory for Numba, which has no bfloat16: it sees uint16."""
+    array: Elements = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def float32_of(_element: Any) -> Any:
+    """An element as float32; only means something inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(float32_of, inline="always")
+def _overload_float32_of(element):  # type: ignore[no-untyped-def]
+    if element == types.uint16:  # bfloat16 is the upper half of a float32
+        return lambda element: np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
+    return lambda element: element
+
+
+def element_of(_number: Any, _array: Any) -> Any:
+    """A float32, rounded to the nearest (even) element of such an array; only means something in compiled code."""
+    raise NotImplementedError
+
+
+@overload(element_of)
+def _overload_element_of(number, array):  # type: ignore[no-untyped-def]
+    if array.dtype != types.uint16:
+        return lambda number, array: number
+
+    def rounded(number, array):  # type: ignore[no-untyped-def]
+        bits = np.float32(number).view(np.uint32)
+        upper = np.uint32(bits + _HALF_OF_LAST + ((bits >> np.uint32(16)) & _ONE)) >> np.uint32(16)
+        return np.uint16(upper if number == number else _NAN)
+
+    return rounded
+
+
+@compiled()
+def exp(x):  # type: ignore[no-untyped-def]
+    """The exponential of a float32, written out, for LLVM vectorises no call of libm's; NaN stays NaN."""
+    x = _LEAST_EXPONENT if x < _LEAST_EXPONENT else x  # noqa: FURB136 - one instruction; max() is a chain of them
+    x = _GREATEST_EXPONENT if x > _GREATEST_EXPONENT else x  # noqa: FURB136
+    power = np.floor(x * _LOG2_E + np.float32(0.5))
+    x = x - power * _LN_2_HIGH - power * _LN_2_LOW
+    y = ((((_C0 * x + _C1) * x + _C2) * x + _C3) * x + _C4) * x + _C5
+    y = y * x * x + x + np.float32(1.0)
+    return y * np.int32((np.int32(power) + _EXPONENT_BIAS) * _EXPONENT_UNIT).view(np.float32)

@@ -1,0 +1,209 @@
+"""Vector code that Numba does not make of loops by itself, written out for LLVM.
+
+Each piece serves sixteen positions of keys or values that lie anywhere in memory. LLVM splits vectors that are wider
+than the processor's registers, and fuses products with sums where the processor can, so the code is the same
+everywhere. bfloat16 is the upper half of a float32: it is widened by a shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.cgutils import alloca_once_value, for_range_slice, get_or_insert_function
+from numba.extending import intrinsic
+
+_intrinsic: Any = intrinsic  # what it makes is called by compiled code alone, without the context
+
+LANES = 16
+"""Elements of a vector, and positions that one call serves."""
+LINE_BYTES = 64
+"""Of a line of the processor's cache: of x86 and of nearly all others."""
+
+_FLOAT, _SHORT, _INT, _LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_BYTES = ir.IntType(8).as_pointer()
+_VECTOR, _SHORTS, _INTS = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _SHORT, _INT))
+_ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
+_FREE_ORDER = ("reassoc", "contract", "nsz")
+
+
+def _choice(first: int, *, of_rows: bool) -> ir.Constant:
+    """Every other element, or row, of two vectors that are seen as four rows of four each, from ``first`` on.
+
+    Elements: each row of the result has two of the first vector's row and two of the second's.
+    """
+    if of_rows:
+        picked = [row * 4 + column for row in (first, first + 2, first + 4, first + 6) for column in range(4)]
+    else:
+        picked = [row * 4 + which * LANES + first + step for row in range(4) for which in (0, 1) for step in (0, 2)]
+    return ir.Constant(_INTS, picked)
+
+
+@_intrinsic
+def score_positions(  # type: ignore[no-untyped-def]
+    _context, query, query_at, keys, slots, slots_at, stride, base, width, scores, scores_at
+):
+    """Products of one query with the keys of sixteen positions.
+
+    ``scores[scores_at + p]`` becomes the product of ``query[query_at:][:width]`` and ``keys[key_at:][:width]``, where
+    ``key_at = slots[slots_at + p] * stride + base``. All arrays are C-contiguous and indexed as if they were flat.
+
+    Args:
+        query: float32.
+        query_at: int64, as are all other scalars.
+        keys: float32, or bfloat16 seen as uint16.
+        slots: int32.
+        slots_at: Where the sixteen slots begin.
+        stride: Elements from slot to slot.
+        base: Where the head begins in a slot.
+        width: A multiple of sixteen; what is left of a head is the caller's.
+        scores: float32.
+        scores_at: Where the sixteen are written.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        code = _Code(context, builder, signature.args, arguments)
+        starts = code.starts(slots=3, slots_at=4, stride=5, base=6)
+        sums = [alloca_once_value(builder, _ZERO) for _ in starts]
+        with code.steps(width=7) as at:
+            own = code.load(0, builder.add(arguments[1], at))
+            for start, total in zip(starts, sums, strict=True):
+                key = code.load(2, builder.add(start, at))
+                builder.store(code.multiply_add(own, key, builder.load(total)), total)
+        code.store(code.sum_each([builder.load(total) for total in sums]), 8, arguments[9])
+        return context.get_dummy_value()
+
+    arguments = (query, query_at, keys, slots, slots_at, stride, base, width, scores, scores_at)
+    return types.void(*arguments), generate
+
+
+@_intrinsic
+def add_positions(  # type: ignore[no-untyped-def]
+    _context, weights, weights_at, values, slots, slots_at, stride, base, width, out, out_at
+):
+    """Add the values of sixteen positions, each times its weight.
+
+    ``out[out_at:][:width]`` grows by the sum over p of ``weights[weights_at + p] * values[value_at:][:width]``,
+    where ``value_at = slots[slots_at + p] * stride + base``. The arguments are like those of ``score_positions``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        code = _Code(context, builder, signature.args, arguments)
+        starts = code.starts(slots=3, slots_at=4, stride=5, base=6)
+        shares = [code.splat(0, builder.add(arguments[1], _LONG(position))) for position in range(LANES)]
+        with code.steps(width=7) as at:
+            place = builder.add(arguments[9], at)
+            # Four sums side by side: in one, each product would wait for that before it.
+            sums = [code.load(8, place), _ZERO, _ZERO, _ZERO]
+            for position, (start, share) in enumerate(zip(starts, shares, strict=True)):
+                value = code.load(2, builder.add(start, at))
+                sums[position % 4] = code.multiply_add(share, value, sums[position % 4])
+            code.store(code.add(code.add(sums[0], sums[1]), code.add(sums[2], sums[3])), 8, place)
+        return context.get_dummy_value()
+
+    arguments = (weights, weights_at, values, slots, slots_at, stride, base, width, out, out_at)
+    return types.void(*arguments), generate
+
+
+@_intrinsic
+def fetch_positions(_context, array, slots, slots_at, stride, base, width):  # type: ignore[no-untyped-def]
+    """Ask for one head's keys or values of sixteen positions to be brought into the cache; waits for nothing.
+
+    The arguments are like those of ``score_positions``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        code = _Code(context, builder, signature.args, arguments)
+        per_line = LINE_BYTES // (signature.args[0].dtype.bitwidth // 8)
+        for start in code.starts(slots=1, slots_at=2, stride=3, base=4):
+            with code.steps(width=5, step=per_line) as at:
+                code.fetch(0, builder.add(start, at))
+        return context.get_dummy_value()
+
+    return types.void(array, slots, slots_at, stride, base, width), generate
+
+
+class _Code:
+    """Emits the code of one call, whose arguments go by their position."""
+
+    def __init__(self, context: Any, builder: Any, kinds: Sequence[Any], arguments: Sequence[Any]) -> None:
+        self._builder = builder
+        self._arguments = arguments
+        self._arrays = {
+            index: context.make_array(kind)(context, builder, arguments[index]).data
+            for index, kind in enumerate(kinds)
+            if isinstance(kind, types.Array)
+        }
+        self._is_short = {index for index in self._arrays if kinds[index].dtype == types.uint16}
+
+    def starts(self, *, slots: int, slots_at: int, stride: int, base: int) -> list[Any]:
+        """The element at which each of the sixteen positions begins."""
+        builder, starts = self._builder, []
+        for position in range(LANES):
+            at = builder.add(self._arguments[slots_at], _LONG(position))
+            slot = builder.sext(builder.load(self._pointer(slots, at, _INT, _INT)), _LONG)
+            starts.append(builder.add(builder.mul(slot, self._arguments[stride]), self._arguments[base]))
+        return starts
+
+    @contextmanager
+    def steps(self, *, width: int, step: int = LANES) -> Iterator[Any]:
+        """A loop over whole vectors, or other pieces; gives the first element of each."""
+        with for_range_slice(self._builder, _LONG(0), self._arguments[width], _LONG(step)) as (at, _):
+            yield at
+
+    def fetch(self, array: int, at: Any) -> None:
+        """Bring the line of one element into the second cache, for reading."""
+        kind = ir.FunctionType(ir.VoidType(), [_BYTES, _INT, _INT, _INT])
+        prefetch = get_or_insert_function(self._builder.module, kind, "llvm.prefetch.p0")
+        pointer = self._pointer(array, at, _SHORT if array in self._is_short else _FLOAT, ir.IntType(8))
+        self._builder.call(prefetch, [pointer, _INT(0), _INT(2), _INT(1)])
+
+    def load(self, array: int, at: Any) -> Any:
+        """Sixteen elements as float32."""
+        builder = self._builder
+        if array not in self._is_short:
+            return builder.load(self._pointer(array, at, _FLOAT, _VECTOR), align=4)
+        halves = builder.load(self._pointer(array, at, _SHORT, _SHORTS), align=2)
+        return builder.bitcast(builder.shl(builder.zext(halves, _INTS), ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+
+    def store(self, vector: Any, array: int, at: Any) -> None:
+        """Sixteen elements of a float32 array."""
+        self._builder.store(vector, self._pointer(array, at, _FLOAT, _VECTOR), align=4)
+
+    def splat(self, array: int, at: Any) -> Any:
+        """One element of a float32 array, sixteen times."""
+        one = self._builder.load(self._pointer(array, at, _FLOAT, _FLOAT))
+        first = self._builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), one, _INT(0))
+        return self._builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
+
+    def add(self, left: Any, right: Any) -> Any:
+        """Element by element."""
+        return self._builder.fadd(left, right, flags=_FREE_ORDER)
+
+    def multiply_add(self, left: Any, right: Any, addend: Any) -> Any:
+        """``left * right + addend``, fused where the processor can."""
+        return self.add(self._builder.fmul(left, right, flags=_FREE_ORDER), addend)
+
+    def sum_each(self, vectors: list[Any]) -> Any:
+        """The sums of sixteen vectors, in one.
+
+        Halves the number of vectors four times; each holds partial sums of twice as many as before. The first two
+        times move elements inside of rows of four, which is what processors do cheaply; the last two move rows.
+        """
+        for of_rows in (False, False, True, True):
+            even, odd = _choice(0, of_rows=of_rows), _choice(1, of_rows=of_rows)
+            vectors = [
+                self.add(
+                    self._builder.shuffle_vector(first, second, even),
+                    self._builder.shuffle_vector(first, second, odd),
+                )
+                for first, second in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        return vectors[0]
+
+    def _pointer(self, array: int, at: Any, element: Any, wanted: Any) -> Any:
+        data = self._builder.bitcast(self._arrays[array], element.as_pointer())
+        return self._builder.bitcast(self._builder.gep(data, [at]), wanted.as_pointer())
