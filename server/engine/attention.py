@@ -14,6 +14,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +59,45 @@ class AttentionMetadata:
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a layer asks of attention besides its queries, keys and values; the same at every step.
+
+    Attributes:
+        scale: Factor of the scores.
+        window: Newest keys that a row sees, itself included; None for all.
+        softcap: Bound of the scaled scores, which pass through ``softcap * tanh(score / softcap)`` (Gemma 2); None
+            for no bound.
+        sinks: [heads], for each a score that every row's softmax also sums over, with no value to it (GPT-OSS); None
+            for none.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **others: object,
+    ) -> AttentionCall:
+        """From what transformers' models hand to the attention interface.
+
+        Raises:
+            NotImplementedError: If that changes the scores in a way that is not known here.
+        """
+        if others.get("position_bias") is not None:
+            raise NotImplementedError("attention with position_bias is not supported")
+        return cls(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
+
+
 class AttentionBackend(ABC):
     """Paged attention for one model on one device.
 
@@ -74,7 +114,7 @@ class AttentionBackend(ABC):
         self._metadata: AttentionMetadata | None = None
         AttentionInterface.register(self.name, self._forward)
         # Causality and windows are decided here by position; a mask over the flat batch would mean nothing.
-        AttentionMaskInterface.register(self.name, _no_mask)
+        AttentionMaskInterface.register(self.name, no_mask)
 
     def close(self) -> None:
         """Take the name out of transformers' tables."""
@@ -89,6 +129,17 @@ class AttentionBackend(ABC):
         """Forget it, so that a stray forward pass fails instead of reading old blocks."""
         self._metadata = None
 
+    def metadata(self, layer: int) -> AttentionMetadata:
+        """What a layer attends to in this step.
+
+        Raises:
+            RuntimeError: Outside of a step.
+        """
+        if self._metadata is None:
+            raise RuntimeError("a forward pass outside of a step")
+        self.layers.add(layer)
+        return self._metadata
+
     def _forward(
         self,
         module: nn.Module,
@@ -96,22 +147,13 @@ class AttentionBackend(ABC):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        **unsupported: object,
+        **given: Any,
     ) -> tuple[torch.Tensor, None]:
-        metadata = self._metadata
-        if metadata is None:
-            raise RuntimeError("a forward pass outside of a step")
-        if unsupported.get("position_bias") is not None:
-            raise NotImplementedError("attention with position_bias is not supported")
         layer = module.layer_idx
         if not isinstance(layer, int):
             raise TypeError(f"{type(module).__name__} does not know its layer")
-        self.layers.add(layer)
+        call = AttentionCall.of(query, **given)
+        metadata = self.metadata(layer)
         keys, values = self.cache.layer(layer)
         if key.shape[1] != keys.shape[1] or key.shape[-1] != keys.shape[-1] or value.shape != key.shape:
             got = [tuple(tensor.shape[1::2]) for tensor in (key, value)]
@@ -121,19 +163,11 @@ class AttentionBackend(ABC):
         # A sequence that overflows may not leave NaN in a block: its next owner would multiply it by 0.
         keys[metadata.slot_mapping] = torch.nan_to_num(key[0].transpose(0, 1))
         values[metadata.slot_mapping] = torch.nan_to_num(value[0].transpose(0, 1))
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        return self.attend(query[0], layer, metadata, scale, sliding_window, softcap, s_aux)[None], None
+        return self.attend(query[0], layer, metadata, call)[None], None
 
     @abstractmethod
     def attend(
-        self,
-        query: torch.Tensor,
-        layer: int,
-        metadata: AttentionMetadata,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
     ) -> torch.Tensor:
         """Attention of all rows of the flat batch.
 
@@ -141,12 +175,7 @@ class AttentionBackend(ABC):
             query: [heads, rows, head_dim].
             layer: Whose keys and values, new ones included, to read from the cache.
             metadata: Whose rows and keys are whose.
-            scale: Factor of the scores.
-            window: Newest keys that a row sees, itself included; None for all.
-            softcap: Bound of the scaled scores, which pass through ``softcap * tanh(score / softcap)`` (Gemma 2);
-                None for no bound.
-            s_aux: [heads], for each a score that every row's softmax also sums over, with no value to it (the
-                attention sinks of GPT-OSS); None for none.
+            call: The layer's own.
 
         Returns:
             [rows, heads, head_dim].
@@ -160,35 +189,20 @@ class SDPABackend(AttentionBackend):
     """
 
     def attend(
-        self,
-        query: torch.Tensor,
-        layer: int,
-        metadata: AttentionMetadata,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
     ) -> torch.Tensor:
         """One SDPA call for all decodes, and one for each prefill chunk; shapes as in the base class."""
+        if len(metadata.groups) == 1:
+            return self.attend_group(query, layer, metadata, 0, call)
         num_heads, num_rows, head_dim = query.shape
         output = query.new_empty(num_rows, num_heads, head_dim)
         for index, rows in enumerate(metadata.groups):
             part = query[:, rows.start : rows.stop]
-            output[rows.start : rows.stop] = self.attend_group(
-                part, layer, metadata, index, scale, window, softcap, s_aux
-            )
+            output[rows.start : rows.stop] = self.attend_group(part, layer, metadata, index, call)
         return output
 
     def attend_group(
-        self,
-        query: torch.Tensor,
-        layer: int,
-        metadata: AttentionMetadata,
-        index: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, index: int, call: AttentionCall
     ) -> torch.Tensor:
         """Attention of the rows of ``metadata.groups[index]``; the rest as in ``attend``."""
         keys, values = self.cache.layer(layer)
@@ -201,12 +215,14 @@ class SDPABackend(AttentionBackend):
         q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv_heads, -1, head_dim)
         k = _gather(keys, rows.tables, metadata.block_size).transpose(1, 2)
         v = _gather(values, rows.tables, metadata.block_size).transpose(1, 2)
-        mask = self._mask(metadata, index, window, num_heads // num_kv_heads, q.dtype)
-        if softcap is None and s_aux is None:
-            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        mask = self._mask(metadata, index, call.window, num_heads // num_kv_heads, q.dtype)
+        if call.softcap is None and call.sinks is None:
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)
         else:
-            sinks = None if s_aux is None else s_aux.view(num_kv_heads, -1).repeat_interleave(per_seq, dim=1)
-            attended = _manual_attention(q, k, v, mask, scale, softcap, sinks)
+            sinks = call.sinks
+            if sinks is not None:
+                sinks = sinks.view(num_kv_heads, -1).repeat_interleave(per_seq, dim=1)
+            attended = _manual_attention(q, k, v, mask, call.scale, call.softcap, sinks)
         attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
         return attended.reshape(-1, num_heads, head_dim)
 
@@ -301,5 +317,5 @@ def _fit(table: Sequence[int], length: int) -> list[int]:
     return fitted + [0] * (length - len(fitted))
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
-    return None
+def no_mask(*args: object, **kwargs: object) -> None:
+    """For the mask interface, where attention itself knows what each row sees."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from numba.core import config
 
-from server.engine.attention import AttentionBackend, AttentionMetadata, Rows, SDPABackend
+from server.engine.attention import AttentionBackend, AttentionCall, AttentionMetadata, Rows, SDPABackend
 from server.engine.compiled import elements
 from server.engine.decode_kernel import attend_rows
 from server.engine.kv_cache import KVCache
@@ -73,20 +73,12 @@ class CPUBackend(SDPABackend):
         self._decodes = share_out(first, metadata.block_size, self._num_threads) if is_decode else None
 
     def attend_group(
-        self,
-        query: torch.Tensor,
-        layer: int,
-        metadata: AttentionMetadata,
-        index: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, index: int, call: AttentionCall
     ) -> torch.Tensor:
         """Decodes in one call of the kernel; everything else as in SDPABackend."""
         decodes = self._decodes
         if index > 0 or decodes is None:
-            return super().attend_group(query, layer, metadata, index, scale, window, softcap, s_aux)
+            return super().attend_group(query, layer, metadata, index, call)
         rows = query.transpose(0, 1).contiguous()
         out = torch.empty_like(rows)
         attend_rows(
@@ -97,10 +89,10 @@ class CPUBackend(SDPABackend):
             decodes.lengths,
             decodes.rows,
             decodes.bounds,
-            np.float32(scale),
-            window or 0,
-            np.float32(softcap or 0.0),
-            _NO_SINKS if s_aux is None else s_aux.detach().float().numpy(),
+            np.float32(call.scale),
+            call.window or 0,
+            np.float32(call.softcap or 0.0),
+            _NO_SINKS if call.sinks is None else call.sinks.detach().float().numpy(),
             elements(out),
         )
         return out

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, make_metadata
 from server.engine.cpu_attention import make_backend
+from server.engine.exactness import PROBE_TOLERANCE, ExactnessCheck
+from server.engine.fused_layers import bind, fuse_layers
 from server.engine.heads import head_logits
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.packed_linear import can_pack, has_fast_bfloat16, pack_linears
@@ -23,12 +25,6 @@ from server.engine.types import Logprobs, ModelInfo, StepOutput
 from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
-
-PROBE_TOKENS = 24
-"""Length of the text that the check at the start computes in two ways; less where the context is shorter."""
-
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest difference between two ways to the same logits, as a share of their standard deviation."""
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Names that configurations of mixtures have for the number of experts."""
@@ -53,38 +49,15 @@ class ModelRunner:
         self.device = _device(settings.device)
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        self.model, config = _load(settings, self.device)
-        self.dtype: torch.dtype = self.model.dtype
-        num_heads = getattr(config, "num_attention_heads", None)
-        if num_heads is None:
-            raise EngineStartError(f"{type(self.model).__name__} cannot be served: it has no attention heads")
-        max_model_len = _max_model_len(settings.max_model_len, config)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        self.cache_spec = KVCacheSpec(
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=head_dim,
-            block_size=settings.block_size,
-            dtype=self.dtype,
-        )
         try:
-            num_blocks = num_blocks_for(
-                self.cache_spec,
-                self.device,
-                memory=settings.kv_cache_memory,
-                max_model_len=max_model_len,
-                max_num_seqs=settings.max_num_seqs,
-            )
-        except ValueError as error:
-            raise EngineStartError(str(error)) from error
-        self.cache = KVCache(self.cache_spec, num_blocks, self.device)
-        self.backend: AttentionBackend = make_backend(self.cache)
-        self._has_experts = any(getattr(config, name, None) for name in EXPERT_COUNTS)
+            config = self._start(settings, fuses=True)
+        except _FusedModelError as error:
+            logger.warning("layers are not fused, for fused: %s", error)
+            config = self._start(settings, fuses=False)
         eos_token_ids = _eos_token_ids(config, self.model.generation_config)
         self.sampler = Sampler(eos_token_ids)
         self._scorer = PromptScorer(self.model)
         self.embed_tokens: nn.Module = self.model.get_input_embeddings()
-        self._check_exactness(config.vocab_size, max_model_len)
         with torch.inference_mode():
             ids = torch.arange(min(4, settings.block_size), device=self.device)
             self._scorer.check(
@@ -98,11 +71,11 @@ class ModelRunner:
             embedding_width=int(self.embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]),
             num_layers=self.cache_spec.num_layers,
             num_kv_heads=self.cache_spec.num_kv_heads,
-            head_dim=head_dim,
+            head_dim=self.cache_spec.head_dim,
             vocab_size=config.vocab_size,
-            max_model_len=max_model_len,
+            max_model_len=_max_model_len(settings.max_model_len, config),
             block_size=settings.block_size,
-            num_blocks=num_blocks,
+            num_blocks=self.cache.num_blocks,
             eos_token_ids=eos_token_ids,
             hidden_size=config.hidden_size,
         )
@@ -152,6 +125,57 @@ class ModelRunner:
     def close(self) -> None:
         """Take the backend out of transformers' tables."""
         self.backend.close()
+
+    def _start(self, settings: EngineSettings, *, fuses: bool) -> PreTrainedConfig:
+        """Load the model, make its cache, and check that they give what the model gives by itself."""
+        self.model, config = _load(settings, self.device)
+        self.dtype: torch.dtype = self.model.dtype
+        num_heads = getattr(config, "num_attention_heads", None)
+        if num_heads is None:
+            raise EngineStartError(f"{type(self.model).__name__} cannot be served: it has no attention heads")
+        max_model_len = _max_model_len(settings.max_model_len, config)
+        has_experts = any(getattr(config, name, None) for name in EXPERT_COUNTS)
+        check = ExactnessCheck(self.model, config.vocab_size, max_model_len, has_experts=has_experts)
+        num_fused = 0
+        if can_pack(self.device, self.dtype):
+            num_fused = fuse_layers(self.model) if fuses else 0
+            pack_linears(self.model)
+        self.cache_spec = KVCacheSpec(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            block_size=settings.block_size,
+            dtype=self.dtype,
+        )
+        try:
+            num_blocks = num_blocks_for(
+                self.cache_spec,
+                self.device,
+                memory=settings.kv_cache_memory,
+                max_model_len=max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+            )
+        except ValueError as error:
+            raise EngineStartError(str(error)) from error
+        self.cache = KVCache(self.cache_spec, num_blocks, self.device)
+        self.backend: AttentionBackend = make_backend(self.cache)
+        self.model.set_attn_implementation(self.backend.name)
+        bind(self.model, self.backend)
+        try:
+            with torch.inference_mode():
+                check.run(
+                    lambda spans, ids, rows: self._forward(spans, {"input_ids": ids}, rows),
+                    num_blocks=num_blocks,
+                    block_size=settings.block_size,
+                    num_layers=self.cache_spec.num_layers,
+                    layers=self.backend.layers,
+                )
+        except EngineStartError as error:
+            self.backend.close()
+            if num_fused:
+                raise _FusedModelError(str(error)) from error
+            raise
+        return config
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
         """Token ids [1, rows], or embeddings [1, rows, width] where soft prompts' rows stand among them."""
@@ -208,65 +232,9 @@ class ModelRunner:
             self.backend.end()
         return logits[0]
 
-    @torch.inference_mode()
-    def _check_exactness(self, vocab_size: int, max_model_len: int) -> None:
-        """Compare the logits of two texts, side by side over paged blocks, with the model's own eager attention.
 
-        Which models work is decided by this, not by a list: some ignore the attention interface, some compute
-        something else through it, and wrong tokens are worse than a refusal. One text is prefilled in two chunks,
-        the second of them behind the other text, so that a model which attends over the flat batch by itself shows.
-        Nothing is left behind, for every position of a block is written before it is read.
-        """
-        block_size = self.cache_spec.block_size
-        length = min(PROBE_TOKENS, max_model_len, self.cache.num_blocks // 2 * block_size)
-        ids = torch.arange(length, device=self.device)[None] * 7919 % vocab_size
-        half, per_seq = length // 2, -(-length // block_size)
-        other_ids = ids[:, :half].flip(1)
-        try:
-            self.model.set_attn_implementation("eager")
-            expected = torch.cat(
-                [
-                    self.model(
-                        input_ids=text, position_ids=torch.arange(text.shape[1])[None].to(text), use_cache=False
-                    ).logits[0]
-                    for text in (other_ids, ids)
-                ]
-            )
-            self.model.set_attn_implementation(self.backend.name)
-            table = list(range(per_seq))
-            other = [block + per_seq for block in table]
-            first = self._forward([(table, 0, half)], {"input_ids": ids[:, :half]}, range(half))
-            others = self.cache_spec.num_layers - len(self.backend.layers)
-            if others:
-                raise NotImplementedError(f"{others} of its {self.cache_spec.num_layers} layers do not call it")
-            spans = [(other, 0, half), (table, half, length - half)]
-            rest = torch.cat([other_ids, ids[:, half:]], dim=1)
-            both = self._forward(spans, {"input_ids": rest}, range(length))
-            # The last token of each once more, as a decode: what computes single rows may be another thing.
-            spans = [(other, half - 1, 1), (table, length - 1, 1)]
-            ends = torch.cat([other_ids[:, -1:], ids[:, -1:]], dim=1)
-            decoded = self._forward(spans, {"input_ids": ends}, range(2))
-            got = torch.cat([both[:half], first, both[half:], decoded])
-            expected = torch.cat([expected, expected[[half - 1, -1]]])
-        except Exception as error:
-            raise EngineStartError(
-                f"{type(self.model).__name__} cannot be served: its attention does not go through transformers' "
-                f"attention interface as Prelude needs it ({type(error).__name__}: {error})"
-            ) from error
-        by_row = (got.float() - expected.float()).abs().amax(dim=-1)
-        if self.dtype != torch.float32 and self._has_experts:
-            # Rounding sends a token near the border to another expert, and its logits are other ones. Attention that
-            # is wrong shows in most rows of some part.
-            parts = torch.split(by_row, [half, half, length - half, 2])
-            difference = max(part.median().item() for part in parts)
-        else:
-            difference = by_row.max().item()
-        allowed = PROBE_TOLERANCE[self.dtype] * expected.float().std().item()
-        if not difference <= allowed:
-            raise EngineStartError(
-                f"{type(self.model).__name__} cannot be served: over paged keys and values its logits differ from "
-                f"its own by {difference:.3g}, more than rounding explains ({allowed:.3g})"
-            )
+class _FusedModelError(Exception):
+    """The model with fused layers is not what it was without."""
 
 
 def _device(wanted: str) -> torch.device:
@@ -296,8 +264,6 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
         logger.warning("this CPU has no fast products of %s; --dtype float32 would be faster", model.dtype)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
-    if can_pack(device, model.dtype):
-        pack_linears(module)
     return model, config.get_text_config(decoder=True)
 
 

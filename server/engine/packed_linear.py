@@ -7,6 +7,7 @@ the operations that torch's own compiler uses when it freezes a model (torch/_in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,25 @@ class PackedLinear(nn.Module):
         """[..., in_features] to [..., out_features]."""
         product: torch.Tensor = _product(rows, self._weight, self.bias, "none", [], "")
         return product
+
+
+def stacked(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """Linear layers of the same input as one, whose output is theirs side by side."""
+    first = linears[0]
+    with torch.device("meta"):
+        one = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), dtype=first.weight.dtype)
+    one.weight = _frozen([linear.weight for linear in linears])
+    biases: list[torch.Tensor | None] = [linear.bias for linear in linears]
+    if any(bias is not None for bias in biases):
+        nothing = [linear.weight.new_zeros(linear.out_features) for linear in linears]
+        one.bias = _frozen([zeros if bias is None else bias for bias, zeros in zip(biases, nothing, strict=True)])
+    else:
+        one.register_parameter("bias", None)
+    return one
+
+
+def _frozen(parts: Sequence[torch.Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat(list(parts)), requires_grad=False)
 
 
 @cache

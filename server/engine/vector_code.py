@@ -1,6 +1,6 @@
 """Vector code that Numba does not make of loops by itself, written out for LLVM.
 
-Each piece serves sixteen positions of keys or values that lie anywhere in memory. LLVM splits vectors that are wider
+Most pieces serve sixteen positions of keys or values that lie anywhere in memory. LLVM splits vectors that are wider
 than the processor's registers, and fuses products with sums where the processor can, so the code is the same
 everywhere. bfloat16 is the upper half of a float32: it is widened by a shift.
 """
@@ -109,6 +109,36 @@ def add_positions(  # type: ignore[no-untyped-def]
 
 
 @_intrinsic
+def rotate_halves(_context, rows, at, half, width, cos, sin):  # type: ignore[no-untyped-def]
+    """Rotate a head in place: its element d and the one half a head further, by their cosines and sines.
+
+    ``rows[at:]`` becomes ``rows[at:] * cos + (-rows[at + half:], rows[at:]) * sin``, two halves at a time.
+
+    Args:
+        rows: float32, as are all other arrays; C-contiguous and indexed as if it was flat.
+        at: int64, where the head begins.
+        half: int64, elements of half a head.
+        width: int64, a multiple of sixteen; what is left of a half is the caller's.
+        cos: [2 * half].
+        sin: [2 * half].
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        code = _Code(context, builder, signature.args, arguments)
+        with code.steps(width=3) as step:
+            further = builder.add(step, arguments[2])
+            places = [builder.add(arguments[1], index) for index in (step, further)]
+            low, high = (code.load(0, place) for place in places)
+            turned = code.subtract(code.multiply(low, code.load(4, step)), code.multiply(high, code.load(5, step)))
+            code.store(turned, 0, places[0])
+            turned = code.multiply_add(low, code.load(5, further), code.multiply(high, code.load(4, further)))
+            code.store(turned, 0, places[1])
+        return context.get_dummy_value()
+
+    return types.void(rows, at, half, width, cos, sin), generate
+
+
+@_intrinsic
 def fetch_positions(_context, array, slots, slots_at, stride, base, width):  # type: ignore[no-untyped-def]
     """Ask for one head's keys or values of sixteen positions to be brought into the cache; waits for nothing.
 
@@ -183,9 +213,17 @@ class _Code:
         """Element by element."""
         return self._builder.fadd(left, right, flags=_FREE_ORDER)
 
+    def subtract(self, left: Any, right: Any) -> Any:
+        """Element by element."""
+        return self._builder.fsub(left, right, flags=_FREE_ORDER)
+
+    def multiply(self, left: Any, right: Any) -> Any:
+        """Element by element."""
+        return self._builder.fmul(left, right, flags=_FREE_ORDER)
+
     def multiply_add(self, left: Any, right: Any, addend: Any) -> Any:
         """``left * right + addend``, fused where the processor can."""
-        return self.add(self._builder.fmul(left, right, flags=_FREE_ORDER), addend)
+        return self.add(self.multiply(left, right), addend)
 
     def sum_each(self, vectors: list[Any]) -> Any:
         """The sums of sixteen vectors, in one.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine import cpu_attention
-from server.engine.attention import AttentionMetadata, Rows, SDPABackend, make_metadata
+from server.engine.attention import AttentionCall, AttentionMetadata, Rows, SDPABackend, make_metadata
 from server.engine.cpu_attention import CPUBackend, make_backend, share_out
 from server.engine.kv_cache import KVCache, KVCacheSpec
 
@@ -91,7 +91,7 @@ def test_decodes_are_those_of_plain_attention(
     )
     backend = CPUBackend(cache)
     backend.begin(metadata)
-    got = backend.attend(query, 0, metadata, head_dim**-0.5, window, softcap, sinks)
+    got = backend.attend(query, 0, metadata, AttentionCall(head_dim**-0.5, window, softcap, sinks))
     backend.close()
     assert got.dtype is dtype
     for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
@@ -109,7 +109,7 @@ def test_decodes_and_prefills_of_one_step_are_those_of_sdpa() -> None:
     results = []
     for backend in (SDPABackend(cache), CPUBackend(cache)):
         backend.begin(metadata)
-        results.append(backend.attend(query, 0, metadata, 0.25, 6, None, None))
+        results.append(backend.attend(query, 0, metadata, AttentionCall(0.25, 6)))
         backend.close()
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
     query[1, 0, 3] = math.nan
     backend = CPUBackend(cache)
     backend.begin(metadata)
-    out = backend.attend(query, 0, metadata, 1.0, None, None, None)
+    out = backend.attend(query, 0, metadata, AttentionCall(1.0))
     backend.close()
     assert out.isnan().any(-1).tolist() == [[False, True], [False, False]]
 
@@ -166,5 +166,5 @@ def test_metadata_without_decodes_needs_no_kernel(monkeypatch: pytest.MonkeyPatc
     backend = CPUBackend(cache)
     monkeypatch.setattr(cpu_attention, "attend_rows", None)
     backend.begin(metadata)
-    assert backend.attend(torch.randn(2, 7, 16), 0, metadata, 0.25, None, None, None).shape == (7, 2, 16)
+    assert backend.attend(torch.randn(2, 7, 16), 0, metadata, AttentionCall(0.25)).shape == (7, 2, 16)
     backend.close()

@@ -1,0 +1,150 @@
+"""What is replaced computes the same, and what is not known is left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
+
+from server.config import EngineSettings
+from server.engine import fused_layers, model_runner
+from server.engine.fused_layers import FusedAttention, FusedMLP, FusedRMSNorm, fuse_layers
+from server.engine.llm_engine import LLMEngine
+from tests.engine.families import FAMILIES, MIXED, UNTIED
+
+NORMS = {LlamaRMSNorm: (True, 1.0), GemmaRMSNorm: (False, 2.0)}
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def fused_kinds(model: nn.Module) -> dict[str, int]:
+    kinds = (FusedAttention, FusedMLP, FusedRMSNorm)
+    return dict(Counter(type(module).__name__ for module in model.modules() if isinstance(module, kinds)))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (MistralConfig(**UNTIED), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 7}),
+        # The norms of heads are part of the attention.
+        (Qwen3Config(**UNTIED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 7}),
+        (Gemma2Config(**UNTIED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
+        (Gemma3TextConfig(**UNTIED, **MIXED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
+        # No rotation in one layer; norms over all heads; another rotation; nothing of the kind.
+        (FAMILIES["smollm3"](), {"FusedMLP": 3, "FusedRMSNorm": 7}),
+        (FAMILIES["olmo2"](), {"FusedMLP": 3, "FusedRMSNorm": 13}),
+        (FAMILIES["cohere"](), {"FusedMLP": 3}),
+        (FAMILIES["opt"](), {}),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
+)
+def test_what_has_the_known_form_is_replaced(config: PreTrainedConfig, wanted: dict[str, int]) -> None:
+    model = build(config)
+    count = fuse_layers(model)
+    assert fused_kinds(model) == wanted
+    assert count >= sum(wanted.values())
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_recognised_by_what_it_gives(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    norm = kind(48, eps=1e-5).requires_grad_(False)
+    norm.weight.copy_(torch.randn(48))
+    norm = norm.to(dtype)
+    fused = fused_layers._fused_norm(norm)
+    assert isinstance(fused, FusedRMSNorm)
+    assert fused.rounds_first == NORMS[kind][0]
+    rows = torch.randn(2, 5, 48).to(dtype)
+    torch.testing.assert_close(fused(rows), norm(rows), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_a_norm_of_another_formula_is_left_alone() -> None:
+    class CentredRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+    assert fused_layers._fused_norm(CentredRMSNorm(48).requires_grad_(False)) is None
+    assert fused_layers._fused_norm(nn.LayerNorm(48)) is None
+
+
+def test_an_mlp_of_another_activation_or_code_is_left_alone() -> None:
+    class Halved(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    config = LlamaConfig(**UNTIED)
+    assert fused_layers._fused_mlp(LlamaMLP(config)) is not None
+    assert fused_layers._fused_mlp(Halved(config)) is None
+    config.hidden_act = "relu"
+    assert fused_layers._fused_mlp(LlamaMLP(config)) is None
+
+
+def test_attention_of_other_code_or_weights_is_left_alone() -> None:
+    class Scaled(LlamaAttention):
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> object:
+            return super().forward(hidden_states * 2, *arguments, **others)
+
+    class Quantised(nn.Linear):
+        pass
+
+    model = build(MistralConfig(**UNTIED))
+    layers = model.model.layers
+    layers[0].self_attn.__class__ = type("Scaled", (Scaled,), {"__module__": LlamaAttention.__module__})
+    layers[1].self_attn.k_proj.__class__ = Quantised
+    fuse_layers(model)
+    assert [type(layer.self_attn).__name__ for layer in layers] == ["Scaled", "MistralAttention", "FusedAttention"]
+
+
+def test_where_nothing_can_be_compiled_the_model_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_dtype: object) -> None:
+        raise RuntimeError("LLVM does not know this processor")
+
+    monkeypatch.setattr(fused_layers.row_kernels, "compile_for", fail)
+    model = build(MistralConfig(**UNTIED))
+    assert fuse_layers(model) == 0
+    assert fused_kinds(model) == {}
+    assert "layers cannot be fused" in caplog.text
+
+
+def test_a_model_that_differs_when_fused_is_served_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(MistralConfig(**UNTIED)).save_pretrained(tmp_path)
+
+    def fuse_wrongly(model: nn.Module) -> int:
+        model.lm_head.weight.mul_(1.5)
+        return 1
+
+    monkeypatch.setattr(model_runner, "fuse_layers", fuse_wrongly)
+    engine = LLMEngine(EngineSettings(model=str(tmp_path), dtype="float32", kv_cache_memory=2**22))
+    engine.close()
+    assert "layers are not fused" in caplog.text
+    assert "differ from its own" in caplog.text
+
+
+def test_a_pass_of_fused_attention_outside_of_a_step_fails() -> None:
+    model = build(MistralConfig(**UNTIED))
+    fuse_layers(model)
+    with pytest.raises(AttributeError, match="backend"):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
