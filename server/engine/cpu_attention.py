@@ -1,9 +1,10 @@
-"""The CPU's attention: decodes read their keys in place, prefills go to torch's SDPA."""
+"""The CPU's attention: rows that see few keys read them in place, long prefills go to torch's SDPA."""
 
 from __future__ import annotations
 
 import heapq
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numba
@@ -25,19 +26,37 @@ Integers = npt.NDArray[np.int64]
 _NO_SINKS = np.empty(0, np.float32)
 
 
+MOST_KEYS = 512
+"""Chunks that see more go to SDPA. Up to here single rows are quicker, for SDPA needs keys, masks and results laid
+out for it; beyond, what either saves is small beside the products."""
+
+UNIT_ROWS = 16
+"""Rows of a chunk that one thread takes together; they read the same keys."""
+
+
 @dataclass(frozen=True, slots=True)
-class Decodes:
-    """One step's decodes as ``attend_rows`` takes them; the same for all layers."""
+class KernelRows:
+    """One step's rows as ``attend_rows`` takes them; the same for all layers.
+
+    Attributes:
+        slots: As in ``attend_rows``; so are the next four.
+        starts: Of every row of the flat batch, whether it is taken or not.
+        lengths: Likewise.
+        rows: Those that are taken.
+        bounds: Each thread's share of them.
+        others: Indices of the groups whose rows are not.
+    """
 
     slots: npt.NDArray[np.int32]
     starts: Integers
     lengths: Integers
     rows: Integers
     bounds: Integers
+    others: list[int]
 
 
 class CPUBackend(SDPABackend):
-    """SDPA for prefill chunks, and ``decode_kernel`` for all rows that stand alone.
+    """SDPA for chunks that see many keys, and ``decode_kernel`` for all other rows.
 
     Args:
         cache: Keys and values in float32 or bfloat16, on the CPU.
@@ -49,7 +68,7 @@ class CPUBackend(SDPABackend):
         self._num_threads: int = numba.get_num_threads()
         layers = (cache.layer(layer) for layer in range(cache.spec.num_layers))
         self._arrays = [(elements(keys), elements(values)) for keys, values in layers]
-        self._decodes: Decodes | None = None
+        self._rows: KernelRows
 
     def compile(self) -> None:
         """Compile the kernel for this cache, or read it from the disk.
@@ -66,35 +85,34 @@ class CPUBackend(SDPABackend):
         )
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """Set what the next forward pass attends to, and share its decodes out to the threads."""
+        """Set what the next forward pass attends to, and share its rows out to the threads."""
         super().begin(metadata)
-        first = metadata.groups[0]
-        is_decode = first.query_positions.shape[1] == 1
-        self._decodes = share_out(first, metadata.block_size, self._num_threads) if is_decode else None
+        self._rows = share_out(metadata.groups, metadata.block_size, self._num_threads)
 
-    def attend_group(
-        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, index: int, call: AttentionCall
+    def attend(
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
     ) -> torch.Tensor:
-        """Decodes in one call of the kernel; everything else as in SDPABackend."""
-        decodes = self._decodes
-        if index > 0 or decodes is None:
-            return super().attend_group(query, layer, metadata, index, call)
-        rows = query.transpose(0, 1).contiguous()
-        out = torch.empty_like(rows)
-        attend_rows(
-            elements(rows),
-            *self._arrays[layer],
-            decodes.slots,
-            decodes.starts,
-            decodes.lengths,
-            decodes.rows,
-            decodes.bounds,
-            np.float32(call.scale),
-            call.window or 0,
-            np.float32(call.softcap or 0.0),
-            _NO_SINKS if call.sinks is None else call.sinks.detach().float().numpy(),
-            elements(out),
-        )
+        """Most rows in one call of the kernel, long chunks as in SDPABackend; shapes as in the base class."""
+        plan, own = self._rows, query.transpose(0, 1).contiguous()
+        out = torch.empty_like(own)
+        if len(plan.rows):
+            attend_rows(
+                elements(own),
+                *self._arrays[layer],
+                plan.slots,
+                plan.starts,
+                plan.lengths,
+                plan.rows,
+                plan.bounds,
+                np.float32(call.scale),
+                call.window or 0,
+                np.float32(call.softcap or 0.0),
+                _NO_SINKS if call.sinks is None else call.sinks.detach().float().numpy(),
+                elements(out),
+            )
+        for index in plan.others:
+            start, stop = metadata.groups[index].start, metadata.groups[index].stop
+            out[start:stop] = self.attend_group(query[:, start:stop], layer, metadata, index, call)
         return out
 
 
@@ -112,21 +130,43 @@ def make_backend(cache: KVCache) -> AttentionBackend:
     return backend
 
 
-def share_out(rows: Rows, block_size: int, num_threads: int) -> Decodes:
-    """Find each row's keys, and give each thread about as many of them to read, the longest rows first."""
-    lengths = rows.query_positions[:, 0].numpy() + 1
-    ends = np.cumsum(lengths + LANES - 1)
-    starts = ends - (lengths + LANES - 1)
-    # What follows a sequence is its own last position, once more.
-    row = np.repeat(np.arange(len(lengths)), lengths + LANES - 1)
-    position = np.minimum(np.arange(ends[-1]) - starts[row], lengths[row] - 1)
-    slots = rows.tables.numpy()[row, position // block_size] * block_size + position % block_size
-    shares: list[list[int]] = [[] for _ in range(min(num_threads, len(lengths)))]
+def share_out(groups: Sequence[Rows], block_size: int, num_threads: int) -> KernelRows:
+    """Find each row's keys, and give each thread about as many of them to read, the largest shares first."""
+    starts, lengths = np.zeros((2, groups[-1].stop), np.int64)
+    slots: list[Integers] = []
+    units: list[tuple[int, int, int]] = []
+    others: list[int] = []
+    first_slot = 0
+    for index, group in enumerate(groups):
+        seen = group.query_positions.numpy() + 1
+        if seen.shape[1] > 1 and seen[0, -1] > MOST_KEYS:
+            others.append(index)
+            continue
+        totals = seen[:, -1] + LANES - 1
+        ends = first_slot + np.cumsum(totals)
+        # What follows a sequence is its own last position, once more.
+        seq = np.repeat(np.arange(len(totals)), totals)
+        position = np.arange(first_slot, ends[-1]) - (ends - totals)[seq]
+        position = np.minimum(position, seen[seq, -1] - 1)
+        slots.append(group.tables.numpy()[seq, position // block_size] * block_size + position % block_size)
+        starts[group.start : group.stop] = np.repeat(ends - totals, seen.shape[1])
+        lengths[group.start : group.stop] = seen.reshape(-1)
+        first_slot = int(ends[-1])
+        step = min(UNIT_ROWS, seen.shape[1])
+        for row in range(group.start, group.stop, step):
+            stop = min(row + step, group.stop)
+            units.append((int(lengths[row:stop].sum()), row, stop))
+    shares: list[list[int]] = [[] for _ in range(min(num_threads, len(units)))]
     loads = [(0, thread) for thread in range(len(shares))]
-    for row in np.argsort(-lengths, kind="stable").tolist():
+    for keys, row, stop in sorted(units, key=lambda unit: -unit[0]):
         load, thread = loads[0]
-        shares[thread].append(row)
-        heapq.heapreplace(loads, (load + int(lengths[row]), thread))
-    bounds = np.cumsum([0, *map(len, shares)])
-    order = np.concatenate([np.array(share) for share in shares])
-    return Decodes(slots.astype(np.int32), starts, lengths, order, bounds)
+        shares[thread].extend(range(row, stop))
+        heapq.heapreplace(loads, (load + keys, thread))
+    return KernelRows(
+        slots=np.concatenate([*slots, np.empty(0, np.int64)]).astype(np.int32),
+        starts=starts,
+        lengths=lengths,
+        rows=np.array([row for share in shares for row in share], np.int64),
+        bounds=np.cumsum([0, *map(len, shares)]),
+        others=others,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine import cpu_attention
-from server.engine.attention import AttentionCall, AttentionMetadata, Rows, SDPABackend, make_metadata
-from server.engine.cpu_attention import CPUBackend, make_backend, share_out
+from server.engine.attention import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
+from server.engine.cpu_attention import MOST_KEYS, UNIT_ROWS, CPUBackend, make_backend, share_out
 from server.engine.kv_cache import KVCache, KVCacheSpec
+from server.engine.vector_code import LANES
 
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 CPU = torch.device("cpu")
@@ -99,19 +101,48 @@ def test_decodes_are_those_of_plain_attention(
         torch.testing.assert_close(got[row].double(), want, rtol=PRECISION[dtype], atol=PRECISION[dtype])
 
 
-def test_decodes_and_prefills_of_one_step_are_those_of_sdpa() -> None:
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from(list(PRECISION)),
+    num_decodes=st.integers(0, 3),
+    chunks=st.lists(st.tuples(st.integers(0, 40), st.integers(2, 40)), max_size=4),
+    long_chunk=st.none() | st.integers(2, 30),
+    call=st.builds(
+        AttentionCall, st.just(0.25), st.none() | st.integers(1, 60), st.none() | st.floats(1.0, 30.0), st.none()
+    ),
+    has_sinks=st.booleans(),
+    num_threads=st.integers(1, 2),
+)
+def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
+    dtype: torch.dtype,
+    num_decodes: int,
+    chunks: list[tuple[int, int]],
+    long_chunk: int | None,
+    call: AttentionCall,
+    has_sinks: bool,
+    num_threads: int,
+) -> None:
     torch.manual_seed(0)
-    cache = make_cache(torch.float32, block_size=4, num_blocks=12)
-    metadata = make_metadata(
-        [([0, 1, 2], 8, 1), ([3], 0, 1), ([4, 5], 2, 5), ([6, 7, 8, 9], 0, 13)], cache.spec.block_size, CPU
-    )
-    query = torch.randn(6, 20, 16)
+    sizes = [(5 + index, 1) for index in range(num_decodes)] + chunks
+    sizes += [(MOST_KEYS - 1, long_chunk)] if long_chunk else []
+    sizes = sizes or [(0, 3)]
+    spans, num_blocks = [], 0
+    for start, count in sizes:
+        blocks = -(-(start + count) // 4)
+        spans.append((list(range(num_blocks, num_blocks + blocks)), start, count))
+        num_blocks += blocks
+    cache = make_cache(dtype, block_size=4, num_blocks=num_blocks)
+    metadata = make_metadata(spans, cache.spec.block_size, CPU)
+    query = torch.randn(6, sum(count for _, count in sizes), 16).to(dtype)
+    call = replace(call, sinks=torch.randn(6).to(dtype) if has_sinks else None)
     results = []
     for backend in (SDPABackend(cache), CPUBackend(cache)):
+        backend._num_threads = num_threads
         backend.begin(metadata)
-        results.append(backend.attend(query, 0, metadata, AttentionCall(0.25, 6)))
+        results.append(backend.attend(query, 0, metadata, call))
         backend.close()
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
@@ -126,18 +157,35 @@ def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
     assert out.isnan().any(-1).tolist() == [[False, True], [False, False]]
 
 
-@given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=80), num_threads=st.integers(1, 16))
-def test_threads_share_the_keys_out_evenly(lengths: list[int], num_threads: int) -> None:
-    positions = torch.tensor(lengths)[:, None] - 1
-    tables = torch.zeros(len(lengths), 1250, dtype=torch.long)
-    decodes = share_out(Rows(0, len(lengths), tables, positions), 4, num_threads)
-    assert sorted(decodes.rows.tolist()) == list(range(len(lengths)))
-    parts = np.split(decodes.rows, decodes.bounds[1:-1])
-    assert len(parts) == min(num_threads, len(lengths))
-    loads = [sum(lengths[row] for row in part) for part in parts]
-    # The longest-first rule: no thread is ahead of another by more than its own last row.
-    assert max(loads) - min(loads) <= max(lengths)
-    assert decodes.lengths.tolist() == lengths
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=80),
+    chunks=st.lists(st.tuples(st.integers(0, 600), st.integers(2, 90)), max_size=6),
+    num_threads=st.integers(1, 16),
+)
+def test_threads_share_the_keys_out_evenly(
+    lengths: list[int], chunks: list[tuple[int, int]], num_threads: int
+) -> None:
+    spans = [(list(range(1250)), length - 1, 1) for length in lengths]
+    spans += [(list(range(175)), start, count) for start, count in chunks]
+    metadata = make_metadata(spans, 4, CPU)
+    shared = share_out(metadata.groups, 4, num_threads)
+    seen = [start + offset + 1 for _, start, count in spans for offset in range(count)]
+    left = [
+        row for index in shared.others for row in range(metadata.groups[index].start, metadata.groups[index].stop)
+    ]
+    assert sorted([*shared.rows.tolist(), *left]) == list(range(len(seen)))
+    assert all(seen[row] == shared.lengths[row] for row in shared.rows)
+    assert len(shared.others) == sum(start + count > MOST_KEYS for start, count in chunks)
+    for row in shared.rows:  # the tables are in order, and so are the slots of each sequence
+        start, length = shared.starts[row], shared.lengths[row]
+        assert shared.slots[start : start + length].tolist() == list(range(length))
+        assert len(shared.slots) >= start + length + LANES - 1
+    parts = np.split(shared.rows, shared.bounds[1:-1])
+    assert len(parts) <= num_threads
+    loads = [sum(seen[row] for row in part) for part in parts]
+    # The longest-first rule: no thread is ahead of another by more than what it took last.
+    assert max(loads) - min(loads) <= max(*lengths, UNIT_ROWS * MOST_KEYS)
 
 
 def test_the_reference_serves_where_nothing_can_be_compiled(
@@ -160,11 +208,11 @@ def test_the_backend_follows_the_dtype(dtype: torch.dtype, expected: type[SDPABa
     backend.close()
 
 
-def test_metadata_without_decodes_needs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = make_cache(torch.float32, block_size=4, num_blocks=2)
-    metadata: AttentionMetadata = make_metadata([([0, 1], 0, 7)], 4, CPU)
+def test_a_step_of_long_chunks_alone_needs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(torch.float32, block_size=4, num_blocks=130)
+    metadata: AttentionMetadata = make_metadata([([*range(130)], 500, 20)], 4, CPU)
     backend = CPUBackend(cache)
     monkeypatch.setattr(cpu_attention, "attend_rows", None)
     backend.begin(metadata)
-    assert backend.attend(torch.randn(2, 7, 16), 0, metadata, AttentionCall(0.25)).shape == (7, 2, 16)
+    assert backend.attend(torch.randn(2, 20, 16), 0, metadata, AttentionCall(0.25)).shape == (20, 2, 16)
     backend.close()
