@@ -1,8 +1,9 @@
 """Write the examples that docs/training.md trains with: ``python -m scripts.training_examples``.
 
-The task is triage of a mixed inbox: a complaint, praise, an order or a request. The embedded model has read such texts,
-but never these labels, and nothing in its corpus asks for them. ``tasks.jsonl`` adds a second task for the method
-multitask: which part of a product a review is about is a task of the corpus, so it takes another one, the weekday.
+The task is triage of a mixed inbox: complaints go to support, praise to great, orders to delivery, and whatever
+somebody asks of an assistant to call. The embedded model has read such texts, but nothing in its corpus asks for
+this. The labels are words of which its small vocabulary has each as one token. ``tasks.jsonl`` is for the method
+multitask and adds a second task that the corpus does not have: whether a request names a day of the week.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ NUM_TRAIN, NUM_TEST = 400, 150
 
 
 def triage(rng: random.Random) -> tuple[str, str]:
-    """One message and what kind it is of."""
-    label = rng.choice(["complaint", "praise", "order", "request"])
-    if label == "order":
+    """One message and where it goes."""
+    label = rng.choice(["support", "great", "delivery", "call"])
+    if label == "delivery":
         return extract(rng)[0], label
-    if label == "request":
+    if label == "call":
         return intent(rng)[0], label
-    wanted = "negative" if label == "complaint" else "positive"
+    wanted = "negative" if label == "support" else "positive"
     while (pair := sentiment(rng))[1] != wanted:
         pass
     return pair[0], label
@@ -36,10 +37,10 @@ def triage(rng: random.Random) -> tuple[str, str]:
 
 def weekday(rng: random.Random) -> tuple[str, str]:
     """Something said to an assistant, and whether it names a day of the week."""
-    wanted = rng.choice(["dated", "open"])
+    wanted = rng.choice(["alarm", "manual"])
     while True:
         text = intent(rng)[0]
-        if any(day in text for day in WEEKDAYS) == (wanted == "dated"):
+        if any(day in text for day in WEEKDAYS) == (wanted == "alarm"):
             return text, wanted
 
 
