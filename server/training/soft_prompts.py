@@ -59,6 +59,10 @@ def make_soft_prompt(
     count = settings.num_virtual_tokens
     ids = repeated(tokenizer(text)["input_ids"] or [0], count)
     config = _config(base, tokenizer, settings, text=text, ids=ids, context=context, num_tasks=num_tasks)
+    if settings.gradient_checkpointing:
+        # Its name until transformers 5.2x, which now warns of it.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model = get_peft_model(base, config)
     if settings.method in (Method.PREFIX_TUNING, Method.CARTRIDGE):
         _begin_at_cache(model, ids)

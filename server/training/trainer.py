@@ -23,7 +23,7 @@ from server.training.soft_prompts import load_state, mean_norm, restore, save_st
 EVALUATIONS = 20
 """So many times a run is evaluated, unless it is told otherwise."""
 
-BLOW_UP = 10.0
+BLOW_UP = 30.0
 """A mean norm so many times that of the beginning, and of the vocabulary, is told: the rate was too high."""
 
 _STATE_FILE = "soft_prompt.safetensors"
@@ -228,8 +228,6 @@ def _arguments(
         max_steps=-1 if settings.max_steps is None else settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         learning_rate=settings.rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_ratio,
