@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -150,9 +149,9 @@ def _run(settings: TrainSettings, api_key: str | None) -> dict[str, Any]:
     load_corpus(settings)
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise SettingsError(f"training needs {' and '.join(missing)}: pip install 'prelude-server[train]'")
-    from server.training.run import Reporter, train  # noqa: PLC0415
+    from server.training.run import Reporter, quiet_libraries, train  # noqa: PLC0415
 
-    with _shown() as (tell, say):
+    with quiet_libraries(), _shown() as (tell, say):
         warn = lambda text: say(f"warning: {text}")  # noqa: E731 - one line, used once
         return train(settings, Reporter(say, warn, tell), api_key=api_key)
 
@@ -165,15 +164,13 @@ def _shown() -> Iterator[tuple[Callable[[Where], None], Callable[[str], None]]]:
     def say(text: str) -> None:
         console.print(f"prelude: {tables.clean(text)}", markup=False, soft_wrap=True)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the libraries, which no user of this command can heed
-        if not sys.stderr.isatty():
-            yield _lines(say), say
-            return
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("loading", total=None)
-            yield lambda at: progress.update(task, completed=at.step, total=at.num_steps, description=_told(at)), say
+    if not sys.stderr.isatty():
+        yield _lines(say), say
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda at: progress.update(task, completed=at.step, total=at.num_steps, description=_told(at)), say
 
 
 def _lines(say: Callable[[str], None]) -> Callable[[Where], None]:

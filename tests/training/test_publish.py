@@ -141,7 +141,9 @@ def test_a_wider_tolerance_can_be_given(push, monkeypatch):
     monkeypatch.setattr(publish, "text_logprobs", off)
     result = push("--id", "tolerant", "--golden-tolerance", "0.6", "--json")
 
-    assert json.loads(result.stdout)["published"]["golden_check"]["largest_difference"] == pytest.approx(0.5, abs=1e-3)
+    assert json.loads(result.stdout)["published"]["golden_check"]["largest_difference"] == pytest.approx(
+        0.5, abs=1e-3
+    )
 
 
 @pytest.fixture
@@ -225,7 +227,7 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
     model.save_pretrained(tmp_path / "saved")
 
     with publish.PreludeClient(str(server.base_url), api_key="writer") as client:
-        version, is_new = client.push(tmp_path / "saved", name="plain")
+        _, is_new = client.push(tmp_path / "saved", name="plain")
     assert is_new
     served = server.get("/v1/prompts/plain/versions/1/files/adapter_model.safetensors").content
     assert served == (tmp_path / "saved" / "adapter_model.safetensors").read_bytes()
