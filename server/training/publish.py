@@ -8,6 +8,7 @@ checked is what is served. If the check fails, no version is made and no alias m
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ ROUNDED_FACTOR = 4.0
 SAME_MODEL = 0.25
 """Mean nats a token by which the same weights may differ between two dtypes; other weights differ by whole nats."""
 
-_STAGING_SUFFIX = ".golden-check"
 _MAX_NAME = 128
 
 
@@ -63,9 +63,13 @@ class Publication:
         self._client = client
         self._settings = settings
         self._directory = directory
-        self._staging = settings.name[: _MAX_NAME - len(_STAGING_SUFFIX)] + _STAGING_SUFFIX
+        # One for each run directory: two runs of a name do not meet, and what a killed one left is found again.
+        run = hashlib.sha256(str(settings.run_dir.resolve()).encode()).hexdigest()[:8]
+        suffix = f".golden-check-{run}"
+        self._staging = settings.name[: _MAX_NAME - len(suffix)] + suffix
         self._noise = Difference(0.0, 0.0, 0)
         self.base_name = ""
+        self.max_model_len = 0
 
     def check_server(self, encoder: Encoder, examples: Sequence[Example]) -> None:
         """See, before anything is loaded, whether this server can take what will be trained.
@@ -79,7 +83,8 @@ class Publication:
             check_name(self._settings.alias, "alias")
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        self.base_name = str(self._client.models()[0]["root"])
+        base = self._client.models()[0]
+        self.base_name, self.max_model_len = str(base["root"]), int(base["max_model_len"])
         if self._settings.name == self.base_name:
             raise SettingsError(f"id: {self.base_name!r} is the name of the server's base model")
         for example in examples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from server.datasets import digest
 from server.training import trainer as trainer_module
@@ -90,6 +92,20 @@ def test_the_other_forms_train(settings, trained, tmp_path, form):
             for row in rows(24)
         ]
     result = trained(settings(data=write_rows(tmp_path / "other.jsonl", data), max_steps=8))
+
+    assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
+
+
+@pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.MULTITASK, Method.CARTRIDGE])
+def test_a_model_of_another_family_trains(settings, trained, tmp_path, tiny, method):
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny, folder)
+    config = GPT2Config(vocab_size=1585, n_embd=32, n_layer=2, n_head=4, n_positions=96, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    data = rows(24, task_id=0) if method is Method.MULTITASK else rows(24)
+    made = settings(model=str(folder), method=method, data=write_rows(tmp_path / "rows.jsonl", data), max_steps=8)
+
+    result = trained(made)
 
     assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
 
