@@ -145,7 +145,7 @@ def test_an_interrupted_training_says_how_to_go_on(prelude_train, monkeypatch):
     assert "the same command with --resume goes on" in result.stderr
 
 
-def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, monkeypatch, tmp_path):
+def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, curves, monkeypatch, tmp_path):
     monkeypatch.setattr("server.training.curves.find_spec", lambda name: None)
     result = prelude_train()
 
