@@ -27,6 +27,7 @@ from server.training.errors import GoldenCheckError, SettingsError, TrainingErro
 from server.training.publish import Difference, Publication
 from server.training.run_directory import RunDirectory
 from server.training.settings import Method
+from server.training.soft_prompts import make_soft_prompt
 from tests.serving import BASE, serving
 from tests.training.conftest import make_model, rows, write_rows
 
@@ -261,9 +262,29 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
 )
 def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerance):
     publication = Publication(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
-    publication._noise = Difference(noise, noise / 10, 9)
 
-    assert publication.tolerance == pytest.approx(tolerance)
+    assert publication.tolerance(noise) == pytest.approx(tolerance)
+
+
+def test_the_rounding_is_that_of_the_soft_prompt_itself(settings, base, tokenizer):
+    examples = [Encoded([31, 32, 33], [34, 0])]
+    model = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight *= 20
+    reference = [publish.text_logprobs(model, example) for example in examples]
+
+    rounding = publish._rounding(model, examples, reference)
+
+    assert 1e-3 < rounding < 5.0
+    assert model.prompt_encoder["default"].embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_server_that_rounds_is_allowed_its_rounding(tiny, prelude_train, tmp_path):
+    with serving(tmp_path / "server", "--dtype", "bfloat16", model=tiny) as (client, _):
+        result = prelude_train("--push", "--url", str(client.base_url), "--json")
+
+    check = json.loads(result.stdout)["published"]["golden_check"]
+    assert 1e-3 < check["largest_difference"] < check["tolerance"] < 1.0
 
 
 def test_weights_that_give_no_numbers_are_other_weights(settings, base, monkeypatch):
