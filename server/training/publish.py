@@ -35,6 +35,9 @@ SAME_MODEL = 0.25
 """Mean nats a token by which the same weights may differ between two dtypes; other weights differ by whole nats."""
 
 _MAX_NAME = 128
+_MAX_TEXT_CHARS = 1000
+_MAX_LABEL_BYTES = 16 * 1024
+_MAX_RUN_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +189,10 @@ class Publication:
         metadata = {
             "golden_check": check,
             "training": {key: run[key] for key in ("digests", "rows", "learning_rate", "versions")}
-            | {key: result[key] for key in ("steps", "best_step", "init_text", "train_loss", "scores")}
-            | {"settings": _without_paths(run["settings"])},
+            | {key: result[key] for key in ("steps", "best_step", "train_loss", "scores")}
+            | {"init_text": _cut(result["init_text"]), "settings": _for_others(run["settings"])},
         }
-        if run["labels"]:
+        if run["labels"] and len(json.dumps(run["labels"])) <= _MAX_LABEL_BYTES:
             metadata["labels"] = run["labels"]
         version, _ = self._client.push(
             adapter,
@@ -236,10 +239,15 @@ def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Seque
     return max(abs(one - other) for ours, theirs in pairs for one, other in zip(ours, theirs, strict=True))
 
 
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+def _for_others(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as a catalog should have them: where files lay on this machine is nobody's business."""
-    hidden = {"data", "eval_data", "run_dir", "url", "resume", "push"}
+    hidden = {"data", "eval_data", "run_dir", "url", "resume", "push", "init_text", "description"}
     return {key: value for key, value in settings.items() if key not in hidden and value is not None}
+
+
+def _cut(text: str | None) -> str | None:
+    """A text that may be a whole corpus, short enough for a version's record."""
+    return text if text is None or len(text) <= _MAX_TEXT_CHARS else text[:_MAX_TEXT_CHARS] + "..."
 
 
 def _lineage(run: dict[str, Any], result: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
@@ -254,7 +262,7 @@ def _lineage(run: dict[str, Any], result: dict[str, Any], settings: TrainSetting
     if "trained_accuracy" in scores:
         scores |= {"accuracy": scores["trained_accuracy"], "loss": scores["trained_loss"]}
     return {
-        "training_run": settings.run_dir.name,
+        "training_run": settings.run_dir.resolve().name[:_MAX_RUN_CHARS] or settings.name,
         "dataset_digest": f"sha256:{run['digests']['data']}",
         "scores": scores,
     }

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 
 from server import demo
 from server.client import PreludeClient
-from server.training.corpus import Corpus, load_corpus, opening_text
+from server.training.corpus import Corpus, load_corpus, opening_of_data, opening_text
 from server.training.curves import draw_curves
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import SettingsError, TrainingError
@@ -184,12 +184,12 @@ class _Run:
         settings, started = self.settings, time.monotonic()
         bare = self._score(base, is_bare=True)
         set_seed(settings.seed)
-        text = opening_text(self.corpus, settings)
+        told = opening_text(self.corpus, settings) if settings.method.starts_from_text else None
         model = make_soft_prompt(
             base,
             self.tokenizer,
             settings,
-            text=text,
+            text=told or opening_of_data(self.corpus),
             context=_context(self.train, self.corpus),
             num_tasks=self.corpus.num_tasks,
         )
@@ -222,7 +222,7 @@ class _Run:
                     "--learning-rate, more steps or more data"
                 )
         base_name = self._base_name()
-        save_adapter(model, self.directory.adapter, base_name=base_name)
+        save_adapter(model, self.directory.adapter, base_name=base_name, keeps_text=told is not None)
         draw = draw_curves(
             self.directory.records(), self.directory.curves, title=f"{settings.name}: {settings.method}"
         )
@@ -236,7 +236,7 @@ class _Run:
             "adapter": str(self.directory.adapter),
             "base_model": base_name,
             "learning_rate": settings.rate,
-            "init_text": text if settings.method.starts_from_text else None,
+            "init_text": told,
             "steps": trainer.state.global_step,
             "best_step": None if best is None else best.step,
             "train_loss": _last_loss(self.directory),

@@ -112,6 +112,18 @@ def test_lineage_and_the_check_are_in_the_catalog(push, server, data, tmp_path):
     assert server.get("/v1/prompts/lineage").json()["aliases"].get("canary") == 1
 
 
+def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(push, server, tmp_path):
+    many = [{"text": f"number {place}", "label": f"{place}" + "x" * 50} for place in range(400)]
+    result = push(
+        "--id", "many", "--data", str(write_rows(tmp_path / "m.jsonl", many)), "--init-text", "one " * 30000
+    )
+
+    assert result.exit_code == 0, result.output
+    metadata = server.get("/v1/prompts/many/versions/1").json()["metadata"]
+    assert len(metadata["training"]["init_text"]) == 1003
+    assert "labels" not in metadata
+
+
 def test_a_failing_check_publishes_nothing_and_says_how_far_off(push, server, monkeypatch, tmp_path):
     own = publish.text_logprobs
 

@@ -339,6 +339,7 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
         ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "does not go with p_tuning_v2"),
         ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot begin at a text"),
         ({"init_text": "  "}, "init_text is empty"),
+        ({"description": "a" * 5000}, "description has 5000 characters"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, trained, changes, reason):

@@ -79,7 +79,7 @@ def test_each_method_learns_and_is_kept_whole(make, method, tmp_path, base, tiny
     restore(model, load_state(tmp_path / "state.safetensors"))
     assert text_logprobs(model, example_for(method)) == before
 
-    save_adapter(model, tmp_path / "adapter", base_name="some-base")
+    save_adapter(model, tmp_path / "adapter", base_name="some-base", keeps_text=True)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["num_virtual_tokens"]) == (PEFT_TYPES[method], 4)
     assert config["base_model_name_or_path"] == "some-base"
@@ -117,6 +117,16 @@ def test_keys_and_values_begin_at_the_texts_own(make, method, base, tokenizer):
     in_words = text_logprobs(base, Encoded(ids + example.prompt_ids, example.completion_ids))
 
     assert text_logprobs(make(method, num_virtual_tokens=7), example) == pytest.approx(in_words[7:], abs=1e-4)
+
+
+def test_a_text_that_is_of_the_data_is_not_saved(make, tmp_path, base):
+    model = make(Method.PROMPT_TUNING)
+    save_adapter(model, tmp_path, base_name="b", keeps_text=False)
+
+    assert "Route" not in (tmp_path / "adapter_config.json").read_text()
+    reloaded = PeftModel.from_pretrained(base, str(tmp_path))
+    example = example_for(Method.PROMPT_TUNING)
+    assert text_logprobs(reloaded, example) == pytest.approx(text_logprobs(model, example), abs=1e-6)
 
 
 def test_the_first_rows_of_a_cartridge_stay(make):
