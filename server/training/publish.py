@@ -126,15 +126,20 @@ class Publication:
                 f"nats off in the mean of {self._noise.num_tokens} tokens"
             )
 
-    def tolerance(self, rounding: float) -> float:
-        """What one token may be off: as told, or by how exactly the server computes.
+    def tolerances(self, rounding: Difference) -> tuple[float, float | None]:
+        """What the worst token may be off, and what the tokens may be in the mean.
 
         Args:
-            rounding: What the bare model was off, or the soft prompt itself between dtypes, whichever is more.
+            rounding: What was seen of rounding: in the bare model on the server, or in the soft prompt here.
+
+        Returns:
+            As told, or by how exactly the server computes; there is no bound on the mean where one is enough.
         """
         if self._settings.golden_tolerance is not None:
-            return self._settings.golden_tolerance
-        return EXACT_TOLERANCE if rounding <= EXACT_TOLERANCE else ROUNDED_FACTOR * rounding
+            return self._settings.golden_tolerance, None
+        if rounding.largest <= EXACT_TOLERANCE:
+            return EXACT_TOLERANCE, None
+        return ROUNDED_FACTOR * rounding.largest, ROUNDED_FACTOR * rounding.mean
 
     def publish(self, model: Any, examples: Sequence[Encoded], result: dict[str, Any]) -> dict[str, Any]:
         """Check what was saved against PEFT, and make it the next version if it holds.
@@ -157,10 +162,11 @@ class Publication:
             for example, logprobs in zip(examples, reference, strict=True)
         ]
         self._directory.write("golden.json", golden)
-        rounding = self._noise.largest
-        if rounding > EXACT_TOLERANCE:
-            rounding = max(rounding, _rounding(model, examples, reference))
-        tolerance = self.tolerance(rounding)
+        rounding = self._noise
+        if rounding.largest > EXACT_TOLERANCE:
+            own = _rounding(model, examples, reference)
+            rounding = Difference(max(rounding.largest, own.largest), max(rounding.mean, own.mean), own.num_tokens)
+        tolerance, mean_tolerance = self.tolerances(rounding)
         settings, adapter = self._settings, self._directory.adapter
         try:
             staged, _ = self._client.push(adapter, name=self._staging, description="being checked by prelude train")
@@ -168,10 +174,12 @@ class Publication:
         finally:
             self._unstage()
         check = {
-            "is_passed": difference.largest <= tolerance,
+            "is_passed": difference.largest <= tolerance
+            and (mean_tolerance is None or difference.mean <= mean_tolerance),
             "largest_difference": difference.largest,
             "mean_difference": difference.mean,
             "tolerance": tolerance,
+            "mean_tolerance": mean_tolerance,
             "bare_difference": self._noise.largest,
             "texts": len(examples),
             "tokens": difference.num_tokens,
@@ -181,7 +189,8 @@ class Publication:
         if not check["is_passed"]:
             raise GoldenCheckError(
                 f"the golden check failed: a token's log-probability on the server is {difference.largest:.3g} nats "
-                f"from PEFT's, and {tolerance:.3g} is allowed. Nothing was published, and no alias was moved",
+                f"from PEFT's, and {tolerance:.3g} is allowed{_of_mean(difference.mean, mean_tolerance)}. "
+                "Nothing was published, and no alias was moved",
                 difference=difference.largest,
                 tolerance=tolerance,
             )
@@ -210,15 +219,14 @@ class Publication:
         }
 
     def _difference(self, model: str, examples: Sequence[Encoded], ours: Sequence[Sequence[float]]) -> Difference:
-        offs: list[float] = []
-        for example, logprobs in zip(examples, ours, strict=True):
+        theirs: list[list[float]] = []
+        for example in examples:
             body: dict[str, Any] = {"model": model, "prompt": example.token_ids, "max_tokens": 0}
             body |= {"echo": True, "logprobs": 1, "temperature": 0}
             if example.task_id is not None:
                 body["task_id"] = example.task_id
-            theirs = self._client.complete(body)["choices"][0]["logprobs"]["token_logprobs"][1:]
-            offs += [abs(our - their) for our, their in zip(logprobs, theirs, strict=True)]
-        return Difference(max(offs), sum(offs) / len(offs), len(offs))
+            theirs.append(self._client.complete(body)["choices"][0]["logprobs"]["token_logprobs"][1:])
+        return _compared(ours, theirs)
 
     def _unstage(self) -> None:
         try:
@@ -228,15 +236,26 @@ class Publication:
                 raise
 
 
-def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[float]]) -> float:
+def _compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Difference:
+    offs = [
+        abs(our - their)
+        for one, other in zip(ours, theirs, strict=True)
+        for our, their in zip(one, other, strict=True)
+    ]
+    return Difference(max(offs), sum(offs) / len(offs), len(offs))
+
+
+def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[float]]) -> Difference:
     """How far this very soft prompt is off itself in bfloat16, in which a server that rounds may serve it.
 
     A soft prompt's rows are larger than a vocabulary's, and so is their rounding. The model is left in bfloat16.
     """
     model.to(torch.bfloat16)
-    rounded = [text_logprobs(model, example) for example in examples]
-    pairs = zip(reference, rounded, strict=True)
-    return max(abs(one - other) for ours, theirs in pairs for one, other in zip(ours, theirs, strict=True))
+    return _compared(reference, [text_logprobs(model, example) for example in examples])
+
+
+def _of_mean(mean: float, tolerance: float | None) -> str:
+    return "" if tolerance is None else f"; in the mean it is {mean:.3g}, and {tolerance:.3g} is allowed"
 
 
 def _for_others(settings: dict[str, Any]) -> dict[str, Any]:

@@ -277,6 +277,19 @@ def test_resuming_without_a_checkpoint_begins_again(settings, trained, tmp_path)
     assert [entry["step"] for entry in directory.records() if "loss" in entry] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.0, "max_steps": 40, "patience": 2}])
+def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(settings, trained, tmp_path, changes):
+    whole = trained(settings(**changes))
+    (tmp_path / "run" / "result.json").unlink()
+
+    resumed = trained(settings(**changes, resume=True))
+
+    assert resumed["scores"] == whole["scores"]
+    assert resumed["best_step"] == whole["best_step"]
+    assert whole["steps"] == 4
+    assert whole["steps"] <= resumed["steps"] <= whole["steps"] + 1
+
+
 def test_a_run_that_is_done_is_not_done_again(settings, trained, heard):
     first = trained(settings())
     again = trained(settings(resume=True))

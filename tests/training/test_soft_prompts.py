@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from server.training.encoding import Encoded
-from server.training.scoring import collate, completion_loss, score, text_logprobs
+from server.training.scoring import collate, completion_loss, keeps_logits, score, text_logprobs
 from server.training.settings import DEFAULTS, Method
 from server.training.soft_prompts import (
     load_state,
@@ -205,6 +205,23 @@ def test_a_batch_is_padded_on_the_right_and_labels_the_completion_alone():
     assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, 0], [-100, 4, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     assert batch["task_ids"].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("method", Method)
+def test_logits_that_nobody_asks_for_change_nothing_and_are_left_out(make, method):
+    model = make(method).eval()
+    task = 1 if method is Method.MULTITASK else None
+    examples = [Encoded([31, 32, 33, 35, 36], [34, 0], task), Encoded([41, 42, 43], [44], task)]
+    found = []
+    for keeps in (False, True):
+        batch = collate(examples, 1, keeps_logits=keeps)
+        labels = batch.pop("labels")
+        outputs = model(**batch)
+        found.append(float(completion_loss(outputs, labels).detach()))
+
+    assert keeps_logits(model)
+    assert outputs.logits.shape[1] == 5  # of the seven tokens, those from the last of the shorter prompt
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_the_loss_of_accumulated_batches_is_that_of_one(make):
