@@ -210,8 +210,8 @@ class _Watcher(TrainerCallback):
         best, patience = self._trainer.best, self._trainer.settings.patience
         if not patience or best is None:
             return False
-        since = sum("eval_loss" in entry and entry["step"] > best.step for entry in self._trainer.directory.records())
-        return since >= patience
+        at = [entry["step"] for entry in self._trainer.directory.records() if "eval_loss" in entry]
+        return sum(step > best.step for step in at) >= patience
 
 
 def num_steps(settings: TrainSettings, num_examples: int) -> int:
