@@ -210,7 +210,7 @@ class _Watcher(TrainerCallback):
         best, patience = self._trainer.best, self._trainer.settings.patience
         if not patience or best is None:
             return False
-        at = [entry["step"] for entry in self._trainer.directory.records() if "eval_loss" in entry]
+        at: list[int] = [entry["step"] for entry in self._trainer.directory.records() if "eval_loss" in entry]
         return sum(step > best.step for step in at) >= patience
 
 
