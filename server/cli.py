@@ -19,6 +19,7 @@ from prompt_store.types import PromptRef
 from server import commands, logs
 from server.config import Device, DType, EngineSettings, HttpSettings, LogFormat, Settings, StoreSettings
 from server.errors import ServerError
+from server.training import command as training
 
 app = typer.Typer(
     name="prelude",
@@ -311,6 +312,7 @@ def key(
 
 
 app.add_typer(commands.app)
+app.add_typer(training.app)
 
 
 def main() -> None:

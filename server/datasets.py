@@ -1,0 +1,324 @@
+r"""Labelled examples in JSON Lines: what training and evaluation read.
+
+A row has one of three forms, and a file holds rows of one form only::
+
+    {"prompt": "Translate to French: cheese\n", "completion": "fromage"}
+    {"text": "The soup was cold.", "label": "negative"}
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+
+Each of them may name a task of a multitask soft prompt with ``task_id``, an integer from 0; then all rows do.
+
+Reading goes on after a fault, so that a file is mended in one go and not row by row. Nothing here imports a model
+library: bad data is told before any model loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+from server.errors import ServerError
+
+MAX_LINE_BYTES = 4 * 2**20
+"""A longer line is a fault: it is far beyond every context, and reading it would take memory without bound."""
+
+MAX_FAULTS = 20
+"""How many faults of one file are listed; the others are counted."""
+
+Role = Literal["system", "user", "assistant"]
+
+_ROLES: tuple[str, ...] = get_args(Role)
+_BOM = b"\xef\xbb\xbf"
+_FORMS = "{prompt, completion}, {text, label} or {messages}"
+
+
+class DatasetError(ServerError):
+    """A file of examples cannot be used.
+
+    Attributes:
+        path: The file.
+        faults: (line number from 1, reason) of the first faults, in the file's order; a line number of 0 is the
+            file as a whole.
+        num_faults: How many there are in all.
+    """
+
+    def __init__(self, path: Path, faults: list[tuple[int, str]], num_faults: int | None = None) -> None:
+        self.path = path
+        self.faults = tuple(faults)
+        self.num_faults = len(faults) if num_faults is None else num_faults
+        lines = [f"{path}:{line}: {reason}" if line else f"{path}: {reason}" for line, reason in faults]
+        if (more := self.num_faults - len(faults)) > 0:
+            lines.append(f"{path}: and {more} more")
+        super().__init__("\n".join(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCompletion:
+    """A text, and what the model is to write after it.
+
+    Attributes:
+        prompt: Sent as it is, as ``prompt`` of ``/v1/completions``.
+        completion: Follows without anything in between; a space that is to come first is the completion's own.
+        task_id: The task of a multitask soft prompt.
+        line: Where it stands in its file, from 1; 0 where it comes from none.
+    """
+
+    prompt: str
+    completion: str
+    task_id: int | None = None
+    line: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text and its label.
+
+    Attributes:
+        text: What is classified.
+        label: One of a set that the file's rows span.
+        task_id: The task of a multitask soft prompt.
+        line: Where it stands in its file, from 1; 0 where it comes from none.
+    """
+
+    text: str
+    label: str
+    task_id: int | None = None
+    line: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation; its last message is the assistant's, and is what is learned.
+
+    Attributes:
+        messages: In order; at least one before the assistant's last.
+        task_id: The task of a multitask soft prompt.
+        line: Where it stands in its file, from 1; 0 where it comes from none.
+    """
+
+    messages: tuple[Message, ...]
+    task_id: int | None = None
+    line: int = field(default=0, compare=False)
+
+
+Example = PromptCompletion | LabelledText | Conversation
+
+FORM_NAMES: dict[type[Example], str] = {
+    PromptCompletion: "{prompt, completion}",
+    LabelledText: "{text, label}",
+    Conversation: "{messages}",
+}
+
+
+def read_examples(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES, max_faults: int = MAX_FAULTS) -> list[Example]:
+    """Read a file of examples; lines with nothing but white space are skipped, and so is a byte order mark.
+
+    Args:
+        path: JSON Lines in UTF-8.
+        max_line_bytes: A longer line is a fault.
+        max_faults: How many faults the error lists.
+
+    Returns:
+        The examples in the file's order, at least one, all of one form.
+
+    Raises:
+        DatasetError: With every fault of every line, or the reason why the file cannot be read.
+    """
+    examples: list[Example] = []
+    faults: list[tuple[int, str]] = []
+    num_faults = 0
+    first: Example | None = None
+    try:
+        with path.open("rb") as file:
+            for number, line in _lines(file, max_line_bytes):
+                try:
+                    example = _parse(line, number, max_line_bytes)
+                    if first is None:
+                        first = example
+                    _same_form(example, first)
+                    examples.append(example)
+                except _FaultError as fault:
+                    num_faults += 1
+                    if len(faults) < max_faults:
+                        faults.append((number, str(fault)))
+    except OSError as error:
+        raise DatasetError(path, [(0, f"cannot be read: {error.strerror or error}")]) from error
+    if num_faults:
+        raise DatasetError(path, faults, num_faults)
+    if not examples:
+        raise DatasetError(path, [(0, "holds no rows")])
+    return examples
+
+
+def form_of(examples: list[Example]) -> type[Example]:
+    """The form of the rows of a file that was read."""
+    return type(examples[0])
+
+
+def digest(path: Path) -> str:
+    """The file's SHA-256, in lower-case hexadecimal.
+
+    Raises:
+        DatasetError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DatasetError(path, [(0, f"cannot be read: {error.strerror or error}")]) from error
+
+
+class _FaultError(Exception):
+    """Why a row is refused."""
+
+
+def _lines(file: BinaryIO, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Number the lines that are not blank; of a line that is too long only the beginning is kept."""
+    number = 0
+    while line := file.readline(max_line_bytes + 2):
+        number += 1
+        end = line
+        while len(end) == max_line_bytes + 2 and not end.endswith(b"\n"):
+            end = file.readline(max_line_bytes + 2)
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if line.strip():
+            yield number, line
+
+
+def _parse(line: bytes, number: int, max_line_bytes: int) -> Example:
+    if len(line.rstrip(b"\r\n")) > max_line_bytes:
+        raise _FaultError(f"longer than {max_line_bytes} bytes")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise _FaultError(f"not UTF-8 at byte {error.start}") from error
+    try:
+        row = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        raise _FaultError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise _FaultError(f"not JSON that can be read: {error}") from error
+    if not isinstance(row, dict):
+        raise _FaultError(f"not an object but {_kind(row)}")
+    return _example(row, number)
+
+
+def _example(row: dict[str, Any], number: int) -> Example:
+    keys = set(row)
+    if not (keys & {"prompt", "completion", "text", "label", "messages"}):
+        raise _FaultError(f"none of the forms {_FORMS}; it has {_listed(keys)}")
+    if "messages" in keys:
+        _fields(row, "messages")
+        return Conversation(_messages(row["messages"]), _task(row), number)
+    if keys & {"prompt", "completion"}:
+        _fields(row, "prompt", "completion")
+        return PromptCompletion(_text(row, "prompt"), _text(row, "completion"), _task(row), number)
+    _fields(row, "text", "label")
+    return LabelledText(_text(row, "text"), _text(row, "label"), _task(row), number)
+
+
+def _fields(row: dict[str, Any], *names: str) -> None:
+    if missing := [name for name in names if name not in row]:
+        raise _FaultError(f"has no {_listed(missing)}")
+    if extra := set(row) - set(names) - {"task_id"}:
+        raise _FaultError(f"has {_listed(extra)} beside {_listed(names)}")
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise _FaultError(f"messages is not a list but {_kind(value)}")
+    messages = []
+    for place, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise _FaultError(f"messages[{place}] is not an object but {_kind(item)}")
+        if set(item) != {"role", "content"}:
+            raise _FaultError(f"messages[{place}] has {_listed(set(item))} and not 'content' and 'role'")
+        if not isinstance(item["role"], str) or item["role"] not in _ROLES:
+            raise _FaultError(f"messages[{place}].role is none of {', '.join(_ROLES)}")
+        role: Any = item["role"]
+        messages.append(Message(role, _text(item, "content", f"messages[{place}].content")))
+    if len(messages) < 2:
+        raise _FaultError("messages has fewer than two messages")
+    if messages[-1].role != "assistant":
+        raise _FaultError(f"the last message is the {messages[-1].role}'s and not the assistant's")
+    return tuple(messages)
+
+
+def _text(row: dict[str, Any], name: str, called: str | None = None) -> str:
+    called = called or name
+    value = row[name]
+    if not isinstance(value, str):
+        raise _FaultError(f"{called} is not a string but {_kind(value)}")
+    if not value.strip():
+        raise _FaultError(f"{called} is empty")
+    if "\0" in value:
+        raise _FaultError(f"{called} has a NUL character")
+    if not _is_encodable(value):
+        raise _FaultError(f"{called} has half of a surrogate pair, which is no character")
+    return value
+
+
+def _task(row: dict[str, Any]) -> int | None:
+    if "task_id" not in row:
+        return None
+    value = row["task_id"]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _FaultError("task_id is not an integer from 0")
+    return value
+
+
+def _same_form(example: Example, first: Example) -> None:
+    if type(example) is not type(first):
+        raise _FaultError(
+            f"of the form {FORM_NAMES[type(example)]}, where line {first.line} is of {FORM_NAMES[type(first)]}"
+        )
+    if (example.task_id is None) is not (first.task_id is None):
+        has, had = ("has no", "has one") if example.task_id is None else ("has a", "has none")
+        raise _FaultError(f"{has} task_id, where line {first.line} {had}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _FaultError(f"has {_listed({name for name in names if names.count(name) > 1})} twice")
+    return row
+
+
+def _constant(name: str) -> Any:
+    raise _FaultError(f"not JSON: {name} is not a value of JSON")
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return kinds.get(type(value), "an object")
+
+
+def _listed(names: Any) -> str:
+    """Name fields in an error: a few of them, cut to a length, and quoted so that odd characters show."""
+    shown = [ascii(name[:40]) for name in (sorted(names) if isinstance(names, set) else names)]
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return (", ".join(shown[:5]) or "no fields") + more

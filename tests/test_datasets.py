@@ -1,0 +1,154 @@
+"""The reader of labelled examples: each form, and every fault with its line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from server.datasets import (
+    Conversation,
+    DatasetError,
+    LabelledText,
+    Message,
+    PromptCompletion,
+    digest,
+    form_of,
+    read_examples,
+)
+
+GOOD = b'{"text": "fine", "label": "yes"}\n'
+
+
+def _file(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+def _faults(tmp_path: Path, content: bytes, **options: int) -> tuple[tuple[int, str], ...]:
+    with pytest.raises(DatasetError) as caught:
+        read_examples(_file(tmp_path, content), **options)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"prompt": "a\n", "completion": " b"}, PromptCompletion("a\n", " b")),
+        ({"text": "Grüße ☃", "label": "yes"}, LabelledText("Grüße ☃", "yes")),
+        ({"text": "t", "label": "yes", "task_id": 3}, LabelledText("t", "yes", 3)),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+            Conversation((Message("user", "hi"), Message("assistant", "ho"))),
+        ),
+    ],
+)
+def test_each_form_is_read(tmp_path: Path, row: dict[str, object], example: object) -> None:
+    examples = read_examples(_file(tmp_path, json.dumps(row).encode()))
+
+    assert examples == [example]
+    assert examples[0].line == 1
+    assert form_of(examples) is type(example)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numbers(tmp_path: Path) -> None:
+    examples = read_examples(_file(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\r\n  \n" + GOOD.rstrip() + b"\r\n"))
+
+    assert [example.line for example in examples] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
+        (b'{"text": "a", ', "not JSON"),
+        (b'{"text": "a\x00b", "label": "b"}', "not JSON"),
+        (b'{"text": "a", "label": NaN}', "NaN is not a value of JSON"),
+        (b"[" * 100_000, "not JSON that can be read"),
+        (b'{"task_id": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
+        (b"[1]", "not an object but a list"),
+        (b"null", "not an object but null"),
+        (b"{}", "it has no fields"),
+        (b'{"question": "a", "answer": "b"}', "it has 'answer', 'question'"),
+        (b'{"text": "a"}', "has no 'label'"),
+        (b'{"label": "a"}', "has no 'text'"),
+        (b'{"completion": "a"}', "has no 'prompt'"),
+        (b'{"prompt": "a", "completion": "b", "label": "c"}', "has 'label' beside 'prompt', 'completion'"),
+        (b'{"text": "a", "label": "b", "id": 1}', "has 'id' beside"),
+        (b'{"messages": [], "text": "a"}', "has 'text' beside"),
+        (b'{"text": 1, "label": "b"}', "text is not a string but a number"),
+        (b'{"text": "a", "label": true}', "label is not a string but a boolean"),
+        (b'{"text": "a", "label": {}}', "label is not a string but an object"),
+        (b'{"text": "", "label": "b"}', "text is empty"),
+        (b'{"prompt": "a", "completion": "  "}', "completion is empty"),
+        (b'{"text": "a\\u0000", "label": "b"}', "text has a NUL"),
+        (b'{"text": "\\ud800", "label": "b"}', "half of a surrogate pair"),
+        (b'{"text": "a", "text": "b", "label": "c"}', "has 'text' twice"),
+        (b'{"text": "a", "label": "b", "task_id": -1}', "task_id is not an integer from 0"),
+        (b'{"text": "a", "label": "b", "task_id": true}', "task_id is not an integer from 0"),
+        (b'{"text": "a", "label": "b", "task_id": 1}', "has a task_id, where line 1 has none"),
+        (b'{"prompt": "a", "completion": "b"}', "of the form {prompt, completion}, where line 1 is of {text, label}"),
+        (b'{"messages": "a"}', "messages is not a list but a string"),
+        (b'{"messages": ["a"]}', "messages[0] is not an object"),
+        (b'{"messages": [{"role": "user"}]}', "messages[0] has 'role' and not"),
+        (b'{"messages": [{"role": "king", "content": "a"}]}', "messages[0].role is none of"),
+        (b'{"messages": [{"role": [], "content": "a"}]}', "messages[0].role is none of"),
+        (b'{"messages": [{"role": "user", "content": null}]}', "messages[0].content is not a string but null"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}', "fewer than two"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
+            "the last message is the user's",
+        ),
+    ],
+)
+def test_a_fault_is_told_with_its_line(tmp_path: Path, line: bytes, reason: str) -> None:
+    ((number, told),) = _faults(tmp_path, GOOD + line + b"\n" + GOOD)
+
+    assert number == 2
+    assert reason in told
+    assert len(told) < 400
+
+
+def test_all_faults_are_collected_and_many_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        read_examples(_file(tmp_path, b"nonsense\n" * 30 + GOOD + b"[]\n"), max_faults=3)
+
+    assert [line for line, _ in caught.value.faults] == [1, 2, 3]
+    assert caught.value.num_faults == 31
+    assert str(caught.value).endswith("data.jsonl: and 28 more")
+
+
+def test_a_line_beyond_the_limit_is_told_and_the_next_ones_are_read(tmp_path: Path) -> None:
+    long = b'{"text": "' + b"a" * 1000 + b'", "label": "b"}\n'
+
+    faults = _faults(tmp_path, GOOD + long + GOOD + b"[]\n", max_line_bytes=100)
+
+    assert faults == ((2, "longer than 100 bytes"), (4, "not an object but a list"))
+
+
+def test_a_line_of_just_the_limit_is_read_with_either_line_end(tmp_path: Path) -> None:
+    line = GOOD.rstrip()
+
+    examples = read_examples(_file(tmp_path, line + b"\r\n" + line + b"\n" + line), max_line_bytes=len(line))
+
+    assert len(examples) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_a_file_without_rows_is_a_fault_of_the_file(tmp_path: Path, content: bytes) -> None:
+    assert _faults(tmp_path, content) == ((0, "holds no rows"),)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(DatasetError, match=reason):
+            read_examples(path)
+        with pytest.raises(DatasetError, match=reason):
+            digest(path)
+
+
+def test_the_digest_is_of_the_files_bytes(tmp_path: Path) -> None:
+    assert digest(_file(tmp_path, GOOD)) == hashlib.sha256(GOOD).hexdigest()
