@@ -17,6 +17,7 @@ from rich.console import Console
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
 from server import commands, logs
+from server.bulk import command as bulk
 from server.config import Device, DType, EngineSettings, HttpSettings, LogFormat, Settings, StoreSettings
 from server.errors import ServerError
 
@@ -310,7 +311,8 @@ def key(
     typer.echo(f"the key, shown only now: {secret}", err=True)
 
 
-app.add_typer(commands.app)
+for module in (commands, bulk):
+    app.add_typer(module.app)
 
 
 def main() -> None:
