@@ -96,8 +96,8 @@ def responses(key: BatchKey, reply: Mapping[str, Any], served_by: str | None, co
     Raises:
         ValueError: If this is no answer to so many rows.
     """
-    model = served_by or reply.get("model")
     try:
+        model = served_by or reply["model"]
         if key.path == CLASSIFY:
             found = {
                 item["index"]: {

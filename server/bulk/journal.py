@@ -214,8 +214,8 @@ class Journal:
         names = sorted(known.keys() | self._identity.keys())
         different = [name for name in names if known.get(name) != self._identity.get(name)]
         raise JournalError(
-            f"{self.path} is the output of a run with another {', '.join(different)}; give another path, or "
-            "--restart to begin anew"
+            f"{self.path} is the output of a run that was asked otherwise ({', '.join(different)}); "
+            "give another path, or --restart to begin anew"
         )
 
     def _recover(self) -> None:

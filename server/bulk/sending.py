@@ -174,7 +174,7 @@ class Sender:
                     if row is None:
                         is_end = True
                         break
-                    buffer = buffer or ReorderBuffer(row.index)
+                    buffer = ReorderBuffer(row.index) if buffer is None else buffer
                     self._num_outstanding += 1
                     self._outstanding_bytes += row.num_bytes
                     if row.fault is not None:
@@ -241,6 +241,8 @@ class Sender:
 
     async def _settle(self, key: BatchKey, rows: Sequence[Row]) -> list[Outcome]:
         """Ask until every row has its outcome."""
+        if len(rows) > self._rows_per_request:  # gathered before it was known that so many are too many
+            return await self._halves(key, rows)
         num_tries, num_failures = 0, 0
         while True:
             found = await self._ask(key, rows)
@@ -270,12 +272,15 @@ class Sender:
             if refusal.status is not None:
                 error["status"] = refusal.status
             return [Outcome(rows[0], error=error)]
-        middle = len(rows) // 2
-        outcomes = await self._settle(key, rows[:middle]) + await self._settle(key, rows[middle:])
+        outcomes = await self._halves(key, rows)
         if all(outcome.error is None for outcome in outcomes):
             # None of the rows was at fault, so there were too many for the server.
-            self._rows_per_request = min(self._rows_per_request, middle)
+            self._rows_per_request = min(self._rows_per_request, (len(rows) + 1) // 2)
         return outcomes
+
+    async def _halves(self, key: BatchKey, rows: Sequence[Row]) -> list[Outcome]:
+        middle = len(rows) // 2
+        return await self._settle(key, rows[:middle]) + await self._settle(key, rows[middle:])
 
     def _slow_down(self) -> None:
         """Leave a full server more room: at most once a second, for its refusals come many at a time."""
