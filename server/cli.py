@@ -20,6 +20,8 @@ from server import commands, logs
 from server.bulk import command as bulk
 from server.config import Device, DType, EngineSettings, HttpSettings, LogFormat, Settings, StoreSettings
 from server.errors import ServerError
+from server.evaluation import command as evaluation
+from server.training import command as training
 
 app = typer.Typer(
     name="prelude",
@@ -311,7 +313,7 @@ def key(
     typer.echo(f"the key, shown only now: {secret}", err=True)
 
 
-for module in (commands, bulk):
+for module in (commands, bulk, evaluation, training):
     app.add_typer(module.app)
 
 

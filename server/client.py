@@ -232,6 +232,22 @@ class PreludeClient:
         path = f"/v1/prompts/{ref.name}/inspect"
         return _object(self._send("GET", path, params=params, timeout=_ENGINE_SECONDS))
 
+    # Asking
+
+    def models(self) -> list[dict[str, Any]]:
+        """Everything that ``model`` may name; the base first."""
+        models: list[dict[str, Any]] = _object(self._send("GET", "/v1/models"))["data"]
+        return models
+
+    def tokenize(self, body: Mapping[str, Any]) -> list[int]:
+        """The token ids of a text (``prompt``) or of a conversation (``messages``), as a request would have them."""
+        token_ids: list[int] = _object(self._send("POST", "/tokenize", json=body))["tokens"]
+        return token_ids
+
+    def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A completion, not streamed."""
+        return _object(self._send("POST", "/v1/completions", json=body, timeout=_ENGINE_SECONDS))
+
     # Changing
 
     def set_alias(self, name: str, alias: str, version: int, *, expected: int | None) -> dict[str, Any]:

@@ -167,24 +167,6 @@ def show(
     answer(shown, as_json, *tables.prompt(prompt, versions, history))
 
 
-@_command("promote")
-def promote(
-    name: Name,
-    version: Annotated[int, typer.Argument(metavar="V", min=1, help="The version to point at.")],
-    alias: Alias = DEFAULT_ALIAS,
-    expect: Expect = None,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
-) -> None:
-    """Point an alias at a version; requests that run keep theirs."""
-    checked(name, "name")
-    checked(alias, "alias")
-    with serving(url, api_key, as_json=as_json) as client:
-        reply = client.set_alias(name, alias, version, expected=expect)
-    answer(reply, as_json, f"{name}@{alias} is version {reply['version']}")
-
-
 @_command("rollback")
 def rollback(
     name: Name,

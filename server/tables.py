@@ -145,6 +145,26 @@ def inspection(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from ("", table)
 
 
+def training(result: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What a training came to: scores without the soft prompt, where it began, and where it ended."""
+    published = result.get("published")
+    check = published and published["golden_check"]
+    yield _fields(
+        name=f"{published['id']}@{published['version']}" if published else result["name"],
+        alias=published and published["alias"],
+        method=result["method"],
+        steps=f"{result['steps']}, the best after {result['best_step']}",
+        seconds=result["seconds"],
+        files=result["adapter"],
+        golden_check=check and f"{check['largest_difference']:.2g} nats off PEFT over {check['tokens']} tokens",
+    )
+    if any(result["scores"].values()):
+        table = _table("held out", "accuracy", "loss")
+        for name, scores in result["scores"].items():
+            _row(table, name, f"{scores['accuracy']:.3f}", f"{scores['loss']:.4f}")
+        yield from ("", table)
+
+
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in headings:

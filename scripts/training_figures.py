@@ -1,0 +1,137 @@
+"""The figures of docs/training.md: ``python -m scripts.training_figures --out figures.json``.
+
+Serves the embedded model, trains triage with each method by the documented command (``prelude train --push``), and
+asks the server for all test texts: with each soft prompt, without one, and with every instruction in words that the
+model was trained on. Exact match of greedy answers, and the label that ``/v1/classify`` finds likeliest of the four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parent))
+from demo_build.grammar import EXTRA_TASKS, TASKS
+
+EXAMPLES = Path(__file__).parent.parent / "server" / "demo" / "examples"
+PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
+METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "cpt", "multitask", "cartridge")
+BASE = "prelude-demo"
+OWN = "Classify the text as call, delivery, great or support."
+MAX_TOKENS = 8
+
+
+def _rows(name: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (EXAMPLES / name).read_text().splitlines()]
+
+
+class Asker:
+    """Accuracy of a served model on rows of {text, label}."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+
+    def accuracy(self, model: str, rows: list[dict[str, object]], instruction: str = "") -> dict[str, float]:
+        """Share of rows answered to the letter, and of those whose label is the likeliest of all."""
+        right, likeliest = 0, 0
+        for task_id in sorted({row.get("task_id") or 0 for row in rows}):
+            mine = [row for row in rows if (row.get("task_id") or 0) == task_id]
+            labels = sorted({f"\n{row['label']}" for row in mine})
+            task = {"task_id": task_id} if "task_id" in mine[0] and model != BASE else {}
+            texts = [instruction + str(row["text"]) for row in mine]
+            body = {"model": model, "prompt": texts, "temperature": 0, "max_tokens": MAX_TOKENS, **task}
+            answers = self._post("/v1/completions", body)["choices"]
+            right += sum(answer["text"] == f"\n{row['label']}" for answer, row in zip(answers, mine, strict=True))
+            for start in range(0, len(texts), 32):
+                body = {"model": model, "input": texts[start : start + 32], "labels": labels, **task}
+                found = self._post("/v1/classify", body)["data"]
+                likeliest += sum(
+                    one["label"] == f"\n{row['label']}"
+                    for one, row in zip(found, mine[start : start + 32], strict=True)
+                )
+        return {"exact": round(right / len(rows), 4), "likeliest_label": round(likeliest / len(rows), 4)}
+
+    def _post(self, path: str, body: dict[str, object]) -> dict[str, list[dict[str, object]]]:
+        found: dict[str, list[dict[str, object]]] = self._client.post(path, json=body).raise_for_status().json()
+        return found
+
+
+def _wait(client: httpx.Client) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if client.get("/ready").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit("the server is not ready")
+
+
+def in_words(asker: Asker, rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
+    """Accuracy with each instruction that stands in the model's corpus, and with one made for the task."""
+    instructions = [text for task in (TASKS | EXTRA_TASKS).values() for text in task.instructions]
+    shots = "".join(f"{row['text']}\n{row['label']}\n" for row in _rows("triage.jsonl")[:8])
+    found = {text: asker.accuracy(BASE, rows, f"{text}\n") for text in [*instructions, OWN]}
+    return found | {"eight examples": asker.accuracy(BASE, rows, shots)}
+
+
+def train(method: str, url: str, folder: Path, arguments: list[str]) -> dict[str, object]:
+    """Run the documented command; what it printed as JSON."""
+    data = "tasks" if method == "multitask" else "triage"
+    command = [*PRELUDE, "train", "--model", "demo", "--method", method, "--id", method.replace("_", "-")]
+    command += ["--data", str(EXAMPLES / f"{data}.jsonl"), "--eval-data", str(EXAMPLES / f"{data}-test.jsonl")]
+    command += ["--run-dir", str(folder / method), "--push", "--url", url, "--json", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("arguments", nargs="*", help="more arguments of prelude train, after --")
+    options = parser.parse_args()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    figures: dict[str, object] = {}
+    with (
+        tempfile.TemporaryDirectory() as name,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as http,
+    ):
+        folder = Path(name)
+        model = EXAMPLES.parent / "model"
+        command = [*PRELUDE, "serve", "--model", str(model), "--served-model-name", BASE, "--port", str(port)]
+        command += ["--dtype", "float32", "--store", str(folder / "store"), "--kv-cache-memory", "128MiB"]
+        server = subprocess.Popen([*command, "--log-level", "WARNING", "--num-threads", "1"])
+        try:
+            _wait(http)
+            asker, rows = Asker(http), _rows("triage-test.jsonl")
+            figures["bare"] = asker.accuracy(BASE, rows)
+            words = in_words(asker, rows)
+            figures["in words"] = dict(sorted(words.items(), key=lambda item: -item[1]["likeliest_label"])[:5])
+            for method in options.methods:
+                result = train(method, str(http.base_url), folder, options.arguments)
+                test = _rows("tasks-test.jsonl") if method == "multitask" else rows
+                served = asker.accuracy(f"{method.replace('_', '-')}@candidate", test)
+                figures[method] = {"served": served, **result}
+                print(method, served, result["seconds"], flush=True)
+                options.out.write_text(json.dumps(figures, indent=2) + "\n")
+        finally:
+            server.terminate()
+            server.wait()
+    options.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training of soft prompts on a frozen base model, with PEFT, and publishing what was trained."""

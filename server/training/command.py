@@ -1,0 +1,227 @@
+"""``prelude train``: its options, what it shows, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prompt_store.types import check_name
+from server import tables
+from server.client import ClientError
+from server.commands import DEFAULT_URL, EXIT_CODES, ApiKey, ExitStatus, Json, Url, status_of
+from server.datasets import DatasetError
+from server.errors import ServerError
+from server.training.errors import GoldenCheckError, RunDirectoryError, SettingsError
+from server.training.settings import DEFAULT_ALIAS, Device, DType, Method, Monitor, TrainSettings
+
+if TYPE_CHECKING:
+    from server.training.trainer import Progress as Where
+
+app = typer.Typer(add_completion=False)
+
+EXTRA = ("accelerate", "peft")
+"""What training needs beyond what serving does; ``pip install 'prelude-server[train]'`` brings it."""
+
+
+@app.command("train", epilog=EXIT_CODES)
+def train(
+    model: Annotated[
+        str, typer.Option(help="A hub id, a directory that transformers can load, or 'demo': the embedded model.")
+    ],
+    data: Annotated[Path, typer.Option(help="JSON Lines of {prompt, completion}, {text, label} or {messages}.")],
+    name: Annotated[str, typer.Option("--id", help="The soft prompt's name.")],
+    method: Annotated[Method, typer.Option(help="How to train.")] = Method.PROMPT_TUNING,
+    num_virtual_tokens: Annotated[int, typer.Option(min=1, help="Rows of the soft prompt.")] = 20,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Held-out examples; without them a share of the data is held out.")
+    ] = None,
+    eval_fraction: Annotated[float, typer.Option(min=0.0, max=0.5, help="That share; 0 measures nothing.")] = 0.1,
+    description: Annotated[str | None, typer.Option(help="The task in words; kept with the version.")] = None,
+    init_text: Annotated[
+        str | None, typer.Option(help="Text to begin at; by default the description, the labels or the data.")
+    ] = None,
+    separator: Annotated[
+        str, typer.Option(help="Between a text and its label; \\n and \\t are read as in JSON.")
+    ] = "\\n",
+    revision: Annotated[str | None, typer.Option(help="The hub revision of the model.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of initialisation, order and split.")] = 0,
+    epochs: Annotated[float, typer.Option(min=0.001, help="Passes over the data.")] = 10.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Peak; by default the method's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of one pass.")] = 16,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Passes of one step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time; not for keys and values.")
+    ] = False,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = 0.0,
+    warmup_ratio: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of steps with a rising rate.")] = 0.1,
+    eval_steps: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
+    patience: Annotated[int, typer.Option(min=0, help="Evaluations without a gain until it stops; 0: never.")] = 5,
+    monitor: Annotated[Monitor, typer.Option(help="What a gain is measured by.")] = "loss",
+    encoder_hidden_size: Annotated[
+        int | None, typer.Option(min=1, help="Width of the network of p_tuning and p_tuning_v2.")
+    ] = None,
+    num_frozen_tokens: Annotated[int, typer.Option(min=0, help="First rows of a cartridge that stay.")] = 1,
+    cpt_epsilon: Annotated[
+        float, typer.Option(min=0.0, help="How far CPT lets a row go, in mean norms of the embeddings.")
+    ] = 1.0,
+    num_ranks: Annotated[int, typer.Option(min=1, help="Rank of each task's matrix of a multitask prompt.")] = 1,
+    device: Annotated[Device, typer.Option(help="Where to train; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="Of the frozen model; the soft prompt is float32.")] = "auto",
+    base_name: Annotated[
+        str | None, typer.Option(help="What the saved configuration calls the base; by default the server's name.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where all of it is kept; by default runs/ID.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
+    push: Annotated[bool, typer.Option("--push", help="Publish it, once the server answers as PEFT does.")] = False,
+    alias: Annotated[str, typer.Option(help="The alias that a push moves.")] = DEFAULT_ALIAS,
+    golden_prompts: Annotated[int, typer.Option(min=1, max=64, help="Texts that are held against PEFT.")] = 4,
+    golden_tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="Nats that a log-probability may be off; by default measured.")
+    ] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Train a soft prompt from labelled examples, and publish it."""
+    settings = TrainSettings(
+        model=model,
+        data=data,
+        name=_name(name, "id"),
+        method=method,
+        num_virtual_tokens=num_virtual_tokens,
+        eval_data=eval_data,
+        eval_fraction=eval_fraction,
+        description=description,
+        init_text=init_text,
+        separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
+        revision=revision,
+        seed=seed,
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing,
+        weight_decay=weight_decay,
+        warmup_ratio=warmup_ratio,
+        eval_steps=eval_steps,
+        patience=patience,
+        monitor=monitor,
+        encoder_hidden_size=encoder_hidden_size,
+        num_frozen_tokens=num_frozen_tokens,
+        cpt_epsilon=cpt_epsilon,
+        num_ranks=num_ranks,
+        device=device,
+        dtype=dtype,
+        base_name=base_name,
+        run_dir=run_dir or Path("runs") / name,
+        resume=resume,
+        push=push,
+        url=url,
+        alias=_name(alias, "alias"),
+        golden_prompts=golden_prompts,
+        golden_tolerance=golden_tolerance,
+    )
+    with _errors(as_json=as_json):
+        result = _run(settings, api_key)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        tables.show(*tables.training(result))
+
+
+def _run(settings: TrainSettings, api_key: str | None) -> dict[str, Any]:
+    """Check what needs no model library, then bring these in."""
+    # Not at the top: ``prelude --help`` need not wait for rules of data, and torch takes seconds.
+    from server.training.corpus import load_corpus  # noqa: PLC0415
+
+    settings.check()
+    load_corpus(settings)
+    if missing := [name for name in EXTRA if find_spec(name) is None]:
+        raise SettingsError(f"training needs {' and '.join(missing)}: pip install 'prelude-server[train]'")
+    from server.training.run import Reporter, quiet_libraries, train  # noqa: PLC0415
+
+    with quiet_libraries(), _shown() as (tell, say):
+        warn = lambda text: say(f"warning: {text}")  # noqa: E731 - one line, used once
+        return train(settings, Reporter(say, warn, tell), api_key=api_key)
+
+
+@contextmanager
+def _shown() -> Iterator[tuple[Callable[[Where], None], Callable[[str], None]]]:
+    """A bar on the standard error where that is a terminal, else a line for each evaluation."""
+    console = Console(stderr=True, highlight=False)
+
+    def say(text: str) -> None:
+        console.print(f"prelude: {tables.clean(text)}", markup=False, soft_wrap=True)
+
+    if not sys.stderr.isatty():
+        yield _lines(say), say
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda at: progress.update(task, completed=at.step, total=at.num_steps, description=_told(at)), say
+
+
+def _lines(say: Callable[[str], None]) -> Callable[[Where], None]:
+    seen: list[Any] = [None]
+
+    def tell(where: Where) -> None:
+        if where.held_out is not seen[0]:
+            seen[0] = where.held_out
+            say(f"step {where.step} of {where.num_steps}: {_told(where)}")
+
+    return tell
+
+
+def _told(where: Where) -> str:
+    text = f"loss {where.loss:.4f}"
+    if where.held_out is not None:
+        text += f", held out: loss {where.held_out.loss:.4f}, accuracy {where.held_out.accuracy:.3f}"
+    return text
+
+
+@contextmanager
+def _errors(*, as_json: bool) -> Iterator[None]:
+    """End with a status, and a line for each fault, where something is wrong."""
+    try:
+        yield
+    except (ServerError, ClientError) as error:
+        status, code = _status(error)
+        if as_json:
+            body = error.body if isinstance(error, ClientError) else None
+            told = {"message": str(error), "type": "training_error", "param": None, "code": code}
+            typer.echo(json.dumps(body or {"error": told}))
+        lines = [f"{code}: {text}" for code, text in error.faults] if isinstance(error, ClientError) else []
+        for line in lines or str(error).splitlines():
+            typer.echo(f"prelude: {tables.clean(line)}", err=True)
+        raise typer.Exit(status) from error
+
+
+def _status(error: ServerError | ClientError) -> tuple[ExitStatus, str]:
+    if isinstance(error, ClientError):
+        return status_of(error), error.code
+    known: dict[type[Exception], tuple[ExitStatus, str]] = {
+        DatasetError: (ExitStatus.INVALID, "invalid_data"),
+        SettingsError: (ExitStatus.USAGE, "invalid_settings"),
+        RunDirectoryError: (ExitStatus.CONFLICT, "conflict"),
+        GoldenCheckError: (ExitStatus.FAILED, "golden_check_failed"),
+    }
+    return known.get(type(error), (ExitStatus.FAILED, "training_failed"))
+
+
+def _name(text: str, what: str) -> str:
+    try:
+        return check_name(text, what)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -1,0 +1,312 @@
+"""One training from its files to a saved, scored and published soft prompt."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from server import demo
+from server.client import PreludeClient
+from server.training.corpus import Corpus, load_corpus, opening_text
+from server.training.curves import draw_curves
+from server.training.encoding import Encoded, Encoder
+from server.training.errors import SettingsError, TrainingError
+from server.training.publish import Publication
+from server.training.run_directory import RunDirectory, library_versions
+from server.training.scoring import Scores, score
+from server.training.settings import TrainSettings
+from server.training.soft_prompts import make_soft_prompt, restore, save_adapter
+from server.training.trainer import SoftPromptTrainer, Tell, Warn
+
+DEMO = "demo"
+DEMO_DIRECTORY = Path(demo.__file__).parent / "model"
+DEMO_NAME = "prelude-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Reporter:
+    """Where a training says how it goes.
+
+    Attributes:
+        say: A line for people.
+        warn: A line that should worry them.
+        tell: Where training is.
+    """
+
+    say: Callable[[str], None]
+    warn: Warn
+    tell: Tell
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own bars, notes and warnings off a command's screen: none of them can be heeded there."""
+    logging: Any = transformers.utils.logging
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = None) -> dict[str, Any]:
+    """Do what the settings ask for.
+
+    What can go wrong early does: data, settings, the run directory and the server are looked at before a model loads,
+    and the server's model is held against the local one before the first step.
+
+    Args:
+        settings: What to do.
+        reporter: Where to say how it goes.
+        api_key: The server's, where it needs one.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        DatasetError: If the data cannot be used.
+        TrainingError: If anything else is wrong.
+        ClientError: If the server refuses.
+    """
+    settings.check()
+    corpus = load_corpus(settings)
+    for warning in corpus.warnings:
+        reporter.warn(warning)
+    path = str(DEMO_DIRECTORY) if settings.model == DEMO else settings.model
+    config, tokenizer = _config_and_tokenizer(path, settings.revision)
+    max_tokens = _max_tokens(config)
+    if settings.num_virtual_tokens >= max_tokens:
+        raise SettingsError(
+            f"num_virtual_tokens is {settings.num_virtual_tokens}; the context has {max_tokens} positions in all"
+        )
+    encoder = Encoder(tokenizer, _eos_token_ids(path, config, settings.revision), settings.separator)
+    limits = {"max_tokens": max_tokens, "num_virtual_tokens": settings.num_virtual_tokens}
+    encoded = encoder.encode_all(settings.data, corpus.train, **limits)
+    held_out = encoder.encode_all(corpus.held_out_path, corpus.held_out, **limits)
+    directory = RunDirectory(settings.run_dir)
+    client = PreludeClient(settings.url, api_key=api_key) if settings.push else None
+    with client or nullcontext():
+        publication = None
+        if client is not None:
+            publication = Publication(client, settings, directory)
+            publication.check_server(encoder, (corpus.held_out or corpus.train)[: settings.golden_prompts])
+        record = {
+            "settings": settings.to_json(),
+            "digests": corpus.digests,
+            "rows": {"train": len(encoded), "held_out": len(held_out)},
+            "labels": list(corpus.labels),
+            "learning_rate": settings.rate,
+            "versions": library_versions(),
+        }
+        with directory.opened(record, resume=settings.resume):
+            run = _Run(settings, reporter, directory, corpus, tokenizer, path, encoded, held_out, publication)
+            return run.result()
+
+
+class _Run:
+    """The part of a training for which a model is needed."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        reporter: Reporter,
+        directory: RunDirectory,
+        corpus: Corpus,
+        tokenizer: Any,
+        path: str,
+        train: list[Encoded],
+        held_out: list[Encoded],
+        publication: Publication | None,
+    ) -> None:
+        self._settings = settings
+        self._reporter = reporter
+        self._directory = directory
+        self._corpus = corpus
+        self._tokenizer = tokenizer
+        self._path = path
+        self._train = train
+        self._held_out = held_out
+        self._publication = publication
+        self._pad_id = tokenizer.pad_token_id or 0
+
+    def result(self) -> dict[str, Any]:
+        """Train unless that was done before, then publish if that was asked for."""
+        base = self._load_base()
+        golden = (self._held_out or self._train)[: self._settings.golden_prompts]
+        if self._publication is not None:
+            self._publication.check_base(base, golden)
+        result: dict[str, Any] | None = self._directory.read("result.json")
+        if result is None:
+            result = self._trained(base)
+            self._directory.write("result.json", result)
+        else:
+            self._reporter.say(f"{self._directory.path} is trained already")
+        if self._publication is not None:
+            reloaded = PeftModel.from_pretrained(base, str(self._directory.adapter))
+            result["published"] = self._publication.publish(reloaded, golden, result)
+            self._directory.write("result.json", result)
+        return result
+
+    def _trained(self, base: Any) -> dict[str, Any]:
+        settings, started = self._settings, time.monotonic()
+        bare = self._score(base)
+        set_seed(settings.seed)
+        text = opening_text(self._corpus, settings)
+        model = make_soft_prompt(
+            base,
+            self._tokenizer,
+            settings,
+            text=text,
+            context=_context(self._train, self._corpus),
+            num_tasks=self._corpus.num_tasks,
+        )
+        untrained = self._score(model)
+        width_norm = base.get_input_embeddings().weight.detach().float().norm(dim=-1).mean()
+        trainer = SoftPromptTrainer(
+            model,
+            train=self._train,
+            held_out=self._held_out,
+            settings=settings,
+            directory=self._directory,
+            pad_id=self._pad_id,
+            untrained=untrained,
+            tell=self._reporter.tell,
+            warn=self._reporter.warn,
+            vocabulary_norm=None if settings.method.is_key_values else float(width_norm),
+        )
+        checkpoint = self._directory.newest_checkpoint() if settings.resume else None
+        if checkpoint is not None:
+            self._reporter.say(f"going on from {checkpoint.name}")
+        elif settings.resume:
+            self._directory.cut_records(0)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        best = trainer.best
+        if best is not None:
+            restore(model, best.state)
+            if best.step == 0:
+                self._reporter.warn(
+                    "no gain over the untrained prompt: what was saved is where training began. Try another "
+                    "--learning-rate, more steps or more data"
+                )
+        base_name = self._base_name()
+        save_adapter(model, self._directory.adapter, base_name=base_name)
+        draw = draw_curves(
+            self._directory.records(), self._directory.curves, title=f"{settings.name}: {settings.method}"
+        )
+        if not draw:
+            self._reporter.say("no curves.png: matplotlib is not installed")
+        model.eval()
+        trained = self._score(PeftModel.from_pretrained(model.get_base_model(), str(self._directory.adapter)))
+        return {
+            "name": settings.name,
+            "method": settings.method,
+            "adapter": str(self._directory.adapter),
+            "base_model": base_name,
+            "learning_rate": settings.rate,
+            "init_text": text if settings.method.starts_from_text else None,
+            "steps": trainer.state.global_step,
+            "best_step": None if best is None else best.step,
+            "train_loss": _last_loss(self._directory),
+            "seconds": round(time.monotonic() - started, 1),
+            "scores": {
+                name: None if scores is None else asdict(scores)
+                for name, scores in (("bare", bare), ("untrained", untrained), ("trained", trained))
+            },
+        }
+
+    def _score(self, model: Any) -> Scores | None:
+        if not self._held_out:
+            return None
+        return score(model, self._held_out, batch_size=self._settings.batch_size, pad_id=self._pad_id)
+
+    def _base_name(self) -> str:
+        if self._settings.base_name is not None:
+            return self._settings.base_name
+        if self._publication is not None:
+            return self._publication.base_name
+        return DEMO_NAME if self._settings.model == DEMO else self._settings.model
+
+    def _load_base(self) -> Any:
+        device = _device(self._settings)
+        dtype = _dtype(self._settings, device)
+        try:
+            base: Any = AutoModelForCausalLM.from_pretrained(
+                self._path, revision=self._settings.revision, dtype=dtype, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise TrainingError(f"the model {self._path!r} cannot be loaded: {error}") from error
+        return base.to(device)
+
+
+def _context(train: list[Encoded], corpus: Corpus) -> list[Encoded]:
+    """Examples for a CPT prompt: one of each label first, then as the file has them."""
+    first: dict[str | None, int] = {}
+    for place, example in enumerate(corpus.train):
+        first.setdefault(getattr(example, "label", None), place)
+    chosen = list(first.values())
+    return [train[place] for place in [*chosen, *(place for place in range(len(train)) if place not in chosen)][:64]]
+
+
+def _last_loss(directory: RunDirectory) -> float | None:
+    """Mean training loss of the last twenty steps."""
+    losses = [entry["loss"] for entry in directory.records() if "loss" in entry][-20:]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _config_and_tokenizer(path: str, revision: str | None) -> tuple[Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TrainingError(f"the model {path!r} cannot be loaded: {error}") from error
+    return config, tokenizer
+
+
+def _max_tokens(config: Any) -> int:
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(limit := getattr(text, name, None), int):
+            return limit
+    raise TrainingError("the model's configuration does not tell how long its context is")
+
+
+def _eos_token_ids(path: str, config: Any, revision: str | None) -> tuple[int, ...]:
+    """What ends a generation by the server's rules: the generation configuration's, else the model's."""
+    try:
+        ids = transformers.GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
+    except OSError:
+        ids = None
+    ids = config.get_text_config().eos_token_id if ids is None else ids
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _device(settings: TrainSettings) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device is cuda, and there is no CUDA device here")
+    return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """auto: float32 on a CPU, which is exact and there the fastest that is; bfloat16 on CUDA where it has it."""
+    if settings.dtype == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

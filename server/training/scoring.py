@@ -1,0 +1,126 @@
+"""Loss and accuracy of completions by one pass over each, and the log-probabilities of texts.
+
+Accuracy is that of greedy generation to the letter, without generating: greedy decoding writes a completion exactly
+if, after each of its beginnings, the next token has the largest logit; and one pass over prompt and completion has
+the logits after all of these. The end-of-sequence token counts as one of the completion's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from server.training.encoding import Encoded
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How well completions are known.
+
+    Attributes:
+        loss: Mean of the completions' tokens, in nats.
+        accuracy: Share of completions that greedy decoding would write to the letter.
+    """
+
+    loss: float
+    accuracy: float
+
+
+def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right: pads between a soft prompt and its text would move the text.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` [batch, longest], and ``task_ids`` [batch] where there are
+        tasks. Labels are those of the completion; all others are ignored.
+    """
+    width = max(len(example.token_ids) for example in examples)
+    ids = torch.full((len(examples), width), pad_id)
+    labels = torch.full((len(examples), width), IGNORED)
+    mask = torch.zeros((len(examples), width), dtype=torch.long)
+    for row, example in enumerate(examples):
+        start, end = len(example.prompt_ids), len(example.token_ids)
+        ids[row, :end] = torch.tensor(example.token_ids)
+        labels[row, start:end] = torch.tensor(example.completion_ids)
+        mask[row, :end] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if examples[0].task_id is not None:
+        batch["task_ids"] = torch.tensor([example.task_id for example in examples])
+    return batch
+
+
+def completion_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of the labelled tokens, over the text's own positions alone.
+
+    Written here once for all methods: PEFT's CPT takes a loss of its own, over its context too, and forgets to divide
+    by the number of accumulated batches.
+
+    Args:
+        outputs: The model's; ``logits`` may have rows for virtual tokens before the text's.
+        labels: [batch, length].
+        num_items_in_batch: Labelled tokens of all accumulated batches; None takes those of this one.
+    """
+    logits, targets = _aligned(outputs, labels)
+    total = functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / count
+
+
+@torch.no_grad()
+def score(model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_id: int) -> Scores:
+    """Loss and accuracy of a model, with its soft prompt if it has one."""
+    was_training = model.training
+    model.eval()
+    loss, num_tokens, num_right = 0.0, 0, 0
+    try:
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], pad_id)
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            labels = batch.pop("labels")
+            logits, targets = _aligned(model(**batch), labels)
+            counted = targets != IGNORED
+            loss += float(
+                functional.cross_entropy(
+                    logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+            )
+            num_tokens += int(counted.sum())
+            num_right += int(((logits.argmax(-1) == targets) | ~counted).all(-1).sum())
+    finally:
+        model.train(was_training)
+    return Scores(loss / num_tokens, num_right / len(examples))
+
+
+@torch.no_grad()
+def text_logprobs(model: Any, example: Encoded) -> list[float]:
+    """Log-probabilities of an example's tokens but the first, each after those before it, at batch 1.
+
+    Args:
+        model: With its soft prompt, or bare.
+        example: The text.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([example.token_ids], device=model.device)
+    tasks = {} if example.task_id is None else {"task_ids": torch.tensor([example.task_id], device=model.device)}
+    try:
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **tasks).logits
+    finally:
+        model.train(was_training)
+    logprobs = logits[0, -ids.shape[1] : -1].float().log_softmax(-1)
+    return [float(value) for value in logprobs.gather(-1, ids[0, 1:, None])[:, 0]]
+
+
+def _aligned(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits that foretell each label but the first; rows of virtual tokens are left out."""
+    logits = outputs.logits[:, -labels.shape[1] :]
+    return logits[:, :-1], labels[:, 1:]

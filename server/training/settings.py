@@ -1,0 +1,191 @@
+"""What a training is told, and what each method takes where it is not told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from server.training.errors import SettingsError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16"]
+Monitor = Literal["loss", "accuracy"]
+
+DEFAULT_ALIAS = "candidate"
+"""The alias that a push moves: what was just trained has to prove itself before it is ``latest``."""
+
+NOT_OF_THE_RESULT = frozenset({"run_dir", "resume", "push", "url", "alias", "golden_prompts", "golden_tolerance"})
+"""Settings that change nothing about what is trained: a run may be resumed with others."""
+
+
+class Method(StrEnum):
+    """How a soft prompt is trained; P-tuning v2 is PEFT's prefix tuning with a projection."""
+
+    PROMPT_TUNING = "prompt_tuning"
+    P_TUNING = "p_tuning"
+    PREFIX_TUNING = "prefix_tuning"
+    P_TUNING_V2 = "p_tuning_v2"
+    CPT = "cpt"
+    MULTITASK = "multitask"
+    CARTRIDGE = "cartridge"
+
+    @property
+    def is_key_values(self) -> bool:
+        """Whether keys and values are trained, rather than rows before the text's embeddings."""
+        return self in (Method.PREFIX_TUNING, Method.P_TUNING_V2, Method.CARTRIDGE)
+
+    @property
+    def starts_from_text(self) -> bool:
+        """Whether training can begin at a text; the others run rows through a network, which no text inverts."""
+        return self not in (Method.P_TUNING, Method.P_TUNING_V2)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a method takes where nothing is given; docs/training.md says why, with the measurements.
+
+    Attributes:
+        learning_rate: Peak rate of AdamW, in the units of what is trained.
+        source: Where the choice comes from.
+    """
+
+    learning_rate: float
+    source: str
+
+
+DEFAULTS: dict[Method, Defaults] = {
+    Method.PROMPT_TUNING: Defaults(
+        1e-2,
+        "Lester et al. 2021 take 0.3 under Adafactor, which scales its steps; PEFT's guides take 3e-2 with AdamW",
+    ),
+    Method.P_TUNING: Defaults(
+        3e-3,
+        "Liu et al. 2021 train an encoder's weights, not the rows: network rates; PEFT's guides take 1e-3 to 5e-3",
+    ),
+    Method.PREFIX_TUNING: Defaults(
+        1e-2, "Li & Liang 2021: trained directly, prefixes want real activations to begin at; PEFT's guides take 1e-2"
+    ),
+    Method.P_TUNING_V2: Defaults(3e-3, "Liu et al. 2022 search 5e-3 to 2e-2 without, and lower with, the projection"),
+    Method.CPT: Defaults(1e-2, "Blau et al. 2024; the projection bounds every row, so that the rate matters little"),
+    Method.MULTITASK: Defaults(
+        1e-2, "Wang et al. 2023 train with 0.3 under Adafactor from prompts near nought; ours begin at a text"
+    ),
+    Method.CARTRIDGE: Defaults(1e-2, "Eyuboglu et al. 2025 train keys and values with 2e-2"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """One training.
+
+    Attributes:
+        model: A hub id, a directory, or ``demo``.
+        revision: The hub revision.
+        data: Examples to learn from.
+        eval_data: Held-out examples; None holds out ``eval_fraction`` of the data.
+        eval_fraction: Share of the data that is held out where there is no eval_data; 0 evaluates nothing.
+        method: How to train.
+        num_virtual_tokens: Rows of the soft prompt.
+        name: The soft prompt's name.
+        description: What the task is, in words; kept with the version, and a text to begin at.
+        init_text: Text to begin at.
+        separator: Stands between a text and its label.
+        seed: Of initialisation, order and split.
+        epochs: Passes over the data.
+        max_steps: Optimizer steps, instead of epochs.
+        learning_rate: Peak; None takes the method's.
+        batch_size: Examples of one pass.
+        gradient_accumulation_steps: Passes of one step.
+        gradient_checkpointing: Compute activations twice and keep them never.
+        weight_decay: Of AdamW.
+        warmup_ratio: Share of the steps in which the rate rises.
+        eval_steps: Steps between evaluations; None evaluates twenty times.
+        patience: Evaluations without a gain until training stops; 0 never stops early.
+        monitor: What a gain is measured by.
+        encoder_hidden_size: Width of the network of p_tuning and p_tuning_v2; None takes the model's, at most 512.
+        num_frozen_tokens: First rows of a cartridge that stay as they are.
+        cpt_epsilon: Radius that CPT leaves each row, as a share of the embeddings' mean norm.
+        num_ranks: Rank of each task's matrix of a multitask prompt.
+        device: Where to train.
+        dtype: Of the frozen model; the soft prompt itself is trained in float32.
+        base_name: What the saved configuration calls the base; None is the server's name for it, or ``model``.
+        run_dir: Where everything is kept.
+        resume: Go on with the run that is in run_dir.
+        push: Publish when it is trained.
+        url: The server to publish to.
+        alias: The alias to move.
+        golden_prompts: How many texts are held against PEFT.
+        golden_tolerance: Nats that a token's log-probability may be off; None follows the server's own rounding.
+    """
+
+    model: str
+    data: Path
+    name: str
+    method: Method = Method.PROMPT_TUNING
+    revision: str | None = None
+    eval_data: Path | None = None
+    eval_fraction: float = 0.1
+    num_virtual_tokens: int = 20
+    description: str | None = None
+    init_text: str | None = None
+    separator: str = "\n"
+    seed: int = 0
+    epochs: float = 10.0
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.1
+    eval_steps: int | None = None
+    patience: int = 5
+    monitor: Monitor = "loss"
+    encoder_hidden_size: int | None = None
+    num_frozen_tokens: int = 1
+    cpt_epsilon: float = 1.0
+    num_ranks: int = 1
+    device: Device = "auto"
+    dtype: DType = "auto"
+    base_name: str | None = None
+    run_dir: Path = Path("runs")
+    resume: bool = False
+    push: bool = False
+    url: str = "http://127.0.0.1:8000"
+    alias: str = DEFAULT_ALIAS
+    golden_prompts: int = 4
+    golden_tolerance: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate: as given, or the method's."""
+        return DEFAULTS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
+
+    def check(self) -> None:
+        """Look at what the settings can tell by themselves.
+
+        Raises:
+            SettingsError: If some do not go together.
+        """
+        if self.num_virtual_tokens < 1:
+            raise SettingsError(f"num_virtual_tokens is {self.num_virtual_tokens}; it has to be 1 or more")
+        if self.method is Method.CARTRIDGE and self.num_virtual_tokens <= self.num_frozen_tokens:
+            raise SettingsError(
+                f"num_virtual_tokens is {self.num_virtual_tokens}: a cartridge with {self.num_frozen_tokens} frozen "
+                "tokens needs more, or nothing could be trained"
+            )
+        if self.gradient_checkpointing and self.method.is_key_values:
+            raise SettingsError(
+                f"gradient_checkpointing does not go with {self.method}: transformers then drops the cache, which "
+                "is where its keys and values are"
+            )
+        if self.init_text is not None and not self.method.starts_from_text:
+            raise SettingsError(f"init_text: {self.method} cannot begin at a text: it trains a network's weights")
+        if self.init_text is not None and not self.init_text.strip():
+            raise SettingsError("init_text is empty")
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting as JSON has it."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

@@ -1,0 +1,250 @@
+"""transformers' Trainer around a soft prompt: its own checkpoints, evaluations, early stopping and warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from server.training.encoding import Encoded
+from server.training.errors import InstabilityError
+from server.training.run_directory import RunDirectory
+from server.training.scoring import Scores, collate, completion_loss, score
+from server.training.settings import TrainSettings
+from server.training.soft_prompts import load_state, mean_norm, restore, save_state, state_of
+
+EVALUATIONS = 20
+"""So many times a run is evaluated, unless it is told otherwise."""
+
+BLOW_UP = 30.0
+"""A mean norm so many times that of the beginning, and of the vocabulary, is told: the rate was too high."""
+
+_STATE_FILE = "soft_prompt.safetensors"
+_BEST_FILE = "best.safetensors"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a training is.
+
+    Attributes:
+        step: Optimizer steps done.
+        num_steps: Those of the whole training.
+        loss: Of the newest step.
+        held_out: Of the newest evaluation, None before it or without held-out rows.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    held_out: Scores | None = None
+
+
+Tell = Callable[[Progress], None]
+Warn = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Best:
+    """The best state so far.
+
+    Attributes:
+        step: After how many steps.
+        scores: On the held-out rows.
+        state: The encoder.
+    """
+
+    step: int
+    scores: Scores
+    state: dict[str, torch.Tensor] = field(repr=False)
+
+
+def is_gain(scores: Scores, best: Scores, monitor: str) -> bool:
+    """Whether scores are better than the best; equal accuracies are told apart by their loss."""
+    if monitor == "accuracy" and scores.accuracy != best.accuracy:
+        return scores.accuracy > best.accuracy
+    return scores.loss < best.loss
+
+
+class SoftPromptTrainer(Trainer):
+    """Trains the soft prompt of a PEFT model.
+
+    Checkpoints hold the whole encoder and the best state so far, and are written at each evaluation.
+
+    Args:
+        model: A PEFT model.
+        train: Examples to learn from.
+        held_out: Examples to measure by; may be empty.
+        settings: The training's.
+        directory: The run's.
+        pad_id: What fills rows; it is never attended to.
+        untrained: Scores before the first step, which a gain is one over.
+        tell: Called after each step and each evaluation.
+        warn: Called with what should be told.
+        vocabulary_norm: Mean norm of the model's input embeddings; None where keys and values are trained.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        train: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        settings: TrainSettings,
+        directory: RunDirectory,
+        pad_id: int,
+        untrained: Scores | None,
+        tell: Tell,
+        warn: Warn,
+        vocabulary_norm: float | None,
+    ) -> None:
+        self.best: Best | None = None if untrained is None else Best(0, untrained, state_of(model))
+        self.soft_prompt = model
+        self.initial_norm = mean_norm(model)
+        self.held_out = held_out
+        self.settings = settings
+        self.directory = directory
+        self.pad_id = pad_id
+        arguments = _arguments(settings, directory, num_examples=len(train), evaluates=bool(held_out))
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=list(train),
+            eval_dataset=list(held_out) or None,
+            data_collator=lambda examples: collate(examples, pad_id),
+            compute_loss_func=completion_loss,
+            callbacks=[_Watcher(self, tell, warn, vocabulary_norm)],
+        )
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score the held-out rows, and keep the state if it is the best."""
+        scores = score(self.soft_prompt, self.held_out, batch_size=self.settings.batch_size, pad_id=self.pad_id)
+        if self.best is None or is_gain(scores, self.best.scores, self.settings.monitor):
+            self.best = Best(self.state.global_step, scores, state_of(self.soft_prompt))
+        metrics = {"eval_loss": scores.loss, "eval_accuracy": scores.accuracy}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.directory.checkpoints)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(state_of(self.soft_prompt), folder / _STATE_FILE)
+        if self.best is not None:
+            save_state(self.best.state, folder / _BEST_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        restore(self.soft_prompt, load_state(folder / _STATE_FILE))
+        step = int(folder.name.removeprefix("checkpoint-"))
+        for entry in self.directory.cut_records(step):
+            if "eval_loss" in entry and self.best is not None:
+                scores = Scores(entry["eval_loss"], entry["eval_accuracy"])
+                if is_gain(scores, self.best.scores, self.settings.monitor):
+                    self.best = Best(entry["step"], scores, {})
+        if self.best is not None:
+            self.best.state = load_state(folder / _BEST_FILE)
+
+
+class _Watcher(TrainerCallback):
+    """Writes the metrics, tells where training is, warns, and stops it."""
+
+    def __init__(self, trainer: SoftPromptTrainer, tell: Tell, warn: Warn, vocabulary_norm: float | None) -> None:
+        self._trainer = trainer
+        self._tell = tell
+        self._warn = warn
+        self._norm = trainer.initial_norm
+        self._limit = BLOW_UP * max(self._norm, vocabulary_norm or 0.0)
+        self._has_warned = False
+        self._held_out: Scores | None = None
+        self._loss = math.nan
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm") or 0.0)):
+            raise InstabilityError(
+                f"step {state.global_step}: the loss is {logs['loss']} and its gradient's norm "
+                f"{logs.get('grad_norm')}. Lower --learning-rate (it was {self._trainer.settings.rate:g}), or train "
+                "in --dtype float32. Nothing was saved after the last evaluation."
+            )
+        self._loss = logs["loss"]
+        entry = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if logs.get(key) is not None}
+        self._trainer.directory.record({"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), **entry})
+        self._tell(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        trainer = self._trainer
+        norm = mean_norm(trainer.soft_prompt)
+        trainer.directory.record({"step": state.global_step, **metrics, "norm": norm})
+        self._held_out = Scores(metrics["eval_loss"], metrics["eval_accuracy"])
+        self._tell(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
+        if not math.isfinite(metrics["eval_loss"]):
+            raise InstabilityError(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}")
+        if norm > self._limit and not self._has_warned:
+            self._has_warned = True
+            self._warn(
+                f"step {state.global_step}: the soft prompt's mean norm is {norm:.3g} and began at {self._norm:.3g}: "
+                "it blows up. Lower --learning-rate"
+            )
+        since = sum(
+            "eval_loss" in entry and entry["step"] > (trainer.best.step if trainer.best else 0)
+            for entry in trainer.directory.records()
+        )
+        if trainer.settings.patience and since >= trainer.settings.patience:
+            control.should_training_stop = True
+
+
+def num_steps(settings: TrainSettings, num_examples: int) -> int:
+    """Optimizer steps of a whole training."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    batches = math.ceil(num_examples / settings.batch_size)
+    return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation_steps) * settings.epochs))
+
+
+def _arguments(
+    settings: TrainSettings, directory: RunDirectory, *, num_examples: int, evaluates: bool
+) -> TrainingArguments:
+    steps = num_steps(settings, num_examples)
+    every = settings.eval_steps or max(1, steps // EVALUATIONS)
+    arguments = TrainingArguments(
+        output_dir=str(directory.checkpoints),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_ratio,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available() and settings.device != "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001 - DataParallel would split the soft prompt's batch
+    return arguments

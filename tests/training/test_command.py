@@ -1,0 +1,171 @@
+"""``prelude train`` as a user meets it: what it shows, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.commands import ExitStatus
+from server.demo.tour import MODEL_DIRECTORY
+from server.training import command
+from server.training.run import DEMO_DIRECTORY
+from server.training.scoring import Scores
+from server.training.trainer import Progress
+from tests.training.conftest import rows, write_rows
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails a test in which a tokenizer or a model is loaded."""
+    for loaded in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(loaded, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+
+
+def test_it_says_how_it_goes_and_what_came_of_it(prelude_train, tmp_path):
+    result = prelude_train()
+
+    assert result.exit_code == 0, result.output
+    assert all(line.startswith("prelude: ") for line in result.stderr.splitlines())  # nothing of the libraries
+    assert "step 2 of 4: loss" in result.stderr
+    assert "held out: loss" in result.stderr
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
+    assert lines["name"][1] == "words"
+    assert lines["files"][1] == str(tmp_path / "run" / "adapter")
+    assert float(lines["trained"][2]) < float(lines["untrained"][2])
+
+
+def test_json_is_all_that_is_on_the_standard_output(prelude_train, tmp_path):
+    result = prelude_train("--json")
+
+    assert json.loads(result.stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train, data, no_model):
+    data.write_text('{"text": "a", "label": "b"}\nnonsense\n{"text": "a"}\n')
+    result = prelude_train()
+
+    assert result.exit_code == ExitStatus.INVALID
+    assert f"prelude: {data}:2: not JSON: Expecting value at column 1\n" in result.stderr
+    assert f"prelude: {data}:3: has no 'label'\n" in result.stderr
+    assert result.stdout == ""
+
+
+def test_bad_data_as_json(prelude_train, data, no_model):
+    data.write_text("nonsense")
+    result = prelude_train("--json")
+
+    assert result.exit_code == ExitStatus.INVALID
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "invalid_data"
+    assert ":1: not JSON" in error["message"]
+
+
+def test_held_out_data_of_another_form(prelude_train, tmp_path, no_model):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+    result = prelude_train("--eval-data", str(pairs))
+
+    assert result.exit_code == ExitStatus.INVALID
+    assert f"{pairs}:1: of the form {{prompt, completion}}, where" in result.stderr
+
+
+def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    write_rows(data, [*rows(3), {"text": "long " * 200, "label": "call"}])
+    result = prelude_train()
+
+    assert result.exit_code == ExitStatus.INVALID
+    assert f"{data}:4: " in result.stderr
+    assert "where the context of 96 has room for 92 beside 4 virtual ones" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--method", "lora"], "'lora' is not one of"),
+        (["--num-virtual-tokens", "0"], "--num-virtual-tokens"),
+        (["--num-virtual-tokens", "96"], "the context has 96 positions in all"),
+        (["--method", "cartridge", "--num-virtual-tokens", "1"], "nothing could be trained"),
+        (["--method", "prefix_tuning", "--gradient-checkpointing"], "does not go with prefix_tuning"),
+        (["--method", "p_tuning", "--init-text", "a"], "cannot begin at a text"),
+        (["--id", "Not A Name"], "Not A Name"),
+        (["--alias", "12"], "12"),
+        (["--monitor", "f1"], "'f1' is not one of"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+        (["--eval-fraction", "0.9"], "--eval-fraction"),
+    ],
+)
+def test_usage(prelude_train, arguments, reason):
+    result = prelude_train(*arguments)
+
+    assert result.exit_code == ExitStatus.USAGE
+    assert reason in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_run_directory_in_use(prelude_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    result = prelude_train()
+
+    assert result.exit_code == ExitStatus.CONFLICT
+    assert "is not empty" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["mine.txt"]
+
+
+def test_a_model_that_is_not_there(prelude_train, tmp_path):
+    result = prelude_train(model=str(tmp_path / "none"))
+
+    assert result.exit_code == ExitStatus.FAILED
+    assert "cannot be loaded" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_missing_extra_is_told_with_what_installs_it(prelude_train, monkeypatch, no_model):
+    own = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "peft" else own(name))
+    result = prelude_train()
+
+    assert result.exit_code == ExitStatus.USAGE
+    assert "training needs peft: pip install 'prelude-server[train]'" in result.stderr
+
+
+def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, monkeypatch, tmp_path):
+    monkeypatch.setattr("server.training.curves.find_spec", lambda name: None)
+    result = prelude_train()
+
+    assert result.exit_code == 0
+    assert "no curves.png: matplotlib is not installed" in result.stderr
+    assert not (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(
+        command, "Console", lambda **_: Console(file=shown, force_terminal=True, width=120, highlight=False)
+    )
+    with command._shown() as (tell, say):
+        tell(Progress(3, 10, 0.5, Scores(0.25, 0.75)))
+        say("warning: \x1b[2Jsomething")
+
+    assert "warning: \N{REPLACEMENT CHARACTER}[2Jsomething" in shown.getvalue()
+    assert "3/10" in shown.getvalue()
+    assert "held out: loss 0.2500, accuracy 0.750" in shown.getvalue()
+
+
+def test_the_command_line_does_not_wait_for_torch():
+    code = (
+        "import sys, server.cli; print([name for name in ('torch', 'peft', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_demo_is_the_embedded_model():
+    assert DEMO_DIRECTORY == MODEL_DIRECTORY

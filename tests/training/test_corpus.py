@@ -1,0 +1,91 @@
+"""The data of a training: split, held against each other, refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.datasets import DatasetError
+from server.training.corpus import load_corpus, opening_text
+from server.training.settings import Method
+from tests.training.conftest import rows, write_rows
+
+
+def test_a_share_is_held_out_by_the_seed(settings):
+    corpus, again = load_corpus(settings()), load_corpus(settings())
+    other = load_corpus(settings(seed=1))
+
+    assert (len(corpus.train), len(corpus.held_out)) == (22, 2)
+    assert corpus == again
+    assert corpus.held_out != other.held_out
+    assert not set(corpus.train) & set(corpus.held_out)
+    assert corpus.labels == ("call", "delivery", "great", "support")
+    assert corpus.warnings == ()
+
+
+@pytest.mark.parametrize("changes", [{"eval_fraction": 0.0}, {"data": 9}])
+def test_where_nothing_is_held_out_it_is_told(settings, tmp_path, changes):
+    if "data" in changes:
+        changes = {"data": write_rows(tmp_path / "few.jsonl", rows(9))}
+    corpus = load_corpus(settings(**changes))
+
+    assert corpus.held_out == []
+    assert "nothing is held out" in corpus.warnings[0]
+
+
+def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(settings, tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": "b"}, {"text": "c", "label": "b"}])
+    corpus = load_corpus(settings(data=one, eval_data=one))
+
+    assert len(corpus.held_out) == 2
+    assert "nothing to tell apart" in corpus.warnings[0]
+    assert "2 held-out rows are training rows too" in corpus.warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "completion": "b"}, "of the form {prompt, completion}, where"),
+        ({"text": "a", "label": "unheard"}, "the label 'unheard' is in no training row"),
+        ({"text": "a", "label": "call", "task_id": 0}, "have a task_id"),
+    ],
+)
+def test_held_out_rows_of_another_kind_are_refused(settings, tmp_path, row, reason):
+    with pytest.raises(DatasetError, match="eval.jsonl") as caught:
+        load_corpus(settings(eval_data=write_rows(tmp_path / "eval.jsonl", [row])))
+
+    assert reason in str(caught.value)
+
+
+def test_tasks_go_with_multitask_alone_and_count_from_nought(settings, tmp_path):
+    with pytest.raises(DatasetError, match="have no task_id"):
+        load_corpus(settings(method=Method.MULTITASK))
+    tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=2))
+    with pytest.raises(DatasetError, match="no row has the task_id 1, and there is one of 2"):
+        load_corpus(settings(method=Method.MULTITASK, data=tasks))
+    with pytest.raises(DatasetError, match="which the method cpt does not know"):
+        load_corpus(settings(method=Method.CPT, data=tasks))
+
+
+def test_held_out_tasks_have_to_be_trained_ones(settings, tmp_path):
+    tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=1))
+    held_out = write_rows(tmp_path / "eval.jsonl", rows(2, task_id=1) + rows(1, task_id=2))
+
+    with pytest.raises(DatasetError, match=r"eval.jsonl:3: the task_id 2 is in no training row"):
+        load_corpus(settings(method=Method.MULTITASK, data=tasks, eval_data=held_out))
+    good = write_rows(tmp_path / "good.jsonl", rows(2, task_id=1))
+    assert load_corpus(settings(method=Method.MULTITASK, data=tasks, eval_data=good)).num_tasks == 2
+
+
+def test_training_begins_at_what_is_known_of_the_task(settings, tmp_path):
+    def begins(**changes) -> str:
+        made = settings(**changes)
+        return opening_text(load_corpus(made), made)
+
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "one ", "completion": "two"}] * 2)
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+
+    assert begins(init_text="here", description="there") == "here"
+    assert begins(description="there") == "there"
+    assert begins() == "Classify the text as call, delivery, great or support."
+    assert begins(data=pairs) == "one two\none two"
+    assert begins(data=write_rows(tmp_path / "chats.jsonl", chats)) == "hi\nho"

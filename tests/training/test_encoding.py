@@ -1,0 +1,97 @@
+"""What is trained on is what the server will see, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from server.datasets import Conversation, DatasetError, LabelledText, Message, PromptCompletion
+from server.tokenizer import Tokenizer
+from server.training.encoding import Encoded
+
+CHAT = Conversation((Message("user", "Play some jazz."), Message("assistant", "music")))
+
+
+@pytest.mark.anyio
+async def test_a_prompt_is_tokenised_as_the_server_does_it(encoder, tokenizer):
+    server = Tokenizer(tokenizer)
+    (prompt,) = await server.encode(["My lamp is great."], add_special_tokens=True)
+    (label,) = await server.encode(["\npositive"], add_special_tokens=False)
+    server.close()
+
+    assert encoder.encode(LabelledText("My lamp is great.", "positive", 1, 7)) == Encoded(prompt, [*label, 0], 1, 7)
+
+
+def test_special_tokens_begin_the_prompt_and_never_the_completion(encoder):
+    def tokenize(text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [99] * add_special_tokens + list(text.encode())}
+
+    fake = type("T", (), {"__call__": staticmethod(tokenize), "eos_token_id": 0, "chat_template": None})()
+    encoded = replace(encoder, tokenizer=fake).encode(PromptCompletion("ab", " c"))
+
+    assert encoded.prompt_ids == [99, 97, 98]
+    assert encoded.completion_ids == [32, 99, 0]
+    assert encoded.token_ids == [99, 97, 98, 32, 99, 0]
+
+
+@pytest.mark.anyio
+async def test_messages_go_through_the_chat_template_as_on_the_server(encoder, tokenizer):
+    server = Tokenizer(tokenizer)
+    text = await server.render_chat([{"role": "user", "content": "Play some jazz."}])
+    (prompt,) = await server.encode([text], add_special_tokens=False)
+    server.close()
+
+    encoded = encoder.encode(CHAT)
+
+    assert encoded.prompt_ids == prompt
+    assert encoded.completion_ids == [*tokenizer("music", add_special_tokens=False)["input_ids"], 0]
+
+
+def test_a_template_that_ends_turns_by_a_token_of_its_own_is_followed(encoder, tokenizer, monkeypatch):
+    template = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    ends = replace(encoder, eos_token_ids=(0, 1))
+
+    assert ends.encode(CHAT).completion_ids[-1] == 0  # '>' stands between: the template writes other text
+    monkeypatch.setattr(tokenizer, "chat_template", template.replace(">{% endif", "{% endif"))
+    assert ends.encode(CHAT).completion_ids[-1] == 1
+
+
+@pytest.mark.parametrize(("of_tokenizer", "of_model", "end"), [(5, (), [5]), (None, (), []), (5, (7, 8), [7])])
+def test_the_end_is_a_token_at_which_the_server_stops(encoder, of_tokenizer, of_model, end):
+    fake = SimpleNamespace(eos_token_id=of_tokenizer)
+    assert replace(encoder, tokenizer=fake, eos_token_ids=of_model)._end(PromptCompletion("a", "b"), "a") == end
+
+
+def test_what_does_not_fit_the_context_is_told_by_line(encoder):
+    examples = [LabelledText("short", "call", line=1), LabelledText("long " * 50, "call", line=4)]
+
+    with pytest.raises(DatasetError) as caught:
+        encoder.encode_all(Path("d.jsonl"), examples, max_tokens=60, num_virtual_tokens=20)
+
+    ((line, reason),) = caught.value.faults
+    assert line == 4
+    assert "has room for 40 beside 20 virtual ones" in reason
+
+
+def test_a_text_that_just_fits_is_taken(encoder):
+    example = LabelledText("short", "call", line=1)
+    room = len(encoder.encode(example).token_ids)
+
+    assert encoder.encode_all(Path("d"), [example], max_tokens=room + 3, num_virtual_tokens=3)
+    with pytest.raises(DatasetError):
+        encoder.encode_all(Path("d"), [example], max_tokens=room + 2, num_virtual_tokens=3)
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
+def test_a_conversation_that_the_template_refuses_is_told_by_line(encoder, tokenizer, monkeypatch, template):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+
+    with pytest.raises(DatasetError) as caught:
+        encoder.encode_all(Path("d"), [replace(CHAT, line=3)], max_tokens=60, num_virtual_tokens=2)
+
+    assert caught.value.faults[0][0] == 3
+    assert "the chat template refuses it" in caught.value.faults[0][1]

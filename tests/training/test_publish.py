@@ -1,0 +1,273 @@
+"""Publishing to a real server of the tiny model: the golden check, what is recorded, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+from server.commands import ExitStatus
+from server.datasets import digest
+from server.training import publish
+from server.training.errors import GoldenCheckError, SettingsError, TrainingError
+from server.training.publish import Difference, Publication
+from server.training.settings import Method
+from tests.serving import BASE, serving
+from tests.training.conftest import make_model, rows, write_rows
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    """A server of the tiny model, for all tests here."""
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder, "--dtype", "float32", "--api-keys", "writer", model=tiny) as (client, _):
+        client.headers["authorization"] = "Bearer writer"
+        yield client
+
+
+@pytest.fixture
+def push(server, prelude_train, monkeypatch):
+    monkeypatch.setenv("PRELUDE_URL", str(server.base_url))
+    monkeypatch.setenv("PRELUDE_API_KEY", "writer")
+    return lambda *arguments, **options: prelude_train("--push", *arguments, **options)
+
+
+def served_tokens(server: httpx.Client, model: str, prompt: str, **more) -> list[int]:
+    body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 6, "return_token_ids": True, **more}
+    return server.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["token_ids"]
+
+
+def peft_tokens(model: PeftModel, tokenizer, prompt: str, **more) -> list[int]:
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    new = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1, **more)
+    return new[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("method", Method)
+def test_what_was_trained_is_served_and_gives_pefts_tokens(push, server, method, tmp_path, base, tokenizer):
+    name, arguments = method.replace("_", "-"), ["--method", method]
+    if method is Method.MULTITASK:
+        tasks = write_rows(tmp_path / "tasks.jsonl", rows(12, task_id=0) + rows(12, task_id=1))
+        arguments += ["--data", str(tasks)]
+    result = push(*arguments, "--id", name, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["published"]["id"], told["published"]["version"], told["published"]["alias"]) == (
+        name,
+        1,
+        "candidate",
+    )
+
+    task = {"task_id": 1} if method is Method.MULTITASK else {}
+    of_peft = {"task_ids": torch.tensor([1])} if task else {}
+    model = PeftModel.from_pretrained(base, told["adapter"])
+    for prompt in ("call number 3 please", "great"):
+        assert served_tokens(server, f"{name}@candidate", prompt, **task) == peft_tokens(
+            model, tokenizer, prompt, **of_peft
+        )
+
+
+def test_lineage_and_the_check_are_in_the_catalog(push, server, data, tmp_path):
+    result = push("--id", "lineage", "--description", "Find the word.", "--alias", "canary")
+    assert result.exit_code == 0, result.output
+    assert "nats off PEFT" in result.stdout
+
+    version = server.get("/v1/prompts/lineage/versions/1").json()
+    told = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert version["description"] == "Find the word."
+    assert version["base_model_name_or_path"] == BASE
+    assert version["lineage"]["dataset_digest"] == f"sha256:{digest(data)}"
+    assert version["lineage"]["training_run"] == "run"
+    assert version["lineage"]["scores"]["accuracy"] == told["scores"]["trained"]["accuracy"]
+    assert version["lineage"]["scores"]["bare_loss"] == pytest.approx(told["scores"]["bare"]["loss"])
+    check = version["metadata"]["golden_check"]
+    assert check["is_passed"]
+    assert check["largest_difference"] < check["tolerance"] == 1e-3
+    assert check["digest"] == version["digest"]
+    assert check["tokens"] > 10
+    training = version["metadata"]["training"]
+    assert training["settings"]["method"] == "prompt_tuning"
+    assert training["init_text"] == "Find the word."
+    assert {"peft", "torch"} <= training["versions"].keys()
+    assert str(tmp_path) not in json.dumps(version)
+    assert version["metadata"]["labels"] == ["call", "delivery", "great", "support"]
+    names = [prompt["id"] for prompt in server.get("/v1/prompts?limit=100").json()["data"]]
+    assert not any("golden" in name for name in names)
+    assert server.get("/v1/prompts/lineage").json()["aliases"].get("canary") == 1
+
+
+def test_a_failing_check_publishes_nothing_and_says_how_far_off(push, server, monkeypatch, tmp_path):
+    own = publish.text_logprobs
+
+    def off(model, example):
+        return [value + 0.5 * isinstance(model, PeftModel) for value in own(model, example)]
+
+    monkeypatch.setattr(publish, "text_logprobs", off)
+    result = push("--id", "failing")
+
+    assert result.exit_code == ExitStatus.FAILED
+    assert "the golden check failed: a token's log-probability on the server is 0.5 nats from PEFT's" in result.stderr
+    assert server.get("/v1/prompts/failing").status_code == 404
+    assert not json.loads((tmp_path / "run" / "golden_check.json").read_text())["is_passed"]
+    names = [prompt["id"] for prompt in server.get("/v1/prompts?limit=100").json()["data"]]
+    assert not any("golden" in name for name in names)
+
+    monkeypatch.setattr(publish, "text_logprobs", own)
+    again = push("--id", "failing", "--resume")
+    assert again.exit_code == 0, again.output
+    assert "is trained already" in again.stderr
+    assert server.get("/v1/prompts/failing").status_code == 200
+
+
+def test_a_wider_tolerance_can_be_given(push, monkeypatch):
+    own = publish.text_logprobs
+
+    def off(model, example):
+        return [value + 0.5 * isinstance(model, PeftModel) for value in own(model, example)]
+
+    monkeypatch.setattr(publish, "text_logprobs", off)
+    result = push("--id", "tolerant", "--golden-tolerance", "0.6", "--json")
+
+    assert json.loads(result.stdout)["published"]["golden_check"]["largest_difference"] == pytest.approx(
+        0.5, abs=1e-3
+    )
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Fails a test in which training begins."""
+
+    def refuse(*_, **__):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr("server.training.run.make_soft_prompt", refuse)
+
+
+def test_a_server_of_other_weights_is_told_before_training(push, tmp_path, untrained):
+    other = make_model(tmp_path / "tiny", seed=1)
+    result = push("--id", "weights", model=str(other))
+
+    assert result.exit_code == ExitStatus.FAILED
+    assert "has other weights than" in result.stderr
+    assert "nats off in the mean" in result.stderr.replace("\n", " ")
+
+
+def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(push, tmp_path, tiny, monkeypatch, untrained):
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["number"])
+    tokenizer.save_pretrained(other)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    result = push("--id", "tokens", model=str(other))
+
+    assert result.exit_code == ExitStatus.FAILED
+    assert "which is another model than" in result.stderr
+
+
+def test_a_server_that_is_not_there_is_told_before_a_model_loads(prelude_train, monkeypatch, tmp_path):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    result = prelude_train("--push", "--url", "http://127.0.0.1:9")
+
+    assert result.exit_code == ExitStatus.UNAVAILABLE
+    assert "http://127.0.0.1:9 cannot be reached" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(push, untrained):
+    assert push("--id", "key", "--api-key", "wrong").exit_code == ExitStatus.NOT_AUTHORISED
+    result = push("--id", BASE)
+    assert result.exit_code == ExitStatus.USAGE
+    assert "is the name of the server's base model" in result.stderr
+
+
+def test_conversations_are_published_too(push, server, tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
+        for row in rows(12)
+    ]
+    result = push("--id", "chats", "--data", str(write_rows(tmp_path / "chats.jsonl", chats)))
+
+    assert result.exit_code == 0, result.output
+    assert server.get("/v1/prompts/chats/versions/1").json()["metadata"]["golden_check"]["is_passed"]
+
+
+def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, tokenizer, tmp_path):
+    """As in PEFT's documentation: a configuration, get_peft_model, transformers' Trainer, save_pretrained."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    model = get_peft_model(base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6))
+    texts = [tokenizer(f"{row['text']}\n{row['label']}") for row in rows(16)]
+    Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=3e-2,
+            use_cpu=True,
+            report_to="none",
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=texts,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    ).train()
+    model.save_pretrained(tmp_path / "saved")
+
+    with publish.PreludeClient(str(server.base_url), api_key="writer") as client:
+        _, is_new = client.push(tmp_path / "saved", name="plain")
+    assert is_new
+    served = server.get("/v1/prompts/plain/versions/1/files/adapter_model.safetensors").content
+    assert served == (tmp_path / "saved" / "adapter_model.safetensors").read_bytes()
+    own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path / "saved"))
+    for prompt in ("call number 3 please", "delivery"):
+        assert served_tokens(server, "plain", prompt) == peft_tokens(own, tokenizer, prompt)
+
+
+# Without a server
+
+
+@pytest.mark.parametrize(
+    ("noise", "given", "tolerance"),
+    [(1e-5, None, 1e-3), (1e-3, None, 1e-3), (0.05, None, 0.2), (0.05, 0.01, 0.01), (1e-5, 0.0, 0.0)],
+)
+def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerance):
+    publication = Publication(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
+    publication._noise = Difference(noise, noise / 10, 9)
+
+    assert publication.tolerance == pytest.approx(tolerance)
+
+
+def test_weights_that_give_no_numbers_are_other_weights(settings, base, monkeypatch):
+    publication = Publication(SimpleNamespace(), settings(), SimpleNamespace())
+    monkeypatch.setattr(publication, "_difference", lambda *_: Difference(float("nan"), float("nan"), 3))
+
+    with pytest.raises(TrainingError, match="other weights"):
+        publication.check_base(base, [])
+
+
+def test_an_alias_that_is_none_is_refused(settings, encoder):
+    publication = Publication(SimpleNamespace(), settings(alias="7"), SimpleNamespace())
+
+    with pytest.raises(SettingsError, match="alias"):
+        publication.check_server(encoder, [])
+
+
+def test_the_staging_name_is_one_whatever_the_name(settings):
+    publication = Publication(SimpleNamespace(), settings(name="n" * 128), SimpleNamespace())
+
+    assert len(publication._staging) == 128
+    assert GoldenCheckError("m", difference=2.0, tolerance=1.0).difference == 2.0
+    assert Path(publication._staging).suffix == ".golden-check"

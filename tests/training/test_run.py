@@ -1,0 +1,334 @@
+"""Whole trainings on a tiny model: repeatable, resumable, and honest about what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from server.datasets import digest
+from server.training import trainer as trainer_module
+from server.training.errors import InstabilityError, RunDirectoryError, SettingsError, TrainingError
+from server.training.run_directory import RunDirectory
+from server.training.scoring import Scores, score
+from server.training.settings import DEFAULTS, Method
+from server.training.trainer import is_gain, num_steps
+from tests.training.conftest import rows, write_rows
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("method", Method)
+def test_each_method_trains_and_keeps_what_repeats_it(settings, trained, method, tmp_path, base, encoder):
+    made = settings(method=method)
+    if method is Method.MULTITASK:
+        tasks = write_rows(tmp_path / "tasks.jsonl", rows(12, task_id=0) + rows(12, task_id=1))
+        made = settings(method=method, data=tasks)
+    result = trained(made)
+
+    record = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert record["digests"] == {"data": digest(made.data)}
+    assert record["settings"]["method"] == method
+    assert record["learning_rate"] == DEFAULTS[method].learning_rate
+    assert {"torch", "peft", "transformers"} <= record["versions"].keys()
+    entries = RunDirectory(tmp_path / "run").records()
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == [2, 4]
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 4
+    losses = [result["scores"]["untrained"]["loss"]]
+    losses += [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    assert result["scores"]["trained"]["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_what_was_saved_scores_in_plain_peft_as_it_was_told(settings, trained, base, encoder, tmp_path):
+    held_out = write_rows(tmp_path / "eval.jsonl", rows(8))
+    result = trained(settings(eval_data=held_out, method=Method.P_TUNING))
+    model = PeftModel.from_pretrained(base, result["adapter"])
+    examples = [encoder.encode(example) for example in _examples(held_out)]
+
+    scores = score(model, examples, batch_size=8, pad_id=1)
+
+    assert scores.loss == pytest.approx(result["scores"]["trained"]["loss"], rel=1e-6)
+    assert scores.accuracy == result["scores"]["trained"]["accuracy"]
+
+
+def _examples(path: Path):
+    from server.datasets import read_examples
+
+    return read_examples(path)
+
+
+@pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.P_TUNING_V2, Method.CARTRIDGE])
+def test_the_same_seed_gives_the_same_bytes(settings, trained, tmp_path, method):
+    files = []
+    for run, seed in (("a", 3), ("b", 3), ("c", 4)):
+        result = trained(settings(run_dir=tmp_path / run, seed=seed, method=method))
+        files.append((Path(result["adapter"]) / WEIGHTS).read_bytes())
+
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+@pytest.mark.parametrize("form", ["pairs", "chats"])
+def test_the_other_forms_train(settings, trained, tmp_path, form):
+    if form == "pairs":
+        data = [{"prompt": row["text"], "completion": "\n" + row["label"]} for row in rows(24)]
+    else:
+        data = [
+            {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
+            for row in rows(24)
+        ]
+    result = trained(settings(data=write_rows(tmp_path / "other.jsonl", data), max_steps=8))
+
+    assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
+
+
+def test_accumulated_steps_are_those_of_one_batch(settings, trained, tmp_path):
+    one = trained(settings(run_dir=tmp_path / "one", batch_size=8, max_steps=2, method=Method.CPT))
+    four = trained(
+        settings(
+            run_dir=tmp_path / "four", batch_size=2, gradient_accumulation_steps=4, max_steps=2, method=Method.CPT
+        )
+    )
+
+    assert four["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(settings, trained, tmp_path):
+    plain = trained(settings(run_dir=tmp_path / "plain"))
+    saving = trained(settings(run_dir=tmp_path / "saving", gradient_checkpointing=True))
+
+    assert saving["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
+
+
+def test_without_held_out_rows_the_last_state_is_kept(settings, trained, heard):
+    result = trained(settings(eval_fraction=0.0))
+
+    assert result["scores"] == {"bare": None, "untrained": None, "trained": None}
+    assert result["best_step"] is None
+    assert any("nothing is held out" in line for line in heard)
+
+
+def test_training_stops_early_and_keeps_the_best(settings, trained, tmp_path, monkeypatch):
+    losses = iter([9.0, 5.0, 4.0, 4.5, 4.4, 4.3, 1.0, 1.0])  # bare, untrained, then evaluations, then what was saved
+    monkeypatch.setattr(trainer_module, "score", lambda *_, **__: Scores(next(losses), 0.0))
+    next(losses), next(losses)
+    result = trained(settings(max_steps=40, patience=3))
+
+    assert result["steps"] == 8
+    assert result["best_step"] == 2
+
+
+def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, monkeypatch):
+    monkeypatch.setattr(trainer_module, "score", lambda *_, **__: Scores(1e9, 0.0))
+    result = trained(settings())
+
+    assert result["best_step"] == 0
+    assert result["scores"]["trained"] == pytest.approx(result["scores"]["untrained"])
+    assert any(line.startswith("warning: no gain over the untrained prompt") for line in heard)
+
+
+@pytest.mark.parametrize(
+    ("scores", "monitor", "gain"),
+    [
+        (Scores(0.9, 0.1), "loss", True),
+        (Scores(1.1, 0.9), "loss", False),
+        (Scores(1.1, 0.9), "accuracy", True),
+        (Scores(0.9, 0.4), "accuracy", False),
+        (Scores(0.9, 0.5), "accuracy", True),
+        (Scores(math.nan, 0.5), "loss", False),
+    ],
+)
+def test_what_a_gain_is(scores, monitor, gain):
+    assert is_gain(scores, Scores(1.0, 0.5), monitor) is gain
+
+
+def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_path):
+    own = trainer_module.completion_loss
+    monkeypatch.setattr(trainer_module, "completion_loss", lambda *args, **kwargs: own(*args, **kwargs) * math.nan)
+
+    with pytest.raises(InstabilityError, match=r"step 1: the loss is nan.*Lower --learning-rate"):
+        trained(settings())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_norm_that_blows_up_is_told_once(settings, trained, heard):
+    trained(settings(learning_rate=100.0, warmup_ratio=0.0))
+
+    assert sum("it blows up. Lower --learning-rate" in line for line in heard) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_steps": None, "epochs": 2.0, "batch_size": 8}, 6),
+        ({"max_steps": None, "epochs": 1.0, "batch_size": 8, "gradient_accumulation_steps": 2}, 2),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_counts_them(settings, trained, changes, steps):
+    assert num_steps(settings(**changes), 22) == steps
+    assert trained(settings(patience=0, **changes))["steps"] == steps
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.P_TUNING, Method.P_TUNING_V2, Method.CPT])
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(settings, trained, tmp_path, method, monkeypatch):
+    """The cut comes after the checkpoint of step 4; of P-tuning and the like, PEFT's own files could not go on."""
+    whole = trained(settings(run_dir=tmp_path / "whole", method=method, max_steps=8, patience=0))
+    own, calls = trainer_module.mean_norm, []
+
+    def cut(model):
+        calls.append(1)
+        if len(calls) == 4:  # before training, at steps 2 and 4, and now
+            raise KeyboardInterrupt
+        return own(model)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer_module, "mean_norm", cut)
+        trained(settings(method=method, max_steps=8, patience=0))
+    resumed = trained(settings(method=method, max_steps=8, patience=0, resume=True))
+
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+    assert resumed["scores"]["trained"] == pytest.approx(whole["scores"]["trained"], rel=1e-6)
+    steps = [entry["step"] for entry in RunDirectory(tmp_path / "run").records() if "loss" in entry]
+    assert steps == list(range(1, 9))
+
+
+def test_kill_9_and_resume_give_the_same_loss(settings, trained, tmp_path):
+    whole = trained(settings(run_dir=tmp_path / "whole", max_steps=60, eval_steps=5, patience=0))
+    made = settings(max_steps=60, eval_steps=5, patience=0)
+    command = [sys.executable, "-c", "from server.cli import main; main()", "train", "--model", made.model]
+    command += ["--data", str(made.data), "--id", "words", "--run-dir", str(made.run_dir), "--device", "cpu"]
+    command += ["--num-virtual-tokens", "4", "--max-steps", "60", "--batch-size", "8", "--eval-steps", "5"]
+    command += ["--patience", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while RunDirectory(made.run_dir).newest_checkpoint() is None:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (made.run_dir / "result.json").exists()
+
+    resumed = trained(settings(max_steps=60, eval_steps=5, patience=0, resume=True))
+
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
+    assert resumed["scores"]["trained"]["loss"] == pytest.approx(whole["scores"]["trained"]["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for step, text in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
+        folder = directory.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+
+    assert directory.newest_checkpoint() == directory.checkpoints / "checkpoint-2"
+
+
+def test_resuming_without_a_checkpoint_begins_again(settings, trained, tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    made = settings()
+    whole = trained(settings(run_dir=tmp_path / "whole"))
+    record = json.loads((tmp_path / "whole" / "settings.json").read_text())
+    record["settings"]["run_dir"] = str(made.run_dir)
+    directory.path.mkdir()
+    directory.write("settings.json", record)
+    directory.metrics.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
+
+    assert trained(settings(resume=True))["train_loss"] == whole["train_loss"]
+    assert [entry["step"] for entry in directory.records() if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_run_that_is_done_is_not_done_again(settings, trained, heard):
+    first = trained(settings())
+    again = trained(settings(resume=True))
+
+    assert again == first
+    assert any("is trained already" in line for line in heard)
+
+
+def test_a_run_directory_is_not_shared(settings, trained, tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="holds no run to go on with"):
+        trained(settings(resume=True))
+    trained(settings())
+    with pytest.raises(RunDirectoryError, match="is not empty: choose another"):
+        trained(settings())
+    with pytest.raises(RunDirectoryError, match=r"holds another run: seed was 0 and is 5"):
+        trained(settings(resume=True, seed=5))
+    record = json.loads((tmp_path / "run" / "settings.json").read_text())
+    with (
+        directory.opened(record, resume=True),
+        pytest.raises(RunDirectoryError, match="in use by another process"),
+    ):
+        trained(settings(resume=True))
+
+
+def test_changed_data_is_another_run(settings, trained, data):
+    trained(settings())
+    data.write_text(data.read_text() + '{"text": "new", "label": "call"}\n')
+
+    with pytest.raises(RunDirectoryError, match="holds another run: data was '[0-9a-f]{64}' and is"):
+        trained(settings(resume=True))
+
+
+def test_a_run_directory_that_cannot_be_written_is_told(settings, trained, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(RunDirectoryError, match="cannot be written: Not a directory"):
+        trained(settings(run_dir=tmp_path / "file" / "run"))
+
+
+# What the model has to say
+
+
+def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, monkeypatch):
+    with pytest.raises(SettingsError, match="num_virtual_tokens is 96; the context has 96 positions in all"):
+        trained(settings(num_virtual_tokens=96))
+    with pytest.raises(TrainingError, match="cannot be loaded"):
+        trained(settings(model=str(tmp_path)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SettingsError, match="there is no CUDA device"):
+        trained(settings(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_virtual_tokens": 0}, "it has to be 1 or more"),
+        ({"method": Method.CARTRIDGE, "num_virtual_tokens": 1}, "nothing could be trained"),
+        ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "does not go with p_tuning_v2"),
+        ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot begin at a text"),
+        ({"init_text": "  "}, "init_text is empty"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, trained, changes, reason):
+    with pytest.raises(SettingsError, match=reason):
+        trained(settings(**changes))
+
+
+def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings, trained):
+    from safetensors.torch import load_file
+
+    result = trained(settings(dtype="bfloat16"))
+
+    (rows_,) = load_file(Path(result["adapter"]) / WEIGHTS).values()
+    assert rows_.dtype == torch.float32
+    assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
