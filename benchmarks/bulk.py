@@ -2,10 +2,10 @@
 
     python -m benchmarks.bulk [--rows 6000] [--rounds 4] [--long-rows 100000] [--kind classify|complete]
 
-Both send the same rows to the same server in turn: ``prelude run`` in a process of its own, from file to file; and, in
-one as well, the least that can ask for them: an asyncio loop over httpx that holds all rows in memory, keeps as many
-requests of as many rows in flight, and throws the answers away. Each round has new texts, the same for both, and the
-prefix cache is off, so that nothing is gained by being second.
+Both send the same rows to the same server in turn: ``prelude run`` in a process of its own, from file to file; and,
+in one as well, the least that can ask for them: an asyncio loop over httpx that holds all rows in memory, keeps as
+many requests of as many rows in flight, and throws the answers away. Each round has new texts, the same for both, and
+the prefix cache is off, so that nothing is gained by being second.
 
 Then ``--long-rows`` rows go through ``prelude run`` once more: its memory is sampled, it is killed with SIGKILL when
 a third and two thirds are written, and started again; the output is held against the input row by row.

@@ -93,7 +93,7 @@ def parse_options(text: str) -> dict[str, Any]:
 @app.command("run", epilog=_ENDS)
 def run(
     name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@VERSION or NAME@ALIAS, or the base model.")],
-    source: Annotated[Path, typer.Argument(metavar="IN", exists=True, dir_okay=False, help="JSON Lines: the rows.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines: the rows.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", dir_okay=False, help="JSON Lines: rows and answers.")],
     labels: Annotated[
         str | None, typer.Option(metavar="A,B,...", help=r"Classify into these; \n and \, stand for themselves.")
@@ -126,11 +126,11 @@ def run(
     if label_set and classify is False:
         raise typer.BadParameter("--labels classifies, and --generate does not")
     pace = Pace(concurrency=concurrency, rows_per_request=rows_per_request, patience=patience, timeout=timeout)
-    if output.exists() and output.samefile(source):
-        raise typer.BadParameter("IN and OUT are the same file")
     with serving(url, api_key, as_json=as_json) as client:
         try:
             found = identify(source)
+            if output.exists() and output.samefile(source):
+                raise typer.BadParameter("IN and OUT are the same file")
             asked = {"name": name, "labels": label_set, "classify": classify, "task_id": task_id, "options": body}
             with Journal(output, _identity(found, asked), restart=restart) as journal:
                 if journal.is_new:
@@ -143,8 +143,10 @@ def run(
                 )
                 job = Job(source=source, num_rows=found.num_rows, asking=asking, pace=pace, max_errors=max_errors)
                 finished = asyncio.run(_run(job, url, api_key, journal))
-        except (JournalError, OSError) as error:
+        except JournalError as error:
             raise ClientError(str(error)) from error
+        except OSError as error:
+            raise ClientError(f"{error.filename or source}: {error.strerror or error}") from error
         _end(finished, as_json=as_json)
 
 

@@ -42,7 +42,7 @@ app = typer.Typer(add_completion=False)
 _ENDS = f"{EXIT_CODES} Of eval also: 4 some rows have no answer."
 _PROMOTED = f"{EXIT_CODES} Of promote also: 1 the version is not better."
 
-Data = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Labelled examples in JSON Lines.")]
+Data = Annotated[Path, typer.Option(help="Labelled examples in JSON Lines.")]
 Separator = Annotated[
     str | None,
     typer.Option(help=r"Between a text and its label; by default what it was trained with, else a line end."),
@@ -113,9 +113,7 @@ def promote(
     if_better_than: Annotated[
         str | None, typer.Option(metavar="ALIAS|V", help="Only if its score on --data is higher than that one's.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="What --if-better-than is decided on.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="What --if-better-than is decided on.")] = None,
     significant: Annotated[
         float | None,
         typer.Option(metavar="P", min=0.0, max=1.0, help="Only if McNemar's p-value is below this as well."),

@@ -190,7 +190,7 @@ def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
         (["tiny", "{in}", "{out}", "--url", "http://127.0.0.1:1"], 7, "cannot be reached"),
         (["tiny", "{in}", "{out}", "--api-key", "é"], 1, "no header can carry"),
         (["tiny", "{in}", "{in}"], 2, "same file"),
-        (["tiny", "{in}/no", "{out}"], 2, "does not exist"),
+        (["tiny", "{in}.no", "{out}"], 1, "in.jsonl.no: No such file"),
         (["tiny", "{in}", "{out}/no"], 1, "No such file"),
         (["tiny", "{in}", "{out}", "--labels", "a,,b"], 2, "a label is empty"),
         (["tiny", "{in}", "{out}", "--labels", "a", "--generate"], 2, "--generate does not"),

@@ -186,6 +186,7 @@ def test_a_row_without_an_answer_is_wrong_and_told(prelude, tmp_path):
     ("arguments", "status", "reason"),
     [
         (["eval", "tiny", "--data", "{bad}"], 4, "{bad}:2: has no 'label'"),
+        (["eval", "tiny", "--data", "{data}.no"], 4, "{data}.no: cannot be read: No such file"),
         (["eval", "none", "--data", "{data}"], 3, "does not exist"),
         (["eval", "tiny", "--data", "{data}", "--against", "none"], 3, "does not exist"),
         (["eval", "tiny", "--data", "{data}", "--against-base", "--text-prompt", "x"], 2, "one of --against"),
