@@ -58,9 +58,12 @@ def connect(url: str, api_key: str | None, *, connections: int, timeout: float) 
     """A client for many requests at once; use it as a context.
 
     Raises:
-        ClientError: If the key cannot be sent.
+        ClientError: If the key cannot be sent, or the URL is none.
     """
     try:
+        parsed = httpx.URL(url)
+        if parsed.scheme not in {"http", "https"} or not parsed.host:
+            raise ClientError(f"{url} cannot be reached: it is no URL of http or https", code="unreachable")
         return httpx.AsyncClient(
             base_url=url.rstrip("/"),
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -69,3 +72,5 @@ def connect(url: str, api_key: str | None, *, connections: int, timeout: float) 
         )
     except UnicodeEncodeError as error:
         raise ClientError("the API key has a character that no header can carry") from error
+    except httpx.InvalidURL as error:
+        raise ClientError(f"{url} cannot be reached: {error}", code="unreachable") from error
