@@ -24,6 +24,8 @@ from demo_build.grammar import EXTRA_TASKS, TASKS
 EXAMPLES = Path(__file__).parent.parent / "server" / "demo" / "examples"
 PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "cpt", "multitask", "cartridge")
+MORE = {"cpt": ["--num-virtual-tokens", "60", "--cpt-epsilon", "4"]}
+"""What a method is told besides: the context of CPT are whole examples, of which two would fit 20 tokens."""
 BASE = "prelude-demo"
 OWN = "Classify the text as call, delivery, great or support."
 MAX_TOKENS = 8
@@ -89,7 +91,8 @@ def train(method: str, url: str, folder: Path, arguments: list[str]) -> dict[str
     data = "tasks" if method == "multitask" else "triage"
     command = [*PRELUDE, "train", "--model", "demo", "--method", method, "--id", method.replace("_", "-")]
     command += ["--data", str(EXAMPLES / f"{data}.jsonl"), "--eval-data", str(EXAMPLES / f"{data}-test.jsonl")]
-    command += ["--run-dir", str(folder / method), "--push", "--url", url, "--json", *arguments]
+    command += ["--run-dir", str(folder / method), "--push", "--url", url, "--json"]
+    command += [*MORE.get(method, []), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, object] = json.loads(done.stdout)
     return found

@@ -238,7 +238,7 @@ class CompletionBody(EnsembleBody, GenerationBody):
             return self
         if self.ensemble == "mean":
             raise InvalidRequestError(
-                "ensemble: mean is for labels, at /v1/classify: send the choices as labels there; whole texts have votes",
+                "ensemble: mean is for labels: send choices as labels to /v1/classify; whole texts have votes",
                 param="ensemble",
             )
         for name, asked in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):

@@ -31,6 +31,9 @@ app = typer.Typer(add_completion=False)
 EXTRA = ("accelerate", "peft")
 """What training needs beyond what serving does; ``pip install 'prelude-server[train]'`` brings it."""
 
+_INTERRUPTED = 130
+"""What shells make of a process that SIGINT ended."""
+
 
 @app.command("train", epilog=EXIT_CODES)
 def train(
@@ -54,7 +57,7 @@ def train(
     ] = "\\n",
     revision: Annotated[str | None, typer.Option(help="The hub revision of the model.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of initialisation, order and split.")] = 0,
-    epochs: Annotated[float, typer.Option(min=0.001, help="Passes over the data.")] = 10.0,
+    epochs: Annotated[float, typer.Option(min=0.001, help="Passes over the data.")] = 20.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Peak; by default the method's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of one pass.")] = 16,
@@ -206,6 +209,9 @@ def _errors(*, as_json: bool) -> Iterator[None]:
         for line in lines or str(error).splitlines():
             typer.echo(f"prelude: {tables.clean(line)}", err=True)
         raise typer.Exit(status) from error
+    except KeyboardInterrupt as error:
+        typer.echo("prelude: stopped; the same command with --resume goes on from the last evaluation", err=True)
+        raise typer.Exit(_INTERRUPTED) from error
 
 
 def _status(error: ServerError | ClientError) -> tuple[ExitStatus, str]:

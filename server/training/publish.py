@@ -8,10 +8,13 @@ checked is what is served. If the check fails, no version is made and no alias m
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from prompt_store.types import check_name
 from server.client import ClientError, PreludeClient
@@ -26,12 +29,11 @@ EXACT_TOLERANCE = 1e-3
 """Nats, where the server computes as exactly as we do; what is seen in float32 is near 1e-5."""
 
 ROUNDED_FACTOR = 4.0
-"""How many times the rounding that the bare model shows a soft prompt may be off."""
+"""How many times the rounding that was seen a token may be off: it is the largest of a few, and sums differ."""
 
 SAME_MODEL = 0.25
 """Mean nats a token by which the same weights may differ between two dtypes; other weights differ by whole nats."""
 
-_STAGING_SUFFIX = ".golden-check"
 _MAX_NAME = 128
 
 
@@ -63,9 +65,13 @@ class Publication:
         self._client = client
         self._settings = settings
         self._directory = directory
-        self._staging = settings.name[: _MAX_NAME - len(_STAGING_SUFFIX)] + _STAGING_SUFFIX
+        # One for each run directory: two runs of a name do not meet, and what a killed one left is found again.
+        run = hashlib.sha256(str(settings.run_dir.resolve()).encode()).hexdigest()[:8]
+        suffix = f".golden-check-{run}"
+        self._staging = settings.name[: _MAX_NAME - len(suffix)] + suffix
         self._noise = Difference(0.0, 0.0, 0)
         self.base_name = ""
+        self.max_model_len = 0
 
     def check_server(self, encoder: Encoder, examples: Sequence[Example]) -> None:
         """See, before anything is loaded, whether this server can take what will be trained.
@@ -79,7 +85,8 @@ class Publication:
             check_name(self._settings.alias, "alias")
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        self.base_name = str(self._client.models()[0]["root"])
+        base = self._client.models()[0]
+        self.base_name, self.max_model_len = str(base["root"]), int(base["max_model_len"])
         if self._settings.name == self.base_name:
             raise SettingsError(f"id: {self.base_name!r} is the name of the server's base model")
         for example in examples:
@@ -116,14 +123,15 @@ class Publication:
                 f"nats off in the mean of {self._noise.num_tokens} tokens"
             )
 
-    @property
-    def tolerance(self) -> float:
-        """What one token may be off: as told, or by how exactly the server computes the bare model."""
+    def tolerance(self, rounding: float) -> float:
+        """What one token may be off: as told, or by how exactly the server computes.
+
+        Args:
+            rounding: What the bare model was off, or the soft prompt itself between dtypes, whichever is more.
+        """
         if self._settings.golden_tolerance is not None:
             return self._settings.golden_tolerance
-        if self._noise.largest <= EXACT_TOLERANCE:
-            return EXACT_TOLERANCE
-        return ROUNDED_FACTOR * self._noise.largest
+        return EXACT_TOLERANCE if rounding <= EXACT_TOLERANCE else ROUNDED_FACTOR * rounding
 
     def publish(self, model: Any, examples: Sequence[Encoded], result: dict[str, Any]) -> dict[str, Any]:
         """Check what was saved against PEFT, and make it the next version if it holds.
@@ -146,6 +154,10 @@ class Publication:
             for example, logprobs in zip(examples, reference, strict=True)
         ]
         self._directory.write("golden.json", golden)
+        rounding = self._noise.largest
+        if rounding > EXACT_TOLERANCE:
+            rounding = max(rounding, _rounding(model, examples, reference))
+        tolerance = self.tolerance(rounding)
         settings, adapter = self._settings, self._directory.adapter
         try:
             staged, _ = self._client.push(adapter, name=self._staging, description="being checked by prelude train")
@@ -153,9 +165,10 @@ class Publication:
         finally:
             self._unstage()
         check = {
-            "is_passed": difference.largest <= self.tolerance,
+            "is_passed": difference.largest <= tolerance,
             "largest_difference": difference.largest,
-            "tolerance": self.tolerance,
+            "mean_difference": difference.mean,
+            "tolerance": tolerance,
             "bare_difference": self._noise.largest,
             "texts": len(examples),
             "tokens": difference.num_tokens,
@@ -165,9 +178,9 @@ class Publication:
         if not check["is_passed"]:
             raise GoldenCheckError(
                 f"the golden check failed: a token's log-probability on the server is {difference.largest:.3g} nats "
-                f"from PEFT's, and {self.tolerance:.3g} is allowed. Nothing was published, and no alias was moved",
+                f"from PEFT's, and {tolerance:.3g} is allowed. Nothing was published, and no alias was moved",
                 difference=difference.largest,
-                tolerance=self.tolerance,
+                tolerance=tolerance,
             )
         run = self._directory.read("settings.json")
         metadata = {
@@ -210,6 +223,17 @@ class Publication:
         except ClientError as error:
             if error.status != 404:
                 raise
+
+
+def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[float]]) -> float:
+    """How far this very soft prompt is off itself in bfloat16, in which a server that rounds may serve it.
+
+    A soft prompt's rows are larger than a vocabulary's, and so is their rounding. The model is left in bfloat16.
+    """
+    model.to(torch.bfloat16)
+    rounded = [text_logprobs(model, example) for example in examples]
+    pairs = zip(reference, rounded, strict=True)
+    return max(abs(one - other) for ours, theirs in pairs for one, other in zip(ours, theirs, strict=True))
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:

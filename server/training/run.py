@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
         if client is not None:
             publication = Publication(client, settings, directory)
             publication.check_server(encoder, (corpus.held_out or corpus.train)[: settings.golden_prompts])
+            if publication.max_model_len < max_tokens:
+                limits["max_tokens"] = publication.max_model_len
+                encoder.encode_all(settings.data, corpus.train, **limits)
+                encoder.encode_all(corpus.held_out_path, corpus.held_out, **limits)
         record = {
             "settings": settings.to_json(),
             "digests": corpus.digests,
@@ -165,7 +169,7 @@ class _Run:
 
     def _trained(self, base: Any) -> dict[str, Any]:
         settings, started = self._settings, time.monotonic()
-        bare = self._score(base)
+        bare = self._score(base, is_bare=True)
         set_seed(settings.seed)
         text = opening_text(self._corpus, settings)
         model = make_soft_prompt(
@@ -230,10 +234,12 @@ class _Run:
             },
         }
 
-    def _score(self, model: Any) -> Scores | None:
+    def _score(self, model: Any, *, is_bare: bool = False) -> Scores | None:
         if not self._held_out:
             return None
-        return score(model, self._held_out, batch_size=self._settings.batch_size, pad_id=self._pad_id)
+        # A bare model knows of no tasks, and not every one ignores what it does not know.
+        examples = [replace(example, task_id=None) for example in self._held_out] if is_bare else self._held_out
+        return score(model, examples, batch_size=self._settings.batch_size, pad_id=self._pad_id)
 
     def _base_name(self) -> str:
         if self._settings.base_name is not None:

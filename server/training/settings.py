@@ -57,22 +57,26 @@ class Defaults:
 
 DEFAULTS: dict[Method, Defaults] = {
     Method.PROMPT_TUNING: Defaults(
-        1e-2,
-        "Lester et al. 2021 take 0.3 under Adafactor, which scales its steps; PEFT's guides take 3e-2 with AdamW",
+        3e-2,
+        "PEFT's guide for causal models, with AdamW; Lester et al. 2021 take 0.3 with Adafactor, which scales steps",
     ),
     Method.P_TUNING: Defaults(
-        3e-3,
-        "Liu et al. 2021 train an encoder's weights, not the rows: network rates; PEFT's guides take 1e-3 to 5e-3",
+        3e-3, "measured; Liu et al. 2021 train a network's weights and not the rows, which wants a network's rates"
     ),
     Method.PREFIX_TUNING: Defaults(
-        1e-2, "Li & Liang 2021: trained directly, prefixes want real activations to begin at; PEFT's guides take 1e-2"
+        3e-2, "measured; Li & Liang 2021 begin at real activations, which are of order one, as these steps are not"
     ),
-    Method.P_TUNING_V2: Defaults(3e-3, "Liu et al. 2022 search 5e-3 to 2e-2 without, and lower with, the projection"),
-    Method.CPT: Defaults(1e-2, "Blau et al. 2024; the projection bounds every row, so that the rate matters little"),
+    Method.P_TUNING_V2: Defaults(
+        3e-3, "measured; with the network of Li & Liang 2021, which Liu et al. 2022 make optional: a network's rate"
+    ),
+    Method.CPT: Defaults(
+        3e-2, "measured, as prompt tuning; in Blau et al. 2024 the projection bounds what a rate can do"
+    ),
     Method.MULTITASK: Defaults(
-        1e-2, "Wang et al. 2023 train with 0.3 under Adafactor from prompts near nought; ours begin at a text"
+        5e-2,
+        "measured; the rows are multiplied by the matrices, and Wang et al. 2023 take a larger rate for both too",
     ),
-    Method.CARTRIDGE: Defaults(1e-2, "Eyuboglu et al. 2025 train keys and values with 2e-2"),
+    Method.CARTRIDGE: Defaults(2e-2, "the examples in the code of Eyuboglu et al. 2025, with Adam"),
 }
 
 
@@ -132,7 +136,7 @@ class TrainSettings:
     init_text: str | None = None
     separator: str = "\n"
     seed: int = 0
-    epochs: float = 10.0
+    epochs: float = 20.0
     max_steps: int | None = None
     learning_rate: float | None = None
     batch_size: int = 16

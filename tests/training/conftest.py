@@ -106,6 +106,18 @@ def settings(tiny: Path, data: Path, tmp_path: Path) -> Callable[..., TrainSetti
     return make
 
 
+@pytest.fixture
+def curves() -> None:
+    """For tests that look at the picture."""
+
+
+@pytest.fixture(autouse=True)
+def _drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws only where somebody looks: it takes as long as the training."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("server.training.run.draw_curves", lambda *_, **__: True)
+
+
 class Heard(list[str]):
     """What a training said, warned and told."""
 

@@ -134,7 +134,18 @@ def test_a_missing_extra_is_told_with_what_installs_it(prelude_train, monkeypatc
     assert "training needs peft: pip install 'prelude-server[train]'" in result.stderr
 
 
-def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, monkeypatch, tmp_path):
+def test_an_interrupted_training_says_how_to_go_on(prelude_train, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.training.run.make_soft_prompt", interrupt)
+    result = prelude_train()
+
+    assert result.exit_code == 130
+    assert "the same command with --resume goes on" in result.stderr
+
+
+def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, curves, monkeypatch, tmp_path):
     monkeypatch.setattr("server.training.curves.find_spec", lambda name: None)
     result = prelude_train()
 

@@ -22,9 +22,12 @@ from transformers import (
 from server.commands import ExitStatus
 from server.datasets import digest
 from server.training import publish
+from server.training.encoding import Encoded
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError
 from server.training.publish import Difference, Publication
+from server.training.run_directory import RunDirectory
 from server.training.settings import Method
+from server.training.soft_prompts import make_soft_prompt
 from tests.serving import BASE, serving
 from tests.training.conftest import make_model, rows, write_rows
 
@@ -194,6 +197,20 @@ def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(push, 
     assert "is the name of the server's base model" in result.stderr
 
 
+def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(push, monkeypatch, data):
+    write_rows(data, [*rows(3), {"text": "call " * 60, "label": "call"}])
+    own = publish.PreludeClient.models
+    monkeypatch.setattr(
+        publish.PreludeClient, "models", lambda self: [{**model, "max_model_len": 48} for model in own(self)]
+    )
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    result = push("--id", "short")
+
+    assert result.exit_code == ExitStatus.INVALID
+    assert f"{data}:4: " in result.stderr
+    assert "the context of 48 has room for 44" in result.stderr
+
+
 def test_conversations_are_published_too(push, server, tmp_path):
     chats = [
         {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
@@ -245,9 +262,29 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
 )
 def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerance):
     publication = Publication(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
-    publication._noise = Difference(noise, noise / 10, 9)
 
-    assert publication.tolerance == pytest.approx(tolerance)
+    assert publication.tolerance(noise) == pytest.approx(tolerance)
+
+
+def test_the_rounding_is_that_of_the_soft_prompt_itself(settings, base, tokenizer):
+    examples = [Encoded([31, 32, 33], [34, 0])]
+    model = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight *= 20
+    reference = [publish.text_logprobs(model, example) for example in examples]
+
+    rounding = publish._rounding(model, examples, reference)
+
+    assert 1e-3 < rounding < 5.0
+    assert model.prompt_encoder["default"].embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_server_that_rounds_is_allowed_its_rounding(tiny, prelude_train, tmp_path):
+    with serving(tmp_path / "server", "--dtype", "bfloat16", model=tiny) as (client, _):
+        result = prelude_train("--push", "--url", str(client.base_url), "--json")
+
+    check = json.loads(result.stdout)["published"]["golden_check"]
+    assert 1e-3 < check["largest_difference"] < check["tolerance"] < 1.0
 
 
 def test_weights_that_give_no_numbers_are_other_weights(settings, base, monkeypatch):
@@ -266,8 +303,27 @@ def test_an_alias_that_is_none_is_refused(settings, encoder):
 
 
 def test_the_staging_name_is_one_whatever_the_name(settings):
-    publication = Publication(SimpleNamespace(), settings(name="n" * 128), SimpleNamespace())
+    publications = [
+        Publication(SimpleNamespace(), settings(name="n" * 128, run_dir=Path(run)), SimpleNamespace())
+        for run in ("a", "a", "b")
+    ]
+    names = [publication._staging for publication in publications]
 
-    assert len(publication._staging) == 128
-    assert GoldenCheckError("m", difference=2.0, tolerance=1.0).difference == 2.0
-    assert Path(publication._staging).suffix == ".golden-check"
+    assert all(len(name) == 128 and ".golden-check-" in name for name in names)
+    assert names[0] == names[1] != names[2]
+
+
+def test_how_far_off_it_was_can_be_read(settings, encoder, tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    client = SimpleNamespace(
+        push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
+        remove=lambda name: None,
+        complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
+    )
+    monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.25, -3.5])
+    publication = Publication(client, settings(), directory)
+
+    with pytest.raises(GoldenCheckError) as caught:
+        publication.publish(None, [Encoded([1, 2], [0])], {})
+
+    assert (caught.value.difference, caught.value.tolerance) == (0.25, 1e-3)
