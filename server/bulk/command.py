@@ -14,7 +14,7 @@ from rich.console import Console
 
 from prompt_store.strict_json import refuse_constant
 from server.bulk.asking import Asking
-from server.bulk.connecting import connect, find_answerer
+from server.bulk.connecting import Connections, find_answerer
 from server.bulk.job import Finished, Job
 from server.bulk.job import run as run_job
 from server.bulk.journal import Journal, JournalError
@@ -152,7 +152,7 @@ def run(
 
 async def _run(job: Job, url: str, api_key: str | None, journal: Journal) -> Finished:
     pace = job.pace
-    async with connect(url, api_key, connections=pace.concurrency, timeout=pace.timeout) as http:
+    async with Connections(url, api_key, requests=pace.concurrency, timeout=pace.timeout) as http:
         with progress_bar("rows", job.num_rows, journal.progress.num_rows) as on_rows:
             return await run_job(job, http, journal, on_rows)
 

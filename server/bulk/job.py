@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from server.bulk.asking import Asking
 from server.bulk.journal import Journal
 from server.bulk.rows import Row, read_rows
-from server.bulk.sending import Outcome, Pace, Sender, SendingError
+from server.bulk.sending import Outcome, Pace, Poster, Sender, SendingError
 from server.bulk.summary import OnRows, State, Stopwatch, Summary
 
 
@@ -57,7 +55,7 @@ class Finished:
     failure: SendingError | None = None
 
 
-async def run(job: Job, http: httpx.AsyncClient, journal: Journal, on_rows: OnRows) -> Finished:
+async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Finished:
     """Answer what is not answered yet. SIGINT and SIGTERM end it early; what is written stays.
 
     Raises:

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -128,16 +128,27 @@ class _Refusal:
     is_final: bool = False
 
 
+class Poster(Protocol):
+    """What sends requests: ``Connections``, or one httpx client."""
+
+    @property
+    def base_url(self) -> httpx.URL | str:
+        """The server's."""
+
+    async def post(self, path: str, /, *, content: bytes, headers: Mapping[str, str]) -> httpx.Response:
+        """Send one request and read its answer."""
+
+
 class Sender:
     """Asks one server for every row. Use it once.
 
     Args:
-        http: The client, with the server's URL and the key.
+        http: The server.
         asking: What is asked.
         pace: How much at once.
     """
 
-    def __init__(self, http: httpx.AsyncClient, asking: Asking, pace: Pace) -> None:
+    def __init__(self, http: Poster, asking: Asking, pace: Pace) -> None:
         self.tally = Tally()
         self._http = http
         self._asking = asking

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from server.bulk.asking import Asking
 from server.bulk.rows import Form, Row
-from server.bulk.sending import Outcome, Pace, Sender
+from server.bulk.sending import Outcome, Pace, Poster, Sender
 from server.bulk.summary import OnRows
 from server.datasets import Conversation, Example, LabelledText, PromptCompletion
 from server.evaluation.scores import Scores, exact_match, of_labels
@@ -75,7 +73,7 @@ async def score(
     examples: Sequence[Example],
     contestant: Contestant,
     rules: Rules,
-    http: httpx.AsyncClient,
+    http: Poster,
     pace: Pace,
     on_rows: OnRows,
 ) -> Answers:

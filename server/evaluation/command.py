@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from prompt_store.types import DEFAULT_ALIAS, PromptRef
-from server.bulk.connecting import connect, find_answerer
+from server.bulk.connecting import Connections, find_answerer
 from server.bulk.sending import Pace, SendingError
 from server.bulk.summary import progress_bar
 from server.client import ClientError, PreludeClient
@@ -220,7 +220,7 @@ def _run(
 
     async def ask() -> list[Answers]:
         found = []
-        async with connect(url, api_key, connections=pace.concurrency, timeout=pace.timeout) as http:
+        async with Connections(url, api_key, requests=pace.concurrency, timeout=pace.timeout) as http:
             for contestant in contestants:
                 with progress_bar(contestant.name, len(data.examples), 0) as on_rows:
                     found.append(await score(data.examples, contestant, rules, http, pace, on_rows))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from server.bulk.connecting import Answerer, connect, find_answerer
+from server.bulk.connecting import Answerer, Connections, find_answerer
 from server.client import ClientError
 
 
@@ -58,10 +60,35 @@ def test_nothing_answers(client):
 @pytest.mark.parametrize("url", ["nonsense", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port"])
 def test_a_url_that_is_none(url):
     with pytest.raises(ClientError) as refused:
-        connect(url, None, connections=1, timeout=1.0)
+        Connections(url, None, requests=1, timeout=1.0)
     assert refused.value.code == "unreachable"
 
 
 def test_a_key_that_no_header_can_carry():
     with pytest.raises(ClientError, match="no header can carry"):
-        connect("http://127.0.0.1", "é", connections=1, timeout=1.0)
+        Connections("http://127.0.0.1", "é", requests=1, timeout=1.0)
+
+
+@pytest.mark.anyio
+async def test_many_requests_at_once_are_spread_over_clients_and_none_is_lost() -> None:
+    most = now = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal most, now
+        with suppress(asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                body = await reader.readexactly(2)
+                now += 1
+                most = max(most, now)
+                await asyncio.sleep(0.02)
+                now -= 1
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" + body)
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, Connections(url, "key", requests=100, timeout=10.0) as http:
+        replies = await asyncio.gather(*(http.post("/", content=b"%02d" % i, headers={}) for i in range(100)))
+        assert [reply.content for reply in replies] == [b"%02d" % i for i in range(100)]
+        assert replies[0].request.headers["authorization"] == "Bearer key"
+    assert most > 16
