@@ -269,6 +269,9 @@ class ChatBody(GenerationBody):
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
         # The template comes from the model only: a template from a client is a program.
         "chat_template": (),
+        # Of completions and classifications: ignored, the answer would be the bare base's.
+        "prompt_ids": (),
+        "ensemble": (),
     }
 
     model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")

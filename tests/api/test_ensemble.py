@@ -232,8 +232,9 @@ async def test_what_only_one_soft_prompt_does(client, engine, three, fields, par
 
 async def test_conversations_have_one_soft_prompt(client, three):
     messages = [{"role": "user", "content": "i"}]
-    response = await client.post("/v1/chat/completions", json={"model": three, "messages": messages})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
+    for name, value in (("model", three), ("prompt_ids", three), ("ensemble", "vote")):
+        response = await client.post("/v1/chat/completions", json={name: value, "messages": messages})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
 @pytest.mark.parametrize(
