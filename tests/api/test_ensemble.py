@@ -15,6 +15,7 @@ from server.api.ensemble import MAX_MEMBERS, decide, elect
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import Logprobs
 from server.errors import EngineDeadError
+from server.logs import FIELDS
 from tests.api.test_classify import classifier_parts
 
 pytestmark = pytest.mark.anyio
@@ -332,3 +333,18 @@ def test_elections_against_plain_counting(pairs):
     assert votes == {text: texts.count(text) for text in texts}
     assert votes[texts[index]] == max(votes.values())
     assert texts.index(texts[index]) == index
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
+async def test_one_line_of_the_log_and_a_count_for_each_member(client, three, caplog, path):
+    with caplog.at_level("INFO", logger="server.api.request_record"):
+        body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
+        usage = (await client.post(path, json=body)).json()["usage"]
+    (line,) = [getattr(record, FIELDS) for record in caplog.records if record.name == "server.api.request_record"]
+    assert (line["model"], line["prompt"], line["outcome"]) == ("a,b,c", "a@1,b@1,c@1", "stop")
+    assert line["prompt_tokens"] == usage["prompt_tokens"] == 6
+    assert line["virtual_tokens"] == 4 + 5 + 6
+    assert "version" not in line
+    text = (await client.get("/metrics")).text
+    for name in three:
+        assert f'prelude_requests_total{{outcome="stop",prompt="{name}"}} 1.0' in text
