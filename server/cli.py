@@ -17,8 +17,10 @@ from rich.console import Console
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
 from server import commands, logs
+from server.bulk import command as bulk
 from server.config import Device, DType, EngineSettings, HttpSettings, LogFormat, Settings, StoreSettings
 from server.errors import ServerError
+from server.evaluation import command as evaluation
 from server.training import command as training
 
 app = typer.Typer(
@@ -311,8 +313,8 @@ def key(
     typer.echo(f"the key, shown only now: {secret}", err=True)
 
 
-app.add_typer(commands.app)
-app.add_typer(training.app)
+for module in (commands, bulk, evaluation, training):
+    app.add_typer(module.app)
 
 
 def main() -> None:

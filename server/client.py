@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -212,6 +213,10 @@ class PreludeClient:
                     f"the soft prompt {ref.name!r} has no alias {alias!r}", status=404, code="prompt_not_found"
                 )
         return _object(self._send("GET", f"/v1/prompts/{ref.name}/versions/{number}"))
+
+    def model(self, name: str) -> dict[str, Any]:
+        """What a request's ``model`` may name: the base, or a soft prompt."""
+        return _object(self._send("GET", f"/v1/models/{quote(name)}"))
 
     def versions(self, name: str, *, limit: int) -> dict[str, Any]:
         """The newest versions of a name."""

@@ -90,7 +90,7 @@ def push(
 ) -> None:
     """Upload a PEFT directory as the next version of a soft prompt."""
     sizes = [path.stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE) if (path := directory / file).is_file()]
-    with _server(url, api_key, as_json=as_json) as client, _progress("sending", sum(sizes)) as on_bytes:
+    with serving(url, api_key, as_json=as_json) as client, _progress("sending", sum(sizes)) as on_bytes:
         version, created = client.push(
             directory,
             name=name,
@@ -103,7 +103,7 @@ def push(
             on_bytes=on_bytes,
         )
     known = "" if created else " (the same bytes were there already)"
-    _answer(version, as_json, f"{version['id']}@{version['version']}{known}")
+    answer(version, as_json, f"{version['id']}@{version['version']}{known}")
 
 
 @_command("pull")
@@ -117,11 +117,11 @@ def pull(
 ) -> None:
     """Download a version's files, byte for byte as they were uploaded, and verify their digests."""
     ref = _ref(target)
-    with _server(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json) as client:
         version = client.version(ref)
         with _progress("receiving", version["size"]) as on_bytes:
             client.pull(version, directory, force=force, on_bytes=on_bytes)
-    _answer(version, as_json, f"{version['id']}@{version['version']} is in {directory}")
+    answer(version, as_json, f"{version['id']}@{version['version']} is in {directory}")
 
 
 @_command("list")
@@ -133,7 +133,7 @@ def list_(
     api_key: ApiKey = None,
 ) -> None:
     """List the soft prompts."""
-    with _server(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json) as client:
         # One more than asked for tells whether there are more.
         found = list(client.prompts(tag=tag, limit=None if limit is None else limit + 1))
     data = found[:limit]
@@ -143,7 +143,7 @@ def list_(
         "has_more": len(found) > len(data),
         "last_id": data[-1]["id"] if data else None,
     }
-    _answer(page, as_json, tables.prompts(data))
+    answer(page, as_json, tables.prompts(data))
 
 
 @_command("show")
@@ -156,33 +156,15 @@ def show(
 ) -> None:
     """Show a soft prompt with its aliases, versions and history, or one version of it."""
     ref = _ref(target)
-    with _server(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json) as client:
         if "@" in target:
             version = client.version(ref)
-            _answer(version, as_json, *tables.version(version))
+            answer(version, as_json, *tables.version(version))
             return
         prompt = client.prompt(ref.name)
         versions, history = client.versions(ref.name, limit=limit), client.history(ref.name, limit=limit)
-    answer = {"prompt": prompt, "versions": versions, "history": history}
-    _answer(answer, as_json, *tables.prompt(prompt, versions, history))
-
-
-@_command("promote")
-def promote(
-    name: Name,
-    version: Annotated[int, typer.Argument(metavar="V", min=1, help="The version to point at.")],
-    alias: Alias = DEFAULT_ALIAS,
-    expect: Expect = None,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
-) -> None:
-    """Point an alias at a version; requests that run keep theirs."""
-    _checked(name, "name")
-    _checked(alias, "alias")
-    with _server(url, api_key, as_json=as_json) as client:
-        reply = client.set_alias(name, alias, version, expected=expect)
-    _answer(reply, as_json, f"{name}@{alias} is version {reply['version']}")
+    shown = {"prompt": prompt, "versions": versions, "history": history}
+    answer(shown, as_json, *tables.prompt(prompt, versions, history))
 
 
 @_command("rollback")
@@ -195,11 +177,11 @@ def rollback(
     api_key: ApiKey = None,
 ) -> None:
     """Point an alias back at what it pointed at before its newest promotion."""
-    _checked(name, "name")
-    _checked(alias, "alias")
-    with _server(url, api_key, as_json=as_json) as client:
+    checked(name, "name")
+    checked(alias, "alias")
+    with serving(url, api_key, as_json=as_json) as client:
         reply = client.rollback(name, alias, expected=expect)
-    _answer(reply, as_json, f"{name}@{alias} is version {reply['version']}")
+    answer(reply, as_json, f"{name}@{alias} is version {reply['version']}")
 
 
 @_command("rm")
@@ -216,9 +198,9 @@ def rm(
         raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
     if ref.version is None and not yes and sys.stdin.isatty():
         typer.confirm(f"Delete {ref.name} with all its versions and aliases?", abort=True, err=True)
-    with _server(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json) as client:
         deleted = client.remove(ref.name, ref.version)
-    _answer(deleted, as_json, f"deleted {target}")
+    answer(deleted, as_json, f"deleted {target}")
 
 
 @_command("inspect")
@@ -232,9 +214,9 @@ def inspect(
 ) -> None:
     """Compare a soft prompt with the model: norms, and the vocabulary tokens that its rows are near to."""
     ref = _ref(target)
-    with _server(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json) as client:
         found = client.inspect(ref, top_k=top_k, task_id=task_id)
-    _answer(found, as_json, *tables.inspection(found))
+    answer(found, as_json, *tables.inspection(found))
 
 
 @_command("warm")
@@ -251,12 +233,12 @@ def warm(
 ) -> None:
     """Bring a soft prompt onto the device before its first request."""
     ref = _ref(target)
-    with _server(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json) as client:
         reply = client.warm(ref, task_id=task_id, pin=pin)
     what = "is not pinned" if pin is False else f"is warm after {reply['seconds']:.3f} s"
     if pin is not False and reply["pinned"]:
         what += ", and pinned"
-    _answer(reply, as_json, f"{reply['id']}@{reply['version']} {what}")
+    answer(reply, as_json, f"{reply['id']}@{reply['version']} {what}")
 
 
 def status_of(error: ClientError) -> ExitStatus:
@@ -267,7 +249,7 @@ def status_of(error: ClientError) -> ExitStatus:
 
 
 @contextmanager
-def _server(url: str, api_key: str | None, *, as_json: bool) -> Iterator[PreludeClient]:
+def serving(url: str, api_key: str | None, *, as_json: bool) -> Iterator[PreludeClient]:
     """A client; an error ends the command with its status, in one line, or one for each fault of refused files."""
     try:
         with PreludeClient(url, api_key=api_key) as client:
@@ -293,7 +275,8 @@ def _progress(what: str, total: int) -> Iterator[OnBytes]:
         yield lambda count: progress.advance(task, count)
 
 
-def _answer(value: dict[str, Any], as_json: bool, *shown: RenderableType) -> None:
+def answer(value: dict[str, Any], as_json: bool, *shown: RenderableType) -> None:
+    """Print what the API said, or what is made of it for people."""
     if as_json:
         typer.echo(json.dumps(value))
     else:
@@ -307,7 +290,12 @@ def _ref(target: str) -> PromptRef:
         raise typer.BadParameter(str(error)) from error
 
 
-def _checked(text: str, what: str) -> None:
+def checked(text: str, what: str) -> None:
+    """Hold a name or an alias to its form.
+
+    Raises:
+        typer.BadParameter: If it is not well formed.
+    """
     try:
         check_name(text, what)
     except ValueError as error:

@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY
-from tests.serving import adapter, serving, upload
+from tests.serving import BASE, adapter, serving, upload
+
+HOW = ("vote", "mean")
 
 LABELS = ["\npositive", "\nnegative"]
 """As the embedded soft prompts' answers begin."""
@@ -46,3 +48,42 @@ def test_a_label_scores_what_echo_tells(client: httpx.Client) -> None:
     assert scored.json()["data"][0]["logprobs"]["\npositive"] == pytest.approx(want, abs=1e-4)
     again = client.post("/v1/classify", json=body).json()["usage"]["prompt_tokens_details"]
     assert again["cached_tokens"] > len(ids) - 32
+
+
+def test_an_ensemble_says_what_its_members_say_apart(client: httpx.Client) -> None:
+    for name in ("intent", "dates"):
+        upload(client, name, *adapter(name)).raise_for_status()
+    members = ["sentiment", "intent", "dates"]
+    texts = [pair["input"] for pair in heldout()[:8]]
+    body = {"input": texts, "labels": LABELS}
+    apart = [client.post("/v1/classify", json=body | {"model": name}).json() for name in members]
+    together = {
+        how: client.post("/v1/classify", json=body | {"model": members, "ensemble": how}).json() for how in HOW
+    }
+    for index in range(len(texts)):
+        alone = [reply["data"][index] for reply in apart]
+        means = {label: sum(item["probabilities"][label] for item in alone) / 3 for label in LABELS}
+        votes = {label: sum(item["label"] == label for item in alone) for label in LABELS}
+        for how, item in ((how, together[how]["data"][index]) for how in HOW):
+            assert item["probabilities"] == pytest.approx(means, abs=1e-5)
+            assert item["votes"] == votes
+            assert item["label"] == max(LABELS, key=(means if how == "mean" else votes).__getitem__)
+    assert together["vote"]["usage"]["prompt_tokens"] == sum(reply["usage"]["prompt_tokens"] for reply in apart)
+
+
+def test_an_ensemble_writes_what_most_of_its_members_write(client: httpx.Client) -> None:
+    config, weights = adapter("sentiment")
+    upload(client, "again", config, weights, description="the same once more").raise_for_status()
+    text = heldout()[0]["input"]
+    ask = {"prompt": text, "max_tokens": 6, "temperature": 0, "stop": ["\n\n"]}
+    apart = [
+        client.post("/v1/completions", json=ask | {"model": name}).json()["choices"][0]["text"]
+        for name in ("sentiment", "again", BASE)
+    ]
+    assert apart[0] == apart[1] != apart[2]
+    body = ask | {"model": [BASE, "sentiment", "again"]}
+    reply = client.post("/v1/completions", json=body).json()
+    (choice,) = reply["choices"]
+    assert choice["text"] == apart[0]
+    assert choice["votes"] == {apart[0]: 2, apart[2]: 1}
+    assert [member["model"] for member in choice["members"]] == [BASE, "sentiment@1", "again@1"]

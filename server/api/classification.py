@@ -15,7 +15,7 @@ from server.api.admission import Permits
 from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
-from server.api.leasing import lease_of
+from server.api.ensemble import leases_of, name_of
 from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
@@ -66,7 +66,7 @@ class Wanted:
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found about one input.
+    """What one soft prompt found about one input.
 
     Attributes:
         scores: Of each label: the sum of its tokens' log-probabilities, or the head's logit.
@@ -93,35 +93,44 @@ class Classification:
     """One admitted request.
 
     Attributes:
-        leased: The soft prompt; None for the bare base.
+        leased: The soft prompts, of which there are several in an ensemble; None for the bare base.
         wanted: What was asked for.
-        verdicts: One for each input, when it has run.
+        verdicts: Of each soft prompt one for each input, when it has run.
         record: What is told of the request when it has ended.
-        usage: Tokens of the inputs' texts, each once; labels are not counted.
+        usage: Tokens of the inputs' texts, each once for each soft prompt; labels are not counted.
     """
 
     services: Services
     wanted: Wanted
-    leased: LeasedPrompt | None
+    leased: list[LeasedPrompt | None]
     permits: Permits
     tenant: str
     record: RequestRecord
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[list[Verdict]] = field(default_factory=list)
     num_cached_tokens: int = 0
 
     @property
     def usage(self) -> Usage:
-        """Text tokens of the inputs, each once; the virtual ones before them, and what was cached already."""
-        num_virtual = self.leased.version.num_virtual_tokens if self.leased else 0
-        num_text = sum(map(len, self.wanted.inputs))
+        """Text tokens, the virtual ones before them, and what was cached already."""
+        num_virtual = sum(leased.version.num_virtual_tokens for leased in self.leased if leased)
+        num_text = sum(map(len, self.wanted.inputs)) * len(self.leased)
         details = PromptTokensDetails(self.num_cached_tokens, num_virtual * len(self.wanted.inputs))
         return Usage(num_text, 0, num_text, details)
 
     def end_record(self, outcome: str) -> None:
         """Tell the request's record what has come of it."""
         self.record.end(outcome, self.usage)
-        if self.leased is not None:
-            self.record.prompt, self.record.version = self.leased.version.name, self.leased.version.version
+        names = [leased.version.name for leased in self.leased if leased]
+        if len(self.leased) > 1:
+            self.record.prompt = self.served_by
+        elif names:
+            (self.record.prompt,) = names
+            self.record.version = next(leased.version.version for leased in self.leased if leased)
+
+    @property
+    def served_by(self) -> str | None:
+        """``NAME@VERSION`` of all soft prompts, with commas between; None where there is none."""
+        return ",".join(name for leased in self.leased if (name := name_of(leased))) or None
 
     async def run(self) -> None:
         """Compute the verdicts. Cancelled, or failed, it aborts every sequence that still runs.
@@ -129,12 +138,12 @@ class Classification:
         Raises:
             EngineError: If one sequence fails.
         """
-        source = soft_prompt_source(self.leased, self.wanted.task_id) if self.leased else None
+        sources = [soft_prompt_source(leased, self.wanted.task_id) if leased else None for leased in self.leased]
         request_id = uuid.uuid4().hex
         labels: Sequence[Label | None] = self.wanted.labels or [None]
         requests = [
             GenerateRequest(
-                f"{request_id}-{index}-{rank}",
+                f"{request_id}-{member}-{index}-{rank}",
                 text if label is None else text + label.token_ids,
                 _params(text, label),
                 source,
@@ -142,6 +151,7 @@ class Classification:
                 priority=self.wanted.priority,
                 timeout=self.wanted.timeout,
             )
+            for member, source in enumerate(sources)
             for index, text in enumerate(self.wanted.inputs)
             for rank, label in enumerate(labels)
         ]
@@ -152,13 +162,16 @@ class Classification:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        found = []
         for start in range(0, len(events), len(labels)):
             of_input = events[start : start + len(labels)]
             self.num_cached_tokens += of_input[0].num_cached_tokens
             if self.wanted.labels is None:
-                self.verdicts.append(Verdict(_head_scores(of_input[0])))
+                found.append(Verdict(_head_scores(of_input[0])))
             else:
-                self.verdicts.append(Verdict([_label_score(event) for event in of_input]))
+                found.append(Verdict([_label_score(event) for event in of_input]))
+        num_inputs = len(self.wanted.inputs)
+        self.verdicts = [found[start : start + num_inputs] for start in range(0, len(found), num_inputs)]
 
     async def _score(self, request: GenerateRequest) -> TokenEvent:
         try:
@@ -197,33 +210,43 @@ def _label_score(event: TokenEvent) -> float:
 
 @asynccontextmanager
 async def classifying(
-    services: Services, target: Target, wanted: Wanted, *, caller: Caller, arrival: float, record: RequestRecord
+    services: Services,
+    targets: Sequence[Target],
+    wanted: Wanted,
+    *,
+    caller: Caller,
+    arrival: float,
+    record: RequestRecord,
 ) -> AsyncIterator[Classification]:
     """Check, lease and admit a classification; everything is given back when the block ends, however it ends.
 
     Raises:
         InvalidRequestError: If the texts or labels cannot be taken, there are too many of them, labels are missing
-            or given to a soft prompt that has its own, or the task is not one of its tasks.
+            or given to a soft prompt that has its own, the task is not one of its tasks, or the soft prompts of an
+            ensemble do not go together.
         NotFoundError: If there is no such soft prompt.
         RateLimitError: If the caller's key is over its limits.
         OverloadedError: If no permits are free.
     """
-    async with lease_of(services, target) as leased:
-        version = leased.version if leased else None
-        _check_labels(version, wanted.labels)
-        check_task(version, wanted.task_id)
-        _check_texts(
-            wanted,
-            num_virtual_tokens=version.num_virtual_tokens if version else 0,
-            vocab_size=services.engine.model.vocab_size,
-            max_model_len=services.engine.model.max_model_len,
-        )
-        count = len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
+    async with leases_of(services, targets) as leased:
+        versions = [prompt.version if prompt else None for prompt in leased]
+        _check_kinds(targets, versions)
+        for version in versions:
+            _check_labels(version, wanted.labels)
+            check_task(version, wanted.task_id)
+            _check_texts(
+                wanted,
+                num_virtual_tokens=version.num_virtual_tokens if version else 0,
+                vocab_size=services.engine.model.vocab_size,
+                max_model_len=services.engine.model.max_model_len,
+            )
+        count = len(leased) * len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
+        num_tokens = wanted.num_tokens * len(leased)
         with (
-            caller.limiter.admitted(wanted.num_tokens) as reservation,
+            caller.limiter.admitted(num_tokens) as reservation,
             services.admission.permits(count, tenant=caller.tenant, param="input") as permits,
         ):
-            reservation.used = wanted.num_tokens
+            reservation.used = num_tokens
             outcome = "error"
             classification = Classification(
                 services=services, wanted=wanted, leased=leased, permits=permits, tenant=caller.tenant, record=record
@@ -236,13 +259,29 @@ async def classifying(
                 raise
             finally:
                 classification.end_record(outcome)
-                services.metrics.count_request(version.name if version else None, outcome)
+                for version in versions:
+                    services.metrics.count_request(version.name if version else None, outcome)
                 if outcome == "stop":
                     services.metrics.observe_request(time.monotonic() - arrival)
 
 
+def _has_head(version: PromptVersion | None) -> bool:
+    return version is not None and version.task_type == TaskType.SEQ_CLS
+
+
+def _check_kinds(targets: Sequence[Target], versions: Sequence[PromptVersion | None]) -> None:
+    """Heads give logits and others score texts: their probabilities are not of the same kind."""
+    heads = [_has_head(version) for version in versions]
+    if any(heads) and not all(heads):
+        param = targets[heads.index(False)].param
+        raise InvalidRequestError(
+            f"{param}: an ensemble has soft prompts of one kind, and some of these have a head and some have none",
+            param=param,
+        )
+
+
 def _check_labels(version: PromptVersion | None, labels: list[Label] | None) -> None:
-    has_head = version is not None and version.task_type == TaskType.SEQ_CLS
+    has_head = _has_head(version)
     if version is not None and has_head and labels is not None:
         raise InvalidRequestError(
             f"labels: the soft prompt {version.name}@{version.version} has a head of its own with "

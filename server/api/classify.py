@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import msgspec
@@ -15,17 +15,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prompt_store.formats import read_config
-from prompt_store.types import CONFIG_FILE
+from prompt_store.types import CONFIG_FILE, LeasedPrompt
 from server.api.callers import caller_of
 from server.api.classification import Classification, Label, Verdict, Wanted, classifying
 from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
+from server.api.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
 from server.api.generation import shorter
 from server.api.openai import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
 from server.api.protocol import MAX_TIMEOUT_SECONDS, Prompts
-from server.api.request_body import RequestBody, check_unicode
+from server.api.request_body import check_unicode
 from server.api.request_record import begin_record
-from server.api.resolution import resolve
+from server.api.resolution import Target
 from server.api.responses import Usage
 from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
 from server.errors import InvalidRequestError
@@ -57,11 +58,9 @@ def _labels(value: object) -> list[str]:
     return value
 
 
-class ClassifyBody(RequestBody):
+class ClassifyBody(EnsembleBody):
     """``POST /v1/classify``."""
 
-    model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
-    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
     task_id: int | None = Field(None, ge=0, lt=2**63, description="Which task of a multitask prompt, from 0.")
     input: Annotated[Prompts, Field(description="One text or several, as strings or token ids.")]
     labels: Annotated[
@@ -79,6 +78,20 @@ class ClassifyBody(RequestBody):
     )
 
 
+class MemberLabel(msgspec.Struct, kw_only=True):
+    """What one soft prompt of an ensemble says of an input.
+
+    Attributes:
+        model: ``NAME@VERSION``, or the base's name.
+        label: The likeliest label.
+        probability: Its probability.
+    """
+
+    model: str
+    label: str
+    probability: float
+
+
 class Classified(msgspec.Struct, kw_only=True):
     """One input's label.
 
@@ -89,8 +102,10 @@ class Classified(msgspec.Struct, kw_only=True):
         num_classes: How many labels there are.
         probs: The probabilities of all labels in order, as vLLM tells them.
         probabilities: The same by label.
-        logprobs: Where labels were scored: the log-probability of each as the text's continuation.
-        logits: Where a head decided: what it gave each label.
+        logprobs: Where one soft prompt scored labels: the log-probability of each as the text's continuation.
+        logits: Where one head decided: what it gave each label.
+        votes: Of an ensemble: how many members hold each label to be the likeliest.
+        members: Of an ensemble: what each of them says.
     """
 
     index: int
@@ -101,6 +116,8 @@ class Classified(msgspec.Struct, kw_only=True):
     probabilities: dict[str, float]
     logprobs: dict[str, float] | UnsetType = UNSET
     logits: dict[str, float] | UnsetType = UNSET
+    votes: dict[str, int] | UnsetType = UNSET
+    members: list[MemberLabel] | UnsetType = UNSET
 
 
 class ClassifyReply(msgspec.Struct, kw_only=True):
@@ -118,8 +135,8 @@ class ClassifyReply(msgspec.Struct, kw_only=True):
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
     """Find the label of one text or several."""
     arrival = time.monotonic()
-    record = begin_record(request, services, "classify", model=body.model, text=lambda: body.input)
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
+    record = begin_record(request, services, "classify", model=body.model_text, text=lambda: body.input)
+    targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
 
     async def answer() -> tuple[bytes, dict[str, str]]:
         timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
@@ -132,22 +149,20 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
             timeout=timeout,
         )
         async with classifying(
-            services, target, wanted, caller=caller_of(request), arrival=arrival, record=record
+            services, targets, wanted, caller=caller_of(request), arrival=arrival, record=record
         ) as classification:
-            names = body.labels or await _label_names(services, classification)
+            names = [body.labels or await _label_names(services, prompt) for prompt in classification.leased]
+            _check_same_labels(names, targets)
             await classification.run()
             reply = ClassifyReply(
                 id=f"classify-{uuid.uuid4().hex}",
                 created=int(time.time()),
-                model=target.model,
-                data=[
-                    _classified(index, names, verdict, is_by_head=body.labels is None)
-                    for index, verdict in enumerate(classification.verdicts)
-                ],
+                model=body.model_text or services.base_name,
+                data=_data(body, names, classification, services.base_name),
                 usage=classification.usage,
             )
-            leased = classification.leased
-            headers = {SERVED_BY_HEADER: f"{leased.version.name}@{leased.version.version}"} if leased else {}
+            served_by = classification.served_by
+            headers = {SERVED_BY_HEADER: served_by} if served_by else {}
             return msgspec.json.encode(reply), headers
 
     try:
@@ -155,6 +170,53 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
     except ClientDisconnected:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(encoded, headers=headers, media_type="application/json")
+
+
+def _data(
+    body: ClassifyBody, names: list[list[str]], classification: Classification, base_name: str
+) -> list[Classified]:
+    """One entry for each input."""
+    of_inputs = list(zip(*classification.verdicts, strict=True))
+    if not body.is_ensemble:
+        return [
+            _classified(index, names[0], verdict, is_by_head=body.labels is None)
+            for index, (verdict,) in enumerate(of_inputs)
+        ]
+    members = [name_of(prompt) or base_name for prompt in classification.leased]
+    return [_combined(index, names, members, verdicts, body.combine) for index, verdicts in enumerate(of_inputs)]
+
+
+def _check_same_labels(names: list[list[str]], targets: Sequence[Target]) -> None:
+    """Heads of an ensemble have the same labels; their order may be another."""
+    for own, target in zip(names, targets, strict=True):
+        if set(own) != set(names[0]):
+            raise InvalidRequestError(
+                f"{target.param}: the heads of the soft prompts do not have the same labels", param=target.param
+            )
+
+
+def _combined(
+    index: int, names: list[list[str]], members: list[str], verdicts: Sequence[Verdict], how: Combine
+) -> Classified:
+    """An ensemble's answer, in the first member's order of labels."""
+    labels = names[0]
+    by_label = [
+        dict(zip(own, verdict.probabilities, strict=True)) for own, verdict in zip(names, verdicts, strict=True)
+    ]
+    decision = decide([[probs[label] for label in labels] for probs in by_label], how)
+    return Classified(
+        index=index,
+        label=labels[decision.best],
+        probability=decision.probabilities[decision.best],
+        num_classes=len(labels),
+        probs=decision.probabilities,
+        probabilities=dict(zip(labels, decision.probabilities, strict=True)),
+        votes=dict(zip(labels, decision.votes, strict=True)),
+        members=[
+            MemberLabel(model=member, label=own[verdict.best], probability=verdict.probabilities[verdict.best])
+            for member, own, verdict in zip(members, names, verdicts, strict=True)
+        ],
+    )
 
 
 def _classified(index: int, names: list[str], verdict: Verdict, *, is_by_head: bool) -> Classified:
@@ -190,9 +252,8 @@ async def _tokenize_labels(services: Services, names: list[str] | None) -> list[
     return labels
 
 
-async def _label_names(services: Services, classification: Classification) -> list[str]:
+async def _label_names(services: Services, leased: LeasedPrompt | None) -> list[str]:
     """What a head's labels are called: by the metadata, or by the configuration that came with the head."""
-    leased = classification.leased
     if leased is None or leased.version.num_labels is None:
         raise TypeError("only a soft prompt with a head has labels of its own")
     version, num_labels = leased.version, leased.version.num_labels

@@ -57,6 +57,7 @@ class Generation:
         prompts: Text tokens of each prompt.
         num_choices: Sequences in all.
         num_virtual_tokens: Positions that the soft prompt takes in each sequence.
+        leased: The soft prompt; None for the bare base.
         served_by: ``NAME@VERSION`` of the soft prompt, or None.
     """
 
@@ -76,6 +77,7 @@ class Generation:
         self.prompts = prompts
         self.num_choices = len(prompts) * body.n
         self.num_virtual_tokens = leased.version.num_virtual_tokens if leased else 0
+        self.leased = leased
         self.served_by = f"{leased.version.name}@{leased.version.version}" if leased else None
         self._services = services
         self._body = body
@@ -292,6 +294,7 @@ async def admitted(
     caller: Caller,
     arrival: float,
     record: RequestRecord,
+    counts_request: bool = True,
 ) -> AsyncIterator[Generation]:
     """Check, lease and admit a request; everything is given back when the block ends, however it ends.
 
@@ -304,6 +307,7 @@ async def admitted(
         caller: Whose request it is.
         arrival: When the request came, by the monotonic clock.
         record: What is told of it when it has ended.
+        counts_request: Whether it counts against limits of requests, and not only against those of tokens.
 
     Raises:
         InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many, the soft prompt
@@ -336,7 +340,7 @@ async def admitted(
                 param="min_tokens",
             )
         num_tokens = sum(map(len, prompts)) + sum(max_tokens) * body.n
-        reservation = stack.enter_context(caller.limiter.admitted(num_tokens))
+        reservation = stack.enter_context(caller.limiter.admitted(num_tokens, counts_request=counts_request))
         permits = stack.enter_context(
             services.admission.permits(
                 len(prompts) * body.n, tenant=caller.tenant, param="n" if body.n > 1 else "prompt"

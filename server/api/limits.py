@@ -96,17 +96,18 @@ class KeyLimiter:
         self._tokens = limits.tokens_per_minute and TokenBucket(limits.tokens_per_minute, clock)
 
     @contextmanager
-    def admitted(self, tokens: int) -> Iterator[Reservation]:
+    def admitted(self, tokens: int, *, counts_request: bool = True) -> Iterator[Reservation]:
         """Admit a request until the block ends; nothing is taken for one that is refused.
 
         Args:
             tokens: The most that it can use.
+            counts_request: Whether it is a request of its own, and not only more tokens of one that was admitted.
 
         Raises:
             RateLimitError: If it is over a limit; says when it would not be, or that it always is.
         """
         limits = self.limits
-        if limits.max_concurrency is not None and self.num_running >= limits.max_concurrency:
+        if counts_request and limits.max_concurrency is not None and self.num_running >= limits.max_concurrency:
             raise RateLimitError(
                 f"this API key may have {limits.max_concurrency} requests at once, and has", retry_after=_BUSY_SECONDS
             )
@@ -117,7 +118,7 @@ class KeyLimiter:
                 retry_after=_MINUTE,
                 is_hopeless=True,
             )
-        if self._requests and (seconds := self._requests.seconds_until(1)):
+        if counts_request and self._requests and (seconds := self._requests.seconds_until(1)):
             raise RateLimitError(
                 f"this API key may send {self._requests.limit} requests a minute: try again in {seconds:.2f} s",
                 retry_after=seconds,
@@ -128,16 +129,16 @@ class KeyLimiter:
                 f"and the request may take {tokens}: try again in {seconds:.2f} s",
                 retry_after=seconds,
             )
-        if self._requests:
+        if counts_request and self._requests:
             self._requests.take(1)
         if self._tokens:
             self._tokens.take(tokens)
-        self.num_running += 1
+        self.num_running += counts_request
         reservation = Reservation(tokens)
         try:
             yield reservation
         finally:
-            self.num_running -= 1
+            self.num_running -= counts_request
             if self._tokens:
                 self._tokens.give_back(max(0, reservation.tokens - reservation.used))
 

@@ -16,12 +16,15 @@ from starlette.responses import Response
 from server.api.callers import Caller, caller_of
 from server.api.deps import Services, ServicesDep, Tokenizer, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
+from server.api.ensemble import targets_of
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted, shorter
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
 from server.api.request_record import RequestRecord, begin_record
 from server.api.resolution import Target, resolve
+from server.api.responses import Completion
 from server.api.sse import DONE, EventStream, event
+from server.api.voting import vote
 from server.api.writers import ChatWriter, ChoiceText, CompletionWriter, Writer
 from server.errors import InvalidRequestError
 
@@ -136,18 +139,37 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
     async def tokenize() -> list[list[int]]:
         return await tokenize_prompts(services.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
 
-    record = begin_record(request, services, "text_completion", model=body.model, text=lambda: body.prompt)
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
+    record = begin_record(request, services, "text_completion", model=body.model_text, text=lambda: body.prompt)
+    targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
+    writer = CompletionWriter(
+        body.model_text or services.base_name,
+        with_token_ids=body.return_token_ids,
+        num_top=body.num_top_logprobs,
+        token_bytes=services.tokenizer.token_bytes,
+    )
+    if body.is_ensemble:
+        caller = caller_of(request)
+
+        async def answer() -> tuple[Completion, str]:
+            limit = shorter(body.timeout, services.settings.http.max_wait_seconds)
+            services.admission.check(caller.tenant, limit, priority=body.priority)
+            prompts = await tokenize()
+            return await vote(
+                services, targets, body, prompts, writer=writer, caller=caller, arrival=arrival, record=record
+            )
+
+        try:
+            completion, served_by = await unless_disconnected(request.receive, answer())
+        except ClientDisconnected:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        headers = {SERVED_BY_HEADER: served_by} if served_by else {}
+        return Response(msgspec.json.encode(completion), headers=headers, media_type="application/json")
+    (target,) = targets
     call = _Call(
         services=services,
         body=body,
         target=target,
-        writer=CompletionWriter(
-            target.model,
-            with_token_ids=body.return_token_ids,
-            num_top=body.num_top_logprobs,
-            token_bytes=services.tokenizer.token_bytes,
-        ),
+        writer=writer,
         tokenize=tokenize,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         caller=caller_of(request),

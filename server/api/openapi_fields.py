@@ -62,6 +62,7 @@ FIELDS: dict[str, str] = {
     "max_model_len": "Positions of one sequence, virtual tokens included.",
     "max_tokens": "New tokens at most.",
     "mean": "The mean.",
+    "members": "What each soft prompt of an ensemble says.",
     "message": "The assistant's message.",
     "messages": "The conversation.",
     "metadata": "The uploader's own JSON object.",
@@ -128,6 +129,7 @@ FIELDS: dict[str, str] = {
     "values": "Of the layer's values.",
     "version": "The version's number.",
     "virtual_tokens": "Positions that soft prompts took; not part of `prompt_tokens`.",
+    "votes": "How many members of an ensemble say each.",
     "vocabulary": "The model's own input embeddings.",
 }
 """Descriptions by field name; a model that means something else says so itself."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, PlainValidator, PrivateAttr, model_validator
 
+from server.api.ensemble import EnsembleBody
 from server.api.request_body import RequestBody, check_unicode
 from server.api.structured import ResponseFormat, StructuredOutputs
 from server.api.tool_calls import HermesReader, MakeReader, NamedCallReader, RequiredCallReader
@@ -112,8 +113,6 @@ class GenerationBody(RequestBody):
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {}
     """Known fields without their feature yet, and the values that ask for nothing."""
 
-    model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
-    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
     task_id: int | None = Field(None, ge=0, lt=_INT64, description="Which task of a multitask prompt, from 0.")
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -211,7 +210,7 @@ class GenerationBody(RequestBody):
         return False
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(EnsembleBody, GenerationBody):
     """``POST /v1/completions``."""
 
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
@@ -231,6 +230,20 @@ class CompletionBody(GenerationBody):
     def _check_that_something_is_asked(self) -> Self:
         if self.token_limit == 0 and not self.echo:
             raise InvalidRequestError("max_tokens: 0 is only allowed with echo", param="max_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ensemble(self) -> Self:
+        if not self.is_ensemble:
+            return self
+        if self.ensemble == "mean":
+            raise InvalidRequestError(
+                "ensemble: mean is for labels: send choices as labels to /v1/classify; whole texts have votes",
+                param="ensemble",
+            )
+        for name, asked in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):
+            if asked:
+                raise InvalidRequestError(f"{name}: not with several soft prompts", param=name)
         return self
 
     @property
@@ -256,8 +269,13 @@ class ChatBody(GenerationBody):
     unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
         # The template comes from the model only: a template from a client is a program.
         "chat_template": (),
+        # Of completions and classifications: ignored, the answer would be the bare base's.
+        "prompt_ids": (),
+        "ensemble": (),
     }
 
+    model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
+    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
     messages: Annotated[list[ChatMessage], BeforeValidator(_messages)]
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")

@@ -32,7 +32,9 @@ class Target:
         return SoftPromptNotFoundError(str(error), param=self.param)
 
 
-def resolve(model: str | None, prompt_id: str | None, *, base_name: str, access: Access) -> Target:
+def resolve(
+    model: str | None, prompt_id: str | None, *, base_name: str, access: Access, param: str = "prompt_id"
+) -> Target:
     """Read the fields ``model`` and ``prompt_id``.
 
     Args:
@@ -40,6 +42,7 @@ def resolve(model: str | None, prompt_id: str | None, *, base_name: str, access:
         prompt_id: ``NAME[@SELECTOR]``, where ``model`` is the base.
         base_name: The base's name in the API.
         access: For whom.
+        param: The field that ``prompt_id`` came from.
 
     Raises:
         ModelNotFoundError: If ``model`` cannot be the name of anything.
@@ -49,17 +52,17 @@ def resolve(model: str | None, prompt_id: str | None, *, base_name: str, access:
         if prompt_id is None:
             return Target(base_name, access)
         try:
-            return Target(base_name, access, PromptRef.parse(prompt_id), "prompt_id")
+            return Target(base_name, access, PromptRef.parse(prompt_id), param)
         except ValueError as error:
-            raise InvalidRequestError(f"prompt_id: {error}", param="prompt_id") from error
+            raise InvalidRequestError(f"{param}: {error}", param=param) from error
     try:
         ref = PromptRef.parse(model.removeprefix(f"{base_name}:"))
     except ValueError as error:
         raise _model_not_found(model) from error
     if prompt_id is not None:
         raise InvalidRequestError(
-            f"prompt_id: model {model[:200]!r} names a soft prompt already; send model {base_name!r} with prompt_id",
-            param="prompt_id",
+            f"{param}: model {model[:200]!r} names a soft prompt already; send model {base_name!r} with {param}",
+            param=param,
         )
     return Target(model, access, ref)
 

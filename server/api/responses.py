@@ -67,8 +67,27 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class MemberText(msgspec.Struct, kw_only=True):
+    """What one soft prompt of an ensemble wrote.
+
+    Attributes:
+        model: ``NAME@VERSION``, or the base's name.
+        text: All of it.
+        logprob: Mean log-probability of its tokens.
+    """
+
+    model: str
+    text: str
+    logprob: float
+
+
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One text, or a piece of it in a stream."""
+    """One text, or a piece of it in a stream.
+
+    Attributes:
+        votes: Of an ensemble: how many members wrote each text.
+        members: Of an ensemble: what each of them wrote.
+    """
 
     index: int
     text: str
@@ -76,6 +95,8 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    votes: dict[str, int] | UnsetType = UNSET
+    members: list[MemberText] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):

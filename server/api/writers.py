@@ -114,7 +114,7 @@ class CompletionWriter(Writer):
 
     id_prefix = "cmpl"
 
-    def answer(self, choices: list[ChoiceText], usage: Usage) -> msgspec.Struct:
+    def answer(self, choices: list[ChoiceText], usage: Usage) -> Completion:
         """The whole answer."""
         return self._completion(
             [

@@ -1,0 +1,189 @@
+"""``prelude run`` against a bare load generator, its memory, and a kill in the middle.
+
+    python -m benchmarks.bulk [--rows 6000] [--rounds 4] [--long-rows 100000] [--kind classify|complete]
+
+Both send the same rows to the same server in turn: ``prelude run`` in a process of its own, from file to file; and,
+in one as well, the least that can ask for them: an asyncio loop over httpx that holds all rows in memory, keeps as
+many requests of as many rows in flight, and throws the answers away. Each round has new texts, the same for both, and
+the prefix cache is off, so that nothing is gained by being second.
+
+Then ``--long-rows`` rows go through ``prelude run`` once more: its memory is sampled, it is killed with SIGKILL when
+a third and two thirds are written, and started again; the output is held against the input row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.server import serving
+from server.bulk.sending import Pace
+from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
+
+LABELS = ["\npositive", "\nnegative"]
+FLAGS = ["--no-enable-prefix-caching", "--allow-other-base"]
+
+WORDS = ["lamp", "strap", "kettle", "bicycle", "phone", "chair", "bag", "clock"]
+PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--long-rows", type=int, default=100_000)
+    parser.add_argument("--kind", choices=("classify", "complete"), default="complete")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        texts = [json.loads(line)["text"] for line in Path(args.load).read_text().splitlines()]
+        print(asyncio.run(load(texts, args.url, args.kind)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with serving(MODEL_DIRECTORY, folder / "store", *FLAGS) as url:
+            push = [*PRELUDE, "push", str(SOFT_PROMPTS_DIRECTORY / "sentiment"), "--id", "sentiment", "--url", url]
+            subprocess.run(push, check=True)
+            compare(folder, url, args)
+            if args.long_rows:
+                run_long(folder, url, args)
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """Texts like those that the soft prompt was trained on, each of them new."""
+    texts = [json.loads(line)["input"] for line in (HELDOUT_DIRECTORY / "sentiment.jsonl").read_text().splitlines()]
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for index in range(count):
+            text = f"My {rng.choice(WORDS)} {rng.choice(WORDS)} is here. {rng.choice(texts)}"
+            file.write(json.dumps({"id": f"{seed}-{index}", "text": text}) + "\n")
+
+
+def command(source: Path, output: Path, url: str, kind: str) -> list[str]:
+    """``prelude run`` as it is measured: defaults, but for what is asked."""
+    asked = ["--labels", r"\npositive,\nnegative"] if kind == "classify" else ["--max-tokens", "2"]
+    return [*PRELUDE, "run", "sentiment", str(source), str(output), *asked, "--json", "--url", url]
+
+
+def compare(folder: Path, url: str, args: argparse.Namespace) -> None:
+    """Take turns, the first one changing from round to round."""
+    ratios = []
+    for number in range(args.rounds + 1):
+        source = folder / f"in-{number}.jsonl"
+        write_rows(source, args.rows, number)
+        rates = {}
+        for which in ("bulk", "load") if number % 2 else ("load", "bulk"):
+            if which == "bulk":
+                run = subprocess.run(
+                    command(source, folder / f"out-{number}.jsonl", url, args.kind), capture_output=True, check=True
+                )
+                rates[which] = json.loads(run.stdout)["rows_per_second"]
+            else:
+                own = [sys.executable, "-m", "benchmarks.bulk", "--load", str(source), "--url", url]
+                own += ["--kind", args.kind]
+                rates[which] = float(subprocess.run(own, capture_output=True, check=True, text=True).stdout)
+        if number:  # the first warms up
+            ratios.append(rates["bulk"] / rates["load"])
+            both = f"bulk {rates['bulk']:.1f} rows/s, load {rates['load']:.1f} rows/s"
+            print(f"{both}, ratio {ratios[-1]:.3f}", flush=True)
+    print(f"median ratio {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+
+
+async def load(texts: list[str], url: str, kind: str) -> float:
+    """The bare loop; returns rows a second."""
+    pace = Pace()
+    size = pace.rows_per_request
+    batches = iter([texts[start : start + size] for start in range(0, len(texts), size)])
+    weight = len(LABELS) if kind == "classify" else 1
+    workers = pace.concurrency // (pace.rows_per_request * weight)
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+
+        async def work() -> None:
+            for batch in batches:
+                body = {"model": "sentiment", "temperature": 0}
+                if kind == "classify":
+                    response = await client.post("/v1/classify", json={**body, "input": batch, "labels": LABELS})
+                else:
+                    response = await client.post("/v1/completions", json={**body, "prompt": batch, "max_tokens": 2})
+                response.raise_for_status()
+
+        started = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(workers)))
+        return len(texts) / (time.perf_counter() - started)
+
+
+def run_long(folder: Path, url: str, args: argparse.Namespace) -> None:
+    """Run many rows, kill the run twice, and look at the output and at the memory."""
+    source, output = folder / "long.jsonl", folder / "long-out.jsonl"
+    write_rows(source, args.long_rows, 1000)
+    samples: list[tuple[int, int]] = []
+    summary: dict[str, object] = {}
+    started, num_kills = time.perf_counter(), 0
+    for stop_at in (args.long_rows // 3, 2 * args.long_rows // 3, None):
+        process = subprocess.Popen(command(source, output, url, args.kind), stdout=subprocess.PIPE)
+        watched = psutil.Process(process.pid)
+        written = Lines(output)
+        while process.poll() is None:
+            time.sleep(0.2)
+            try:
+                samples.append((written.count(), watched.memory_info().rss))
+            except psutil.NoSuchProcess:
+                break
+            if stop_at is not None and samples[-1][0] >= stop_at:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                num_kills += 1
+                break
+        if stop_at is None and process.stdout is not None:
+            summary = json.loads(process.stdout.read())
+        process.wait()
+    seconds = time.perf_counter() - started
+    wanted = [json.loads(line) for line in source.read_text().splitlines()]
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    errors = sum("error" in row for row in found)
+    same = [{"id": row["id"], "text": row["text"]} for row in found] == wanted
+    print(f"{args.long_rows} rows in {seconds:.0f} s with {num_kills} kills")
+    print(f"{len(found)} rows in the output, {errors} errors")
+    print(f"every row once and in order: {same}; the last start had {summary['rows_before']} done")
+    for low in range(10):
+        part = [rss / 2**20 for count, rss in samples if low <= 10 * count / args.long_rows < low + 1]
+        if part:
+            share = f"rows {low * 10:3}-{low * 10 + 10} %"
+            print(f"{share}: memory {statistics.median(part):.1f} MiB, at most {max(part):.1f} MiB", flush=True)
+
+
+class Lines:
+    """Counts a growing file's lines, reading each byte once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = self._count = 0
+
+    def count(self) -> int:
+        """Lines until now."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                while chunk := file.read(2**20):
+                    self._offset += len(chunk)
+                    self._count += chunk.count(b"\n")
+        return self._count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Bulk inference: the rows of a file through a running server, in order, every row once."""

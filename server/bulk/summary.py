@@ -1,0 +1,135 @@
+"""What a run tells at its end, and while it goes on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+State = Literal["complete", "interrupted", "too_many_errors", "gave_up"]
+
+OnRows = Callable[[int, int], None]
+"""Told how many more rows have been written, and how many errors there are now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A run.
+
+    Attributes:
+        state: How it ended.
+        model: What answered the rows that name nothing themselves.
+        output: Where the rows are.
+        rows: Rows in the input.
+        rows_done: Rows in the output.
+        rows_before: Those of them that an earlier start had written.
+        errors: Rows in the output that are errors.
+        errors_by_code: The same by code.
+        prompt_tokens: Text tokens of this start's rows.
+        completion_tokens: New tokens of this start's rows.
+        requests: Requests of this start.
+        retries: Requests that had to be sent again, by reason.
+        seconds: How long this start took.
+        rows_per_second: Rows of this start, by that.
+    """
+
+    state: State
+    model: str
+    output: str
+    rows: int
+    rows_done: int
+    rows_before: int
+    errors: int
+    errors_by_code: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    requests: int
+    retries: dict[str, int]
+    seconds: float
+    rows_per_second: float
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {"object": "bulk.summary", **asdict(self)}
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        done = f"{self.rows_done:,} of {self.rows:,} rows" if self.rows_done < self.rows else f"{self.rows:,} rows"
+        before = f", {self.rows_before:,} of them by an earlier start" if self.rows_before else ""
+        yield f"{self.output}: {done}{before}, answered by {self.model}"
+        codes = ", ".join(f"{code} {count:,}" for code, count in sorted(self.errors_by_code.items()))
+        yield f"errors: {self.errors:,}" + (f" ({codes})" if codes else "")
+        yield f"tokens: {self.prompt_tokens:,} read, {self.completion_tokens:,} written"
+        retries = ", ".join(f"{code} {count:,}" for code, count in sorted(self.retries.items()))
+        yield f"requests: {self.requests:,}" + (f", of which again: {retries}" if retries else "")
+        yield f"{self.seconds:.1f} s, {self.rows_per_second:,.1f} rows/s"
+
+
+class _Rate(ProgressColumn):
+    """Rows a second since this start."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self._first = first
+
+    def render(self, task: Task) -> Text:
+        """The rate, or a dash as long as there is none."""
+        elapsed = task.elapsed
+        if not elapsed or task.completed <= self._first:
+            return Text("- rows/s")
+        return Text(f"{(task.completed - self._first) / elapsed:,.0f} rows/s")
+
+
+@contextmanager
+def progress_bar(what: str, total: int, done: int) -> Iterator[OnRows]:
+    """A bar on the standard error, where that is a terminal; rate, time left and errors beside it."""
+    if not sys.stderr.isatty():
+        yield lambda _rows, _errors: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(done),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[errors]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total, completed=done, errors="")
+
+        def on_rows(rows: int, errors: int) -> None:
+            progress.update(task, advance=rows, errors=f"{errors:,} errors" if errors else "")
+
+        yield on_rows
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return time.monotonic() - self._started

@@ -1,0 +1,1 @@
+"""Scores of soft prompts on labelled examples, by asking a running server."""

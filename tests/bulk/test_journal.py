@@ -1,0 +1,143 @@
+"""An output survives a kill at any byte; what is not this run's is not touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.bulk import journal as module
+from server.bulk.journal import Journal, JournalError
+
+IDENTITY = {"input": "d00d", "name": "a", "labels": ["x"]}
+
+
+def row(number: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    if number % 3 == 2:
+        error = {"message": "né\n", "code": "invalid_request", "line": number}
+        return {"id": number, "error": error}, error
+    return {"id": number, "text": "ü\u2028", "response": {"label": "x"}}, None
+
+
+def write(path: Path, first: int, last: int, **options: Any) -> None:
+    with Journal(path, IDENTITY, **options) as journal:
+        if journal.is_new:
+            journal.remember({"model": "a@1"})
+        journal.write([row(number) for number in range(first, last)])
+
+
+@given(count=st.integers(0, 8), data=st.data())
+def test_a_cut_at_any_byte_is_gone_on_from(tmp_path_factory, count, data):
+    path = tmp_path_factory.mktemp("journal") / "out.jsonl"
+    write(path, 0, count)
+    whole = path.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    os.truncate(path, cut)
+    with Journal(path, IDENTITY) as journal:
+        num_rows = journal.progress.num_rows
+        assert num_rows == whole[:cut].count(b"\n")
+        assert journal.progress.num_errors == sum(number % 3 == 2 for number in range(num_rows))
+        assert journal.notes == {"model": "a@1"}
+        journal.write([row(number) for number in range(num_rows, count)])
+        assert journal.progress.num_rows == count
+    assert path.read_bytes() == whole
+
+
+def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 2)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 100)
+    with Journal(path, IDENTITY) as journal:
+        assert journal.progress.num_rows == 2
+    assert path.read_bytes() == whole
+
+
+def test_what_was_changed_since_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = lines[0] + b'{"id": 1}\n' + lines[2]
+    path.write_bytes(changed)
+    with pytest.raises(JournalError, match=r"out.jsonl:2 is no row that a run wrote"):
+        Journal(path, IDENTITY)
+    assert path.read_bytes() == changed
+
+
+def test_another_run_is_refused_until_restart(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 3)
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"asked otherwise \(input, labels\)"):
+        Journal(path, IDENTITY | {"input": "beef", "labels": []})
+    assert path.read_bytes() == before
+    with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal:
+        assert journal.is_new
+        assert journal.progress.num_rows == 0
+    assert path.read_bytes() == b""
+
+
+def test_a_file_of_somebody_else_is_left_alone(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("mine")
+    with pytest.raises(JournalError, match="is there already"):
+        Journal(path, IDENTITY)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("state", ["", "{", "[]", '{"version": 2}', '{"version": 1, "notes": [], "identity": {}}'])
+def test_a_state_that_cannot_be_read(tmp_path, state):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 1)
+    path.with_name("out.jsonl.state").write_text(state)
+    with pytest.raises(JournalError, match="not what this version of the command writes"):
+        Journal(path, IDENTITY)
+    write(path, 0, 2, restart=True)
+    assert json.loads(path.with_name("out.jsonl.state").read_text())["identity"] == IDENTITY
+
+
+def test_two_at_once(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with Journal(path, IDENTITY), pytest.raises(JournalError, match="being written by another run"):
+        Journal(path, IDENTITY)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(JournalError, match="No such file"):
+        Journal(tmp_path / "no" / "out.jsonl", IDENTITY)
+    with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
+        journal.state_path = tmp_path / "no" / "state"
+        with pytest.raises(JournalError, match="No such file"):
+            journal.remember({"a": 1})
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 1)
+
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(JournalError, match="No space left"), Journal(path, IDENTITY) as journal:
+        monkeypatch.setattr(module.os, "fsync", full)
+        journal.write([row(1)])
+        journal.sync()
+    monkeypatch.undo()
+    with Journal(path, IDENTITY) as journal:
+        assert journal.progress.num_rows == 2
+
+
+def test_syncs_are_due_after_a_while(tmp_path, monkeypatch):
+    with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
+        monkeypatch.setattr(module, "_SYNC_SECONDS", -1.0)
+        assert not journal.is_sync_due
+        journal.write([row(0)])
+        assert journal.is_sync_due
+        journal.sync()
+        assert not journal.is_sync_due

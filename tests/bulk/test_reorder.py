@@ -1,0 +1,35 @@
+"""Results leave in order, each once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.bulk.reorder import ReorderBuffer
+
+
+@given(first=st.integers(0, 5), order=st.permutations(range(12)), takes=st.lists(st.booleans(), min_size=12))
+def test_any_order_leaves_in_order(first, order, takes):
+    buffer = ReorderBuffer[str](first)
+    given_out = []
+    for index, take in zip(order, takes, strict=False):
+        buffer.add(first + index, str(first + index))
+        if take:
+            ready = buffer.take()
+            given_out += ready
+            assert buffer.next_index == first + len(given_out)
+            assert buffer.take() == []
+    given_out += buffer.take()
+    assert given_out == [str(first + index) for index in range(12)]
+    assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_nothing_comes_twice(index):
+    buffer = ReorderBuffer[int]()
+    buffer.add(0, 0)
+    buffer.take()
+    buffer.add(2, 2)
+    with pytest.raises(ValueError, match="came twice"):
+        buffer.add(index, index)

@@ -1,0 +1,304 @@
+"""What is sent, and what becomes of answers and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.bulk import sending
+from server.bulk.asking import CHAT, CLASSIFY, COMPLETIONS, Asking
+from server.bulk.rows import Row
+from server.bulk.sending import Outcome, Pace, Sender, SendingError
+
+pytestmark = pytest.mark.anyio
+
+
+def text_rows(count: int, **fields: Any) -> list[Row]:
+    return [Row(index, index + 1, {"text": f"t{index}", **fields}, "text", num_bytes=20) for index in range(count)]
+
+
+Refuse = Callable[[dict[str, Any]], httpx.Response | Exception | None]
+
+
+class Server:
+    """Answers as the API does; ``refuse`` may say otherwise of a body."""
+
+    def __init__(self, refuse: Refuse = lambda _: None) -> None:
+        self.refuse = refuse
+        self.bodies: list[tuple[str, dict[str, Any]]] = []
+        self.in_flight = self.most_in_flight = 0
+        self.random = random.Random(0)
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        path = request.url.path
+        self.bodies.append((path, body))
+        texts = body.get("input") or body.get("prompt") or [body.get("messages")]
+        self.in_flight += len(texts)
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(self.random.uniform(0, 0.002))
+            refused = self.refuse(body)
+            if isinstance(refused, Exception):
+                raise refused
+            if refused is not None:
+                return refused
+        finally:
+            self.in_flight -= len(texts)
+        reply: dict[str, Any] = {
+            "model": body["model"],
+            "usage": {"prompt_tokens": len(texts), "completion_tokens": 1},
+        }
+        if path == CLASSIFY:
+            reply["data"] = [
+                {"index": index, "label": text, "probability": 1.0, "probabilities": {text: 1.0}}
+                for index, text in enumerate(texts)
+            ]
+        elif path == CHAT:
+            message = {"role": "assistant", "content": "hi", "refusal": None}
+            reply["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"}]
+        else:
+            reply["choices"] = [
+                {"index": index, "text": f"{text}!", "finish_reason": "stop"} for index, text in enumerate(texts)
+            ]
+            reply["choices"].reverse()
+        return httpx.Response(200, json=reply, headers={"x-prelude-prompt": f"{body['model']}@1"})
+
+    async def all(self, rows: list[Row], asking: Asking | None = None, **pace: Any) -> list[Outcome]:
+        transport = httpx.MockTransport(self.answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            self.sender = Sender(http, asking or Asking(model="a"), Pace(**pace))
+            return [outcome async for given in self.sender.outcomes(iter(rows)) for outcome in given]
+
+
+def refusal(status: int, code: str = "c", **headers: str) -> httpx.Response:
+    error = {"error": {"message": f"m{status}", "type": "t", "param": None, "code": code}}
+    return httpx.Response(
+        status, json=error, headers={name.replace("_", "-"): text for name, text in headers.items()}
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "_BACKOFF_SECONDS", 0.001)
+
+
+async def test_rows_of_one_kind_share_requests_and_keep_their_order():
+    server = Server()
+    outcomes = await server.all(text_rows(70), concurrency=64, rows_per_request=16)
+    assert [outcome.row.index for outcome in outcomes] == list(range(70))
+    assert [outcome.response["text"] for outcome in outcomes] == [f"t{index}!" for index in range(70)]
+    assert outcomes[0].response == {"model": "a@1", "text": "t0!", "finish_reason": "stop"}
+    assert [len(body["prompt"]) for _, body in server.bodies] == [16, 16, 16, 16, 6]
+    assert server.sender.tally.prompt_tokens == 70
+    assert server.sender.tally.completion_tokens == server.sender.tally.requests == 5
+
+
+async def test_a_mixture_goes_by_what_each_row_names():
+    rows = [Row(i, i + 1, {"text": f"t{i}", "prompt_id": f"p{i % 2}", "task_id": 3}, "text") for i in range(4)]
+    rows += [Row(4, 5, {"messages": [{"role": "user", "content": "x"}]}, "messages")]
+    rows += [Row(5, 6, {"prompt": "y", "model": "m"}, "prompt"), Row(6, 7, {"prompt": "z"}, "prompt")]
+    server = Server()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        body.setdefault("model", body.get("prompt_id"))
+        return await server.answer(httpx.Request("POST", request.url, json=body))
+
+    asking = Asking(model="a", task_id=1, options={"max_tokens": 2})
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
+        sender = Sender(http, asking, Pace())
+        outcomes = [outcome async for given in sender.outcomes(iter(rows)) for outcome in given]
+    assert [outcome.response["model"] for outcome in outcomes] == [
+        "p0@1",
+        "p1@1",
+        "p0@1",
+        "p1@1",
+        "a@1",
+        "m@1",
+        "a@1",
+    ]
+    assert outcomes[4].response["message"] == {"role": "assistant", "content": "hi"}
+    asked = sorted((path, body["model"], body["task_id"]) for path, body in server.bodies)
+    assert asked == [
+        (CHAT, "a", 1),
+        (COMPLETIONS, "a", 1),
+        (COMPLETIONS, "m", 1),
+        (COMPLETIONS, "p0", 3),
+        (COMPLETIONS, "p1", 3),
+    ]
+    assert all(body["max_tokens"] == 2 for _, body in server.bodies)
+
+
+@pytest.mark.parametrize(("labels", "by_head"), [(("x", "y"), False), ((), True)])
+async def test_labels_and_heads_classify(labels, by_head):
+    server = Server()
+    (outcome,) = await server.all(text_rows(1), Asking(model="a", labels=labels, by_head=by_head))
+    assert outcome.response == {"model": "a@1", "label": "t0", "probability": 1.0, "probabilities": {"t0": 1.0}}
+    ((path, body),) = server.bodies
+    assert path == CLASSIFY
+    assert body.get("labels", []) == list(labels)
+
+
+async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded():
+    server = Server()
+    read = 0
+
+    def rows():
+        nonlocal read
+        for row in text_rows(2000):
+            read += 1
+            yield row
+
+    given_out = 0
+    async with httpx.AsyncClient(transport=httpx.MockTransport(server.answer), base_url="http://test") as http:
+        sender = Sender(http, Asking(model="a", labels=["x", "y"]), Pace(concurrency=32, rows_per_request=8))
+        async for given_rows in sender.outcomes(rows()):
+            given_out += len(given_rows)
+            assert read - given_out <= 4 * 32 // 2
+    assert given_out == 2000
+    assert server.most_in_flight <= 16  # of two sequences each
+
+
+@settings(max_examples=30, deadline=None)
+@given(bad=st.sets(st.integers(0, 39)), faults=st.sets(st.integers(0, 39)), per=st.integers(1, 40))
+def test_every_row_has_its_own_outcome_whatever_is_wrong_with_others(bad, faults, per):
+    def refuse(body: dict[str, Any]) -> httpx.Response | None:
+        return refusal(400) if bad & {int(text[1:]) for text in body["prompt"]} else None
+
+    rows = [Row(row.index, row.line, {}, fault="wrong") if row.index in faults else row for row in text_rows(40)]
+    outcomes = asyncio.run(Server(refuse).all(rows, rows_per_request=per, concurrency=64))
+    assert [outcome.row.index for outcome in outcomes] == list(range(40))
+    for index, outcome in enumerate(outcomes):
+        if index in faults:
+            assert outcome.error == {"message": "wrong", "code": "invalid_row"}
+        elif index in bad:
+            assert outcome.error == {"message": "m400", "code": "c", "status": 400}
+        else:
+            assert outcome.error is None
+            assert outcome.response is not None
+            assert outcome.response["text"] == f"t{index}!"
+
+
+async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_then():
+    server = Server(lambda body: refusal(413) if len(body["prompt"]) > 5 else None)
+    outcomes = await server.all(text_rows(200), rows_per_request=16, concurrency=32)
+    assert all(outcome.error is None for outcome in outcomes)
+    assert sum(len(body["prompt"]) > 5 for _, body in server.bodies) < 20
+    assert len(server.bodies[-1][1]["prompt"]) <= 5
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        (refusal(429, "overloaded", retry_after_ms="1"), "overloaded"),
+        (refusal(503, "engine_restarting"), "engine_restarting"),
+        (refusal(500, "request_failed"), "request_failed"),
+        (httpx.Response(502, text="<html>"), "not_prelude"),
+        (httpx.ReadError("reset"), "unreachable"),
+        (httpx.ReadTimeout("slow"), "timeout"),
+    ],
+)
+async def test_what_may_pass_is_tried_again(refused, reason):
+    left = [refused, refused]
+    server = Server(lambda _: left.pop() if left else None)
+    outcomes = await server.all(text_rows(4))
+    assert all(outcome.error is None for outcome in outcomes)
+    assert server.sender.tally.retries == {reason: 2}
+
+
+async def test_a_fault_of_the_server_that_does_not_pass_is_the_rows():
+    server = Server(lambda body: refusal(500, "request_failed") if "t1" in body["prompt"] else None)
+    outcomes = await server.all(text_rows(4), rows_per_request=4)
+    assert [outcome.error and outcome.error["status"] for outcome in outcomes] == [None, 500, None, None]
+
+
+async def test_a_row_that_no_key_may_ever_send():
+    server = Server(lambda body: refusal(429, x_should_retry="false") if "t1" in body["prompt"] else None)
+    outcomes = await server.all(text_rows(2))
+    assert [outcome.error and outcome.error["code"] for outcome in outcomes] == [None, "c"]
+
+
+async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error():
+    server = Server(lambda body: refusal(404, "prompt_not_found") if body["model"] == "gone" else None)
+    rows = [Row(0, 1, {"text": "a"}, "text"), Row(1, 2, {"text": "b", "model": "gone"}, "text")]
+    outcomes = await server.all(rows)
+    assert [outcome.error and outcome.error["code"] for outcome in outcomes] == [None, "prompt_not_found"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+async def test_what_every_row_would_be_told_ends_it(status):
+    with pytest.raises(SendingError, match=f"m{status}") as failed:
+        await Server(lambda _: refusal(status)).all(text_rows(4))
+    assert failed.value.status == status
+
+
+async def test_silence_ends_it_after_a_while():
+    with pytest.raises(SendingError, match="no answer for 0.02 s; the last one tried: .* cannot be reached: off"):
+        await Server(lambda _: httpx.ConnectError("off")).all(text_rows(4), patience=0.02)
+
+
+async def test_an_answer_that_takes_too_long_is_asked_again():
+    server = Server()
+    slow = [True]
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if slow:
+            slow.pop()
+            await asyncio.sleep(30)
+        return await server.answer(request)
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
+        sender = Sender(http, Asking(model="a"), Pace(timeout=0.05))
+        outcomes = [outcome async for given in sender.outcomes(iter(text_rows(1))) for outcome in given]
+    assert outcomes[0].error is None
+    assert sender.tally.retries == {"timeout": 1}
+
+
+@pytest.mark.parametrize("reply", ["<html>", "[]", '{"choices": []}', '{"choices": [{"index": 0}], "usage": {}}'])
+async def test_what_is_no_prelude_server_is_told(reply):
+    async def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text=reply)
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
+        sender = Sender(http, Asking(model="a"), Pace())
+        with pytest.raises(SendingError) as failed:
+            async for _ in sender.outcomes(iter(text_rows(1))):
+                pass
+    assert failed.value.code == "not_prelude"
+
+
+async def test_closing_it_ends_the_requests():
+    ended = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append(request)
+        raise AssertionError
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
+        sender = Sender(http, Asking(model="a"), Pace(rows_per_request=2))
+        task = asyncio.create_task(anext(sender.outcomes(iter(text_rows(6)))))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert len(ended) == 3
+
+
+async def test_a_full_server_is_asked_for_less_and_then_for_more_again():
+    server = Server()
+    server.refuse = lambda _: refusal(429, "overloaded") if server.in_flight > 20 else None
+    outcomes = await server.all(text_rows(400), concurrency=64, rows_per_request=4)
+    assert all(outcome.error is None for outcome in outcomes)
+    assert server.sender.tally.retries["overloaded"] > 0
