@@ -188,7 +188,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._write_timer = None
         is_waiting = self.flow.write_paused or self.transport.is_closing()
         if is_waiting and self._count_unread() >= self._num_unread:
-            state = {} if self.cycle is None else self.cycle.scope.get("state", {})
+            state = getattr(self.cycle, "scope", {}).get("state", {})  # there is no cycle before the first request
             self._tell(
                 "client_stalled",
                 "the client takes nothing of its answer",
