@@ -4,8 +4,8 @@
 
 The embedded model answers completions of 64 to 192 tokens over its four soft prompts. First it is measured what it
 carries when each of 64 clients asks again as soon as it has its answer. Then requests arrive at random (Poisson, and
-nobody waits for anybody: an open loop) at 0.5, 1, 2 and 4 times that rate. Goodput is answers a second that come within
-the limit.
+nobody waits for anybody: an open loop) at 0.5, 1, 2 and 4 times that rate. Goodput is answers a second that come in
+time.
 
 Lengths differ because equal ones keep in step: sequences that have begun together end together, and whether one such
 wave of 64 falls into the time that counts or not is worth several answers a second.
