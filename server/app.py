@@ -109,7 +109,8 @@ def create_app(
     observers = [log_request] if tracer is None else [log_request, tracer.observe]
     middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=observers)]
     if keys is not None:
-        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics))
+        open_paths = OPEN_PATHS | {"/metrics"} if settings.http.open_metrics else OPEN_PATHS
+        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics, open_paths=open_paths))
     middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
     middleware.append(Middleware(AdmissionMiddleware, services=services))
