@@ -114,7 +114,8 @@ def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, number: sig
         wait_until(lambda: client.get("/ready").status_code == 503, 60)
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(timeout=5) == 0
+        # Within a third of the drain, on a machine that does other things as well.
+        assert process.wait(timeout=20) == 0
         engine.wait(timeout=5)
         for future in streams:
             try:

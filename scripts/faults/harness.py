@@ -102,9 +102,14 @@ class Server:
 def serve(folder: Path, *flags: str, **options: object) -> Iterator[Server]:
     """A server with the four soft prompts uploaded."""
     with serving(folder, *FLAGS, *flags, **options) as (client, process):  # type: ignore[arg-type]
-        for task in TASKS:
-            upload(client, task, *adapter(task)).raise_for_status()
+        upload_tasks(client)
         yield Server(client, process.pid, folder)
+
+
+def upload_tasks(client: httpx.Client) -> None:
+    """Upload the four soft prompts, where they are not there."""
+    for task in TASKS:
+        upload(client, task, *adapter(task)).raise_for_status()
 
 
 class Load:
@@ -172,6 +177,7 @@ class Uploads:
     def __init__(self, client: httpx.Client) -> None:
         self.acknowledged: dict[str, bytes] = {}
         self.refused: Counter[str] = Counter()
+        self._versions: dict[str, int] = {}
         self._client = client
         self._numbers = itertools.count()
         self._config, weights = adapter("sentiment")
@@ -188,6 +194,7 @@ class Uploads:
             return False
         if response.is_success:
             self.acknowledged[name] = weights
+            self._versions[name] = response.json()["version"]
             return True
         self.refused[f"{response.status_code} {response.json()['error']['code']}"] += 1
         return False
@@ -198,7 +205,8 @@ class Uploads:
         report.figure("uploads refused", ", ".join(f"{what}: {n}" for what, n in sorted(self.refused.items())) or 0)
         lost = []
         for name, weights in self.acknowledged.items():
-            url = f"/v1/prompts/{name}/versions/1/files/adapter_model.safetensors"
+            version = self._versions[name]
+            url = f"/v1/prompts/{name}/versions/{version}/files/adapter_model.safetensors"
             if self._client.get(url).content != weights:
                 lost.append(name)
         report.check("acknowledged uploads lost", lost or 0, holds=not lost)
