@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import sys
 import termios
 import uuid
@@ -23,6 +24,10 @@ from server.api.refusal_log import Refusal
 
 MAX_HEADERS = 128
 """Header lines of one request."""
+
+_errors_only = logging.getLogger("uvicorn.error.connections")
+"""uvicorn's protocol warns of each request that is no HTTP, without a bound; those have a line of our own."""
+_errors_only.setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = _errors_only
         self._head_bytes = 0
         self._header_bytes = 0
         self._head_fault: HTTPStatus | None = None

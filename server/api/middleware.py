@@ -105,6 +105,7 @@ class ApiKeyMiddleware:
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
                 caller = self._keys.check(Headers(scope=scope).get("authorization"))
+                scope["state"]["record"].tenant = caller.tenant
                 check_access(caller, scope["method"], scope["path"])
             except (ServerError, HTTPException) as error:
                 reply = describe(error, request_id=scope["state"]["request_id"])
@@ -113,7 +114,6 @@ class ApiKeyMiddleware:
                 await reply.response()(scope, receive, send)
                 return
             scope["state"]["caller"] = caller
-            scope["state"]["record"].tenant = caller.tenant
             if scope["path"] in LIMITED_PATHS:
                 send = _with_limits(caller, send)
         await self._app(scope, receive, send)
