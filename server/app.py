@@ -186,6 +186,11 @@ class PreludeServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs while the door still answers, then close it."""
         self._services.lifecycle.drain()
+        logger.info(
+            "draining: new requests are refused; %d sequences may finish, for up to %g s",
+            self._services.admission.num_in_use,
+            self._drain_seconds,
+        )
         hurry = asyncio.create_task(self._hurry(), name="hurry")
         try:
             await self._services.engine.drain(self._drain_seconds)
