@@ -26,6 +26,7 @@ from tests.serving import adapter, upload
 NUM_NAMES = 20
 SAMPLE_SECONDS = 2.0
 MAX_GROWTH_RATIO = 1.1
+NUM_PARTS = 10
 
 
 class Churn:
@@ -117,6 +118,9 @@ def run(folder: Path, *, minutes: float) -> Report:
                 f"{first:.1f} -> {last:.1f}",
                 holds=last <= first * MAX_GROWTH_RATIO,
             )
+            step = max(1, len(sizes) // NUM_PARTS)
+            parts = [statistics.median(sizes[start : start + step]) / 2**20 for start in range(0, len(sizes), step)]
+            report.figure(f"memory of the {process} by tenths, MiB", " ".join(f"{part:.0f}" for part in parts))
         load.report(report)
         report.figure("streams that clients left", left["streams left"])
         changes = sum((churn.counts for churn in churns), Counter[str]())

@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ from server.api.admission import Admission
 from server.api.auth import ApiKeys, KeyReloader, load_keys
 from server.api.connections import ConnectionLimits, LimitedProtocol, limited
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
+from server.api.early_refusal import AdmissionMiddleware
 from server.api.errors import describe
 from server.api.middleware import (
     ApiKeyMiddleware,
@@ -40,6 +41,7 @@ from server.api.middleware import (
     RequestIdMiddleware,
 )
 from server.api.openapi import describe_api
+from server.api.refusal_log import Refusal, RefusalLog
 from server.api.request_record import log_request, record_of
 from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
@@ -107,9 +109,11 @@ def create_app(
     observers = [log_request] if tracer is None else [log_request, tracer.observe]
     middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=observers)]
     if keys is not None:
-        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics))
+        open_paths = OPEN_PATHS | {"/metrics"} if settings.http.open_metrics else OPEN_PATHS
+        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics, open_paths=open_paths))
     middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
+    middleware.append(Middleware(AdmissionMiddleware, services=services))
     app = FastAPI(
         title="Prelude",
         description="One frozen model, many soft prompts, one batch. OpenAI's API where OpenAI has one.",
@@ -149,7 +153,7 @@ class PreludeServer(uvicorn.Server):
             max_head_bytes=http.max_head_bytes,
             head_seconds=http.head_timeout,
             stall_seconds=http.stall_timeout,
-            on_refused=services.metrics.count_error,
+            on_refused=_note_refusals(services.metrics),
         )
         super().__init__(
             uvicorn.Config(
@@ -182,6 +186,11 @@ class PreludeServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs while the door still answers, then close it."""
         self._services.lifecycle.drain()
+        logger.info(
+            "draining: new requests are refused; %d sequences may finish, for up to %g s",
+            self._services.admission.num_in_use,
+            self._drain_seconds,
+        )
         hurry = asyncio.create_task(self._hurry(), name="hurry")
         try:
             await self._services.engine.drain(self._drain_seconds)
@@ -203,6 +212,16 @@ class PreludeServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             if isinstance(connection, LimitedProtocol):
                 connection.transport.abort()
+
+
+def _note_refusals(metrics: Metrics) -> Callable[[Refusal], None]:
+    log = RefusalLog()
+
+    def note(refusal: Refusal) -> None:
+        metrics.count_error(refusal.code)
+        log.log(refusal)
+
+    return note
 
 
 def bind(http: HttpSettings) -> socket.socket:

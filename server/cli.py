@@ -196,6 +196,7 @@ FLAGS = (
         **_KEYS,
     ),
     _flag(HttpSettings, "allow_open", bool, "Serve everybody, without keys, on an address that others reach."),
+    _flag(HttpSettings, "open_metrics", bool, "Serve /metrics without a key, for what scrapes it and has none."),
     _flag(HttpSettings, "max_waiting", int, "Sequences that may wait for a place before the answer is 429.", min=0),
     _flag(
         HttpSettings, "max_wait_seconds", float, "Wait for a place before the answer is 503; 0 is no limit.", min=0.0

@@ -84,6 +84,7 @@ class HttpSettings:
             everybody who can connect is served.
         api_keys: Keys that need no file; each may do everything.
         allow_open: Serve everybody on an address that other machines reach.
+        open_metrics: Whether ``/metrics`` needs no key, where there are keys.
         max_waiting: Requests admitted beyond those that run, before the door answers 429.
         max_wait_seconds: How long a request may wait to begin to run; 0 is without limit.
         max_body_bytes: Largest JSON body.
@@ -102,6 +103,7 @@ class HttpSettings:
     api_key_file: Path | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_open: bool = False
+    open_metrics: bool = False
     max_waiting: int = 1024
     max_wait_seconds: float = 0.0
     max_body_bytes: int = 8 * 1024 * 1024

@@ -184,6 +184,7 @@ class _ScrapeCollector(Collector):
             "kv_cache_idle_prefix_blocks", "Blocks that hold only an idle, reusable prefix.", stats.num_cached_blocks
         )
         yield _gauge("kv_cache_blocks", "Key/value blocks in all.", stats.num_blocks)
+        yield _gauge("kv_cache_block_size_tokens", "Tokens that a key/value block holds.", stats.block_size)
         yield _counter("num_preemptions", "Sequences whose blocks were taken back.", stats.num_preemptions)
         yield _counter(
             "request_timeouts", "Sequences that did not begin to run within their timeout.", stats.num_timeouts

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from scripts.faults import corrupt_blob, disk_full
-from scripts.faults.harness import Report
+from scripts.faults.corrupt_blob import damage
+from scripts.faults.disk_full import fill, small_disk
+from scripts.faults.harness import Report, Server, serve, upload_tasks
+
+MEBIBYTES = 6
 
 
-def test_damaged_files_are_never_served(tmp_path: Path) -> None:
-    report = corrupt_blob.run(tmp_path, count=2)
+@pytest.fixture(scope="module")
+def on_a_small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, bool]]:
+    """A server, and whether its store is alone on a small file system; what a test leaves is checked by the test."""
+    folder: Path = tmp_path_factory.mktemp("faults")
+    with small_disk(folder / "store", MEBIBYTES) as is_mounted, serve(folder) as server:
+        yield server, is_mounted
+
+
+def test_damaged_files_are_never_served(on_a_small_disk: tuple[Server, bool]) -> None:
+    server, _ = on_a_small_disk
+    report = Report()
+    upload_tasks(server.client)
+    damage(server, report, count=2)
     assert len(report.rows) > 10
     assert report.broken == []
 
 
-def test_a_full_disk_loses_nothing_and_keeps_serving(tmp_path: Path) -> None:
-    report = disk_full.run(tmp_path, mebibytes=14)
-    if len(report.rows) == 1:
-        pytest.skip(report.rows[0][1])
+def test_a_full_disk_loses_nothing_and_keeps_serving(on_a_small_disk: tuple[Server, bool]) -> None:
+    server, is_mounted = on_a_small_disk
+    if not is_mounted:
+        pytest.skip("no file system can be mounted here (not root, or no rights)")
+    report = Report()
+    upload_tasks(server.client)
+    fill(server, report, ballast_bytes=2**20)
+    assert len(report.rows) > 10
     assert report.broken == []
 
 

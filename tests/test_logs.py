@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,6 +108,7 @@ def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -
     keys = tmp_path / "keys.toml"
     keys.write_text(
         '[[keys]]\nkey = "k"\ntenant = "acme"\nscopes = ["generate", "prompts:read", "prompts:write", "admin"]\n'
+        '[[keys]]\nkey = "r"\ntenant = "readers"\nscopes = ["prompts:read"]\n'
     )
     flags = ("--dtype", "float32", "--log-format", "json", "--api-key-file", str(keys))
     with serving(tmp_path, *flags) as (client, process):
@@ -124,6 +126,16 @@ def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -
         ).raise_for_status()
         unknown = {"x-request-id": "unknown", "authorization": "Bearer x"}
         assert client.get("/v1/models", headers=unknown).status_code == 401
+        reading = {"x-request-id": "reading", "authorization": "Bearer r"}
+        assert upload(client, "none", *adapter("dates")).status_code == 201
+        assert client.delete("/v1/prompts/none", headers=reading).status_code == 403
+        assert ended(tmp_path, "reading").items() >= {"status": 403, "tenant": "readers"}.items()
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as strange:
+            strange.sendall(b"this is no HTTP\r\n\r\n")
+            answer = strange.recv(4096)
+        (id_line,) = [line for line in answer.split(b"\r\n") if line.startswith(b"x-request-id: ")]
+        line = ended(tmp_path, id_line.split()[1].decode())
+        assert line.items() >= {"status": 400, "error": "invalid_request", "client": "127.0.0.1"}.items()
         for name in ("whole", "stream"):
             line = ended(tmp_path, name)
             expected = {"status": 200, "tenant": "acme", "prompt": "dates", "version": 1, "outcome": "length"}
@@ -140,7 +152,10 @@ def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -
         assert process.wait(timeout=20) == 0
     lines = lines_of(tmp_path)
     assert any(line["logger"].startswith("uvicorn") for line in lines)
+    assert not any(line["message"].startswith("Invalid HTTP") for line in lines), "there is a line of our own"
     assert any(line["message"] == f"{BASE} serves" for line in lines)
+    drain = "draining: new requests are refused; 0 sequences may finish, for up to 30 s"
+    assert any(line["message"] == drain for line in lines)
     assert "secret text" not in (tmp_path / "log").read_text()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,6 +44,24 @@ def test_every_metric_is_prefixed_and_explained():
     for family in families(make_used()).values():
         assert family.name.startswith(PREFIX)
         assert family.documentation
+
+
+def test_the_names_of_the_endpoint_picker_protocol_are_gauges_with_its_meaning() -> None:
+    """What the Gateway API Inference Extension asks of a model server, as docs/operations.md names it."""
+    stats = EngineStats(num_waiting=3, num_running=2, num_blocks=8, num_used_blocks=4, block_size=16)
+    found = families(make(stats))
+    expected = {
+        "num_requests_waiting": 3,
+        "num_requests_running": 2,
+        "kv_cache_usage_ratio": 0.5,
+        "kv_cache_block_size_tokens": 16,
+        "kv_cache_blocks": 8,
+    }
+    documented = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+    for name, value in expected.items():
+        family = found[PREFIX + name]
+        assert (family.type, [sample.value for sample in family.samples]) == ("gauge", [value])
+        assert f"Spec: {PREFIX}{name}\n" in documented
 
 
 def test_promtool_finds_nothing_to_say():

@@ -7,7 +7,6 @@ import json
 import pickle
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 from tests.serving import BASE, PRELUDE, adapter, serving, upload
+from tests.waiting import wait_until
 
 TASKS = ("sentiment", "intent", "extract", "dates")
 
@@ -199,10 +199,7 @@ def test_disconnected_clients_leave_nothing_behind(client: httpx.Client) -> None
     def value(name: str) -> float:
         return float(re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)[1])
 
-    deadline = time.monotonic() + 5
-    while value("prelude_num_requests_running") > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: value("prelude_num_requests_running") == 0, 5)
     assert value("prelude_num_requests_waiting") == 0
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests.prompt_store.databases import postgres_url, refuse_connections
 from tests.prompt_store.s3_server import BUCKET, Server, s3_server
 from tests.serving import adapter, serving, upload
+from tests.waiting import wait_until
 
 
 @dataclass
@@ -102,10 +103,7 @@ def test_what_they_hold_is_served_while_the_catalog_is_away(pair: Pair) -> None:
     assert answer(pair.there, "held") == (200, "weather")
     refuse_connections(pair.catalog, refuse=True)
     try:
-        deadline = time.monotonic() + 10
-        while catalog_available(pair.there) != "0.0":
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: catalog_available(pair.there) == "0.0")
         ready = pair.there.get("/ready")
         assert ready.status_code == 200
         assert "unavailable" in ready.json()["store"]
@@ -120,10 +118,7 @@ def test_what_they_hold_is_served_while_the_catalog_is_away(pair: Pair) -> None:
             assert response.headers["retry-after"]
     finally:
         refuse_connections(pair.catalog, refuse=False)
-    deadline = time.monotonic() + 10
-    while catalog_available(pair.there) != "1.0":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: catalog_available(pair.there) == "1.0")
     assert pair.there.get("/ready").json()["store"] == "available"
     assert upload(pair.there, "new", *adapter("sentiment")).status_code == 201
 

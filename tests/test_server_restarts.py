@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY
 from tests.serving import BASE, adapter, serving, upload
+from tests.waiting import wait_until
 
 FLAGS = ("--dtype", "float32", "--num-threads", "1")
 
@@ -26,13 +25,6 @@ def engine_of(server: int) -> psutil.Process:
     children = psutil.Process(server).children(recursive=True)
     (engine,) = [child for child in children if "server.engine.engine_process" in " ".join(child.cmdline())]
     return engine
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def value(client: httpx.Client, name: str) -> float:
@@ -57,16 +49,16 @@ def test_an_engine_killed_under_load_comes_back_with_right_answers(tmp_path: Pat
         assert right.strip() == pair["output"]
         engine = engine_of(process.pid)
         streams = [pool.submit(stream, client, model) for model in [BASE, "intent"] * 4]
-        wait_until(lambda: value(client, "prelude_num_requests_running") == 8)
+        wait_until(lambda: value(client, "prelude_num_requests_running") == 8, 60)
         # The first answer and all streams: one that ends before its first token has a status of its own.
-        wait_until(lambda: value(client, "prelude_time_to_first_token_seconds_count") == 9)
+        wait_until(lambda: value(client, "prelude_time_to_first_token_seconds_count") == 9, 60)
         before = [value(client, name) for name in counters]
         os.kill(engine.pid, signal.SIGKILL)
         for status, events in (future.result() for future in streams):
             assert status == 200
             assert [event["error"]["code"] for event in events if "error" in event] == ["engine_dead"]
             assert "error" in events[-1]
-        wait_until(lambda: "SIGKILL" in client.get("/ready").text)
+        wait_until(lambda: "SIGKILL" in client.get("/ready").text, 60)
         refused = client.get("/ready")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_restarting")
         refused = client.post("/v1/completions", json=question)
@@ -74,7 +66,7 @@ def test_an_engine_killed_under_load_comes_back_with_right_answers(tmp_path: Pat
         assert int(refused.headers["retry-after"]) > 0
         assert client.get("/live").status_code == 200
         meanwhile = [value(client, name) for name in counters]
-        wait_until(lambda: client.get("/ready").status_code == 200)
+        wait_until(lambda: client.get("/ready").status_code == 200, 60)
         assert all(old <= new for old, new in zip(before, meanwhile, strict=True))
         assert value(client, 'prelude_soft_prompt_resident{tier="host"}') == 1
         assert value(client, 'prelude_soft_prompt_resident{tier="device"}') == 1
@@ -94,17 +86,17 @@ def test_a_held_engine_is_replaced_and_one_that_cannot_start_is_told(tmp_path: P
         reply = client.post("/v1/completions", json={"model": BASE, "prompt": "x"})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_dead")
         assert value(client, "prelude_engine_step_timeouts_total") == 1
-        wait_until(lambda: client.get("/ready").status_code == 200)
+        wait_until(lambda: client.get("/ready").status_code == 200, 60)
         assert client.post("/v1/completions", json={"model": BASE, "prompt": "x"}).status_code == 200
         model.rename(tmp_path / "gone")
         engine_of(process.pid).kill()
-        wait_until(lambda: "cannot start again: cannot load the model" in client.get("/ready").text)
+        wait_until(lambda: "cannot start again: cannot load the model" in client.get("/ready").text, 60)
         (tmp_path / "gone").rename(model)
-        wait_until(lambda: client.get("/ready").status_code == 200)
+        wait_until(lambda: client.get("/ready").status_code == 200, 60)
         assert client.post("/v1/completions", json={"model": BASE, "prompt": "x"}).status_code == 200
         model.rename(tmp_path / "gone")
         engine_of(process.pid).kill()
-        wait_until(lambda: client.get("/ready").status_code == 503)
+        wait_until(lambda: client.get("/ready").status_code == 503, 60)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
     log = (tmp_path / "log").read_text()
@@ -117,12 +109,13 @@ def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, number: sig
     with serving(tmp_path, *FLAGS, "--drain-seconds", "60") as (client, process), ThreadPoolExecutor(64) as pool:
         engine = engine_of(process.pid)
         streams = [pool.submit(stream, client, BASE) for _ in range(64)]
-        wait_until(lambda: value(client, "prelude_num_requests_running") == 64)
+        wait_until(lambda: value(client, "prelude_num_requests_running") == 64, 60)
         process.send_signal(number)
-        wait_until(lambda: client.get("/ready").status_code == 503)
+        wait_until(lambda: client.get("/ready").status_code == 503, 60)
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(timeout=5) == 0
+        # Within a third of the drain, on a machine that does other things as well.
+        assert process.wait(timeout=20) == 0
         engine.wait(timeout=5)
         for future in streams:
             try:

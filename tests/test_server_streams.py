@@ -7,7 +7,6 @@ import json
 import random
 import re
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 import pytest
 
 from tests.serving import adapter, serving, upload
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +58,12 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing(
             await asyncio.gather(*(one(http) for _ in range(200)))
 
     asyncio.run(crowd())
-    deadline = time.monotonic() + 1.0
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
-    while any(value(client, name) > 0 for name in names):
-        assert time.monotonic() < deadline, {name: value(client, name) for name in names}
-        time.sleep(0.02)
+    wait_until(lambda: all(value(client, name) == 0 for name in names), 1.0)
     # A lease would keep the deleted files.
     assert any(path.is_file() for path in (folder / "store" / "blobs").rglob("*"))
     assert client.delete("/v1/prompts/dates").status_code == 200
-    while any(path.is_file() for path in (folder / "store" / "blobs").rglob("*")):
-        assert time.monotonic() < deadline + 1.0, "a lease is held"
-        time.sleep(0.02)
+    wait_until(lambda: not any(path.is_file() for path in (folder / "store" / "blobs").rglob("*")), 1.0)
 
 
 def test_five_hundred_silent_clients_hold_nobody_up(served: tuple[httpx.Client, int]) -> None:
@@ -89,10 +84,7 @@ def test_five_hundred_silent_clients_hold_nobody_up(served: tuple[httpx.Client, 
     assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers[::2])
     assert set(answers[1::2]) == {b""}
     assert client.post("/v1/completions", json=question).json()["choices"][0]["text"] == right
-    deadline = time.monotonic() + 5
-    while process.num_fds() > num_files + 5:
-        assert time.monotonic() < deadline, "connections are held"
-        time.sleep(0.05)
+    wait_until(lambda: process.num_fds() <= num_files + 5, 5)
 
 
 def test_a_client_that_does_not_read_holds_nobody_up(served: tuple[httpx.Client, int]) -> None:
@@ -108,15 +100,11 @@ def test_a_client_that_does_not_read_holds_nobody_up(served: tuple[httpx.Client,
     with socket.create_connection((client.base_url.host, client.base_url.port)) as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.sendall(request % len(encoded) + encoded)
-        deadline = time.monotonic() + 60
-        while value(client, "num_requests_running") < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: value(client, "num_requests_running") == 8)
         answer = client.post("/v1/completions", json={"prompt": "y", "max_tokens": 20, "ignore_eos": True})
         assert answer.json()["usage"]["completion_tokens"] == 20
-        while value(client, "num_requests_running") > 0:  # it is generated for nobody all the same
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        # It is generated for nobody all the same.
+        wait_until(lambda: value(client, "num_requests_running") == 0, 60)
         assert value(client, "kv_cache_usage_ratio") == 0
         assert psutil.Process(pid).memory_info().rss - before < 100 * 2**20
         assert value(client, ended) == num_ended + 1, "the silent one is not finished"

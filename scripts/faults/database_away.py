@@ -14,8 +14,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from scripts.faults.harness import Baseline, Load, Proxy, Report, Uploads, check_end, main, serve, wait_until
+from scripts.faults.harness import Baseline, Load, Proxy, Report, Uploads, check_end, main, serve
 from tests.prompt_store.databases import postgres_url
+from tests.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int, seconds: float) -> Report:
@@ -33,13 +34,13 @@ def run(folder: Path, *, rounds: int, seconds: float) -> Report:
                     for _ in range(rounds):
                         uploads.one()
                         proxy.cut()
-                        wait_until(lambda: server.value("catalog_available") == 0, 10)
+                        seconds_until(lambda: server.value("catalog_available") == 0, 10)
                         ends = time.monotonic() + seconds
                         while time.monotonic() < ends:
                             is_told &= not uploads.one() and server.is_ready()
                             time.sleep(0.1)
                         proxy.mend()
-                        back.append(wait_until(uploads.one, 30))
+                        back.append(seconds_until(uploads.one, 30))
                 report.figure("times the database was away", f"{rounds}, {seconds:.0f} s each")
                 report.check("meanwhile: ready, and uploads refused", "always", holds=is_told)
                 times = f"{statistics.median(back):.2f}, {max(back):.2f}"

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.faults.harness import Baseline, Load, Report, Uploads, check_end, main, serve
+from scripts.faults.harness import Baseline, Load, Report, Server, Uploads, check_end, main, serve
 
-BALLAST_BYTES = 6 * 2**20
 MAX_UPLOADS = 2000
 
 
@@ -33,34 +32,46 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[bool]:
 
 
 def run(folder: Path, *, mebibytes: int) -> Report:
-    """Upload until nothing more fits, look at what is served, and make room again."""
+    """Do it to a server of its own."""
     report = Report()
     with small_disk(folder / "store", mebibytes) as is_mounted:
         if not is_mounted:
             report.figure("skipped", "no file system can be mounted here (not root, or no rights)")
             return report
         with serve(folder) as server:
-            ballast = folder / "store" / "ballast"
-            ballast.write_bytes(bytes(BALLAST_BYTES))
-            load, uploads = Load(server), Uploads(server.client)
-            before = Baseline.of(server)
-            with load:
-                while uploads.one():
-                    if len(uploads.acknowledged) > MAX_UPLOADS:
-                        raise RuntimeError("the disk does not fill up")
-                full = [uploads.one() for _ in range(10)]
-                report.check("uploads acknowledged while nothing fits", sum(full), holds=not any(full))
-                is_served = load.ask_each(server.client)
-                report.check("answers while the disk is full", "as before", holds=is_served and server.is_ready())
-                ballast.unlink()
-                report.check("uploads when there is room again", "taken", holds=uploads.one())
-            load.report(report)
-            uploads.report(report)
-            check_end(report, server, load, before)
-            staged = [path for path in (folder / "store" / "staging").rglob("*") if path.is_file()]
-            left = [path.name for path in staged if path.name != "lock"]
-            report.check("files left in the staging area", left or 0, holds=not left)
+            fill(server, report, ballast_bytes=mebibytes * 2**20 // 4)
     return report
+
+
+def fill(server: Server, report: Report, *, ballast_bytes: int) -> None:
+    """Upload until nothing more fits, look at what is served, and make room again.
+
+    Args:
+        server: Its store is alone on a small file system.
+        report: Where it is noted.
+        ballast_bytes: The room that is made again.
+    """
+    store = server.folder / "store"
+    ballast = store / "ballast"
+    ballast.write_bytes(bytes(ballast_bytes))
+    load, uploads = Load(server), Uploads(server.client)
+    before = Baseline.of(server)
+    with load:
+        while uploads.one():
+            if len(uploads.acknowledged) > MAX_UPLOADS:
+                raise RuntimeError("the disk does not fill up")
+        full = [uploads.one() for _ in range(10)]
+        report.check("uploads acknowledged while nothing fits", sum(full), holds=not any(full))
+        is_served = load.ask_each(server.client)
+        report.check("answers while the disk is full", "as before", holds=is_served and server.is_ready())
+        ballast.unlink()
+        report.check("uploads when there is room again", "taken", holds=uploads.one())
+    load.report(report)
+    uploads.report(report)
+    check_end(report, server, load, before)
+    staged = [path for path in (store / "staging").rglob("*") if path.is_file()]
+    left = [path.name for path in staged if path.name != "lock"]
+    report.check("files left in the staging area", left or 0, holds=not left)
 
 
 if __name__ == "__main__":

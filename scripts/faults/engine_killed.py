@@ -10,7 +10,8 @@ import statistics
 import time
 from pathlib import Path
 
-from scripts.faults.harness import Baseline, Load, Report, Uploads, check_end, main, serve, wait_until
+from scripts.faults.harness import Baseline, Load, Report, Uploads, check_end, main, serve
+from tests.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int) -> Report:
@@ -25,8 +26,8 @@ def run(folder: Path, *, rounds: int) -> Report:
                 time.sleep(rng.uniform(0.2, 1.0))
                 uploads.one()
                 server.engine.kill()
-                wait_until(lambda: not server.is_ready(), 5)
-                seconds.append(wait_until(server.is_ready, 120))
+                seconds_until(lambda: not server.is_ready(), 5)
+                seconds.append(seconds_until(server.is_ready, 120))
         report.figure("times the engine was killed", rounds)
         restarts = server.value("engine_restarts_total")
         report.check("restarts counted", int(restarts), holds=restarts == rounds)

@@ -26,6 +26,7 @@ from safetensors.numpy import load, save
 
 from server.demo.tour import HELDOUT_DIRECTORY
 from tests.serving import adapter, serving, upload
+from tests.waiting import seconds_until
 
 TASKS = ("sentiment", "intent", "extract", "dates")
 FLAGS = ("--dtype", "float32", "--num-threads", "1", "--log-level", "WARNING")
@@ -101,19 +102,14 @@ class Server:
 def serve(folder: Path, *flags: str, **options: object) -> Iterator[Server]:
     """A server with the four soft prompts uploaded."""
     with serving(folder, *FLAGS, *flags, **options) as (client, process):  # type: ignore[arg-type]
-        for task in TASKS:
-            upload(client, task, *adapter(task)).raise_for_status()
+        upload_tasks(client)
         yield Server(client, process.pid, folder)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> float:
-    """Seconds until something held; ``seconds`` where it never did."""
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        if condition():
-            return time.monotonic() - began
-        time.sleep(0.02)
-    return seconds
+def upload_tasks(client: httpx.Client) -> None:
+    """Upload the four soft prompts, where they are not there."""
+    for task in TASKS:
+        upload(client, task, *adapter(task)).raise_for_status()
 
 
 class Load:
@@ -181,6 +177,7 @@ class Uploads:
     def __init__(self, client: httpx.Client) -> None:
         self.acknowledged: dict[str, bytes] = {}
         self.refused: Counter[str] = Counter()
+        self._versions: dict[str, int] = {}
         self._client = client
         self._numbers = itertools.count()
         self._config, weights = adapter("sentiment")
@@ -197,6 +194,7 @@ class Uploads:
             return False
         if response.is_success:
             self.acknowledged[name] = weights
+            self._versions[name] = response.json()["version"]
             return True
         self.refused[f"{response.status_code} {response.json()['error']['code']}"] += 1
         return False
@@ -207,7 +205,8 @@ class Uploads:
         report.figure("uploads refused", ", ".join(f"{what}: {n}" for what, n in sorted(self.refused.items())) or 0)
         lost = []
         for name, weights in self.acknowledged.items():
-            url = f"/v1/prompts/{name}/versions/1/files/adapter_model.safetensors"
+            version = self._versions[name]
+            url = f"/v1/prompts/{name}/versions/{version}/files/adapter_model.safetensors"
             if self._client.get(url).content != weights:
                 lost.append(name)
         report.check("acknowledged uploads lost", lost or 0, holds=not lost)
@@ -293,12 +292,12 @@ def check_end(report: Report, server: Server, load: Load, before: Baseline, *, c
         before: What the server held before.
         collects: Whether files that nobody needs go at once; those that other servers may just be uploading do not.
     """
-    seconds = wait_until(server.is_ready)
+    seconds = seconds_until(server.is_ready, 60)
     report.check("serves again without help, after s", f"{seconds:.1f}", holds=seconds < SETTLE_SECONDS)
     report.check("every answer as before the fault", "all of them", holds=load.ask_each(server.client))
-    seconds = wait_until(server.is_settled, SETTLE_SECONDS)
+    seconds = seconds_until(server.is_settled, SETTLE_SECONDS)
     report.check("sequences and blocks in use at the end", 0, holds=seconds < SETTLE_SECONDS)
-    wait_until(lambda: server.process.num_fds() <= before.num_files + 8, SETTLE_SECONDS)
+    seconds_until(lambda: server.process.num_fds() <= before.num_files + 8, SETTLE_SECONDS)
     num_files = server.process.num_fds()
     report.check(
         "open files of the API process", f"{before.num_files} -> {num_files}", holds=num_files <= before.num_files + 8
@@ -311,7 +310,7 @@ def check_end(report: Report, server: Server, load: Load, before: Baseline, *, c
             server.client.delete(f"/v1/prompts/{name}").raise_for_status()
     blobs = server.folder / "store" / "blobs"
     if collects and blobs.is_dir():  # else they are in an object store
-        wait_until(lambda: not _files(blobs), SETTLE_SECONDS)
+        seconds_until(lambda: not _files(blobs), SETTLE_SECONDS)
         left = len(_files(blobs))
         report.check("files left when everything is deleted (a lease would keep one)", left, holds=left == 0)
 

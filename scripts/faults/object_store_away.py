@@ -12,8 +12,9 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from scripts.faults.harness import Baseline, Load, Proxy, Report, Uploads, check_end, main, serve, wait_until
+from scripts.faults.harness import Baseline, Load, Proxy, Report, Uploads, check_end, main, serve
 from tests.prompt_store.s3_server import BUCKET, s3_server
+from tests.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int, seconds: float) -> Report:
@@ -36,7 +37,7 @@ def run(folder: Path, *, rounds: int, seconds: float) -> Report:
                         uploads.one()
                         time.sleep(0.1)
                     proxy.mend()
-                    back.append(wait_until(uploads.one, 60))
+                    back.append(seconds_until(uploads.one, 60))
                 proxy.delay = 0.5
                 began = time.monotonic()
                 report.check("uploads while it is slow", "taken", holds=uploads.one())

@@ -135,7 +135,7 @@ class ClassifyReply(msgspec.Struct, kw_only=True):
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
     """Find the label of one text or several."""
     arrival = time.monotonic()
-    record = begin_record(request, services, "classify", model=body.model_text, text=lambda: body.input)
+    record = begin_record(request, services, model=body.model_text, text=lambda: body.input)
     targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
 
     async def answer() -> tuple[bytes, dict[str, str]]:

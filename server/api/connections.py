@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import sys
 import termios
 import uuid
@@ -19,9 +20,14 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.api.errors import ErrorReply, describe_status
+from server.api.refusal_log import Refusal
 
 MAX_HEADERS = 128
 """Header lines of one request."""
+
+_errors_only = logging.getLogger("uvicorn.error.connections")
+"""uvicorn's protocol warns of each request that is no HTTP, without a bound; those have a line of our own."""
+_errors_only.setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +39,14 @@ class ConnectionLimits:
         max_head_bytes: Request line and headers of one request.
         head_seconds: From a connection's beginning, or a request's first byte, to the end of its head.
         stall_seconds: How long an answer's bytes may lie without the client taking any of them.
-        on_refused: Told the error's code when a connection is refused or ended.
+        on_refused: Told when a connection is refused or ended.
     """
 
     max_connections: int
     max_head_bytes: int
     head_seconds: float
     stall_seconds: float
-    on_refused: Callable[[str], None]
+    on_refused: Callable[[Refusal], None]
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -50,7 +56,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = _errors_only
         self._head_bytes = 0
+        self._header_bytes = 0
         self._head_fault: HTTPStatus | None = None
         self._is_in_request = False
         self._has_body_to_come = False
@@ -90,6 +98,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._head_bytes > self.limits.max_head_bytes:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
+    def on_message_begin(self) -> None:
+        """Begin a head."""
+        super().on_message_begin()
+        self._header_bytes = 0
+
     def on_url(self, url: bytes) -> None:
         """Take a part of the request's target."""
         super().on_url(url)
@@ -100,8 +113,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header."""
         super().on_header(name, value)
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > self.limits.max_head_bytes or len(self.headers) > MAX_HEADERS:
+        self._header_bytes += len(name) + len(value)
+        if len(self.url) + self._header_bytes > self.limits.max_head_bytes or len(self.headers) > MAX_HEADERS:
             self._head_fault = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             raise ValueError("the headers are too large")
 
@@ -144,7 +157,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._head_bytes:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT)
         elif not self.transport.is_closing():  # nothing was asked, so nothing is answered
-            self.limits.on_refused("request_timeout")
+            self._tell("request_timeout", "nothing was asked in time")
             self.transport.close()
 
     def _refuse(self, status: HTTPStatus) -> None:
@@ -152,11 +165,16 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         reply = describe_status(status)
-        self.limits.on_refused(reply.code)
+        request_id = None
         if not self._is_in_request or not (self.pipeline or self.cycle.response_started):
-            self.transport.write(_encoded(status, reply))
+            request_id = uuid.uuid4().hex
+            self.transport.write(_encoded(status, reply, request_id))
+        self._tell(reply.code, reply.message, status=request_id and reply.status, request_id=request_id)
         self.transport.close()
         self._watch_writes()
+
+    def _tell(self, code: str, reason: str, **known: Any) -> None:
+        self.limits.on_refused(Refusal(code=code, reason=reason, client=self.client and self.client[0], **known))
 
     # Answers that nobody reads
 
@@ -176,7 +194,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self._write_timer = None
         is_waiting = self.flow.write_paused or self.transport.is_closing()
         if is_waiting and self._count_unread() >= self._num_unread:
-            self.limits.on_refused("client_stalled")
+            state = getattr(self.cycle, "scope", {}).get("state", {})  # there is no cycle before the first request
+            self._tell(
+                "client_stalled",
+                "the client takes nothing of its answer",
+                request_id=state.get("request_id"),
+                tenant=state["caller"].tenant if "caller" in state else None,
+            )
             self.transport.abort()
         elif is_waiting:
             self._watch_writes()
@@ -198,14 +222,14 @@ def limited(limits: ConnectionLimits) -> type[LimitedProtocol]:
     return Protocol
 
 
-def _encoded(status: HTTPStatus, reply: ErrorReply) -> bytes:
+def _encoded(status: HTTPStatus, reply: ErrorReply, request_id: str) -> bytes:
     body = reply.body
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",
         "content-type: application/json",
         f"content-length: {len(body)}",
         "connection: close",
-        f"x-request-id: {uuid.uuid4().hex}",
+        f"x-request-id: {request_id}",
         *(f"{name}: {value}" for name, value in reply.headers.items()),
         "",
         "",

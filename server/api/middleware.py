@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -85,18 +85,27 @@ class RequestIdMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without a valid key that may do this, before any of their body is read."""
+    """Refuses requests without a valid key that may do this, before any of their body is read.
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics) -> None:
+    Args:
+        app: The rest of the application.
+        keys: The keys.
+        metrics: Where errors are counted.
+        open_paths: What needs no key.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics, open_paths: Set[str] = OPEN_PATHS) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._keys = keys
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request's key."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
                 caller = self._keys.check(Headers(scope=scope).get("authorization"))
+                scope["state"]["record"].tenant = caller.tenant
                 check_access(caller, scope["method"], scope["path"])
             except (ServerError, HTTPException) as error:
                 reply = describe(error, request_id=scope["state"]["request_id"])
@@ -105,7 +114,6 @@ class ApiKeyMiddleware:
                 await reply.response()(scope, receive, send)
                 return
             scope["state"]["caller"] = caller
-            scope["state"]["record"].tenant = caller.tenant
             if scope["path"] in LIMITED_PATHS:
                 send = _with_limits(caller, send)
         await self._app(scope, receive, send)

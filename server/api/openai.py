@@ -139,7 +139,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
     async def tokenize() -> list[list[int]]:
         return await tokenize_prompts(services.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
 
-    record = begin_record(request, services, "text_completion", model=body.model_text, text=lambda: body.prompt)
+    record = begin_record(request, services, model=body.model_text, text=lambda: body.prompt)
     targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
     writer = CompletionWriter(
         body.model_text or services.base_name,
@@ -199,7 +199,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
         return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
 
     record = begin_record(
-        request, services, "chat", model=body.model, text=lambda: [message.turn for message in body.messages]
+        request, services, model=body.model, text=lambda: [message.turn for message in body.messages]
     )
     target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
     call = _Call(

@@ -19,6 +19,13 @@ logger = logging.getLogger(__name__)
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}
 """What machines ask all day long: logged at the level DEBUG."""
 
+OPERATIONS = {
+    "/v1/completions": "text_completion",
+    "/v1/chat/completions": "chat",
+    "/v1/classify": "classify",
+}
+"""What is asked of the model, by path, in the words of OpenTelemetry's ``gen_ai.operation.name``."""
+
 MAX_LOGGED_CHARS = 10_000
 """How much of one text ``--log-prompts`` shows."""
 
@@ -112,19 +119,18 @@ def record_of(request: Request) -> RequestRecord:
 
 
 def begin_record(
-    request: Request, services: Services, operation: str, *, model: str | None, text: Callable[[], object]
+    request: Request, services: Services, *, model: str | None, text: Callable[[], object]
 ) -> RequestRecord:
     """The record of a request for the model, with what it asks for.
 
     Args:
         request: The request.
         services: Whose base it asks, and whether texts are logged.
-        operation: See ``RequestRecord``.
         model: Its field ``model``.
         text: Makes its prompts or messages; only called where they are logged.
     """
     record = record_of(request)
-    record.operation = operation
+    record.operation = OPERATIONS[request.scope["path"]]
     record.model = model or services.base_name
     if services.settings.http.log_prompts:
         record.input = logged_input(text())

@@ -237,8 +237,9 @@ class AsyncEngine:
 
     def _connect(self, connection: EngineConnection) -> None:
         self._watch = StepWatch(self._settings.step_timeout, self._look_seconds)
-        self._model = connection.model
-        self._stats = with_totals(EngineStats(num_blocks=connection.model.num_blocks), self._ended)
+        self._model = model = connection.model
+        begun = EngineStats(num_blocks=model.num_blocks, block_size=model.block_size)
+        self._stats = with_totals(begun, self._ended)
         self._connection = connection
         self._outage = None
         for source in self._pinned.values():

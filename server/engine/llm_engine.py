@@ -67,7 +67,7 @@ class LLMEngine:
             on_compiled=on_loaded,
         )
         self._pending = PendingSequences()
-        self._stats = EngineStats(num_blocks=self.model.num_blocks)
+        self._stats = EngineStats(num_blocks=self.model.num_blocks, block_size=self.model.block_size)
 
     @property
     def model(self) -> ModelInfo:

@@ -361,6 +361,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
         num_running: Sequences that hold blocks and take part in steps.
         num_waiting: Sequences that wait for blocks, for a place, for their soft prompt's file or for their grammar.
         num_blocks: Key/value blocks in all.
+        block_size: Tokens that a block holds.
         num_used_blocks: Blocks that some sequence refers to.
         num_cached_blocks: Blocks that hold only an idle, reusable prefix.
         num_preemptions: Sequences whose blocks were taken back, to be computed again.
@@ -390,6 +391,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_running: int = 0
     num_waiting: int = 0
     num_blocks: int = 0
+    block_size: int = 0
     num_used_blocks: int = 0
     num_cached_blocks: int = 0
     num_preemptions: int = 0

@@ -37,6 +37,7 @@ from server.engine.types import (
     SoftPromptSource,
 )
 from server.errors import EngineNotReadyError, InvalidRequestError
+from tests.waiting import wait_until
 
 BOS, EOS = 256, 257
 BASE = "tiny"
@@ -369,15 +370,13 @@ class LiveServer:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._bound]})
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{self.url}/ready").is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.01)
-        raise TimeoutError("the server is not ready")
+        wait_until(self._is_ready)
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready").is_success
+        except httpx.TransportError:
+            return False
 
     @contextmanager
     def running(self) -> Iterator[LiveServer]:
@@ -459,16 +458,10 @@ async def sentiment(client: httpx.AsyncClient, upload_parts: Callable[..., dict[
 
 
 @pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], None]:
+def eventually() -> Callable[..., float]:
     """Wait for another thread to make a condition true."""
 
-    def wait(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "the condition did not come true"
-            time.sleep(0.005)
-
-    return wait
+    return wait_until
 
 
 @pytest.fixture

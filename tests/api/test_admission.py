@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from server.api.admission import Admission
+from server.api.early_refusal import AdmissionMiddleware
+from server.api.middleware import RequestIdMiddleware
+from server.api.request_record import RequestRecord
 from server.errors import OverloadedError, WaitTimeoutError
 
 
@@ -114,3 +123,126 @@ async def test_who_would_wait_too_long_is_refused_at_once(app, client, engine, p
         assert engine.requests == []
         assert (await client.post(path, json=body | {"timeout": 3, "priority": -1})).status_code == 200
         assert (await client.post(path, json=body)).status_code == 200
+
+
+LIMITED = [
+    ("/v1/completions", {"prompt": "a"}, "text_completion"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "chat"),
+    ("/v1/classify", {"input": "a", "labels": ["x", "y"]}, "classify"),
+]
+
+
+@pytest.fixture
+def long_queue(make_app, settings) -> Iterator[FastAPI]:
+    """A server whose shared queue is longer than it lets anybody wait."""
+    app = make_app(replace(settings, http=replace(settings.http, max_wait_seconds=3.0)))
+    admission = app.state.services.admission
+    with admission.permits(4):
+        admission._begun.extend([0.0] * 8)
+        yield app
+
+
+@pytest.fixture
+def records(long_queue, monkeypatch) -> list[RequestRecord]:
+    found: list[RequestRecord] = []
+    (middleware,) = [item for item in long_queue.user_middleware if item.cls is RequestIdMiddleware]
+    monkeypatch.setitem(middleware.kwargs, "observers", [found.append])
+    return found
+
+
+@pytest.fixture
+async def queued(long_queue, records) -> AsyncIterator[httpx.AsyncClient]:
+    async with (
+        long_queue.router.lifespan_context(long_queue),
+        httpx.AsyncClient(transport=httpx.ASGITransport(long_queue), base_url="http://test") as client,
+    ):
+        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
+            await asyncio.sleep(0.001)
+        yield client
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("path", "body", "operation"), LIMITED)
+async def test_what_would_wait_too_long_costs_no_validation(
+    queued, long_queue, records, engine, tokenizer, monkeypatch, path, body, operation
+) -> None:
+    async def encode(*_: object, **__: object) -> list[list[int]]:
+        raise AssertionError("a refused request was tokenised")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", encode)
+        # A wrong field would be 400, were the body validated.
+        refused = await queued.post(path, json=body | {"model": "tiny", "temperature": -1})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded_waiting")
+    assert int(refused.headers["retry-after"]) > 0
+    record = records[-1]
+    assert refused.headers["x-request-id"] == record.request_id
+    assert (record.status, record.error, record.operation) == (503, "overloaded_waiting", operation)
+    assert record.model == "tiny"
+    assert b'request_errors_total{code="overloaded_waiting"} 1.0' in (await queued.get("/metrics")).content
+    assert engine.requests == []
+    urgent = await queued.post(path, json=body | {"priority": -1})
+    assert urgent.status_code == 200, urgent.text
+    assert long_queue.state.services.admission.num_in_use == 4
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "a", "priority": "soon"}',
+        b'{"prompt": "a", "model": 5}',
+        b'{"prompt": "a", "priority": -1.5}',
+        b"[]",
+        b"{",
+        b"",
+        b"[" * 50_000,
+        b'{"x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    ],
+)
+async def test_what_cannot_be_judged_is_told_what_is_wrong_with_it(queued, body) -> None:
+    answer = await queued.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.anyio
+async def test_a_long_queue_is_nothing_to_other_paths_and_methods(queued) -> None:
+    assert (await queued.post("/tokenize", json={"prompt": "a"})).status_code == 200
+    assert (await queued.get("/v1/models")).status_code == 200
+    assert (await queued.get("/v1/completions")).status_code == 405
+
+
+@pytest.mark.anyio
+async def test_a_body_over_the_limit_is_413_in_a_long_queue_too(queued) -> None:
+    answer = await queued.post("/v1/completions", json={"prompt": "a" * 70_000})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
+
+
+@pytest.mark.anyio
+async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for piece in (b'{"prior', b'ity": -1, "prompt"', b': "abc", "max_tokens": 20}'):
+            yield piece
+
+    answer = await queued.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+    assert answer.json()["choices"][0]["text"] == "hello world"
+
+
+@pytest.mark.anyio
+async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobody(long_queue) -> None:
+    told = []
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, object]) -> None:
+        told.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "state": {}}
+    reached = []
+
+    async def app(scope: object, receive: Callable[..., Awaitable[object]], send: object) -> None:
+        reached.append(await receive())
+
+    await AdmissionMiddleware(app, services=long_queue.state.services)(scope, receive, send)
+    assert (reached, told) == ([{"type": "http.disconnect"}], [])

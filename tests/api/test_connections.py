@@ -62,6 +62,12 @@ def counted(live: Any, code: str) -> bool:
     return f'prelude_request_errors_total{{code="{code}"}}' in httpx.get(f"{live.url}/metrics").text
 
 
+def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
+    """The fields of the one line about a code."""
+    (fields,) = [record.fields for record in caplog.records if getattr(record, "fields", {}).get("error") == code]
+    return fields
+
+
 @pytest.mark.parametrize(
     ("sent", "status", "code"),
     [
@@ -75,13 +81,24 @@ def counted(live: Any, code: str) -> bool:
     ids=["target", "header", "endless header", "endless name", "number", "no HTTP"],
 )
 def test_heads_that_are_not_taken(
-    serve: Any, connect: Callable[..., socket.socket], sent: bytes, status: int, code: str
+    serve: Any,
+    connect: Callable[..., socket.socket],
+    caplog: pytest.LogCaptureFixture,
+    sent: bytes,
+    status: int,
+    code: str,
 ) -> None:
     live = serve(max_head_bytes=2048)
     connection = connect(live)
-    connection.sendall(sent)
-    assert error_of(everything(connection), status) == code
+    with caplog.at_level(logging.INFO, "server.api.refusal_log"):
+        connection.sendall(sent)
+        answer = everything(connection)
+    assert error_of(answer, status) == code
     assert counted(live, code)
+    fields = logged(caplog, code)
+    assert (fields["status"], fields["client"]) == (status, "127.0.0.1")
+    assert f"x-request-id: {fields['request_id']}".encode() in answer
+    assert fields["reason"] == json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
 def test_a_head_that_comes_a_byte_at_a_time_is_too_late_and_so_is_none(
@@ -97,6 +114,18 @@ def test_a_head_that_comes_a_byte_at_a_time_is_too_late_and_so_is_none(
     assert everything(silent) == b""
     assert 0.4 < time.monotonic() - began < 5
     assert counted(live, "request_timeout")
+
+
+def test_a_connection_that_asks_nothing_is_logged_without_a_status(
+    serve: Any, connect: Callable[..., socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "server.api.refusal_log")
+    assert everything(connect(serve(head_timeout=0.2))) == b""
+    assert logged(caplog, "request_timeout") == {
+        "error": "request_timeout",
+        "reason": "nothing was asked in time",
+        "client": "127.0.0.1",
+    }
 
 
 def test_a_head_that_stops_is_told(serve: Any, connect: Callable[..., socket.socket]) -> None:
@@ -172,16 +201,22 @@ def test_more_connections_than_allowed_are_refused_until_one_goes(
 
 
 def test_an_answer_that_nobody_reads_is_given_up(
-    serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
+    serve: Any,
+    connect: Callable[..., socket.socket],
+    engine: Any,
+    eventually: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "server.api.refusal_log")
     live = serve(stall_timeout=0.5, max_waiting=1000)
     engine.reply = "x" * 200
     connection = connect(live, buffer=4096)
     body = json.dumps(
         {"prompt": ["x" * 50] * 32, "n": 4, "max_tokens": 190, "logprobs": 20, "ignore_eos": True}
     ).encode()
-    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    connection.sendall(HEAD + b"X-Request-ID: stalled\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     eventually(lambda: counted(live, "client_stalled"))
+    assert logged(caplog, "client_stalled")["request_id"] == "stalled"
     eventually(lambda: live.server._services.admission.num_in_use == 0)
     eventually(lambda: not live.server.server_state.tasks)
 

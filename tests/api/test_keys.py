@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import replace
 from hashlib import sha256
 
+import httpx
 import pytest
 from fastapi.routing import iter_route_contexts
 from hypothesis import given
@@ -216,6 +217,21 @@ async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app, client):
                 error = response.json()["error"]
                 assert (error["code"], error["type"]) == ("insufficient_scope", "invalid_request_error")
                 assert f'scope="{" ".join(sorted(needed))}"' in response.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_metrics_need_no_key_where_the_operator_says_so_and_nothing_else_is_open(
+    make_app, settings, tmp_path, is_open
+) -> None:
+    changed = replace(settings, http=replace(settings.http, open_metrics=is_open))
+    app = locked(make_app, changed, tmp_path / "keys", "k")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        for method in ("GET", "HEAD"):
+            assert (await client.request(method, "/metrics")).status_code == (200 if is_open else 401)
+        assert (await client.post("/metrics")).status_code == (405 if is_open else 401)
+        for path in ("/v1/models", "/v1/prompts", "/metrics/", "//metrics", "/docs"):
+            assert (await client.get(path)).status_code == 401
+        assert (await client.get("/metrics", headers=bearer("k"))).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/no-such", "/v1/", "/live/", "//v1/models", "/v1/prompts/../metrics"])

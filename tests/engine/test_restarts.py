@@ -180,7 +180,7 @@ def test_a_message_that_crosses_a_report_keeps_the_process_busy() -> None:
 
 
 def test_every_number_of_the_engine_is_a_counter_or_not() -> None:
-    gauges = {"num_running", "num_waiting", "num_blocks", "num_used_blocks", "num_cached_blocks"}
+    gauges = {"num_running", "num_waiting", "num_blocks", "block_size", "num_used_blocks", "num_cached_blocks"}
     gauges |= {"soft_prompts_resident", "soft_prompt_bytes"}
     gauges |= {"max_batch_distinct_prompts"}
     assert {*COUNTERS, *DISTRIBUTIONS, *gauges, "host"} == set(EngineStats.__struct_fields__)

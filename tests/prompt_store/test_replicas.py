@@ -15,17 +15,9 @@ from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef
 from tests.prompt_store.databases import postgres_url, refuse_connections
+from tests.waiting import wait_until
 
 Files = dict[str, tuple[bytes, bytes]]
-
-
-def eventually(holds: Callable[[], bool], seconds: float) -> float:
-    """Wait until something holds; returns how long that took."""
-    started = time.monotonic()
-    while not holds():
-        assert time.monotonic() < started + seconds
-        time.sleep(0.01)
-    return time.monotonic() - started
 
 
 def resolves_to(store: PromptStore, ref: str, version: int | None) -> Callable[[], bool]:
@@ -61,17 +53,17 @@ def test_changes_on_one_are_served_by_the_other_within_a_second(
 ) -> None:
     here, there = replicas
     publish(here, peft_files["prompt_tuning"])
-    assert eventually(resolves_to(there, "p", 1), 1.0) < 1.0
+    assert wait_until(resolves_to(there, "p", 1), 1.0) < 1.0
     publish(here, peft_files["p_tuning"])
-    eventually(resolves_to(there, "p", 2), 1.0)
+    wait_until(resolves_to(there, "p", 2), 1.0)
     there.set_alias("p", "latest", 1)
-    eventually(resolves_to(here, "p", 1), 1.0)
+    wait_until(resolves_to(here, "p", 1), 1.0)
     with there.leased(PromptRef.parse("p@2")) as leased:
         here.delete_version("p", 2)
-        eventually(resolves_to(there, "p@2", None), 1.0)
+        wait_until(resolves_to(there, "p@2", None), 1.0)
         assert leased.weights_path.read_bytes() == peft_files["p_tuning"][1]
     here.delete_prompt("p")
-    eventually(resolves_to(there, "p", None), 1.0)
+    wait_until(resolves_to(there, "p", None), 1.0)
     assert there.totals().num_prompts == 0
 
 
@@ -85,9 +77,9 @@ def test_polling_alone_is_enough(
     here = open_store(tmp_path / "shared", catalog_url=url)
     try:
         publish(here, peft_files["prompt_tuning"])
-        eventually(resolves_to(deaf, "p", 1), 1.0)
+        wait_until(resolves_to(deaf, "p", 1), 1.0)
         publish(here, peft_files["p_tuning"])
-        eventually(resolves_to(deaf, "p", 2), 1.0)
+        wait_until(resolves_to(deaf, "p", 2), 1.0)
     finally:
         deaf.close()
         here.close()
@@ -99,13 +91,13 @@ def test_what_is_held_is_served_while_the_catalog_is_away(
     here, there = replicas
     publish(here, peft_files["prompt_tuning"])
     publish(here, peft_files["p_tuning"], name="unseen")
-    eventually(resolves_to(there, "p", 1), 1.0)
-    eventually(lambda: there.totals().num_versions == 2, 1.0)
-    eventually(lambda: there.status.revision == here._catalog.revision(), 1.0)
+    wait_until(resolves_to(there, "p", 1), 1.0)
+    wait_until(lambda: there.totals().num_versions == 2, 1.0)
+    wait_until(lambda: there.status.revision == here._catalog.revision(), 1.0)
     before = there.totals()
     assert there.resolve(PromptRef.parse("p")).version == 1  # in use: from now on it is held
     refuse_connections(url, refuse=True)
-    eventually(lambda: not there.status.is_available, 10.0)
+    wait_until(lambda: not there.status.is_available, 10.0)
     assert "the catalog postgresql://" in (there.status.reason or "")
     with there.leased(PromptRef.parse("p")) as leased:
         assert leased.version.version == 1
@@ -122,10 +114,10 @@ def test_what_is_held_is_served_while_the_catalog_is_away(
     assert time.monotonic() - started < 2.0  # nothing tries, and waits, each time
     assert there.totals() == before
     refuse_connections(url, refuse=False)
-    eventually(lambda: there.status.is_available, 10.0)
+    wait_until(lambda: there.status.is_available, 10.0)
     assert there.resolve(PromptRef.parse("unseen")).version == 1
     publish(there, peft_files["prefix_tuning"])
-    eventually(resolves_to(here, "p", 2), 10.0)
+    wait_until(resolves_to(here, "p", 2), 10.0)
 
 
 def test_blobs_without_a_name_stay_for_a_while_where_others_may_use_them(
@@ -156,11 +148,11 @@ def test_a_lost_blob_does_not_unlearn_the_rest_while_the_catalog_is_away(
     for ref in ("p@1", "p"):
         store.release(store.lease(PromptRef.parse(ref)))
     digest = lost.file("adapter_model.safetensors").sha256
-    eventually(lambda: store.status.revision == store._catalog.revision(), 2.0)
+    wait_until(lambda: store.status.revision == store._catalog.revision(), 2.0)
     store.release(store.lease(PromptRef.parse("p")))
     store.resolve(PromptRef.parse("p@1"))
     refuse_connections(url, refuse=True)
-    eventually(lambda: not store.status.is_available, 10.0)
+    wait_until(lambda: not store.status.is_available, 10.0)
     (tmp_path / "shared" / "blobs" / digest[:2] / digest).unlink()
     with pytest.raises(StoreUnavailableError):
         store.lease(PromptRef.parse("p@1"))
@@ -176,13 +168,13 @@ def test_a_catalog_that_hangs_is_noticed(
     monkeypatch.setattr("prompt_store.watch.LONGEST_LOOK_SECONDS", 0.2)
     release = threading.Event()
     monkeypatch.setattr("prompt_store.database.Listener.scalar", lambda *_: release.wait(20) and 0)
-    eventually(lambda: not store.status.is_available, 5.0)
+    wait_until(lambda: not store.status.is_available, 5.0)
     assert "does not answer" in (store.status.reason or "")
     with pytest.raises(StoreUnavailableError, match="does not answer"):
         store.list_prompts()
     monkeypatch.undo()
     release.set()
-    eventually(lambda: store.status.is_available, 5.0)
+    wait_until(lambda: store.status.is_available, 5.0)
 
 
 def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:

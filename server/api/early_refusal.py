@@ -1,0 +1,94 @@
+"""Refusing overload before it costs anything: no routing, no validation, no tokens for what would wait too long."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.callers import caller_of
+from server.api.deps import Services
+from server.api.errors import describe
+from server.api.generation import shorter
+from server.api.request_record import OPERATIONS, record_of
+from server.errors import OverloadedError, WaitTimeoutError
+
+
+class _Opening(msgspec.Struct):
+    """What of a body has to be known to refuse it; msgspec passes over the rest without keeping it."""
+
+    model: str | None = None
+    priority: int | None = None
+
+
+class AdmissionMiddleware:
+    """Refuses requests for the model while their queue is too long, unless they are urgent.
+
+    The routes ask again, for a request may allow itself less time than the server does.
+
+    Args:
+        app: The rest of the application.
+        services: Whose queue it is.
+    """
+
+    def __init__(self, app: ASGIApp, *, services: Services) -> None:
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look at the queue, and only where it is too long at the request."""
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        messages = await _whole(receive)
+        opening = _opening(messages)
+        if opening is None or (opening.priority or 0) < 0:
+            await self._app(scope, _again(messages, receive), send)
+            return
+        request = Request(scope)
+        record = record_of(request)
+        record.operation = OPERATIONS[scope["path"]]
+        record.model = opening.model or self._services.base_name
+        reply = describe(refusal, request_id=record.request_id)
+        record.error = reply.code
+        self._services.metrics.count_error(reply.code)
+        await reply.response()(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> OverloadedError | WaitTimeoutError | None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in OPERATIONS:
+            return None
+        limit = shorter(None, self._services.settings.http.max_wait_seconds)
+        try:
+            self._services.admission.check(caller_of(Request(scope)).tenant, limit)
+        except (OverloadedError, WaitTimeoutError) as error:
+            return error
+        return None
+
+
+async def _whole(receive: Receive) -> list[Message]:
+    messages = [await receive()]
+    while messages[-1].get("more_body", False):
+        messages.append(await receive())
+    return messages
+
+
+def _again(messages: list[Message], receive: Receive) -> Receive:
+    """A channel that says once more what was read from another."""
+    left = iter(messages)
+
+    async def receive_again() -> Message:
+        return next(left, None) or await receive()
+
+    return receive_again
+
+
+def _opening(messages: list[Message]) -> _Opening | None:
+    """What a body is judged by; None where the client is gone, or the route has to say what is wrong with it."""
+    if messages[-1]["type"] != "http.request":
+        return None
+    body = b"".join(message.get("body", b"") for message in messages)
+    try:
+        return msgspec.json.decode(body, type=_Opening)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,76 @@
+"""A line in the log for each connection that is refused or ended at the door, but only so many a second."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.logs import FIELDS
+
+logger = logging.getLogger(__name__)
+
+LINES_PER_SECOND = 10
+"""Of each code. Being refused costs a client nothing and takes no key, so a line for each could fill a disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A connection that was refused or ended before its request had begun, or while its answer lay unread.
+
+    Attributes:
+        code: The error's code, as in the metrics.
+        reason: The same for people.
+        status: HTTP status of the answer; None where there was none.
+        request_id: X-Request-ID of the answer, or of the request whose answer was not read; None where there is none.
+        client: Address of the other side, which may be a proxy's.
+        tenant: Whose key came with the request, where that is known.
+    """
+
+    code: str
+    reason: str
+    status: int | None = None
+    request_id: str | None = None
+    client: str | None = None
+    tenant: str | None = None
+
+
+class RefusalLog:
+    """Logs refusals. Used on the event loop only, so it needs no lock.
+
+    Args:
+        clock: Seconds that never go back.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds: dict[str, tuple[int, int]] = {}
+        self._omitted: dict[str, int] = {}
+
+    def log(self, refusal: Refusal) -> None:
+        """Log one, or count it for the next line of its code."""
+        second = int(self._clock())
+        begun, count = self._seconds.get(refusal.code, (second, 0))
+        count = count + 1 if begun == second else 1
+        self._seconds[refusal.code] = second, count
+        if count > LINES_PER_SECOND:
+            self._omitted[refusal.code] = self._omitted.get(refusal.code, 0) + 1
+            return
+        fields = {
+            "request_id": refusal.request_id,
+            "tenant": refusal.tenant,
+            "status": refusal.status,
+            "error": refusal.code,
+            "reason": refusal.reason,
+            "client": refusal.client,
+            "omitted": self._omitted.pop(refusal.code, None),
+        }
+        logger.info(
+            "refused at the door: %s, status %s, client %s, request %s",
+            refusal.code,
+            refusal.status or "none",
+            refusal.client or "unknown",
+            refusal.request_id or "none",
+            extra={FIELDS: {name: value for name, value in fields.items() if value is not None}},
+        )

@@ -1,0 +1,47 @@
+"""The lines of connections that were refused: what they tell, and how many there are."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from server.api.refusal_log import LINES_PER_SECOND, Refusal, RefusalLog
+
+
+@pytest.fixture(autouse=True)
+def _shown(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "server.api.refusal_log")
+
+
+def test_a_line_tells_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    log = RefusalLog()
+    log.log(Refusal(code="a", reason="because", status=431, request_id="r", client="1.2.3.4", tenant="acme"))
+    log.log(Refusal(code="b", reason="no answer"))
+    assert [record.fields for record in caplog.records] == [
+        {
+            "request_id": "r",
+            "tenant": "acme",
+            "status": 431,
+            "error": "a",
+            "reason": "because",
+            "client": "1.2.3.4",
+        },
+        {"error": "b", "reason": "no answer"},
+    ]
+    assert caplog.records[0].getMessage() == "refused at the door: a, status 431, client 1.2.3.4, request r"
+
+
+def test_a_flood_is_so_many_lines_a_second_and_none_of_it_is_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    now = 5.0
+    log = RefusalLog(clock=lambda: now)
+    for _ in range(1000):
+        log.log(Refusal(code="flood", reason="x"))
+    assert len(caplog.records) == LINES_PER_SECOND
+    log.log(Refusal(code="other", reason="x"))
+    assert len(caplog.records) == LINES_PER_SECOND + 1
+    now = 6.0
+    log.log(Refusal(code="flood", reason="x"))
+    log.log(Refusal(code="flood", reason="x"))
+    omitted = [record.fields.get("omitted") for record in caplog.records]
+    assert omitted == [None] * (LINES_PER_SECOND + 1) + [1000 - LINES_PER_SECOND, None]

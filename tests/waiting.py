@@ -1,0 +1,30 @@
+"""Waiting for what another thread or process does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+PAUSE_SECONDS = 0.01
+
+
+def seconds_until(condition: Callable[[], object], limit: float) -> float:
+    """Seconds until a condition held; ``limit`` where it did not until then."""
+    began = time.monotonic()
+    while time.monotonic() - began < limit:
+        if condition():
+            return time.monotonic() - began
+        time.sleep(PAUSE_SECONDS)
+    return limit
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> float:
+    """Seconds until a condition held.
+
+    Raises:
+        TimeoutError: If it did not in so many.
+    """
+    waited = seconds_until(condition, seconds)
+    if waited == seconds:
+        raise TimeoutError(f"the condition did not come true in {seconds:g} seconds")
+    return waited
