@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from server.engine.detokenizer import REPLACEMENT
-from server.errors import EngineStartError, InvalidRequestError
+from server.errors import ContextLengthError, EngineStartError, InvalidRequestError
 
 T = TypeVar("T")
 
@@ -31,6 +31,13 @@ _INFO_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_to
 
 _NUM_THREADS = 2
 """Enough that one long text does not stand before all others; more would take cores from a CPU engine."""
+
+
+_CHARS_PER_TOKEN = 6
+"""More than most texts have."""
+
+_TORN_TOKENS = 64
+"""So many tokens fewer may the end of a text's beginning have where the text goes on."""
 
 
 class Tokenizer:
@@ -62,14 +69,44 @@ class Tokenizer:
         """Whether the model came with a chat template."""
         return bool(self._tokenizer.chat_template)
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Texts to token ids."""
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
+    ) -> list[list[int]]:
+        """Texts to token ids.
+
+        Args:
+            texts: What to encode.
+            add_special_tokens: Whether to add what the model expects around a text.
+            most: Tokens that a text may have. A much longer one is refused by its beginning, for a megabyte takes a
+                second.
+            field: The request's field that the texts are from.
+
+        Raises:
+            ContextLengthError: If a text has more than ``most`` tokens, and so many characters that this was found
+                before it was encoded as a whole. The caller still has to look at the rest.
+        """
 
         def encode() -> list[list[int]]:
+            if most is not None:
+                for text in texts:
+                    self._refuse_by_beginning(text, most, field)
             encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
             return [list(ids) for ids in encoded["input_ids"]]
 
         return await self._run(encode)
+
+    def _refuse_by_beginning(self, text: str, most: int, field: str) -> None:
+        """Encode more and more of a text for as long as that is little beside the whole."""
+        length = _CHARS_PER_TOKEN * (most + _TORN_TOKENS)
+        while length <= len(text) // 4:
+            count = len(self._tokenizer(text[:length], add_special_tokens=False)["input_ids"])
+            if count > most + _TORN_TOKENS:
+                raise ContextLengthError(
+                    f"{field}: the model's context is {most} tokens, and the first {length} of the text's "
+                    f"{len(text)} characters alone are {count}",
+                    param=field,
+                )
+            length *= 2
 
     async def render_chat(
         self,

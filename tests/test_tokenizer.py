@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from server.demo.tour import MODEL_DIRECTORY
-from server.errors import InvalidRequestError
+from server.errors import ContextLengthError, InvalidRequestError
 from server.tokenizer import Tokenizer
 
 TEXT = "a lamp, café 日本 🙂"
@@ -65,6 +65,40 @@ async def test_the_embedded_model() -> None:
         ((*ids,),) = await tokenizer.encode([TEXT], add_special_tokens=False)
         assert b"".join(map(tokenizer.token_bytes, ids)) == TEXT.encode()
         assert tokenizer.token_bytes(10**6) == b""
+
+
+@pytest.mark.anyio
+async def test_a_text_far_over_the_context_is_refused_by_its_beginning(
+    byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    whole = byte_level._tokenizer
+
+    class Counting:
+        def __call__(self, texts: str | list[str], **options: bool) -> object:
+            encoded.extend(len(text) for text in ([texts] if isinstance(texts, str) else texts))
+            return whole(texts, **options)
+
+    monkeypatch.setattr(byte_level, "_tokenizer", Counting())
+    with pytest.raises(
+        ContextLengthError, match="input: .* first 984 of the text's 1000000 characters alone are 984"
+    ):
+        await byte_level.encode(["x" * 1_000_000], add_special_tokens=False, most=100, field="input")
+    assert encoded == [984]
+    # What may fit, or is hardly longer, is encoded once; whoever sets no limit gets all tokens.
+    for text, most in (("x" * 100, 100), ("x" * 3000, 100), ("x" * 100_000, None)):
+        encoded.clear()
+        (tokens,) = await byte_level.encode([text], add_special_tokens=False, most=most)
+        assert len(tokens) == len(text)
+        assert encoded == [len(text)]
+
+
+@pytest.mark.anyio
+async def test_a_long_text_of_few_tokens_is_encoded(byte_fallback: Tokenizer) -> None:
+    core = byte_fallback._tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Replace(Regex("b+"), "a")
+    (tokens,) = await byte_fallback.encode(["a" + "b" * 100_000], add_special_tokens=False, most=100)
+    assert len(tokens) == 2
 
 
 def test_what_clients_are_told_is_the_configuration_without_its_paths() -> None:

@@ -142,7 +142,9 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
         timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
         services.admission.check(caller_of(request).tenant, timeout, priority=body.priority)
         wanted = Wanted(
-            inputs=await tokenize_prompts(services.tokenizer, body.input, add_special_tokens=body.add_special_tokens),
+            inputs=await tokenize_prompts(
+                services, body.input, add_special_tokens=body.add_special_tokens, field="input"
+            ),
             labels=await _tokenize_labels(services, body.labels),
             task_id=body.task_id,
             priority=body.priority,

@@ -36,8 +36,20 @@ class Tokenizer(Protocol):
         """Whether the model came with a chat template."""
         ...
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Texts to token ids, off the event loop."""
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
+    ) -> list[list[int]]:
+        """Texts to token ids, off the event loop.
+
+        Args:
+            texts: What to encode.
+            add_special_tokens: Whether to add what the model expects around a text.
+            most: Tokens of a text beyond which it may be refused before all of it is encoded.
+            field: The request's field that the texts are from.
+
+        Raises:
+            ContextLengthError: If it was.
+        """
         ...
 
     async def render_chat(

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.callers import Caller, caller_of
-from server.api.deps import Services, ServicesDep, Tokenizer, require_json, require_ready
+from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.ensemble import targets_of
 from server.api.errors import ErrorReply, describe
@@ -122,12 +122,17 @@ class _Call:
 
 
 async def tokenize_prompts(
-    tokenizer: Tokenizer, prompts: list[str] | list[list[int]], *, add_special_tokens: bool
+    services: Services, prompts: list[str] | list[list[int]], *, add_special_tokens: bool, field: str = "prompt"
 ) -> list[list[int]]:
-    """The tokens of each prompt; those given as tokens are taken as they are."""
+    """The tokens of each prompt; those given as tokens are taken as they are.
+
+    Raises:
+        ContextLengthError: If a text is far over the context; the request's ``field`` is named.
+    """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts:
-        return await tokenizer.encode(texts, add_special_tokens=add_special_tokens)
+        most = services.engine.model.max_model_len
+        return await services.tokenizer.encode(texts, add_special_tokens=add_special_tokens, most=most, field=field)
     return [prompt for prompt in prompts if not isinstance(prompt, str)]
 
 
@@ -137,7 +142,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
     arrival = time.monotonic()
 
     async def tokenize() -> list[list[int]]:
-        return await tokenize_prompts(services.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
+        return await tokenize_prompts(services, body.prompt, add_special_tokens=body.add_special_tokens)
 
     record = begin_record(request, services, model=body.model_text, text=lambda: body.prompt)
     targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
@@ -196,7 +201,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
             # A forced call is one whether the model knows of the tools or not.
             needs_tools=body.constraint_field != "tools",
         )
-        return await services.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
+        return await tokenize_prompts(services, [text], add_special_tokens=body.add_special_tokens, field="messages")
 
     record = begin_record(
         request, services, model=body.model, text=lambda: [message.turn for message in body.messages]

@@ -49,7 +49,9 @@ class ByteTokenizer:
 
     has_chat_template = True
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
+    ) -> list[list[int]]:
         return [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
 
     shows_tools = True

@@ -196,7 +196,7 @@ async def test_labels_and_heads_exclude_each_other(client, engine, topics, senti
 async def test_labels_of_the_same_tokens_are_refused(client, tokenizer, monkeypatch):
     encode = tokenizer.encode
 
-    async def folded(texts, *, add_special_tokens):
+    async def folded(texts, *, add_special_tokens, **_limits):
         return await encode([text.lower().strip("?") for text in texts], add_special_tokens=add_special_tokens)
 
     monkeypatch.setattr(tokenizer, "encode", folded)

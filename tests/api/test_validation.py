@@ -6,6 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server.errors import ContextLengthError
+from tests.api.conftest import CONTEXT, ByteTokenizer
+
 pytestmark = pytest.mark.anyio
 
 
@@ -210,6 +213,25 @@ async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(client,
 async def test_no_room_for_one_token(client, store, max_tokens):
     error = await refused(client, {"prompt": "x" * 255, "max_tokens": max_tokens})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "text"),
+    [
+        ("/v1/completions", "prompt", "x"),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "x"}]),
+        ("/v1/classify", "input", "x"),
+    ],
+)
+async def test_the_tokenizer_is_told_the_context_and_the_field(client, monkeypatch, path, field, text):
+    async def refuse(_self, _texts, *, most, field, **_options):
+        raise ContextLengthError(f"{field}: far over {most} tokens", param=field)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", refuse)
+    extra = {"labels": ["a", "b"]} if field == "input" else {}
+    error = await refused(client, {"prompt": None, field: text} | extra, path)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", field)
+    assert error["message"] == f"{field}: far over {CONTEXT} tokens"
 
 
 HALF = "a\ud83d"
