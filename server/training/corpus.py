@@ -77,17 +77,23 @@ def load_corpus(settings: TrainSettings) -> Corpus:
     return Corpus(train, held_out, settings.data, digests, labels, num_tasks, tuple(warnings))
 
 
-def opening_text(corpus: Corpus, settings: TrainSettings) -> str:
-    """The text at which training begins: as given, else the description, else the labels named, else the data.
+def opening_text(corpus: Corpus, settings: TrainSettings) -> str | None:
+    """What the task is in words, at which training begins: as given, the description, or the labels named.
 
-    Lester et al. 2021 begin at the labels where there are some; Eyuboglu et al. 2025 at the opening of the corpus.
+    Lester et al. 2021 begin at the labels where there are some.
+
+    Returns:
+        None where nothing tells; ``opening_of_data`` then has to do.
     """
     if settings.init_text is not None:
         return settings.init_text
     if settings.description is not None:
         return settings.description
-    if corpus.labels:
-        return f"Classify the text as {_listed(corpus.labels)}."
+    return f"Classify the text as {_listed(corpus.labels)}." if corpus.labels else None
+
+
+def opening_of_data(corpus: Corpus) -> str:
+    """The beginning of the data as a text to begin at, as Eyuboglu et al. 2025 begin at that of the corpus."""
     return "\n".join(_text(example) for example in corpus.train[:64])
 
 

@@ -35,6 +35,9 @@ SAME_MODEL = 0.25
 """Mean nats a token by which the same weights may differ between two dtypes; other weights differ by whole nats."""
 
 _MAX_NAME = 128
+_MAX_TEXT_CHARS = 1000
+_MAX_LABEL_BYTES = 16 * 1024
+_MAX_RUN_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +126,20 @@ class Publication:
                 f"nats off in the mean of {self._noise.num_tokens} tokens"
             )
 
-    def tolerance(self, rounding: float) -> float:
-        """What one token may be off: as told, or by how exactly the server computes.
+    def tolerances(self, rounding: Difference) -> tuple[float, float | None]:
+        """What the worst token may be off, and what the tokens may be in the mean.
 
         Args:
-            rounding: What the bare model was off, or the soft prompt itself between dtypes, whichever is more.
+            rounding: What was seen of rounding: in the bare model on the server, or in the soft prompt here.
+
+        Returns:
+            As told, or by how exactly the server computes; there is no bound on the mean where one is enough.
         """
         if self._settings.golden_tolerance is not None:
-            return self._settings.golden_tolerance
-        return EXACT_TOLERANCE if rounding <= EXACT_TOLERANCE else ROUNDED_FACTOR * rounding
+            return self._settings.golden_tolerance, None
+        if rounding.largest <= EXACT_TOLERANCE:
+            return EXACT_TOLERANCE, None
+        return ROUNDED_FACTOR * rounding.largest, ROUNDED_FACTOR * rounding.mean
 
     def publish(self, model: Any, examples: Sequence[Encoded], result: dict[str, Any]) -> dict[str, Any]:
         """Check what was saved against PEFT, and make it the next version if it holds.
@@ -154,10 +162,11 @@ class Publication:
             for example, logprobs in zip(examples, reference, strict=True)
         ]
         self._directory.write("golden.json", golden)
-        rounding = self._noise.largest
-        if rounding > EXACT_TOLERANCE:
-            rounding = max(rounding, _rounding(model, examples, reference))
-        tolerance = self.tolerance(rounding)
+        rounding = self._noise
+        if rounding.largest > EXACT_TOLERANCE:
+            own = _rounding(model, examples, reference)
+            rounding = Difference(max(rounding.largest, own.largest), max(rounding.mean, own.mean), own.num_tokens)
+        tolerance, mean_tolerance = self.tolerances(rounding)
         settings, adapter = self._settings, self._directory.adapter
         try:
             staged, _ = self._client.push(adapter, name=self._staging, description="being checked by prelude train")
@@ -165,10 +174,12 @@ class Publication:
         finally:
             self._unstage()
         check = {
-            "is_passed": difference.largest <= tolerance,
+            "is_passed": difference.largest <= tolerance
+            and (mean_tolerance is None or difference.mean <= mean_tolerance),
             "largest_difference": difference.largest,
             "mean_difference": difference.mean,
             "tolerance": tolerance,
+            "mean_tolerance": mean_tolerance,
             "bare_difference": self._noise.largest,
             "texts": len(examples),
             "tokens": difference.num_tokens,
@@ -178,7 +189,8 @@ class Publication:
         if not check["is_passed"]:
             raise GoldenCheckError(
                 f"the golden check failed: a token's log-probability on the server is {difference.largest:.3g} nats "
-                f"from PEFT's, and {tolerance:.3g} is allowed. Nothing was published, and no alias was moved",
+                f"from PEFT's, and {tolerance:.3g} is allowed{_of_mean(difference.mean, mean_tolerance)}. "
+                "Nothing was published, and no alias was moved",
                 difference=difference.largest,
                 tolerance=tolerance,
             )
@@ -186,10 +198,10 @@ class Publication:
         metadata = {
             "golden_check": check,
             "training": {key: run[key] for key in ("digests", "rows", "learning_rate", "versions")}
-            | {key: result[key] for key in ("steps", "best_step", "init_text", "train_loss", "scores")}
-            | {"settings": _without_paths(run["settings"])},
+            | {key: result[key] for key in ("steps", "best_step", "train_loss", "scores")}
+            | {"init_text": _cut(result["init_text"]), "settings": _for_others(run["settings"])},
         }
-        if run["labels"]:
+        if run["labels"] and len(json.dumps(run["labels"])) <= _MAX_LABEL_BYTES:
             metadata["labels"] = run["labels"]
         version, _ = self._client.push(
             adapter,
@@ -207,15 +219,14 @@ class Publication:
         }
 
     def _difference(self, model: str, examples: Sequence[Encoded], ours: Sequence[Sequence[float]]) -> Difference:
-        offs: list[float] = []
-        for example, logprobs in zip(examples, ours, strict=True):
+        theirs: list[list[float]] = []
+        for example in examples:
             body: dict[str, Any] = {"model": model, "prompt": example.token_ids, "max_tokens": 0}
             body |= {"echo": True, "logprobs": 1, "temperature": 0}
             if example.task_id is not None:
                 body["task_id"] = example.task_id
-            theirs = self._client.complete(body)["choices"][0]["logprobs"]["token_logprobs"][1:]
-            offs += [abs(our - their) for our, their in zip(logprobs, theirs, strict=True)]
-        return Difference(max(offs), sum(offs) / len(offs), len(offs))
+            theirs.append(self._client.complete(body)["choices"][0]["logprobs"]["token_logprobs"][1:])
+        return _compared(ours, theirs)
 
     def _unstage(self) -> None:
         try:
@@ -225,21 +236,37 @@ class Publication:
                 raise
 
 
-def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[float]]) -> float:
+def _compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Difference:
+    offs = [
+        abs(our - their)
+        for one, other in zip(ours, theirs, strict=True)
+        for our, their in zip(one, other, strict=True)
+    ]
+    return Difference(max(offs), sum(offs) / len(offs), len(offs))
+
+
+def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[float]]) -> Difference:
     """How far this very soft prompt is off itself in bfloat16, in which a server that rounds may serve it.
 
     A soft prompt's rows are larger than a vocabulary's, and so is their rounding. The model is left in bfloat16.
     """
     model.to(torch.bfloat16)
-    rounded = [text_logprobs(model, example) for example in examples]
-    pairs = zip(reference, rounded, strict=True)
-    return max(abs(one - other) for ours, theirs in pairs for one, other in zip(ours, theirs, strict=True))
+    return _compared(reference, [text_logprobs(model, example) for example in examples])
 
 
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+def _of_mean(mean: float, tolerance: float | None) -> str:
+    return "" if tolerance is None else f"; in the mean it is {mean:.3g}, and {tolerance:.3g} is allowed"
+
+
+def _for_others(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as a catalog should have them: where files lay on this machine is nobody's business."""
-    hidden = {"data", "eval_data", "run_dir", "url", "resume", "push"}
+    hidden = {"data", "eval_data", "run_dir", "url", "resume", "push", "init_text", "description"}
     return {key: value for key, value in settings.items() if key not in hidden and value is not None}
+
+
+def _cut(text: str | None) -> str | None:
+    """A text that may be a whole corpus, short enough for a version's record."""
+    return text if text is None or len(text) <= _MAX_TEXT_CHARS else text[:_MAX_TEXT_CHARS] + "..."
 
 
 def _lineage(run: dict[str, Any], result: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
@@ -254,7 +281,7 @@ def _lineage(run: dict[str, Any], result: dict[str, Any], settings: TrainSetting
     if "trained_accuracy" in scores:
         scores |= {"accuracy": scores["trained_accuracy"], "loss": scores["trained_loss"]}
     return {
-        "training_run": settings.run_dir.name,
+        "training_run": settings.run_dir.resolve().name[:_MAX_RUN_CHARS] or settings.name,
         "dataset_digest": f"sha256:{run['digests']['data']}",
         "scores": scores,
     }

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 
 from server import demo
 from server.client import PreludeClient
-from server.training.corpus import Corpus, load_corpus, opening_text
+from server.training.corpus import Corpus, load_corpus, opening_of_data, opening_text
 from server.training.curves import draw_curves
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import SettingsError, TrainingError
@@ -119,114 +119,127 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
             "versions": library_versions(),
         }
         with directory.opened(record, resume=settings.resume):
-            run = _Run(settings, reporter, directory, corpus, tokenizer, path, encoded, held_out, publication)
-            return run.result()
+            return _Run(
+                settings=settings,
+                reporter=reporter,
+                directory=directory,
+                corpus=corpus,
+                tokenizer=tokenizer,
+                path=path,
+                train=encoded,
+                held_out=held_out,
+                publication=publication,
+            ).result()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """The part of a training for which a model is needed."""
+    """The part of a training for which a model is needed.
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        reporter: Reporter,
-        directory: RunDirectory,
-        corpus: Corpus,
-        tokenizer: Any,
-        path: str,
-        train: list[Encoded],
-        held_out: list[Encoded],
-        publication: Publication | None,
-    ) -> None:
-        self._settings = settings
-        self._reporter = reporter
-        self._directory = directory
-        self._corpus = corpus
-        self._tokenizer = tokenizer
-        self._path = path
-        self._train = train
-        self._held_out = held_out
-        self._publication = publication
-        self._pad_id = tokenizer.pad_token_id or 0
+    Attributes:
+        settings: What to do.
+        reporter: Where to say how it goes.
+        directory: Where everything is kept; taken already.
+        corpus: The data.
+        tokenizer: The model's.
+        path: Where the model is, or its hub id.
+        train: Rows to learn from, as tokens.
+        held_out: Rows to measure by, as tokens.
+        publication: The server to publish to, which was looked at; None without a push.
+    """
+
+    settings: TrainSettings
+    reporter: Reporter
+    directory: RunDirectory
+    corpus: Corpus
+    tokenizer: Any
+    path: str
+    train: list[Encoded]
+    held_out: list[Encoded]
+    publication: Publication | None
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
 
     def result(self) -> dict[str, Any]:
         """Train unless that was done before, then publish if that was asked for."""
         base = self._load_base()
-        golden = (self._held_out or self._train)[: self._settings.golden_prompts]
-        if self._publication is not None:
-            self._publication.check_base(base, golden)
-        result: dict[str, Any] | None = self._directory.read("result.json")
+        golden = (self.held_out or self.train)[: self.settings.golden_prompts]
+        if self.publication is not None:
+            self.publication.check_base(base, golden)
+        result: dict[str, Any] | None = self.directory.read("result.json")
         if result is None:
             result = self._trained(base)
-            self._directory.write("result.json", result)
+            self.directory.write("result.json", result)
         else:
-            self._reporter.say(f"{self._directory.path} is trained already")
-        if self._publication is not None:
-            reloaded = PeftModel.from_pretrained(base, str(self._directory.adapter))
-            result["published"] = self._publication.publish(reloaded, golden, result)
-            self._directory.write("result.json", result)
+            self.reporter.say(f"{self.directory.path} is trained already")
+        if self.publication is not None:
+            reloaded = PeftModel.from_pretrained(base, str(self.directory.adapter))
+            result["published"] = self.publication.publish(reloaded, golden, result)
+            self.directory.write("result.json", result)
         return result
 
     def _trained(self, base: Any) -> dict[str, Any]:
-        settings, started = self._settings, time.monotonic()
+        settings, started = self.settings, time.monotonic()
         bare = self._score(base, is_bare=True)
         set_seed(settings.seed)
-        text = opening_text(self._corpus, settings)
+        told = opening_text(self.corpus, settings) if settings.method.starts_from_text else None
         model = make_soft_prompt(
             base,
-            self._tokenizer,
+            self.tokenizer,
             settings,
-            text=text,
-            context=_context(self._train, self._corpus),
-            num_tasks=self._corpus.num_tasks,
+            text=told or opening_of_data(self.corpus),
+            context=_context(self.train, self.corpus),
+            num_tasks=self.corpus.num_tasks,
         )
         untrained = self._score(model)
         width_norm = base.get_input_embeddings().weight.detach().float().norm(dim=-1).mean()
         trainer = SoftPromptTrainer(
             model,
-            train=self._train,
-            held_out=self._held_out,
+            train=self.train,
+            held_out=self.held_out,
             settings=settings,
-            directory=self._directory,
+            directory=self.directory,
             pad_id=self._pad_id,
             untrained=untrained,
-            tell=self._reporter.tell,
-            warn=self._reporter.warn,
+            tell=self.reporter.tell,
+            warn=self.reporter.warn,
             vocabulary_norm=None if settings.method.is_key_values else float(width_norm),
         )
-        checkpoint = self._directory.newest_checkpoint() if settings.resume else None
+        checkpoint = self.directory.newest_checkpoint() if settings.resume else None
         if checkpoint is not None:
-            self._reporter.say(f"going on from {checkpoint.name}")
+            self.reporter.say(f"going on from {checkpoint.name}")
         elif settings.resume:
-            self._directory.cut_records(0)
+            self.directory.cut_records(0)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         best = trainer.best
         if best is not None:
             restore(model, best.state)
             if best.step == 0:
-                self._reporter.warn(
+                self.reporter.warn(
                     "no gain over the untrained prompt: what was saved is where training began. Try another "
                     "--learning-rate, more steps or more data"
                 )
         base_name = self._base_name()
-        save_adapter(model, self._directory.adapter, base_name=base_name)
+        save_adapter(model, self.directory.adapter, base_name=base_name, keeps_text=told is not None)
         draw = draw_curves(
-            self._directory.records(), self._directory.curves, title=f"{settings.name}: {settings.method}"
+            self.directory.records(), self.directory.curves, title=f"{settings.name}: {settings.method}"
         )
         if not draw:
-            self._reporter.say("no curves.png: matplotlib is not installed")
+            self.reporter.say("no curves.png: matplotlib is not installed")
         model.eval()
-        trained = self._score(PeftModel.from_pretrained(model.get_base_model(), str(self._directory.adapter)))
+        trained = self._score(PeftModel.from_pretrained(model.get_base_model(), str(self.directory.adapter)))
         return {
             "name": settings.name,
             "method": settings.method,
-            "adapter": str(self._directory.adapter),
+            "adapter": str(self.directory.adapter),
             "base_model": base_name,
             "learning_rate": settings.rate,
-            "init_text": text if settings.method.starts_from_text else None,
+            "init_text": told,
             "steps": trainer.state.global_step,
             "best_step": None if best is None else best.step,
-            "train_loss": _last_loss(self._directory),
+            "train_loss": _last_loss(self.directory),
             "seconds": round(time.monotonic() - started, 1),
             "scores": {
                 name: None if scores is None else asdict(scores)
@@ -235,28 +248,28 @@ class _Run:
         }
 
     def _score(self, model: Any, *, is_bare: bool = False) -> Scores | None:
-        if not self._held_out:
+        if not self.held_out:
             return None
         # A bare model knows of no tasks, and not every one ignores what it does not know.
-        examples = [replace(example, task_id=None) for example in self._held_out] if is_bare else self._held_out
-        return score(model, examples, batch_size=self._settings.batch_size, pad_id=self._pad_id)
+        examples = [replace(example, task_id=None) for example in self.held_out] if is_bare else self.held_out
+        return score(model, examples, batch_size=self.settings.batch_size, pad_id=self._pad_id)
 
     def _base_name(self) -> str:
-        if self._settings.base_name is not None:
-            return self._settings.base_name
-        if self._publication is not None:
-            return self._publication.base_name
-        return DEMO_NAME if self._settings.model == DEMO else self._settings.model
+        if self.settings.base_name is not None:
+            return self.settings.base_name
+        if self.publication is not None:
+            return self.publication.base_name
+        return DEMO_NAME if self.settings.model == DEMO else self.settings.model
 
     def _load_base(self) -> Any:
-        device = _device(self._settings)
-        dtype = _dtype(self._settings, device)
+        device = _device(self.settings)
+        dtype = _dtype(self.settings, device)
         try:
             base: Any = AutoModelForCausalLM.from_pretrained(
-                self._path, revision=self._settings.revision, dtype=dtype, trust_remote_code=False
+                self.path, revision=self.settings.revision, dtype=dtype, trust_remote_code=False
             )
         except (OSError, ValueError, ImportError) as error:
-            raise TrainingError(f"the model {self._path!r} cannot be loaded: {error}") from error
+            raise TrainingError(f"the model {self.path!r} cannot be loaded: {error}") from error
         return base.to(device)
 
 

@@ -84,7 +84,12 @@ class RunDirectory:
                         f"{self.path} is not empty: choose another --run-dir, or go on with its run by --resume"
                     )
                 self.write("settings.json", settings)
-            yield
+            try:
+                yield
+            except BaseException:
+                if not resume and not self.metrics.exists():
+                    (self.path / "settings.json").unlink()  # not a step was done: the same command may come again
+                raise
         finally:
             os.close(lock)
 

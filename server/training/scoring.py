@@ -7,6 +7,7 @@ the logits after all of these. The end-of-sequence token counts as one of the co
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,24 @@ class Scores:
     accuracy: float
 
 
-def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+def keeps_logits(model: Any) -> bool:
+    """Whether a model can leave out the logits that nobody asks for."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def collate(examples: Sequence[Encoded], pad_id: int, *, keeps_logits: bool = False) -> dict[str, Any]:
     """A batch, padded on the right: pads between a soft prompt and its text would move the text.
 
+    Args:
+        examples: At least one.
+        pad_id: What fills rows; it is never attended to.
+        keeps_logits: Whether the model shall compute logits only from where the first completion begins: of a large
+            vocabulary they take more memory than all else.
+
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` [batch, longest], and ``task_ids`` [batch] where there are
-        tasks. Labels are those of the completion; all others are ignored.
+        ``input_ids``, ``attention_mask`` and ``labels`` [batch, longest], ``task_ids`` [batch] where there are tasks,
+        and ``logits_to_keep`` if that is wanted. Labels are those of the completion; all others are ignored.
     """
     width = max(len(example.token_ids) for example in examples)
     ids = torch.full((len(examples), width), pad_id)
@@ -51,6 +64,9 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if examples[0].task_id is not None:
         batch["task_ids"] = torch.tensor([example.task_id for example in examples])
+    if keeps_logits:
+        first = max(1, min(len(example.prompt_ids) for example in examples))
+        return {**batch, "logits_to_keep": width - first + 1}
     return batch
 
 
@@ -81,11 +97,12 @@ def score(model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_id: i
     was_training = model.training
     model.eval()
     loss, num_tokens, num_right = 0.0, 0, 0
+    keeps = keeps_logits(model)
     try:
         for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size], pad_id)
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            labels = batch.pop("labels")
+            batch = collate(examples[start : start + batch_size], pad_id, keeps_logits=keeps)
+            labels = batch.pop("labels").to(model.device)
+            batch = {key: value if isinstance(value, int) else value.to(model.device) for key, value in batch.items()}
             logits, targets = _aligned(model(**batch), labels)
             counted = targets != IGNORED
             loss += float(
@@ -121,6 +138,6 @@ def text_logprobs(model: Any, example: Encoded) -> list[float]:
 
 
 def _aligned(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits that foretell each label but the first; rows of virtual tokens are left out."""
+    """The logits that foretell labels, and these; rows of virtual tokens, and of those before, are left out."""
     logits = outputs.logits[:, -labels.shape[1] :]
-    return logits[:, :-1], labels[:, 1:]
+    return logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :]

@@ -16,6 +16,9 @@ Monitor = Literal["loss", "accuracy"]
 DEFAULT_ALIAS = "candidate"
 """The alias that a push moves: what was just trained has to prove itself before it is ``latest``."""
 
+MAX_DESCRIPTION_CHARS = 4096
+"""What the server takes; it should not be refused when all is done."""
+
 NOT_OF_THE_RESULT = frozenset({"run_dir", "resume", "push", "url", "alias", "golden_prompts", "golden_tolerance"})
 """Settings that change nothing about what is trained: a run may be resumed with others."""
 
@@ -187,6 +190,10 @@ class TrainSettings:
             )
         if self.init_text is not None and not self.method.starts_from_text:
             raise SettingsError(f"init_text: {self.method} cannot begin at a text: it trains a network's weights")
+        if self.description is not None and len(self.description) > MAX_DESCRIPTION_CHARS:
+            raise SettingsError(
+                f"description has {len(self.description)} characters; at most {MAX_DESCRIPTION_CHARS}"
+            )
         if self.init_text is not None and not self.init_text.strip():
             raise SettingsError("init_text is empty")
 

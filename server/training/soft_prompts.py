@@ -101,13 +101,15 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
+def save_adapter(model: PeftModel, folder: Path, *, base_name: str, keeps_text: bool) -> None:
     """Write PEFT's own two files, ready for an upload.
 
     Args:
         model: The trained model.
         folder: Where to.
         base_name: What the configuration calls the base; PEFT would write the path that it was loaded from.
+        keeps_text: Whether the text that training began at may stand in the configuration, where PEFT writes it.
+            A piece of the training data may not: whoever may read the soft prompt need not read that.
     """
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
@@ -116,6 +118,8 @@ def save_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
     config["base_model_name_or_path"] = base_name
     if config.get("tokenizer_name_or_path"):
         config["tokenizer_name_or_path"] = base_name
+    if config.get("prompt_tuning_init_text") and not keeps_text:
+        config |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from server.training.encoding import Encoded
 from server.training.errors import InstabilityError
 from server.training.run_directory import RunDirectory
-from server.training.scoring import Scores, collate, completion_loss, score
+from server.training.scoring import Scores, collate, completion_loss, keeps_logits, score
 from server.training.settings import TrainSettings
 from server.training.soft_prompts import load_state, mean_norm, restore, save_state, state_of
 
@@ -112,13 +112,14 @@ class SoftPromptTrainer(Trainer):
         self.settings = settings
         self.directory = directory
         self.pad_id = pad_id
+        keeps = keeps_logits(model)
         arguments = _arguments(settings, directory, num_examples=len(train), evaluates=bool(held_out))
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=list(train),
             eval_dataset=list(held_out) or None,
-            data_collator=lambda examples: collate(examples, pad_id),
+            data_collator=lambda examples: collate(examples, pad_id, keeps_logits=keeps),
             compute_loss_func=completion_loss,
             callbacks=[_Watcher(self, tell, warn, vocabulary_norm)],
         )
@@ -199,12 +200,18 @@ class _Watcher(TrainerCallback):
                 f"step {state.global_step}: the soft prompt's mean norm is {norm:.3g} and began at {self._norm:.3g}: "
                 "it blows up. Lower --learning-rate"
             )
-        since = sum(
-            "eval_loss" in entry and entry["step"] > (trainer.best.step if trainer.best else 0)
-            for entry in trainer.directory.records()
-        )
-        if trainer.settings.patience and since >= trainer.settings.patience:
-            control.should_training_stop = True
+        control.should_training_stop = control.should_training_stop or self._is_out_of_patience()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A run that was killed after it had decided to stop shall not decide anew.
+        control.should_training_stop = self._is_out_of_patience()
+
+    def _is_out_of_patience(self) -> bool:
+        best, patience = self._trainer.best, self._trainer.settings.patience
+        if not patience or best is None:
+            return False
+        at: list[int] = [entry["step"] for entry in self._trainer.directory.records() if "eval_loss" in entry]
+        return sum(step > best.step for step in at) >= patience
 
 
 def num_steps(settings: TrainSettings, num_examples: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.datasets import DatasetError
-from server.training.corpus import load_corpus, opening_text
+from server.training.corpus import load_corpus, opening_of_data, opening_text
 from server.training.settings import Method
 from tests.training.conftest import rows, write_rows
 
@@ -77,9 +77,12 @@ def test_held_out_tasks_have_to_be_trained_ones(settings, tmp_path):
 
 
 def test_training_begins_at_what_is_known_of_the_task(settings, tmp_path):
-    def begins(**changes) -> str:
+    def begins(**changes) -> str | None:
         made = settings(**changes)
         return opening_text(load_corpus(made), made)
+
+    def data_begins(data) -> str:
+        return opening_of_data(load_corpus(settings(data=data)))
 
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "one ", "completion": "two"}] * 2)
     chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
@@ -87,5 +90,6 @@ def test_training_begins_at_what_is_known_of_the_task(settings, tmp_path):
     assert begins(init_text="here", description="there") == "here"
     assert begins(description="there") == "there"
     assert begins() == "Classify the text as call, delivery, great or support."
-    assert begins(data=pairs) == "one two\none two"
-    assert begins(data=write_rows(tmp_path / "chats.jsonl", chats)) == "hi\nho"
+    assert begins(data=pairs) is None
+    assert data_begins(pairs) == "one two\none two"
+    assert data_begins(write_rows(tmp_path / "chats.jsonl", chats)) == "hi\nho"

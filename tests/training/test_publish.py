@@ -112,6 +112,18 @@ def test_lineage_and_the_check_are_in_the_catalog(push, server, data, tmp_path):
     assert server.get("/v1/prompts/lineage").json()["aliases"].get("canary") == 1
 
 
+def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(push, server, tmp_path):
+    many = [{"text": f"number {place}", "label": f"{place}" + "x" * 50} for place in range(400)]
+    result = push(
+        "--id", "many", "--data", str(write_rows(tmp_path / "m.jsonl", many)), "--init-text", "one " * 30000
+    )
+
+    assert result.exit_code == 0, result.output
+    metadata = server.get("/v1/prompts/many/versions/1").json()["metadata"]
+    assert len(metadata["training"]["init_text"]) == 1003
+    assert "labels" not in metadata
+
+
 def test_a_failing_check_publishes_nothing_and_says_how_far_off(push, server, monkeypatch, tmp_path):
     own = publish.text_logprobs
 
@@ -257,13 +269,36 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
 
 
 @pytest.mark.parametrize(
-    ("noise", "given", "tolerance"),
-    [(1e-5, None, 1e-3), (1e-3, None, 1e-3), (0.05, None, 0.2), (0.05, 0.01, 0.01), (1e-5, 0.0, 0.0)],
+    ("noise", "given", "tolerances"),
+    [
+        (1e-5, None, (1e-3, None)),
+        (1e-3, None, (1e-3, None)),
+        (0.05, None, (0.2, 0.02)),
+        (0.05, 0.01, (0.01, None)),
+        (1e-5, 0.0, (0.0, None)),
+    ],
 )
-def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerance):
+def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerances):
     publication = Publication(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
 
-    assert publication.tolerance(noise) == pytest.approx(tolerance)
+    assert publication.tolerances(Difference(noise, noise / 10, 9)) == pytest.approx(tolerances)
+
+
+def test_a_server_that_rounds_is_held_to_the_mean_too(settings, monkeypatch, tmp_path):
+    client = SimpleNamespace(
+        push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
+        remove=lambda name: None,
+        complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
+    )
+    monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.1, -3.6])
+    monkeypatch.setattr(publish, "_rounding", lambda *_: Difference(0.05, 0.01, 2))
+    publication = Publication(client, settings(), RunDirectory(tmp_path))
+    publication._noise = Difference(0.04, 0.02, 2)
+
+    with pytest.raises(
+        GoldenCheckError, match=r"0.1 nats from PEFT's, and 0.2 is allowed; in the mean it is 0.1, and"
+    ):
+        publication.publish(None, [Encoded([1, 2], [0])], {})
 
 
 def test_the_rounding_is_that_of_the_soft_prompt_itself(settings, base, tokenizer):
@@ -275,7 +310,7 @@ def test_the_rounding_is_that_of_the_soft_prompt_itself(settings, base, tokenize
 
     rounding = publish._rounding(model, examples, reference)
 
-    assert 1e-3 < rounding < 5.0
+    assert 1e-3 < rounding.mean < rounding.largest < 5.0
     assert model.prompt_encoder["default"].embedding.weight.dtype == torch.bfloat16
 
 

@@ -277,6 +277,19 @@ def test_resuming_without_a_checkpoint_begins_again(settings, trained, tmp_path)
     assert [entry["step"] for entry in directory.records() if "loss" in entry] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.0, "max_steps": 40, "patience": 2}])
+def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(settings, trained, tmp_path, changes):
+    whole = trained(settings(**changes))
+    (tmp_path / "run" / "result.json").unlink()
+
+    resumed = trained(settings(**changes, resume=True))
+
+    assert resumed["scores"] == whole["scores"]
+    assert resumed["best_step"] == whole["best_step"]
+    assert whole["steps"] == 4
+    assert whole["steps"] <= resumed["steps"] <= whole["steps"] + 1
+
+
 def test_a_run_that_is_done_is_not_done_again(settings, trained, heard):
     first = trained(settings())
     again = trained(settings(resume=True))
@@ -326,8 +339,9 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
     with pytest.raises(TrainingError, match="cannot be loaded"):
         trained(settings(model=str(tmp_path)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SettingsError, match="there is no CUDA device"):
-        trained(settings(device="cuda"))
+    for _ in range(2):  # what failed before the first step leaves the directory free
+        with pytest.raises(SettingsError, match="there is no CUDA device"):
+            trained(settings(device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -338,6 +352,7 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
         ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "does not go with p_tuning_v2"),
         ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot begin at a text"),
         ({"init_text": "  "}, "init_text is empty"),
+        ({"description": "a" * 5000}, "description has 5000 characters"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, trained, changes, reason):

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from server.training.encoding import Encoded
-from server.training.scoring import collate, completion_loss, score, text_logprobs
+from server.training.scoring import collate, completion_loss, keeps_logits, score, text_logprobs
 from server.training.settings import DEFAULTS, Method
 from server.training.soft_prompts import (
     load_state,
@@ -79,7 +79,7 @@ def test_each_method_learns_and_is_kept_whole(make, method, tmp_path, base, tiny
     restore(model, load_state(tmp_path / "state.safetensors"))
     assert text_logprobs(model, example_for(method)) == before
 
-    save_adapter(model, tmp_path / "adapter", base_name="some-base")
+    save_adapter(model, tmp_path / "adapter", base_name="some-base", keeps_text=True)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["num_virtual_tokens"]) == (PEFT_TYPES[method], 4)
     assert config["base_model_name_or_path"] == "some-base"
@@ -117,6 +117,16 @@ def test_keys_and_values_begin_at_the_texts_own(make, method, base, tokenizer):
     in_words = text_logprobs(base, Encoded(ids + example.prompt_ids, example.completion_ids))
 
     assert text_logprobs(make(method, num_virtual_tokens=7), example) == pytest.approx(in_words[7:], abs=1e-4)
+
+
+def test_a_text_that_is_of_the_data_is_not_saved(make, tmp_path, base):
+    model = make(Method.PROMPT_TUNING)
+    save_adapter(model, tmp_path, base_name="b", keeps_text=False)
+
+    assert "Route" not in (tmp_path / "adapter_config.json").read_text()
+    reloaded = PeftModel.from_pretrained(base, str(tmp_path))
+    example = example_for(Method.PROMPT_TUNING)
+    assert text_logprobs(reloaded, example) == pytest.approx(text_logprobs(model, example), abs=1e-6)
 
 
 def test_the_first_rows_of_a_cartridge_stay(make):
@@ -195,6 +205,23 @@ def test_a_batch_is_padded_on_the_right_and_labels_the_completion_alone():
     assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, 0], [-100, 4, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     assert batch["task_ids"].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("method", Method)
+def test_logits_that_nobody_asks_for_change_nothing_and_are_left_out(make, method):
+    model = make(method).eval()
+    task = 1 if method is Method.MULTITASK else None
+    examples = [Encoded([31, 32, 33, 35, 36], [34, 0], task), Encoded([41, 42, 43], [44], task)]
+    found = []
+    for keeps in (False, True):
+        batch = collate(examples, 1, keeps_logits=keeps)
+        labels = batch.pop("labels")
+        outputs = model(**batch)
+        found.append(float(completion_loss(outputs, labels).detach()))
+
+    assert keeps_logits(model)
+    assert outputs.logits.shape[1] == 5  # of the seven tokens, those from the last of the shorter prompt
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_the_loss_of_accumulated_batches_is_that_of_one(make):

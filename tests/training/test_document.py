@@ -1,0 +1,42 @@
+"""docs/training.md says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from server.training.run_directory import RunDirectory
+from server.training.settings import DEFAULTS, Method, TrainSettings
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+
+
+def test_each_method_stands_there_with_its_rate():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\de-\d) \| `(\w+)`", DOCUMENT, re.MULTILINE)
+
+    assert [(name, float(rate)) for name, rate, _ in rows] == [
+        (method.value, DEFAULTS[method].learning_rate) for method in Method
+    ]
+
+
+def test_methods_that_begin_at_chance_are_those_without_a_text():
+    chance = re.findall(r"^\| `(\w+)` \|[^|]*\| chance \|", DOCUMENT, re.MULTILINE)
+
+    assert chance == [method.value for method in Method if not method.starts_from_text]
+
+
+def test_the_files_of_a_run_are_told(settings, trained, tmp_path, curves):
+    trained(settings())
+    written = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
+    table = DOCUMENT.split("## The run directory")[1].split("\n## ")[0]
+
+    assert {name.rstrip("/") for name in re.findall(r"`([\w.]+/?)`", table)} >= written
+    assert RunDirectory(tmp_path / "run").adapter.name in written
+
+
+def test_defaults_that_are_named_are_the_codes():
+    defaults = TrainSettings(model="m", data=Path("d"), name="n")
+
+    assert f"`--alias`\n(`{defaults.alias}`)" in DOCUMENT
+    assert defaults.eval_fraction == 0.1
+    assert "a tenth of the rows (`--eval-fraction`" in DOCUMENT
