@@ -18,7 +18,6 @@ import asyncio
 import json
 import os
 import random
-import resource
 import signal
 import statistics
 import subprocess
@@ -87,9 +86,8 @@ def compare(folder: Path, url: str, args: argparse.Namespace) -> None:
     for number in range(args.rounds + 1):
         source = folder / f"in-{number}.jsonl"
         write_rows(source, args.rows, number)
-        rates, costs = {}, {}
+        rates = {}
         for which in ("bulk", "load") if number % 2 else ("load", "bulk"):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             if which == "bulk":
                 run = subprocess.run(
                     command(source, folder / f"out-{number}.jsonl", url, args.kind), capture_output=True, check=True
@@ -99,12 +97,10 @@ def compare(folder: Path, url: str, args: argparse.Namespace) -> None:
                 own = [sys.executable, "-m", "benchmarks.bulk", "--load", str(source), "--url", url]
                 own += ["--kind", args.kind]
                 rates[which] = float(subprocess.run(own, capture_output=True, check=True, text=True).stdout)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            costs[which] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         if number:  # the first warms up
             ratios.append(rates["bulk"] / rates["load"])
             both = f"bulk {rates['bulk']:.1f} rows/s, load {rates['load']:.1f} rows/s"
-            print(f"{both}, ratio {ratios[-1]:.3f}; CPU {costs['bulk']:.2f} s and {costs['load']:.2f} s", flush=True)
+            print(f"{both}, ratio {ratios[-1]:.3f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})", flush=True)
 
 
