@@ -15,17 +15,18 @@ import logging
 import sys
 import textwrap
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 from server.engine import row_kernels
 from server.engine.attention import AttentionBackend, AttentionCall, no_mask
-from server.engine.compiled import elements
+from server.engine.compiled import Elements, elements
 from server.engine.packed_linear import PackedLinear, stacked
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,13 @@ class FusedRMSNorm(nn.Module):
         """[..., width] to the same."""
         rows = rows.contiguous()
         out = torch.empty_like(rows)
-        width = rows.shape[-1]
-        row_kernels.rms_norm(
-            elements(rows).reshape(-1, width),
-            self.factors,
-            self.eps,
-            self.rounds_first,
-            elements(out).reshape(-1, width),
-        )
+        row_kernels.rms_norm(_flat(rows), self.factors, self.eps, self.rounds_first, _flat(out))
+        return out
+
+    def add_and_norm(self, rows: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Add rows to ``total``, in place, and return its norm; all are [..., width], contiguous."""
+        out = torch.empty_like(total)
+        row_kernels.add_and_norm(_flat(rows), _flat(total), self.factors, self.eps, self.rounds_first, _flat(out))
         return out
 
 
@@ -89,9 +89,7 @@ class FusedMLP(nn.Module):
         projected = self.gate_up_proj(rows)
         width = projected.shape[-1]
         out = projected.new_empty(*projected.shape[:-1], width // 2)
-        row_kernels.gate(
-            elements(projected).reshape(-1, width), self._activation, elements(out).reshape(-1, width // 2)
-        )
+        row_kernels.gate(_flat(projected), self._activation, _flat(out))
         down: torch.Tensor = self.down_proj(out)
         return down
 
@@ -153,6 +151,15 @@ class FusedAttention(nn.Module):
         return out, None
 
 
+def _forward_layer(self: Any, hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
+    """Llama's decoder layer, [1, rows, hidden] to the same, with sums written over what was made to be added."""
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **others)
+    normed = self.post_attention_layernorm.add_and_norm(hidden_states, attended)
+    out: torch.Tensor = self.mlp(normed)
+    row_kernels.add(_flat(attended), _flat(out))
+    return out
+
+
 def fuse_layers(model: PreTrainedModel) -> int:
     """Replace what can be replaced; returns the number of modules.
 
@@ -166,7 +173,8 @@ def fuse_layers(model: PreTrainedModel) -> int:
         return 0
     replaced = _replace(model, _fused_norm) + _replace(model, _fused_mlp)
     calls = _recorded_calls(model)
-    return replaced + _replace(model, lambda module: _fused_attention(module, calls))
+    replaced += _replace(model, lambda module: _fused_attention(module, calls))
+    return replaced + sum(_fuse_sums(module) for module in model.modules())
 
 
 def bind(model: nn.Module, backend: AttentionBackend) -> None:
@@ -245,6 +253,29 @@ def _fused_attention(module: Any, calls: dict[int, AttentionCall]) -> nn.Module 
     if _code(type(module)) != _code(LlamaAttention):
         return None
     return FusedAttention(module, calls[id(module)])
+
+
+def _fuse_sums(module: Any) -> bool:
+    """Give a decoder layer of Llama's code another forward pass; the rest of it stays."""
+    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+    if {name for name, _ in module.named_children()} != parts:
+        return False
+    norms = (module.input_layernorm, module.post_attention_layernorm)
+    # What these give is theirs alone, so that sums may be written over it.
+    own = (*norms, module.self_attn, module.mlp)
+    kinds = (FusedRMSNorm, FusedRMSNorm, FusedAttention, FusedMLP)
+    if not all(isinstance(part, kind) for part, kind in zip(own, kinds, strict=True)):
+        return False
+    if _code(type(module)) != _code(LlamaDecoderLayer):
+        return False
+    module.forward = MethodType(_forward_layer, module)
+    return True
+
+
+def _flat(rows: torch.Tensor) -> Elements:
+    """[..., width] as [rows, width]."""
+    flat: Elements = elements(rows).reshape(-1, rows.shape[-1])
+    return flat
 
 
 def _are_plain(module: nn.Module, *names: str) -> bool:

@@ -40,6 +40,29 @@ def rms_norm(rows: Elements, weight: Weights, eps: float, rounds_first: bool, ou
     kernel(rows, weight, np.float32(eps), rounds_first, out)
 
 
+def add(rows: Elements, out: Elements) -> None:
+    """Add rows to ``out``; both are [rows, width]."""
+    kernel = _add_serially if rows.size <= SERIAL_ELEMENTS else _add_in_parallel
+    kernel(rows, out)
+
+
+def add_and_norm(
+    rows: Elements, total: Elements, weight: Weights, eps: float, rounds_first: bool, out: Elements
+) -> None:
+    """Add rows to ``total``, and write the norm of that to ``out``.
+
+    Args:
+        rows: [rows, width].
+        total: [rows, width], what the rows are added to.
+        weight: As in ``rms_norm``; so are the rest.
+        eps: Likewise.
+        rounds_first: Likewise.
+        out: Likewise.
+    """
+    kernel = _add_and_norm_serially if rows.size <= SERIAL_ELEMENTS else _add_and_norm_in_parallel
+    kernel(rows, total, weight, np.float32(eps), rounds_first, out)
+
+
 def gate(gates_and_ups: Elements, activation: int, out: Elements) -> None:
     """Activated gates times the ups beside them.
 
@@ -84,7 +107,7 @@ def rotate_and_store(
     largest = _LARGEST[projected.dtype.name]
     kernel(
         projected, cos, sin, slots, query_weight, key_weight, np.float32(eps), rounds_first, largest,
-        query, keys, values,
+        query.reshape(len(query), -1), keys.reshape(len(keys), -1), values.reshape(len(values), -1),
     )  # fmt: skip
 
 
@@ -97,6 +120,8 @@ def compile_for(dtype: npt.DTypeLike) -> None:
     for num_rows in (1, SERIAL_ELEMENTS + 1):
         rows, weight = np.zeros((num_rows, 2), dtype), np.ones(2, np.float32)
         rms_norm(rows, weight, 1e-6, True, np.empty_like(rows))
+        add_and_norm(rows, rows.copy(), weight, 1e-6, True, np.empty_like(rows))
+        add(rows, rows.copy())
         gate(rows, SILU, np.empty((num_rows, 1), dtype))
         projected, slots = np.zeros((num_rows, 6), dtype), np.zeros(num_rows, np.int64)
         cache = np.zeros((1, 1, 2), dtype)
@@ -134,6 +159,38 @@ def _norm_in_parallel(rows, weight, eps, rounds_first, out):  # type: ignore[no-
 
 
 @compiled()
+def _add_row(row, out):  # type: ignore[no-untyped-def]
+    for index in range(row.shape[0]):
+        out[index] = element_of(float32_of(row[index]) + float32_of(out[index]), out)
+
+
+@compiled()
+def _add_serially(rows, out):  # type: ignore[no-untyped-def]
+    for row in range(rows.shape[0]):
+        _add_row(rows[row], out[row])
+
+
+@compiled(parallel=True)
+def _add_in_parallel(rows, out):  # type: ignore[no-untyped-def]
+    for row in prange(rows.shape[0]):
+        _add_row(rows[row], out[row])
+
+
+@compiled()
+def _add_and_norm_serially(rows, total, weight, eps, rounds_first, out):  # type: ignore[no-untyped-def]
+    for row in range(rows.shape[0]):
+        _add_row(rows[row], total[row])
+        _norm_row(total[row], weight, eps, rounds_first, out[row])
+
+
+@compiled(parallel=True)
+def _add_and_norm_in_parallel(rows, total, weight, eps, rounds_first, out):  # type: ignore[no-untyped-def]
+    for row in prange(rows.shape[0]):
+        _add_row(rows[row], total[row])
+        _norm_row(total[row], weight, eps, rounds_first, out[row])
+
+
+@compiled()
 def _gate_row(row, activation, out):  # type: ignore[no-untyped-def]
     width = out.shape[0]
     gates, ups = row[:width], row[width:]
@@ -168,20 +225,19 @@ def _rotate_row(  # type: ignore[no-untyped-def]
     projected, cos, sin, query_weight, key_weight, eps, rounds_first, largest, own, query, key, value
 ):
     """One row; ``own`` is room for its queries and keys, then its cosines, then its sines, in float32."""
-    num_heads, width = query.shape
-    num_turned = (num_heads + key.shape[0]) * width
+    width, num_queries = cos.shape[0], query.shape[0]
+    num_turned = num_queries + key.shape[0]
     half, whole = width // 2, width // 2 // LANES * LANES
     own_cos, own_sin = own[num_turned : num_turned + width], own[num_turned + width :]
     for index in range(num_turned):
         own[index] = float32_of(projected[index])
     for index in range(width):
         own_cos[index], own_sin[index] = float32_of(cos[index]), float32_of(sin[index])
-    for head in range(num_heads + key.shape[0]):
-        at = head * width
-        weight = query_weight if head < num_heads else key_weight
+    for at in range(0, num_turned, width):
+        weight = query_weight if at < num_queries else key_weight
         if weight.shape[0]:
             # The result is rounded, and so it can wait in the array that it ends up in.
-            normed = query[head] if head < num_heads else key[head - num_heads]
+            normed = query[at : at + width] if at < num_queries else key[at - num_queries : at - num_queries + width]
             _norm_row(projected[at : at + width], weight, eps, rounds_first, normed)
             for index in range(width):
                 own[at + index] = float32_of(normed[index])
@@ -190,13 +246,11 @@ def _rotate_row(  # type: ignore[no-untyped-def]
             x, y = own[at + low], own[at + half + low]
             own[at + low] = x * own_cos[low] - y * own_sin[low]
             own[at + half + low] = y * own_cos[half + low] + x * own_sin[half + low]
-    flat_query, flat_key, flat_value = query.reshape(-1), key.reshape(-1), value.reshape(-1)
-    for index in range(num_heads * width):
-        flat_query[index] = element_of(own[index], flat_query)
-    for index in range(flat_key.shape[0]):
-        flat_key[index] = element_of(_finite(own[num_heads * width + index], largest), flat_key)
-    for index in range(flat_value.shape[0]):
-        flat_value[index] = element_of(_finite(float32_of(projected[num_turned + index]), largest), flat_value)
+    for index in range(num_queries):
+        query[index] = element_of(own[index], query)
+    for index in range(key.shape[0]):
+        key[index] = element_of(_finite(own[num_queries + index], largest), key)
+        value[index] = element_of(_finite(float32_of(projected[num_turned + index]), largest), value)
 
 
 @compiled()
@@ -210,7 +264,7 @@ def _finite(x, largest):  # type: ignore[no-untyped-def]
 def _rotate_serially(  # type: ignore[no-untyped-def]
     projected, cos, sin, slots, query_weight, key_weight, eps, rounds_first, largest, query, keys, values
 ):
-    own = np.empty(projected.shape[1] + 2 * query.shape[2], np.float32)
+    own = np.empty(query.shape[1] + keys.shape[1] + 2 * cos.shape[1], np.float32)
     for row in range(projected.shape[0]):
         slot = slots[row]
         _rotate_row(
@@ -225,7 +279,7 @@ def _rotate_in_parallel(  # type: ignore[no-untyped-def]
 ):
     for row in prange(projected.shape[0]):
         slot = slots[row]
-        own = np.empty(projected.shape[1] + 2 * query.shape[2], np.float32)
+        own = np.empty(query.shape[1] + keys.shape[1] + 2 * cos.shape[1], np.float32)
         _rotate_row(
             projected[row], cos[row], sin[row], query_weight, key_weight, eps, rounds_first, largest, own,
             query[row], keys[slot], values[slot],

@@ -48,6 +48,22 @@ def test_norms_are_those_of_the_formula(num_rows: int, dtype: torch.dtype, round
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [FEW, MANY])
+def test_sums_and_their_norms_are_those_of_torch(num_rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    rows, total = torch.randn(2, num_rows, 50).to(dtype)
+    wanted, weight = rows + total, torch.rand(50).numpy()
+    alone, normed = total.clone(), torch.empty_like(rows)
+    row_kernels.add(elements(rows), elements(alone))
+    row_kernels.add_and_norm(elements(rows), elements(total), weight, 1e-6, True, elements(normed))
+    assert torch.equal(alone, wanted)
+    assert torch.equal(total, wanted)
+    other = torch.empty_like(rows)
+    row_kernels.rms_norm(elements(wanted), weight, 1e-6, True, elements(other))
+    close(normed, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [FEW, MANY])
 @pytest.mark.parametrize(
     ("activation", "function"),
     [(SILU, nn.functional.silu), (GELU_TANH, lambda x: nn.functional.gelu(x, approximate="tanh"))],
