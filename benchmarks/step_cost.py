@@ -6,9 +6,6 @@ The model of 135M shape with random weights, in the dtype that the machine is fa
 timed in an engine that does nothing else, each with so many tokens behind it, a number of soft prompts of 20 tokens
 dealt out among them. Its bare products are the model's own linear layers, laid out as the engine has them, each
 applied to N rows in order, and nothing else; they and the steps take turns.
-
-Also told: how long those products take when the ones that share an input (queries, keys and values; gate and up) are
-one product each.
 """
 
 from __future__ import annotations
@@ -30,13 +27,10 @@ from benchmarks.workload import VOCABULARY, build_model, build_soft_prompts, sof
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.packed_linear import PackedLinear, can_pack
+from server.engine.packed_linear import PackedLinear
 from server.engine.types import SamplingParams, SoftPromptSource
 
 STEPS = 12
-SHARE_AN_INPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-"""In Llama: the first three in one module, the last two in another."""
-
 BATCHES = (1, 4, 16, 64, 128)
 CONTEXTS = (64, 256, 1024)
 PROMPTS = (0, 1, 16, 64)
@@ -79,26 +73,6 @@ class Bench:
         for index in range(batch):
             engine.abort(f"{index}")
         return statistics.median(steps), statistics.median(products)
-
-    def fused_over_separate(self, batch: int) -> float:
-        """Seconds of the products with those of one input made one, over the seconds of all by themselves."""
-        widths: dict[tuple[str, int], int] = {}
-        for name, module in self._engine.runner.model.named_modules():
-            if isinstance(module, PackedLinear | nn.Linear):
-                parent, _, own = name.rpartition(".")
-                key = (parent if own in SHARE_AN_INPUT else name, module.in_features)
-                widths[key] = widths.get(key, 0) + module.out_features
-        dtype, device = self._engine.runner.dtype, self._engine.runner.device
-        fused: list[nn.Module] = []
-        for (_, in_features), out_features in widths.items():
-            linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype, device=device)
-            fused.append(PackedLinear(linear) if can_pack(device, dtype) else linear)
-        rows = {width: torch.randn(batch, width, dtype=dtype, device=device) for _, width in widths}
-        one, many = [], []
-        for _ in range(STEPS):
-            one.append(self._timed(lambda: [module(rows[int(module.in_features)]) for module in fused]))
-            many.append(self._timed(lambda: [module(rows[module.in_features]) for module in self._products]))
-        return statistics.median(one) / statistics.median(many)
 
     @torch.inference_mode()
     def _timed(self, work: Callable[[], object]) -> float:
@@ -143,15 +117,12 @@ def main() -> None:
             "context": {context: bench.step_and_products(BATCH, context, COUNT) for context in CONTEXTS},
             "soft prompts": {prompts: bench.step_and_products(BATCH, CONTEXT, prompts) for prompts in PROMPTS},
         }
-        fused = {batch: bench.fused_over_separate(batch) for batch in (1, 16, 64)}
         engine.close()
     print(f"{machine()}, {arguments.dtype}; others at batch {BATCH}, context {CONTEXT}, {COUNT} soft prompts")
     for growing, table in tables.items():
         for value, (step, bare) in table.items():
             print(f"{growing:12s} {value:5d}  step {1000 * step:7.1f} ms  products {1000 * bare:7.1f} ms", end="")
             print(f"  ratio {step / bare:.2f}")
-    for batch, share in fused.items():
-        print(f"products of {batch} rows, fused over separate: {share:.2f}")
     print(
         json.dumps(
             {f"step_over_products_at_{BATCH}": round(tables["batch"][BATCH][0] / tables["batch"][BATCH][1], 3)}

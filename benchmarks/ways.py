@@ -25,6 +25,9 @@ from server.engine.types import SamplingParams, SoftPromptSource
 Way = Callable[[], tuple[int, float]]
 """Does all the work once; returns the number of new tokens and the seconds that it took."""
 
+PAUSE_SECONDS = 2.0
+"""Before each way: threads of the one before may wait actively for a while, in a process of their own."""
+
 VLLM_SCRIPT = Path(__file__).parent / "peers" / "vllm_cpu.py"
 
 
@@ -150,6 +153,7 @@ def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
+            time.sleep(PAUSE_SECONDS)
             count, seconds = way()
             if number:  # the first is the warm-up
                 speeds[name].append(count / seconds)
