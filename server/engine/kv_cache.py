@@ -46,8 +46,8 @@ class KVCache:
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
-        # Zeros, not garbage: masked positions are multiplied by a weight of 0, and 0 * NaN is NaN. On Linux the
-        # pages of a zeroed CPU tensor are only taken when they are written.
+        # Zeros, not garbage: masked positions are multiplied by a weight of 0, and 0 * NaN is NaN. Writing them takes
+        # all of the memory at once, so that none is missing later.
         self.tensor = torch.zeros(
             (2, spec.num_layers, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim),
             dtype=spec.dtype,
