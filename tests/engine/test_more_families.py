@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from server.config import EngineSettings
-from server.engine import attention
+from server.engine.attention import AttentionCall
 from server.engine.llm_engine import LLMEngine
 from server.errors import EngineStartError
 from tests.engine.families import FAMILIES, NO_TOKENS, UNTIED
@@ -118,8 +119,9 @@ def test_attention_with_sinks_is_served_in_bfloat16(tmp_path: Path, make_engine:
 def test_a_mixture_of_experts_with_wrong_attention_is_refused(
     dtype: str, tmp_path: Path, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = attention._manual_attention
-    monkeypatch.setattr(attention, "_manual_attention", lambda *args: right(*args[:-1], None))
+    right = AttentionCall.of
+    without = staticmethod(lambda query, **given: replace(right(query, **given), sinks=None))
+    monkeypatch.setattr(AttentionCall, "of", without)
     family = make_family("gpt_oss", tmp_path, {}, FAMILIES["gpt_oss"]())
     with torch.no_grad():
         for layer in family.model.model.layers:

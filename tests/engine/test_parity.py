@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from server.engine import cpu_attention
 from server.engine.llm_engine import LLMEngine
 from tests.engine.harness import CONFIGS, PEFT_CONFIGS, Family, add, greedy, random_text, run, tokens
 
@@ -16,8 +17,10 @@ SETTINGS = {
     "small_blocks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},
     "few_blocks": {"block_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 12, "kv_cache_memory": 220_000},
     "no_prefix_cache": {"enable_prefix_caching": False},
+    "long_chunks": {},
 }
-"""few_blocks holds about three of the longest sequences, so that soft prompts and prefixes are evicted."""
+"""few_blocks holds about three of the longest sequences, so that soft prompts and prefixes are evicted. In long_chunks,
+chunks that see nine keys pass for long ones, which CPUs compute in another way."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,10 @@ def test_mixed_batch_equals_peft(
     make_family: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
     expected: Callable[[str], dict[str, tuple]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if settings == "long_chunks":
+        monkeypatch.setattr(cpu_attention, "MOST_KEYS", 8)
     family, requests = make_family(name), expected(name)
     engine = make_engine(family, **SETTINGS[settings])
     order = list(requests)
