@@ -19,8 +19,8 @@ SETTINGS = {
     "no_prefix_cache": {"enable_prefix_caching": False},
     "long_chunks": {},
 }
-"""few_blocks holds about three of the longest sequences, so that soft prompts and prefixes are evicted. In long_chunks,
-chunks that see nine keys pass for long ones, which CPUs compute in another way."""
+"""few_blocks holds about three of the longest sequences, so that soft prompts and prefixes are evicted; long_chunks
+takes chunks that see nine keys for long ones, which CPUs compute in another way."""
 
 
 @pytest.fixture(scope="module")
