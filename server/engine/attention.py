@@ -118,8 +118,7 @@ class AttentionBackend(ABC):
 
     def close(self) -> None:
         """Take the name out of transformers' tables."""
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(self.name, None)  # noqa: SLF001 - there is no public way to unregister
+        unregister(self.name)
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """Set what the next forward pass attends to."""
@@ -315,6 +314,12 @@ def _manual_attention(
 def _fit(table: Sequence[int], length: int) -> list[int]:
     fitted = list(table[:length])
     return fitted + [0] * (length - len(fitted))
+
+
+def unregister(name: str) -> None:
+    """Take a name out of transformers' tables of attention and masks."""
+    for table in (AttentionInterface, AttentionMaskInterface):
+        table._global_mapping.pop(name, None)  # noqa: SLF001 - there is no public way to unregister
 
 
 def no_mask(*args: object, **kwargs: object) -> None:

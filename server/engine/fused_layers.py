@@ -15,6 +15,7 @@ import logging
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -25,9 +26,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 from server.engine import row_kernels
-from server.engine.attention import AttentionBackend, AttentionCall, no_mask
+from server.engine.attention import AttentionBackend, AttentionCall, no_mask, unregister
 from server.engine.compiled import Elements, elements
-from server.engine.packed_linear import PackedLinear, stacked
+from server.engine.packed_linear import PackedLinear, replace_modules, stacked
 
 logger = logging.getLogger(__name__)
 
@@ -171,9 +172,9 @@ def fuse_layers(model: PreTrainedModel) -> int:
     except Exception:  # whatever Numba or LLVM lacks here, there is a slower way
         logger.warning("layers cannot be fused for this processor; torch's operations are used", exc_info=True)
         return 0
-    replaced = _replace(model, _fused_norm) + _replace(model, _fused_mlp)
+    replaced = replace_modules(model, _fused_norm) + replace_modules(model, _fused_mlp)
     calls = _recorded_calls(model)
-    replaced += _replace(model, lambda module: _fused_attention(module, calls))
+    replaced += replace_modules(model, lambda module: _fused_attention(module, calls))
     return replaced + sum(_fuse_sums(module) for module in model.modules())
 
 
@@ -182,18 +183,6 @@ def bind(model: nn.Module, backend: AttentionBackend) -> None:
     for module in model.modules():
         if isinstance(module, FusedAttention):
             module.backend = backend
-
-
-def _replace(model: nn.Module, fused: Callable[[nn.Module], nn.Module | None]) -> int:
-    made: dict[int, nn.Module | None] = {}
-    # A module may stand in two places; a list, for the walk does not like to be changed under its feet.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) not in made:
-            made[id(module)] = fused(module)
-        replacement = made[id(module)]
-        if replacement is not None:
-            model.set_submodule(name, replacement)
-    return sum(module is not None for module in made.values())
 
 
 def _fused_norm(module: Any) -> nn.Module | None:
@@ -307,8 +296,7 @@ def _recorded_calls(model: PreTrainedModel) -> dict[int, AttentionCall]:
         calls.clear()
     finally:
         model.set_attn_implementation(implementation)
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(name, None)  # noqa: SLF001 - there is no public way to unregister
+        unregister(name)
     return calls
 
 
@@ -333,8 +321,13 @@ class _Simplified(ast.NodeTransformer):
 
 
 def _code(thing: Any) -> str | None:
-    """What a function, or a class's ``forward``, says, without names of arguments, annotations and comments."""
+    """What a function, or a class's ``forward``, says, without annotations, defaults and comments."""
     function: Any = getattr(thing, "forward", None) if inspect.isclass(thing) else thing
+    return _code_of(function)
+
+
+@cache
+def _code_of(function: Any) -> str | None:
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError, ValueError):

@@ -7,7 +7,7 @@ the operations that torch's own compiler uses when it freezes a model (torch/_in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -83,11 +83,20 @@ def pack_linears(model: nn.Module) -> int:
 
     Classes derived from it, such as quantised ones, know better and stay as they are.
     """
-    packed: dict[int, PackedLinear] = {}
-    # A module may stand in two places; a list, for the walk does not like to be changed under its feet.
+    return replace_modules(model, lambda module: PackedLinear(module) if type(module) is nn.Linear else None)
+
+
+def replace_modules(model: nn.Module, made_of: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Replace modules by what is made of them, where that is not None; returns how many.
+
+    A module that stands in two places is replaced in both by the same one.
+    """
+    made: dict[int, nn.Module | None] = {}
+    # A list, for the walk does not like to be changed under its feet.
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Linear:
-            if id(module) not in packed:
-                packed[id(module)] = PackedLinear(module)
-            model.set_submodule(name, packed[id(module)])
-    return len(packed)
+        if id(module) not in made:
+            made[id(module)] = made_of(module)
+        replacement = made[id(module)]
+        if replacement is not None:
+            model.set_submodule(name, replacement)
+    return sum(module is not None for module in made.values())
