@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Chunk, Scheduler, StepPlan
-from server.engine.types import FinishReason, SamplingParams, Sequence, SoftPromptSource
+from server.engine.sequence import Sequence
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 
 NUM_PROMPTS = 7
 
@@ -41,7 +42,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Tally:
-    """What has happened, so that a run can show that it met what it is for."""
+    """What has happened, so that a run can show that it met what it is for; ``ensembles`` are those that finished."""
 
     steps: int = 0
     added: int = 0
@@ -50,6 +51,7 @@ class Tally:
     aborted: int = 0
     expired: int = 0
     promoted: int = 0
+    ensembles: int = 0
 
 
 @dataclass(slots=True)
@@ -85,18 +87,15 @@ class Drive:
         tenant: int,
         priority: int,
         timeout: float | None,
+        num_members: int = 1,
     ) -> None:
         """A request arrives, whose text's opening is like all others', and then one of a few.
 
-        Prompt 0 is the bare base, even ones are keys and values, odd ones embeddings.
+        Prompt 0 is the bare base, even ones are keys and values, odd ones embeddings. An ensemble's members have the
+        prompts that follow.
         """
         self.tally.added += 1
-        source = None
-        if prompt:
-            digest = f"d{prompt}.{self.versions[prompt]}"
-            source = SoftPromptSource(
-                digest=digest, num_virtual_tokens=prompt + 1, is_key_values=prompt % 2 == 0, path="/nowhere"
-            )
+        source, *others = (self._source((prompt + index) % NUM_PROMPTS) for index in range(num_members))
         seq = Sequence(
             f"s{self.tally.added}",
             [(index + (variant if index > 4 else 0)) % 3 for index in range(length)],
@@ -107,9 +106,17 @@ class Drive:
             arrival=self.now,
             timeout=timeout,
         )
-        longest = seq.num_positions + max_tokens
-        needed = self.scheduler.block_manager.blocks_to_finish(source, longest - 1)
-        fits = longest <= self.limits.max_model_len and needed <= self.limits.num_blocks
+        seq.lead(others)
+        longest = {member: member.num_positions + max_tokens for member in seq.members}
+        needed = sum(
+            self.scheduler.block_manager.blocks_to_finish(member.soft_prompt, length - 1)
+            for member, length in longest.items()
+        )
+        fits = (
+            max(longest.values()) <= self.limits.max_model_len
+            and needed <= self.limits.num_blocks
+            and num_members <= self.limits.max_num_seqs
+        )
         try:
             self.scheduler.add(seq)
         except ValueError:
@@ -118,6 +125,14 @@ class Drive:
             return
         _expect(fits, f"{seq.request_id} was taken, though it can never fit")
         self.live[seq.request_id] = seq
+
+    def _source(self, prompt: int) -> SoftPromptSource | None:
+        if not prompt:
+            return None
+        digest = f"d{prompt}.{self.versions[prompt]}"
+        return SoftPromptSource(
+            digest=digest, num_virtual_tokens=prompt + 1, is_key_values=prompt % 2 == 0, path="/nowhere"
+        )
 
     def abort(self, choice: int) -> None:
         """A client goes."""
@@ -149,17 +164,22 @@ class Drive:
         self._expire()
         first = self.scheduler.running[0] if self.scheduler.running else None
         waiting = {seq.request_id for seq in self.scheduler.waiting}
-        ready = [seq for seq in self.scheduler.running if seq.num_computed == seq.num_positions - 1]
-        num_preemptions = self.scheduler.num_preemptions
+        ready = [
+            (seq, seq.block_table)
+            for seq in self.scheduler.running
+            if all(member.num_computed == member.num_positions - 1 for member in seq.members)
+        ]
         plan = self.scheduler.schedule(self.now)
         self._check_plan(plan, first)
-        self._check_decodes_first(plan, ready, self.scheduler.num_preemptions - num_preemptions)
+        # What was preempted has lost its table; it may have another by now.
+        self._check_decodes_first(plan, [seq for seq, table in ready if seq.block_table is table])
+        self._check_ensembles(plan)
         self._write(plan)
         for chunk in plan.chunks:
             if chunk.seq is not None:
                 self._read(chunk.seq, chunk.stop)
         for chunk in plan.chunks:
-            if chunk.seq is not None and chunk.samples:
+            if chunk.seq is not None and chunk.samples and not chunk.seq.is_follower:
                 self._sample(chunk.seq)
         began = [seq for seq in self.scheduler.running if seq.request_id in waiting]
         self.tally.promoted += sum(seq.urgency != seq.priority for seq in began)
@@ -187,7 +207,7 @@ class Drive:
     def _check_plan(self, plan: StepPlan, first: Sequence | None) -> None:
         limits = self.limits
         _expect(plan.num_tokens <= limits.max_num_batched_tokens, f"the step computes {plan.num_tokens} tokens")
-        _expect(len(self.scheduler.running) <= limits.max_num_seqs, "too many sequences run")
+        _expect(self.scheduler.num_running <= limits.max_num_seqs, "too many sequences run")
         _expect(not plan.is_empty or not self.scheduler.has_work, "sequences wait, and nothing is done")
         _expect(first is None or bool(first.block_table), "the oldest of the most urgent was preempted")
         seqs = [chunk.seq.request_id for chunk in plan.chunks if chunk.seq is not None]
@@ -198,13 +218,19 @@ class Drive:
             "a preempted sequence is in the step",
         )
 
-    def _check_decodes_first(self, plan: StepPlan, ready: list[Sequence], num_preempted: int) -> None:
-        num_leading = 0
-        for chunk in plan.chunks:
-            if chunk.seq not in ready or chunk.num_tokens != 1:
-                break
-            num_leading += 1
-        _expect(num_leading >= len(ready) - num_preempted, "a sequence that could decode had to wait")
+    def _check_decodes_first(self, plan: StepPlan, ready: list[Sequence]) -> None:
+        expected = [member for seq in ready for member in seq.members]
+        leading = [chunk.seq for chunk in plan.chunks[: len(expected)] if chunk.num_tokens == 1]
+        _expect(leading == expected, "a sequence that could decode had to wait")
+
+    def _check_ensembles(self, plan: StepPlan) -> None:
+        """All members of an ensemble sample in one step, side by side, or none does."""
+        sampling = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
+        leaders = [seq for seq in sampling if not seq.is_follower]
+        _expect(
+            sampling == [member for seq in leaders for member in seq.members],
+            "members of an ensemble do not sample together",
+        )
 
     def _sample(self, seq: Sequence) -> None:
         seq.token_ids.append(len(seq.token_ids) % 3)
@@ -212,6 +238,7 @@ class Drive:
             self.scheduler.finish(seq, FinishReason.LENGTH)
             del self.live[seq.request_id]
             self.tally.finished += 1
+            self.tally.ensembles += bool(seq.followers)
 
     # What the device would hold
 
@@ -288,6 +315,7 @@ def soak(num_steps: int, seed: int, limits: Limits | None = None) -> Drive:
                 tenant=min(rng.randrange(3), rng.randrange(3)),
                 priority=rng.choice((-100, -1, 0, 0, 0, 0, 5)),
                 timeout=rng.choice((None, None, 5.0, 60.0)),
+                num_members=rng.choice((1, 1, 1, 2, 3)),
             )
         else:
             drive.step(rng.random())

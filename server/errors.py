@@ -20,6 +20,7 @@ ServerError
 │   ├── OverloadedError      no admission permit is free
 │   ├── WaitTimeoutError     the request was admitted, and did not begin to run within its timeout
 │   ├── ConstraintError      the engine cannot hold the text to what the request demands of it
+│   ├── RequestRefusedError  the request asks for what the engine can never do
 │   └── RequestFailedError   the engine could not finish this one request
 └── EngineStartError         the engine cannot start: wrong model, too little memory
 """
@@ -135,6 +136,10 @@ class WaitTimeoutError(EngineError):
 
 class ConstraintError(EngineError):
     """The constraint on a request's text is wrong, too large, or cannot be satisfied; the request's own fault."""
+
+
+class RequestRefusedError(EngineError):
+    """The request asks for what the engine can never do with its model and its memory; the request's own fault."""
 
 
 class RequestFailedError(EngineError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 
 import httpx
@@ -87,3 +88,27 @@ def test_an_ensemble_writes_what_most_of_its_members_write(client: httpx.Client)
     assert choice["text"] == apart[0]
     assert choice["votes"] == {apart[0]: 2, apart[2]: 1}
     assert [member["model"] for member in choice["members"]] == [BASE, "sentiment@1", "again@1"]
+
+
+def test_an_ensemble_writes_by_the_mean_of_its_members(client: httpx.Client) -> None:
+    """Each token is as likely as it is to the members in the mean, and the streamed text is the same."""
+    for name in ("sentiment", "intent"):
+        upload(client, name, *adapter(name)).raise_for_status()
+    members = ["sentiment", "intent", BASE]
+    text = client.post("/tokenize", json={"prompt": heldout()[0]["input"]}).json()["tokens"]
+    body = {"model": members, "ensemble": "mean", "prompt": text, "max_tokens": 6, "temperature": 0}
+    (choice,) = client.post("/v1/completions", json=body | {"logprobs": 0, "return_token_ids": True}).json()[
+        "choices"
+    ]
+    new = choice["token_ids"]
+    assert len(new) > 1
+    echo = {"prompt": text + new, "echo": True, "logprobs": 0, "max_tokens": 0}
+    apart = [
+        client.post("/v1/completions", json=echo | {"model": name}).json()["choices"][0]["logprobs"]["token_logprobs"]
+        for name in members
+    ]
+    means = [sum(math.exp(own[len(text) + i]) for own in apart) / len(members) for i in range(len(new))]
+    assert [math.exp(value) for value in choice["logprobs"]["token_logprobs"]] == pytest.approx(means, rel=1e-3)
+    with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        chunks = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]

@@ -25,25 +25,24 @@ class Permits:
         self._num_waiting = 0
         self._wait(count)
 
-    def begin_one(self) -> None:
-        """A sequence has its first output."""
-        if self._num_waiting:
+    def begin(self, num: int = 1) -> None:
+        """So many sequences have their first output."""
+        for _ in range(min(num, self._num_waiting)):
             self._wait(-1)
             self._admission.note_begun()
 
-    def release_one(self) -> None:
-        """Give back the permit of a sequence that has ended."""
-        if self._count == 0:
+    def release(self, num: int = 1) -> None:
+        """Give back the permits of so many sequences, which have ended."""
+        if num > self._count:
             raise RuntimeError("more permits were given back than taken")
-        self._count -= 1
-        self._admission.num_in_use -= 1
+        self._count -= num
+        self._admission.num_in_use -= num
         if self._num_waiting > self._count:
-            self._wait(-1)
+            self._wait(self._count - self._num_waiting)
 
     def release_all(self) -> None:
         """Give back what is left."""
-        while self._count:
-            self.release_one()
+        self.release(self._count)
 
     def _wait(self, change: int) -> None:
         self._num_waiting += change

@@ -177,7 +177,7 @@ class Classification:
         try:
             async with aclosing(self.services.engine.generate(request)) as events:
                 async for event in events:
-                    self.permits.begin_one()
+                    self.permits.begin()
                     if event.finish_reason is FinishReason.ABORT:
                         raise EngineNotReadyError("the server is shutting down and cut the request off")
                     if event.queue_seconds is not None and event.prefill_seconds is not None:
@@ -189,7 +189,7 @@ class Classification:
                     return event
             raise EngineNotReadyError("the engine ended the request without a reason")
         finally:
-            self.permits.release_one()
+            self.permits.release()
 
 
 def _params(text: list[int], label: Label | None) -> SamplingParams:

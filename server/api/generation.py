@@ -16,7 +16,7 @@ from server.api.admission import Permits
 from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
-from server.api.leasing import lease_of
+from server.api.ensemble import leases_of, name_of
 from server.api.logprobs import ScoredToken, TokenScorer
 from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
 from server.api.request_record import RequestRecord
@@ -51,14 +51,15 @@ class Delta:
 class Generation:
     """One admitted request: a sequence for each of its choices, all with the same version of one soft prompt.
 
-    Choice j of prompt i is sequence ``i * n + j``.
+    Choice j of prompt i is sequence ``i * n + j``. With several soft prompts it is an ensemble of as many sequences,
+    whose tokens come from the mean of their distributions.
 
     Attributes:
         prompts: Text tokens of each prompt.
-        num_choices: Sequences in all.
-        num_virtual_tokens: Positions that the soft prompt takes in each sequence.
-        leased: The soft prompt; None for the bare base.
-        served_by: ``NAME@VERSION`` of the soft prompt, or None.
+        num_choices: Texts that are generated.
+        num_virtual_tokens: Positions that the soft prompts take before each of them.
+        leased: The soft prompts; None for the bare base.
+        served_by: ``NAME@VERSION`` of the soft prompt, several with commas between, or None.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Generation:
         prompts: list[list[int]],
         *,
         max_tokens: Sequence[int],
-        leased: LeasedPrompt | None,
+        leased: Sequence[LeasedPrompt | None],
         permits: Permits,
         tenant: str,
         arrival: float,
@@ -76,13 +77,13 @@ class Generation:
     ) -> None:
         self.prompts = prompts
         self.num_choices = len(prompts) * body.n
-        self.num_virtual_tokens = leased.version.num_virtual_tokens if leased else 0
+        self.num_virtual_tokens = sum(map(_num_virtual_tokens, leased))
         self.leased = leased
-        self.served_by = f"{leased.version.name}@{leased.version.version}" if leased else None
+        self.served_by = ",".join(name for own in leased if (name := name_of(own))) or None
         self._services = services
         self._body = body
         self._max_tokens = max_tokens
-        self._soft_prompt = soft_prompt_source(leased, body.task_id) if leased else None
+        self._soft_prompts = [soft_prompt_source(own, body.task_id) if own else None for own in leased]
         self._permits = permits
         self._tenant = tenant
         self._arrival = arrival
@@ -104,8 +105,8 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once, however many choices continue it."""
-        num_prompt, num_new = sum(map(len, self.prompts)), sum(self._num_new)
+        """Tokens so far; a prompt counts once for each soft prompt, however many choices continue it."""
+        num_prompt, num_new = sum(map(len, self.prompts)) * len(self.leased), sum(self._num_new)
         num_virtual = self.num_virtual_tokens * len(self.prompts)
         details = PromptTokensDetails(sum(self._num_cached[:: self._body.n]), num_virtual)
         return Usage(num_prompt, num_new, num_prompt + num_new, details)
@@ -172,7 +173,7 @@ class Generation:
                 async for event in events:
                     if not has_begun:
                         has_begun = True
-                        self._permits.begin_one()
+                        self._permits.begin(len(self.leased))
                     newest = self._observe(index, event, newest)
                     if event.finish_reason is FinishReason.ABORT:
                         raise EngineNotReadyError("the server is shutting down and cut the request off")
@@ -206,7 +207,7 @@ class Generation:
             field = body.constraint_field
             raise ConstraintError(f"{field}: {error.message}", param=field) from error
         finally:
-            self._permits.release_one()
+            self._permits.release(len(self.leased))
 
     async def _echo(
         self, index: int, event: TokenEvent, decode: Callable[[list[int]], str]
@@ -265,11 +266,13 @@ class Generation:
             ignore_eos=body.ignore_eos,
             constraint=body.constraint,
         )
+        soft_prompt, *others = self._soft_prompts
         return GenerateRequest(
             f"{self._id}-{index}",
             self.prompts[prompt],
             params,
-            self._soft_prompt,
+            soft_prompt,
+            tuple(others),
             salt=self._tenant,
             priority=body.priority,
             timeout=shorter(body.timeout, self._services.settings.http.max_wait_seconds),
@@ -286,7 +289,7 @@ def _seed_of(seed: int | None, choice: int) -> int | None:
 @asynccontextmanager
 async def admitted(
     services: Services,
-    target: Target,
+    targets: Sequence[Target],
     body: GenerationBody,
     prompts: list[list[int]],
     *,
@@ -300,7 +303,7 @@ async def admitted(
 
     Args:
         services: The server.
-        target: What the request resolved to.
+        targets: What answers together; one, but for an ensemble.
         body: Its fields.
         prompts: Text tokens of each sequence.
         default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
@@ -313,21 +316,23 @@ async def admitted(
         InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many, the soft prompt
             is not for generation, or the task is not one of its tasks.
         NotFoundError: If there is no such soft prompt.
+        InvalidRequestError: If two of an ensemble are the same, or it has more members than run at once.
         RateLimitError: If the caller's key is over its limits.
         OverloadedError: If no permits are free.
     """
     _check_tokens(prompts, body, vocab_size=services.engine.model.vocab_size)
     _check_echo(prompts, body)
     async with AsyncExitStack() as stack:
-        leased = await stack.enter_async_context(lease_of(services, target))
-        if leased is not None:
-            record.prompt, record.version = leased.version.name, leased.version.version
-            _check_generates(leased.version, target)
-        check_task(leased.version if leased else None, body.task_id)
+        leased = await stack.enter_async_context(leases_of(services, targets))
+        _begin_record(record, leased)
+        for target, own in zip(targets, leased, strict=True):
+            if own is not None:
+                _check_generates(own.version, target)
+            check_task(own.version if own else None, body.task_id)
         max_tokens = [
             _fit(
                 len(prompt),
-                num_virtual_tokens=leased.version.num_virtual_tokens if leased else 0,
+                num_virtual_tokens=max(map(_num_virtual_tokens, leased)),
                 asked=body.token_limit,
                 default=default_max_tokens,
                 max_model_len=services.engine.model.max_model_len,
@@ -339,11 +344,18 @@ async def admitted(
                 f"min_tokens: {body.min_tokens} is more than the {min(max_tokens)} new tokens there may be",
                 param="min_tokens",
             )
-        num_tokens = sum(map(len, prompts)) + sum(max_tokens) * body.n
+        most = services.settings.engine.max_num_seqs
+        if len(leased) > most:
+            param = targets[0].param
+            raise InvalidRequestError(
+                f"{param}: an ensemble of {len(leased)} is more than the {most} sequences that run at once here",
+                param=param,
+            )
+        num_tokens = sum(map(len, prompts)) * len(leased) + sum(max_tokens) * body.n
         reservation = stack.enter_context(caller.limiter.admitted(num_tokens, counts_request=counts_request))
         permits = stack.enter_context(
             services.admission.permits(
-                len(prompts) * body.n, tenant=caller.tenant, param="n" if body.n > 1 else "prompt"
+                len(prompts) * body.n * len(leased), tenant=caller.tenant, param="n" if body.n > 1 else "prompt"
             )
         )
         generation = Generation(
@@ -367,9 +379,21 @@ async def admitted(
         finally:
             reservation.used = generation.usage.total_tokens
             generation.end_record(outcome)
-            services.metrics.count_request(leased.version.name if leased else None, outcome)
+            for own in leased:
+                services.metrics.count_request(own.version.name if own else None, outcome)
             if outcome in {"stop", "length"}:
                 services.metrics.observe_request(time.monotonic() - arrival)
+
+
+def _begin_record(record: RequestRecord, leased: Sequence[LeasedPrompt | None]) -> None:
+    if len(leased) > 1:
+        record.prompt = ",".join(name for own in leased if (name := name_of(own)))
+    elif leased[0] is not None:
+        record.prompt, record.version = leased[0].version.name, leased[0].version.version
+
+
+def _num_virtual_tokens(leased: LeasedPrompt | None) -> int:
+    return leased.version.num_virtual_tokens if leased else 0
 
 
 def _check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ class _Call:
 
     services: Services
     body: GenerationBody
-    target: Target
+    targets: Sequence[Target]
     writer: Writer
     tokenize: Callable[[], Awaitable[list[list[int]]]]
     default_max_tokens: int | None
@@ -63,7 +63,7 @@ class _Call:
         self.services.admission.check(self.caller.tenant, limit, priority=self.body.priority)
         return admitted(
             self.services,
-            self.target,
+            self.targets,
             self.body,
             await self.tokenize(),
             default_max_tokens=self.default_max_tokens,
@@ -152,7 +152,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         num_top=body.num_top_logprobs,
         token_bytes=services.tokenizer.token_bytes,
     )
-    if body.is_ensemble:
+    if body.is_ensemble and body.combine == "vote":
         caller = caller_of(request)
 
         async def answer() -> tuple[Completion, str]:
@@ -169,11 +169,10 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         headers = {SERVED_BY_HEADER: served_by} if served_by else {}
         return Response(msgspec.json.encode(completion), headers=headers, media_type="application/json")
-    (target,) = targets
     call = _Call(
         services=services,
         body=body,
-        target=target,
+        targets=targets,
         writer=writer,
         tokenize=tokenize,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
@@ -210,7 +209,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
     call = _Call(
         services=services,
         body=body,
-        target=target,
+        targets=[target],
         writer=ChatWriter(
             target.model,
             with_token_ids=body.return_token_ids,

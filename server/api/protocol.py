@@ -236,14 +236,15 @@ class CompletionBody(EnsembleBody, GenerationBody):
     def _check_ensemble(self) -> Self:
         if not self.is_ensemble:
             return self
-        if self.ensemble == "mean":
-            raise InvalidRequestError(
-                "ensemble: mean is for labels: send choices as labels to /v1/classify; whole texts have votes",
-                param="ensemble",
-            )
+        if self.combine == "mean":
+            if self.echo and self.logprobs is not None:
+                raise InvalidRequestError("echo: with logprobs, not with several soft prompts", param="echo")
+            return self
         for name, asked in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):
             if asked:
-                raise InvalidRequestError(f"{name}: not with several soft prompts", param=name)
+                raise InvalidRequestError(
+                    f'{name}: not where several soft prompts vote; "ensemble": "mean" allows it', param=name
+                )
         return self
 
     @property

@@ -1,4 +1,7 @@
-"""A completion by an ensemble: each soft prompt writes its own, all in one batch, and the most frequent text wins."""
+"""A completion by vote: each soft prompt of an ensemble writes its own in one batch; the most frequent text wins.
+
+By ``mean`` an ensemble writes one text, as one generation: see ``generation``.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ async def vote(
             generation = await stack.enter_async_context(
                 admitted(
                     services,
-                    target,
+                    [target],
                     member_body,
                     prompts,
                     default_max_tokens=DEFAULT_COMPLETION_TOKENS,
@@ -66,7 +69,7 @@ async def vote(
                 )
             )
             generations.append(generation)
-        check_different(targets, [generation.leased for generation in generations])
+        check_different(targets, [own for generation in generations for own in generation.leased])
         stack.callback(_end_record, record, records, generations)
         answers = await _gather(generations)
     usage = _sum([generation.usage for generation in generations])

@@ -43,6 +43,7 @@ from server.errors import (
     EngineStartError,
     OverloadedError,
     RequestFailedError,
+    RequestRefusedError,
     WaitTimeoutError,
 )
 
@@ -137,6 +138,7 @@ class AsyncEngine:
                     prompt_token_ids=request.prompt_token_ids,
                     params=request.params,
                     soft_prompt=request.soft_prompt,
+                    others=list(request.others),
                     salt=request.salt,
                     priority=request.priority,
                     timeout=request.timeout,
@@ -150,6 +152,8 @@ class AsyncEngine:
                 ended = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(output.error or "the engine gave no reason")
+                if output.finish_reason is FinishReason.REFUSED:
+                    raise RequestRefusedError(output.error or "the engine gave no reason")
                 if output.finish_reason is FinishReason.CONSTRAINT:
                     raise ConstraintError(output.error or "the constraint cannot be satisfied")
                 if output.finish_reason is FinishReason.TIMEOUT:

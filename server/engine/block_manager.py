@@ -25,10 +25,12 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from server.engine.types import Sequence, SoftPromptSource
+from server.engine.sequence import Sequence
+from server.engine.types import SoftPromptSource
 
 HASH_BYTES = 16
 
@@ -222,6 +224,28 @@ class BlockManager:
         self.stats.queries += len(seq.token_ids)
         self.stats.hits += num_cached
         return Admission(num_cached, copy)
+
+    def admit_all(
+        self, members: Iterable[tuple[Sequence, SoftPromptRun | None]], headroom: int = 0
+    ) -> list[Admission] | None:
+        """``admit`` of several sequences, all or none.
+
+        Returns:
+            What each was given, in order, or None (and nothing changed) when blocks are short for one of them.
+        """
+        queries, hits = self.stats.queries, self.stats.hits
+        admissions: list[Admission] = []
+        admitted: list[Sequence] = []
+        for seq, run in members:
+            admission = self.admit(seq, run, headroom)
+            if admission is None:
+                for other in admitted:
+                    self.free(other)
+                self.stats.queries, self.stats.hits = queries, hits
+                return None
+            admissions.append(admission)
+            admitted.append(seq)
+        return admissions
 
     def extend(self, seq: Sequence, num_positions: int) -> bool:
         """Give a sequence the blocks that its first ``num_positions`` positions need.

@@ -35,7 +35,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
-from server.engine.types import MIN_PRIORITY, Sequence
+from server.engine.sequence import Sequence
+from server.engine.types import MIN_PRIORITY
 
 
 class _Member(Protocol):

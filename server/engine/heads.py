@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from prompt_store.types import HEAD_TENSOR_PATTERN
-from server.engine.types import Sequence, SoftPromptSource
+from server.engine.sequence import Sequence
+from server.engine.types import SoftPromptSource
 
 
 class Computed(Protocol):

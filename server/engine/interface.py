@@ -26,6 +26,8 @@ class GenerateRequest:
         prompt_token_ids: At least one text token.
         params: How to sample.
         soft_prompt: What stands before the text, or None.
+        others: The same for the other members of an ensemble: each token is drawn from the mean of the distributions
+            that the model has behind each of the soft prompts.
         salt: The tenant: its cached texts are its own, and it takes turns with the others.
         priority: -100 to 100; lower is more urgent.
         timeout: Seconds in which it has to begin to run, or it fails; None is no limit.
@@ -35,6 +37,7 @@ class GenerateRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     soft_prompt: SoftPromptSource | None = None
+    others: tuple[SoftPromptSource | None, ...] = ()
     salt: str = ""
     priority: int = 0
     timeout: float | None = None
@@ -48,7 +51,7 @@ class TokenEvent:
         token_ids: New tokens since the last event; empty only where the request ended without one.
         finish_reason: ``stop``, ``length`` or ``abort`` at the end, else None.
         stop_token_id: The token that ended the text, if one did; it is the last of ``token_ids``.
-        num_cached_tokens: Text tokens that a cached prefix saved.
+        num_cached_tokens: Text tokens that cached prefixes saved, of all members of an ensemble.
         queue_seconds: From its arrival to its first blocks; in the first event only.
         prefill_seconds: From then to its first token; in the first event only.
         logprobs: One for each of ``token_ids``, where they were asked for.
@@ -110,6 +113,7 @@ class Engine(Protocol):
             EngineDeadError: If the engine process ends before the last event.
             WaitTimeoutError: If it did not begin to run within its timeout.
             ConstraintError: If its constraint cannot be used or satisfied, with the reason.
+            RequestRefusedError: If it asks for what the engine can never do, with the reason.
             RequestFailedError: If the engine could not finish this request, with the reason.
         """
         ...

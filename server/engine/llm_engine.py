@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from math import isfinite
 
 from server.config import EngineSettings
@@ -21,9 +21,10 @@ from server.engine.model_runner import ModelRunner
 from server.engine.pending import PendingSequences
 from server.engine.sampler import NO_TOKEN, NOT_FINITE
 from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.sequence import Sequence
 from server.engine.soft_prompts import SoftPromptLoader
 from server.engine.structured import NO_WAY_ON, GrammarCompiler, load_tokenizer
-from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, Sequence, StepOutput, TokenOutput
+from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, StepOutput, TokenOutput
 from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class LLMEngine:
 
     @property
     def num_unfinished(self) -> int:
-        """Sequences that have not ended, wherever they wait."""
+        """Sequences that have not ended, wherever they wait; an ensemble is one."""
         return self.scheduler.num_sequences + len(self._pending)
 
     def add(self, request: AddRequest) -> list[TokenOutput]:
@@ -102,23 +103,16 @@ class LLMEngine:
             arrival=time.monotonic(),
             timeout=request.timeout,
         )
-        try:
-            self.scheduler.check(seq)
-        except ValueError as error:
-            return [_failure(seq, str(error))]
-        if seq.request_id in self._pending:
-            return [_failure(seq, f"request id {seq.request_id!r} is in use")]
-        if seq.params.prompt_logprobs is not None and not self.runner.scores_prompts:
-            return [_failure(seq, f"{self.model.architecture} gives no logprobs of the text")]
-        if seq.params.classify and not self.runner.scores_prompts:
-            return [_failure(seq, f"{self.model.architecture} gives no hidden states to classify by")]
-        if seq.params.classify and (seq.soft_prompt is None or seq.soft_prompt.num_labels is None):
-            return [_failure(seq, "only a soft prompt with a classification head classifies")]
-        self._stats.prompt_tokens += seq.num_prompt_tokens
-        self._stats.virtual_tokens += seq.num_virtual_tokens
+        seq.lead(request.others)
+        refusal = self._refusal(seq)
+        if refusal is not None:
+            return [_failure(seq, refusal, FinishReason.REFUSED)]
         needs: list[Hashable] = []
-        if seq.soft_prompt is not None and not self.soft_prompts.acquire(seq.soft_prompt):
-            needs.append(seq.soft_prompt.identity)
+        for member in seq.members:
+            self._stats.prompt_tokens += member.num_prompt_tokens
+            self._stats.virtual_tokens += member.num_virtual_tokens
+            if member.soft_prompt is not None and not self.soft_prompts.acquire(member.soft_prompt):
+                needs.append(member.soft_prompt.identity)
         if seq.params.constraint is not None:
             seq.matcher = self._grammars.matcher(seq.params.constraint)
             if seq.matcher is None:
@@ -153,10 +147,13 @@ class LLMEngine:
     def take_loaded(self) -> list[TokenOutput]:
         """Let sequences go on for which nothing is missing any more; returns the ends of those that cannot."""
         outputs: list[TokenOutput] = []
-        for identity, error in self.soft_prompts.take_loaded():
+        loaded = self.soft_prompts.take_loaded()
+        unreadable = {identity for identity, error in loaded if error is not None}
+        for identity, error in loaded:
             if error is not None:
                 for seq in self._pending.waiting_for(identity):
                     self._pending.remove(seq.request_id)
+                    self._let_go(seq, unreadable)
                     outputs.append(_failure(seq, error))
             self._admit_pending(identity)
         for constraint, error in self._grammars.take_compiled():
@@ -190,8 +187,8 @@ class LLMEngine:
     def stats(self) -> EngineStats:
         """The state now."""
         stats, blocks = self._stats, self.scheduler.block_manager
-        stats.num_running = len(self.scheduler.running)
-        stats.num_waiting = self.num_unfinished - stats.num_running
+        stats.num_running = self.scheduler.num_running
+        stats.num_waiting = len(self.scheduler.waiting) + len(self._pending)
         stats.num_cached_blocks = blocks.num_cached
         stats.num_used_blocks = blocks.num_blocks - blocks.num_available
         stats.num_preemptions = self.scheduler.num_preemptions
@@ -227,11 +224,30 @@ class LLMEngine:
             max_model_len=self.model.max_model_len,
         )
 
+    def _refusal(self, seq: Sequence) -> str | None:
+        """Why a sequence can not be taken; None where it can."""
+        try:
+            self.scheduler.check(seq)
+        except ValueError as error:
+            return str(error)
+        params = seq.params
+        if seq.request_id in self._pending:
+            return f"request id {seq.request_id!r} is in use"
+        if seq.followers and (params.prompt_logprobs is not None or params.classify):
+            return "the members of an ensemble that generates together score no text"
+        if params.prompt_logprobs is not None and not self.runner.scores_prompts:
+            return f"{self.model.architecture} gives no logprobs of the text"
+        if params.classify and not self.runner.scores_prompts:
+            return f"{self.model.architecture} gives no hidden states to classify by"
+        if params.classify and (seq.soft_prompt is None or seq.soft_prompt.num_labels is None):
+            return "only a soft prompt with a classification head classifies"
+        return None
+
     def _postprocess(self, plan: StepPlan, step: StepOutput) -> list[TokenOutput]:
         for chunk in plan.chunks:
             if chunk.seq is not None and chunk.seq.request_id in step.prompt_logprobs:
                 chunk.seq.prompt_logprobs += step.prompt_logprobs[chunk.seq.request_id]
-        sampled = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
+        sampled = [seq for chunk in plan.chunks if (seq := chunk.seq) and chunk.samples and not seq.is_follower]
         logprobs = step.logprobs or [None] * len(sampled)
         return [
             self._advance(seq, token, own, step.class_logits.get(seq.request_id))
@@ -296,9 +312,11 @@ class LLMEngine:
         self.scheduler.finish(seq, reason)
         self._let_go(seq)
 
-    def _let_go(self, seq: Sequence) -> None:
-        if seq.soft_prompt is not None:
-            self.soft_prompts.release(seq.soft_prompt)
+    def _let_go(self, seq: Sequence, unreadable: Collection[str] = ()) -> None:
+        """Give back its soft prompts; of those that could not be read the loader knows nothing any more."""
+        for member in seq.members:
+            if member.soft_prompt is not None and member.soft_prompt.identity not in unreadable:
+                self.soft_prompts.release(member.soft_prompt)
 
     def _expire(self, now: float) -> list[TokenOutput]:
         """End what has not begun to run by its deadline, for whichever reason it waits."""

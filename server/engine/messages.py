@@ -28,6 +28,7 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         prompt_token_ids: At least one text token.
         params: How to sample.
         soft_prompt: What stands before the text, or None.
+        others: The same for the other members of an ensemble, whose mean distribution each token is drawn from.
         salt: The tenant.
         priority: Lower is more urgent.
         timeout: Seconds in which it has to begin to run, or it ends; None is no limit.
@@ -37,6 +38,7 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     soft_prompt: SoftPromptSource | None = None
+    others: list[SoftPromptSource | None] = []
     salt: str = ""
     priority: int = 0
     timeout: float | None = None

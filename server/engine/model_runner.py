@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, make_metadata
 from server.engine.cpu_attention import make_backend
+from server.engine.ensembles import merge_ensembles
 from server.engine.exactness import PROBE_TOLERANCE, ExactnessCheck
 from server.engine.fused_layers import bind, fuse_layers
 from server.engine.heads import head_logits
@@ -94,7 +95,8 @@ class ModelRunner:
             soft_prompts: Where the rows of the soft prompts being filled are.
 
         Returns:
-            A new token (or NOT_FINITE) for each chunk that samples, and the logprobs that were asked for.
+            A new token (or NOT_FINITE) for each chunk that samples, one for all members of an ensemble, and the
+            logprobs that were asked for.
         """
         for run in plan.key_value_fills:
             self.cache.fill(run.blocks, soft_prompts.rows(run.source))
@@ -119,8 +121,9 @@ class ModelRunner:
                 plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
             )
         seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
-        tokens = self.sampler.sample(logits, seqs) if seqs else []
-        return StepOutput(tokens, self.sampler.logprobs(logits, seqs, tokens), scores, class_logits)
+        logits, leaders = merge_ensembles(logits, seqs)
+        tokens = self.sampler.sample(logits, leaders) if leaders else []
+        return StepOutput(tokens, self.sampler.logprobs(logits, leaders, tokens), scores, class_logits)
 
     def close(self) -> None:
         """Take the backend out of transformers' tables."""

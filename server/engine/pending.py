@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 
-from server.engine.types import Sequence
+from server.engine.sequence import Sequence
 
 
 class PendingSequences:

@@ -14,8 +14,9 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from server.engine.logprobs import logprobs_of
+from server.engine.sequence import Sequence
 from server.engine.structured import TokenMasks
-from server.engine.types import Logprobs, SamplingParams, Sequence
+from server.engine.types import Logprobs, SamplingParams
 
 NOT_FINITE = -1
 """Returned instead of a token where a row's logits hold NaN or infinity."""

@@ -22,7 +22,8 @@ from math import inf
 
 from server.engine.block_manager import BlockManager, SoftPromptRun
 from server.engine.fair_queue import FairQueue
-from server.engine.types import FinishReason, Sequence
+from server.engine.sequence import Sequence
+from server.engine.types import FinishReason
 
 AGING_TURNS = 16
 """Turns, or sequences of the largest size, that may pass a less urgent class before one of its own is promoted."""
@@ -98,8 +99,9 @@ class Scheduler:
         quantum: Tokens of one turn of a waiting tenant; None takes a step's worth.
 
     Attributes:
-        waiting: Sequences without blocks.
+        waiting: Sequences without blocks; an ensemble waits, and runs, as its leader.
         running: Sequences with blocks, the most urgent class first, in each by turn; the last is preempted first.
+        num_running: Sequences that a step computes a token of, every member of an ensemble counted.
         num_preemptions: Sequences whose blocks were taken back.
 
     Raises:
@@ -127,6 +129,7 @@ class Scheduler:
         quantum = quantum or max_num_batched_tokens
         self.waiting = FairQueue(quantum=quantum, aging_tokens=AGING_TURNS * max(quantum, max_model_len))
         self.running: list[Sequence] = []
+        self.num_running = 0
         self.num_preemptions = 0
         self._held_runs: dict[str, SoftPromptRun] = {}
         self._seqs: dict[str, Sequence] = {}
@@ -140,7 +143,7 @@ class Scheduler:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that wait or run."""
+        """Sequences that wait or run; an ensemble is one."""
         return len(self._seqs)
 
     def check(self, seq: Sequence) -> None:
@@ -151,17 +154,23 @@ class Scheduler:
         """
         if seq.request_id in self._seqs:
             raise ValueError(f"request id {seq.request_id!r} is in use")
-        longest = seq.num_positions + seq.params.max_tokens
-        if longest > self.max_model_len:
+        members = seq.members
+        if len(members) > self.max_num_seqs:
             raise ValueError(
-                f"{seq.num_virtual_tokens} virtual tokens, {seq.num_prompt_tokens} text tokens and "
-                f"{seq.params.max_tokens} new ones are more than the {self.max_model_len} positions of the context"
+                f"an ensemble of {len(members)} is more than the {self.max_num_seqs} sequences that may run at once"
             )
-        # The last new token is returned, never fed back, so it needs no slot.
-        needed = self.block_manager.blocks_to_finish(seq.soft_prompt, max(seq.num_positions, longest - 1))
+        for member in members:
+            if member.num_positions + seq.params.max_tokens > self.max_model_len:
+                raise ValueError(
+                    f"{member.num_virtual_tokens} virtual tokens, {seq.num_prompt_tokens} text tokens and "
+                    f"{seq.params.max_tokens} new ones are more than the {self.max_model_len} positions of the "
+                    "context"
+                )
+        needed = sum(self._blocks_to_finish(member) for member in members)
         if needed > self.block_manager.num_blocks:
+            what = f"the {len(members)} sequences of the ensemble need" if seq.followers else "the sequence needs"
             raise ValueError(
-                f"the sequence needs {needed} key/value blocks; the cache has {self.block_manager.num_blocks} in all"
+                f"{what} {needed} key/value blocks; the cache has {self.block_manager.num_blocks} in all"
             )
 
     def add(self, seq: Sequence) -> None:
@@ -208,7 +217,7 @@ class Scheduler:
         del self._seqs[seq.request_id]
         self._deadlines.pop(seq.request_id, None)
         if seq.block_table:
-            self.running.remove(seq)
+            self._stop_running(seq)
         else:
             self.waiting.remove(seq)
         self._release(seq)
@@ -236,19 +245,24 @@ class Scheduler:
         """
         if len(self._seqs) != len(self.waiting) + len(self.running):
             raise AssertionError("a sequence is lost or queued twice")
-        if any(seq.block_table for seq in self.waiting) or not all(seq.block_table for seq in self.running):
+        waiting = [member for seq in self.waiting for member in seq.members]
+        running = [member for seq in self.running for member in seq.members]
+        if any(seq.block_table for seq in waiting) or not all(seq.block_table for seq in running):
             raise AssertionError("blocks are held exactly while running")
+        if any(seq.is_follower for seq in self._seqs.values()):
+            raise AssertionError("a member of an ensemble is scheduled without the others")
+        if self.num_running != len(running):
+            raise AssertionError("running sequences are counted wrongly")
         if self.running != sorted(self.running, key=_precedence):
             raise AssertionError("running sequences are out of order")
         if not self._deadlines.keys() <= {seq.request_id for seq in self.waiting if seq.first_run is None}:
             raise AssertionError("a deadline is kept for a sequence that ran")
-        if not self._held_runs.keys() <= {seq.request_id for seq in [*self.running, *self.waiting.returned]}:
-            raise AssertionError("a soft prompt is held for a sequence whose turn has not come")
+        may_hold = [*running, *(member for seq in self.waiting.returned for member in seq.members)]
+        if not self._held_runs.keys() <= {seq.request_id for seq in may_hold}:
+            raise AssertionError("a soft prompt is held for a sequence whose turn has not come, or that ended")
         self.waiting.check_integrity()
-        if not self._held_runs.keys() <= self._seqs.keys():
-            raise AssertionError("a soft prompt is held for a sequence that ended")
         self.block_manager.check_integrity(
-            [(seq, self._held_runs.get(seq.request_id)) for seq in self._seqs.values()]
+            [(seq, self._held_runs.get(seq.request_id)) for seq in [*running, *waiting]]
         )
 
     # Inside a step
@@ -257,57 +271,90 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             seq = self.running[index]
-            if seq.num_computed == seq.num_positions - 1 and budget > 0:
+            members = seq.members
+            if budget >= len(members) and all(own.num_computed == own.num_positions - 1 for own in members):
                 if not self._make_room(seq):
                     break  # it was the last, and is preempted itself
-                self._add_chunk(plan, seq, 1)
-                budget -= 1
+                for member in members:
+                    self._add_chunk(plan, member, 1)
+                budget -= len(members)
             index += 1
         return budget
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
         for seq in self.running:
-            missing = seq.num_positions - seq.num_computed
-            if missing > 1 and budget > 0:
-                num_tokens = min(missing, budget)
-                self._add_chunk(plan, seq, num_tokens)
-                budget -= num_tokens
+            if seq.num_computed < seq.num_positions:
+                budget = self._prefill(plan, seq, budget)
         return budget
 
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         filling = {chunk.run.key for chunk in plan.chunks if chunk.run is not None}
         unserved: list[Sequence] = []
-        while budget > 0 and len(self.running) + len(unserved) < self.max_num_seqs:
+        places = self.max_num_seqs - self.num_running
+        while budget > 0 and places > 0:
             seq = self.waiting.take()
             if seq is None:
                 break
-            run, used = self._fill_soft_prompt(plan, seq, budget, filling)
-            budget -= used
-            if seq.soft_prompt is not None and run is None:
-                unserved.append(seq)
-                break  # no blocks for the soft prompt; those behind wait, or the large would wait for ever
-            if run is not None and not self._is_usable(run, filling):
-                unserved.append(seq)
+            members = seq.members
+            unserved.append(seq)
+            if len(members) > places:
+                break  # those behind wait, or an ensemble would wait for ever
+            has_blocks, budget = self._fill_soft_prompts(plan, members, budget, filling)
+            if not has_blocks:
+                break  # likewise: no blocks for a soft prompt, and the large would wait for ever
+            if not all(self._is_usable(member, filling) for member in members):
+                places -= len(members)
                 continue
             # One block in reserve for every running sequence keeps an admission from preempting at once.
-            admission = self.block_manager.admit(seq, run, headroom=len(self.running))
-            if admission is None:
-                unserved.append(seq)
+            admissions = self.block_manager.admit_all(
+                [(member, self._held_runs.get(member.request_id)) for member in members], headroom=self.num_running
+            )
+            if admissions is None:
                 break
-            if admission.copy is not None:
-                plan.block_copies.append(admission.copy)
+            unserved.pop()
+            places -= len(members)
+            plan.block_copies += [admission.copy for admission in admissions if admission.copy is not None]
             if seq.first_run is None:
                 seq.first_run = now
-                seq.num_cached_tokens = admission.num_cached_tokens
+                seq.num_cached_tokens = sum(admission.num_cached_tokens for admission in admissions)
                 self._deadlines.pop(seq.request_id, None)
             self.waiting.serve(seq)
             insort(self.running, seq, key=_precedence)
-            if budget > 0:
-                num_tokens = min(seq.num_positions - seq.num_computed, budget)
-                self._add_chunk(plan, seq, num_tokens)
-                budget -= num_tokens
+            self.num_running += len(members)
+            budget = self._prefill(plan, seq, budget)
         for seq in unserved:
             self.waiting.put_back(seq)
+
+    def _prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
+        """Compute as much of a sequence as the budget allows; returns what is left of it.
+
+        The members of an ensemble reach their ends in one step, where their logits are needed together.
+        """
+        members = seq.members
+        missing = [member.num_positions - member.num_computed for member in members]
+        kept_back = 1 if seq.followers and sum(missing) > budget else 0
+        for member, count in zip(members, missing, strict=True):
+            num_tokens = min(count - kept_back, budget)
+            if num_tokens > 0:
+                self._add_chunk(plan, member, num_tokens)
+                budget -= num_tokens
+        return budget
+
+    def _fill_soft_prompts(
+        self, plan: StepPlan, members: tuple[Sequence, ...], budget: int, filling: set[str]
+    ) -> tuple[bool, int]:
+        """Hold the members' soft prompts and plan what is missing of them.
+
+        Returns:
+            Whether each was given blocks, and what is left of the budget.
+        """
+        for member in members:
+            if member.soft_prompt is not None:
+                run, used = self._fill_soft_prompt(plan, member, budget, filling)
+                budget -= used
+                if run is None:
+                    return False, budget
+        return True, budget
 
     def _fill_soft_prompt(
         self, plan: StepPlan, seq: Sequence, budget: int, filling: set[str]
@@ -328,20 +375,31 @@ class Scheduler:
             plan.key_value_fills.append(run)
             run.num_computed = source.num_virtual_tokens
             return run, 0
+        if budget == 0:
+            return run, 0
         num_tokens = min(source.num_virtual_tokens - run.num_computed, budget)
         plan.chunks.append(Chunk(run.blocks, run.num_computed, num_tokens, run=run))
         run.num_computed += num_tokens
         filling.add(run.key)
         return run, num_tokens
 
-    def _is_usable(self, run: SoftPromptRun, filling: set[str]) -> bool:
-        """Whether a sequence may follow the soft prompt in this step.
+    def _is_usable(self, seq: Sequence, filling: set[str]) -> bool:
+        """Whether a sequence may follow its soft prompt, which it holds, in this step.
 
         Full blocks may be read in the step that computes them; a partial last block has to be copied before it.
         """
+        if seq.soft_prompt is None:
+            return True
+        run = self._held_runs[seq.request_id]
         if not run.is_filled:
             return False
         return run.key not in filling or run.source.num_virtual_tokens % self.block_manager.block_size == 0
+
+    def _blocks_to_finish(self, seq: Sequence) -> int:
+        """Blocks of one sequence, or one member of an ensemble, at its longest."""
+        # The last new token is returned, never fed back, so it needs no slot.
+        longest = max(seq.num_positions, seq.num_positions + seq.params.max_tokens - 1)
+        return self.block_manager.blocks_to_finish(seq.soft_prompt, longest)
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> None:
         plan.chunks.append(Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq))
@@ -349,34 +407,44 @@ class Scheduler:
         self.block_manager.register(seq, seq.num_computed)
 
     def _make_room(self, seq: Sequence) -> bool:
-        """Find a block for the sequence's next position; False if it had to give up its own."""
-        while not self.block_manager.extend(seq, seq.num_positions):
-            if self._release_waiting_runs():
-                continue
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return False
+        """Find blocks for the next position of a sequence and its followers; False if it had to give up its own."""
+        for member in seq.members:
+            while not self.block_manager.extend(member, member.num_positions):
+                if self._release_waiting_runs():
+                    continue
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    return False
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
+        self._stop_running(seq)
         self._release(seq)
         self.waiting.resume(seq)
         self.num_preemptions += 1
 
+    def _stop_running(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.num_running -= len(seq.members)
+
     def _release_waiting_runs(self) -> bool:
         """Take soft prompts from waiting sequences; they are acquired again in turn. False if none held any."""
-        holders = [seq for seq in self.waiting.returned if seq.request_id in self._held_runs]
+        holders = [
+            seq
+            for seq in self.waiting.returned
+            if any(member.request_id in self._held_runs for member in seq.members)
+        ]
         for seq in holders:
             self._release(seq)
         return bool(holders)
 
     def _release(self, seq: Sequence) -> None:
-        self.block_manager.free(seq)
-        run = self._held_runs.pop(seq.request_id, None)
-        if run is not None:
-            self.block_manager.release_run(run)
+        for member in seq.members:
+            self.block_manager.free(member)
+            run = self._held_runs.pop(member.request_id, None)
+            if run is not None:
+                self.block_manager.release_run(run)
 
 
 def _precedence(seq: Sequence) -> tuple[int, int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from enum import StrEnum
 from functools import partial
 
 import msgspec
 
-from server.engine.constraints import Constraint, TokenMatcher
+from server.engine.constraints import Constraint
 from server.engine.distributions import (
     BATCH_SIZE_BOUNDS,
     BATCH_TOKENS_BOUNDS,
@@ -22,12 +21,13 @@ MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; the values are the API's words, except for the last three, which are errors there."""
+    """Why a sequence ended; the values are the API's words, except for the last four, which are errors there."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    REFUSED = "refused"
     TIMEOUT = "timeout"
     CONSTRAINT = "constraint"
 
@@ -138,146 +138,6 @@ class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
         return self.digest if self.task_id is None else f"{self.digest}/{self.task_id}"
 
 
-class Sequence:
-    """One text being continued: its tokens, its blocks, and how far its keys and values reach.
-
-    Positions count virtual tokens first: token ``token_ids[i]`` stands at position ``num_virtual_tokens + i``.
-
-    Attributes:
-        request_id: The caller's name for it.
-        token_ids: The prompt's text tokens, then the new ones.
-        num_prompt_tokens: How many of them came with the request.
-        params: How to sample.
-        soft_prompt: What stands before the text, or None.
-        salt: The tenant: keeps its cached texts apart from others', and takes turns with them.
-        priority: What the request asked for; lower is more urgent.
-        urgency: The same until it has waited so long that it is promoted to the most urgent class.
-        arrival: When it came, in seconds of the engine's clock.
-        deadline: When it ends unless it has begun to run, in seconds of that clock; None is never.
-        turn: How many others had their first turn before it; None until it has had its own.
-        first_run: When it was first given blocks, in seconds of that clock; None until then.
-        block_table: Block ids by position // block_size; the first may be shared with others.
-        block_hashes: Chain hash of each full block of ``block_table`` that has been registered or matched.
-        num_computed: Positions whose keys and values are in the cache or are written in the step under way.
-        num_cached_tokens: Text tokens that a cached prefix saved, at first admission.
-        finish_reason: Set once, when the sequence has ended.
-        stop_token_id: The token that ended it, when one did.
-        rng: This sequence's random numbers.
-        matcher: Where it stands in the grammar of its constraint, once that is compiled; it has taken exactly the new
-            tokens, so that preemption leaves it as it is.
-        adjusts_logits: ``params.adjusts_logits``, which every step asks.
-        prompt_logprobs: Of the text's tokens from ``params.prompt_logprobs_start``, as far as they are computed; the
-            text's first is None where no row of the model stands before it. They survive preemption.
-    """
-
-    __slots__ = (
-        "adjusts_logits",
-        "arrival",
-        "block_hashes",
-        "block_table",
-        "deadline",
-        "finish_reason",
-        "first_run",
-        "matcher",
-        "num_cached_tokens",
-        "num_computed",
-        "num_prompt_tokens",
-        "num_virtual_tokens",
-        "params",
-        "priority",
-        "prompt_logprobs",
-        "request_id",
-        "rng",
-        "salt",
-        "soft_prompt",
-        "stop_token_id",
-        "token_ids",
-        "turn",
-        "urgency",
-    )
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        soft_prompt: SoftPromptSource | None = None,
-        salt: str = "",
-        *,
-        priority: int = 0,
-        arrival: float = 0.0,
-        timeout: float | None = None,
-    ) -> None:
-        if not prompt_token_ids:
-            raise ValueError("a sequence needs at least one text token")
-        if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
-            raise ValueError(f"priority {priority} is not in {MIN_PRIORITY}..{MAX_PRIORITY}")
-        self.request_id = request_id
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
-        self.params = params
-        self.soft_prompt = soft_prompt
-        self.num_virtual_tokens = soft_prompt.num_virtual_tokens if soft_prompt else 0
-        self.salt = salt
-        self.priority = self.urgency = priority
-        self.arrival = arrival
-        self.deadline = None if timeout is None else arrival + timeout
-        self.turn: int | None = None
-        self.first_run: float | None = None
-        self.block_table: list[int] = []
-        self.block_hashes: list[bytes] = []
-        self.num_computed = 0
-        self.num_cached_tokens: int | None = None
-        self.finish_reason: FinishReason | None = None
-        self.stop_token_id: int | None = None
-        self.rng = random.Random(params.seed)  # noqa: S311 - sampling, not secrets
-        self.matcher: TokenMatcher | None = None
-        self.adjusts_logits = params.adjusts_logits
-        self.prompt_logprobs: list[Logprobs | None] = []
-
-    @property
-    def num_positions(self) -> int:
-        """Virtual tokens and text together."""
-        return self.num_virtual_tokens + len(self.token_ids)
-
-    @property
-    def cost(self) -> int:
-        """What a turn of its tenant is charged: text tokens and the new ones asked for."""
-        return self.num_prompt_tokens + self.params.max_tokens
-
-    @property
-    def flow(self) -> str:
-        """What it takes turns with inside its tenant: its soft prompt's identity, empty for the bare base."""
-        return self.soft_prompt.identity if self.soft_prompt else ""
-
-    @property
-    def num_new_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def next_scored(self) -> int:
-        """Index of the text token whose logprob is to be computed next, where they are wanted."""
-        return self.params.prompt_logprobs_start + len(self.prompt_logprobs)
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether some of the text's logprobs are still to be computed."""
-        return self.params.prompt_logprobs is not None and self.next_scored < self.num_prompt_tokens
-
-    @property
-    def num_skippable(self) -> int:
-        """Positions that need not be computed where their keys and values are cached: nobody wants their logits."""
-        if self.wants_prompt_logprobs:  # the logits at a position tell of the token after it
-            return self.num_virtual_tokens + self.next_scored - 1
-        return self.num_positions - 1
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether only the newest token's keys and values are missing."""
-        return self.num_computed == self.num_positions - 1 and self.num_new_tokens > 0
-
-
 class TokenOutput(msgspec.Struct, array_like=True):
     """What one step did for one sequence.
 
@@ -286,8 +146,8 @@ class TokenOutput(msgspec.Struct, array_like=True):
         token_ids: New tokens, in order (none, when it only ended).
         finish_reason: Set in the last output of a sequence.
         stop_token_id: The token that ended it, when one did.
-        num_cached_tokens: Text tokens that a cached prefix saved; in the first output.
-        error: What went wrong, when ``finish_reason`` is ``error``, ``timeout`` or ``constraint``.
+        num_cached_tokens: Text tokens that cached prefixes saved, of all members of an ensemble; in the first output.
+        error: What went wrong, when ``finish_reason`` is ``error``, ``refused``, ``timeout`` or ``constraint``.
         queue_seconds: From its arrival at the engine to its first blocks; in the first output.
         prefill_seconds: From then to its first token; in the first output.
         logprobs: One for each of ``token_ids``, where they were asked for.
@@ -313,7 +173,8 @@ class StepOutput(msgspec.Struct, frozen=True):
     """What a forward pass gave.
 
     Attributes:
-        tokens: A new token for each chunk that samples, in order; negative where there is none (see ``sampler``).
+        tokens: A new token for each chunk that samples, in order, one for all members of an ensemble; negative where
+            there is none (see ``sampler``).
         logprobs: For each of them, None where they were not asked for; empty where nobody asked.
         prompt_logprobs: By request id, what this step adds to each sequence's ``prompt_logprobs``.
         class_logits: By request id, what heads give.

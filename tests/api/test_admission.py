@@ -30,7 +30,7 @@ def queue_of(admission: Admission, clock: Clock, stack, tenant: str, count: int,
     permits = stack.enter_context(admission.permits(count, tenant=tenant))
     for _ in range(begun):
         clock.now += every
-        permits.begin_one()
+        permits.begin()
     return permits
 
 
@@ -48,7 +48,7 @@ def test_a_queue_is_as_long_as_it_moves(admission, clock) -> None:
     with admission.permits(60, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.1
-            permits.begin_one()
+            permits.begin()
         assert admission.expected_wait("a") == pytest.approx(40 * 0.1, rel=0.1)
         assert admission.expected_wait("b") == 0
         admission.check("a", None)
@@ -66,10 +66,10 @@ def test_tenants_share_the_rate(admission, clock) -> None:
     with admission.permits(40, tenant="a") as a, admission.permits(10, tenant="b") as b:
         for _ in range(10):
             clock.now += 0.1
-            a.begin_one()
+            a.begin()
         for _ in range(5):
             clock.now += 0.1
-            b.begin_one()
+            b.begin()
         assert admission.expected_wait("a") == pytest.approx(30 * 2 * 0.1, rel=0.1)
         assert admission.expected_wait("b") == pytest.approx(5 * 2 * 0.1, rel=0.1)
 
@@ -78,7 +78,7 @@ def test_an_idle_time_is_no_slow_queue(admission, clock) -> None:
     with admission.permits(20, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.01
-            permits.begin_one()
+            permits.begin()
     clock.now += 1000
     with admission.permits(50, tenant="a"):
         assert admission.expected_wait("a") == 0
@@ -89,13 +89,13 @@ def test_what_ends_before_it_began_waits_no_more(admission, clock) -> None:
     with admission.permits(12, tenant="a") as permits:
         for _ in range(9):
             clock.now += 1
-            permits.begin_one()
+            permits.begin()
         before = admission.expected_wait("a")
         for _ in range(10):
-            permits.release_one()
+            permits.release()
         assert 0 < admission.expected_wait("a") < before
-        permits.begin_one()
-        permits.begin_one()
+        permits.begin()
+        permits.begin()
         assert admission.expected_wait("a") == 0
 
 

@@ -16,6 +16,7 @@ from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import Logprobs
 from server.errors import EngineDeadError
 from server.logs import FIELDS
+from tests.api.conftest import CONTEXT
 from tests.api.test_classify import classifier_parts
 
 pytestmark = pytest.mark.anyio
@@ -175,6 +176,86 @@ async def test_between_as_many_votes_the_surer_text_wins(client, three, speaking
     assert len(choice["logprobs"]["tokens"]) == len(choice["token_ids"]) == 4
 
 
+async def test_a_text_by_the_mean_is_one_generation(client, app, engine, store, three):
+    app.state.services.admission.capacity = 32
+    body = {"model": three, "prompt": ["p", "qq"], "ensemble": "mean", "max_tokens": 30, "n": 2, "logprobs": 0}
+    response = await client.post("/v1/completions", json=body)
+    reply = response.json()
+    assert response.status_code == 200, reply
+    assert response.headers["x-prelude-prompt"] == "a@1,b@1,c@1"
+    assert reply["model"] == "a,b,c"
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert {choice["text"] for choice in reply["choices"]} == {"hello world"}
+    assert all(len(choice["logprobs"]["tokens"]) == 12 for choice in reply["choices"])
+    assert not {"votes", "members"} & set(reply["choices"][0])
+    usage = reply["usage"]
+    assert usage["prompt_tokens"] == 3 * (2 + 3)
+    assert usage["completion_tokens"] == 4 * 12
+    assert usage["prompt_tokens_details"]["virtual_tokens"] == 2 * (4 + 5 + 6)
+    assert len(engine.requests) == 4
+    for request in engine.requests:
+        members = [request.soft_prompt, *request.others]
+        assert [member.num_virtual_tokens for member in members] == [4, 5, 6]
+    await client.get("/v1/prompts")
+    assert len(store.leased) == len(store.released) == 3
+
+
+async def test_a_mean_can_be_streamed_and_echoed_and_have_the_base_as_a_member(client, engine, three):
+    body = {"model": ["b", "tiny"], "prompt": "p", "ensemble": "mean", "echo": True}
+    assert (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"] == "phello world"
+    assert (engine.requests[0].soft_prompt.num_virtual_tokens, engine.requests[0].others) == (5, (None,))
+    response = await client.post("/v1/completions", json=body | {"stream": True})
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "phello world"
+    assert response.headers["x-prelude-prompt"] == "b@1"
+
+
+def test_each_member_of_a_mean_has_a_place(live, engine, upload_parts, eventually):
+    for rows, name in ((4, "a"), (5, "b"), (6, "c")):
+        httpx.post(f"{live.url}/v1/prompts", **upload_parts(name, rows=rows, seed=rows)).raise_for_status()
+    admission = live.server._services.admission
+    engine.stall_after = 2
+    body = {"model": ["a", "b", "c"], "prompt": ["p", "q"], "ensemble": "mean", "stream": True}
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()  # closed, it would close the response
+        next(lines)
+        assert admission.num_in_use == 6
+        late = httpx.post(f"{live.url}/v1/completions", json=body | {"prompt": "p", "stream": False})
+        assert (late.status_code, late.json()["error"]["code"]) == (429, "overloaded")
+    eventually(lambda: admission.num_in_use == 0 and engine.in_flight == 0)
+    assert {ending for _, ending in engine.ended} == {"abort"}
+    text = httpx.get(f"{live.url}/metrics").text
+    for name in "abc":
+        assert f'prelude_requests_total{{outcome="abort",prompt="{name}"}} 1.0' in text
+
+
+async def test_what_a_mean_can_not_have_is_refused(client, app, engine, store, three, upload_parts):
+    body = {"model": three, "prompt": "p", "ensemble": "mean"}
+    (await client.post("/v1/prompts", **classifier_parts("topics"))).raise_for_status()
+    (await client.post("/v1/prompts", **upload_parts("d", seed=7, rows=4))).raise_for_status()
+    (await client.post("/v1/prompts", **upload_parts("e", seed=8, rows=4))).raise_for_status()
+    room = CONTEXT - 6 - 2
+    assert (await client.post("/v1/completions", json=body | {"max_tokens": room})).status_code == 200
+    num_asked = len(engine.requests)
+    for fields, param, what in (
+        ({"model": [*three, "topics"]}, "model", "not for generation"),
+        ({"model": [*three, "d", "e"]}, "model", "5 is more than the 4 sequences that run at once"),
+        ({"prompt_ids": ["a", "b", "a@latest"], "model": "tiny"}, "prompt_ids", "named twice"),
+        ({"max_tokens": room + 1}, "max_tokens", "6 virtual tokens"),
+        ({"prompt": ["p"] * 3}, "prompt", "9 sequences"),
+        ({"prompt": ["p"] * 2, "n": 2}, "n", "12 sequences"),
+    ):
+        response = await client.post("/v1/completions", json=body | fields)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param), error
+        assert what in error["message"]
+    assert len(engine.requests) == num_asked
+    await client.get("/v1/prompts")
+    assert len(store.leased) == len(store.released)
+    assert app.state.services.admission.num_in_use == 0
+
+
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
 @pytest.mark.parametrize(
     ("fields", "param"),
@@ -219,10 +300,10 @@ async def test_bad_fields_are_named(client, engine, app, store, three, path, fie
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"ensemble": "mean"}, "ensemble"),
         ({"stream": True}, "stream"),
         ({"n": 2}, "n"),
         ({"echo": True}, "echo"),
+        ({"ensemble": "mean", "echo": True, "logprobs": 0}, "echo"),
     ],
 )
 async def test_what_only_one_soft_prompt_does(client, engine, three, fields, param):
@@ -259,10 +340,12 @@ async def test_one_that_is_not_there_is_named(client, engine, app, store, three,
     assert engine.requests == []
 
 
-@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-async def test_one_failure_fails_all_and_leaves_nothing(client, app, engine, store, three, path):
+@pytest.mark.parametrize(
+    ("path", "how"), [("/v1/classify", "vote"), ("/v1/completions", "vote"), ("/v1/completions", "mean")]
+)
+async def test_one_failure_fails_all_and_leaves_nothing(client, app, engine, store, three, path, how):
     engine.failure = EngineDeadError("it died")
-    body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
+    body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i", "ensemble": how}
     assert (await client.post(path, json=body)).status_code == 503
     await client.get("/v1/prompts")
     assert len(store.leased) == len(store.released) == 3
@@ -293,21 +376,20 @@ def test_a_client_that_goes_ends_all_members(live, engine, upload_parts, eventua
     assert {ending for _, ending in engine.ended} == {"abort"}
 
 
-async def test_it_counts_as_one_request_of_a_key(client, app, engine, three):
+@pytest.mark.parametrize(("how", "num_new"), [("vote", 6), ("mean", 2)])
+async def test_it_counts_as_one_request_of_a_key(client, app, engine, three, how, num_new):
     from server.api.callers import ANYBODY
     from server.api.limits import KeyLimiter, Limits
 
     limiter = KeyLimiter(Limits(requests_per_minute=1, max_concurrency=1, tokens_per_minute=1000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.api.openai.caller_of", lambda _: replace(ANYBODY, limiter=limiter))
-        body = {"model": three, "prompt": "i", "max_tokens": 2}
+        body = {"model": three, "prompt": "i", "max_tokens": 2, "ensemble": how}
         assert (await client.post("/v1/completions", json=body)).status_code == 200
         assert (await client.post("/v1/completions", json=body)).status_code == 429
     assert limiter.num_running == 0
-    assert 1000 - int(limiter.headers["x-ratelimit-remaining-tokens"]) in {
-        11,
-        12,
-    }  # three times two of text and two new
+    used = 1000 - int(limiter.headers["x-ratelimit-remaining-tokens"])
+    assert used in {3 * 2 + num_new, 3 * 2 + num_new - 1}  # a part of a token may have come back meanwhile
 
 
 probabilities = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3)

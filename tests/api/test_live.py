@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from server.engine.types import FinishReason
-from server.errors import EngineDeadError, EngineStartError, RequestFailedError
+from server.errors import EngineDeadError, EngineStartError, RequestFailedError, RequestRefusedError
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 20}
 URL = "/v1/completions"
@@ -130,6 +130,7 @@ def test_disconnect_aborts_and_gives_everything_back(
     ("failure", "status", "code"),
     [
         (RequestFailedError("out of blocks"), 500, "request_failed"),
+        (RequestRefusedError("it needs 9 blocks"), 400, "request_refused"),
         (EngineDeadError("the engine process ended"), 503, "engine_dead"),
         (ZeroDivisionError("a secret"), 500, "internal_error"),
     ],

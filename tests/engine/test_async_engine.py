@@ -17,7 +17,13 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine_process import EngineLoop
 from server.engine.interface import GenerateRequest
 from server.engine.types import FinishReason, SamplingParams
-from server.errors import EngineDeadError, EngineNotReadyError, EngineStartError, RequestFailedError, WaitTimeoutError
+from server.errors import (
+    EngineDeadError,
+    EngineNotReadyError,
+    EngineStartError,
+    RequestRefusedError,
+    WaitTimeoutError,
+)
 from tests.engine.harness import Family, greedy
 
 pytestmark = pytest.mark.anyio
@@ -81,7 +87,7 @@ async def test_prepare_brings_a_soft_prompt_onto_the_device(llama: Family) -> No
 
 async def test_request_that_cannot_be_served_fails_alone(llama: Family) -> None:
     async with running(llama) as engine:
-        with pytest.raises(RequestFailedError, match="more than the 256 positions"):
+        with pytest.raises(RequestRefusedError, match="more than the 256 positions"):
             await collect(engine, GenerateRequest("long", [1] * 300, greedy(8)))
         assert await collect(engine, GenerateRequest("short", TEXT, greedy(8))) == (
             llama.expected(None, TEXT, 8),

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from server.engine.block_manager import BlockManager, SoftPromptRun
-from server.engine.types import SamplingParams, Sequence, SoftPromptSource
+from server.engine.sequence import Sequence
+from server.engine.types import SamplingParams, SoftPromptSource
 
 
 def source(num_virtual_tokens: int, digest: str = "d", *, is_key_values: bool = True) -> SoftPromptSource:

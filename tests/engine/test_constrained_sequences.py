@@ -18,8 +18,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.sampler import NO_TOKEN, Sampler
+from server.engine.sequence import Sequence
 from server.engine.structured import NO_WAY_ON
-from server.engine.types import FinishReason, SamplingParams, Sequence, SoftPromptSource
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from tests.engine.grammars import END_ID, compiled, constraint, make_compiler, save_tokenizer
 from tests.engine.harness import SHAPE, VOCABULARY, Family, add, greedy, make_family, random_text, run, tokens
 
@@ -203,6 +204,20 @@ def test_stop_tokens_and_limits_end_it_early(model, make_engine, tokenizer) -> N
     assert outputs["length"][-1].finish_reason is FinishReason.LENGTH
     assert len(tokens(outputs["length"])) == 3
     assert outputs["last"][-1].finish_reason is FinishReason.STOP
+
+
+def test_a_constraint_holds_for_an_ensemble(model, make_engine, tokenizer) -> None:
+    engine = make_engine(model)
+    first, *others = model.soft_prompts.values()
+    for kind, text in (("regex", "[a-c]{3}-[0-9]{4}"), ("choice", '["yes", "no"]')):
+        params = greedy(20, constraint=constraint(kind, text), logprobs=0)
+        add(engine, kind, TEXT, params, soft_prompt=first, others=[*others, None])
+    outputs = run_all(engine)
+    assert re.fullmatch("[a-c]{3}-[0-9]{4}", text_of(tokenizer, outputs["regex"]))
+    assert text_of(tokenizer, outputs["choice"]) in {"yes", "no"}
+    for own in outputs.values():
+        assert own[-1].finish_reason is FinishReason.STOP
+        assert all(entry.logprob < 0 for output in own for entry in output.logprobs or ())
 
 
 def test_a_wrong_constraint_fails_its_requests_alone(model, make_engine) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.fair_queue import FairQueue
-from server.engine.types import MIN_PRIORITY, SamplingParams, Sequence, SoftPromptSource
+from server.engine.sequence import Sequence
+from server.engine.types import MIN_PRIORITY, SamplingParams, SoftPromptSource
 
 TENANTS, PROMPTS, LARGEST = 3, 3, 40
 

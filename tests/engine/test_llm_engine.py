@@ -98,7 +98,7 @@ def test_what_never_fits_is_refused_with_the_three_lengths(
         soft_prompt=llama.soft_prompts["prompt_tuning_20"],
     )
     (output,) = engine.add(request)
-    assert output.finish_reason is FinishReason.ERROR
+    assert output.finish_reason is FinishReason.REFUSED
     assert output.error == (
         "20 virtual tokens, 230 text tokens and 9 new ones are more than the 256 positions of the context"
     )

@@ -19,7 +19,8 @@ from transformers import (
 
 from server.engine.logprobs import logprobs_of
 from server.engine.sampler import Sampler
-from server.engine.types import MIN_LOGPROB, SamplingParams, Sequence
+from server.engine.sequence import Sequence
+from server.engine.types import MIN_LOGPROB, SamplingParams
 
 VOCABULARY = 24
 EOS = 3

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from server.engine.pending import PendingSequences
-from server.engine.types import SamplingParams, Sequence
+from server.engine.sequence import Sequence
+from server.engine.types import SamplingParams
 
 
 def make_seq(name: str, timeout: float | None = None) -> Sequence:

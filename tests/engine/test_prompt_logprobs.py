@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_scored_refuses_to_be(llama: Family, make_engine:
     engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called, so nothing is kept
     (output,) = engine.add(AddRequest(request_id="r", prompt_token_ids=[1], params=greedy(1, prompt_logprobs=0)))
     assert (output.finish_reason, output.error) == (
-        FinishReason.ERROR,
+        FinishReason.REFUSED,
         "LlamaForCausalLM gives no logprobs of the text",
     )
     add(engine, "plain", [1], greedy(1, logprobs=0))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from server.engine.sampler import NOT_FINITE, Sampler
-from server.engine.types import SamplingParams, Sequence
+from server.engine.sequence import Sequence
+from server.engine.types import SamplingParams
 
 
 def seq(**params: object) -> Sequence:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler, StepPlan
-from server.engine.types import FinishReason, SamplingParams, Sequence, SoftPromptSource
+from server.engine.sequence import Sequence
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 
 
 def make(num_blocks: int = 64, block_size: int = 4, seqs: int = 8, budget: int = 16, length: int = 128) -> Scheduler:

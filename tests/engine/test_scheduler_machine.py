@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from scripts.soak_scheduler import NUM_PROMPTS, Drive, Limits, soak
-from server.engine.block_manager import BlockManager
-from server.engine.scheduler import Scheduler
+from server.engine.block_manager import Admission, BlockManager, SoftPromptRun
+from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.sequence import Sequence
 
 
 class Machine(RuleBasedStateMachine):
@@ -29,6 +30,7 @@ class Machine(RuleBasedStateMachine):
         tenant=st.integers(0, 2),
         priority=st.sampled_from([-100, -1, 0, 3]),
         timeout=st.sampled_from([None, 2.0, 20.0]),
+        num_members=st.sampled_from([1, 1, 2, 3]),
     )
     def add(
         self,
@@ -39,8 +41,9 @@ class Machine(RuleBasedStateMachine):
         tenant: int,
         priority: int,
         timeout: float | None,
+        num_members: int,
     ) -> None:
-        self.drive.add(length, max_tokens, prompt, variant, tenant, priority, timeout)
+        self.drive.add(length, max_tokens, prompt, variant, tenant, priority, timeout, num_members)
 
     @rule(steps=st.integers(1, 8))
     def step(self, steps: int) -> None:
@@ -91,19 +94,42 @@ def test_a_short_soak(limits: Limits) -> None:
 def test_a_soak_meets_what_it_is_for() -> None:
     drive = soak(2000, 1)
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats
-    assert min(tally.finished, tally.aborted, tally.expired, tally.promoted) > 10
+    assert min(tally.finished, tally.aborted, tally.expired, tally.promoted, tally.ensembles) > 10
     assert min(drive.scheduler.num_preemptions, blocks.hits, blocks.run_hits, blocks.run_evictions) > 10
+
+
+def _is_filled(self: Scheduler, seq: Sequence, filling: set[str]) -> bool:
+    return seq.soft_prompt is None or self._held_runs[seq.request_id].is_filled
+
+
+def _prefill_apart(self: Scheduler, plan: StepPlan, seq: Sequence, budget: int) -> int:
+    for member in seq.members:
+        num_tokens = min(member.num_positions - member.num_computed, budget)
+        if num_tokens:
+            self._add_chunk(plan, member, num_tokens)
+            budget -= num_tokens
+    return budget
+
+
+def _admit_some(
+    self: BlockManager, members: Iterable[tuple[Sequence, SoftPromptRun | None]], headroom: int
+) -> list[Admission] | None:
+    admissions = [self.admit(seq, run, headroom) for seq, run in members]
+    given = [admission for admission in admissions if admission is not None]
+    return given if len(given) == len(admissions) else None
 
 
 @pytest.mark.parametrize(
     ("owner", "method", "fault"),
     [
-        (Scheduler, "_is_usable", lambda self, run, filling: run.is_filled),  # copies a block before it is filled
+        (Scheduler, "_is_usable", _is_filled),  # copies a block before it is filled
         (BlockManager, "_seed", lambda self, seq: b"seed"),  # shares texts across tenants and soft prompts
         (BlockManager, "_hash", lambda self, seq, index, parent: parent + b"%d" % index),  # whatever the text is
         (Scheduler, "_schedule_prefills", lambda self, plan, budget: 0),  # never goes on
+        (Scheduler, "_prefill", _prefill_apart),  # lets members of an ensemble reach their ends one by one
+        (BlockManager, "admit_all", _admit_some),  # keeps what some members were given
     ],
-    ids=["early copy", "shared seed", "same hash", "no prefill"],
+    ids=["early copy", "shared seed", "same hash", "no prefill", "apart", "some members"],
 )
 def test_the_soak_notices(
     owner: type, method: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
