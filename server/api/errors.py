@@ -210,10 +210,11 @@ def _own_headers(error: Exception) -> Mapping[str, str]:
     """Headers that depend on more than the class of an exception."""
     if isinstance(error, PermissionDeniedError) and error.scopes:  # RFC 6750, section 3
         return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{" ".join(error.scopes)}"'}
-    if isinstance(error, RateLimitError):
+    if isinstance(error, ServerError) and error.retry_after is not None:
         milliseconds = max(1, math.ceil(error.retry_after * 1000))
         when = {"retry-after": str(math.ceil(milliseconds / 1000)), "retry-after-ms": str(milliseconds)}
-        return when | ({"x-should-retry": "false"} if error.is_hopeless else {})
+        is_hopeless = isinstance(error, RateLimitError) and error.is_hopeless
+        return when | ({"x-should-retry": "false"} if is_hopeless else {})
     return {}
 
 
