@@ -120,12 +120,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Begin a request."""
+        super().on_headers_complete()  # raises where the target is none that it understands: then none has begun
         self._is_in_request = self._has_body_to_come = True
         self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """End a request's body."""
@@ -161,12 +161,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Answer and close, where the answer to another request is not under way."""
+        """Answer and close, where it would not be taken for the answer to another request."""
         if self.transport.is_closing():
             return
         reply = describe_status(status)
         request_id = None
-        if not self._is_in_request or not (self.pipeline or self.cycle.response_started):
+        is_of_the_one_that_runs = self._has_body_to_come and not (self.pipeline or self.cycle.response_started)
+        if not self._is_in_request or is_of_the_one_that_runs:
             request_id = uuid.uuid4().hex
             self.transport.write(_encoded(status, reply, request_id))
         self._tell(reply.code, reply.message, status=request_id and reply.status, request_id=request_id)

@@ -187,12 +187,15 @@ class BodyLimitMiddleware:
 
         async def limited_receive() -> Message:
             nonlocal received
+            has_rest = True
             if not is_too_long:
                 message = await receive()
                 received += len(message.get("body", b""))
                 if received <= self._max_bytes:
                     return message
-            await discard_rest(_rest(receive))
+                has_rest = message.get("more_body", False)
+            if has_rest:
+                await discard_rest(_rest(receive))
             raise self._error()
 
         await self._app(scope, limited_receive, send)

@@ -77,8 +77,14 @@ def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
         (HEAD + b"X" * 3000, 431, "headers_too_large"),
         (HEAD + b"X:y\r\n" * MAX_HEADERS + b"\r\n", 431, "headers_too_large"),
         (b"\x16\x03\x01 is no HTTP\r\n\r\n", 400, "invalid_request"),
+        (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
+        (b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
+        (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
+        (HEAD + b"Content-Length: " + b"9" * 1000 + b"\r\n\r\n", 400, "invalid_request"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n", 400, "invalid_request"),
     ],
-    ids=["target", "header", "endless header", "endless name", "number", "no HTTP"],
+    ids=["target", "header", "endless header", "endless name", "number", "no HTTP"]
+    + ["no URL", "no path", "no proxy", "huge length", "no chunk"],
 )
 def test_heads_that_are_not_taken(
     serve: Any,
@@ -93,6 +99,7 @@ def test_heads_that_are_not_taken(
     with caplog.at_level(logging.INFO, "server.api.refusal_log"):
         connection.sendall(sent)
         answer = everything(connection)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert error_of(answer, status) == code
     assert counted(live, code)
     fields = logged(caplog, code)
@@ -263,6 +270,31 @@ def test_an_endless_head_behind_a_running_stream_ends_both(
     connection.sendall(b"GET /live HTTP/1.1\r\nX: " + b"x" * 3000)
     assert b" 431 " not in everything(connection), "it would stand in the middle of the stream"
     eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+
+
+def test_what_is_no_http_behind_a_request_is_not_answered_in_its_place(
+    serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
+) -> None:
+    live = serve()
+    engine.stall_after = 0
+    connection = connect(live)
+    body = json.dumps({"prompt": "abc"}).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    eventually(lambda: engine.in_flight == 1)
+    connection.sendall(b"no HTTP\r\n\r\n")
+    assert everything(connection) == b""
+    eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+
+
+def test_a_chunk_over_the_limit_that_is_the_last_is_refused_at_once(
+    serve: Any, connect: Callable[..., socket.socket]
+) -> None:
+    live = serve(max_body_bytes=1000)
+    connection = connect(live)
+    began = time.monotonic()
+    connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5dc\r\n" + b"a" * 1500 + b"\r\n0\r\n\r\n")
+    assert error_of(everything(connection), 413) == "payload_too_large"
+    assert time.monotonic() - began < 4, "it was waited for what does not come"
 
 
 def test_open_files_are_allowed_for_as_many_connections(
