@@ -83,8 +83,10 @@ def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
         (HEAD + b"Content-Length: " + b"9" * 1000 + b"\r\n\r\n", 400, "invalid_request"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n", 400, "invalid_request"),
     ],
-    ids=["target", "header", "endless header", "endless name", "number", "no HTTP"]
-    + ["no URL", "no path", "no proxy", "huge length", "no chunk"],
+    ids=[
+        *("target", "header", "endless header", "endless name", "number", "no HTTP"),
+        *("no URL", "no path", "no proxy", "huge length", "no chunk"),
+    ],
 )
 def test_heads_that_are_not_taken(
     serve: Any,
