@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import ErrorReply, describe_status
 from server.api.refusal_log import Refusal
 
 MAX_HEADERS = 128
 """Header lines of one request."""
+
+MAX_PIPELINED = 16
+"""Requests of one connection that may wait behind another's answer; thousands fit into one read, 2 KiB each."""
 
 _errors_only = logging.getLogger("uvicorn.error.connections")
 """uvicorn's protocol warns of each request that is no HTTP, without a bound; those have a line of our own."""
@@ -65,6 +68,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._num_unread = 0
+        self._answered: RequestResponseCycle | None = None
+        """The request whose answer is under way or done last; ``cycle`` is the newest, which may wait behind it."""
 
     # Beginning and end
 
@@ -77,11 +82,15 @@ class LimitedProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Forget the connection, and tell the request that is being answered, which uvicorn only tells the newest."""
         for timer in (self._head_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     # Heads
 
@@ -120,7 +129,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Begin a request."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._head_fault = HTTPStatus.TOO_MANY_REQUESTS
+            raise ValueError("too many requests wait")
         super().on_headers_complete()  # raises where the target is none that it understands: then none has begun
+        if not self.pipeline:
+            self._answered = self.cycle
         self._is_in_request = self._has_body_to_come = True
         self._head_bytes = 0
         if self._head_timer is not None:
@@ -135,6 +149,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on to the next request; what the client has still to read is looked after."""
         self._is_in_request = bool(self.pipeline)
+        if self.pipeline:
+            self._answered, _ = self.pipeline[-1]
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_writes()
@@ -195,7 +211,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._write_timer = None
         is_waiting = self.flow.write_paused or self.transport.is_closing()
         if is_waiting and self._count_unread() >= self._num_unread:
-            state = getattr(self.cycle, "scope", {}).get("state", {})  # there is no cycle before the first request
+            state = {} if self._answered is None else self._answered.scope.get("state", {})
             self._tell(
                 "client_stalled",
                 "the client takes nothing of its answer",

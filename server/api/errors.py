@@ -119,6 +119,7 @@ _HTTP_CODES = {
     413: "payload_too_large",
     414: "uri_too_long",
     416: "range_not_satisfiable",
+    429: "too_many_pipelined",
     431: "headers_too_large",
 }
 
@@ -192,6 +193,7 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
 _AT_THE_DOOR = {
     HTTPStatus.BAD_REQUEST: "this is no HTTP/1.1 request",
     HTTPStatus.REQUEST_TIMEOUT: "the request did not come in time",
+    HTTPStatus.TOO_MANY_REQUESTS: "too many requests wait on one connection for the answer to another",
     HTTPStatus.REQUEST_URI_TOO_LONG: "the request's target is too long",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request's headers are too many or too long",
     HTTPStatus.SERVICE_UNAVAILABLE: "too many connections are open; try again later",

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from server import app as server_app
-from server.api.connections import MAX_HEADERS
+from server.api.connections import MAX_HEADERS, MAX_PIPELINED
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -286,6 +286,54 @@ def test_what_is_no_http_behind_a_request_is_not_answered_in_its_place(
     connection.sendall(b"no HTTP\r\n\r\n")
     assert everything(connection) == b""
     eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_with_requests_still_to_be_answered_ends_the_one_that_runs(
+    serve: Any,
+    connect: Callable[..., socket.socket],
+    caplog: pytest.LogCaptureFixture,
+    engine: Any,
+    eventually: Callable[..., None],
+    stream: bool,
+) -> None:
+    live = serve()
+    engine.reply, engine.stall_after = "x" * 200, 5
+    connection = connect(live)
+    body = json.dumps({"prompt": "abc", "max_tokens": 100, "stream": stream}).encode()
+    following = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body + following * 3)
+    eventually(lambda: engine.in_flight == 1)
+    connection.close()
+    eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+    eventually(lambda: not live.server.server_state.tasks)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_no_more_requests_wait_on_one_connection_than_it_may_have(
+    serve: Any,
+    connect: Callable[..., socket.socket],
+    caplog: pytest.LogCaptureFixture,
+    engine: Any,
+    eventually: Callable[..., None],
+) -> None:
+    live = serve()
+    engine.stall_after = 0
+    body = json.dumps({"prompt": "abc"}).encode()
+    first = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    following = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    patient, greedy = connect(live), connect(live)
+    patient.sendall(first + following * MAX_PIPELINED)
+    eventually(lambda: engine.in_flight == 1)
+    with caplog.at_level(logging.INFO, "server.api.refusal_log"):
+        greedy.sendall(first + following * (MAX_PIPELINED + 1))
+        assert everything(greedy) == b"", "it would stand in another answer's place"
+    assert logged(caplog, "too_many_pipelined")["reason"]
+    assert counted(live, "too_many_pipelined")
+    eventually(lambda: engine.in_flight == 1)
+    engine.stall_after = None
+    patient.close()
+    eventually(lambda: engine.in_flight == 0)
 
 
 def test_a_chunk_over_the_limit_that_is_the_last_is_refused_at_once(
