@@ -195,6 +195,15 @@ def test_a_body_that_keeps_up_may_take_longer(serve: Any, connect: Callable[...,
     assert b"200 OK" in everything(connection)
 
 
+def test_a_body_that_came_quickly_may_be_silent_no_longer(serve: Any, connect: Callable[..., socket.socket]) -> None:
+    live = serve(body_timeout=0.4)
+    connection = connect(live)
+    began = time.monotonic()
+    connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + b'{"prompt": "' + b"x" * 50_000)
+    assert error_of(everything(connection), 408) == "request_timeout"
+    assert time.monotonic() - began < 8, "50,000 bytes would have bought twelve seconds"
+
+
 def test_more_connections_than_allowed_are_refused_until_one_goes(
     serve: Any, connect: Callable[..., socket.socket], eventually: Callable[..., None]
 ) -> None:
