@@ -191,7 +191,7 @@ async def offer(client: Client, rate: float, seconds: float, seed: int) -> Outco
 def measure(flags: Sequence[str], seconds: float, capacity: float | None) -> tuple[float, list[Outcome]]:
     """What a server with these flags carries, and what becomes of each rate."""
     with tempfile.TemporaryDirectory() as folder:
-        every = ("--dtype", "float32", "--num-threads", "1", "--allow-other-base", "--kv-cache-memory", "256MiB")
+        every = ("--dtype", "float32", "--allow-other-base", "--kv-cache-memory", "256MiB")
         with serving(MODEL_DIRECTORY, Path(folder) / "store", *every, *flags) as url:
             for task in TASKS:
                 names = ("adapter_config.json", "adapter_model.safetensors")
@@ -222,12 +222,14 @@ def show(name: str, capacity: float, outcomes: Sequence[Outcome], limit: float) 
             *(f"{outcome.quantile(share):.2f}" for share in (0.5, 0.95, 0.99)),
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
-    print("| offered | tokens/s | in a step | engine, API, clients: of a core |\n| --- | --- | --- | --- |")
+    print("| offered | tokens/s | in a step | ms a step | engine, API, clients: of a core |")
+    print("| --- | --- | --- | --- | --- |")
     for outcome in outcomes:
         if (work := outcome.work) is not None:
             shares = ", ".join(f"{seconds / work.at:.2f}" for seconds in work.cpu_seconds)
             rate, size = work.num_tokens / work.at, work.num_in_steps / work.num_steps
-            print(f"| {outcome.offered / capacity:.1f} x | {rate:,.0f} | {size:.1f} | {shares} |")
+            step = 1000 * work.at / work.num_steps
+            print(f"| {outcome.offered / capacity:.1f} x | {rate:,.0f} | {size:.1f} | {step:.2f} | {shares} |")
     print(f"refusals without Retry-After: {sum(outcome.num_without_retry for outcome in outcomes)}")
 
 
@@ -260,11 +262,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each rate is offered")
     parser.add_argument("--limit", type=float, default=10.0, help="seconds within which an answer counts")
     parser.add_argument("--wait", type=float, default=2.0, help="--max-wait-seconds of the server with a limit")
+    parser.add_argument("--num-threads", default="1", help="the model's; one leaves a core of two to the rest")
     parser.add_argument("--bounded-only", action="store_true", help="leave the server without a limit out")
     parser.add_argument("--plot", type=Path)
     values = parser.parse_args()
     print(machine())
-    flags = ("--max-num-seqs", "64")
+    flags = ("--max-num-seqs", "64", "--num-threads", values.num_threads)
     capacity, bounded = measure((*flags, "--max-wait-seconds", str(values.wait)), values.seconds, None)
     print(f"carried by {CLIENTS} clients: {capacity:.1f} requests/s of {NEW_TOKENS[0]} to {NEW_TOKENS[1]} tokens")
     runs = {f"--max-wait-seconds {values.wait:g}": bounded}

@@ -205,7 +205,7 @@ FLAGS = (
     _flag(HttpSettings, "max_connections", int, "Connections that may be open at once.", min=1),
     _flag(HttpSettings, "max_head_bytes", int, "Largest request line and headers.", **_BYTES),
     _flag(HttpSettings, "head_timeout", float, "Seconds for a request's line and headers to come.", min=0.1),
-    _flag(HttpSettings, "body_timeout", float, "Seconds to wait for a body, and one for every 4 KiB of it.", min=0.1),
+    _flag(HttpSettings, "body_timeout", float, "Seconds to wait for a body; 4 KiB of it give one back.", min=0.1),
     _flag(HttpSettings, "stall_timeout", float, "Seconds that an answer may lie unread.", min=0.1),
     _flag(HttpSettings, "drain_seconds", float, "How long running requests may finish after SIGTERM.", min=0.0),
     _flag(HttpSettings, "metrics_top_prompts", int, "Soft prompts with a metric label of their own.", min=0),

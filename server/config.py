@@ -91,7 +91,7 @@ class HttpSettings:
         max_connections: Connections that may be open at once.
         max_head_bytes: Largest request line and headers of one request.
         head_timeout: Seconds in which a request's head has to come.
-        body_timeout: Seconds that may be spent waiting for a request's body, and one more for every 4 KiB that came.
+        body_timeout: Seconds that may be spent waiting for a request's body; every 4 KiB that come give one back.
         stall_timeout: Seconds that an answer may lie unread before its request is ended.
         drain_seconds: How long running requests may finish after SIGTERM.
         metrics_top_prompts: Soft prompts that get a metric label of their own; the others share ``other``.

@@ -36,12 +36,14 @@ class ServerError(Exception):
     Attributes:
         message: For people.
         param: The request's field at fault, if there is one.
+        retry_after: Seconds after which the same request may be answered, where that is known.
     """
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after = retry_after
 
 
 class ConfigurationError(ServerError):
@@ -84,13 +86,11 @@ class RateLimitError(ServerError):
     """The key that was sent is over one of its limits.
 
     Attributes:
-        retry_after: Seconds until it need not be any more.
         is_hopeless: Whether the same request will always be.
     """
 
     def __init__(self, message: str, *, retry_after: float, is_hopeless: bool = False) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+        super().__init__(message, retry_after=retry_after)
         self.is_hopeless = is_hopeless
 
 

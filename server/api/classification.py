@@ -21,7 +21,7 @@ from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
-from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
+from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError, WaitTimeoutError
 
 MAX_LABEL_TOKENS = 64
 
@@ -174,9 +174,11 @@ class Classification:
         self.verdicts = [found[start : start + num_inputs] for start in range(0, len(found), num_inputs)]
 
     async def _score(self, request: GenerateRequest) -> TokenEvent:
+        has_begun = False
         try:
             async with aclosing(self.services.engine.generate(request)) as events:
                 async for event in events:
+                    has_begun = True
                     self.permits.begin()
                     if event.finish_reason is FinishReason.ABORT:
                         raise EngineNotReadyError("the server is shutting down and cut the request off")
@@ -188,8 +190,11 @@ class Classification:
                             self.record.prefill_seconds = event.prefill_seconds
                     return event
             raise EngineNotReadyError("the engine ended the request without a reason")
+        except WaitTimeoutError as error:
+            error.retry_after = self.permits.retry_after
+            raise
         finally:
-            self.permits.release()
+            self.permits.release(has_begun=has_begun)
 
 
 def _params(text: list[int], label: Label | None) -> SamplingParams:

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import ErrorReply, describe_status
 from server.api.refusal_log import Refusal
 
 MAX_HEADERS = 128
 """Header lines of one request."""
+
+MAX_PIPELINED = 16
+"""Requests of one connection that may wait behind another's answer; thousands fit into one read, 2 KiB each."""
 
 _errors_only = logging.getLogger("uvicorn.error.connections")
 """uvicorn's protocol warns of each request that is no HTTP, without a bound; those have a line of our own."""
@@ -65,6 +68,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._num_unread = 0
+        self._answered: RequestResponseCycle | None = None
+        """The request whose answer is under way or done last; ``cycle`` is the newest, which may wait behind it."""
 
     # Beginning and end
 
@@ -77,11 +82,15 @@ class LimitedProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Forget the connection, and tell the request that is being answered, which uvicorn only tells the newest."""
         for timer in (self._head_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     # Heads
 
@@ -120,12 +129,17 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Begin a request."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._head_fault = HTTPStatus.TOO_MANY_REQUESTS
+            raise ValueError("too many requests wait")
+        super().on_headers_complete()  # raises where the target is none that it understands: then none has begun
+        if not self.pipeline:
+            self._answered = self.cycle
         self._is_in_request = self._has_body_to_come = True
         self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """End a request's body."""
@@ -135,6 +149,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on to the next request; what the client has still to read is looked after."""
         self._is_in_request = bool(self.pipeline)
+        if self.pipeline:
+            self._answered, _ = self.pipeline[-1]
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_writes()
@@ -161,12 +177,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Answer and close, where the answer to another request is not under way."""
+        """Answer and close, where it would not be taken for the answer to another request."""
         if self.transport.is_closing():
             return
         reply = describe_status(status)
         request_id = None
-        if not self._is_in_request or not (self.pipeline or self.cycle.response_started):
+        is_of_the_one_that_runs = self._has_body_to_come and not (self.pipeline or self.cycle.response_started)
+        if not self._is_in_request or is_of_the_one_that_runs:
             request_id = uuid.uuid4().hex
             self.transport.write(_encoded(status, reply, request_id))
         self._tell(reply.code, reply.message, status=request_id and reply.status, request_id=request_id)
@@ -194,7 +211,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._write_timer = None
         is_waiting = self.flow.write_paused or self.transport.is_closing()
         if is_waiting and self._count_unread() >= self._num_unread:
-            state = getattr(self.cycle, "scope", {}).get("state", {})  # there is no cycle before the first request
+            state = {} if self._answered is None else self._answered.scope.get("state", {})
             self._tell(
                 "client_stalled",
                 "the client takes nothing of its answer",

@@ -10,7 +10,7 @@ from server.api.callers import caller_of
 from server.api.deps import Services
 from server.api.errors import describe
 from server.api.generation import shorter
-from server.api.request_record import OPERATIONS, record_of
+from server.api.request_record import OPERATIONS, begin_record
 from server.errors import OverloadedError, WaitTimeoutError
 
 
@@ -37,33 +37,40 @@ class AdmissionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Look at the queue, and only where it is too long at the request."""
-        refusal = self._refusal(scope)
-        if refusal is None:
+        if not _asks_the_model(scope) or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         messages = await _whole(receive)
         opening = _opening(messages)
-        if opening is None or (opening.priority or 0) < 0:
+        refusal = None if opening is None else self._refusal(scope, opening)
+        if opening is None or refusal is None:
             await self._app(scope, _again(messages, receive), send)
             return
-        request = Request(scope)
-        record = record_of(request)
-        record.operation = OPERATIONS[scope["path"]]
-        record.model = opening.model or self._services.base_name
+        record = begin_record(Request(scope), self._services, model=opening.model, text=lambda: None)
         reply = describe(refusal, request_id=record.request_id)
         record.error = reply.code
         self._services.metrics.count_error(reply.code)
         await reply.response()(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> OverloadedError | WaitTimeoutError | None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in OPERATIONS:
-            return None
-        limit = shorter(None, self._services.settings.http.max_wait_seconds)
+    def _is_open(self, scope: Scope) -> bool:
+        return self._services.admission.is_open(caller_of(Request(scope)).tenant, self._limit)
+
+    def _refusal(self, scope: Scope, opening: _Opening) -> OverloadedError | WaitTimeoutError | None:
         try:
-            self._services.admission.check(caller_of(Request(scope)).tenant, limit)
+            self._services.admission.check(
+                caller_of(Request(scope)).tenant, self._limit, priority=opening.priority or 0
+            )
         except (OverloadedError, WaitTimeoutError) as error:
             return error
         return None
+
+    @property
+    def _limit(self) -> float | None:
+        return shorter(None, self._services.settings.http.max_wait_seconds)
+
+
+def _asks_the_model(scope: Scope) -> bool:
+    return bool(scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in OPERATIONS)
 
 
 async def _whole(receive: Receive) -> list[Message]:

@@ -121,6 +121,7 @@ _HTTP_CODES = {
     413: "payload_too_large",
     414: "uri_too_long",
     416: "range_not_satisfiable",
+    429: "too_many_pipelined",
     431: "headers_too_large",
 }
 
@@ -194,6 +195,7 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
 _AT_THE_DOOR = {
     HTTPStatus.BAD_REQUEST: "this is no HTTP/1.1 request",
     HTTPStatus.REQUEST_TIMEOUT: "the request did not come in time",
+    HTTPStatus.TOO_MANY_REQUESTS: "too many requests wait on one connection for the answer to another",
     HTTPStatus.REQUEST_URI_TOO_LONG: "the request's target is too long",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request's headers are too many or too long",
     HTTPStatus.SERVICE_UNAVAILABLE: "too many connections are open; try again later",
@@ -212,10 +214,11 @@ def _own_headers(error: Exception) -> Mapping[str, str]:
     """Headers that depend on more than the class of an exception."""
     if isinstance(error, PermissionDeniedError) and error.scopes:  # RFC 6750, section 3
         return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{" ".join(error.scopes)}"'}
-    if isinstance(error, RateLimitError):
+    if isinstance(error, ServerError) and error.retry_after is not None:
         milliseconds = max(1, math.ceil(error.retry_after * 1000))
         when = {"retry-after": str(math.ceil(milliseconds / 1000)), "retry-after-ms": str(milliseconds)}
-        return when | ({"x-should-retry": "false"} if error.is_hopeless else {})
+        is_hopeless = isinstance(error, RateLimitError) and error.is_hopeless
+        return when | ({"x-should-retry": "false"} if is_hopeless else {})
     return {}
 
 

@@ -25,7 +25,13 @@ from server.api.responses import PromptTokensDetails, Usage
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
-from server.errors import ConstraintError, ContextLengthError, EngineNotReadyError, InvalidRequestError
+from server.errors import (
+    ConstraintError,
+    ContextLengthError,
+    EngineNotReadyError,
+    InvalidRequestError,
+    WaitTimeoutError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +212,11 @@ class Generation:
         except ConstraintError as error:
             field = body.constraint_field
             raise ConstraintError(f"{field}: {error.message}", param=field) from error
+        except WaitTimeoutError as error:
+            error.retry_after = self._permits.retry_after
+            raise
         finally:
-            self._permits.release(len(self.leased))
+            self._permits.release(len(self.leased), has_begun=has_begun)
 
     async def _echo(
         self, index: int, event: TokenEvent, decode: Callable[[list[int]], str]

@@ -135,7 +135,7 @@ class BodyTimeoutMiddleware:
 
     Args:
         app: The rest of the application.
-        seconds: How long may be waited, and ``1 / MIN_BODY_RATE`` seconds more for each byte that has come.
+        seconds: How long may be waited; each byte that comes gives ``1 / MIN_BODY_RATE`` seconds of it back.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
@@ -159,7 +159,9 @@ class BodyTimeoutMiddleware:
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "the body did not come in time", headers={"connection": "close"}) from None
+            # What came quickly buys no longer silence later: that would hold its memory for as long.
             left += len(message.get("body", b"")) / MIN_BODY_RATE - (time.monotonic() - began)
+            left = min(left, self._seconds)
             is_whole = not message.get("more_body", False)
             return message
 
@@ -187,12 +189,15 @@ class BodyLimitMiddleware:
 
         async def limited_receive() -> Message:
             nonlocal received
+            has_rest = True
             if not is_too_long:
                 message = await receive()
                 received += len(message.get("body", b""))
                 if received <= self._max_bytes:
                     return message
-            await discard_rest(_rest(receive))
+                has_rest = message.get("more_body", False)
+            if has_rest:
+                await discard_rest(_rest(receive))
             raise self._error()
 
         await self._app(scope, limited_receive, send)

@@ -329,7 +329,8 @@ async def warm_prompt(
         version = await services.warmer.unpin(ref, task_id=body.task_id)
         pinned = services.warmer.is_pinned(version)
         return WarmReply(id=name, version=version.version, task_ids=None, pinned=pinned, seconds=0.0)
-    with services.admission.permits(1):
+    # It waits for files more than for its turn, so it tells nothing of how long a turn takes.
+    with services.admission.permits(1, waits=False):
         warmed = await services.warmer.warm(ref, task_id=body.task_id, pin=bool(body.pin))
     return WarmReply(
         id=name,

@@ -26,6 +26,9 @@ OPERATIONS = {
 }
 """What is asked of the model, by path, in the words of OpenTelemetry's ``gen_ai.operation.name``."""
 
+MAX_MODEL_CHARS = 256
+"""How much of the field ``model`` is kept: longer is no name of anything, and may be as long as a body."""
+
 MAX_LOGGED_CHARS = 10_000
 """How much of one text ``--log-prompts`` shows."""
 
@@ -42,7 +45,7 @@ class RequestRecord:
         status: The response's; None where the client went before it began.
         error: The ``code`` of the error reply.
         operation: ``text_completion``, ``chat`` or ``classify``.
-        model: The field ``model`` as it was sent, or the base's name.
+        model: The beginning of the field ``model`` as it was sent, or the base's name.
         prompt: The soft prompt's name.
         version: The version that served it.
         outcome: Of an admitted request: stop, length, abort or error, as in the metrics.
@@ -131,7 +134,7 @@ def begin_record(
     """
     record = record_of(request)
     record.operation = OPERATIONS[request.scope["path"]]
-    record.model = model or services.base_name
+    record.model = (model or services.base_name)[:MAX_MODEL_CHARS]
     if services.settings.http.log_prompts:
         record.input = logged_input(text())
     return record

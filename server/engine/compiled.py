@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -30,6 +31,16 @@ _C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 _HALF_OF_LAST, _ONE, _NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(0x7FC0)
 
 Elements = npt.NDArray[np.float32 | np.uint16]
+
+
+def set_num_threads(number: int) -> None:
+    """Let torch's operations and the kernels use so many threads, the calling one included.
+
+    Both have one pool, and Numba gives it a thread for every core when it starts, whatever torch was told before. So
+    it is started here, and torch told afterwards.
+    """
+    numba.set_num_threads(min(number, config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    torch.set_num_threads(number)
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:

@@ -11,10 +11,9 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba.core import config
 
 from server.engine.attention import AttentionBackend, AttentionCall, AttentionMetadata, Rows, SDPABackend
-from server.engine.compiled import elements
+from server.engine.compiled import elements, set_num_threads
 from server.engine.decode_kernel import attend_rows
 from server.engine.kv_cache import KVCache
 from server.engine.vector_code import LANES
@@ -64,7 +63,7 @@ class CPUBackend(SDPABackend):
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__(cache)
-        numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        set_num_threads(torch.get_num_threads())
         self._num_threads: int = numba.get_num_threads()
         layers = (cache.layer(layer) for layer in range(cache.spec.num_layers))
         self._arrays = [(elements(keys), elements(values)) for keys, values in layers]

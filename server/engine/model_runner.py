@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, make_metadata
+from server.engine.compiled import set_num_threads
 from server.engine.cpu_attention import make_backend
 from server.engine.ensembles import merge_ensembles
 from server.engine.exactness import PROBE_TOLERANCE, ExactnessCheck
@@ -48,7 +49,9 @@ class ModelRunner:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.device = _device(settings.device)
-        if settings.num_threads is not None:
+        if self.device.type == "cpu":
+            set_num_threads(settings.num_threads or torch.get_num_threads())
+        elif settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         try:
             config = self._start(settings, fuses=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 
@@ -10,10 +12,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.api.admission import Admission
+from server.api.admission import LATEST_SECONDS, SOONEST_SECONDS, Admission
 from server.api.early_refusal import AdmissionMiddleware
 from server.api.middleware import RequestIdMiddleware
-from server.api.request_record import RequestRecord
+from server.api.request_record import MAX_MODEL_CHARS, RequestRecord
 from server.errors import OverloadedError, WaitTimeoutError
 
 
@@ -91,12 +93,124 @@ def test_what_ends_before_it_began_waits_no_more(admission, clock) -> None:
             clock.now += 1
             permits.begin()
         before = admission.expected_wait("a")
-        for _ in range(10):
-            permits.release()
+        permits.release(has_begun=False)
         assert 0 < admission.expected_wait("a") < before
+        for _ in range(9):
+            permits.release(has_begun=True)
+        assert admission.expected_wait("a") > 0
         permits.begin()
         permits.begin()
         assert admission.expected_wait("a") == 0
+        with pytest.raises(RuntimeError, match="more sequences began"):
+            permits.begin()
+        permits.release_all()
+        with pytest.raises(RuntimeError, match="more permits"):
+            permits.release(has_begun=True)
+    assert admission.num_in_use == 0
+
+
+def test_what_takes_a_place_and_no_turn_says_nothing_of_the_queue(admission, clock) -> None:
+    with admission.permits(1, tenant="a", waits=False), admission.permits(20, tenant="a") as permits:
+        for _ in range(20):
+            clock.now += 1
+            permits.begin()
+        assert admission.num_in_use == 21
+        clock.now += 100
+        admission.check("a", 0.1)
+
+
+def told(error: pytest.ExceptionInfo[OverloadedError | WaitTimeoutError]) -> float:
+    assert error.value.retry_after is not None
+    return error.value.retry_after
+
+
+def test_who_is_refused_is_told_a_turn_of_its_own(admission, clock) -> None:
+    with admission.permits(60, tenant="a") as permits:
+        for _ in range(20):
+            clock.now += 0.1
+            permits.begin()
+        pace = 1.9 / 20  # of 20 beginnings, the first is where counting starts
+        found = []
+        for _ in range(10):
+            with pytest.raises(WaitTimeoutError) as error:
+                admission.check("a", 2.0)
+            found.append(told(error))
+        assert found[0] == pytest.approx(40 * pace)
+        steps = [then - now for now, then in itertools.pairwise(found)]
+        assert steps == pytest.approx([pace] * 9)
+        clock.now += 0.3
+        with pytest.raises(WaitTimeoutError) as error:
+            admission.check("a", 2.0)
+        assert found[-1] - 0.3 < told(error) < found[-1]  # a turn later, as time has passed
+        admission.check("b", 2.0)
+
+
+def test_nobody_is_told_to_come_back_at_once(admission, clock) -> None:
+    with admission.permits(40, tenant="a") as permits:
+        for _ in range(30):
+            clock.now += 0.01
+            permits.begin()
+        assert admission.expected_wait("a") < 0.2
+        first, second = admission.retry_after("a"), admission.retry_after("a")
+        assert first == SOONEST_SECONDS
+        assert first < second < first + 0.02
+
+
+def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock) -> None:
+    drawn: list[tuple[float, float]] = []
+
+    def between(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return 42.0
+
+    admission = Admission(1000, clock=clock, between=between)
+    with admission.permits(60, tenant="a") as permits:
+        for _ in range(20):
+            clock.now += 1
+            permits.begin()
+        found = [admission.retry_after("a") for _ in range(40)]
+        assert found == sorted(found[:24]) + [42.0] * 16
+        assert all(seconds <= LATEST_SECONDS for seconds in found)
+        assert drawn == [(LATEST_SECONDS / 2, LATEST_SECONDS)] * 16
+        clock.now += 10
+        assert admission.retry_after("a") != 42.0  # turns have passed, so there are some to be had
+
+
+def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission, clock) -> None:
+    with admission.permits(20, tenant="b") as b:
+        with admission.permits(30, tenant="a") as a:
+            for _ in range(10):
+                clock.now += 0.5
+                a.begin()
+            first = admission.retry_after("b")
+            for _ in range(20):
+                admission.retry_after("a")
+            assert admission.retry_after("b") == pytest.approx(first + 0.9)
+        assert admission._turns.keys() == {"b"}
+        assert admission.retry_after("a") is None
+        assert b.retry_after == b.retry_after  # one turn for all of a request
+    assert admission._turns == {}
+
+
+def test_without_a_queue_nothing_is_known_of_turns(admission) -> None:
+    assert admission.retry_after("a") is None
+    with admission.permits(1000, tenant="a"):
+        with pytest.raises(OverloadedError) as error:
+            admission.check("a", None)
+        assert error.value.retry_after is None
+
+
+def test_a_full_server_tells_when_its_queue_has_moved(admission, clock) -> None:
+    with admission.permits(1000, tenant="a") as permits:
+        for _ in range(10):
+            clock.now += 0.01
+            permits.begin()
+        with pytest.raises(OverloadedError) as error:
+            admission.check("a", None)
+        assert told(error) == pytest.approx(990 * 0.009)
+        with pytest.raises(OverloadedError) as error, admission.permits(1, tenant="a"):
+            pass
+        assert told(error) == pytest.approx(991 * 0.009)
 
 
 def test_a_full_server_is_told_before_any_work(admission) -> None:
@@ -174,7 +288,9 @@ async def test_what_would_wait_too_long_costs_no_validation(
         # A wrong field would be 400, were the body validated.
         refused = await queued.post(path, json=body | {"model": "tiny", "temperature": -1})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded_waiting")
-    assert int(refused.headers["retry-after"]) > 0
+    milliseconds = int(refused.headers["retry-after-ms"])
+    assert 1000 * LATEST_SECONDS / 2 <= milliseconds <= 1000 * LATEST_SECONDS  # nothing has begun for very long
+    assert int(refused.headers["retry-after"]) == math.ceil(milliseconds / 1000)
     record = records[-1]
     assert refused.headers["x-request-id"] == record.request_id
     assert (record.status, record.error, record.operation) == (503, "overloaded_waiting", operation)
@@ -203,6 +319,24 @@ async def test_what_would_wait_too_long_costs_no_validation(
 async def test_what_cannot_be_judged_is_told_what_is_wrong_with_it(queued, body) -> None:
     answer = await queued.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.anyio
+async def test_a_name_as_long_as_a_body_is_not_kept(queued, records) -> None:
+    refused = await queued.post("/v1/completions", json={"model": "m" * 50_000, "prompt": "a"})
+    assert refused.status_code == 503
+    assert records[-1].model == "m" * MAX_MODEL_CHARS
+
+
+@pytest.mark.anyio
+async def test_only_what_is_refused_takes_a_turn(queued, long_queue, monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(long_queue.state.services.admission, "retry_after", asked.append)
+    for body in ({"prompt": "a", "priority": -1}, {"prompt": "a", "priority": "soon"}):
+        assert (await queued.post("/v1/completions", json=body)).status_code in {200, 400}
+    assert asked == []
+    assert (await queued.post("/v1/completions", json={"prompt": "a"})).status_code == 503
+    assert asked == [""]
 
 
 @pytest.mark.anyio

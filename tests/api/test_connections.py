@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from server import app as server_app
-from server.api.connections import MAX_HEADERS
+from server.api.connections import MAX_HEADERS, MAX_PIPELINED
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -77,8 +77,16 @@ def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
         (HEAD + b"X" * 3000, 431, "headers_too_large"),
         (HEAD + b"X:y\r\n" * MAX_HEADERS + b"\r\n", 431, "headers_too_large"),
         (b"\x16\x03\x01 is no HTTP\r\n\r\n", 400, "invalid_request"),
+        (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
+        (b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
+        (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
+        (HEAD + b"Content-Length: " + b"9" * 1000 + b"\r\n\r\n", 400, "invalid_request"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n", 400, "invalid_request"),
     ],
-    ids=["target", "header", "endless header", "endless name", "number", "no HTTP"],
+    ids=[
+        *("target", "header", "endless header", "endless name", "number", "no HTTP"),
+        *("no URL", "no path", "no proxy", "huge length", "no chunk"),
+    ],
 )
 def test_heads_that_are_not_taken(
     serve: Any,
@@ -93,6 +101,7 @@ def test_heads_that_are_not_taken(
     with caplog.at_level(logging.INFO, "server.api.refusal_log"):
         connection.sendall(sent)
         answer = everything(connection)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert error_of(answer, status) == code
     assert counted(live, code)
     fields = logged(caplog, code)
@@ -186,6 +195,15 @@ def test_a_body_that_keeps_up_may_take_longer(serve: Any, connect: Callable[...,
     assert b"200 OK" in everything(connection)
 
 
+def test_a_body_that_came_quickly_may_be_silent_no_longer(serve: Any, connect: Callable[..., socket.socket]) -> None:
+    live = serve(body_timeout=0.4)
+    connection = connect(live)
+    began = time.monotonic()
+    connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + b'{"prompt": "' + b"x" * 50_000)
+    assert error_of(everything(connection), 408) == "request_timeout"
+    assert time.monotonic() - began < 8, "50,000 bytes would have bought twelve seconds"
+
+
 def test_more_connections_than_allowed_are_refused_until_one_goes(
     serve: Any, connect: Callable[..., socket.socket], eventually: Callable[..., None]
 ) -> None:
@@ -263,6 +281,79 @@ def test_an_endless_head_behind_a_running_stream_ends_both(
     connection.sendall(b"GET /live HTTP/1.1\r\nX: " + b"x" * 3000)
     assert b" 431 " not in everything(connection), "it would stand in the middle of the stream"
     eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+
+
+def test_what_is_no_http_behind_a_request_is_not_answered_in_its_place(
+    serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
+) -> None:
+    live = serve()
+    engine.stall_after = 0
+    connection = connect(live)
+    body = json.dumps({"prompt": "abc"}).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    eventually(lambda: engine.in_flight == 1)
+    connection.sendall(b"no HTTP\r\n\r\n")
+    assert everything(connection) == b""
+    eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_with_requests_still_to_be_answered_ends_the_one_that_runs(
+    serve: Any,
+    connect: Callable[..., socket.socket],
+    caplog: pytest.LogCaptureFixture,
+    engine: Any,
+    eventually: Callable[..., None],
+    stream: bool,
+) -> None:
+    live = serve()
+    engine.reply, engine.stall_after = "x" * 200, 5
+    connection = connect(live)
+    body = json.dumps({"prompt": "abc", "max_tokens": 100, "stream": stream}).encode()
+    following = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body + following * 3)
+    eventually(lambda: engine.in_flight == 1)
+    connection.close()
+    eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
+    eventually(lambda: not live.server.server_state.tasks)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_no_more_requests_wait_on_one_connection_than_it_may_have(
+    serve: Any,
+    connect: Callable[..., socket.socket],
+    caplog: pytest.LogCaptureFixture,
+    engine: Any,
+    eventually: Callable[..., None],
+) -> None:
+    live = serve()
+    engine.stall_after = 0
+    body = json.dumps({"prompt": "abc"}).encode()
+    first = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    following = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    patient, greedy = connect(live), connect(live)
+    patient.sendall(first + following * MAX_PIPELINED)
+    eventually(lambda: engine.in_flight == 1)
+    with caplog.at_level(logging.INFO, "server.api.refusal_log"):
+        greedy.sendall(first + following * (MAX_PIPELINED + 1))
+        assert everything(greedy) == b"", "it would stand in another answer's place"
+    assert logged(caplog, "too_many_pipelined")["reason"]
+    assert counted(live, "too_many_pipelined")
+    eventually(lambda: engine.in_flight == 1)
+    engine.stall_after = None
+    patient.close()
+    eventually(lambda: engine.in_flight == 0)
+
+
+def test_a_chunk_over_the_limit_that_is_the_last_is_refused_at_once(
+    serve: Any, connect: Callable[..., socket.socket]
+) -> None:
+    live = serve(max_body_bytes=1000)
+    connection = connect(live)
+    began = time.monotonic()
+    connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5dc\r\n" + b"a" * 1500 + b"\r\n0\r\n\r\n")
+    assert error_of(everything(connection), 413) == "payload_too_large"
+    assert time.monotonic() - began < 4, "it was waited for what does not come"
 
 
 def test_open_files_are_allowed_for_as_many_connections(

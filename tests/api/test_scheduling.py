@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -83,6 +85,27 @@ async def test_a_timeout_is_503_with_retry_after(client, engine, stream):
     text = (await client.get("/metrics")).text
     assert 'prelude_requests_total{outcome="error",prompt="-"} 1.0' in text
     assert 'prelude_request_errors_total{code="overloaded_waiting"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+        ("/v1/classify", {"input": ["a", "b"], "labels": ["x", "y"]}),
+    ],
+)
+async def test_who_has_waited_in_vain_is_told_when_the_queue_has_moved(app, client, engine, path, body):
+    engine.failure = WaitTimeoutError("the request waited 5.0 seconds")
+    admission = app.state.services.admission
+    with admission.permits(4):
+        admission._begun.extend([time.monotonic() - 20.0] * 8)
+        response = await client.post(path, json=body)
+    assert response.status_code == 503
+    milliseconds = int(response.headers["retry-after-ms"])
+    # A sequence begins every 2.5 seconds; the request's own may be counted with the four, and it gets one turn.
+    assert 10_000 <= milliseconds <= 25_000
+    assert int(response.headers["retry-after"]) == math.ceil(milliseconds / 1000)
 
 
 async def test_phases_are_observed(client, engine):

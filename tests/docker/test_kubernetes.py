@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ MANIFESTS = DOCKER / "kubernetes"
 BASE = MANIFESTS / "base"
 OVERLAYS = sorted(path.parent.name for path in MANIFESTS.glob("*/kustomization.yaml"))
 NAME = {"app.kubernetes.io/name": "prelude"}
+ENGINE = {"llm-d.ai/engine-type": "prelude"}
 
 
 def documents(text: str) -> dict[str, dict[str, Any]]:
@@ -52,10 +54,28 @@ def test_labels_and_selectors_meet() -> None:
     found = base()
     assert all(document["metadata"]["labels"] == NAME for document in found.values())
     deployment = found["Deployment/prelude"]["spec"]
-    assert deployment["template"]["metadata"]["labels"] == NAME
+    assert deployment["template"]["metadata"]["labels"] == NAME | ENGINE
     assert found["Service/prelude"]["spec"]["selector"] == NAME
     for name in ("Deployment/prelude", "PodDisruptionBudget/prelude", "ServiceMonitor/prelude"):
         assert found[name]["spec"]["selector"] == {"matchLabels": NAME}
+
+
+def test_an_endpoint_picker_finds_its_engine_by_the_pods_label() -> None:
+    """The documented configuration has an entry for the label, and metrics for what the entry may name."""
+    text = (DOCKER.parent / "docs" / "operations.md").read_text()
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "engineConfigs" in block]
+    plugins = {plugin["type"]: plugin["parameters"] for plugin in yaml.safe_load(block)["plugins"]}
+    (engine,) = plugins["core-metrics-extractor"]["engineConfigs"]
+    assert {"llm-d.ai/engine-type": engine.pop("name")} == ENGINE
+    assert engine.keys() == {
+        "queuedRequestsSpec",
+        "runningRequestsSpec",
+        "kvUsageSpec",
+        "cacheBlockSizeSpec",
+        "cacheNumBlocksSpec",
+    }
+    assert all(f"| `{spec}` |" in text for spec in engine)
+    assert all(f"| `{name}` |" in text for name in engine.values())
 
 
 def test_ports_meet() -> None:

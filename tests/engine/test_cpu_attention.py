@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.demo.tour import MODEL_DIRECTORY
 from server.engine import cpu_attention
 from server.engine.attention import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
 from server.engine.cpu_attention import MOST_KEYS, UNIT_ROWS, CPUBackend, make_backend, share_out
@@ -216,3 +220,22 @@ def test_a_step_of_long_chunks_alone_needs_no_kernel(monkeypatch: pytest.MonkeyP
     backend.begin(metadata)
     assert backend.attend(torch.randn(2, 20, 16), 0, metadata, AttentionCall(0.25)).shape == (20, 2, 16)
     backend.close()
+
+
+def test_as_many_threads_as_were_asked_for_when_all_is_loaded() -> None:
+    """In a process of its own, for Numba's runtime starts but once, and then sets the number for torch too."""
+    script = f"""
+import os, numba, torch
+from server.config import EngineSettings
+from server.engine.model_runner import ModelRunner
+model = {str(MODEL_DIRECTORY)!r}
+runner = ModelRunner(EngineSettings(model=model, dtype="float32", kv_cache_memory=1 << 24, num_threads=1))
+print(torch.get_num_threads(), numba.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+rows, weight = torch.randn(64, 2048), torch.randn(2048, 2048)
+before = len(os.listdir("/proc/self/task"))
+rows @ weight
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", "2", "0"], done.stderr
