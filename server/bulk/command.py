@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import uvloop
 from rich.console import Console
 
 from prompt_store.strict_json import refuse_constant
 from server.bulk.asking import Asking
-from server.bulk.connecting import Connections, find_answerer
+from server.bulk.connecting import find_answerer, sequences_at_once
+from server.bulk.connections import connected
 from server.bulk.job import Finished, Job
 from server.bulk.job import run as run_job
 from server.bulk.journal import Journal, JournalError
@@ -41,7 +42,8 @@ _OWN_FIELDS = frozenset(
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", ",": ","}
 
 Concurrency = Annotated[
-    int, typer.Option(min=1, help="Sequences at the server at once: about twice its --max-num-seqs.")
+    int | None,
+    typer.Option(min=1, help="Sequences at the server at once; by default twice its --max-num-seqs."),
 ]
 RowsPerRequest = Annotated[int, typer.Option(min=1, max=1024, help="Rows that share a request.")]
 Patience = Annotated[float, typer.Option(min=0.0, help="Seconds without any answer after which it gives up.")]
@@ -109,7 +111,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     options: Annotated[str | None, typer.Option(metavar="JSON", help="More fields of each request.")] = None,
     task_id: TaskId = None,
-    concurrency: Concurrency = _PACE.concurrency,
+    concurrency: Concurrency = None,
     rows_per_request: RowsPerRequest = _PACE.rows_per_request,
     patience: Patience = _PACE.patience,
     timeout: Timeout = _PACE.timeout,
@@ -125,7 +127,6 @@ def run(
     label_set = () if labels is None else parse_labels(labels)
     if label_set and classify is False:
         raise typer.BadParameter("--labels classifies, and --generate does not")
-    pace = Pace(concurrency=concurrency, rows_per_request=rows_per_request, patience=patience, timeout=timeout)
     with serving(url, api_key, as_json=as_json) as client:
         try:
             found = identify(source)
@@ -141,8 +142,14 @@ def run(
                 asking = Asking(
                     model=notes["model"], labels=label_set, by_head=notes["by_head"], task_id=task_id, options=body
                 )
+                pace = Pace(
+                    concurrency=concurrency or sequences_at_once(client, notes["model"]),
+                    rows_per_request=rows_per_request,
+                    patience=patience,
+                    timeout=timeout,
+                )
                 job = Job(source=source, num_rows=found.num_rows, asking=asking, pace=pace, max_errors=max_errors)
-                finished = asyncio.run(_run(job, url, api_key, journal))
+                finished = uvloop.run(_run(job, url, api_key, journal))
         except JournalError as error:
             raise ClientError(str(error)) from error
         except OSError as error:
@@ -151,8 +158,7 @@ def run(
 
 
 async def _run(job: Job, url: str, api_key: str | None, journal: Journal) -> Finished:
-    pace = job.pace
-    async with Connections(url, api_key, requests=pace.concurrency, timeout=pace.timeout) as http:
+    async with connected(url, api_key) as http:
         with progress_bar("rows", job.num_rows, journal.progress.num_rows) as on_rows:
             return await run_job(job, http, journal, on_rows)
 

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,15 +124,14 @@ class Journal:
         except OSError as error:
             raise JournalError(f"{self.state_path}: {error.strerror}") from error
 
-    def write(self, rows: list[tuple[dict[str, Any], Mapping[str, Any] | None]]) -> None:
-        """Append rows, each with its error or None. What was written outlives this process; see ``sync``.
+    def write(self, rows: Sequence[tuple[bytes, Mapping[str, Any] | None]]) -> None:
+        """Append rows: each a line with its end, and its error or None. It outlives this process; see ``sync``.
 
         Raises:
             JournalError: If the disk does not take it; what it took of it is seen by the next start.
         """
-        lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row, _ in rows)
         try:
-            self._file.write(lines)
+            self._file.write(b"".join(line for line, _ in rows))
             self._file.flush()
         except OSError as failure:
             raise JournalError(f"{self.path}: {failure.strerror}") from failure

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.bulk.asking import Asking
+from server.bulk.connections import Poster
 from server.bulk.rows import Form, Row
-from server.bulk.sending import Outcome, Pace, Poster, Sender
+from server.bulk.sending import Outcome, Pace, Sender
 from server.bulk.summary import OnRows
 from server.datasets import Conversation, Example, LabelledText, PromptCompletion
 from server.evaluation.scores import Scores, exact_match, of_labels
