@@ -27,6 +27,7 @@ from server.training.scoring import Scores, score
 from server.training.settings import TrainSettings
 from server.training.soft_prompts import make_soft_prompt, restore, save_adapter
 from server.training.trainer import SoftPromptTrainer, Tell, Warn
+from server.training.verdict import doubts
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(demo.__file__).parent / "model"
@@ -216,11 +217,6 @@ class _Run:
         best = trainer.best
         if best is not None:
             restore(model, best.state)
-            if best.step == 0:
-                self.reporter.warn(
-                    "no gain over the untrained prompt: what was saved is where training began. Try another "
-                    "--learning-rate, more steps or more data"
-                )
         base_name = self._base_name()
         save_adapter(model, self.directory.adapter, base_name=base_name, keeps_text=told is not None)
         draw = draw_curves(
@@ -230,6 +226,14 @@ class _Run:
             self.reporter.say("no curves.png: matplotlib is not installed")
         model.eval()
         trained = self._score(PeftModel.from_pretrained(model.get_base_model(), str(self.directory.adapter)))
+        if best is not None and untrained is not None and trained is not None:
+            losses = [
+                (entry["step"], entry["eval_loss"]) for entry in self.directory.records() if "eval_loss" in entry
+            ]
+            for doubt in doubts(
+                settings.method, untrained=untrained, trained=trained, best_step=best.step, losses=losses
+            ):
+                self.reporter.warn(doubt)
         return {
             "name": settings.name,
             "method": settings.method,
