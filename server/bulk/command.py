@@ -83,13 +83,26 @@ def parse_options(text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text, parse_constant=refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise typer.BadParameter("should be a JSON object")
     for name in sorted(_OWN_FIELDS & value.keys()):
         raise typer.BadParameter(f"{name} is not for this option")
     return value
+
+
+def check_characters(**given: Any) -> None:
+    """Hold what was given to what UTF-8, and so a request, can carry: a shell hands over any bytes.
+
+    Raises:
+        typer.BadParameter: With the name of the first that it cannot.
+    """
+    for name, value in given.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter(f"{name} holds what is no character of UTF-8") from error
 
 
 @app.command("run", epilog=_ENDS)
@@ -127,8 +140,11 @@ def run(
     label_set = () if labels is None else parse_labels(labels)
     if label_set and classify is False:
         raise typer.BadParameter("--labels classifies, and --generate does not")
+    check_characters(NAME=name, labels=label_set, stop=stop, options=body)
     with serving(url, api_key, as_json=as_json) as client:
         try:
+            if source.exists() and not source.is_file():
+                raise typer.BadParameter(f"{source} is no file: the rows are read more than once")
             found = identify(source)
             if output.exists() and output.samefile(source):
                 raise typer.BadParameter("IN and OUT are the same file")

@@ -75,6 +75,8 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
     with _cancelled_by_signals(task) as signals:
         try:
             await _copy(job, sender, journal, on_rows)
+            if journal.progress.num_rows != job.num_rows:
+                state, reason = "gave_up", f"{job.source} had {job.num_rows} rows and was changed meanwhile"
         except _EnoughError:
             state, reason = "too_many_errors", f"more than {job.max_errors} rows are errors (--max-errors)"
         except SendingError as error:

@@ -13,7 +13,7 @@ import typer
 import uvloop
 
 from prompt_store.types import DEFAULT_ALIAS, PromptRef
-from server.bulk.command import Concurrency
+from server.bulk.command import Concurrency, check_characters
 from server.bulk.connecting import find_answerer, sequences_at_once
 from server.bulk.connections import connected
 from server.bulk.sending import Pace, SendingError
@@ -35,7 +35,7 @@ from server.commands import (
 )
 from server.datasets import DatasetError, Example, LabelledText, digest, read_examples
 from server.evaluation.asking import DEFAULT_MAX_TOKENS, Answers, Contestant, Rules, score
-from server.evaluation.report import PictureError, Report, draw
+from server.evaluation.report import PictureError, Report, check_drawable, draw
 from server.evaluation.significance import compare
 from server.tables import clean
 
@@ -85,8 +85,12 @@ def evaluate(
     """Score a soft prompt on labelled examples, by itself or against another on the same rows."""
     if sum((against is not None, against_base, text_prompt is not None)) > 1:
         raise typer.BadParameter("one of --against, --against-base and --text-prompt")
+    names = {"NAME": name, "against": against, "text-prompt": text_prompt}
+    check_characters(**names, stop=stop, separator=separator)
     with _errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
         examples = _read(data)
+        if png is not None:
+            check_drawable(has_labels=examples.metric == "accuracy")
         rules = Rules(max_tokens=max_tokens, stop=stop or ())
         first = _contestant(client, name, separator)
         others = []
@@ -98,9 +102,13 @@ def evaluate(
             others = [Contestant(name=called, model=base, text_prompt=text_prompt, separator=first.separator)]
         pace = Pace(concurrency=concurrency or sequences_at_once(client, first.model))
         report = _run(examples, [first, *others], rules, pace, url, api_key)
-        if png is not None:
-            draw(report, png)
     answer(report.as_json, as_json, *report.parts)
+    if png is not None:
+        try:
+            draw(report, png)
+        except PictureError as error:  # what was found is told already, and as JSON it stands alone
+            typer.echo(f"prelude: {clean(error)}", err=True)
+            raise typer.Exit(ExitStatus.FAILED) from error
     if report.num_errors:
         raise typer.Exit(ExitStatus.INVALID)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from server import demo
@@ -119,7 +120,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
             "learning_rate": settings.rate,
             "versions": library_versions(),
         }
-        with directory.opened(record, resume=settings.resume):
+        with _resources(directory), directory.opened(record, resume=settings.resume):
             return _Run(
                 settings=settings,
                 reporter=reporter,
@@ -131,6 +132,33 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
                 held_out=held_out,
                 publication=publication,
             ).result()
+
+
+@contextmanager
+def _resources(directory: RunDirectory) -> Iterator[None]:
+    """Tell of a full disk or memory in one line, with what to do.
+
+    The libraries write checkpoints in their own ways, and not all of them say by its type what went wrong.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the device's memory is full: lower --batch-size (with --gradient-accumulation-steps the steps stay the "
+            "same), or --num-virtual-tokens"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (
+            isinstance(error, RuntimeError)
+            and "PytorchStreamWriter" not in str(error)
+            and "inline_container" not in str(error)
+        ):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        raise TrainingError(
+            f"{directory.path} cannot be written: {reason}. Make room and start it again; --resume goes on from the "
+            "last evaluation, if there was one"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

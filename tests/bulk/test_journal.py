@@ -82,6 +82,8 @@ def test_another_run_is_refused_until_restart(tmp_path):
     with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal:
         assert journal.is_new
         assert journal.progress.num_rows == 0
+        assert path.read_bytes() == before  # until it is known that the new one can begin
+        journal.remember({"model": "a@1"})
     assert path.read_bytes() == b""
 
 
