@@ -102,13 +102,14 @@ async def score(
     )
     sender = Sender(http, asking, pace)
     answers: list[str | None] = []
-    first_error = None
+    num_errors, first_error = 0, None
     async for outcomes in sender.outcomes(_rows(examples, contestant)):
         for outcome in outcomes:
             answers.append(_answer(outcome))
-            if outcome.error is not None and first_error is None:
-                first_error = f"line {outcome.row.line}: {outcome.error['message']}"
-        on_rows(len(outcomes), answers.count(None))
+            if outcome.error is not None:
+                num_errors += 1
+                first_error = first_error or f"line {outcome.row.line}: {outcome.error['message']}"
+        on_rows(len(outcomes), num_errors)
     if labels:
         expected = [example.label for example in examples if isinstance(example, LabelledText)]
         if not contestant.has_head:
