@@ -3,9 +3,9 @@
     python -m benchmarks.bulk [--rows 6000] [--rounds 4] [--long-rows 100000] [--kind classify|complete]
 
 Both send the same rows to the same server in turn: ``prelude run`` in a process of its own, from file to file; and,
-in one as well, the least that can ask for them: an asyncio loop over httpx that holds all rows in memory, keeps as
-many requests of as many rows in flight, and throws the answers away. Each round has new texts, the same for both, and
-the prefix cache is off, so that nothing is gained by being second.
+in one as well, the least that can ask for them (``benchmarks.bulk_load``), with as many requests of as many rows in
+flight. Each round has new texts, the same for both, and the prefix cache is off, so that nothing is gained by being
+second. Of both processes the CPU time is taken too: they share the cores with the server.
 
 Then ``--long-rows`` rows go through ``prelude run`` once more: its memory is sampled, it is killed with SIGKILL when
 a third and two thirds are written, and started again; the output is held against the input row by row.
@@ -14,8 +14,8 @@ a third and two thirds are written, and started again; the output is held agains
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -24,16 +24,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 
 from benchmarks.server import serving
 from server.bulk.sending import Pace
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 
-LABELS = ["\npositive", "\nnegative"]
 FLAGS = ["--no-enable-prefix-caching", "--allow-other-base"]
 
 WORDS = ["lamp", "strap", "kettle", "bicycle", "phone", "chair", "bag", "clock"]
@@ -47,13 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--long-rows", type=int, default=100_000)
     parser.add_argument("--kind", choices=("classify", "complete"), default="complete")
-    parser.add_argument("--load", help=argparse.SUPPRESS)
-    parser.add_argument("--url", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.load:
-        texts = [json.loads(line)["text"] for line in Path(args.load).read_text().splitlines()]
-        print(asyncio.run(load(texts, args.url, args.kind)))
-        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with serving(MODEL_DIRECTORY, folder / "store", *FLAGS) as url:
@@ -80,51 +73,61 @@ def command(source: Path, output: Path, url: str, kind: str) -> list[str]:
     return [*PRELUDE, "run", "sentiment", str(source), str(output), *asked, "--json", "--url", url]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """One side's process.
+
+    Attributes:
+        rate: Rows a second, by its own clock: without its start.
+        cpu_seconds: CPU time of the process, with its start.
+    """
+
+    rate: float
+    cpu_seconds: float
+
+
+def measured(which: str, source: Path, output: Path, url: str, kind: str) -> Finished:
+    """Run one side in a process of its own."""
+    pace = Pace()
+    line = [sys.executable, "-m", "benchmarks.bulk_load", str(source), url, kind]
+    line += [str(pace.concurrency), str(pace.rows_per_request)]
+    if which == "bulk":
+        line = command(source, output, url, kind)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    told = process.stdout.read() if process.stdout is not None else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{which} ended with {os.waitstatus_to_exitcode(status)}: {told}")
+    rate = json.loads(told)["rows_per_second"] if which == "bulk" else float(told)
+    return Finished(rate, usage.ru_utime + usage.ru_stime)
+
+
 def compare(folder: Path, url: str, args: argparse.Namespace) -> None:
-    """Take turns, the first one changing from round to round."""
-    ratios = []
+    """Take turns, the first one changing from round to round; CPU time is that beyond a run of one row."""
+    source = folder / "one.jsonl"
+    write_rows(source, 1, 0)
+    starts = dict.fromkeys(("bulk", "load"), math.inf)
+    for turn in range(3):
+        for which, least in starts.items():
+            output = folder / f"one-{turn}.jsonl"
+            starts[which] = min(least, measured(which, source, output, url, args.kind).cpu_seconds)
+    ratios: list[float] = []
+    cpu: dict[str, list[float]] = {"bulk": [], "load": []}
     for number in range(args.rounds + 1):
         source = folder / f"in-{number}.jsonl"
         write_rows(source, args.rows, number)
-        rates = {}
-        for which in ("bulk", "load") if number % 2 else ("load", "bulk"):
-            if which == "bulk":
-                run = subprocess.run(
-                    command(source, folder / f"out-{number}.jsonl", url, args.kind), capture_output=True, check=True
-                )
-                rates[which] = json.loads(run.stdout)["rows_per_second"]
-            else:
-                own = [sys.executable, "-m", "benchmarks.bulk", "--load", str(source), "--url", url]
-                own += ["--kind", args.kind]
-                rates[which] = float(subprocess.run(own, capture_output=True, check=True, text=True).stdout)
-        if number:  # the first warms up
-            ratios.append(rates["bulk"] / rates["load"])
-            both = f"bulk {rates['bulk']:.1f} rows/s, load {rates['load']:.1f} rows/s"
-            print(f"{both}, ratio {ratios[-1]:.3f}", flush=True)
+        order = ("bulk", "load") if number % 2 else ("load", "bulk")
+        found = {which: measured(which, source, folder / f"out-{number}.jsonl", url, args.kind) for which in order}
+        if not number:  # it warms up
+            continue
+        ratios.append(found["bulk"].rate / found["load"].rate)
+        for which, times in cpu.items():
+            times.append(1e6 * (found[which].cpu_seconds - starts[which]) / args.rows)
+        told = [f"{which} {found[which].rate:.1f} rows/s, {cpu[which][-1]:.0f} us of CPU a row" for which in cpu]
+        print(f"{', '.join(told)}, ratio {ratios[-1]:.3f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})", flush=True)
-
-
-async def load(texts: list[str], url: str, kind: str) -> float:
-    """The bare loop; returns rows a second."""
-    pace = Pace()
-    size = pace.rows_per_request
-    batches = iter([texts[start : start + size] for start in range(0, len(texts), size)])
-    weight = len(LABELS) if kind == "classify" else 1
-    workers = pace.concurrency // (pace.rows_per_request * weight)
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-
-        async def work() -> None:
-            for batch in batches:
-                body = {"model": "sentiment", "temperature": 0}
-                if kind == "classify":
-                    response = await client.post("/v1/classify", json={**body, "input": batch, "labels": LABELS})
-                else:
-                    response = await client.post("/v1/completions", json={**body, "prompt": batch, "max_tokens": 2})
-                response.raise_for_status()
-
-        started = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(workers)))
-        return len(texts) / (time.perf_counter() - started)
+    for which, times in cpu.items():
+        print(f"{which}: {statistics.median(times):.0f} us of CPU a row in the median", flush=True)
 
 
 def run_long(folder: Path, url: str, args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
-"""The figures of docs/training.md: ``python -m scripts.training_figures --out figures.json``.
+"""The figures of docs/training.md: ``python -m scripts.training_figures --out figures.json --seeds 0 1 2``.
 
 Serves the embedded model, trains triage with each method by the documented command (``prelude train --push``), and
 asks the server for all test texts: with each soft prompt, without one, and with every instruction in words that the
 model was trained on. Exact match of greedy answers, and the label that ``/v1/classify`` finds likeliest of the four.
+Each method is trained once for each seed; the mean and the range over seeds stand beside the single figures.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -86,16 +89,30 @@ def in_words(asker: Asker, rows: list[dict[str, object]]) -> dict[str, dict[str,
     return found | {"eight examples": asker.accuracy(BASE, rows, shots)}
 
 
-def train(method: str, url: str, folder: Path, arguments: list[str]) -> dict[str, object]:
+def train(method: str, seed: int, url: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
     """Run the documented command; what it printed as JSON."""
     data = "tasks" if method == "multitask" else "triage"
     command = [*PRELUDE, "train", "--model", "demo", "--method", method, "--id", method.replace("_", "-")]
     command += ["--data", str(EXAMPLES / f"{data}.jsonl"), "--eval-data", str(EXAMPLES / f"{data}-test.jsonl")]
-    command += ["--run-dir", str(folder / method), "--push", "--url", url, "--json"]
+    command += ["--run-dir", str(folder / f"{method}-{seed}"), "--seed", str(seed)]
+    command += ["--push", "--url", url, "--json"]
     command += [*MORE.get(method, []), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, object] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean, least and most of each figure."""
+    figures = {
+        "held_out_loss": [run["scores"]["trained"]["loss"] for run in runs],
+        "exact": [run["served"]["exact"] for run in runs],
+        "likeliest_label": [run["served"]["likeliest_label"] for run in runs],
+    }
+    return {
+        name: {"mean": round(statistics.mean(values), 4), "least": min(values), "most": max(values)}
+        for name, values in figures.items()
+    }
 
 
 def main() -> None:
@@ -103,11 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--skip-words", action="store_true", help="ask the bare model nothing in words")
     parser.add_argument("arguments", nargs="*", help="more arguments of prelude train, after --")
     options = parser.parse_args()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    figures: dict[str, object] = {}
+    figures: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as name,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as http,
@@ -121,15 +140,19 @@ def main() -> None:
             _wait(http)
             asker, rows = Asker(http), _rows("triage-test.jsonl")
             figures["bare"] = asker.accuracy(BASE, rows)
-            words = in_words(asker, rows)
-            figures["in words"] = dict(sorted(words.items(), key=lambda item: -item[1]["likeliest_label"])[:5])
+            if not options.skip_words:
+                words = in_words(asker, rows)
+                figures["in words"] = dict(sorted(words.items(), key=lambda item: -item[1]["likeliest_label"])[:5])
             for method in options.methods:
-                result = train(method, str(http.base_url), folder, options.arguments)
-                test = _rows("tasks-test.jsonl") if method == "multitask" else rows
-                served = asker.accuracy(f"{method.replace('_', '-')}@candidate", test)
-                figures[method] = {"served": served, **result}
-                print(method, served, result["seconds"], flush=True)
-                options.out.write_text(json.dumps(figures, indent=2) + "\n")
+                runs = []
+                for seed in options.seeds:
+                    result = train(method, seed, str(http.base_url), folder, options.arguments)
+                    test = _rows("tasks-test.jsonl") if method == "multitask" else rows
+                    served = asker.accuracy(f"{method.replace('_', '-')}@candidate", test)
+                    runs.append({"seed": seed, "served": served, **result})
+                    print(method, seed, served, result["steps"], result["seconds"], flush=True)
+                    figures[method] = {"over_seeds": over_seeds(runs), "runs": runs}
+                    options.out.write_text(json.dumps(figures, indent=2) + "\n")
         finally:
             server.terminate()
             server.wait()

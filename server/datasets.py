@@ -64,53 +64,54 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """What rows of every form have.
+
+    Attributes:
+        task_id: The task of a multitask soft prompt.
+        line: Where it stands in its file, from 1; 0 where it comes from none. Two rows are equal wherever they stand.
+    """
+
+    task_id: int | None = None
+    line: int = field(default=0, compare=False)
+
+
 @dataclass(frozen=True, slots=True)
-class PromptCompletion:
+class PromptCompletion(_Row):
     """A text, and what the model is to write after it.
 
     Attributes:
         prompt: Sent as it is, as ``prompt`` of ``/v1/completions``.
         completion: Follows without anything in between; a space that is to come first is the completion's own.
-        task_id: The task of a multitask soft prompt.
-        line: Where it stands in its file, from 1; 0 where it comes from none.
     """
 
     prompt: str
     completion: str
-    task_id: int | None = None
-    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledText:
+class LabelledText(_Row):
     """A text and its label.
 
     Attributes:
         text: What is classified.
         label: One of a set that the file's rows span.
-        task_id: The task of a multitask soft prompt.
-        line: Where it stands in its file, from 1; 0 where it comes from none.
     """
 
     text: str
     label: str
-    task_id: int | None = None
-    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(_Row):
     """A conversation; its last message is the assistant's, and is what is learned.
 
     Attributes:
         messages: In order; at least one before the assistant's last.
-        task_id: The task of a multitask soft prompt.
-        line: Where it stands in its file, from 1; 0 where it comes from none.
     """
 
     messages: tuple[Message, ...]
-    task_id: int | None = None
-    line: int = field(default=0, compare=False)
 
 
 Example = PromptCompletion | LabelledText | Conversation
@@ -222,12 +223,13 @@ def _example(row: dict[str, Any], number: int) -> Example:
         raise _FaultError(f"none of the forms {_FORMS}; it has {_listed(keys)}")
     if "messages" in keys:
         _fields(row, "messages")
-        return Conversation(_messages(row["messages"]), _task(row), number)
+        return Conversation(_messages(row["messages"]), task_id=_task(row), line=number)
     if keys & {"prompt", "completion"}:
         _fields(row, "prompt", "completion")
-        return PromptCompletion(_text(row, "prompt"), _text(row, "completion"), _task(row), number)
+        prompt, completion = _text(row, "prompt"), _text(row, "completion")
+        return PromptCompletion(prompt, completion, task_id=_task(row), line=number)
     _fields(row, "text", "label")
-    return LabelledText(_text(row, "text"), _text(row, "label"), _task(row), number)
+    return LabelledText(_text(row, "text"), _text(row, "label"), task_id=_task(row), line=number)
 
 
 def _fields(row: dict[str, Any], *names: str) -> None:

@@ -39,7 +39,7 @@ def _faults(tmp_path: Path, content: bytes, **options: int) -> tuple[tuple[int, 
     [
         ({"prompt": "a\n", "completion": " b"}, PromptCompletion("a\n", " b")),
         ({"text": "Grüße ☃", "label": "yes"}, LabelledText("Grüße ☃", "yes")),
-        ({"text": "t", "label": "yes", "task_id": 3}, LabelledText("t", "yes", 3)),
+        ({"text": "t", "label": "yes", "task_id": 3}, LabelledText("t", "yes", task_id=3)),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
             Conversation((Message("user", "hi"), Message("assistant", "ho"))),

@@ -27,6 +27,8 @@ class ModelCard(BaseModel):
         root: The base model.
         parent: The base model of a soft prompt; null for the base itself.
         max_model_len: Positions of one sequence, virtual tokens included.
+        max_num_seqs: Sequences that the server runs at once, of all models together.
+        max_waiting: Sequences that may wait beyond those.
     """
 
     id: str
@@ -36,6 +38,8 @@ class ModelCard(BaseModel):
     root: str
     parent: str | None = None
     max_model_len: int
+    max_num_seqs: int
+    max_waiting: int
 
 
 class ModelList(BaseModel):
@@ -69,19 +73,21 @@ async def get_model(model_id: str, services: ServicesDep, caller: CallerDep) -> 
 
 
 def _base_card(services: Services) -> ModelCard:
-    return ModelCard(
-        id=services.base_name,
-        created=services.created,
-        root=services.base_name,
-        max_model_len=services.engine.model.max_model_len,
-    )
+    return _card(services, services.base_name, created=services.created, parent=None)
 
 
 def _prompt_card(services: Services, model_id: str, version: PromptVersion) -> ModelCard:
+    return _card(services, model_id, created=int(version.created_at.timestamp()), parent=services.base_name)
+
+
+def _card(services: Services, model_id: str, *, created: int, parent: str | None) -> ModelCard:
+    settings = services.settings
     return ModelCard(
         id=model_id,
-        created=int(version.created_at.timestamp()),
+        created=created,
         root=services.base_name,
-        parent=services.base_name,
+        parent=parent,
         max_model_len=services.engine.model.max_model_len,
+        max_num_seqs=settings.engine.max_num_seqs,
+        max_waiting=settings.http.max_waiting,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import uvloop
 from rich.console import Console
 
 from prompt_store.strict_json import refuse_constant
 from server.bulk.asking import Asking
-from server.bulk.connecting import Connections, find_answerer
+from server.bulk.connecting import find_answerer, sequences_at_once
+from server.bulk.connections import connected
 from server.bulk.job import Finished, Job
 from server.bulk.job import run as run_job
 from server.bulk.journal import Journal, JournalError
@@ -41,7 +42,8 @@ _OWN_FIELDS = frozenset(
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", ",": ","}
 
 Concurrency = Annotated[
-    int, typer.Option(min=1, help="Sequences at the server at once: about twice its --max-num-seqs.")
+    int | None,
+    typer.Option(min=1, help="Sequences at the server at once; by default twice its --max-num-seqs."),
 ]
 RowsPerRequest = Annotated[int, typer.Option(min=1, max=1024, help="Rows that share a request.")]
 Patience = Annotated[float, typer.Option(min=0.0, help="Seconds without any answer after which it gives up.")]
@@ -81,13 +83,26 @@ def parse_options(text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text, parse_constant=refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise typer.BadParameter("should be a JSON object")
     for name in sorted(_OWN_FIELDS & value.keys()):
         raise typer.BadParameter(f"{name} is not for this option")
     return value
+
+
+def check_characters(**given: Any) -> None:
+    """Hold what was given to what UTF-8, and so a request, can carry: a shell hands over any bytes.
+
+    Raises:
+        typer.BadParameter: With the name of the first that it cannot.
+    """
+    for name, value in given.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter(f"{name} holds what is no character of UTF-8") from error
 
 
 @app.command("run", epilog=_ENDS)
@@ -109,7 +124,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     options: Annotated[str | None, typer.Option(metavar="JSON", help="More fields of each request.")] = None,
     task_id: TaskId = None,
-    concurrency: Concurrency = _PACE.concurrency,
+    concurrency: Concurrency = None,
     rows_per_request: RowsPerRequest = _PACE.rows_per_request,
     patience: Patience = _PACE.patience,
     timeout: Timeout = _PACE.timeout,
@@ -125,9 +140,11 @@ def run(
     label_set = () if labels is None else parse_labels(labels)
     if label_set and classify is False:
         raise typer.BadParameter("--labels classifies, and --generate does not")
-    pace = Pace(concurrency=concurrency, rows_per_request=rows_per_request, patience=patience, timeout=timeout)
+    check_characters(NAME=name, labels=label_set, stop=stop, options=body)
     with serving(url, api_key, as_json=as_json) as client:
         try:
+            if source.exists() and not source.is_file():
+                raise typer.BadParameter(f"{source} is no file: the rows are read more than once")
             found = identify(source)
             if output.exists() and output.samefile(source):
                 raise typer.BadParameter("IN and OUT are the same file")
@@ -141,8 +158,14 @@ def run(
                 asking = Asking(
                     model=notes["model"], labels=label_set, by_head=notes["by_head"], task_id=task_id, options=body
                 )
+                pace = Pace(
+                    concurrency=concurrency or sequences_at_once(client, notes["model"]),
+                    rows_per_request=rows_per_request,
+                    patience=patience,
+                    timeout=timeout,
+                )
                 job = Job(source=source, num_rows=found.num_rows, asking=asking, pace=pace, max_errors=max_errors)
-                finished = asyncio.run(_run(job, url, api_key, journal))
+                finished = uvloop.run(_run(job, url, api_key, journal))
         except JournalError as error:
             raise ClientError(str(error)) from error
         except OSError as error:
@@ -151,8 +174,7 @@ def run(
 
 
 async def _run(job: Job, url: str, api_key: str | None, journal: Journal) -> Finished:
-    pace = job.pace
-    async with Connections(url, api_key, requests=pace.concurrency, timeout=pace.timeout) as http:
+    async with connected(url, api_key) as http:
         with progress_bar("rows", job.num_rows, journal.progress.num_rows) as on_rows:
             return await run_job(job, http, journal, on_rows)
 

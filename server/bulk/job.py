@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from server.bulk.asking import Asking
+from server.bulk.connections import Poster
 from server.bulk.journal import Journal
-from server.bulk.rows import Row, read_rows
-from server.bulk.sending import Outcome, Pace, Poster, Sender, SendingError
+from server.bulk.rows import RESERVED, read_rows
+from server.bulk.sending import Outcome, Pace, Sender, SendingError
 from server.bulk.summary import OnRows, State, Stopwatch, Summary
 
 
@@ -73,6 +75,8 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
     with _cancelled_by_signals(task) as signals:
         try:
             await _copy(job, sender, journal, on_rows)
+            if journal.progress.num_rows != job.num_rows:
+                state, reason = "gave_up", f"{job.source} had {job.num_rows} rows and was changed meanwhile"
         except _EnoughError:
             state, reason = "too_many_errors", f"more than {job.max_errors} rows are errors (--max-errors)"
         except SendingError as error:
@@ -109,7 +113,7 @@ async def _copy(job: Job, sender: Sender, journal: Journal, on_rows: OnRows) -> 
     async with aclosing(outcomes):
         async for given in outcomes:
             allowed = _allowed(given, job.max_errors, journal.progress.num_errors)
-            journal.write([output_row(outcome) for outcome in allowed])
+            journal.write([output_line(outcome) for outcome in allowed])
             on_rows(len(allowed), journal.progress.num_errors)
             if len(allowed) < len(given):
                 raise _EnoughError
@@ -128,13 +132,24 @@ def _allowed(given: list[Outcome], max_errors: int | None, num_errors: int) -> l
     return given
 
 
-def output_row(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A row of the output: the input's fields, then what has come of it."""
-    row: Row = outcome.row
-    if outcome.error is not None:
-        error = {**outcome.error, "line": row.line}
-        return {**row.fields, "error": error}, error
-    return {**row.fields, "response": outcome.response}, None
+def output_line(outcome: Outcome) -> tuple[bytes, Mapping[str, Any] | None]:
+    """A line of the output, and its error: the input's fields as they stand there, then what has come of the row."""
+    row = outcome.row
+    error = None if outcome.error is None else {**outcome.error, "line": row.line}
+    added = {"response": outcome.response} if error is None else {"error": error}
+    # The fields are not encoded anew where the line can be gone on with. A carriage return between two of them is
+    # allowed in JSON, but there are readers that end a line at it.
+    if row.source and row.fields and not RESERVED & row.fields.keys() and b"\r" not in row.source:
+        return row.source[:-1].rstrip() + b", " + _encoded(added)[1:] + b"\n", error
+    return _encoded({**row.fields, **added}) + b"\n", error
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+def _encoded(value: Mapping[str, Any]) -> bytes:
+    # Half of a surrogate pair, which a server may answer, is no UTF-8; the escape of JSON is what replaces it.
+    return _ENCODER.encode(value).encode(errors="backslashreplace")
 
 
 @contextmanager

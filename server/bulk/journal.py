@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,7 @@ class Journal:
     Args:
         path: The output; made where there is none.
         identity: What makes a run the same run: the input's digest, the settings. Plain JSON.
-        restart: Begin anew whatever is there.
+        restart: Begin anew whatever is there; it is dropped by ``remember``.
 
     Attributes:
         progress: What is in it.
@@ -106,7 +106,7 @@ class Journal:
         return not self.notes
 
     def remember(self, notes: Mapping[str, Any]) -> None:
-        """Keep what the run has to know when it goes on. On the disk before this returns.
+        """Begin: drop what is there, and keep what the run has to know to go on. On the disk before this returns.
 
         Raises:
             JournalError: If it cannot be written.
@@ -115,6 +115,9 @@ class Journal:
         state = {"version": _STATE_VERSION, "identity": self._identity, "notes": self.notes}
         part = self.state_path.with_name(f".{self.state_path.name}.part")
         try:
+            # Not sooner: a new beginning that fails for another reason shall leave the old output as it is.
+            self.state_path.unlink(missing_ok=True)
+            self._file.truncate(0)
             with part.open("w") as file:
                 json.dump(state, file, indent=1)
                 file.flush()
@@ -124,15 +127,14 @@ class Journal:
         except OSError as error:
             raise JournalError(f"{self.state_path}: {error.strerror}") from error
 
-    def write(self, rows: list[tuple[dict[str, Any], Mapping[str, Any] | None]]) -> None:
-        """Append rows, each with its error or None. What was written outlives this process; see ``sync``.
+    def write(self, rows: Sequence[tuple[bytes, Mapping[str, Any] | None]]) -> None:
+        """Append rows: each a line with its end, and its error or None. It outlives this process; see ``sync``.
 
         Raises:
             JournalError: If the disk does not take it; what it took of it is seen by the next start.
         """
-        lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row, _ in rows)
         try:
-            self._file.write(lines)
+            self._file.write(b"".join(line for line, _ in rows))
             self._file.flush()
         except OSError as failure:
             raise JournalError(f"{self.path}: {failure.strerror}") from failure
@@ -180,8 +182,6 @@ class Journal:
         except BlockingIOError as error:
             raise JournalError(f"{self.path} is being written by another run") from error
         if restart:
-            self.state_path.unlink(missing_ok=True)
-            self._file.truncate(0)
             return
         state = self._read_state()
         if state is None:

@@ -33,6 +33,7 @@ class Row:
         form: Which field holds what is to be answered.
         fault: Why it cannot be sent; None where it can.
         num_bytes: Length of its line.
+        source: The line itself, without white space around it; empty where it holds no object, or comes from no file.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Row:
     form: Form = "prompt"
     fault: str | None = None
     num_bytes: int = 0
+    source: bytes = b""
 
     @property
     def content(self) -> Any:
@@ -114,11 +116,12 @@ def _row(index: int, number: int, line: bytes) -> Row:
         fields = parse_object(line)
     except ValueError as error:
         return Row(index, number, {}, fault=str(error), num_bytes=len(line))
+    source = line.strip()
     try:
         form = _check(fields)
     except ValueError as error:
-        return Row(index, number, fields, fault=str(error), num_bytes=len(line))
-    return Row(index, number, fields, form, num_bytes=len(line))
+        return Row(index, number, fields, fault=str(error), num_bytes=len(line), source=source)
+    return Row(index, number, fields, form, num_bytes=len(line), source=source)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start + 1} of the line") from error
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=refuse_constant, parse_float=finite_float)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
@@ -155,6 +158,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the field {twice[:64]!r} stands there twice")
     return fields
+
+
+# One for all lines: ``json.loads`` would make one for each.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=refuse_constant, parse_float=finite_float)
 
 
 def _check(fields: dict[str, Any]) -> Form:

@@ -14,11 +14,10 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import httpx
+from typing import Any
 
 from server.bulk.asking import Asking, BatchKey, is_shared, responses
+from server.bulk.connections import NoAnswerError, Poster, Response
 from server.bulk.reorder import ReorderBuffer
 from server.bulk.rows import Row
 
@@ -43,7 +42,7 @@ _SERVED_BY = "x-prelude-prompt"
 _FULL = frozenset({429, 503})
 _RETRIED = frozenset({408, 425, 429, 502, 503, 504})
 _FATAL = frozenset({401, 403, 404, 405, 415})
-"""What another row would be told just the same."""
+"""What another row would be told just the same; so is where another address is named."""
 
 
 class SendingError(Exception):
@@ -128,17 +127,6 @@ class _Refusal:
     is_final: bool = False
 
 
-class Poster(Protocol):
-    """What sends requests: ``Connections``, or one httpx client."""
-
-    @property
-    def base_url(self) -> httpx.URL | str:
-        """The server's."""
-
-    async def post(self, path: str, /, *, content: bytes, headers: Mapping[str, str]) -> httpx.Response:
-        """Send one request and read its answer."""
-
-
 class Sender:
     """Asks one server for every row. Use it once.
 
@@ -158,6 +146,8 @@ class Sender:
         self._open: dict[BatchKey, _Batch] = {}
         self._ready: deque[_Batch] = deque()
         self._running: dict[asyncio.Task[list[Outcome]], int] = {}
+        self._finished: list[asyncio.Task[list[Outcome]]] = []
+        self._has_finished = asyncio.Event()
         self._in_flight = 0
         self._num_outstanding = 0
         self._outstanding_bytes = 0
@@ -203,8 +193,11 @@ class Sender:
                     if is_end and not self._num_outstanding:
                         return
                     continue
-                done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                # Not asyncio.wait: it looks at all that run, each time that one of them ends.
+                await self._has_finished.wait()
+                self._has_finished.clear()
+                finished, self._finished = self._finished, []
+                for task in finished:
                     self._in_flight -= self._running.pop(task)
                     for outcome in task.result():
                         if buffer is not None:
@@ -246,7 +239,13 @@ class Sender:
                 return
             batch = self._ready.popleft()
             self._in_flight += weight
-            self._running[asyncio.create_task(self._settle(batch.key, batch.rows))] = weight
+            task = asyncio.create_task(self._settle(batch.key, batch.rows))
+            task.add_done_callback(self._note_finished)
+            self._running[task] = weight
+
+    def _note_finished(self, task: asyncio.Task[list[Outcome]]) -> None:
+        self._finished.append(task)
+        self._has_finished.set()
 
     # One batch
 
@@ -259,7 +258,7 @@ class Sender:
             found = await self._ask(key, rows)
             if not isinstance(found, _Refusal):
                 return [Outcome(row, response) for row, response in zip(rows, found, strict=True)]
-            if found.status in _FATAL and not (found.status == 404 and key.is_rows_own):
+            if self._is_fatal(key, found):
                 raise SendingError(found.message, status=found.status, code=found.code)
             num_failures += found.status is not None and found.status not in _RETRIED
             if found.is_final or num_failures >= _MAX_FAILURES:
@@ -275,6 +274,13 @@ class Sender:
                 self._slow_down()
             await asyncio.sleep(self._pause(num_tries, found.wait))
             num_tries += 1
+
+    @staticmethod
+    def _is_fatal(key: BatchKey, found: _Refusal) -> bool:
+        """Whether every other row would be told the same."""
+        if found.status == 404 and key.is_rows_own:
+            return False
+        return found.status in _FATAL or (found.status is not None and 300 <= found.status < 400)
 
     async def _take_apart(self, key: BatchKey, rows: Sequence[Row], refusal: _Refusal) -> list[Outcome]:
         """Find the rows that are refused: each half by itself, down to single ones."""
@@ -313,17 +319,13 @@ class Sender:
         content = json.dumps(self._asking.body(key, rows), ensure_ascii=False).encode()
         try:
             async with asyncio.timeout(self._pace.timeout):
-                response = await self._http.post(
-                    key.path, content=content, headers={"content-type": "application/json"}
-                )
-        except (TimeoutError, httpx.TimeoutException):
+                response = await self._http.post(key.path, content)
+        except TimeoutError:
             return _Refusal(f"no answer within {self._pace.timeout:g} s", "timeout")
-        except httpx.TransportError as error:
-            return _Refusal(
-                f"{self._http.base_url} cannot be reached: {str(error) or type(error).__name__}", "unreachable"
-            )
-        if not response.is_success:
-            return _refusal(response)
+        except NoAnswerError as error:
+            return _Refusal(f"{self._http.base_url} cannot be reached: {error}", "unreachable")
+        if not 200 <= response.status < 300:
+            return _refusal(response, self._http.base_url + key.path)
         self._last_answer = time.monotonic()
         self._speed_up(len(rows))
         try:
@@ -333,27 +335,31 @@ class Sender:
             self.tally.prompt_tokens += usage["prompt_tokens"]
             self.tally.completion_tokens += usage["completion_tokens"]
         except (ValueError, KeyError, TypeError) as error:
-            raise SendingError(f"{response.url}: {error}", status=None, code="not_prelude") from error
+            raise SendingError(
+                f"{self._http.base_url}{key.path}: {error}: is this a Prelude server?",
+                status=None,
+                code="not_prelude",
+            ) from error
         return found
 
 
-def _refusal(response: httpx.Response) -> _Refusal:
-    status = response.status_code
+def _refusal(response: Response, url: str) -> _Refusal:
+    status = response.status
     try:
-        error: Mapping[str, Any] = response.json()["error"]
+        error: Mapping[str, Any] = json.loads(response.content)["error"]
         message, code = str(error["message"]), str(error["code"])
     except (ValueError, KeyError, TypeError):
-        message, code = f"{response.url} answered {status} {response.reason_phrase}", "not_prelude"
+        message, code = f"{url} answered {status}: is this a Prelude server?", "not_prelude"
     is_final = 400 <= status < 500 and status not in _RETRIED
     is_final = is_final or response.headers.get("x-should-retry") == "false"
-    return _Refusal(message, code, status, _wait_of(response), is_final)
+    return _Refusal(message, code, status, _wait_of(response.headers), is_final)
 
 
-def _wait_of(response: httpx.Response) -> float:
+def _wait_of(headers: Mapping[str, str]) -> float:
     """What ``retry-after-ms`` or ``Retry-After`` asks for, bounded; a date is not read."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
-            return min(max(float(response.headers[name]) * unit, 0.0), 60.0)
+            return min(max(float(headers[name]) * unit, 0.0), 60.0)
         except (KeyError, ValueError):
             continue
     return 0.0

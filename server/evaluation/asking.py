@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.bulk.asking import Asking
+from server.bulk.connections import Poster
 from server.bulk.rows import Form, Row
-from server.bulk.sending import Outcome, Pace, Poster, Sender
+from server.bulk.sending import Outcome, Pace, Sender
 from server.bulk.summary import OnRows
 from server.datasets import Conversation, Example, LabelledText, PromptCompletion
 from server.evaluation.scores import Scores, exact_match, of_labels
@@ -101,13 +102,14 @@ async def score(
     )
     sender = Sender(http, asking, pace)
     answers: list[str | None] = []
-    first_error = None
+    num_errors, first_error = 0, None
     async for outcomes in sender.outcomes(_rows(examples, contestant)):
         for outcome in outcomes:
             answers.append(_answer(outcome))
-            if outcome.error is not None and first_error is None:
-                first_error = f"line {outcome.row.line}: {outcome.error['message']}"
-        on_rows(len(outcomes), answers.count(None))
+            if outcome.error is not None:
+                num_errors += 1
+                first_error = first_error or f"line {outcome.row.line}: {outcome.error['message']}"
+        on_rows(len(outcomes), num_errors)
     if labels:
         expected = [example.label for example in examples if isinstance(example, LabelledText)]
         if not contestant.has_head:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import uvloop
 
 from prompt_store.types import DEFAULT_ALIAS, PromptRef
-from server.bulk.connecting import Connections, find_answerer
+from server.bulk.command import Concurrency, check_characters
+from server.bulk.connecting import find_answerer, sequences_at_once
+from server.bulk.connections import connected
 from server.bulk.sending import Pace, SendingError
 from server.bulk.summary import progress_bar
 from server.client import ClientError, PreludeClient
@@ -33,7 +35,7 @@ from server.commands import (
 )
 from server.datasets import DatasetError, Example, LabelledText, digest, read_examples
 from server.evaluation.asking import DEFAULT_MAX_TOKENS, Answers, Contestant, Rules, score
-from server.evaluation.report import PictureError, Report, draw
+from server.evaluation.report import PictureError, Report, check_drawable, draw
 from server.evaluation.significance import compare
 from server.tables import clean
 
@@ -49,8 +51,6 @@ Separator = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Ends an answer; may be given several times.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens of an answer.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Sequences at the server at once.")]
-_PACE = Pace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def evaluate(
     separator: Separator = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     stop: Stop = None,
-    concurrency: Concurrency = _PACE.concurrency,
+    concurrency: Concurrency = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -85,8 +85,12 @@ def evaluate(
     """Score a soft prompt on labelled examples, by itself or against another on the same rows."""
     if sum((against is not None, against_base, text_prompt is not None)) > 1:
         raise typer.BadParameter("one of --against, --against-base and --text-prompt")
+    names = {"NAME": name, "against": against, "text-prompt": text_prompt}
+    check_characters(**names, stop=stop, separator=separator)
     with _errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
         examples = _read(data)
+        if png is not None:
+            check_drawable(has_labels=examples.metric == "accuracy")
         rules = Rules(max_tokens=max_tokens, stop=stop or ())
         first = _contestant(client, name, separator)
         others = []
@@ -96,10 +100,15 @@ def evaluate(
             base = client.models()[0]["id"]
             called = base if text_prompt is None else f"{base} with a text prompt"
             others = [Contestant(name=called, model=base, text_prompt=text_prompt, separator=first.separator)]
-        report = _run(examples, [first, *others], rules, concurrency, url, api_key)
-        if png is not None:
-            draw(report, png)
+        pace = Pace(concurrency=concurrency or sequences_at_once(client, first.model))
+        report = _run(examples, [first, *others], rules, pace, url, api_key)
     answer(report.as_json, as_json, *report.parts)
+    if png is not None:
+        try:
+            draw(report, png)
+        except PictureError as error:  # what was found is told already, and as JSON it stands alone
+            typer.echo(f"prelude: {clean(error)}", err=True)
+            raise typer.Exit(ExitStatus.FAILED) from error
     if report.num_errors:
         raise typer.Exit(ExitStatus.INVALID)
 
@@ -148,7 +157,8 @@ def promote(
             first, second = (_contestant(client, one, separator) for one in (f"{name}@{version}", rival))
             if first.model == second.model:
                 _refuse(f"{name}@{if_better_than} is version {version} already: there is nothing to compare", as_json)
-            report = _run(examples, [first, second], rules, _PACE.concurrency, url, api_key)
+            pace = Pace(concurrency=sequences_at_once(client, first.model))
+            report = _run(examples, [first, second], rules, pace, url, api_key)
             evaluation = report.as_json
             reason = _why_not(report, significant)
             if reason is not None:
@@ -213,21 +223,20 @@ def _trained_with(record: Mapping[str, Any]) -> str | None:
 
 
 def _run(
-    data: _Data, contestants: Sequence[Contestant], rules: Rules, concurrency: int, url: str, api_key: str | None
+    data: _Data, contestants: Sequence[Contestant], rules: Rules, pace: Pace, url: str, api_key: str | None
 ) -> Report:
     """Ask all contestants for all rows, one contestant after the other."""
-    pace = Pace(concurrency=concurrency)
 
     async def ask() -> list[Answers]:
         found = []
-        async with Connections(url, api_key, requests=pace.concurrency, timeout=pace.timeout) as http:
+        async with connected(url, api_key) as http:
             for contestant in contestants:
                 with progress_bar(contestant.name, len(data.examples), 0) as on_rows:
                     found.append(await score(data.examples, contestant, rules, http, pace, on_rows))
         return found
 
     try:
-        found = asyncio.run(ask())
+        found = uvloop.run(ask())
     except SendingError as error:
         raise ClientError(str(error), status=error.status, code=error.code) from error
     scores = [answers.scores for answers in found]

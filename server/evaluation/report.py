@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,25 +126,33 @@ def _row(table: Table, *cells: object) -> None:
     table.add_row(*(Text(clean(cell)) for cell in cells))
 
 
-def draw(report: Report, path: Path) -> None:
-    """Draw the confusion matrices as a PNG.
+def check_drawable(*, has_labels: bool) -> None:
+    """See whether there can be a picture, before anything is asked for it.
 
     Raises:
-        PictureError: If there are none, matplotlib is not installed, or the file cannot be written.
+        PictureError: If the data has no labels, or matplotlib is not installed.
+    """
+    if not has_labels:
+        raise PictureError("a confusion matrix needs labels: the data has texts to match")
+    if find_spec("matplotlib") is None:
+        raise PictureError("a picture needs matplotlib: pip install 'prelude-server[train]'")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw the confusion matrices as a PNG, of a report for which ``check_drawable`` holds.
+
+    Raises:
+        PictureError: If the file cannot be written.
     """
     found = [
         (name, list(score.labels), score.confusion)
         for name, score in zip(report.names, report.scores, strict=True)
         if score.labels is not None and score.confusion is not None
     ]
-    if not found:
-        raise PictureError("a confusion matrix needs labels: the data has texts to match")
-    try:
-        # Not at the top: it is optional, and takes a second.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise PictureError("a picture needs matplotlib: pip install 'prelude-server[train]'") from error
+    # Not at the top: it is optional, and takes a second.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     size = 2.5 + 0.5 * (len(found[0][1]) + 1)
     figure = Figure(figsize=(size * len(found), size), layout="constrained")
     for place, (name, labels, counts) in enumerate(found, 1):

@@ -88,8 +88,11 @@ class Publication:
             check_name(self._settings.alias, "alias")
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        base = self._client.models()[0]
-        self.base_name, self.max_model_len = str(base["root"]), int(base["max_model_len"])
+        try:
+            base = self._client.models()[0]
+            self.base_name, self.max_model_len = str(base["root"]), int(base["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise TrainingError(f"{self._settings.url} does not answer as a Prelude server does") from error
         if self._settings.name == self.base_name:
             raise SettingsError(f"id: {self.base_name!r} is the name of the server's base model")
         for example in examples:

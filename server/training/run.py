@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from server import demo
@@ -27,6 +28,7 @@ from server.training.scoring import Scores, score
 from server.training.settings import TrainSettings
 from server.training.soft_prompts import make_soft_prompt, restore, save_adapter
 from server.training.trainer import SoftPromptTrainer, Tell, Warn
+from server.training.verdict import doubts
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(demo.__file__).parent / "model"
@@ -118,7 +120,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
             "learning_rate": settings.rate,
             "versions": library_versions(),
         }
-        with directory.opened(record, resume=settings.resume):
+        with _resources(directory), directory.opened(record, resume=settings.resume):
             return _Run(
                 settings=settings,
                 reporter=reporter,
@@ -130,6 +132,33 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
                 held_out=held_out,
                 publication=publication,
             ).result()
+
+
+@contextmanager
+def _resources(directory: RunDirectory) -> Iterator[None]:
+    """Tell of a full disk or memory in one line, with what to do.
+
+    The libraries write checkpoints in their own ways, and not all of them say by its type what went wrong.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the device's memory is full: lower --batch-size (with --gradient-accumulation-steps the steps stay the "
+            "same), or --num-virtual-tokens"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (
+            isinstance(error, RuntimeError)
+            and "PytorchStreamWriter" not in str(error)
+            and "inline_container" not in str(error)
+        ):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        raise TrainingError(
+            f"{directory.path} cannot be written: {reason}. Make room and start it again; --resume goes on from the "
+            "last evaluation, if there was one"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,11 +245,6 @@ class _Run:
         best = trainer.best
         if best is not None:
             restore(model, best.state)
-            if best.step == 0:
-                self.reporter.warn(
-                    "no gain over the untrained prompt: what was saved is where training began. Try another "
-                    "--learning-rate, more steps or more data"
-                )
         base_name = self._base_name()
         save_adapter(model, self.directory.adapter, base_name=base_name, keeps_text=told is not None)
         draw = draw_curves(
@@ -230,6 +254,14 @@ class _Run:
             self.reporter.say("no curves.png: matplotlib is not installed")
         model.eval()
         trained = self._score(PeftModel.from_pretrained(model.get_base_model(), str(self.directory.adapter)))
+        if best is not None and untrained is not None and trained is not None:
+            losses = [
+                (entry["step"], entry["eval_loss"]) for entry in self.directory.records() if "eval_loss" in entry
+            ]
+            for doubt in doubts(
+                settings.method, untrained=untrained, trained=trained, best_step=best.step, losses=losses
+            ):
+                self.reporter.warn(doubt)
         return {
             "name": settings.name,
             "method": settings.method,

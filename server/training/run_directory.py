@@ -79,7 +79,7 @@ class RunDirectory:
             if resume:
                 self._check_same(settings)
             else:
-                if any(entry.name != ".lock" for entry in self.path.iterdir()):
+                if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                     raise RunDirectoryError(
                         f"{self.path} is not empty: choose another --run-dir, or go on with its run by --resume"
                     )

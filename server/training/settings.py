@@ -60,25 +60,21 @@ class Defaults:
 
 DEFAULTS: dict[Method, Defaults] = {
     Method.PROMPT_TUNING: Defaults(
-        3e-2,
-        "PEFT's guide for causal models, with AdamW; Lester et al. 2021 take 0.3 with Adafactor, which scales steps",
+        3e-2, "PEFT's example for causal models, with AdamW; the 0.3 of Lester et al. 2021 is Adafactor's"
     ),
     Method.P_TUNING: Defaults(
         3e-3, "measured; Liu et al. 2021 train a network's weights and not the rows, which wants a network's rates"
     ),
     Method.PREFIX_TUNING: Defaults(
-        3e-2, "measured; Li & Liang 2021 begin at real activations, which are of order one, as these steps are not"
+        3e-2, "measured, and PEFT's example for causal models; begins at real activations as in Li & Liang 2021"
     ),
     Method.P_TUNING_V2: Defaults(
-        3e-3, "measured; with the network of Li & Liang 2021, which Liu et al. 2022 make optional: a network's rate"
+        3e-3, "measured; the network of Li & Liang 2021, whose 5e-5 is for many more steps than a few hundred"
     ),
     Method.CPT: Defaults(
         3e-2, "measured, as prompt tuning; in Blau et al. 2024 the projection bounds what a rate can do"
     ),
-    Method.MULTITASK: Defaults(
-        5e-2,
-        "measured; the rows are multiplied by the matrices, and Wang et al. 2023 take a larger rate for both too",
-    ),
+    Method.MULTITASK: Defaults(5e-2, "measured; rows times matrices as in Wang et al. 2023, so both have to move"),
     Method.CARTRIDGE: Defaults(2e-2, "the examples in the code of Eyuboglu et al. 2025, with Adam"),
 }
 

@@ -37,7 +37,7 @@ from server.training.settings import Method, TrainSettings
 ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
 MAX_ENCODER_WIDTH = 512
-"""Li & Liang 2021 take 512 to 800 for models of 350 M and 770 M parameters; wider is slower and no better there."""
+"""The code of Li & Liang 2021 takes 512, and 800 for one task; wider is slower."""
 
 _INPUT_TEMPLATE, _INPUT, _OUTPUT_TEMPLATE, _LABEL = 1, 2, 3, 4
 """CPT's types of a context's tokens; labels stay as they are."""

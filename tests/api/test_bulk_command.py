@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.bulk.command import parse_labels
+from server.bulk.rows import read_rows
 from server.cli import app as cli
 from server.errors import RequestFailedError
 
@@ -162,6 +163,33 @@ def test_what_is_not_the_same_run_is_refused(bulk, tmp_path, change):
     assert (tmp_path / "out.jsonl").read_text() == before
 
 
+def test_a_new_beginning_that_cannot_begin_leaves_the_old_output(bulk, tmp_path):
+    bulk([{"prompt": "a"}])
+    before = (tmp_path / "out.jsonl").read_bytes()
+    result, _ = bulk([{"prompt": "b"}], "--restart", name="nobody")
+    assert result.exit_code == 3
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    result, written = bulk([{"prompt": "a"}], "--json")  # the old run is there as it was
+    assert json.loads(result.stdout)["requests"] == 0
+    result, written = bulk([{"prompt": "b"}], "--restart")
+    assert [row["prompt"] for row in written] == ["b"]
+
+
+def test_an_input_that_shrinks_meanwhile_is_told(bulk, monkeypatch):
+    monkeypatch.setattr("server.bulk.job.read_rows", lambda path, *, skip: iter(list(read_rows(path, skip=skip))[:1]))
+    result, written = bulk([{"prompt": "a"}, {"prompt": "b"}])
+    assert result.exit_code == 4
+    assert "in.jsonl had 2 rows and was changed meanwhile" in result.stderr
+    assert len(written) == 1
+
+
+def test_as_much_is_asked_at_once_as_the_server_takes(engine, bulk):
+    engine.step_seconds = 0.005
+    result, _ = bulk([{"prompt": "a"}] * 60, "--json")  # of 4 places and 4 to wait
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["retries"] == {}
+
+
 def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk):
     rows = [{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, {"prompt": ""}, {"prompt": "c"}]
     result, written = bulk(rows, "--max-errors", "1")
@@ -196,6 +224,11 @@ def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
         (["tiny", "{in}", "{out}", "--labels", "a", "--generate"], 2, "--generate does not"),
         (["tiny", "{in}", "{out}", "--options", "{"], 2, "not JSON"),
         (["tiny", "{in}", "{out}", "--options", "[]"], 2, "JSON object"),
+        (["tiny", "{in}", "{out}", "--options", "[" * 100_000], 2, "not JSON"),
+        (["tiny", "{in}", "{out}", "--options", '{"stop": "\\ud800"}'], 2, "options holds what is no character"),
+        (["tiny", "{in}", "{out}", "--labels", "a,\udcff"], 2, "labels holds what is no character"),
+        (["\udcff", "{in}", "{out}"], 2, "NAME holds what is no character"),
+        (["tiny", "/dev/null", "{out}"], 2, "/dev/null is no file"),
         (["tiny", "{in}", "{out}", "--options", '{"n": 2}'], 2, "n is not for this option"),
     ],
 )

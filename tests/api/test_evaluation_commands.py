@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -192,7 +191,7 @@ def test_a_row_without_an_answer_is_wrong_and_told(prelude, tmp_path):
         (["eval", "tiny", "--data", "{data}", "--against-base", "--text-prompt", "x"], 2, "one of --against"),
         (["eval", "tiny", "--data", "{data}", "--url", "http://127.0.0.1:1"], 7, "cannot be reached"),
         (["eval", "tiny", "--data", "{texts}", "--png", "{data}.png"], 1, "needs labels"),
-        (["eval", "tiny", "--data", "{data}", "--png", "{data}/x.png"], 1, "Not a directory"),
+        (["eval", "tiny", "--data", "{data}", "--stop", "\udcff"], 2, "stop holds what is no character"),
         (["promote", "sentiment", "1", "--if-better-than", "latest"], 2, "go together"),
         (["promote", "sentiment", "1", "--data", "{data}"], 2, "go together"),
         (["promote", "sentiment", "1", "--significant", "0.05"], 2, "--significant needs"),
@@ -218,8 +217,16 @@ def test_what_cannot_be_scored(prelude, versions, data, tmp_path, arguments, sta
     assert result.stdout == ""
 
 
+def test_a_picture_that_cannot_be_written_loses_no_score(prelude, versions, data):
+    path = data()
+    result = prelude("eval", "tiny", "--data", str(path), "--png", f"{path}/x.png", "--json")
+    assert result.exit_code == 1
+    assert "Not a directory" in result.stderr
+    assert json.loads(result.stdout)["object"] == "evaluation"
+
+
 def test_a_picture_needs_matplotlib(prelude, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("server.evaluation.report.find_spec", lambda _: None)
     result = prelude("eval", "tiny", "--data", str(data()), "--png", str(tmp_path / "x.png"), "--json")
     assert result.exit_code == 1
     assert "a picture needs matplotlib" in json.loads(result.stdout)["error"]["message"]

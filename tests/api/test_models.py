@@ -18,6 +18,7 @@ pytestmark = pytest.mark.anyio
 async def test_base_and_soft_prompts_are_listed(client, sentiment):
     base, prompt = (await client.get("/v1/models")).json()["data"]
     common = {"object": "model", "owned_by": "prelude", "root": "tiny", "max_model_len": 256}
+    common |= {"max_num_seqs": 4, "max_waiting": 4}
     assert base.items() >= (common | {"id": "tiny", "parent": None}).items()
     assert prompt.items() >= (common | {"id": "sentiment", "parent": "tiny"}).items()
 

@@ -1,23 +1,28 @@
-"""What answers, and connections."""
+"""What answers, and how much it may be asked at once."""
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from server.bulk.connecting import Answerer, Connections, find_answerer
+from server.bulk.connecting import Answerer, find_answerer, sequences_at_once
+from server.bulk.sending import Pace
 from server.client import ClientError
 
 
 class Client:
     """A client of a server that knows some names."""
 
-    def __init__(self, version: dict[str, Any] | ClientError, model: ClientError | None = None) -> None:
+    def __init__(
+        self,
+        version: dict[str, Any] | ClientError,
+        model: ClientError | None = None,
+        card: dict[str, Any] | None = None,
+    ) -> None:
         self._version = version
         self._model = model
+        self._card = card or {}
 
     def version(self, _: object) -> dict[str, Any]:
         if isinstance(self._version, ClientError):
@@ -27,7 +32,7 @@ class Client:
     def model(self, name: str) -> dict[str, Any]:
         if self._model is not None:
             raise self._model
-        return {"id": name}
+        return {"id": name, **self._card}
 
 
 def failure(status: int | None) -> ClientError:
@@ -57,38 +62,17 @@ def test_nothing_answers(client):
         find_answerer(client, "a")
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port"])
-def test_a_url_that_is_none(url):
-    with pytest.raises(ClientError) as refused:
-        Connections(url, None, requests=1, timeout=1.0)
-    assert refused.value.code == "unreachable"
-
-
-def test_a_key_that_no_header_can_carry():
-    with pytest.raises(ClientError, match="no header can carry"):
-        Connections("http://127.0.0.1", "é", requests=1, timeout=1.0)
-
-
-@pytest.mark.anyio
-async def test_many_requests_at_once_are_spread_over_clients_and_none_is_lost() -> None:
-    most = now = 0
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal most, now
-        with suppress(asyncio.IncompleteReadError):
-            while await reader.readuntil(b"\r\n\r\n"):
-                body = await reader.readexactly(2)
-                now += 1
-                most = max(most, now)
-                await asyncio.sleep(0.02)
-                now -= 1
-                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" + body)
-        writer.close()
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server, Connections(url, "key", requests=100, timeout=10.0) as http:
-        replies = await asyncio.gather(*(http.post("/", content=b"%02d" % i, headers={}) for i in range(100)))
-        assert [reply.content for reply in replies] == [b"%02d" % i for i in range(100)]
-        assert replies[0].request.headers["authorization"] == "Bearer key"
-    assert most > 16
+@pytest.mark.parametrize(
+    ("card", "count"),
+    [
+        ({"max_num_seqs": 256, "max_waiting": 1024}, 512),
+        ({"max_num_seqs": 64, "max_waiting": 10}, 74),  # more than these would be refused
+        ({"max_num_seqs": 64, "max_waiting": 0}, 64),
+        ({}, Pace().concurrency),  # a server that does not tell
+        ({"max_num_seqs": None, "max_waiting": "x"}, Pace().concurrency),
+        (failure(None), Pace().concurrency),  # one that is away for now, when a run goes on
+    ],
+)
+def test_how_much_is_asked_at_once_follows_the_server(card, count):
+    client = Client({}, card) if isinstance(card, ClientError) else Client({}, card=card)
+    assert sequences_at_once(client, "a@3") == count

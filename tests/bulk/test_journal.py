@@ -18,11 +18,13 @@ from server.bulk.journal import Journal, JournalError
 IDENTITY = {"input": "d00d", "name": "a", "labels": ["x"]}
 
 
-def row(number: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def row(number: int) -> tuple[bytes, dict[str, Any] | None]:
+    fields: dict[str, Any] = {"id": number, "text": "ü\u2028", "response": {"label": "x"}}
+    error = None
     if number % 3 == 2:
         error = {"message": "né\n", "code": "invalid_request", "line": number}
-        return {"id": number, "error": error}, error
-    return {"id": number, "text": "ü\u2028", "response": {"label": "x"}}, None
+        fields = {"id": number, "error": error}
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n", error
 
 
 def write(path: Path, first: int, last: int, **options: Any) -> None:
@@ -80,6 +82,8 @@ def test_another_run_is_refused_until_restart(tmp_path):
     with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal:
         assert journal.is_new
         assert journal.progress.num_rows == 0
+        assert path.read_bytes() == before  # until it is known that the new one can begin
+        journal.remember({"model": "a@1"})
     assert path.read_bytes() == b""
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from server.bulk import sending
 from server.bulk.asking import CHAT, CLASSIFY, COMPLETIONS, Asking
+from server.bulk.connections import ClientPoster
 from server.bulk.rows import Row
 from server.bulk.sending import Outcome, Pace, Sender, SendingError
 
@@ -75,7 +76,7 @@ class Server:
     async def all(self, rows: list[Row], asking: Asking | None = None, **pace: Any) -> list[Outcome]:
         transport = httpx.MockTransport(self.answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            self.sender = Sender(http, asking or Asking(model="a"), Pace(**pace))
+            self.sender = Sender(ClientPoster(http), asking or Asking(model="a"), Pace(**pace))
             return [outcome async for given in self.sender.outcomes(iter(rows)) for outcome in given]
 
 
@@ -115,7 +116,7 @@ async def test_a_mixture_goes_by_what_each_row_names():
 
     asking = Asking(model="a", task_id=1, options={"max_tokens": 2})
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(http, asking, Pace())
+        sender = Sender(ClientPoster(http), asking, Pace())
         outcomes = [outcome async for given in sender.outcomes(iter(rows)) for outcome in given]
     assert [outcome.response["model"] for outcome in outcomes] == [
         "p0@1",
@@ -160,7 +161,9 @@ async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded():
 
     given_out = 0
     async with httpx.AsyncClient(transport=httpx.MockTransport(server.answer), base_url="http://test") as http:
-        sender = Sender(http, Asking(model="a", labels=["x", "y"]), Pace(concurrency=32, rows_per_request=8))
+        sender = Sender(
+            ClientPoster(http), Asking(model="a", labels=["x", "y"]), Pace(concurrency=32, rows_per_request=8)
+        )
         async for given_rows in sender.outcomes(rows()):
             given_out += len(given_rows)
             assert read - given_out <= 4 * 32 // 2
@@ -204,7 +207,7 @@ async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_t
         (refusal(500, "request_failed"), "request_failed"),
         (httpx.Response(502, text="<html>"), "not_prelude"),
         (httpx.ReadError("reset"), "unreachable"),
-        (httpx.ReadTimeout("slow"), "timeout"),
+        (httpx.ConnectTimeout("slow"), "unreachable"),
     ],
 )
 async def test_what_may_pass_is_tried_again(refused, reason):
@@ -234,7 +237,7 @@ async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error
     assert [outcome.error and outcome.error["code"] for outcome in outcomes] == [None, "prompt_not_found"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 405])
+@pytest.mark.parametrize("status", [301, 401, 403, 404, 405])
 async def test_what_every_row_would_be_told_ends_it(status):
     with pytest.raises(SendingError, match=f"m{status}") as failed:
         await Server(lambda _: refusal(status)).all(text_rows(4))
@@ -257,7 +260,7 @@ async def test_an_answer_that_takes_too_long_is_asked_again():
         return await server.answer(request)
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(http, Asking(model="a"), Pace(timeout=0.05))
+        sender = Sender(ClientPoster(http), Asking(model="a"), Pace(timeout=0.05))
         outcomes = [outcome async for given in sender.outcomes(iter(text_rows(1))) for outcome in given]
     assert outcomes[0].error is None
     assert sender.tally.retries == {"timeout": 1}
@@ -269,7 +272,7 @@ async def test_what_is_no_prelude_server_is_told(reply):
         return httpx.Response(200, text=reply)
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(http, Asking(model="a"), Pace())
+        sender = Sender(ClientPoster(http), Asking(model="a"), Pace())
         with pytest.raises(SendingError) as failed:
             async for _ in sender.outcomes(iter(text_rows(1))):
                 pass
@@ -287,7 +290,7 @@ async def test_closing_it_ends_the_requests():
         raise AssertionError
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(http, Asking(model="a"), Pace(rows_per_request=2))
+        sender = Sender(ClientPoster(http), Asking(model="a"), Pace(rows_per_request=2))
         task = asyncio.create_task(anext(sender.outcomes(iter(text_rows(6)))))
         await asyncio.sleep(0.05)
         task.cancel()

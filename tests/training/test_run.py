@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from server.datasets import digest
@@ -368,3 +370,46 @@ def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings, train
     (rows_,) = load_file(Path(result["adapter"]) / WEIGHTS).values()
     assert rows_.dtype == torch.float32
     assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be written: No space left on device. Make room"),
+        (SafetensorError("I/O error: No space left on device"), "No space left on device. Make room"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64"),
+            "cannot be written: .enforce",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "lower --batch-size"),
+    ],
+)
+def test_what_runs_full_is_told_with_what_to_do(settings, trained, monkeypatch, failure, reason):
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(trainer_module, "save_state", fail)
+    with pytest.raises(TrainingError, match=reason):
+        trained(settings())
+    monkeypatch.undo()
+    monkeypatch.setattr("server.training.run.draw_curves", lambda *_, **__: True)
+    assert trained(settings(resume=True))["steps"] == 4
+
+
+def test_another_error_of_torch_is_no_full_disk(settings, trained, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(trainer_module, "save_state", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        trained(settings())
+
+
+def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(settings, trained, monkeypatch):
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="cannot be written: No space"):
+        patch.setattr(Path, "write_text", fail)
+        trained(settings())
+    assert trained(settings())["steps"] == 4

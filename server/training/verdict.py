@@ -1,0 +1,57 @@
+"""What should be told of a finished training: whether it helped, and what might help more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.training.scoring import Scores
+from server.training.settings import Method
+
+STILL_FALLING = 0.1
+"""A held-out loss that fell by this part in the last quarter of the steps would have fallen on."""
+
+
+def doubts(
+    method: Method, *, untrained: Scores, trained: Scores, best_step: int, losses: Sequence[tuple[int, float]]
+) -> list[str]:
+    """Sentences that should worry whoever trained this; none if all is well.
+
+    Args:
+        method: How it was trained.
+        untrained: Scores where training began.
+        trained: Scores of what was saved.
+        best_step: The step that was saved.
+        losses: (step, held-out loss) of each evaluation, in order.
+    """
+    if best_step == 0:
+        return [
+            "no gain over the untrained prompt: what was saved is where training began. Try another --learning-rate, "
+            "more steps or more data"
+        ]
+    found = []
+    if trained.accuracy == 0.0:
+        text = (
+            f"no held-out row is answered to the letter, though the loss came from {untrained.loss:.3g} to "
+            f"{trained.loss:.3g}: every token of an answer has to be the likeliest. Train for more --epochs, or "
+            "with a higher --learning-rate"
+        )
+        if not method.is_key_values:
+            text += "; or by --method p_tuning_v2 or prefix_tuning, which can do more with a small model"
+        found.append(text)
+    if (fall := _late_fall(losses)) > STILL_FALLING:
+        found.append(
+            f"the held-out loss was still falling at the end, by {fall:.0%} in the last quarter of the steps: more "
+            "--epochs would gain"
+        )
+    return found
+
+
+def _late_fall(losses: Sequence[tuple[int, float]]) -> float:
+    """By which part the loss fell in the last quarter of the steps; 0 where the last evaluation is not the best."""
+    if len(losses) < 2:
+        return 0.0
+    last_step, last = losses[-1]
+    if last > min(loss for _, loss in losses):
+        return 0.0
+    before = [loss for step, loss in losses if step <= 0.75 * last_step]
+    return (before[-1] - last) / before[-1] if before and before[-1] > 0 else 0.0

@@ -1,0 +1,48 @@
+"""What is told of a finished training."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.training.scoring import Scores
+from server.training.settings import Method
+from server.training.verdict import doubts
+
+FALLING = [(25, 8.0), (50, 6.0), (75, 4.0), (100, 3.0)]
+FLAT = [(25, 0.5), (50, 0.2), (75, 0.11), (100, 0.105)]
+
+
+def told(
+    method: Method = Method.PROMPT_TUNING, accuracy: float = 0.9, best_step: int = 100, losses=FLAT
+) -> list[str]:
+    trained = Scores(losses[-1][1], accuracy)
+    return doubts(method, untrained=Scores(12.0, 0.0), trained=trained, best_step=best_step, losses=losses)
+
+
+def test_a_training_that_went_well_is_not_doubted():
+    assert told() == []
+
+
+def test_no_gain_is_all_that_is_told_of_it():
+    (text,) = told(best_step=0, accuracy=0.0, losses=FALLING)
+    assert "no gain over the untrained prompt" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "has_other"), [(Method.PROMPT_TUNING, True), (Method.CPT, True), (Method.PREFIX_TUNING, False)]
+)
+def test_answers_that_are_never_right_to_the_letter(method, has_other):
+    (text,) = told(method, accuracy=0.0)
+    assert "no held-out row is answered to the letter" in text
+    assert "from 12 to 0.105" in text
+    assert ("p_tuning_v2" in text) is has_other
+
+
+def test_a_loss_that_was_still_falling():
+    (text,) = told(losses=FALLING)
+    assert "still falling at the end, by 25%" in text
+
+
+@pytest.mark.parametrize("losses", [[(100, 3.0)], [*FALLING, (125, 3.1)], [(100, 3.0), (110, 2.0)]])
+def test_one_that_was_not_or_of_which_too_little_is_known(losses):
+    assert told(losses=losses) == []
