@@ -116,12 +116,12 @@ class AttentionBackend(ABC):
         """What each layer asked for when it last called through transformers."""
         self._metadata: AttentionMetadata | None = None
         AttentionInterface.register(self.name, self._forward)
-        # Causality and windows are decided here by position; a mask over the flat batch would mean nothing.
-        AttentionMaskInterface.register(self.name, no_mask)
+        # Not with the masks: causality and windows are decided here by position, and for a name that it does not know
+        # there transformers makes none. For one that it knows it looks into the positions, and waits for the device.
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a CUDA graph of a step may be replayed over other keys, as many as the block tables have room for."""
+        """Whether a CUDA graph of a step may be replayed over other keys, up to what block tables have room for."""
         return False
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 A decode step of a small model is hundreds of launches that each take the GPU less time than Python needs for them. A
 CUDA graph is the same launches recorded once and replayed by one call. It reads and writes the addresses that it was
-recorded with: so a step's inputs are written into the same tensors, and batches are filled up to a few sizes, for each
-of which there is one graph. Rows that only fill up are sequences of one token in the cache's spare block.
+recorded with: so a step's inputs are written into the same tensors, and batches are filled up to a few sizes, for
+each of which there is one graph. Rows that only fill up are sequences of one token in the cache's spare block.
 
 Only CUDA uses this: a CPU replays nothing, its kernels want the rows' lengths on the host, and rows that only fill up
 would cost it time.
@@ -48,8 +48,8 @@ class DecodeBatch:
 class DecodeBuffers:
     """Input ids, positions, slots and block tables of decodes, each in one place for as long as the server runs.
 
-    All are parts of one tensor, so a step is one copy from pinned memory, of as much as it uses: block tables are kept
-    by columns, all sequences' first blocks first.
+    All are parts of one tensor, so a step is one copy from pinned memory, of as much as it uses: block tables are
+    kept by columns, all sequences' first blocks first.
 
     Args:
         max_rows: Rows of the largest batch.
@@ -181,7 +181,7 @@ class CUDARecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """As ``Recorder`` says; the function is run once before, for kernels are compiled and tuned in their first run.
+        """As ``Recorder`` says; the function is run once before, since kernels are compiled in their first run.
 
         Raises:
             RuntimeError: If the function does what cannot be recorded, such as waiting for the device.
@@ -202,6 +202,6 @@ def make_recorder(device: torch.device) -> Recorder | None:
 
 
 def batch_sizes(max_rows: int) -> list[int]:
-    """Powers of two and what lies halfway between, up to ``max_rows`` and with it: a third of the rows fill up at most."""
+    """Powers of two and what lies halfway between, up to ``max_rows`` and with it: at most a third fills up."""
     sizes = {size for power in range(max_rows.bit_length()) for size in (1 << power, 3 << power >> 1)}
     return sorted({size for size in sizes if size < max_rows} | {max_rows})

@@ -83,7 +83,11 @@ class KVCache:
         """
         spec = self.spec
         num_tokens = rows.shape[0]
-        key_values = queue_copy(rows, self.tensor.device).to(self.tensor).view(num_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
+        key_values = (
+            queue_copy(rows, self.tensor.device)
+            .to(self.tensor)
+            .view(num_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
+        )
         starts = to_device(blocks, self.tensor.device) * spec.block_size
         slots = (starts[:, None] + torch.arange(spec.block_size, device=starts.device)).flatten()[:num_tokens]
         self._slots[:, :, slots] = torch.nan_to_num(key_values).permute(2, 1, 0, 3, 4)

@@ -55,7 +55,9 @@ class TritonBackend(AttentionBackend):
         self._tile_keys = 64 if tile_bytes <= 2**14 else 32
         self._chunk_lanes = LANES_OF_CHUNK if tile_bytes <= 2**14 else LANES_OF_CHUNK // 2
         self._options = {"num_warps": 4, "num_stages": 2 if tile_bytes <= 2**15 else 1}
-        num_processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        num_processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        )
         self._num_programs = num_processors * PROGRAMS_PER_PROCESSOR
 
     @property

@@ -5,10 +5,10 @@ Imported by ``triton_attention`` alone, and only where it serves: Triton comes w
 The kernels read lengths and block tables from device memory, and their grids follow from the shapes of the tensors
 alone, so that a launch which a CUDA graph has recorded is right for whatever the tensors hold when it is replayed.
 
-``attend`` computes tiles of rows of one sequence, each row once for every query head of one key/value head; a decode is
-a tile of one row. With few tiles the keys of each are split over several programs ("flash decoding": Dao et al., 2023,
-https://pytorch.org/blog/flash-decoding), and ``combine`` puts their parts together. The softmax is taken while the
-keys come by (Milakov and Gimelshein, 2018, arXiv:1805.02867). Everything is accumulated in float32.
+``attend`` computes tiles of rows of one sequence, each row once for every query head of one key/value head; a decode
+is a tile of one row. With few tiles the keys of each are split over several programs ("flash decoding": Dao et al.,
+2023, https://pytorch.org/blog/flash-decoding), and ``combine`` puts their parts together. The softmax is taken while
+the keys come by (Milakov and Gimelshein, 2018, arXiv:1805.02867). Everything is accumulated in float32.
 """
 
 # No postponed annotations: Triton tells constant arguments by what their annotations are.
@@ -219,7 +219,9 @@ def attend(  # type: ignore[no-untyped-def]
         tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_element)
     else:
         attended = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # lanes without a row have seen nothing
-        tl.store(out + flat_head[:, None] * HEAD_DIM + dims[None, :], attended.to(out.dtype.element_ty), mask=is_element)
+        tl.store(
+            out + flat_head[:, None] * HEAD_DIM + dims[None, :], attended.to(out.dtype.element_ty), mask=is_element
+        )
 
 
 @triton.jit(do_not_specialize=["num_shares"], do_not_specialize_on_alignment=_ANYWHERE)

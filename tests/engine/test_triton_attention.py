@@ -1,15 +1,13 @@
-"""Triton's kernels give what plain attention gives: compiled where there is a GPU, in Triton's interpreter elsewhere."""
+"""Triton's kernels give what plain attention gives: on a GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention import AttentionCall, SDPABackend, make_metadata
+from server.engine.attention import AttentionCall, make_metadata
 from server.engine.kv_cache import KVCache, KVCacheSpec
 from tests.engine.triton import DEVICE, triton_attention
 
