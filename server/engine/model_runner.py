@@ -104,30 +104,21 @@ class ModelRunner:
         self.cache.copy_blocks(plan.block_copies)
         if not plan.chunks:
             return StepOutput([])
-        seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
-        if self._graphs is not None and self._can_replay(plan.chunks, self._graphs):
-            logits = self._replay(plan.chunks, self._graphs)
-            tokens = self.sampler.sample(logits, seqs)
-            return StepOutput(tokens, self.sampler.logprobs(logits, seqs, tokens))
-        spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in plan.chunks]
-        last_rows: list[int] = []
-        row = 0
-        for chunk in plan.chunks:
-            row += chunk.num_tokens
-            if chunk.samples:
-                last_rows.append(row - 1)
-        # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
-        with self._scorer.watching(plan.chunks) as kept:
-            logits = self._forward(spans, self._inputs(plan.chunks, soft_prompts), last_rows or [row - 1])
         scores: dict[str, list[Logprobs | None]] = {}
         class_logits: dict[str, list[float]] = {}
-        if kept:
-            class_logits = head_logits(plan.chunks, kept[0][0], soft_prompts.head)
-            scores = self._scorer.score(
-                plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
-            )
-        tokens = self.sampler.sample(logits, seqs) if seqs else []
-        return StepOutput(tokens, self.sampler.logprobs(logits, seqs, tokens), scores, class_logits)
+        if self._graphs is not None and self._can_replay(plan.chunks, self._graphs):
+            logits = self._replay(plan.chunks, self._graphs)
+        else:
+            with self._scorer.watching(plan.chunks) as kept:
+                logits = self._launch(plan.chunks, soft_prompts)
+            if kept:
+                class_logits = head_logits(plan.chunks, kept[0][0], soft_prompts.head)
+                scores = self._scorer.score(
+                    plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
+                )
+        seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
+        tokens, logprobs = self.sampler.choose(logits, seqs) if seqs else ([], [])
+        return StepOutput(tokens, logprobs, scores, class_logits)
 
     def close(self) -> None:
         """Take the backend out of transformers' tables."""
@@ -235,6 +226,18 @@ class ModelRunner:
         seqs = [chunk.seq for chunk in chunks if chunk.seq is not None]
         token_ids = [seq.token_ids[-1] for seq in seqs]  # their last positions are computed
         return graphs.run(token_ids, [chunk.start for chunk in chunks], [chunk.block_table for chunk in chunks])
+
+    def _launch(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> torch.Tensor:
+        """Logits [chunks that sample, vocabulary] of any step; of its last row if none does."""
+        last_rows: list[int] = []
+        row = 0
+        for chunk in chunks:
+            row += chunk.num_tokens
+            if chunk.samples:
+                last_rows.append(row - 1)
+        spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
+        # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
+        return self._forward(spans, self._inputs(chunks, soft_prompts), last_rows or [row - 1])
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
         """Token ids [1, rows], or embeddings [1, rows, width] where soft prompts' rows stand among them."""

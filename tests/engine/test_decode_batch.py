@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import model_runner
+from server.engine import exactness, model_runner
 from server.engine.decode_batch import DecodeBatch, DecodeBuffers, DecodeGraphs, batch_sizes
 from server.engine.kv_cache import KVCache, KVCacheSpec
 from server.engine.llm_engine import LLMEngine
@@ -19,7 +20,7 @@ from tests.engine.harness import PEFT_CONFIGS, Family, add, greedy, make_family,
 from tests.engine.triton import triton_attention
 
 CPU = torch.device("cpu")
-MAX_TOKENS = 8
+MAX_TOKENS = 5
 
 
 class Recorder:
@@ -44,6 +45,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
     monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [triton_attention.TritonBackend])
     monkeypatch.setattr(model_runner, "can_pack", lambda *_: False)
+    monkeypatch.setattr(exactness, "PROBE_KEYS", 48)  # the interpreter is slow
     monkeypatch.setattr(model_runner, "make_recorder", lambda _device: made)
     return made
 
@@ -57,8 +59,8 @@ def test_batches_fill_up_by_a_third_at_most(max_rows: int) -> None:
     sizes = batch_sizes(max_rows)
     assert sizes[0] == 1
     assert sizes[-1] == max_rows
-    assert all(small < large for small, large in zip(sizes, sizes[1:], strict=False))
-    assert all(large - small - 1 <= large / 3 for small, large in zip(sizes, sizes[1:], strict=False))
+    assert all(small < large for small, large in pairwise(sizes))
+    assert all(large - small - 1 <= large / 3 for small, large in pairwise(sizes))
 
 
 ROWS = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 27), st.randoms(use_true_random=False)), max_size=6)
@@ -128,19 +130,19 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Famil
     return make
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_replayed_decodes_are_those_of_peft(
     name: str, family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine], recorder: Recorder
 ) -> None:
     family, rng = family_of(name), random.Random(name)
-    engine = make_engine(family, max_num_seqs=5, block_size=4, max_model_len=96)
+    engine = make_engine(family, max_num_seqs=3, block_size=4, max_model_len=64)
     assert engine.runner._graphs is not None
     recorder.replays = 0
     want = {}
-    for index, key in enumerate([*family.soft_prompts, None]):
-        text = random_text(rng, 1, 30)
+    for index, key in enumerate(["prompt_tuning_20", "prefix_13", None, None]):
+        text = random_text(rng, 1, 12)
         want[f"r{index}"] = family.expected(key, text, MAX_TOKENS)
         add(engine, f"r{index}", text, greedy(MAX_TOKENS), soft_prompt=family.soft_prompts.get(key))
     outputs = run(engine)
     assert {key: tokens(output) for key, output in outputs.items()} == want
-    assert recorder.replays > MAX_TOKENS // 2
+    assert recorder.replays >= MAX_TOKENS - 2
