@@ -1,8 +1,8 @@
 """Nothing in a decode step waits for the device but the copy of its tokens.
 
 There need not be a GPU for that. What an operation's result tells Python has to come from the device, so a model that
-asks for none runs where such operations fail, and where tensors have shapes only ("meta"), beside which no tensor of
-the host may stand either.
+asks for none runs where such operations fail, and where tensors have shapes only ("meta"), which tensors of the host
+cannot be added to or compared with either.
 """
 
 from __future__ import annotations

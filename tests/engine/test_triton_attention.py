@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention import AttentionCall, make_metadata
+from server.engine import exactness
+from server.engine.attention import AttentionCall, SDPABackend, make_metadata
 from server.engine.kv_cache import KVCache, KVCacheSpec
+from server.errors import EngineStartError
 from tests.engine.triton import DEVICE, triton_attention
 
 PRECISION = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -93,3 +98,84 @@ def test_rows_are_those_of_plain_attention(
     assert got.dtype is dtype
     want = plain_attention(query, cache, spans, call)
     torch.testing.assert_close(got.double(), want, rtol=PRECISION[dtype], atol=PRECISION[dtype])
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_keys_and_values_are_stored_as_by_the_base_class(dtype: torch.dtype, transposed: bool) -> None:
+    torch.manual_seed(0)
+    spans, num_blocks = [([2, 0], 3, 1), ([1], 0, 3)], 3
+    metadata = make_metadata(spans, 4, DEVICE)
+    new = torch.randn(2, 3, 4, 6).to(DEVICE, dtype)  # keys and values, of 3 heads and 4 rows
+    new[0, 0, 0, 0], new[0, 1, 2, 3], new[1, 2, 3, 5] = math.nan, math.inf, -math.inf
+    if transposed:  # as a projection gives them: heads of a row side by side
+        new = new.transpose(1, 2).contiguous().transpose(1, 2)
+    caches = []
+    for kind in (triton_attention.TritonBackend, SDPABackend):
+        cache = make_cache(dtype, block_size=4, num_blocks=num_blocks, num_kv_heads=3, head_dim=6)
+        cache.tensor.zero_()
+        backend = kind(cache)
+        backend.store(new[0], new[1], 0, metadata)
+        backend.close()
+        caches.append(cache.tensor)
+    assert caches[0].count_nonzero() == 2 * 3 * 4 * 6 - 1
+    torch.testing.assert_close(*caches, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # as the interpreter finds maxima
+@pytest.mark.parametrize("num_shares", [1, 3])
+def test_a_value_that_is_not_finite_stays_in_its_row(num_shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(torch.float32, block_size=4, num_blocks=24, num_kv_heads=2, head_dim=16)
+    metadata = make_metadata([(list(range(24)), 90, 1), (list(range(24)), 70, 1)], 4, DEVICE)
+    query = torch.ones(4, 2, 16, device=DEVICE)
+    query[1, 0, 3] = math.nan
+    backend = triton_attention.TritonBackend(cache)
+    monkeypatch.setattr(backend, "num_shares", lambda *_: num_shares)
+    out = backend.attend(query, 0, metadata, AttentionCall(0.25))
+    backend.close()
+    assert out.isnan().any(-1).tolist() == [[False, True, False, False], [False] * 4]
+
+
+def test_keys_are_divided_only_where_that_keeps_the_gpu_busy() -> None:
+    backend = triton_attention.TritonBackend(
+        make_cache(torch.float32, block_size=4, num_blocks=1, num_kv_heads=1, head_dim=16)
+    )
+    backend.close()
+    backend._num_programs = 528  # four of an H100's multiprocessors each
+    assert backend.num_shares(8, 100_000) == triton_attention.MAX_SHARES
+    assert backend.num_shares(8, 2048) == 8
+    assert backend.num_shares(100, 100_000) == 5
+    assert backend.num_shares(528, 100_000) == backend.num_shares(8, 100) == backend.num_shares(4096, 100) == 1
+
+
+class Wrong(triton_attention.TritonBackend):
+    """What a kernel that is compiled wrongly would do: keys beyond the first tile are lost."""
+
+    def attend(self, query, layer, metadata, call):
+        return super().attend(query, layer, metadata, replace(call, window=min(call.window or 64, 64)))
+
+
+class Failing(triton_attention.TritonBackend):
+    def attend(self, *_: object) -> torch.Tensor:
+        raise RuntimeError("out of shared memory")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(triton_attention.TritonBackend, None), (Wrong, "differs from plain attention"), (Failing, "shared memory")],
+)
+def test_kernels_are_checked_over_more_keys_than_the_model_s_own_texts_have(
+    kind: type[triton_attention.TritonBackend], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exactness, "PROBE_KEYS", 90)
+    cache = make_cache(torch.float32, block_size=4, num_blocks=30, num_kv_heads=1, head_dim=16)
+    before = cache.tensor.clone()
+    backend = kind(cache)
+    backend.calls = {0: AttentionCall(0.25), 1: AttentionCall(0.25, window=4096), 2: AttentionCall(0.25)}
+    if message is None:
+        exactness.check_kernels(backend, 2)
+    else:
+        with pytest.raises(EngineStartError, match=message):
+            exactness.check_kernels(backend, 2)
+    backend.close()
+    assert torch.equal(cache.tensor, before)
