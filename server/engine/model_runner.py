@@ -121,7 +121,8 @@ class ModelRunner:
         return StepOutput(tokens, logprobs, scores, class_logits)
 
     def close(self) -> None:
-        """Take the backend out of transformers' tables."""
+        """Take the backend out of transformers' tables, and let go of recorded steps and their memory."""
+        self._graphs = None
         self.backend.close()
 
     def _start(self, settings: EngineSettings, *, fuses: bool) -> PreTrainedConfig:

@@ -33,5 +33,5 @@ def queue_copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     flat = queue_copy(torch.cat([tensor.flatten() for tensor in tensors]), device)
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -121,7 +121,8 @@ class TritonBackend(AttentionBackend):
         num_shares = self.num_shares(num_tiles * spec.num_kv_heads, rows.tables.shape[1] * spec.block_size)
         if num_shares > 1:
             scratch = torch.empty(num_rows * num_heads * num_shares * (head_dim + 2), device=query.device)
-            parts, maxima, sums = scratch.split([num_rows * num_heads * num_shares * n for n in (head_dim, 1, 1)])
+            sizes = [num_rows * num_heads * num_shares * width for width in (head_dim, 1, 1)]
+            parts, maxima, sums = torch.split(scratch, sizes)
         else:
             parts = maxima = sums = out  # which are not written
         self._kernels.attend[(num_tiles, spec.num_kv_heads, num_shares)](

@@ -13,6 +13,9 @@ the keys come by (Milakov and Gimelshein, 2018, arXiv:1805.02867). Everything is
 
 # No postponed annotations: Triton tells constant arguments by what their annotations are.
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -23,7 +26,13 @@ _STRIDES = ["key_head_stride", "key_row_stride", "value_head_stride", "value_row
 _VARYING = ["query_head_stride", "query_row_stride", "seq_stride", "block_stride", "position_stride"]
 
 
-@triton.jit(do_not_specialize=_STRIDES, do_not_specialize_on_alignment=_ANYWHERE)
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """Have Triton compile a function when it is launched, or interpret it where TRITON_INTERPRET is set."""
+    decorate: Callable[[Any], Any] = triton.jit(**options)
+    return decorate
+
+
+@compiled(do_not_specialize=_STRIDES, do_not_specialize_on_alignment=_ANYWHERE)
 def store(  # type: ignore[no-untyped-def]
     new_keys,
     new_values,
@@ -70,7 +79,7 @@ def store(  # type: ignore[no-untyped-def]
     tl.store(values + place, _finite(value, LIMIT), mask=exists)
 
 
-@triton.jit
+@compiled()
 def _finite(x, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
     wide = x.to(tl.float32)
     wide = tl.where(wide != wide, 0.0, wide)
@@ -78,7 +87,7 @@ def _finite(x, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
     return wide.to(x.dtype)
 
 
-@triton.jit(
+@compiled(
     do_not_specialize=["window", "rows_per_seq", "tiles_per_seq", *_VARYING], do_not_specialize_on_alignment=_ANYWHERE
 )
 def attend(  # type: ignore[no-untyped-def]
@@ -224,7 +233,7 @@ def attend(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit(do_not_specialize=["num_shares"], do_not_specialize_on_alignment=_ANYWHERE)
+@compiled(do_not_specialize=["num_shares"], do_not_specialize_on_alignment=_ANYWHERE)
 def combine(  # type: ignore[no-untyped-def]
     parts,
     maxima,

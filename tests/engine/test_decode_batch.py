@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine import exactness, model_runner
+from server.engine.attention import AttentionBackend, SDPABackend
 from server.engine.decode_batch import DecodeBatch, DecodeBuffers, DecodeGraphs, batch_sizes
 from server.engine.kv_cache import KVCache, KVCacheSpec
 from server.engine.llm_engine import LLMEngine
+from server.errors import EngineStartError
 from tests.engine.families import FAMILIES
 from tests.engine.harness import PEFT_CONFIGS, Family, add, greedy, make_family, random_text, run, tokens
 from tests.engine.triton import triton_attention
@@ -37,6 +40,12 @@ class Recorder:
             function()
 
         return replay
+
+
+class Recordable(SDPABackend):
+    """Quicker here than the interpreter, where it does not matter whose attention is replayed."""
+
+    is_capturable = True
 
 
 @pytest.fixture
@@ -146,3 +155,75 @@ def test_replayed_decodes_are_those_of_peft(
     outputs = run(engine)
     assert {key: tokens(output) for key, output in outputs.items()} == want
     assert recorder.replays >= MAX_TOKENS - 2
+
+
+def test_eager_engines_record_nothing(
+    llama: Family, make_engine: Callable[..., LLMEngine], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [Recordable])
+    engine = make_engine(llama, max_num_seqs=2, enforce_eager=True)
+    assert engine.runner._graphs is None
+    assert recorder.replays == 0
+
+
+def test_steps_that_cannot_be_recorded_are_launched(
+    llama: Family,
+    make_engine: Callable[..., LLMEngine],
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(_function: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(model_runner, "make_recorder", lambda _device: fail)
+    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [Recordable])
+    engine = make_engine(llama, max_num_seqs=2)
+    assert "not replayed from CUDA graphs" in caplog.text
+    assert "when stream is capturing" in caplog.text
+    add(engine, "one", [1, 2, 3], greedy(5))
+    assert tokens(run(engine)["one"]) == llama.expected(None, [1, 2, 3], 5)
+
+
+def test_replays_that_give_something_else_are_not_used(
+    llama: Family,
+    make_engine: Callable[..., LLMEngine],
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def record(function: Callable[[], None]) -> Callable[[], None]:
+        function()
+        return lambda: None  # as a graph that reads other tensors than those that are written
+
+    monkeypatch.setattr(model_runner, "make_recorder", lambda _device: record)
+    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [Recordable])
+    engine = make_engine(llama, max_num_seqs=2)
+    assert engine.runner._graphs is None
+    assert "its logits differ" in caplog.text
+
+
+def test_another_backend_serves_where_the_first_cannot(
+    llama: Family,
+    make_engine: Callable[..., LLMEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Wrong(SDPABackend):
+        def attend(self, *given: Any) -> torch.Tensor:
+            return super().attend(*given) * 1.5
+
+    def missing(_cache: KVCache) -> AttentionBackend:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(model_runner, "can_pack", lambda *_: False)
+    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [missing, Wrong, SDPABackend])
+    engine = make_engine(llama)
+    assert type(engine.runner.backend) is SDPABackend
+    assert "No module named 'triton'" in caplog.text
+    assert "its logits differ" in caplog.text
+    add(engine, "one", [1, 2, 3], greedy(5))
+    assert tokens(run(engine)["one"]) == llama.expected(None, [1, 2, 3], 5)
+    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [missing, Wrong])
+    with pytest.raises(EngineStartError, match="its logits differ"):
+        make_engine(llama)
