@@ -99,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dtype", default=default_dtype())
+    parser.add_argument("--enforce-eager", action="store_true", help="do not replay decodes from CUDA graphs")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -107,7 +108,11 @@ def main() -> None:
         folders = build_soft_prompts(model, folder, count=max(PROMPTS), num_virtual_tokens=20)
         sources = [soft_prompt_source(path, index, 20) for index, path in enumerate(folders)]
         settings = EngineSettings(
-            model=str(model), dtype=arguments.dtype, enable_prefix_caching=False, max_num_batched_tokens=1024
+            model=str(model),
+            dtype=arguments.dtype,
+            enable_prefix_caching=False,
+            max_num_batched_tokens=1024,
+            enforce_eager=arguments.enforce_eager,
         )
         engine = LLMEngine(settings)
         bench = Bench(engine, sources)

@@ -178,6 +178,7 @@ FLAGS = (
         EngineSettings, "enable_prefix_caching", bool, "Keep the blocks of texts for others with the same opening."
     ),
     _flag(EngineSettings, "num_threads", int | None, "CPU threads of the model; by default every core.", min=1),
+    _flag(EngineSettings, "enforce_eager", bool, "Do not replay decodes from CUDA graphs."),
     _flag(
         EngineSettings,
         "step_timeout",

@@ -28,6 +28,7 @@ class EngineSettings:
         enable_prefix_caching: Whether full blocks of text are kept for later sequences with the same opening.
         num_threads: CPU threads of the model's products; None takes every core.
         soft_prompt_host_bytes: Host memory for soft prompts that nobody uses at the moment and none pinned.
+        enforce_eager: Whether decodes are launched one by one even where CUDA graphs could replay them.
         step_timeout: Seconds after which a step is taken for stuck and the process is replaced; 0 waits for ever.
     """
 
@@ -43,6 +44,7 @@ class EngineSettings:
     enable_prefix_caching: bool = True
     num_threads: int | None = None
     soft_prompt_host_bytes: int = 256 * 1024 * 1024
+    enforce_eager: bool = False
     step_timeout: float = 120.0
 
 

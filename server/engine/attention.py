@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from server.engine.kv_cache import KVCache
+from server.engine.transfers import queue_copies
 
 _backend_numbers = itertools.count()
 
@@ -111,10 +112,17 @@ class AttentionBackend(ABC):
         self.name = f"prelude_{next(_backend_numbers)}"
         self.layers: set[int] = set()
         """Layers that have called it."""
+        self.calls: dict[int, AttentionCall] = {}
+        """What each layer asked for when it last called through transformers."""
         self._metadata: AttentionMetadata | None = None
         AttentionInterface.register(self.name, self._forward)
-        # Causality and windows are decided here by position; a mask over the flat batch would mean nothing.
-        AttentionMaskInterface.register(self.name, no_mask)
+        # Not with the masks: causality and windows are decided here by position, and for a name that it does not know
+        # there transformers makes none. For one that it knows it looks into the positions, and waits for the device.
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph of a step may be replayed over other keys, up to what block tables have room for."""
+        return False
 
     def close(self) -> None:
         """Take the name out of transformers' tables."""
@@ -151,18 +159,32 @@ class AttentionBackend(ABC):
         layer = module.layer_idx
         if not isinstance(layer, int):
             raise TypeError(f"{type(module).__name__} does not know its layer")
-        call = AttentionCall.of(query, **given)
+        call = self.calls[layer] = AttentionCall.of(query, **given)
         metadata = self.metadata(layer)
-        keys, values = self.cache.layer(layer)
+        keys, _ = self.cache.layer(layer)
         if key.shape[1] != keys.shape[1] or key.shape[-1] != keys.shape[-1] or value.shape != key.shape:
             got = [tuple(tensor.shape[1::2]) for tensor in (key, value)]
             raise NotImplementedError(
                 f"layer {layer} has keys and values of {got} (heads, width); {tuple(keys.shape[1:])} was expected"
             )
-        # A sequence that overflows may not leave NaN in a block: its next owner would multiply it by 0.
-        keys[metadata.slot_mapping] = torch.nan_to_num(key[0].transpose(0, 1))
-        values[metadata.slot_mapping] = torch.nan_to_num(value[0].transpose(0, 1))
+        self.store(key[0], value[0], layer, metadata)
         return self.attend(query[0], layer, metadata, call)[None], None
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, layer: int, metadata: AttentionMetadata) -> None:
+        """Write new keys and values into their slots.
+
+        A sequence that overflows may not leave NaN in a block: its next owner would multiply it by 0. So what is not
+        finite is replaced as ``torch.nan_to_num`` does.
+
+        Args:
+            key: [kv_heads, rows, head_dim].
+            value: Likewise.
+            layer: Whose they are.
+            metadata: The rows' slots.
+        """
+        keys, values = self.cache.layer(layer)
+        keys[metadata.slot_mapping] = torch.nan_to_num(key.transpose(0, 1))
+        values[metadata.slot_mapping] = torch.nan_to_num(value.transpose(0, 1))
 
     @abstractmethod
     def attend(
@@ -257,9 +279,8 @@ def make_metadata(
     num_decodes = 0
     while num_decodes < len(spans) and spans[num_decodes][2] == 1:
         num_decodes += 1
-    groups: list[Rows] = []
     slot_mapping: list[torch.Tensor] = []
-    first_row = 0
+    parts: list[torch.Tensor] = []
     for batch in (spans[:num_decodes], *([span] for span in spans[num_decodes:])):
         if not batch:
             continue
@@ -272,10 +293,15 @@ def make_metadata(
         tables = torch.tensor([_fit(table, num_blocks) for table, _, _ in batch])
         blocks = tables.gather(1, query_positions // block_size)
         slot_mapping.append((blocks * block_size + query_positions % block_size).flatten())
-        last_row = first_row + len(batch) * per_seq
-        groups.append(Rows(first_row, last_row, tables.to(device), query_positions.to(device)))
+        parts += [tables, query_positions]
+    slots, *parts = queue_copies([torch.cat(slot_mapping), *parts], device)
+    groups: list[Rows] = []
+    first_row = 0
+    for tables, query_positions in zip(parts[::2], parts[1::2], strict=True):
+        last_row = first_row + query_positions.numel()
+        groups.append(Rows(first_row, last_row, tables, query_positions))
         first_row = last_row
-    return AttentionMetadata(torch.cat(slot_mapping).to(device), groups, block_size)
+    return AttentionMetadata(slots, groups, block_size)
 
 
 def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int) -> torch.Tensor:

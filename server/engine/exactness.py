@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
+from server.engine.attention import AttentionBackend, SDPABackend, make_metadata
 from server.errors import EngineStartError
 
 PROBE_TOKENS = 24
 """Length of the texts that are computed in two ways; less where the context is shorter."""
+
+PROBE_KEYS = 700
+"""Length of the made-up sequence over which kernels are compared; less where the cache is smaller."""
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference between two ways to the same logits, as a share of their standard deviation."""
@@ -18,6 +23,9 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.0
 Forward = Callable[[Sequence[tuple[Sequence[int], int, int]], torch.Tensor, Sequence[int]], torch.Tensor]
 """Spans (block table, first position, number of positions), token ids [1, rows] and rows whose logits are wanted, to
 logits [wanted rows, vocabulary]."""
+
+Decode = Callable[[Sequence[int], Sequence[int], Sequence[Sequence[int]], int], torch.Tensor]
+"""Token ids, their positions, block tables and the size of the batch, to logits [tokens, vocabulary]."""
 
 
 class ExactnessCheck:
@@ -86,15 +94,41 @@ class ExactnessCheck:
             decoded = forward(spans, torch.cat([other_ids[:, -1:], ids[:, -1:]], dim=1), range(2))
         except Exception as error:
             raise self._refusal(error) from error
-        got = torch.cat([both[:half], first, both[half:], decoded])
         own, others_own = self._expected[0][:length], self._expected[1][:half]
-        expected = torch.cat([others_own, own, others_own[-1:], own[-1:]])
+        self._decodes = (
+            [other_ids[0, -1].item(), ids[0, -1].item()],
+            [half - 1, length - 1],
+            [other, table],
+            torch.stack([others_own[-1], own[-1]]),
+        )
+        got = torch.cat([both[:half], first, both[half:], decoded])
+        self._compare(got, torch.cat([others_own, own, self._decodes[-1]]), [half, half, length - half, 2])
+
+    def run_decodes(self, decode: Decode, sizes: Sequence[int]) -> None:
+        """After ``run``: compute the last tokens once more in batches that are filled up to each size.
+
+        Args:
+            decode: Computes decodes in another way than ``run``'s forward pass.
+            sizes: Of the batches.
+
+        Raises:
+            EngineStartError: As ``run``.
+        """
+        *given, expected = self._decodes
+        for size in sizes:
+            token_ids, positions, tables = (part[:size] for part in given)
+            try:
+                got = decode(token_ids, positions, tables, size)
+            except Exception as error:
+                raise self._refusal(error) from error
+            self._compare(got, expected[:size], [len(got)])
+
+    def _compare(self, got: torch.Tensor, expected: torch.Tensor, parts: list[int]) -> None:
         by_row = (got.float() - expected.float()).abs().amax(dim=-1)
         if self._dtype != torch.float32 and self._has_experts:
             # Rounding sends a token near the border to another expert, and its logits are other ones. Attention that
             # is wrong shows in most rows of some part.
-            parts = torch.split(by_row, [half, half, length - half, 2])
-            difference = max(part.median().item() for part in parts)
+            difference = max(part.median().item() for part in torch.split(by_row, parts))
         else:
             difference = by_row.max().item()
         allowed = PROBE_TOLERANCE[self._dtype] * expected.float().std().item()
@@ -109,3 +143,54 @@ class ExactnessCheck:
             f"{self._name} cannot be served: its attention does not go through transformers' attention interface as "
             f"Prelude needs it ({type(error).__name__}: {error})"
         )
+
+
+def check_kernels(backend: AttentionBackend, num_heads: int) -> None:
+    """Compare a backend's attention with ``SDPABackend``'s, in each way that the model's layers have called it.
+
+    The model's own texts are too short for windows to matter and for keys to be divided among programs. So keys and
+    values are made up, in the cache's last blocks, and windows are made short.
+
+    Args:
+        backend: Through which a model has run.
+        num_heads: Query heads of a layer.
+
+    Raises:
+        EngineStartError: If they differ by more than rounding explains, or the backend fails.
+    """
+    cache = backend.cache
+    spec, device = cache.spec, cache.tensor.device
+    count = min(PROBE_KEYS, cache.num_blocks * spec.block_size)
+    table = list(range(cache.num_blocks - 1, cache.num_blocks - 1 - -(-count // spec.block_size), -1))
+    generator = torch.Generator().manual_seed(0)
+    made_up = torch.randn(2, len(table), *cache.tensor.shape[3:], generator=generator)
+    rows = min(40, count)
+    spans = [(table, position, 1) for position in sorted({0, count // 3, count - 1})] + [(table, count - rows, rows)]
+    metadata = make_metadata(spans, spec.block_size, device)
+    num_rows = metadata.groups[-1].stop
+    query = torch.randn(num_heads, num_rows, spec.head_dim, generator=generator).to(device, spec.dtype)
+    reference = SDPABackend(cache)
+    before = cache.tensor[:, 0, table]
+    cache.tensor[:, 0, table] = made_up.to(cache.tensor)
+    checked = set()
+    try:
+        for call in backend.calls.values():
+            kind = (call.softcap is not None, call.sinks is not None, call.window is not None)
+            if kind not in checked:
+                checked.add(kind)
+                short = replace(call, window=None if call.window is None else min(call.window, 37))
+                expected = reference.attend(query, 0, metadata, short).float()
+                difference = (backend.attend(query, 0, metadata, short).float() - expected).abs().max().item()
+                allowed = PROBE_TOLERANCE[spec.dtype] * expected.std().item()
+                if not difference <= allowed:
+                    raise EngineStartError(
+                        f"{type(backend).__name__} differs from plain attention by {difference:.3g}, more than "
+                        f"rounding explains ({allowed:.3g})"
+                    )
+    except EngineStartError:
+        raise
+    except Exception as error:
+        raise EngineStartError(f"{type(backend).__name__} fails ({type(error).__name__}: {error})") from error
+    finally:
+        reference.close()
+        cache.tensor[:, 0, table] = before

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from server.engine.transfers import queue_copy, to_device
+
 CPU_DEFAULT_FRACTION = 0.4
 CUDA_DEFAULT_FRACTION = 0.9
 
@@ -40,25 +42,26 @@ class KVCache:
     """Keys and values of every layer, in blocks.
 
     Attributes:
-        tensor: [2 (keys, values), layers, blocks, block_size, kv_heads, head_dim].
+        tensor: [2 (keys, values), layers, blocks and the spare one, block_size, kv_heads, head_dim].
+        spare_block: A block more, which is given to nobody: rows that only fill up a batch write there.
     """
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
         self.spec = spec
-        self.num_blocks = num_blocks
+        self.num_blocks = self.spare_block = num_blocks
         # Zeros, not garbage: masked positions are multiplied by a weight of 0, and 0 * NaN is NaN. Writing them takes
         # all of the memory at once, so that none is missing later.
         self.tensor = torch.zeros(
-            (2, spec.num_layers, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim),
+            (2, spec.num_layers, num_blocks + 1, spec.block_size, spec.num_kv_heads, spec.head_dim),
             dtype=spec.dtype,
             device=device,
         )
-        shape = (2, spec.num_layers, num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
+        shape = (2, spec.num_layers, (num_blocks + 1) * spec.block_size, spec.num_kv_heads, spec.head_dim)
         self._slots = self.tensor.view(shape)
         self._layers = [(self._slots[0, layer], self._slots[1, layer]) for layer in range(spec.num_layers)]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer by slot, each [blocks * block_size, kv_heads, head_dim].
+        """Keys and values of a layer by slot, each [blocks * block_size, kv_heads, head_dim], the spare block's last.
 
         Slot ``block * block_size + i`` is position i of that block.
         """
@@ -67,7 +70,7 @@ class KVCache:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks of every layer, each from its first to its second id."""
         if copies:
-            source, destination = torch.tensor(copies, device=self.tensor.device).unbind(1)
+            source, destination = to_device(copies, self.tensor.device).unbind(1)
             self.tensor[:, :, destination] = self.tensor[:, :, source]
 
     def fill(self, blocks: Sequence[int], rows: torch.Tensor) -> None:
@@ -80,8 +83,12 @@ class KVCache:
         """
         spec = self.spec
         num_tokens = rows.shape[0]
-        key_values = rows.to(self.tensor).view(num_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
-        starts = torch.tensor(blocks, device=self.tensor.device) * spec.block_size
+        key_values = (
+            queue_copy(rows, self.tensor.device)
+            .to(self.tensor)
+            .view(num_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
+        )
+        starts = to_device(blocks, self.tensor.device) * spec.block_size
         slots = (starts[:, None] + torch.arange(spec.block_size, device=starts.device)).flatten()[:num_tokens]
         self._slots[:, :, slots] = torch.nan_to_num(key_values).permute(2, 1, 0, 3, 4)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from server.engine.transfers import to_device
 from server.engine.types import MIN_LOGPROB, Logprobs
 
 
@@ -21,17 +22,36 @@ def logprobs_of(logits: torch.Tensor, token_ids: SequenceOf[int], num_top: Seque
     """
     if not token_ids:
         return []
+    packed = packed_logprobs(logits, to_device(token_ids, logits.device), num_top)
+    return unpacked_logprobs(packed.tolist(), num_top)
+
+
+def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: SequenceOf[int]) -> torch.Tensor:
+    """What ``logprobs_of`` tells, as one tensor for one copy to the host.
+
+    Args:
+        logits: As in ``logprobs_of``.
+        tokens: [rows] int64, on the logits' device.
+        num_top: As in ``logprobs_of``.
+
+    Returns:
+        [rows, 2 + 2 * most of ``num_top``] of float64, which holds every token id and every float32 as it is.
+    """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].clamp_min(MIN_LOGPROB)
+    chosen = logprobs.gather(-1, tokens[:, None]).clamp_min(MIN_LOGPROB)
     top = torch.topk(logprobs, min(max(num_top), logits.shape[-1]), dim=-1)
-    best: list[int] = logits.argmax(dim=-1).tolist()
-    rows = zip(
-        chosen.tolist(), top.indices.tolist(), top.values.clamp_min(MIN_LOGPROB).tolist(), best, num_top, strict=True
-    )
-    return [
-        Logprobs(logprob, _best_first(list(zip(ids, values, strict=True)), token)[:count] if count else [])
-        for logprob, ids, values, token, count in rows
-    ]
+    parts = (chosen, logits.argmax(dim=-1, keepdim=True), top.values.clamp_min(MIN_LOGPROB), top.indices)
+    return torch.cat([part.double() for part in parts], dim=-1)
+
+
+def unpacked_logprobs(rows: SequenceOf[SequenceOf[float]], num_top: SequenceOf[int]) -> list[Logprobs]:
+    """The rows of ``packed_logprobs`` on the host, as what they tell."""
+    result = []
+    for (logprob, best, *top), count in zip(rows, num_top, strict=True):
+        width = len(top) // 2
+        likeliest = list(zip(map(int, top[width:]), top[:width], strict=True))
+        result.append(Logprobs(logprob, _best_first(likeliest, int(best))[:count] if count else []))
+    return result
 
 
 def _best_first(top: list[tuple[int, float]], best: int) -> list[tuple[int, float]]:

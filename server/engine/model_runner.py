@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from server.config import EngineSettings
-from server.engine.attention import AttentionBackend, make_metadata
+from server.engine.attention import AttentionBackend, AttentionMetadata, SDPABackend, make_metadata
 from server.engine.compiled import set_num_threads
 from server.engine.cpu_attention import make_backend
+from server.engine.decode_batch import MAX_ROWS, DecodeBatch, DecodeBuffers, DecodeGraphs, make_recorder
 from server.engine.ensembles import merge_ensembles
-from server.engine.exactness import PROBE_TOLERANCE, ExactnessCheck
+from server.engine.exactness import PROBE_TOLERANCE, ExactnessCheck, check_kernels
 from server.engine.fused_layers import bind, fuse_layers
 from server.engine.heads import head_logits
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
@@ -23,6 +24,8 @@ from server.engine.prompt_scoring import PromptScorer
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Chunk, StepPlan
 from server.engine.soft_prompts import SoftPromptLoader
+from server.engine.transfers import queue_copy, to_device
+from server.engine.triton_attention import TritonBackend
 from server.engine.types import Logprobs, ModelInfo, StepOutput
 from server.errors import EngineStartError
 
@@ -106,30 +109,26 @@ class ModelRunner:
         self.cache.copy_blocks(plan.block_copies)
         if not plan.chunks:
             return StepOutput([])
-        spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in plan.chunks]
-        last_rows: list[int] = []
-        row = 0
-        for chunk in plan.chunks:
-            row += chunk.num_tokens
-            if chunk.samples:
-                last_rows.append(row - 1)
-        # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
-        with self._scorer.watching(plan.chunks) as kept:
-            logits = self._forward(spans, self._inputs(plan.chunks, soft_prompts), last_rows or [row - 1])
         scores: dict[str, list[Logprobs | None]] = {}
         class_logits: dict[str, list[float]] = {}
-        if kept:
-            class_logits = head_logits(plan.chunks, kept[0][0], soft_prompts.head)
-            scores = self._scorer.score(
-                plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
-            )
+        if self._graphs is not None and self._can_replay(plan.chunks, self._graphs):
+            logits = self._replay(plan.chunks, self._graphs)
+        else:
+            with self._scorer.watching(plan.chunks) as kept:
+                logits = self._launch(plan.chunks, soft_prompts)
+            if kept:
+                class_logits = head_logits(plan.chunks, kept[0][0], soft_prompts.head)
+                scores = self._scorer.score(
+                    plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
+                )
         seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         logits, leaders = merge_ensembles(logits, seqs)
-        tokens = self.sampler.sample(logits, leaders) if leaders else []
-        return StepOutput(tokens, self.sampler.logprobs(logits, leaders, tokens), scores, class_logits)
+        tokens, logprobs = self.sampler.choose(logits, leaders) if leaders else ([], [])
+        return StepOutput(tokens, logprobs, scores, class_logits)
 
     def close(self) -> None:
-        """Take the backend out of transformers' tables."""
+        """Take the backend out of transformers' tables, and let go of recorded steps and their memory."""
+        self._graphs = None
         self.backend.close()
 
     def _start(self, settings: EngineSettings, *, fuses: bool) -> PreTrainedConfig:
@@ -164,24 +163,88 @@ class ModelRunner:
         except ValueError as error:
             raise EngineStartError(str(error)) from error
         self.cache = KVCache(self.cache_spec, num_blocks, self.device)
-        self.backend: AttentionBackend = make_backend(self.cache)
+        makers = backend_makers(self.device)
+        for make in makers:
+            try:
+                self._attach(make, check, num_heads)
+                break
+            except EngineStartError as error:
+                if num_fused:
+                    raise _FusedModelError(str(error)) from error
+                if make is makers[-1]:
+                    raise
+                logger.warning("torch's own attention serves this model, which is slower, for: %s", error)
+        self._graphs = None if settings.enforce_eager else self._record_decodes(settings, check, max_model_len)
+        return config
+
+    def _attach(self, make: Callable[[KVCache], AttentionBackend], check: ExactnessCheck, num_heads: int) -> None:
+        """Switch the model to a backend, and check what they give together."""
+        try:
+            self.backend = make(self.cache)
+        except ImportError as error:
+            raise EngineStartError(f"{make.__name__} cannot be imported: {error}") from error
         self.model.set_attn_implementation(self.backend.name)
         bind(self.model, self.backend)
         try:
             with torch.inference_mode():
                 check.run(
                     lambda spans, ids, rows: self._forward(spans, {"input_ids": ids}, rows),
-                    num_blocks=num_blocks,
-                    block_size=settings.block_size,
+                    num_blocks=self.cache.num_blocks,
+                    block_size=self.cache_spec.block_size,
                     num_layers=self.cache_spec.num_layers,
                     layers=self.backend.layers,
                 )
-        except EngineStartError as error:
+                if isinstance(self.backend, TritonBackend):
+                    check_kernels(self.backend, num_heads)
+        except EngineStartError:
             self.backend.close()
-            if num_fused:
-                raise _FusedModelError(str(error)) from error
             raise
-        return config
+
+    def _record_decodes(
+        self, settings: EngineSettings, check: ExactnessCheck, max_model_len: int
+    ) -> DecodeGraphs | None:
+        """Record decode steps where the device and the backend can; None where they cannot, or the model cannot."""
+        record = make_recorder(self.device)
+        if record is None or not self.backend.is_capturable:
+            return None
+        max_rows = min(settings.max_num_seqs, MAX_ROWS)
+        try:
+            with torch.inference_mode():
+                buffers = DecodeBuffers(max_rows, -(-max_model_len // settings.block_size), self.cache)
+                graphs = DecodeGraphs(self._decode, buffers, max_rows, record)
+                check.run_decodes(graphs.run, graphs.sizes)
+        except Exception as error:  # whatever in the model cannot be recorded, each step can be launched
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("decode steps are not replayed from CUDA graphs, which is slower, for: %s", reason)
+            return None
+        logger.info("decode steps of up to %d sequences are replayed from CUDA graphs", max_rows)
+        return graphs
+
+    def _can_replay(self, chunks: Sequence[Chunk], graphs: DecodeGraphs) -> bool:
+        """Whether a step is nothing but decodes, and logits are all that is asked of it."""
+        return (
+            len(chunks) <= graphs.sizes[-1]
+            and all(chunk.num_tokens == 1 and chunk.samples for chunk in chunks)
+            and not self._scorer.wants(chunks)
+        )
+
+    def _replay(self, chunks: Sequence[Chunk], graphs: DecodeGraphs) -> torch.Tensor:
+        """Logits [chunks, vocabulary] of a step of decodes."""
+        seqs = [chunk.seq for chunk in chunks if chunk.seq is not None]
+        token_ids = [seq.token_ids[-1] for seq in seqs]  # their last positions are computed
+        return graphs.run(token_ids, [chunk.start for chunk in chunks], [chunk.block_table for chunk in chunks])
+
+    def _launch(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> torch.Tensor:
+        """Logits [chunks that sample, vocabulary] of any step; of its last row if none does."""
+        last_rows: list[int] = []
+        row = 0
+        for chunk in chunks:
+            row += chunk.num_tokens
+            if chunk.samples:
+                last_rows.append(row - 1)
+        spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
+        # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
+        return self._forward(spans, self._inputs(chunks, soft_prompts), last_rows or [row - 1])
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
         """Token ids [1, rows], or embeddings [1, rows, width] where soft prompts' rows stand among them."""
@@ -192,10 +255,10 @@ class ModelRunner:
                 first = chunk.start - chunk.seq.num_virtual_tokens
                 token_ids += chunk.seq.token_ids[first : first + chunk.num_tokens]
             elif chunk.run is not None:
-                rows = soft_prompts.rows(chunk.run.source)[chunk.start : chunk.stop]
+                rows = queue_copy(soft_prompts.rows(chunk.run.source)[chunk.start : chunk.stop], self.device)
                 splices.append((len(token_ids), rows))
                 token_ids += [0] * chunk.num_tokens
-        ids = torch.tensor([token_ids], device=self.device)
+        ids = to_device([token_ids], self.device)
         if not splices:
             return {"input_ids": ids}
         embeds: torch.Tensor = self.embed_tokens(ids)
@@ -225,15 +288,18 @@ class ModelRunner:
         logit_rows: Sequence[int],
     ) -> torch.Tensor:
         """Logits [len(logit_rows), vocabulary] of one flat batch."""
-        self.backend.begin(make_metadata(spans, self.cache_spec.block_size, self.device))
-        positions = torch.cat([torch.arange(start, start + count) for _, start, count in spans])
+        metadata = make_metadata(spans, self.cache_spec.block_size, self.device)
+        positions = torch.cat([rows.query_positions.flatten() for rows in metadata.groups])
+        return self._pass(metadata, positions[None], **inputs, logits_to_keep=to_device(logit_rows, self.device))
+
+    def _decode(self, batch: DecodeBatch) -> torch.Tensor:
+        """Logits [rows, vocabulary] of all rows of a batch of decodes."""
+        return self._pass(batch.metadata, batch.position_ids, input_ids=batch.input_ids)
+
+    def _pass(self, metadata: AttentionMetadata, position_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        self.backend.begin(metadata)
         try:
-            logits: torch.Tensor = self.model(
-                **inputs,
-                position_ids=positions[None].to(self.device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(logit_rows, device=self.device),
-            ).logits
+            logits: torch.Tensor = self.model(**inputs, position_ids=position_ids, use_cache=False).logits
         finally:
             self.backend.end()
         return logits[0]
@@ -241,6 +307,11 @@ class ModelRunner:
 
 class _FusedModelError(Exception):
     """The model with fused layers is not what it was without."""
+
+
+def backend_makers(device: torch.device) -> list[Callable[[KVCache], AttentionBackend]]:
+    """The backends for a device, the fastest first; the others are for models that it cannot serve."""
+    return [TritonBackend, SDPABackend] if device.type == "cuda" else [make_backend]
 
 
 def _device(wanted: str) -> torch.device:

@@ -51,10 +51,14 @@ class PromptScorer:
         self.is_exact = False
         self._boundaries: OrderedDict[str, torch.Tensor] = OrderedDict()
 
+    def wants(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether one of the chunks needs what ``watching`` keeps."""
+        return any(_wants(chunk) or wants_head(chunk) for chunk in chunks)
+
     @contextmanager
     def watching(self, chunks: Sequence[Chunk]) -> Iterator[list[ModelOutput]]:
         """Keep what the base model returns in the forward pass inside, if one of the chunks needs it."""
-        if any(_wants(chunk) or wants_head(chunk) for chunk in chunks):
+        if self.wants(chunks):
             with self._keeping() as kept:
                 yield kept
         else:

@@ -13,9 +13,10 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from server.engine.logprobs import logprobs_of
+from server.engine.logprobs import packed_logprobs, unpacked_logprobs
 from server.engine.sequence import Sequence
 from server.engine.structured import TokenMasks
+from server.engine.transfers import to_device
 from server.engine.types import Logprobs, SamplingParams
 
 NOT_FINITE = -1
@@ -50,6 +51,41 @@ class Sampler:
         Returns:
             A token id for each row, or NOT_FINITE or NO_TOKEN. One synchronisation with the device.
         """
+        result: list[int] = self._tokens(logits, seqs).tolist()
+        return result
+
+    def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> tuple[list[int], list[Logprobs | None]]:
+        """Choose one token for each row, and tell how likely it was where that is asked for.
+
+        Args:
+            logits: As in ``sample``.
+            seqs: As in ``sample``.
+
+        Returns:
+            What ``sample`` returns, and one entry for each row, None where it is not asked for or there is no token;
+            no entries where no row asks. One synchronisation with the device.
+        """
+        tokens = self._tokens(logits, seqs)
+        asked = [(row, seq.params.logprobs) for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
+        result: list[int]
+        if not asked:
+            result = tokens.tolist()
+            return result, []
+        counts = [count for _, count in asked]
+        index = to_device([row for row, _ in asked], logits.device)
+        packed = packed_logprobs(logits[index], tokens[index].clamp_min(0), counts)
+        flat: list[float] = torch.cat([tokens.double(), packed.flatten()]).tolist()
+        result = [int(token) for token in flat[: len(seqs)]]
+        width = packed.shape[-1]
+        parts = [flat[start : start + width] for start in range(len(seqs), len(flat), width)]
+        logprobs: list[Logprobs | None] = [None] * len(seqs)
+        for (row, _), own in zip(asked, unpacked_logprobs(parts, counts), strict=True):
+            if result[row] >= 0:
+                logprobs[row] = own
+        return result, logprobs
+
+    def _tokens(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
+        """What ``sample`` returns, on the device."""
         best = torch.max(logits, dim=-1)  # NaN, if there is any, is the maximum
         tokens = best.indices
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
@@ -57,42 +93,13 @@ class Sampler:
         self._draw(logits, seqs, [row for row, seq in enumerate(seqs) if not seq.adjusts_logits], tokens)
         adjusted = [row for row, seq in enumerate(seqs) if seq.adjusts_logits]
         if adjusted:
-            index = torch.tensor(adjusted, device=logits.device)
+            index = to_device(adjusted, logits.device)
             own = [seqs[row] for row in adjusted]
             scores = self._adjust(logits[index].float(), own)
             chosen = scores.argmax(dim=-1)
             self._draw(scores, own, range(len(own)), chosen)
             tokens[index] = torch.where(scores.amax(dim=-1) == float("-inf"), NO_TOKEN, chosen)
-        result: list[int] = torch.where(best.values.isfinite(), tokens, NOT_FINITE).tolist()
-        return result
-
-    def logprobs(
-        self, logits: torch.Tensor, seqs: SequenceOf[Sequence], tokens: SequenceOf[int]
-    ) -> list[Logprobs | None]:
-        """How likely the chosen tokens were, for the rows that ask.
-
-        Args:
-            logits: [rows, vocabulary], those that ``sample`` was given.
-            seqs: The rows' sequences, in order.
-            tokens: What ``sample`` has chosen.
-
-        Returns:
-            One for each row, None where it is not asked for; empty where no row asks.
-        """
-        asked = [
-            (row, seq.params.logprobs)
-            for row, seq in enumerate(seqs)
-            if seq.params.logprobs is not None and tokens[row] >= 0
-        ]
-        if not asked:
-            return []
-        rows = [row for row, _ in asked]
-        index = torch.tensor(rows, device=logits.device)
-        found = logprobs_of(logits[index], [tokens[row] for row in rows], [count for _, count in asked])
-        result: list[Logprobs | None] = [None] * len(seqs)
-        for row, logprobs in zip(rows, found, strict=True):
-            result[row] = logprobs
-        return result
+        return torch.where(best.values.isfinite(), tokens, NOT_FINITE)
 
     def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """Penalties, bias and the masks, in place on [rows, vocabulary] float32."""
@@ -101,24 +108,26 @@ class Sampler:
         if repeating:
             counts = _counts(scores, [seqs[row].token_ids for row in repeating])
             penalty = _column(scores, [every[row].repetition_penalty for row in repeating])
-            own = scores[repeating]
+            index = to_device(repeating, scores.device)
+            own = scores[index]
             penalised = torch.where(own < 0, own * penalty, own / penalty)
-            scores[repeating] = torch.where(counts > 0, penalised, own)
+            scores[index] = torch.where(counts > 0, penalised, own)
         counting = [row for row, params in enumerate(every) if params.presence_penalty or params.frequency_penalty]
         if counting:
             new = [seqs[row].token_ids[seqs[row].num_prompt_tokens :] for row in counting]
             counts = _counts(scores, new)
             presence = _column(scores, [every[row].presence_penalty for row in counting])
             frequency = _column(scores, [every[row].frequency_penalty for row in counting])
-            scores[counting] -= frequency * counts + presence * (counts > 0)
+            scores[to_device(counting, scores.device)] -= frequency * counts + presence * (counts > 0)
         biased = [(row, token, bias) for row, params in enumerate(every) for token, bias in params.logit_bias.items()]
         if biased:
             rows, tokens, values = zip(*biased, strict=True)
-            scores[list(rows), list(tokens)] += torch.tensor(values, device=scores.device)
+            places = to_device(rows, scores.device), to_device(tokens, scores.device)
+            scores[places] += to_device(values, scores.device)
         matchers = {row: seq.matcher for row, seq in enumerate(seqs) if seq.matcher is not None}
         if matchers:
             allowed = self._masks.allowed(list(matchers.values()), scores.shape[-1], scores.device)
-            constrained = list(matchers)
+            constrained = to_device(list(matchers), scores.device)
             scores[constrained] = scores[constrained].masked_fill(~allowed, float("-inf"))
         self._put_off_ends(scores, seqs)
         return scores
@@ -134,10 +143,11 @@ class Sampler:
         ]
         if masked:
             rows, tokens = zip(*masked, strict=True)
-            constrained = sorted({row for row in rows if seqs[row].matcher is not None})
+            rows_of_grammars = sorted({row for row in rows if seqs[row].matcher is not None})
+            constrained = to_device(rows_of_grammars, scores.device, torch.long)
             before = scores[constrained]
-            scores[list(rows), list(tokens)] = float("-inf")
-            if constrained:
+            scores[to_device(rows, scores.device), to_device(tokens, scores.device)] = float("-inf")
+            if rows_of_grammars:
                 after = scores[constrained]
                 is_empty = after.amax(dim=-1, keepdim=True) == float("-inf")
                 scores[constrained] = torch.where(is_empty, before, after)
@@ -165,9 +175,9 @@ class Sampler:
         self, logits: torch.Tensor, seqs: SequenceOf[Sequence], rows: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = logits.device
-        index = torch.tensor(rows, device=device)
-        temperatures = torch.tensor([seqs[row].params.temperature for row in rows], device=device)
-        draws = torch.tensor([seqs[row].rng.random() for row in rows], device=device)
+        index = to_device(rows, device)
+        temperatures = to_device([seqs[row].params.temperature for row in rows], device)
+        draws = to_device([seqs[row].rng.random() for row in rows], device)
         scores = logits[index].float()
         # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures[:, None]
@@ -177,14 +187,13 @@ class Sampler:
 def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Tensor:
     """How often each token stands in each list: [lists, vocabulary], of the dtype of ``scores``."""
     counts = scores.new_zeros(len(token_ids), scores.shape[-1])
-    lengths = torch.tensor([len(ids) for ids in token_ids], device=scores.device)
-    index = torch.repeat_interleave(torch.arange(len(token_ids), device=scores.device), lengths)
-    flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.long, device=scores.device)
+    flat = to_device([token for ids in token_ids for token in ids], scores.device, torch.long)
+    index = to_device([row for row, ids in enumerate(token_ids) for _ in ids], scores.device, torch.long)
     return counts.index_put_((index, flat), counts.new_ones(()), accumulate=True)
 
 
 def _column(scores: torch.Tensor, values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, device=scores.device, dtype=scores.dtype)[:, None]
+    return to_device(values, scores.device, scores.dtype)[:, None]
 
 
 def _cuts(params: SamplingParams) -> bool:
@@ -194,7 +203,7 @@ def _cuts(params: SamplingParams) -> bool:
 def _cut(probs: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
     """Zero, in place, what top-k, top-p and min-p leave out of rows in descending order; the first always stays."""
     vocabulary = probs.shape[-1]
-    limits = torch.tensor([own.top_k or vocabulary for own in params], device=probs.device)
+    limits = to_device([own.top_k or vocabulary for own in params], probs.device)
     # A share of the likeliest, so it is the same before top-k and top-p as after them.
     unlikely = probs < probs[:, :1] * _column(probs, [own.min_p for own in params])
     probs.masked_fill_(torch.arange(vocabulary, device=probs.device) >= limits[:, None], 0.0)

@@ -28,6 +28,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.engine.constraints import Constraint, ConstraintKind, TokenMatcher
+from server.engine.transfers import queue_copy, to_device
 
 MAX_COMPILED = 64
 """Compiled grammars that are kept for later sequences; one takes up to 40 MB, and seldom more than one."""
@@ -136,8 +137,8 @@ class TokenMasks:
             if lowlevel.is_error():  # llguidance allows the end there
                 bitmask[row] = 0
         # One bit a token crosses to the device.
-        packed = torch.from_numpy(bitmask.view(np.uint8)).to(device)
-        bits = packed[:, :, None] & torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+        packed = queue_copy(torch.from_numpy(bitmask.view(np.uint8)), device)
+        bits = packed[:, :, None] & to_device([1, 2, 4, 8, 16, 32, 64, 128], device, torch.uint8)
         allowed = bits.flatten(1)[:, :vocab_size] != 0
         if vocabulary.hidden_end is not None:
             allowed[:, vocabulary.hidden_end :] = False  # nothing of the tokenizer's is behind it

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from server.engine.logprobs import logprobs_of
-from server.engine.sampler import Sampler
+from server.engine.sampler import NOT_FINITE, Sampler
 from server.engine.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SamplingParams
 
@@ -179,12 +179,21 @@ def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) 
 def test_plain_rows_do_nothing_more_than_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_adjust", "_probabilities"):
         monkeypatch.setattr(Sampler, name, lambda *_: pytest.fail("called for a greedy row"))
-    monkeypatch.setattr("server.engine.sampler.logprobs_of", lambda *_: pytest.fail("nobody asked"))
+    monkeypatch.setattr("server.engine.sampler.packed_logprobs", lambda *_: pytest.fail("nobody asked"))
     rows = [make_seq([1], [], temperature=0.0)] * 3
     logits = torch.randn(3, VOCABULARY)
-    tokens = MAKE.sample(logits, rows)
-    assert tokens == logits.argmax(-1).tolist()
-    assert MAKE.logprobs(logits, rows, tokens) == []
+    assert MAKE.choose(logits, rows) == (logits.argmax(-1).tolist(), [])
+    assert MAKE.sample(logits, rows) == logits.argmax(-1).tolist()
+
+
+def test_logprobs_are_told_where_they_are_asked_for_and_there_is_a_token() -> None:
+    logits = torch.randn(4, VOCABULARY)
+    logits[2, 1] = math.nan
+    rows = [make_seq([1], [], temperature=0.0, logprobs=count) for count in (2, None, 1, 0)]
+    tokens, entries = MAKE.choose(logits, rows)
+    best = logits.argmax(-1).tolist()
+    assert tokens == [best[0], best[1], NOT_FINITE, best[3]]
+    assert entries == [*logprobs_of(logits[:1], best[:1], [2]), None, None, *logprobs_of(logits[3:], best[3:], [0])]
 
 
 @settings(deadline=None)

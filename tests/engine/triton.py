@@ -1,0 +1,36 @@
+"""Where the tests of Triton's kernels run, and the modules that they test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA")
+
+import triton.language as tl
+
+from server.engine import triton_attention, triton_kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""On CPUs the kernels run in Triton's interpreter (tests/conftest.py)."""
+
+if DEVICE.type == "cpu":
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    _dot = InterpreterBuilder.create_dot
+
+    def _widened(tensor: Any) -> Any:
+        if tensor.dtype.scalar != tl.bfloat16:
+            return tensor
+        return TensorHandle((tensor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def _dot_of_bfloat16(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        """NumPy has no bfloat16: the interpreter would multiply the bits of its elements as integers."""
+        return _dot(self, _widened(a), _widened(b), *others)
+
+    InterpreterBuilder.create_dot = _dot_of_bfloat16
+
+__all__ = ["DEVICE", "triton_attention", "triton_kernels"]

@@ -1,0 +1,187 @@
+"""What a GPU serves is what PEFT computes: by Triton's kernels, launched one by one and replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+import gc
+import random
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from server.config import EngineSettings
+from server.engine import model_runner
+from server.engine.attention import SDPABackend
+from server.engine.llm_engine import LLMEngine
+from server.engine.triton_attention import TritonBackend
+from tests.engine.families import FAMILIES
+from tests.engine.harness import (
+    CONFIGS,
+    MORE_CONFIGS,
+    PEFT_CONFIGS,
+    SHAPE,
+    Family,
+    add,
+    greedy,
+    make_family,
+    random_text,
+    run,
+    tokens,
+)
+
+MAX_TOKENS = 14
+LONG = 4096
+EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
+EXPERTS = {"gpt_oss", "mixtral", "qwen3_moe"}
+"""Their float32 experts may wait for the device, and then their steps are not recorded."""
+
+
+@pytest.fixture(scope="module")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    made: dict[str, Family] = {}
+
+    def make(name: str) -> Family:
+        if name not in made:
+            config = LlamaConfig(**{**SHAPE, "max_position_embeddings": LONG}) if name == "long" else EVERY[name]()
+            made[name] = make_family(name, tmp_path_factory.mktemp(name), PEFT_CONFIGS, config)
+        return made[name]
+
+    return make
+
+
+def answers(engine: LLMEngine, family: Family, requests: dict[str, tuple], max_tokens: int) -> dict[str, list[int]]:
+    for request_id, (key, text) in requests.items():
+        add(engine, request_id, text, greedy(max_tokens), soft_prompt=family.soft_prompts.get(key))
+    return {request_id: tokens(outputs) for request_id, outputs in run(engine).items()}
+
+
+@pytest.mark.parametrize("is_eager", [True, False], ids=["launched", "replayed"])
+@pytest.mark.parametrize("name", EVERY)
+def test_mixed_batch_equals_peft(
+    name: str, is_eager: bool, family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
+) -> None:
+    family, rng = family_of(name), random.Random(name)
+    engine = make_engine(family, device="cuda", enforce_eager=is_eager, max_num_seqs=12)
+    assert isinstance(engine.runner.backend, TritonBackend)
+    assert (engine.runner._graphs is None) == is_eager or name in EXPERTS
+    requests, want = {}, {}
+    for index, key in enumerate([*family.soft_prompts, None] * 3):
+        requests[f"r{index}"] = key, random_text(rng, 1, 60)
+        want[f"r{index}"] = family.expected(*requests[f"r{index}"], MAX_TOKENS)
+    assert answers(engine, family, requests, MAX_TOKENS) == want
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"])
+def test_half_precision_is_near_to_peft(
+    name: str, dtype: str, family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
+) -> None:
+    family = family_of(name)
+    engine = make_engine(family, device="cuda", dtype=dtype)  # which holds its logits to the model's own at the start
+    text = random_text(random.Random(name), 40, 40)
+    for key in [*family.soft_prompts, None]:
+        params = greedy(1, prompt_logprobs=0)
+        add(engine, str(key), text, params, soft_prompt=family.soft_prompts.get(key))
+    outputs = run(engine)
+    for key in [*family.soft_prompts, None]:
+        (output,) = outputs[str(key)]
+        want = family.expected_logprobs(key, text)  # in float32
+        pairs = [
+            (entry.logprob, row[token].item())
+            for entry, token, row in zip(output.prompt_logprobs, text, want, strict=True)
+            if entry is not None
+        ]
+        differences = torch.tensor([abs(got - expected) for got, expected in pairs])
+        assert differences.median() < 0.1, key
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_every_size_of_batch_is_replayed_rightly(
+    name: str, family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
+) -> None:
+    family, rng = family_of(name), random.Random(3)
+    engine = make_engine(family, device="cuda", max_num_seqs=33, enable_prefix_caching=False)
+    text = random_text(rng, 20, 20)
+    want = family.expected(None, text, 33)
+    for count in (33, 17, 9, 5, 2, 1):  # those that end one by one leave batches of every size
+        requests = {f"{count}-{index}": (None, text) for index in range(count)}
+        for index, request_id in enumerate(requests):
+            add(engine, request_id, text, greedy(33 - index))
+        got = {request_id: tokens(outputs) for request_id, outputs in run(engine).items()}
+        assert got == {f"{count}-{index}": want[: 33 - index] for index in range(count)}
+
+
+def test_few_sequences_of_long_contexts(
+    family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
+) -> None:
+    """Their keys are divided among programs; most of the text is shared, under several soft prompts."""
+    family, rng = family_of("long"), random.Random(4)
+    engine = make_engine(family, device="cuda", kv_cache_memory=2**27, max_num_batched_tokens=512)
+    shared = random_text(rng, 3000, 3000)
+    requests = {str(key): (key, shared + random_text(rng, 1, 400)) for key in [*family.soft_prompts, None]}
+    want = {request_id: family.expected(*request, MAX_TOKENS) for request_id, request in requests.items()}
+    assert answers(engine, family, requests, MAX_TOKENS) == want
+    again = {f"{request_id} again": request for request_id, request in requests.items()}
+    assert list(answers(engine, family, again, MAX_TOKENS).values()) == list(want.values())
+
+
+def test_a_step_waits_for_the_device_once(
+    family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
+) -> None:
+    family = family_of("llama")
+    for is_eager in (False, True):
+        engine = make_engine(family, device="cuda", enforce_eager=is_eager)
+        for index in range(6):
+            add(engine, f"{is_eager}-{index}", [1, 2, 3, index], greedy(12, logprobs=2 if index % 2 else None))
+        for _ in range(3):
+            engine.step()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+        assert len(waits) == 1, waits
+
+
+def test_memory_is_taken_at_the_start_and_given_back(family_of: Callable[[str], Family]) -> None:
+    family, rng = family_of("llama"), random.Random(5)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    settings = EngineSettings(model=str(family.path), dtype="float32", device="cuda", kv_cache_memory=2**24)
+    engine = LLMEngine(settings)
+    requests = {str(index): (None, random_text(rng, 30, 60)) for index in range(32)}
+    answers(engine, family, requests, MAX_TOKENS)
+    torch.cuda.synchronize()
+    settled = torch.cuda.memory_allocated()
+    for turn in range(5):
+        answers(engine, family, {f"{turn}-{key}": request for key, request in requests.items()}, MAX_TOKENS)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= settled + 2**20
+    engine.close()
+    del engine
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_torch_s_attention_serves_where_the_kernels_fail(
+    family_of: Callable[[str], Family],
+    make_engine: Callable[..., LLMEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Failing(TritonBackend):
+        def attend(self, *_: object) -> torch.Tensor:
+            raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(model_runner, "TritonBackend", Failing)
+    family = family_of("mistral")
+    engine = make_engine(family, device="cuda")
+    assert type(engine.runner.backend) is SDPABackend
+    assert "torch's own attention serves this model" in caplog.text
+    assert answers(engine, family, {"one": (None, [1, 2, 3])}, 5) == {"one": family.expected(None, [1, 2, 3], 5)}
