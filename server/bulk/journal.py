@@ -79,6 +79,7 @@ class Journal:
         self._synced_at = time.monotonic()
         try:
             # Before it is known whether the file may be touched: opening it so changes nothing in it.
+            self._is_made = not path.exists()
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise JournalError(f"{path}: {error.strerror}") from error
@@ -173,6 +174,8 @@ class Journal:
             # What could not be written is tried once more by close; its failure is told already.
             with suppress(OSError):
                 self._file.close()
+            if self._is_made and self.is_new:  # the run did not begin, so nothing is to be left of it
+                self.path.unlink(missing_ok=True)
 
     # Opening
 

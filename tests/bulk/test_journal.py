@@ -106,6 +106,15 @@ def test_a_state_that_cannot_be_read(tmp_path, state):
     assert json.loads(path.with_name("out.jsonl.state").read_text())["identity"] == IDENTITY
 
 
+def test_a_run_that_did_not_begin_leaves_no_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    Journal(path, IDENTITY).close()
+    assert not path.exists()
+    path.touch()
+    Journal(path, IDENTITY).close()  # which somebody else has made
+    assert path.exists()
+
+
 def test_two_at_once(tmp_path):
     path = tmp_path / "out.jsonl"
     with Journal(path, IDENTITY), pytest.raises(JournalError, match="being written by another run"):
