@@ -79,6 +79,7 @@ class Journal:
         self._synced_at = time.monotonic()
         try:
             # Before it is known whether the file may be touched: opening it so changes nothing in it.
+            self._is_made = not path.exists()
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise JournalError(f"{path}: {error.strerror}") from error
@@ -137,7 +138,7 @@ class Journal:
             self._file.write(b"".join(line for line, _ in rows))
             self._file.flush()
         except OSError as failure:
-            raise JournalError(f"{self.path}: {failure.strerror}") from failure
+            raise self._failed(failure) from failure
         self._is_dirty = True
         for _, error in rows:
             self.progress.count(error)
@@ -157,7 +158,7 @@ class Journal:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise JournalError(f"{self.path}: {error.strerror}") from error
+            raise self._failed(error) from error
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
@@ -168,11 +169,16 @@ class Journal:
             self._file.flush()
             self.sync()
         except OSError as error:
-            raise JournalError(f"{self.path}: {error.strerror}") from error
+            raise self._failed(error) from error
         finally:
             # What could not be written is tried once more by close; its failure is told already.
             with suppress(OSError):
                 self._file.close()
+            if self._is_made and self.is_new:  # the run did not begin, so nothing is to be left of it
+                self.path.unlink(missing_ok=True)
+
+    def _failed(self, error: OSError) -> JournalError:
+        return JournalError(f"{self.path}: {error.strerror}; what is written stays, and the same command goes on")
 
     # Opening
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.bulk import journal as module
@@ -34,6 +34,7 @@ def write(path: Path, first: int, last: int, **options: Any) -> None:
         journal.write([row(number) for number in range(first, last)])
 
 
+@settings(deadline=None)
 @given(count=st.integers(0, 8), data=st.data())
 def test_a_cut_at_any_byte_is_gone_on_from(tmp_path_factory, count, data):
     path = tmp_path_factory.mktemp("journal") / "out.jsonl"
@@ -106,6 +107,15 @@ def test_a_state_that_cannot_be_read(tmp_path, state):
     assert json.loads(path.with_name("out.jsonl.state").read_text())["identity"] == IDENTITY
 
 
+def test_a_run_that_did_not_begin_leaves_no_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    Journal(path, IDENTITY).close()
+    assert not path.exists()
+    path.touch()
+    Journal(path, IDENTITY).close()  # which somebody else has made
+    assert path.exists()
+
+
 def test_two_at_once(tmp_path):
     path = tmp_path / "out.jsonl"
     with Journal(path, IDENTITY), pytest.raises(JournalError, match="being written by another run"):
@@ -145,3 +155,13 @@ def test_syncs_are_due_after_a_while(tmp_path, monkeypatch):
         assert journal.is_sync_due
         journal.sync()
         assert not journal.is_sync_due
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_takes_no_more_is_told_with_what_to_do(tmp_path):
+    reason = r"No space left on device; .* the same command goes on"
+    with pytest.raises(JournalError, match=reason), Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
+        journal.remember({"model": "a@1"})
+        with Path("/dev/full").open("wb") as full:
+            os.dup2(full.fileno(), journal._file.fileno())
+        journal.write([row(0)])
