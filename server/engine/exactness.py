@@ -105,7 +105,7 @@ class ExactnessCheck:
         self._compare(got, torch.cat([others_own, own, self._decodes[-1]]), [half, half, length - half, 2])
 
     def run_decodes(self, decode: Decode, sizes: Sequence[int]) -> None:
-        """After ``run``: compute the last tokens once more in batches that are filled up to each size.
+        """After ``run``: compute the last tokens once more, in batches that are filled up to each size.
 
         Args:
             decode: Computes decodes in another way than ``run``'s forward pass.
