@@ -5,8 +5,8 @@ CUDA graph is the same launches recorded once and replayed by one call. It reads
 recorded with: so a step's inputs are written into the same tensors, and batches are filled up to a few sizes, for
 each of which there is one graph. Rows that only fill up are sequences of one token in the cache's spare block.
 
-Where nothing is recorded, on CPUs too, batches are as large as they are, and decodes are still laid out here: only what
-has changed since the step before is written, which is quicker than to lay everything out anew.
+Where nothing is recorded, on CPUs too, batches are as large as they are, and decodes are still laid out here: only
+what has changed since the step before is written, which is quicker than to lay everything out anew.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DecodeBuffers:
         host = torch.zeros(3 + max_blocks, max_rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._host, self._numbers = host, host.numpy()
         self._device = host.to(device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._tables: list[list[int]] = [[] for _ in range(max_rows)]
 
     def batch(self, size: int, width: int | None = None) -> DecodeBatch:

@@ -114,11 +114,10 @@ class ExactnessCheck:
         Raises:
             EngineStartError: As ``run``.
         """
-        *given, expected = self._decodes
+        token_ids, positions, tables, expected = self._decodes
         for size in sizes:
-            token_ids, positions, tables = (part[:size] for part in given)
             try:
-                got = decode(token_ids, positions, tables, size)
+                got = decode(token_ids[:size], positions[:size], tables[:size], size)
             except Exception as error:
                 raise self._refusal(error) from error
             self._compare(got, expected[:size], [len(got)])
