@@ -96,7 +96,7 @@ class ExactnessCheck:
             raise self._refusal(error) from error
         own, others_own = self._expected[0][:length], self._expected[1][:half]
         self._decodes = (
-            [other_ids[0, -1].item(), ids[0, -1].item()],
+            [int(other_ids[0, -1]), int(ids[0, -1])],
             [half - 1, length - 1],
             [other, table],
             torch.stack([others_own[-1], own[-1]]),

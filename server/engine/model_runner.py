@@ -50,6 +50,7 @@ class ModelRunner:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.device = _device(settings.device)
+        self._graphs: DecodeGraphs | None = None
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         try:
@@ -170,7 +171,7 @@ class ModelRunner:
                 if make is makers[-1]:
                     raise
                 logger.warning("torch's own attention serves this model, which is slower, for: %s", error)
-        self._graphs: DecodeGraphs | None = None if settings.enforce_eager else self._record_decodes(check)
+        self._graphs = None if settings.enforce_eager else self._record_decodes(check)
         return config
 
     def _attach(self, make: Callable[[KVCache], AttentionBackend], check: ExactnessCheck, num_heads: int) -> None:
