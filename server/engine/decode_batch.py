@@ -5,8 +5,8 @@ CUDA graph is the same launches recorded once and replayed by one call. It reads
 recorded with: so a step's inputs are written into the same tensors, and batches are filled up to a few sizes, for
 each of which there is one graph. Rows that only fill up are sequences of one token in the cache's spare block.
 
-Only CUDA uses this: a CPU replays nothing, its kernels want the rows' lengths on the host, and rows that only fill up
-would cost it time.
+Where nothing is recorded, on CPUs too, batches are as large as they are, and decodes are still laid out here: only
+what has changed since the step before is written, which is quicker than to lay everything out anew.
 """
 
 from __future__ import annotations
@@ -55,26 +55,31 @@ class DecodeBuffers:
         max_rows: Rows of the largest batch.
         max_blocks: Blocks of the longest sequence.
         cache: Whose blocks they are.
+
+    Attributes:
+        max_rows: As given.
     """
 
     def __init__(self, max_rows: int, max_blocks: int, cache: KVCache) -> None:
         device = cache.tensor.device
+        self.max_rows = max_rows
         self._block_size, self._spare = cache.spec.block_size, cache.spare_block
         host = torch.zeros(3 + max_blocks, max_rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._host, self._numbers = host, host.numpy()
-        self._device = host.to(device, copy=True)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._device = host.to(device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._tables: list[list[int]] = [[] for _ in range(max_rows)]
 
-    def batch(self, size: int) -> DecodeBatch:
-        """The first ``size`` rows."""
+    def batch(self, size: int, width: int | None = None) -> DecodeBatch:
+        """The first ``size`` rows, with the first ``width`` blocks of each; all of them where it is None."""
         ids, positions, slots = self._device[:3, :size]
-        rows = Rows(0, size, self._device[3:, :size].t(), positions[:, None])
+        tables = self._device[3:] if width is None else self._device[3 : 3 + width]
+        rows = Rows(0, size, tables[:, :size].t(), positions[:, None])
         return DecodeBatch(ids[None], positions[None], AttentionMetadata(slots, [rows], self._block_size))
 
     def fill(
         self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], size: int
-    ) -> None:
+    ) -> int:
         """Write a step's rows, and rows that fill up.
 
         Args:
@@ -82,6 +87,9 @@ class DecodeBuffers:
             positions: Its position.
             tables: Its sequence's blocks, at least up to that position.
             size: Rows to have in all.
+
+        Returns:
+            Blocks of the longest sequence.
         """
         if self._copied is not None:
             self._copied.synchronize()  # a step that chose no token has not waited for the device
@@ -101,9 +109,11 @@ class DecodeBuffers:
             if row < count:
                 slots[row] = table[-1] * self._block_size + position % self._block_size
             width = max(width, length)
-        self._device[: 3 + width].copy_(self._host[: 3 + width], non_blocking=True)
+        if self._device is not self._host:
+            self._device[: 3 + width].copy_(self._host[: 3 + width], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        return width
 
 
 class DecodeGraphs:

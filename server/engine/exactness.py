@@ -96,7 +96,7 @@ class ExactnessCheck:
             raise self._refusal(error) from error
         own, others_own = self._expected[0][:length], self._expected[1][:half]
         self._decodes = (
-            [other_ids[0, -1].item(), ids[0, -1].item()],
+            [int(other_ids[0, -1]), int(ids[0, -1])],
             [half - 1, length - 1],
             [other, table],
             torch.stack([others_own[-1], own[-1]]),
@@ -105,7 +105,7 @@ class ExactnessCheck:
         self._compare(got, torch.cat([others_own, own, self._decodes[-1]]), [half, half, length - half, 2])
 
     def run_decodes(self, decode: Decode, sizes: Sequence[int]) -> None:
-        """After ``run``: compute the last tokens once more in batches that are filled up to each size.
+        """After ``run``: compute the last tokens once more, in batches that are filled up to each size.
 
         Args:
             decode: Computes decodes in another way than ``run``'s forward pass.
@@ -114,11 +114,10 @@ class ExactnessCheck:
         Raises:
             EngineStartError: As ``run``.
         """
-        *given, expected = self._decodes
+        token_ids, positions, tables, expected = self._decodes
         for size in sizes:
-            token_ids, positions, tables = (part[:size] for part in given)
             try:
-                got = decode(token_ids, positions, tables, size)
+                got = decode(token_ids[:size], positions[:size], tables[:size], size)
             except Exception as error:
                 raise self._refusal(error) from error
             self._compare(got, expected[:size], [len(got)])

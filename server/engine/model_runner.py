@@ -52,6 +52,7 @@ class ModelRunner:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.device = _device(settings.device)
+        self._graphs: DecodeGraphs | None = None
         if self.device.type == "cpu":
             set_num_threads(settings.num_threads or torch.get_num_threads())
         elif settings.num_threads is not None:
@@ -111,8 +112,8 @@ class ModelRunner:
             return StepOutput([])
         scores: dict[str, list[Logprobs | None]] = {}
         class_logits: dict[str, list[float]] = {}
-        if self._graphs is not None and self._can_replay(plan.chunks, self._graphs):
-            logits = self._replay(plan.chunks, self._graphs)
+        if self._are_decodes(plan.chunks):
+            logits = self._compute_decodes(plan.chunks)
         else:
             with self._scorer.watching(plan.chunks) as kept:
                 logits = self._launch(plan.chunks, soft_prompts)
@@ -163,6 +164,8 @@ class ModelRunner:
         except ValueError as error:
             raise EngineStartError(str(error)) from error
         self.cache = KVCache(self.cache_spec, num_blocks, self.device)
+        num_table_blocks = -(-max_model_len // settings.block_size)
+        self._buffers = DecodeBuffers(settings.max_num_seqs, num_table_blocks, self.cache)
         makers = backend_makers(self.device)
         for make in makers:
             try:
@@ -174,7 +177,7 @@ class ModelRunner:
                 if make is makers[-1]:
                     raise
                 logger.warning("torch's own attention serves this model, which is slower, for: %s", error)
-        self._graphs = None if settings.enforce_eager else self._record_decodes(settings, check, max_model_len)
+        self._graphs = None if settings.enforce_eager else self._record_decodes(check)
         return config
 
     def _attach(self, make: Callable[[KVCache], AttentionBackend], check: ExactnessCheck, num_heads: int) -> None:
@@ -194,24 +197,22 @@ class ModelRunner:
                     num_layers=self.cache_spec.num_layers,
                     layers=self.backend.layers,
                 )
+                check.run_decodes(self._launch_decodes, [min(2, self._buffers.max_rows)])
                 if isinstance(self.backend, TritonBackend):
                     check_kernels(self.backend, num_heads)
         except EngineStartError:
             self.backend.close()
             raise
 
-    def _record_decodes(
-        self, settings: EngineSettings, check: ExactnessCheck, max_model_len: int
-    ) -> DecodeGraphs | None:
+    def _record_decodes(self, check: ExactnessCheck) -> DecodeGraphs | None:
         """Record decode steps where the device and the backend can; None where they cannot, or the model cannot."""
         record = make_recorder(self.device)
         if record is None or not self.backend.is_capturable:
             return None
-        max_rows = min(settings.max_num_seqs, MAX_ROWS)
+        max_rows = min(self._buffers.max_rows, MAX_ROWS)
         try:
             with torch.inference_mode():
-                buffers = DecodeBuffers(max_rows, -(-max_model_len // settings.block_size), self.cache)
-                graphs = DecodeGraphs(self._decode, buffers, max_rows, record)
+                graphs = DecodeGraphs(self._decode, self._buffers, max_rows, record)
                 check.run_decodes(graphs.run, graphs.sizes)
         except Exception as error:  # whatever in the model cannot be recorded, each step can be launched
             reason = f"{type(error).__name__}: {error}"
@@ -220,19 +221,28 @@ class ModelRunner:
         logger.info("decode steps of up to %d sequences are replayed from CUDA graphs", max_rows)
         return graphs
 
-    def _can_replay(self, chunks: Sequence[Chunk], graphs: DecodeGraphs) -> bool:
+    def _are_decodes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is nothing but decodes, and logits are all that is asked of it."""
         return (
-            len(chunks) <= graphs.sizes[-1]
+            len(chunks) <= self._buffers.max_rows
             and all(chunk.num_tokens == 1 and chunk.samples for chunk in chunks)
             and not self._scorer.wants(chunks)
         )
 
-    def _replay(self, chunks: Sequence[Chunk], graphs: DecodeGraphs) -> torch.Tensor:
-        """Logits [chunks, vocabulary] of a step of decodes."""
+    def _compute_decodes(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Logits [chunks, vocabulary] of a step of decodes, replayed where they can be."""
         seqs = [chunk.seq for chunk in chunks if chunk.seq is not None]
         token_ids = [seq.token_ids[-1] for seq in seqs]  # their last positions are computed
-        return graphs.run(token_ids, [chunk.start for chunk in chunks], [chunk.block_table for chunk in chunks])
+        positions, tables = [chunk.start for chunk in chunks], [chunk.block_table for chunk in chunks]
+        if self._graphs is not None and len(chunks) <= self._graphs.sizes[-1]:
+            return self._graphs.run(token_ids, positions, tables)
+        return self._launch_decodes(token_ids, positions, tables, len(chunks))
+
+    def _launch_decodes(
+        self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], size: int
+    ) -> torch.Tensor:
+        width = self._buffers.fill(token_ids, positions, tables, size)
+        return self._decode(self._buffers.batch(size, width))[: len(token_ids)]
 
     def _launch(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> torch.Tensor:
         """Logits [chunks that sample, vocabulary] of any step; of its last row if none does."""

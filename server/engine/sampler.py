@@ -16,7 +16,7 @@ import torch
 from server.engine.logprobs import packed_logprobs, unpacked_logprobs
 from server.engine.sequence import Sequence
 from server.engine.structured import TokenMasks
-from server.engine.transfers import to_device
+from server.engine.transfers import queue_copy, to_device
 from server.engine.types import Logprobs, SamplingParams
 
 NOT_FINITE = -1
@@ -188,7 +188,9 @@ def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Ten
     """How often each token stands in each list: [lists, vocabulary], of the dtype of ``scores``."""
     counts = scores.new_zeros(len(token_ids), scores.shape[-1])
     flat = to_device([token for ids in token_ids for token in ids], scores.device, torch.long)
-    index = to_device([row for row, ids in enumerate(token_ids) for _ in ids], scores.device, torch.long)
+    # On the host, which knows how long the result is; the device would have to be asked.
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    index = queue_copy(torch.repeat_interleave(torch.arange(len(token_ids)), lengths), scores.device)
     return counts.index_put_((index, flat), counts.new_ones(()), accumulate=True)
 
 

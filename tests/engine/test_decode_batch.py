@@ -89,7 +89,7 @@ def test_buffers_hold_each_step_and_stay_where_they_are(steps: list, data: st.Da
                 tables[row] = rng.sample(range(40), 7)
             tables[row][rng.randrange(7)] = rng.randrange(40)
         ids, positions = [row[0] for row in rows], [row[1] for row in rows]
-        buffers.fill(ids, positions, tables[: len(rows)], size)
+        width = buffers.fill(ids, positions, tables[: len(rows)], size)
         batch, fill_up = batches[size], size - len(rows)
         group = batch.metadata.groups[0]
         assert batch.input_ids[0].tolist() == ids + [0] * fill_up
@@ -104,6 +104,8 @@ def test_buffers_hold_each_step_and_stay_where_they_are(steps: list, data: st.Da
         for row in range(len(rows), size):
             assert group.tables[row, 0] == cache.spare_block
             assert slots[row] == cache.spare_block * 4
+        assert width == max([position // 4 + 1 for position in positions], default=1)
+        assert torch.equal(buffers.batch(size, width).metadata.groups[0].tables, group.tables[:, :width])
         assert batch.input_ids.data_ptr() == buffers.batch(size).input_ids.data_ptr()
 
 
