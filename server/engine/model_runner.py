@@ -160,8 +160,8 @@ class ModelRunner:
         self.cache = KVCache(self.cache_spec, num_blocks, self.device)
         self.backend: AttentionBackend = make_backend(self.cache)
         self.model.set_attn_implementation(self.backend.name)
-        bind(self.model, self.backend)
         try:
+            bind(self.model, self.backend)
             with torch.inference_mode():
                 check.run(
                     lambda spans, ids, rows: self._forward(spans, {"input_ids": ids}, rows),

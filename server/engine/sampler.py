@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from server.engine import row_kernels
 from server.engine.logprobs import logprobs_of
 from server.engine.structured import TokenMasks
 from server.engine.types import Logprobs, SamplingParams, Sequence
@@ -49,8 +50,7 @@ class Sampler:
         Returns:
             A token id for each row, or NOT_FINITE or NO_TOKEN. One synchronisation with the device.
         """
-        best = torch.max(logits, dim=-1)  # NaN, if there is any, is the maximum
-        tokens = best.indices
+        best, tokens = _largest(logits)
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
         # and with it what its seed gives, is its own.
         self._draw(logits, seqs, [row for row, seq in enumerate(seqs) if not seq.adjusts_logits], tokens)
@@ -62,7 +62,7 @@ class Sampler:
             chosen = scores.argmax(dim=-1)
             self._draw(scores, own, range(len(own)), chosen)
             tokens[index] = torch.where(scores.amax(dim=-1) == float("-inf"), NO_TOKEN, chosen)
-        result: list[int] = torch.where(best.values.isfinite(), tokens, NOT_FINITE).tolist()
+        result: list[int] = torch.where(best.isfinite(), tokens, NOT_FINITE).tolist()
         return result
 
     def logprobs(
@@ -171,6 +171,14 @@ class Sampler:
         # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures[:, None]
         return torch.softmax(scores, dim=-1), draws, index
+
+
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest logit, NaN if there is any, and its token."""
+    if row_kernels.can_compile(logits.device, logits.dtype):
+        return row_kernels.largest(logits.contiguous())
+    best = torch.max(logits, dim=-1)
+    return best.values, best.indices
 
 
 def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Tensor:
