@@ -1,6 +1,7 @@
 """What a decode step costs: against its bare matrix products, and as batch, context and soft prompts grow.
 
     python -m benchmarks.step_cost [--plot benchmarks/step_cost.png]
+    OMP_NUM_THREADS=1 python -m benchmarks.step_cost --rest
 
 The model of 135M shape with random weights, in the dtype that the machine is fast at. A decode step of N sequences is
 timed in an engine that does nothing else, each with so many tokens behind it, a number of soft prompts of 20 tokens
@@ -17,14 +18,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from matplotlib import pyplot as plt
 from torch import nn
 
 from benchmarks.ways import default_dtype, machine
-from benchmarks.workload import VOCABULARY, build_model, build_soft_prompts, soft_prompt_source
+from benchmarks.workload import HIDDEN_SIZE, VOCABULARY, build_model, build_soft_prompts, soft_prompt_source
 from server.config import EngineSettings
+from server.engine import packed_linear
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.packed_linear import PackedLinear
@@ -54,6 +57,44 @@ class Bench:
 
     def step_and_products(self, batch: int, context: int, prompts: int) -> tuple[float, float]:
         """Median seconds of a decode step, and of its bare products."""
+        self._start(batch, context, prompts)
+        rows = {
+            width: torch.randn(batch, width, dtype=self._engine.runner.dtype, device=self._engine.runner.device)
+            for width in {module.in_features for module in self._products}
+        }
+        steps, products = [], []
+        for _ in range(STEPS):
+            steps.append(self._timed(self._engine.step))
+            products.append(self._timed(lambda: [module(rows[module.in_features]) for module in self._products]))
+        self._abort(batch)
+        return statistics.median(steps), statistics.median(products)
+
+    def rest(self, batch: int, context: int, prompts: int) -> float:
+        """Least seconds of CPU time of a decode step without its products, whose results are drawn once and given.
+
+        CPU time of one thread, and the least of many, so that it means something beside other work too.
+        """
+        self._start(batch, context, prompts)
+        drawn: dict[tuple[int, ...], torch.Tensor] = {}
+
+        def give(rows: torch.Tensor, weight: torch.Tensor, *_others: object) -> torch.Tensor:
+            shape = (*rows.shape[:-1], weight.shape[0])
+            if shape not in drawn:
+                drawn[shape] = torch.randn(shape).to(rows.dtype)
+            # Sums are written over the narrow ones.
+            return drawn[shape].clone() if shape[-1] == HIDDEN_SIZE else drawn[shape]
+
+        seconds = []
+        with patch.object(packed_linear, "_product", give):
+            for _ in range(5 * STEPS):
+                started = time.process_time()
+                self._engine.step()
+                seconds.append(time.process_time() - started)
+        self._abort(batch)
+        return min(seconds)
+
+    def _start(self, batch: int, context: int, prompts: int) -> None:
+        """Prefill so many sequences of so many positions."""
         engine, params = self._engine, SamplingParams(max_tokens=512, temperature=0.0, ignore_eos=True)
         for index in range(batch):
             source = self._sources[index % prompts] if prompts else None
@@ -62,17 +103,10 @@ class Bench:
             engine.add(AddRequest(request_id=f"{index}", prompt_token_ids=text, params=params, soft_prompt=source))
         while sum(seq.num_new_tokens > 0 for seq in engine.scheduler.running) < batch:
             engine.step()
-        rows = {
-            width: torch.randn(batch, width, dtype=engine.runner.dtype, device=engine.runner.device)
-            for width in {module.in_features for module in self._products}
-        }
-        steps, products = [], []
-        for _ in range(STEPS):
-            steps.append(self._timed(engine.step))
-            products.append(self._timed(lambda: [module(rows[module.in_features]) for module in self._products]))
+
+    def _abort(self, batch: int) -> None:
         for index in range(batch):
-            engine.abort(f"{index}")
-        return statistics.median(steps), statistics.median(products)
+            self._engine.abort(f"{index}")
 
     @torch.inference_mode()
     def _timed(self, work: Callable[[], object]) -> float:
@@ -101,6 +135,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=default_dtype())
     parser.add_argument("--enforce-eager", action="store_true", help="do not replay decodes from CUDA graphs")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rest", action="store_true", help="only a step's CPU time without its products, by batch")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -117,6 +152,11 @@ def main() -> None:
         engine = LLMEngine(settings)
         bench = Bench(engine, sources)
         bench.step_and_products(4, 32, 1)  # warm-up
+        if arguments.rest:
+            for batch in BATCHES:
+                print(f"{batch:5d} rows, 24 positions: {1000 * bench.rest(batch, 24, 1):7.2f} ms of CPU", flush=True)
+            engine.close()
+            return
         tables: dict[str, dict[int, tuple[float, float]]] = {
             "batch": {batch: bench.step_and_products(batch, CONTEXT, min(batch, COUNT)) for batch in BATCHES},
             "context": {context: bench.step_and_products(BATCH, context, COUNT) for context in CONTEXTS},

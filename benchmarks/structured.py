@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.mixed_batch import measure
+from benchmarks.ways import Way, default_dtype, machine, measure, medians, ratio, timed
 from benchmarks.workload import VOCABULARY, Text, build_model, make_texts
 from server.config import EngineSettings
 from server.engine.constraints import Constraint, ConstraintKind
@@ -61,12 +59,13 @@ def build_tokenizer(folder: Path) -> None:
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) + sorted(
         Path(sysconfig.get_path("stdlib")).glob("*/*.py")
     )
-    core.train([str(path) for path in sources], trainer)
+    # Some are there to test what is no UTF-8.
+    core.train_from_iterator((path.read_text(errors="ignore") for path in sources), trainer)
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
 
 
-def make_way(engine: LLMEngine, texts: list[Text], new_tokens: int, num_constrained: int) -> Callable[[], int]:
-    """All texts at once, the constrained ones spread among them; returns the number of new tokens."""
+def make_way(engine: LLMEngine, texts: list[Text], new_tokens: int, num_constrained: int) -> Way:
+    """All texts at once, the constrained ones spread among them."""
     every = len(texts) // num_constrained if num_constrained else len(texts) + 1
 
     def run() -> int:
@@ -86,7 +85,7 @@ def make_way(engine: LLMEngine, texts: list[Text], new_tokens: int, num_constrai
                 count += len(output.token_ids)
         return count
 
-    return run
+    return timed(run)
 
 
 def mask_seconds(model_folder: Path, rows: int, steps: int) -> float:
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", default=default_dtype())
     arguments = parser.parse_args()
     texts = make_texts(arguments.requests, num_prompts=1, shortest=32, longest=128)
     counts = (0, arguments.requests // 8, arguments.requests)
@@ -133,16 +132,11 @@ def main() -> None:
         speeds = measure(ways, arguments.rounds)
         engine.close()
         masks = mask_seconds(model_folder, arguments.requests, 200)
-    free = speeds["0"]
     figures = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
         "dtype": arguments.dtype,
-        "median_tokens_per_second": {key: round(statistics.median(values), 1) for key, values in speeds.items()},
-        "share_of_the_unconstrained_speed": {
-            key: round(statistics.median(own / other for own, other in zip(values, free, strict=True)), 3)
-            for key, values in speeds.items()
-            if key != "0"
-        },
+        "median_tokens_per_second": medians(speeds),
+        "share_of_the_unconstrained_speed": {key: ratio(speeds, key, "0") for key in speeds if key != "0"},
         "milliseconds_of_all_masks_of_a_step": round(1000 * masks, 2),
     }
     print(json.dumps(figures, indent=2))

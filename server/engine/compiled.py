@@ -7,15 +7,18 @@ here or from ``vector_code`` deletes ``server/engine/__pycache__``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit, types
+from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import config
-from numba.extending import overload
+from numba.extending import intrinsic, overload
+
+_intrinsic: Any = intrinsic  # what it makes is called by compiled code alone, without the context
 
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # torch's own pool; another would fight it for the cores
 
@@ -55,10 +58,54 @@ def compiled(**options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
+def compiled_twice(function: Any) -> tuple[Any, Any]:
+    """Compile for one thread, and for all: loops over ``prange`` are shared out by the second alone.
+
+    Waking another thread takes some 50 us, so callers choose by how much there is to do.
+    """
+    copy: Any = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_in_parallel")
+    copy.__qualname__ = copy.__name__  # the name that Numba files it under on the disk
+    return compiled()(function), compiled(parallel=True)(copy)
+
+
+KINDS: dict[torch.dtype, Elements] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.bfloat16: np.empty(0, np.uint16),
+}
+"""For each dtype an array of its elements; kernels take it to know what lies at an address."""
+
+
 def elements(tensor: torch.Tensor) -> Elements:
     """The same memory for Numba, which has no bfloat16: it sees uint16."""
     array: Elements = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
+
+
+@_intrinsic
+def _pointer(_context, address):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+def array_at(_address: Any, _shape: Any, _kind: Any) -> Any:
+    """The array at ``tensor.data_ptr()`` of a contiguous tensor; only means something inside compiled code.
+
+    An array made of a tensor outside takes microseconds, and there are some for each layer of each step.
+
+    Args:
+        _address: int64.
+        _shape: Of the array.
+        _kind: One of ``KINDS``.
+    """
+    raise NotImplementedError
+
+
+@overload(array_at)
+def _overload_array_at(address, shape, kind):  # type: ignore[no-untyped-def]
+    dtype = np.uint16 if kind.dtype == types.uint16 else np.float32
+    return lambda address, shape, kind: carray(_pointer(address), shape, dtype)
 
 
 def float32_of(_element: Any) -> Any:

@@ -44,6 +44,14 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 reading it."""
 
 
+PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Where torch and oneDNN keep what they have compiled for a product: some 0.5 MiB for each number of rows and layer's
+shape, and 1,024 of them by default."""
+
+MOST_PRODUCTS = "384"
+"""For five shapes all numbers of rows of decodes, and the last of prefills."""
+
+
 class EngineConnection(Protocol):
     """An engine process that has loaded its model; tests put a fake in its place."""
 
@@ -177,7 +185,7 @@ async def launch(settings: EngineSettings) -> EngineConnection:
 
 def environment() -> dict[str, str]:
     """The process's environment: it logs as this one does; what the operator has said of threads and memory stays."""
-    chosen = {HUGE_PAGES: "1"}
+    chosen = {HUGE_PAGES: "1", **dict.fromkeys(PRODUCT_CACHES, MOST_PRODUCTS)}
     if "OMP_WAIT_POLICY" not in os.environ:
         chosen["GOMP_SPINCOUNT"] = SPIN_COUNT
     return {**chosen, **os.environ, **log_variables()}

@@ -14,12 +14,11 @@ import itertools
 import logging
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -27,8 +26,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from server.engine import row_kernels
 from server.engine.attention import AttentionBackend, AttentionCall, no_mask, unregister
-from server.engine.compiled import Elements, elements
+from server.engine.cpu_attention import CPUBackend, HeadNorms, Positions
 from server.engine.packed_linear import PackedLinear, replace_modules, stacked
+from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,29 @@ _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
     row_kernels.SILU: nn.functional.silu,
     row_kernels.GELU_TANH: lambda x: nn.functional.gelu(x, approximate="tanh"),
 }
+
+
+class Workspace:
+    """Room for the rows between products, which all layers use in turn: what is left there is soon overwritten.
+
+    Args:
+        dtype: Of the rows.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._whole: dict[int, torch.Tensor] = {}
+        self._parts: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def rows(self, num_rows: int, width: int) -> torch.Tensor:
+        """[1, num_rows, width] of anything; the same memory for the same width."""
+        part = self._parts.get(width)
+        if part is None or part[0] != num_rows:
+            whole = self._whole.get(width)
+            if whole is None or whole.shape[1] < num_rows:
+                whole = self._whole[width] = torch.zeros(1, num_rows, width, dtype=self._dtype)
+            part = self._parts[width] = num_rows, whole[:, :num_rows]
+        return part[1]
 
 
 class FusedRMSNorm(nn.Module):
@@ -61,13 +84,7 @@ class FusedRMSNorm(nn.Module):
         """[..., width] to the same."""
         rows = rows.contiguous()
         out = torch.empty_like(rows)
-        row_kernels.rms_norm(_flat(rows), self.factors, self.eps, self.rounds_first, _flat(out))
-        return out
-
-    def add_and_norm(self, rows: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """Add rows to ``total``, in place, and return its norm; all are [..., width], contiguous."""
-        out = torch.empty_like(total)
-        row_kernels.add_and_norm(_flat(rows), _flat(total), self.factors, self.eps, self.rounds_first, _flat(out))
+        row_kernels.rms_norm(rows, self.factors, self.eps, self.rounds_first, out)
         return out
 
 
@@ -77,22 +94,24 @@ class FusedMLP(nn.Module):
     Args:
         mlp: What it stands for.
         activation: As in ``row_kernels.gate``.
+        workspace: Shared with other modules.
     """
 
-    def __init__(self, mlp: Any, activation: int) -> None:
+    def __init__(self, mlp: Any, activation: int, workspace: Workspace) -> None:
         super().__init__()
         self.gate_up_proj = PackedLinear(stacked([mlp.gate_proj, mlp.up_proj]))
         self.down_proj = PackedLinear(mlp.down_proj)
         self._activation = activation
+        self._workspace = workspace
+        # Without the calls of modules, which cost more than what is between the products of a few rows.
+        self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] to the same."""
-        projected = self.gate_up_proj(rows)
-        width = projected.shape[-1]
-        out = projected.new_empty(*projected.shape[:-1], width // 2)
-        row_kernels.gate(_flat(projected), self._activation, _flat(out))
-        down: torch.Tensor = self.down_proj(out)
-        return down
+        """[1, rows, hidden] to the same."""
+        projected = self._gate_up(rows)
+        out = self._workspace.rows(projected.shape[1], self.down_proj.in_features)
+        row_kernels.gate(projected, self._activation, out)
+        return self._down(out)
 
 
 class FusedAttention(nn.Module):
@@ -101,64 +120,68 @@ class FusedAttention(nn.Module):
     Args:
         attention: What it stands for; the norms of its heads, where it has them, are fused already.
         call: What it hands to the attention interface besides queries, keys and values.
-
-    Attributes:
-        backend: Where the keys and values are; has to be set before the first pass.
+        workspace: Shared with other modules.
     """
 
-    backend: AttentionBackend
+    _backend: CPUBackend
 
-    def __init__(self, attention: Any, call: AttentionCall) -> None:
+    def __init__(self, attention: Any, call: AttentionCall, workspace: Workspace) -> None:
         super().__init__()
         self.layer_idx: int = attention.layer_idx
         self._call = call
-        self._head_dim: int = attention.head_dim
         self._num_heads: int = attention.q_proj.out_features // attention.head_dim
         self.qkv_proj = PackedLinear(stacked([attention.q_proj, attention.k_proj, attention.v_proj]))
         self.o_proj = PackedLinear(attention.o_proj)
-        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        self._query_factors, self._key_factors = (
-            row_kernels.NO_WEIGHT if norm is None else norm.factors for norm in norms
-        )
-        self._eps = norms[0].eps if norms[0] is not None else 0.0
-        self._rounds_first = norms[0].rounds_first if norms[0] is not None else False
+        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self._norms = HeadNorms()
+        if query_norm is not None and key_norm is not None:
+            self._norms = HeadNorms(query_norm.factors, key_norm.factors, query_norm.eps, query_norm.rounds_first)
+        self._workspace = workspace
+        self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
+
+    def bind(self, backend: CPUBackend) -> None:
+        """Tell it where its keys and values are; has to be done before the first pass."""
+        self._backend = backend
+        self._layer = backend.layer(self.layer_idx, self._call, self._num_heads, self._norms)
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_others: object
+        self, hidden_states: torch.Tensor, position_embeddings: Positions, **_others: object
     ) -> tuple[torch.Tensor, None]:
-        """[1, rows, hidden] to the same; positions are rotated by cosines and sines of [1, rows, head_dim] each."""
-        metadata = self.backend.metadata(self.layer_idx)
-        projected = self.qkv_proj(hidden_states)[0]
-        query = projected.new_empty(len(projected), self._num_heads, self._head_dim)
-        keys, values = self.backend.cache.layer(self.layer_idx)
-        cos, sin = (part[0].contiguous() for part in position_embeddings)
-        if cos.shape != (len(projected), self._head_dim) or cos.dtype != projected.dtype:
-            raise NotImplementedError(f"rotary positions of shape {tuple(cos.shape)}, {cos.dtype}")
-        row_kernels.rotate_and_store(
-            elements(projected),
-            elements(cos),
-            elements(sin),
-            metadata.slot_mapping.numpy(),
-            self._query_factors,
-            self._key_factors,
-            self._eps,
-            self._rounds_first,
-            elements(query),
-            elements(keys),
-            elements(values),
-        )
-        attended = self.backend.attend(query.transpose(0, 1), self.layer_idx, metadata, self._call)
-        out: torch.Tensor = self.o_proj(attended.reshape(1, len(projected), -1))
-        return out, None
+        """[1, rows, hidden] to the same, rotated by the positions; the result is the caller's own."""
+        projected = self._qkv(hidden_states)
+        out = self._workspace.rows(projected.shape[1], self.o_proj.in_features)
+        self._backend.rotate_and_attend(projected, position_embeddings, self._layer, out)
+        return self._o(out), None
 
 
-def _forward_layer(self: Any, hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
-    """Llama's decoder layer, [1, rows, hidden] to the same, with sums written over what was made to be added."""
-    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **others)
-    normed = self.post_attention_layernorm.add_and_norm(hidden_states, attended)
-    out: torch.Tensor = self.mlp(normed)
-    row_kernels.add(_flat(attended), _flat(out))
-    return out
+class FusedLayer:
+    """The forward pass of a decoder layer of Llama's code, whose parts are all fused.
+
+    Args:
+        layer: The decoder layer.
+        workspace: Shared with other modules.
+    """
+
+    def __init__(self, layer: Any, workspace: Workspace) -> None:
+        self._attend, self._mlp = layer.self_attn.forward, layer.mlp.forward
+        self._norms = [
+            (norm.factors, norm.eps, norm.rounds_first)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        self._width = len(layer.input_layernorm.factors)
+        self._workspace = workspace
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: Positions, **_others: object) -> torch.Tensor:
+        """[1, rows, hidden], which is left as it is, to the same."""
+        hidden_states = hidden_states.contiguous()
+        normed = self._workspace.rows(hidden_states.shape[1], self._width)
+        row_kernels.rms_norm(hidden_states, *self._norms[0], normed)
+        total, _ = self._attend(normed, position_embeddings)
+        # Sums are written over what the products made.
+        row_kernels.add_and_norm(hidden_states, total, *self._norms[1], normed)
+        out: torch.Tensor = self._mlp(normed)
+        row_kernels.add(total, out)
+        return out
 
 
 def fuse_layers(model: PreTrainedModel) -> int:
@@ -167,22 +190,27 @@ def fuse_layers(model: PreTrainedModel) -> int:
     Args:
         model: On the CPU, in float32 or bfloat16, with plain linear layers.
     """
-    try:
-        row_kernels.compile_for(np.uint16 if model.dtype == torch.bfloat16 else np.float32)
-    except Exception:  # whatever Numba or LLVM lacks here, there is a slower way
-        logger.warning("layers cannot be fused for this processor; torch's operations are used", exc_info=True)
+    if not row_kernels.can_compile(model.device, model.dtype):
         return 0
-    replaced = replace_modules(model, _fused_norm) + replace_modules(model, _fused_mlp)
+    workspace = Workspace(model.dtype)
+    replaced = replace_modules(model, _fused_norm)
+    replaced += replace_modules(model, lambda module: _fused_mlp(module, workspace))
     calls = _recorded_calls(model)
-    replaced += replace_modules(model, lambda module: _fused_attention(module, calls))
-    return replaced + sum(_fuse_sums(module) for module in model.modules())
+    replaced += replace_modules(model, lambda module: _fused_attention(module, calls, workspace))
+    return replaced + sum(_fuse_layer(module, workspace) for module in model.modules())
 
 
 def bind(model: nn.Module, backend: AttentionBackend) -> None:
-    """Tell fused attention where its keys and values are."""
+    """Tell fused attention where its keys and values are.
+
+    Raises:
+        EngineStartError: If the backend is of another kind than the one that it needs.
+    """
     for module in model.modules():
         if isinstance(module, FusedAttention):
-            module.backend = backend
+            if not isinstance(backend, CPUBackend):
+                raise EngineStartError(f"fused attention does not work over {type(backend).__name__}")
+            module.bind(backend)
 
 
 def _fused_norm(module: Any) -> nn.Module | None:
@@ -210,7 +238,7 @@ def _fused_norm(module: Any) -> nn.Module | None:
     return candidates[best] if errors[best] <= allowed else None
 
 
-def _fused_mlp(module: Any) -> nn.Module | None:
+def _fused_mlp(module: Any, workspace: Workspace) -> nn.Module | None:
     if {name for name, _ in module.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return None
     if not _are_plain(module, "gate_proj", "up_proj", "down_proj") or _code(type(module)) != _code(LlamaMLP):
@@ -218,11 +246,11 @@ def _fused_mlp(module: Any) -> nn.Module | None:
     grid = torch.linspace(-12.0, 12.0, 997)
     for activation, function in _ACTIVATIONS.items():
         if torch.allclose(module.act_fn(grid), function(grid), rtol=1e-5, atol=1e-6):
-            return FusedMLP(module, activation)
+            return FusedMLP(module, activation, workspace)
     return None
 
 
-def _fused_attention(module: Any, calls: dict[int, AttentionCall]) -> nn.Module | None:
+def _fused_attention(module: Any, calls: Mapping[nn.Module, AttentionCall], workspace: Workspace) -> nn.Module | None:
     children = dict(module.named_children())
     norms = children.keys() - _PROJECTIONS
     if (
@@ -231,7 +259,7 @@ def _fused_attention(module: Any, calls: dict[int, AttentionCall]) -> nn.Module 
         or any(True for _ in module.parameters(recurse=False))
     ):
         return None
-    if not _are_plain(module, *_PROJECTIONS) or id(module) not in calls:
+    if not _are_plain(module, *_PROJECTIONS) or module not in calls:
         return None
     if not all(isinstance(children[n], FusedRMSNorm) and len(children[n].factors) == module.head_dim for n in norms):
         return None
@@ -241,30 +269,22 @@ def _fused_attention(module: Any, calls: dict[int, AttentionCall]) -> nn.Module 
             return None
     if _code(type(module)) != _code(LlamaAttention):
         return None
-    return FusedAttention(module, calls[id(module)])
+    return FusedAttention(module, calls[module], workspace)
 
 
-def _fuse_sums(module: Any) -> bool:
+def _fuse_layer(module: Any, workspace: Workspace) -> bool:
     """Give a decoder layer of Llama's code another forward pass; the rest of it stays."""
     parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
     if {name for name, _ in module.named_children()} != parts:
         return False
-    norms = (module.input_layernorm, module.post_attention_layernorm)
-    # What these give is theirs alone, so that sums may be written over it.
-    own = (*norms, module.self_attn, module.mlp)
+    own = (module.input_layernorm, module.post_attention_layernorm, module.self_attn, module.mlp)
     kinds = (FusedRMSNorm, FusedRMSNorm, FusedAttention, FusedMLP)
     if not all(isinstance(part, kind) for part, kind in zip(own, kinds, strict=True)):
         return False
     if _code(type(module)) != _code(LlamaDecoderLayer):
         return False
-    module.forward = MethodType(_forward_layer, module)
+    module.forward = FusedLayer(module, workspace).forward
     return True
-
-
-def _flat(rows: torch.Tensor) -> Elements:
-    """[..., width] as [rows, width]."""
-    flat: Elements = elements(rows).reshape(-1, rows.shape[-1])
-    return flat
 
 
 def _are_plain(module: nn.Module, *names: str) -> bool:
@@ -273,16 +293,19 @@ def _are_plain(module: nn.Module, *names: str) -> bool:
     return all(type(linear) is nn.Linear and linear.weight.dtype in _PROBE_TOLERANCE for linear in linears)
 
 
-def _recorded_calls(model: PreTrainedModel) -> dict[int, AttentionCall]:
-    """What each attention module hands to the attention interface, by the module's id; empty if it uses none."""
-    calls: dict[int, AttentionCall] = {}
+def _recorded_calls(model: PreTrainedModel) -> Mapping[nn.Module, AttentionCall]:
+    """What each attention module hands to the attention interface; empty if it uses none.
+
+    By modules that may be let go of.
+    """
+    calls: WeakKeyDictionary[nn.Module, AttentionCall] = WeakKeyDictionary()
     name = f"prelude_recorder_{next(_recorder_numbers)}"
     implementation = model.config._attn_implementation  # noqa: SLF001 - it has no public name
 
     def record(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **given: Any
     ) -> tuple[torch.Tensor, None]:
-        calls[id(module)] = AttentionCall.of(query, **given)
+        calls[module] = AttentionCall.of(query, **given)
         return query.transpose(1, 2), None
 
     AttentionInterface.register(name, record)

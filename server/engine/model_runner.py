@@ -187,8 +187,8 @@ class ModelRunner:
         except ImportError as error:
             raise EngineStartError(f"{make.__name__} cannot be imported: {error}") from error
         self.model.set_attn_implementation(self.backend.name)
-        bind(self.model, self.backend)
         try:
+            bind(self.model, self.backend)
             with torch.inference_mode():
                 check.run(
                     lambda spans, ids, rows: self._forward(spans, {"input_ids": ids}, rows),

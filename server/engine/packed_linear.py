@@ -18,7 +18,7 @@ ROWS_HINT = 64
 """For how many rows oneDNN chooses its layout; it serves any number."""
 
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_product: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
 
 class PackedLinear(nn.Module):
@@ -89,14 +89,20 @@ def pack_linears(model: nn.Module) -> int:
 def replace_modules(model: nn.Module, made_of: Callable[[nn.Module], nn.Module | None]) -> int:
     """Replace modules by what is made of them, where that is not None; returns how many.
 
-    A module that stands in two places is replaced in both by the same one.
+    A module that stands in two places is replaced in both by the same one; what is in it is not looked at then.
+    Each is let go of as soon as it is replaced, so that a model is never in memory twice.
     """
-    made: dict[int, nn.Module | None] = {}
-    # A list, for the walk does not like to be changed under its feet.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) not in made:
-            made[id(module)] = made_of(module)
-        replacement = made[id(module)]
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    replaced: list[str] = []
+    count = 0
+    for names in places.values():
+        own = [name for name in names if not name.startswith(tuple(replaced))]
+        replacement = made_of(model.get_submodule(own[0])) if own else None
         if replacement is not None:
-            model.set_submodule(name, replacement)
-    return sum(module is not None for module in made.values())
+            count += 1
+            for name in own:
+                model.set_submodule(name, replacement)
+                replaced.append(f"{name}.")
+    return count

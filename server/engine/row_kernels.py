@@ -1,142 +1,144 @@
 """What stands between a layer's matrix products, row by row and in one pass each, compiled by Numba.
 
 torch does each of these as five to ten operations, each of which reads and writes all rows in memory. Sums are taken
-in float32; results are rounded to the rows' dtype where the models round them.
+in float32; results are rounded to the rows' dtype where the models round them. All tensors are contiguous, in float32
+or bfloat16.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
+import torch
 from numba import prange
 
-from server.engine.compiled import Elements, compiled, element_of, exp, float32_of
+from server.engine.compiled import KINDS, array_at, compiled, compiled_twice, element_of, exp, float32_of
 from server.engine.vector_code import LANES, rotate_halves
+
+logger = logging.getLogger(__name__)
 
 SILU, GELU_TANH = 0, 1
 
 SERIAL_ELEMENTS = 1 << 17
-"""Up to so many elements one thread is quicker: waking another one takes some 50 us."""
+"""Up to so many elements one thread is quicker than two, of which one has to be woken."""
 
+_PIECE = 1024  # elements among which the first one is looked for
 _ONE = np.float32(1.0)
 _GELU_CUBE, _GELU_SCALE = np.float32(0.044715), np.float32(0.7978845608)
-_LARGEST = {"uint16": np.float32(3.3895314e38), "float32": np.finfo(np.float32).max}
+_LARGEST_FLOAT32, _LARGEST_BFLOAT16 = np.float32(np.finfo(np.float32).max), np.float32(3.3895314e38)
 NO_WEIGHT = np.empty(0, np.float32)
 
 Weights = npt.NDArray[np.float32]
 
 
-def rms_norm(rows: Elements, weight: Weights, eps: float, rounds_first: bool, out: Elements) -> None:
+def rms_norm(rows: torch.Tensor, weight: Weights, eps: float, rounds_first: bool, out: torch.Tensor) -> None:
     """Rows over the root of their mean square, times a weight.
 
     Args:
-        rows: [rows, width], float32 or bfloat16 seen as uint16.
+        rows: [..., width].
         weight: [width]; Gemma's models add 1 to theirs, which the caller has to do.
         eps: Added to the mean square.
         rounds_first: Whether rows are rounded before they are multiplied by the weight, as Llama does.
-        out: [rows, width], overwritten.
+        out: [..., width], overwritten.
     """
-    kernel = _norm_serially if rows.size <= SERIAL_ELEMENTS else _norm_in_parallel
-    kernel(rows, weight, np.float32(eps), rounds_first, out)
+    size = rows.numel()
+    kernel = _norm if size <= SERIAL_ELEMENTS else _norm_in_parallel
+    kernel(rows.data_ptr(), size // weight.size, weight, eps, rounds_first, out.data_ptr(), KINDS[rows.dtype])
 
 
-def add(rows: Elements, out: Elements) -> None:
-    """Add rows to ``out``; both are [rows, width]."""
-    kernel = _add_serially if rows.size <= SERIAL_ELEMENTS else _add_in_parallel
-    kernel(rows, out)
+def add(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Add rows to ``out``; both are [..., width]."""
+    size, width = rows.numel(), rows.shape[-1]
+    kernel = _add if size <= SERIAL_ELEMENTS else _add_in_parallel
+    kernel(rows.data_ptr(), size // width, width, out.data_ptr(), KINDS[rows.dtype])
 
 
 def add_and_norm(
-    rows: Elements, total: Elements, weight: Weights, eps: float, rounds_first: bool, out: Elements
+    rows: torch.Tensor, total: torch.Tensor, weight: Weights, eps: float, rounds_first: bool, out: torch.Tensor
 ) -> None:
     """Add rows to ``total``, and write the norm of that to ``out``.
 
     Args:
-        rows: [rows, width].
-        total: [rows, width], what the rows are added to.
+        rows: [..., width].
+        total: [..., width], what the rows are added to.
         weight: As in ``rms_norm``; so are the rest.
         eps: Likewise.
         rounds_first: Likewise.
         out: Likewise.
     """
-    kernel = _add_and_norm_serially if rows.size <= SERIAL_ELEMENTS else _add_and_norm_in_parallel
-    kernel(rows, total, weight, np.float32(eps), rounds_first, out)
+    size = rows.numel()
+    kernel = _add_and_norm if size <= SERIAL_ELEMENTS else _add_and_norm_in_parallel
+    addresses = rows.data_ptr(), total.data_ptr(), out.data_ptr()
+    kernel(*addresses, size // weight.size, weight, eps, rounds_first, KINDS[rows.dtype])
 
 
-def gate(gates_and_ups: Elements, activation: int, out: Elements) -> None:
+def gate(gates_and_ups: torch.Tensor, activation: int, out: torch.Tensor) -> None:
     """Activated gates times the ups beside them.
 
     Args:
-        gates_and_ups: [rows, 2 * width]: a row's gates, then its ups.
+        gates_and_ups: [..., 2 * width]: a row's gates, then its ups.
         activation: ``SILU`` or ``GELU_TANH``.
-        out: [rows, width], overwritten.
+        out: [..., width], overwritten.
     """
-    kernel = _gate_serially if out.size <= SERIAL_ELEMENTS else _gate_in_parallel
-    kernel(gates_and_ups, activation, out)
+    size, width = out.numel(), out.shape[-1]
+    kernel = _gate if size <= SERIAL_ELEMENTS else _gate_in_parallel
+    kernel(gates_and_ups.data_ptr(), size // width, width, activation, out.data_ptr(), KINDS[out.dtype])
 
 
-def rotate_and_store(
-    projected: Elements,
-    cos: Elements,
-    sin: Elements,
-    slots: npt.NDArray[np.int64],
-    query_weight: Weights,
-    key_weight: Weights,
-    eps: float,
-    rounds_first: bool,
-    query: Elements,
-    keys: Elements,
-    values: Elements,
-) -> None:
-    """Rotary positions for queries and keys; keys and values go to their slots, finite.
+def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``torch.max(rows, dim=-1)``, in a fraction of its time.
 
     Args:
-        projected: [rows, (heads + 2 * kv_heads) * head_dim]: a row's queries, keys, values.
-        cos: [rows, head_dim].
-        sin: Likewise.
-        slots: [rows], where each row's key and value are written.
-        query_weight: [head_dim], by which each head is normalised first, as in ``rms_norm``; [0] for none.
-        key_weight: Likewise.
-        eps: As in ``rms_norm``.
-        rounds_first: As in ``rms_norm``.
-        query: [rows, heads, head_dim], overwritten.
-        keys: [slots, kv_heads, head_dim].
-        values: Likewise.
+        rows: [rows, width].
+
+    Returns:
+        Each row's largest element, float32, which is NaN if there is one, and where it is first: [rows] each.
     """
-    kernel = _rotate_serially if projected.size <= SERIAL_ELEMENTS else _rotate_in_parallel
-    largest = _LARGEST[projected.dtype.name]
-    kernel(
-        projected, cos, sin, slots, query_weight, key_weight, np.float32(eps), rounds_first, largest,
-        query.reshape(len(query), -1), keys.reshape(len(keys), -1), values.reshape(len(values), -1),
-    )  # fmt: skip
+    num_rows, width = rows.shape
+    values, indices = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.long)
+    kernel = _largest if rows.numel() <= SERIAL_ELEMENTS else _largest_in_parallel
+    kernel(rows.data_ptr(), num_rows, width, values.numpy(), indices.numpy(), KINDS[rows.dtype])
+    return values, indices
 
 
-def compile_for(dtype: npt.DTypeLike) -> None:
+@cache
+def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels serve tensors of this kind on this machine, ready to be called."""
+    if device.type != "cpu" or dtype not in KINDS:
+        return False
+    try:
+        compile_for(dtype)
+    except Exception:  # whatever Numba or LLVM lacks here, there is a slower way
+        logger.warning("kernels cannot be compiled for this processor; torch's operations are used", exc_info=True)
+        return False
+    return True
+
+
+def compile_for(dtype: torch.dtype) -> None:
     """Compile everything for one dtype, or read it from the disk.
 
     Raises:
         Exception: Whatever Numba and LLVM raise where they cannot.
     """
     for num_rows in (1, SERIAL_ELEMENTS + 1):
-        rows, weight = np.zeros((num_rows, 2), dtype), np.ones(2, np.float32)
-        rms_norm(rows, weight, 1e-6, True, np.empty_like(rows))
-        add_and_norm(rows, rows.copy(), weight, 1e-6, True, np.empty_like(rows))
-        add(rows, rows.copy())
-        gate(rows, SILU, np.empty((num_rows, 1), dtype))
-        projected, slots = np.zeros((num_rows, 6), dtype), np.zeros(num_rows, np.int64)
-        cache = np.zeros((1, 1, 2), dtype)
-        query = np.empty((num_rows, 1, 2), dtype)
-        rotate_and_store(
-            projected, rows, rows, slots, NO_WEIGHT, NO_WEIGHT, 1e-6, True, query, cache, np.zeros_like(cache)
-        )
+        rows, weight = torch.zeros(num_rows, 2, dtype=dtype), np.ones(2, np.float32)
+        rms_norm(rows, weight, 1e-6, True, torch.empty_like(rows))
+        add_and_norm(rows, rows.clone(), weight, 1e-6, True, torch.empty_like(rows))
+        add(rows, rows.clone())
+        gate(rows, SILU, rows.new_empty(num_rows, 1))
+        largest(rows)
 
 
 @compiled()
 def _norm_row(row, weight, eps, rounds_first, out):  # type: ignore[no-untyped-def]
+    """``out`` may be the row itself."""
     total = np.float32(0.0)
     for index in range(row.shape[0]):
         total += float32_of(row[index]) * float32_of(row[index])
-    factor = _ONE / np.sqrt(total / np.float32(row.shape[0]) + eps)
+    factor = _ONE / np.sqrt(total / np.float32(row.shape[0]) + np.float32(eps))
     if rounds_first:
         for index in range(row.shape[0]):
             rounded = element_of(float32_of(row[index]) * factor, out)
@@ -146,15 +148,11 @@ def _norm_row(row, weight, eps, rounds_first, out):  # type: ignore[no-untyped-d
             out[index] = element_of(float32_of(row[index]) * factor * weight[index], out)
 
 
-@compiled()
-def _norm_serially(rows, weight, eps, rounds_first, out):  # type: ignore[no-untyped-def]
-    for row in range(rows.shape[0]):
-        _norm_row(rows[row], weight, eps, rounds_first, out[row])
-
-
-@compiled(parallel=True)
-def _norm_in_parallel(rows, weight, eps, rounds_first, out):  # type: ignore[no-untyped-def]
-    for row in prange(rows.shape[0]):
+@compiled_twice
+def _norms(rows_at, num_rows, weight, eps, rounds_first, out_at, kind):  # type: ignore[no-untyped-def]
+    rows = array_at(rows_at, (num_rows, weight.shape[0]), kind)
+    out = array_at(out_at, rows.shape, kind)
+    for row in prange(num_rows):
         _norm_row(rows[row], weight, eps, rounds_first, out[row])
 
 
@@ -164,28 +162,20 @@ def _add_row(row, out):  # type: ignore[no-untyped-def]
         out[index] = element_of(float32_of(row[index]) + float32_of(out[index]), out)
 
 
-@compiled()
-def _add_serially(rows, out):  # type: ignore[no-untyped-def]
-    for row in range(rows.shape[0]):
+@compiled_twice
+def _adds(rows_at, num_rows, width, out_at, kind):  # type: ignore[no-untyped-def]
+    rows, out = array_at(rows_at, (num_rows, width), kind), array_at(out_at, (num_rows, width), kind)
+    for row in prange(num_rows):
         _add_row(rows[row], out[row])
 
 
-@compiled(parallel=True)
-def _add_in_parallel(rows, out):  # type: ignore[no-untyped-def]
-    for row in prange(rows.shape[0]):
-        _add_row(rows[row], out[row])
-
-
-@compiled()
-def _add_and_norm_serially(rows, total, weight, eps, rounds_first, out):  # type: ignore[no-untyped-def]
-    for row in range(rows.shape[0]):
-        _add_row(rows[row], total[row])
-        _norm_row(total[row], weight, eps, rounds_first, out[row])
-
-
-@compiled(parallel=True)
-def _add_and_norm_in_parallel(rows, total, weight, eps, rounds_first, out):  # type: ignore[no-untyped-def]
-    for row in prange(rows.shape[0]):
+@compiled_twice
+def _adds_and_norms(  # type: ignore[no-untyped-def]
+    rows_at, total_at, out_at, num_rows, weight, eps, rounds_first, kind
+):
+    shape = (num_rows, weight.shape[0])
+    rows, total, out = array_at(rows_at, shape, kind), array_at(total_at, shape, kind), array_at(out_at, shape, kind)
+    for row in prange(num_rows):
         _add_row(rows[row], total[row])
         _norm_row(total[row], weight, eps, rounds_first, out[row])
 
@@ -208,79 +198,95 @@ def _gate_row(row, activation, out):  # type: ignore[no-untyped-def]
             out[index] = element_of(float32_of(activated) * float32_of(ups[index]), out)
 
 
-@compiled()
-def _gate_serially(gates_and_ups, activation, out):  # type: ignore[no-untyped-def]
-    for row in range(out.shape[0]):
-        _gate_row(gates_and_ups[row], activation, out[row])
-
-
-@compiled(parallel=True)
-def _gate_in_parallel(gates_and_ups, activation, out):  # type: ignore[no-untyped-def]
-    for row in prange(out.shape[0]):
+@compiled_twice
+def _gates(gates_and_ups_at, num_rows, width, activation, out_at, kind):  # type: ignore[no-untyped-def]
+    gates_and_ups = array_at(gates_and_ups_at, (num_rows, 2 * width), kind)
+    out = array_at(out_at, (num_rows, width), kind)
+    for row in prange(num_rows):
         _gate_row(gates_and_ups[row], activation, out[row])
 
 
 @compiled()
-def _rotate_row(  # type: ignore[no-untyped-def]
-    projected, cos, sin, query_weight, key_weight, eps, rounds_first, largest, own, query, key, value
+def _largest_of(row):  # type: ignore[no-untyped-def]
+    """The largest element and where it is first; (NaN, 0) if there is a NaN."""
+    best, near, num_nan = np.float32(-np.inf), 0, np.int32(0)
+    for start in range(0, row.shape[0], _PIECE):
+        piece = row[start : start + _PIECE]
+        most = np.float32(-np.inf)
+        for index in range(piece.shape[0]):
+            x = float32_of(piece[index])
+            # LLVM makes one instruction of this, and a chain of them of max().
+            most = x if x > most else most  # noqa: FURB136
+            num_nan += np.int32(x != x)
+        if most > best:
+            best, near = most, start
+    if num_nan:
+        return np.float32(np.nan), 0
+    while float32_of(row[near]) != best and near < row.shape[0] - 1:
+        near += 1
+    return best, near
+
+
+@compiled_twice
+def _largests(rows_at, num_rows, width, values, indices, kind):  # type: ignore[no-untyped-def]
+    rows = array_at(rows_at, (num_rows, width), kind)
+    for row in prange(num_rows):
+        values[row], indices[row] = _largest_of(rows[row])
+
+
+_norm, _norm_in_parallel = _norms
+_add, _add_in_parallel = _adds
+_add_and_norm, _add_and_norm_in_parallel = _adds_and_norms
+_gate, _gate_in_parallel = _gates
+_largest, _largest_in_parallel = _largests
+
+
+@compiled()
+def rotate_row(  # type: ignore[no-untyped-def]
+    projected, cos, sin, query_weight, key_weight, eps, rounds_first, own, key, value
 ):
-    """One row; ``own`` is room for its queries and keys, then its cosines, then its sines, in float32."""
-    width, num_queries = cos.shape[0], query.shape[0]
-    num_turned = num_queries + key.shape[0]
+    """Rotary positions for one row's queries, in place, and its key; key and value are stored, finite.
+
+    Args:
+        projected: [(heads + 2 * kv_heads) * head_dim]: the row's queries, keys, values, as elements. The queries are
+            overwritten by themselves, rotated; the keys by anything.
+        cos: [head_dim] float32.
+        sin: Likewise.
+        query_weight: [head_dim], by which each head is normalised first, as in ``rms_norm``; [0] for none.
+        key_weight: Likewise.
+        eps: As in ``rms_norm``.
+        rounds_first: As in ``rms_norm``.
+        own: [heads + kv_heads) * head_dim] float32, room for the row's queries and keys.
+        key: [kv_heads * head_dim], where the key goes.
+        value: Likewise.
+    """
+    width, num_keys = cos.shape[0], key.shape[0]
+    num_turned = projected.shape[0] - num_keys
+    num_queries = num_turned - num_keys
     half, whole = width // 2, width // 2 // LANES * LANES
-    own_cos, own_sin = own[num_turned : num_turned + width], own[num_turned + width :]
-    for index in range(num_turned):
-        own[index] = float32_of(projected[index])
-    for index in range(width):
-        own_cos[index], own_sin[index] = float32_of(cos[index]), float32_of(sin[index])
     for at in range(0, num_turned, width):
         weight = query_weight if at < num_queries else key_weight
         if weight.shape[0]:
-            # The result is rounded, and so it can wait in the array that it ends up in.
-            normed = query[at : at + width] if at < num_queries else key[at - num_queries : at - num_queries + width]
-            _norm_row(projected[at : at + width], weight, eps, rounds_first, normed)
-            for index in range(width):
-                own[at + index] = float32_of(normed[index])
-        rotate_halves(own, at, half, whole, own_cos, own_sin)
+            head = projected[at : at + width]
+            _norm_row(head, weight, eps, rounds_first, head)
+    for index in range(num_turned):
+        own[index] = float32_of(projected[index])
+    for at in range(0, num_turned, width):
+        rotate_halves(own, at, half, whole, cos, sin)
         for low in range(whole, half):
             x, y = own[at + low], own[at + half + low]
-            own[at + low] = x * own_cos[low] - y * own_sin[low]
-            own[at + half + low] = y * own_cos[half + low] + x * own_sin[half + low]
+            own[at + low] = x * cos[low] - y * sin[low]
+            own[at + half + low] = y * cos[half + low] + x * sin[half + low]
     for index in range(num_queries):
-        query[index] = element_of(own[index], query)
-    for index in range(key.shape[0]):
-        key[index] = element_of(_finite(own[num_queries + index], largest), key)
-        value[index] = element_of(_finite(float32_of(projected[num_turned + index]), largest), value)
+        projected[index] = element_of(own[index], projected)
+    for index in range(num_keys):
+        key[index] = _finite(own[num_queries + index], key)
+        value[index] = _finite(float32_of(projected[num_turned + index]), value)
 
 
 @compiled()
-def _finite(x, largest):  # type: ignore[no-untyped-def]
-    """NaN becomes 0 and an infinity the largest number, as in torch.nan_to_num."""
+def _finite(x, array):  # type: ignore[no-untyped-def]
+    """As an element of the array, where NaN becomes 0 and an infinity the largest number, as in torch.nan_to_num."""
+    largest = _LARGEST_FLOAT32 if array.itemsize == 4 else _LARGEST_BFLOAT16
     x = x if x == x else np.float32(0.0)
-    return min(max(x, -largest), largest)
-
-
-@compiled()
-def _rotate_serially(  # type: ignore[no-untyped-def]
-    projected, cos, sin, slots, query_weight, key_weight, eps, rounds_first, largest, query, keys, values
-):
-    own = np.empty(query.shape[1] + keys.shape[1] + 2 * cos.shape[1], np.float32)
-    for row in range(projected.shape[0]):
-        slot = slots[row]
-        _rotate_row(
-            projected[row], cos[row], sin[row], query_weight, key_weight, eps, rounds_first, largest, own,
-            query[row], keys[slot], values[slot],
-        )  # fmt: skip
-
-
-@compiled(parallel=True)
-def _rotate_in_parallel(  # type: ignore[no-untyped-def]
-    projected, cos, sin, slots, query_weight, key_weight, eps, rounds_first, largest, query, keys, values
-):
-    for row in prange(projected.shape[0]):
-        slot = slots[row]
-        own = np.empty(query.shape[1] + keys.shape[1] + 2 * cos.shape[1], np.float32)
-        _rotate_row(
-            projected[row], cos[row], sin[row], query_weight, key_weight, eps, rounds_first, largest, own,
-            query[row], keys[slot], values[slot],
-        )  # fmt: skip
+    return element_of(min(max(x, -largest), largest), array)

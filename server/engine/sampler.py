@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from server.engine import row_kernels
 from server.engine.logprobs import packed_logprobs, unpacked_logprobs
 from server.engine.sequence import Sequence
 from server.engine.structured import TokenMasks
@@ -86,8 +87,7 @@ class Sampler:
 
     def _tokens(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """What ``sample`` returns, on the device."""
-        best = torch.max(logits, dim=-1)  # NaN, if there is any, is the maximum
-        tokens = best.indices
+        best, tokens = _largest(logits)
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
         # and with it what its seed gives, is its own.
         self._draw(logits, seqs, [row for row, seq in enumerate(seqs) if not seq.adjusts_logits], tokens)
@@ -99,7 +99,7 @@ class Sampler:
             chosen = scores.argmax(dim=-1)
             self._draw(scores, own, range(len(own)), chosen)
             tokens[index] = torch.where(scores.amax(dim=-1) == float("-inf"), NO_TOKEN, chosen)
-        return torch.where(best.values.isfinite(), tokens, NOT_FINITE)
+        return torch.where(best.isfinite(), tokens, NOT_FINITE)
 
     def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """Penalties, bias and the masks, in place on [rows, vocabulary] float32."""
@@ -182,6 +182,14 @@ class Sampler:
         # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures[:, None]
         return torch.softmax(scores, dim=-1), draws, index
+
+
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest logit, NaN if there is any, and its token."""
+    if row_kernels.can_compile(logits.device, logits.dtype):
+        return row_kernels.largest(logits.contiguous())
+    best = torch.max(logits, dim=-1)
+    return best.values, best.indices
 
 
 def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Tensor:

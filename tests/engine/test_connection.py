@@ -11,23 +11,31 @@ import pytest
 
 from server.engine import connection
 
+CHOSEN = {
+    "GOMP_SPINCOUNT": connection.SPIN_COUNT,
+    connection.HUGE_PAGES: "1",
+    **dict.fromkeys(connection.PRODUCT_CACHES, connection.MOST_PRODUCTS),
+}
+
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "not_chosen"),
     [
-        ({}, {"GOMP_SPINCOUNT": connection.SPIN_COUNT, connection.HUGE_PAGES: "1"}),
-        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7", connection.HUGE_PAGES: "1"}),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE", connection.HUGE_PAGES: "1"}),
-        ({connection.HUGE_PAGES: "0"}, {"GOMP_SPINCOUNT": connection.SPIN_COUNT, connection.HUGE_PAGES: "0"}),
+        ({}, set()),
+        ({"GOMP_SPINCOUNT": "7"}, set()),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT"}),
+        ({connection.HUGE_PAGES: "0"}, set()),
+        ({connection.PRODUCT_CACHES[1]: "1024"}, set()),
     ],
 )
-def test_threads_sleep_soon_and_pages_are_large_unless_the_operator_says_otherwise(
-    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(
+    given: dict[str, str], not_chosen: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", connection.HUGE_PAGES):
+    for name in (*CHOSEN, "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+    expected = {name: value for name, value in CHOSEN.items() if name not in not_chosen} | given
     environment = connection.environment()
     assert {name: environment[name] for name in expected} == expected
     told = {"PRELUDE_LOG_LEVEL", "PRELUDE_LOG_FORMAT"}  # as the server logs

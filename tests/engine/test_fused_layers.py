@@ -23,10 +23,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
 
 from server.config import EngineSettings
 from server.engine import fused_layers, model_runner
-from server.engine.fused_layers import FusedAttention, FusedMLP, FusedRMSNorm, fuse_layers
+from server.engine.attention import SDPABackend, make_metadata
+from server.engine.cpu_attention import CPUBackend
+from server.engine.fused_layers import FusedAttention, FusedMLP, FusedRMSNorm, Workspace, bind, fuse_layers
+from server.engine.kv_cache import KVCache, KVCacheSpec
 from server.engine.llm_engine import LLMEngine
+from server.errors import EngineStartError
 from tests.engine.families import FAMILIES, MIXED, UNTIED
 
+CPU = torch.device("cpu")
+SPEC = KVCacheSpec(num_layers=3, num_kv_heads=2, head_dim=12, block_size=4, dtype=torch.float32)
 NORMS = {LlamaRMSNorm: (True, 1.0), GemmaRMSNorm: (False, 2.0)}
 
 
@@ -92,10 +98,10 @@ def test_an_mlp_of_another_activation_or_code_is_left_alone() -> None:
             return super().forward(x) / 2
 
     config = LlamaConfig(**UNTIED)
-    assert fused_layers._fused_mlp(LlamaMLP(config)) is not None
-    assert fused_layers._fused_mlp(Halved(config)) is None
+    assert fused_layers._fused_mlp(LlamaMLP(config), Workspace(torch.float32)) is not None
+    assert fused_layers._fused_mlp(Halved(config), Workspace(torch.float32)) is None
     config.hidden_act = "relu"
-    assert fused_layers._fused_mlp(LlamaMLP(config)) is None
+    assert fused_layers._fused_mlp(LlamaMLP(config), Workspace(torch.float32)) is None
 
 
 def test_attention_of_other_code_or_weights_is_left_alone() -> None:
@@ -114,17 +120,11 @@ def test_attention_of_other_code_or_weights_is_left_alone() -> None:
     assert [type(layer.self_attn).__name__ for layer in layers] == ["Scaled", "MistralAttention", "FusedAttention"]
 
 
-def test_where_nothing_can_be_compiled_the_model_stays_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(_dtype: object) -> None:
-        raise RuntimeError("LLVM does not know this processor")
-
-    monkeypatch.setattr(fused_layers.row_kernels, "compile_for", fail)
+def test_where_nothing_can_be_compiled_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_layers.row_kernels, "can_compile", lambda _device, _dtype: False)
     model = build(MistralConfig(**UNTIED))
     assert fuse_layers(model) == 0
     assert fused_kinds(model) == {}
-    assert "layers cannot be fused" in caplog.text
 
 
 def test_a_model_that_differs_when_fused_is_served_as_it_is(
@@ -143,8 +143,57 @@ def test_a_model_that_differs_when_fused_is_served_as_it_is(
     assert "differ from its own" in caplog.text
 
 
+def test_where_attention_alone_cannot_be_compiled_layers_are_not_fused_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_backend: CPUBackend) -> None:
+        raise RuntimeError("LLVM does not know this processor")
+
+    build(MistralConfig(**UNTIED)).save_pretrained(tmp_path)
+    monkeypatch.setattr(CPUBackend, "compile", fail)
+    engine = LLMEngine(EngineSettings(model=str(tmp_path), dtype="float32", kv_cache_memory=2**22))
+    engine.close()
+    assert type(engine.runner.backend) is SDPABackend
+    assert "layers are not fused" in caplog.text
+    assert not any(isinstance(module, FusedAttention) for module in engine.runner.model.modules())
+
+
 def test_a_pass_of_fused_attention_outside_of_a_step_fails() -> None:
     model = build(MistralConfig(**UNTIED))
     fuse_layers(model)
     with pytest.raises(AttributeError, match="backend"):
         model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+    backend = CPUBackend(KVCache(SPEC, 4, CPU))
+    backend.close()
+    bind(model, backend)
+    with pytest.raises(RuntimeError, match="outside of a step"):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+
+
+def test_fused_attention_wants_the_kernels_and_positions_that_it_knows() -> None:
+    model = build(MistralConfig(**UNTIED))
+    fuse_layers(model)
+    cache = KVCache(SPEC, 4, CPU)
+    reference, backend = SDPABackend(cache), CPUBackend(cache)
+    for one in (reference, backend):
+        one.close()
+    with pytest.raises(EngineStartError, match="SDPABackend"):
+        bind(model, reference)
+    bind(model, backend)
+    backend.begin(make_metadata([([0], 0, 2)], SPEC.block_size, CPU))
+    angles = torch.zeros(1, 2, SPEC.head_dim // 2)
+    with pytest.raises(NotImplementedError, match="rotary positions of shape"):
+        model.model.layers[0].self_attn(torch.zeros(1, 2, UNTIED["hidden_size"]), (angles, angles))
+
+
+@torch.inference_mode()
+def test_a_workspace_grows_and_gives_the_same_memory_for_the_same_width() -> None:
+    workspace = Workspace(torch.bfloat16)
+    few = workspace.rows(2, 8)
+    assert few.shape == (1, 2, 8)
+    assert few.dtype is torch.bfloat16
+    assert workspace.rows(2, 8) is few
+    assert workspace.rows(1, 8).data_ptr() == few.data_ptr()
+    assert workspace.rows(5, 8).shape == (1, 5, 8)
+    assert workspace.rows(2, 8).is_contiguous()
+    assert workspace.rows(2, 16).data_ptr() != workspace.rows(2, 8).data_ptr()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from server.engine import packed_linear
-from server.engine.packed_linear import PackedLinear, can_pack, pack_linears
+from server.engine.packed_linear import PackedLinear, can_pack, pack_linears, replace_modules
 
 CPU = torch.device("cpu")
 PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -48,6 +50,32 @@ def test_only_plain_linears_are_replaced_and_tied_weights_stay(dtype: torch.dtyp
     assert isinstance(model["h"], PackedLinear)
     assert type(model["q"]) is Quantised
     assert model["e"].weight.shape == (16, 8)
+
+
+def test_modules_are_let_go_of_as_they_are_replaced_and_their_parts_left_alone() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+    first, second = Block(), Block()
+    model = nn.ModuleDict({"a": first, "b": second, "again": first})
+    gone = [weakref.ref(first), weakref.ref(second)]
+    del first, second
+    alive: list[int] = []
+
+    def made_of(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, Block):
+            assert module is model
+            return None
+        alive.append(sum(reference() is not None for reference in gone))
+        return nn.Sequential(nn.Linear(2, 2))
+
+    assert replace_modules(model, made_of) == 2
+    assert alive == [2, 1]
+    assert [reference() for reference in gone] == [None, None]
+    assert model["a"] is model["again"]
+    assert isinstance(model["a"][0], nn.Linear)
 
 
 def test_what_gains_nothing_is_left_alone() -> None:

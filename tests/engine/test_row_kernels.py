@@ -24,6 +24,21 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+def rotate(
+    projected: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    factors: list[torch.Tensor | None],
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    weights = [NO_WEIGHT if factor is None else factor.float().numpy() for factor in factors]
+    own = np.empty(len(projected) - len(value), np.float32)
+    row_kernels.rotate_row(
+        elements(projected), cos.numpy(), sin.numpy(), *weights, 1e-6, True, own, elements(key), elements(value)
+    )
+
+
 def test_exp_is_that_of_numpy() -> None:
     numbers = np.concatenate([np.linspace(-87, 88, 20_001, dtype=np.float32), np.float32([0.0, -200.0, 200.0])])
     got = np.array([exp(x) for x in numbers])
@@ -41,7 +56,7 @@ def test_norms_are_those_of_the_formula(num_rows: int, dtype: torch.dtype, round
     rows[1] *= 1e-4
     weight = torch.randn(50).to(dtype)
     out = torch.empty_like(rows)
-    row_kernels.rms_norm(elements(rows), weight.float().numpy(), 1e-6, rounds_first, elements(out))
+    row_kernels.rms_norm(rows, weight.float().numpy(), 1e-6, rounds_first, out)
     normed = rows.double() * torch.rsqrt(rows.double().pow(2).mean(-1, keepdim=True) + 1e-6)
     close(out, (normed.to(dtype) * weight if rounds_first else normed * weight.double()).to(dtype))
 
@@ -53,12 +68,12 @@ def test_sums_and_their_norms_are_those_of_torch(num_rows: int, dtype: torch.dty
     rows, total = torch.randn(2, num_rows, 50).to(dtype)
     wanted, weight = rows + total, torch.rand(50).numpy()
     alone, normed = total.clone(), torch.empty_like(rows)
-    row_kernels.add(elements(rows), elements(alone))
-    row_kernels.add_and_norm(elements(rows), elements(total), weight, 1e-6, True, elements(normed))
+    row_kernels.add(rows, alone)
+    row_kernels.add_and_norm(rows, total, weight, 1e-6, True, normed)
     assert torch.equal(alone, wanted)
     assert torch.equal(total, wanted)
     other = torch.empty_like(rows)
-    row_kernels.rms_norm(elements(wanted), weight, 1e-6, True, elements(other))
+    row_kernels.rms_norm(wanted, weight, 1e-6, True, other)
     close(normed, other)
 
 
@@ -73,62 +88,88 @@ def test_gates_are_those_of_torch(num_rows: int, dtype: torch.dtype, activation:
     both = (torch.randn(num_rows, 100) * 4).to(dtype)
     both[0, :6] = torch.tensor([-1e4, 1e4, -100.0, 100.0, 0.0, math.nan])
     out = torch.empty(num_rows, 50, dtype=dtype)
-    row_kernels.gate(elements(both), activation, elements(out))
+    row_kernels.gate(both, activation, out)
     close(out, function(both[:, :50]) * both[:, 50:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [FEW, MANY])
+@pytest.mark.parametrize("num_rows", [8, SERIAL_ELEMENTS // 2500 + 1])
+def test_the_largest_are_those_of_torch_and_the_first_of_equals(num_rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    rows = torch.randn(num_rows, 2500).to(dtype)
+    rows[1] = 3.0
+    rows[2, 2499] = 9.0
+    rows[3, [1023, 1024, 2048]] = 9.0
+    rows[4, 100:] = -math.inf
+    rows[5] = -math.inf
+    rows[6, 2048] = math.inf
+    rows[7, [3, 2047]] = torch.tensor([math.inf, math.nan], dtype=dtype)
+    values, indices = row_kernels.largest(rows)
+    wanted = torch.max(rows, dim=-1)
+    assert torch.equal(values[:7], wanted.values[:7].float())
+    assert math.isnan(values[7])
+    assert indices[[1, 2, 3, 5, 6]].tolist() == [0, 2499, 1023, 0, 2048]
+    # Rounded to bfloat16 there are equals, of which torch may give another.
+    assert torch.equal(rows.gather(1, indices[:, None])[:7, 0], wanted.values[:7])
+    if dtype is torch.float32:
+        assert torch.equal(indices[:7], wanted.indices[:7])
+
+
+def test_kernels_are_for_cpus_that_can_compile_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_dtype: torch.dtype) -> None:
+        raise RuntimeError("LLVM does not know this processor")
+
+    cpu = torch.device("cpu")
+    row_kernels.can_compile.cache_clear()
+    assert row_kernels.can_compile(cpu, torch.float32)
+    assert not row_kernels.can_compile(torch.device("cuda"), torch.float32)
+    assert not row_kernels.can_compile(cpu, torch.float16)
+    monkeypatch.setattr(row_kernels, "compile_for", fail)
+    assert row_kernels.can_compile(cpu, torch.float32)
+    row_kernels.can_compile.cache_clear()
+    assert not row_kernels.can_compile(cpu, torch.float32)
+    assert "kernels cannot be compiled" in caplog.text
+    row_kernels.can_compile.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("width", [10, 64, 80])
-def test_positions_are_rotated_as_llama_does_and_stored(
-    width: int, num_rows: int, dtype: torch.dtype, has_norms: bool
-) -> None:
+def test_positions_are_rotated_as_llama_does_and_stored(width: int, dtype: torch.dtype, has_norms: bool) -> None:
     torch.manual_seed(2)
     num_heads, num_kv_heads = 6, 2
-    projected = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * width).to(dtype)
-    angles = (torch.rand(num_rows, width // 2) * 100).repeat(1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    slots = torch.randperm(num_rows + 7)[:num_rows]
-    keys, values = torch.full((2, num_rows + 7, num_kv_heads, width), 5.0, dtype=dtype)
-    query = torch.empty(num_rows, num_heads, width, dtype=dtype)
+    projected = torch.randn(FEW, (num_heads + 2 * num_kv_heads) * width).to(dtype)
+    parts = projected.clone().view(FEW, -1, width).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    angles = (torch.rand(FEW, width // 2) * 100).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype).float(), angles.sin().to(dtype).float()
+    keys, values = torch.empty(2, FEW, num_kv_heads * width, dtype=dtype)
     factors = [torch.rand(width).to(dtype) + 0.5 if has_norms else None for _ in range(2)]
-    weights = [NO_WEIGHT if factor is None else factor.float().numpy() for factor in factors]
-    arrays = [elements(tensor) for tensor in (query, keys, values)]
-    row_kernels.rotate_and_store(
-        elements(projected), elements(cos), elements(sin), slots.numpy(), *weights, 1e-6, True, *arrays
-    )
+    for row in range(FEW):
+        rotate(projected[row], cos[row], sin[row], factors, keys[row], values[row])
 
-    parts = projected.view(num_rows, -1, width).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     heads = [part.transpose(0, 1)[None] for part in parts[:2]]
     for index, factor in enumerate(factors):
         if factor is not None:
             normed = heads[index].float() * torch.rsqrt(heads[index].float().pow(2).mean(-1, keepdim=True) + 1e-6)
             heads[index] = normed.to(dtype) * factor
     wanted_query, wanted_keys = apply_rotary_pos_emb(*(head.float() for head in heads), cos[None], sin[None])
-    for got, wanted in ((query, wanted_query), (keys[slots], wanted_keys)):
+    query = projected[:, : num_heads * width]
+    for got, wanted in ((query, wanted_query), (keys, wanted_keys)):
         # Sums of two rotated parts, so rounding is that of the parts.
         scale = 4 * PRECISION[dtype]
-        torch.testing.assert_close(got.float(), wanted[0].transpose(0, 1), rtol=scale, atol=scale)
-    assert torch.equal(values[slots], parts[2])
-    untouched = torch.ones(num_rows + 7, dtype=torch.bool)
-    untouched[slots] = False
-    assert (keys[untouched] == 5).all()
-    assert (values[untouched] == 5).all()
+        wanted_rows = wanted[0].transpose(0, 1).reshape(FEW, -1)
+        torch.testing.assert_close(got.float(), wanted_rows, rtol=scale, atol=scale)
+    assert torch.equal(values, parts[2].reshape(FEW, -1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_out_of_the_cache_and_in_the_query(dtype: torch.dtype) -> None:
-    projected = torch.ones(1, 3 * 2, dtype=dtype)
-    projected[0] = torch.tensor([math.nan, 1.0, math.inf, 1.0, -math.inf, math.nan])
-    keys, values = torch.zeros(2, 1, 1, 2, dtype=dtype)
-    query = torch.empty(1, 1, 2, dtype=dtype)
-    cos, sin = torch.ones(1, 2, dtype=dtype), torch.zeros(1, 2, dtype=dtype)
-    row_kernels.rotate_and_store(
-        *(elements(tensor) for tensor in (projected, cos, sin)), np.zeros(1, np.int64), NO_WEIGHT, NO_WEIGHT,
-        1e-6, True, *(elements(tensor) for tensor in (query, keys, values)),
-    )  # fmt: skip
-    assert query.isnan().any()
+    projected = torch.tensor([math.nan, 1.0, math.inf, 1.0, -math.inf, math.nan]).to(dtype)
+    keys, values = torch.zeros(2, 2, dtype=dtype)
+    rotate(projected, torch.ones(2), torch.zeros(2), [None, None], keys, values)
+    assert projected[:2].isnan().any()
     assert keys.isfinite().all()
-    assert keys[0, 0, 0] == torch.finfo(dtype).max
-    assert values[0, 0].tolist() == [torch.finfo(dtype).min, 0.0]
+    assert keys[0] == torch.finfo(dtype).max
+    assert values.tolist() == [torch.finfo(dtype).min, 0.0]
