@@ -9,6 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is no fault of what is tested.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 if not torch.cuda.is_available():
     # Triton's kernels are tested in its interpreter then. Triton reads this when it is imported, which torch may do

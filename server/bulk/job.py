@@ -136,7 +136,7 @@ def output_line(outcome: Outcome) -> tuple[bytes, Mapping[str, Any] | None]:
     """A line of the output, and its error: the input's fields as they stand there, then what has come of the row."""
     row = outcome.row
     error = None if outcome.error is None else {**outcome.error, "line": row.line}
-    added = {"response": outcome.response} if error is None else {"error": error}
+    added: dict[str, Any] = {"response": outcome.response} if error is None else {"error": error}
     # The fields are not encoded anew where the line can be gone on with. A carriage return between two of them is
     # allowed in JSON, but there are readers that end a line at it.
     if row.source and row.fields and not RESERVED & row.fields.keys() and b"\r" not in row.source:
