@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from server.engine import exactness
@@ -21,7 +21,8 @@ from server.engine.kv_cache import KVCache, KVCacheSpec
 from server.errors import EngineStartError
 from tests.engine.triton import DEVICE, triton_attention
 
-PRECISION = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+PRECISION = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""A score of 16, which heads of one element have, is rounded by 1e-6 in float32, and so is the weight that it gives."""
 Span = tuple[list[int], int, int]
 
 
@@ -56,7 +57,8 @@ def plain_attention(query: torch.Tensor, cache: KVCache, spans: list[Span], call
     return torch.stack(out).view(query.shape[1], len(query), -1)
 
 
-@settings(max_examples=15, deadline=None)
+# Without shrinking: in the interpreter it takes minutes.
+@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     dtype=st.sampled_from(list(PRECISION)),
     lengths=st.lists(st.integers(1, 150), max_size=3),
