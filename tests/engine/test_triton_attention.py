@@ -22,7 +22,7 @@ from server.errors import EngineStartError
 from tests.engine.triton import DEVICE, triton_attention
 
 PRECISION = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""A score of 16, which heads of one element have, is rounded by 1e-6 in float32, and so is the weight that it gives."""
+"""A score of 16, which heads of one element have, is rounded by 1e-6 in float32, and its weight with it."""
 Span = tuple[list[int], int, int]
 
 
