@@ -42,29 +42,16 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._masks = TokenMasks()
 
-    def sample(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
-        """Choose one token for each row.
+    def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> tuple[list[int], list[Logprobs | None]]:
+        """Choose one token for each row, and tell how likely it was where that is asked for.
 
         Args:
             logits: [rows, vocabulary], any float dtype.
             seqs: The rows' sequences, in order.
 
         Returns:
-            A token id for each row, or NOT_FINITE or NO_TOKEN. One synchronisation with the device.
-        """
-        result: list[int] = self._tokens(logits, seqs).tolist()
-        return result
-
-    def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> tuple[list[int], list[Logprobs | None]]:
-        """Choose one token for each row, and tell how likely it was where that is asked for.
-
-        Args:
-            logits: As in ``sample``.
-            seqs: As in ``sample``.
-
-        Returns:
-            What ``sample`` returns, and one entry for each row, None where it is not asked for or there is no token;
-            no entries where no row asks. One synchronisation with the device.
+            A token id for each row, or NOT_FINITE or NO_TOKEN; and one entry for each row, None where it is not asked
+            for or there is no token; no entries where no row asks. One synchronisation with the device.
         """
         tokens = self._tokens(logits, seqs)
         asked = [(row, seq.params.logprobs) for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
@@ -86,7 +73,7 @@ class Sampler:
         return result, logprobs
 
     def _tokens(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
-        """What ``sample`` returns, on the device."""
+        """A token id for each row, or NOT_FINITE or NO_TOKEN, on the device."""
         best, tokens = _largest(logits)
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
         # and with it what its seed gives, is its own.

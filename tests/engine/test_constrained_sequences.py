@@ -329,7 +329,7 @@ def test_the_mask_acts_after_penalties_and_bias_and_before_the_cuts(model: Famil
 
     def choose(**params: object) -> int:
         matcher = compiled(compiler, constraint("regex", "[ab]"))
-        return sampler.sample(logits, [masked_seq(matcher, [a], **params)])[0]
+        return sampler.choose(logits, [masked_seq(matcher, [a], **params)])[0][0]
 
     assert choose(temperature=0.0) == a
     assert choose(temperature=0.0, repetition_penalty=4.0, logit_bias={b: 1.0}) == b

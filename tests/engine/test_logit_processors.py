@@ -34,7 +34,7 @@ def make_seq(prompt: list[int], new: list[int], **params: object) -> Sequence:
 
 
 def distribution(logits: torch.Tensor, seq: Sequence, draws: int = 400) -> torch.Tensor:
-    """What ``sample`` gives over evenly spaced draws: shares of each token, exact to one part in ``draws``."""
+    """What ``choose`` gives over evenly spaced draws: shares of each token, exact to one part in ``draws``."""
 
     class Even:
         def __init__(self) -> None:
@@ -45,7 +45,7 @@ def distribution(logits: torch.Tensor, seq: Sequence, draws: int = 400) -> torch
             return (self.next - 0.5) / draws
 
     seq.rng = Even()
-    tokens = MAKE.sample(logits.expand(draws, -1), [seq] * draws)
+    tokens = MAKE.choose(logits.expand(draws, -1), [seq] * draws)[0]
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]) / draws
 
 
@@ -139,7 +139,7 @@ def test_adjusted_logits_by_brute_force(
     got = MAKE._adjust(torch.cat([logits, logits]), [neighbour, seq])[1]
     assert torch.allclose(got, torch.tensor(want), atol=1e-4)
     greedy = make_seq([5], [], temperature=0.0)
-    tokens = MAKE.sample(logits.expand(3, -1), [greedy, seq, neighbour])
+    tokens = MAKE.choose(logits.expand(3, -1), [greedy, seq, neighbour])[0]
     assert got[tokens[1]] == got.max()
     assert tokens[0] == logits.argmax()
 
@@ -162,7 +162,7 @@ def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) 
         result = []
         for _ in range(6):
             step = torch.stack([logits[3] if index == row else logits[index] for index in range(len(rows))])
-            result.append(MAKE.sample(step, rows)[row])
+            result.append(MAKE.choose(step, rows)[0][row])
             mine.token_ids.append(result[-1])
         return result
 
@@ -183,7 +183,7 @@ def test_plain_rows_do_nothing_more_than_argmax(monkeypatch: pytest.MonkeyPatch)
     rows = [make_seq([1], [], temperature=0.0)] * 3
     logits = torch.randn(3, VOCABULARY)
     assert MAKE.choose(logits, rows) == (logits.argmax(-1).tolist(), [])
-    assert MAKE.sample(logits, rows) == logits.argmax(-1).tolist()
+    assert MAKE.choose(logits, rows)[0] == logits.argmax(-1).tolist()
 
 
 def test_logprobs_are_told_where_they_are_asked_for_and_there_is_a_token() -> None:

@@ -14,13 +14,13 @@ def seq(**params: object) -> Sequence:
 
 def frequencies(logits: list[float], draws: int = 4000, **params: object) -> torch.Tensor:
     rows = [seq(seed=index, **params) for index in range(draws)]
-    tokens = Sampler().sample(torch.tensor([logits]).expand(draws, -1), rows)
+    tokens = Sampler().choose(torch.tensor([logits]).expand(draws, -1), rows)[0]
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / draws
 
 
 def test_greedy_takes_the_first_maximum() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0], [3.0, 1.0, 0.0]], dtype=torch.bfloat16)
-    assert Sampler().sample(logits, [seq(temperature=0.0)] * 2) == [1, 0]
+    assert Sampler().choose(logits, [seq(temperature=0.0)] * 2)[0] == [1, 0]
 
 
 def test_random_choice_follows_the_probabilities() -> None:
@@ -60,7 +60,7 @@ def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) 
         steps = [
             torch.cat([logits[5:6] if i == row else logits[i : i + 1] for i in range(len(rows))]) for _ in range(6)
         ]
-        return [Sampler().sample(step, rows)[row] for step in steps]
+        return [Sampler().choose(step, rows)[0][row] for step in steps]
 
     alone = tokens([], 0)
     assert len(set(alone)) > 1
@@ -73,7 +73,11 @@ def test_rows_that_are_not_finite_are_told_and_others_are_not_touched() -> None:
     logits[:, 2] = 1.0
     logits[0, 0] = float("nan")
     logits[1, 1] = float("inf")
-    assert Sampler().sample(logits, [seq(temperature=0.0), seq(top_k=1), seq(top_k=1)]) == [NOT_FINITE, NOT_FINITE, 2]
+    assert Sampler().choose(logits, [seq(temperature=0.0), seq(top_k=1), seq(top_k=1)])[0] == [
+        NOT_FINITE,
+        NOT_FINITE,
+        2,
+    ]
 
 
 def test_minus_infinity_is_never_drawn() -> None:
