@@ -9,6 +9,7 @@ from server.training.run_directory import RunDirectory
 from server.training.settings import DEFAULTS, Method, TrainSettings
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+PROSE = " ".join(DOCUMENT.split())  # where a line of the file ends says nothing
 
 
 def test_each_method_stands_there_with_its_rate():
@@ -37,6 +38,6 @@ def test_the_files_of_a_run_are_told(settings, trained, tmp_path, curves):
 def test_defaults_that_are_named_are_the_codes():
     defaults = TrainSettings(model="m", data=Path("d"), name="n")
 
-    assert f"`--alias`\n(`{defaults.alias}`)" in DOCUMENT
+    assert f"`--alias` (`{defaults.alias}`)" in PROSE
     assert defaults.eval_fraction == 0.1
-    assert "a tenth of the rows (`--eval-fraction`" in DOCUMENT
+    assert "a tenth of the rows (`--eval-fraction`" in PROSE
