@@ -32,6 +32,7 @@ _EXPONENT_BIAS, _EXPONENT_UNIT = np.int32(127), np.int32(1 << 23)
 _C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 _HALF_OF_LAST, _ONE, _NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(0x7FC0)
+_SIGN, _ALL_BUT_SIGN = np.int32(31), np.int32((1 << 31) - 1)
 
 Elements = npt.NDArray[np.float32 | np.uint16]
 
@@ -136,6 +137,23 @@ def _overload_element_of(number, array):  # type: ignore[no-untyped-def]
         return np.uint16(upper if number == number else _NAN)
 
     return rounded
+
+
+@compiled()
+def in_order(x):  # type: ignore[no-untyped-def]
+    """An int32 that is the larger, the larger a float32 is; NaN are beyond the infinities, on the side of their sign.
+
+    The largest of floats may not be looked for in any order, since one of them could be NaN, so LLVM makes no vectors
+    of it; of integers it does.
+    """
+    bits = np.float32(x).view(np.int32)
+    return np.int32(bits ^ (np.int32(bits >> _SIGN) & _ALL_BUT_SIGN))
+
+
+@compiled()
+def float32_in_order(number):  # type: ignore[no-untyped-def]
+    """The float32 of which ``in_order`` made this."""
+    return np.int32(number ^ (np.int32(number >> _SIGN) & _ALL_BUT_SIGN)).view(np.float32)
 
 
 @compiled()

@@ -7,21 +7,62 @@ compiler on the machine. Its threads are OpenMP's, which torch has started alrea
 
 from __future__ import annotations
 
-import numpy as np
-from numba import prange
+from typing import Any, NamedTuple
 
-from server.engine.compiled import array_at, compiled, compiled_twice, element_of, exp, float32_of
+import numpy as np
+from numba import prange, types
+from numba.extending import overload
+
+from server.engine.compiled import (
+    array_at,
+    compiled,
+    compiled_twice,
+    element_of,
+    exp,
+    float32_in_order,
+    float32_of,
+    in_order,
+)
+from server.engine.pair_code import PAIRED, add_pairs, has_pairs, pair_positions, score_pairs
 from server.engine.row_kernels import rotate_row
-from server.engine.vector_code import LANES, add_positions, fetch_positions, score_positions
+from server.engine.vector_code import LANES, add_positions, fetch_positions, score_positions, widen_positions
+
+
+class _Room(NamedTuple):
+    """What one thread writes to while it attends.
+
+    Attributes:
+        own: [heads * head_dim] float32, a row's queries.
+        wide: [LANES * head_dim] float32, one head's keys or values of sixteen positions.
+        order: [LANES] int32, where these are: one after another.
+        pairs: [LANES * head_dim] uint16, one head's values of sixteen positions in pairs.
+        rounded: [LANES] uint16, their weights.
+    """
+
+    own: Any
+    wide: Any
+    order: Any
+    pairs: Any
+    rounded: Any
+
+
+def _has_to_widen(_array: Any) -> Any:
+    """Whether the elements are narrower than what sums are taken in; only means something in compiled code."""
+    raise NotImplementedError
+
+
+@overload(_has_to_widen, inline="always")
+def _overload_has_to_widen(array):  # type: ignore[no-untyped-def]
+    narrow = array.dtype == types.uint16
+    return lambda array: narrow
 
 
 @compiled()
 def _largest(scores):  # type: ignore[no-untyped-def]
-    largest = np.float32(-np.inf)
+    largest = in_order(-np.inf)
     for index in range(scores.shape[0]):
-        # LLVM makes one instruction of this, and a chain of them of max().
-        largest = scores[index] if scores[index] > largest else largest  # noqa: FURB136
-    return largest
+        largest = max(largest, in_order(scores[index]))
+    return float32_in_order(largest)
 
 
 @compiled()
@@ -43,65 +84,119 @@ def _softmax(scores, sink):  # type: ignore[no-untyped-def]
         scores[index] /= total
 
 
-@compiled()
-def _score(own, keys, values, slots, first, seen, group_size, scores):  # type: ignore[no-untyped-def]
-    num_kv_heads, head_dim = keys.shape[1], keys.shape[2]
-    whole = head_dim // LANES * LANES
+def _score_wide(query, row, scale, keys, values, slots, first, seen, scores, room):  # type: ignore[no-untyped-def]
+    """Scores of one row's heads and the keys that it sees, sixteen at a time: up to fifteen more are written."""
+    num_heads, num_kv_heads, head_dim = scores.shape[0], keys.shape[1], keys.shape[2]
+    stride, group_size, whole = num_kv_heads * head_dim, num_heads // num_kv_heads, head_dim // LANES * LANES
+    own, wide, order = room.own, room.wide, room.order
+    for index in range(num_heads * head_dim):
+        own[index] = float32_of(query[row, index]) * scale
+    shares = _has_to_widen(keys) and group_size > 1
     for column in range(0, seen, LANES):
+        at = first + column
         for kv_head in range(num_kv_heads):
-            fetch_positions(values, slots, first + column, num_kv_heads * head_dim, kv_head * head_dim, head_dim)
+            base = kv_head * head_dim
+            fetch_positions(values, slots, at, stride, base, head_dim)
+            if shares:
+                widen_positions(keys, slots, at, stride, base, whole, wide)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
-                score_positions(
-                    own,
-                    head * head_dim,
-                    keys,
-                    slots,
-                    first + column,
-                    num_kv_heads * head_dim,
-                    kv_head * head_dim,
-                    whole,
-                    scores,
-                    head * scores.shape[1] + column,
-                )
+                to = head * scores.shape[1] + column
+                if shares:
+                    score_positions(own, head * head_dim, wide, order, 0, whole, 0, whole, scores, to)
+                else:
+                    score_positions(own, head * head_dim, keys, slots, at, stride, base, whole, scores, to)
                 if whole < head_dim:
                     for position in range(LANES):
-                        key = keys[slots[first + column + position], kv_head]
+                        key = keys[slots[at + position], kv_head]
                         for d in range(whole, head_dim):
-                            scores[head, column + position] += own[head, d] * float32_of(key[d])
+                            scores[head, column + position] += own[head * head_dim + d] * float32_of(key[d])
 
 
-@compiled()
-def _mix(weights, values, keys, slots, first, then, seen, group_size, mixed):  # type: ignore[no-untyped-def]
-    num_kv_heads, head_dim = values.shape[1], values.shape[2]
-    whole = head_dim // LANES * LANES
+def _mix_wide(weights, values, keys, slots, first, then, seen, mixed, room):  # type: ignore[no-untyped-def]
+    """Add up the values that one row sees; the keys that the next one sees are on their way meanwhile."""
+    num_heads, num_kv_heads, head_dim = weights.shape[0], keys.shape[1], keys.shape[2]
+    stride, group_size, whole = num_kv_heads * head_dim, num_heads // num_kv_heads, head_dim // LANES * LANES
+    wide, order = room.wide, room.order
+    shares = _has_to_widen(values) and group_size > 1
     for column in range(0, seen, LANES):
+        at = first + column
         for kv_head in range(num_kv_heads):
-            fetch_positions(
-                keys,
-                slots,
-                min(then + column, slots.shape[0] - LANES),
-                num_kv_heads * head_dim,
-                kv_head * head_dim,
-                head_dim,
-            )
+            base = kv_head * head_dim
+            fetch_positions(keys, slots, min(then + column, slots.shape[0] - LANES), stride, base, head_dim)
+            if shares:
+                widen_positions(values, slots, at, stride, base, whole, wide)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
-                add_positions(
-                    weights,
-                    head * weights.shape[1] + column,
-                    values,
-                    slots,
-                    first + column,
-                    num_kv_heads * head_dim,
-                    kv_head * head_dim,
-                    whole,
-                    mixed,
-                    head * head_dim,
-                )
+                of = head * weights.shape[1] + column
+                if shares:
+                    add_positions(weights, of, wide, order, 0, whole, 0, whole, mixed, head * head_dim)
+                else:
+                    add_positions(weights, of, values, slots, at, stride, base, whole, mixed, head * head_dim)
                 if whole < head_dim:
                     for position in range(LANES):
-                        value = values[slots[first + column + position], kv_head]
+                        value = values[slots[at + position], kv_head]
                         for d in range(whole, head_dim):
                             mixed[head, d] += weights[head, column + position] * float32_of(value[d])
+
+
+_compiled_score_wide, _compiled_mix_wide = compiled()(_score_wide), compiled()(_mix_wide)
+
+
+def _score_in_pairs(query, row, scale, keys, values, slots, first, seen, scores, room):  # type: ignore[no-untyped-def]
+    """As ``_score_wide``, of bfloat16."""
+    num_heads, num_kv_heads, head_dim = scores.shape[0], keys.shape[1], keys.shape[2]
+    if head_dim % PAIRED:
+        _compiled_score_wide(query, row, scale, keys, values, slots, first, seen, scores, room)
+        return
+    stride, group_size = num_kv_heads * head_dim, num_heads // num_kv_heads
+    of = row * query.shape[1]
+    for column in range(0, seen, LANES):
+        at = first + column
+        for kv_head in range(num_kv_heads):
+            base = kv_head * head_dim
+            fetch_positions(values, slots, at, stride, base, head_dim)
+            for head in range(kv_head * group_size, (kv_head + 1) * group_size):
+                to = head * scores.shape[1] + column
+                score_pairs(query, of + head * head_dim, scale, keys, slots, at, stride, base, head_dim, scores, to)
+
+
+def _mix_in_pairs(weights, values, keys, slots, first, then, seen, mixed, room):  # type: ignore[no-untyped-def]
+    """As ``_mix_wide``, of bfloat16; weights are rounded, as torch's attention rounds them."""
+    num_heads, num_kv_heads, head_dim = weights.shape[0], keys.shape[1], keys.shape[2]
+    if head_dim % PAIRED:
+        _compiled_mix_wide(weights, values, keys, slots, first, then, seen, mixed, room)
+        return
+    stride, group_size = num_kv_heads * head_dim, num_heads // num_kv_heads
+    rounded, pairs = room.rounded, room.pairs
+    for column in range(0, seen, LANES):
+        at = first + column
+        for kv_head in range(num_kv_heads):
+            base = kv_head * head_dim
+            fetch_positions(keys, slots, min(then + column, slots.shape[0] - LANES), stride, base, head_dim)
+            pair_positions(values, slots, at, stride, base, head_dim, pairs)
+            for head in range(kv_head * group_size, (kv_head + 1) * group_size):
+                for position in range(LANES):
+                    rounded[position] = element_of(weights[head, column + position], rounded)
+                add_pairs(rounded, 0, pairs, head_dim, mixed, head * head_dim)
+
+
+def _score(*_arguments: Any) -> Any:
+    """The one of the two that fits; only means something in compiled code."""
+    raise NotImplementedError
+
+
+def _mix(*_arguments: Any) -> Any:
+    """Likewise."""
+    raise NotImplementedError
+
+
+@overload(_score)
+def _overload_score(query, row, scale, keys, values, slots, first, seen, scores, room):  # type: ignore[no-untyped-def]
+    return _score_in_pairs if keys.dtype == types.uint16 and has_pairs() else _score_wide
+
+
+@overload(_mix)
+def _overload_mix(weights, values, keys, slots, first, then, seen, mixed, room):  # type: ignore[no-untyped-def]
+    return _mix_in_pairs if keys.dtype == types.uint16 and has_pairs() else _mix_wide
 
 
 @compiled()
@@ -109,24 +204,26 @@ def _attend_share(  # type: ignore[no-untyped-def]
     query, keys, values, slots, starts, lengths, rows, scale, window, softcap, sinks, out
 ):
     """One thread's rows."""
-    num_heads, head_dim, num_kv_heads = out.shape[1], out.shape[2], keys.shape[1]
-    group_size = num_heads // num_kv_heads
+    num_heads, head_dim = out.shape[1], out.shape[2]
     longest = 0
     for row in rows:
         longest = max(longest, lengths[row])
     scores = np.empty((num_heads, longest + LANES), np.float32)
-    own = np.empty((num_heads, head_dim), np.float32)
     mixed = np.empty((num_heads, head_dim), np.float32)
+    room = _Room(
+        np.empty(num_heads * head_dim, np.float32),
+        np.empty(LANES * head_dim, np.float32),
+        np.arange(LANES).astype(np.int32),
+        np.empty(LANES * head_dim, np.uint16),
+        np.empty(LANES, np.uint16),
+    )
     for index in range(rows.shape[0]):
         row = rows[index]
         skipped = max(0, lengths[row] - window) if window else 0
         seen = lengths[row] - skipped
         first = starts[row] + skipped
-        for head in range(num_heads):
-            for d in range(head_dim):
-                own[head, d] = float32_of(query[row, head * head_dim + d]) * np.float32(scale)
-                mixed[head, d] = np.float32(0.0)
-        _score(own, keys, values, slots, first, seen, group_size, scores)
+        mixed[:] = np.float32(0.0)
+        _score(query, row, np.float32(scale), keys, values, slots, first, seen, scores, room)
         for head in range(num_heads):
             if softcap > 0.0:
                 _cap(scores[head, :seen], np.float32(softcap))
@@ -135,7 +232,7 @@ def _attend_share(  # type: ignore[no-untyped-def]
                 scores[head, column] = np.float32(0.0)
         following = rows[min(index + 1, rows.shape[0] - 1)]
         then = starts[following] + (max(0, lengths[following] - window) if window else 0)
-        _mix(scores, values, keys, slots, first, then, seen, group_size, mixed)
+        _mix(scores, values, keys, slots, first, then, seen, mixed, room)
         for head in range(num_heads):
             for d in range(head_dim):
                 out[row, head, d] = element_of(mixed[head, d], out)

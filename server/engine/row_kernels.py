@@ -15,7 +15,17 @@ import numpy.typing as npt
 import torch
 from numba import prange
 
-from server.engine.compiled import KINDS, array_at, compiled, compiled_twice, element_of, exp, float32_of
+from server.engine.compiled import (
+    KINDS,
+    array_at,
+    compiled,
+    compiled_twice,
+    element_of,
+    exp,
+    float32_in_order,
+    float32_of,
+    in_order,
+)
 from server.engine.vector_code import LANES, rotate_halves
 
 logger = logging.getLogger(__name__)
@@ -29,6 +39,8 @@ _PIECE = 1024  # elements among which the first one is looked for
 _ONE = np.float32(1.0)
 _GELU_CUBE, _GELU_SCALE = np.float32(0.044715), np.float32(0.7978845608)
 _LARGEST_FLOAT32, _LARGEST_BFLOAT16 = np.float32(np.finfo(np.float32).max), np.float32(3.3895314e38)
+_LEAST, _GREATEST = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
+_INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.int32(-0x7F800001)  # as in_order has them
 NO_WEIGHT = np.empty(0, np.float32)
 
 Weights = npt.NDArray[np.float32]
@@ -209,22 +221,23 @@ def _gates(gates_and_ups_at, num_rows, width, activation, out_at, kind):  # type
 @compiled()
 def _largest_of(row):  # type: ignore[no-untyped-def]
     """The largest element and where it is first; (NaN, 0) if there is a NaN."""
-    best, near, num_nan = np.float32(-np.inf), 0, np.int32(0)
+    best, least, near = _LEAST, _GREATEST, 0
     for start in range(0, row.shape[0], _PIECE):
         piece = row[start : start + _PIECE]
-        most = np.float32(-np.inf)
+        most = _LEAST
         for index in range(piece.shape[0]):
-            x = float32_of(piece[index])
-            # LLVM makes one instruction of this, and a chain of them of max().
-            most = x if x > most else most  # noqa: FURB136
-            num_nan += np.int32(x != x)
+            x = in_order(float32_of(piece[index]))
+            most, least = max(most, x), min(least, x)
         if most > best:
             best, near = most, start
-    if num_nan:
+    if best > _INFINITY or least < _MINUS_INFINITY:
         return np.float32(np.nan), 0
-    while float32_of(row[near]) != best and near < row.shape[0] - 1:
+    largest = float32_in_order(best)
+    if largest == np.float32(0.0):
+        near = 0  # an earlier -0.0 is as large
+    while float32_of(row[near]) != largest and near < row.shape[0] - 1:
         near += 1
-    return best, near
+    return largest, near
 
 
 @compiled_twice

@@ -23,10 +23,10 @@ LANES = 16
 LINE_BYTES = 64
 """Of a line of the processor's cache: of x86 and of nearly all others."""
 
-_FLOAT, _SHORT, _INT, _LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT, SHORT, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
-_VECTOR, _SHORTS, _INTS = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _SHORT, _INT))
-_ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
+VECTOR, SHORTS, INTS = (ir.VectorType(kind, LANES) for kind in (FLOAT, SHORT, INT))
+ZERO = ir.Constant(VECTOR, [0.0] * LANES)
 _FREE_ORDER = ("reassoc", "contract", "nsz")
 
 
@@ -39,7 +39,7 @@ def _choice(first: int, *, of_rows: bool) -> ir.Constant:
         picked = [row * 4 + column for row in (first, first + 2, first + 4, first + 6) for column in range(4)]
     else:
         picked = [row * 4 + which * LANES + first + step for row in range(4) for which in (0, 1) for step in (0, 2)]
-    return ir.Constant(_INTS, picked)
+    return ir.Constant(INTS, picked)
 
 
 @_intrinsic
@@ -65,9 +65,9 @@ def score_positions(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = _Code(context, builder, signature.args, arguments)
+        code = Code(context, builder, signature.args, arguments)
         starts = code.starts(slots=3, slots_at=4, stride=5, base=6)
-        sums = [alloca_once_value(builder, _ZERO) for _ in starts]
+        sums = [alloca_once_value(builder, ZERO) for _ in starts]
         with code.steps(width=7) as at:
             own = code.load(0, builder.add(arguments[1], at))
             for start, total in zip(starts, sums, strict=True):
@@ -91,13 +91,13 @@ def add_positions(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = _Code(context, builder, signature.args, arguments)
+        code = Code(context, builder, signature.args, arguments)
         starts = code.starts(slots=3, slots_at=4, stride=5, base=6)
-        shares = [code.splat(0, builder.add(arguments[1], _LONG(position))) for position in range(LANES)]
+        shares = [code.splat(0, builder.add(arguments[1], LONG(position))) for position in range(LANES)]
         with code.steps(width=7) as at:
             place = builder.add(arguments[9], at)
             # Four sums side by side: in one, each product would wait for that before it.
-            sums = [code.load(8, place), _ZERO, _ZERO, _ZERO]
+            sums = [code.load(8, place), ZERO, ZERO, ZERO]
             for position, (start, share) in enumerate(zip(starts, shares, strict=True)):
                 value = code.load(2, builder.add(start, at))
                 sums[position % 4] = code.multiply_add(share, value, sums[position % 4])
@@ -106,6 +106,26 @@ def add_positions(  # type: ignore[no-untyped-def]
 
     arguments = (weights, weights_at, values, slots, slots_at, stride, base, width, out, out_at)
     return types.void(*arguments), generate
+
+
+@_intrinsic
+def widen_positions(_context, array, slots, slots_at, stride, base, width, wide):  # type: ignore[no-untyped-def]
+    """Copy one head's keys or values of sixteen positions as float32, one after another.
+
+    ``wide[p * width:][:width]`` becomes ``array[start:][:width]``, where ``start`` is
+    ``slots[slots_at + p] * stride + base``.
+    The arguments are like those of ``score_positions``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        code = Code(context, builder, signature.args, arguments)
+        for position, start in enumerate(code.starts(slots=1, slots_at=2, stride=3, base=4)):
+            first = builder.mul(LONG(position), arguments[5])
+            with code.steps(width=5) as at:
+                code.store(code.load(0, builder.add(start, at)), 6, builder.add(first, at))
+        return context.get_dummy_value()
+
+    return types.void(array, slots, slots_at, stride, base, width, wide), generate
 
 
 @_intrinsic
@@ -124,7 +144,7 @@ def rotate_halves(_context, rows, at, half, width, cos, sin):  # type: ignore[no
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = _Code(context, builder, signature.args, arguments)
+        code = Code(context, builder, signature.args, arguments)
         with code.steps(width=3) as step:
             further = builder.add(step, arguments[2])
             places = [builder.add(arguments[1], index) for index in (step, further)]
@@ -146,7 +166,7 @@ def fetch_positions(_context, array, slots, slots_at, stride, base, width):  # t
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = _Code(context, builder, signature.args, arguments)
+        code = Code(context, builder, signature.args, arguments)
         per_line = LINE_BYTES // (signature.args[0].dtype.bitwidth // 8)
         for start in code.starts(slots=1, slots_at=2, stride=3, base=4):
             with code.steps(width=5, step=per_line) as at:
@@ -156,11 +176,11 @@ def fetch_positions(_context, array, slots, slots_at, stride, base, width):  # t
     return types.void(array, slots, slots_at, stride, base, width), generate
 
 
-class _Code:
+class Code:
     """Emits the code of one call, whose arguments go by their position."""
 
     def __init__(self, context: Any, builder: Any, kinds: Sequence[Any], arguments: Sequence[Any]) -> None:
-        self._builder = builder
+        self.builder = builder
         self._arguments = arguments
         self._arrays = {
             index: context.make_array(kind)(context, builder, arguments[index]).data
@@ -171,55 +191,58 @@ class _Code:
 
     def starts(self, *, slots: int, slots_at: int, stride: int, base: int) -> list[Any]:
         """The element at which each of the sixteen positions begins."""
-        builder, starts = self._builder, []
+        builder, starts = self.builder, []
         for position in range(LANES):
-            at = builder.add(self._arguments[slots_at], _LONG(position))
-            slot = builder.sext(builder.load(self._pointer(slots, at, _INT, _INT)), _LONG)
+            at = builder.add(self._arguments[slots_at], LONG(position))
+            slot = builder.sext(builder.load(self.pointer(slots, at, INT, INT)), LONG)
             starts.append(builder.add(builder.mul(slot, self._arguments[stride]), self._arguments[base]))
         return starts
 
     @contextmanager
     def steps(self, *, width: int, step: int = LANES) -> Iterator[Any]:
         """A loop over whole vectors, or other pieces; gives the first element of each."""
-        with for_range_slice(self._builder, _LONG(0), self._arguments[width], _LONG(step)) as (at, _):
+        with for_range_slice(self.builder, LONG(0), self._arguments[width], LONG(step)) as (at, _):
             yield at
 
     def fetch(self, array: int, at: Any) -> None:
         """Bring the line of one element into the second cache, for reading."""
-        kind = ir.FunctionType(ir.VoidType(), [_BYTES, _INT, _INT, _INT])
-        prefetch = get_or_insert_function(self._builder.module, kind, "llvm.prefetch.p0")
-        pointer = self._pointer(array, at, _SHORT if array in self._is_short else _FLOAT, ir.IntType(8))
-        self._builder.call(prefetch, [pointer, _INT(0), _INT(2), _INT(1)])
+        kind = ir.FunctionType(ir.VoidType(), [_BYTES, INT, INT, INT])
+        prefetch = get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        pointer = self.pointer(array, at, SHORT if array in self._is_short else FLOAT, ir.IntType(8))
+        self.builder.call(prefetch, [pointer, INT(0), INT(2), INT(1)])
 
     def load(self, array: int, at: Any) -> Any:
         """Sixteen elements as float32."""
-        builder = self._builder
+        builder = self.builder
         if array not in self._is_short:
-            return builder.load(self._pointer(array, at, _FLOAT, _VECTOR), align=4)
-        halves = builder.load(self._pointer(array, at, _SHORT, _SHORTS), align=2)
-        return builder.bitcast(builder.shl(builder.zext(halves, _INTS), ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+            return builder.load(self.pointer(array, at, FLOAT, VECTOR), align=4)
+        halves = builder.load(self.pointer(array, at, SHORT, SHORTS), align=2)
+        return builder.bitcast(builder.shl(builder.zext(halves, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
 
     def store(self, vector: Any, array: int, at: Any) -> None:
         """Sixteen elements of a float32 array."""
-        self._builder.store(vector, self._pointer(array, at, _FLOAT, _VECTOR), align=4)
+        self.builder.store(vector, self.pointer(array, at, FLOAT, VECTOR), align=4)
 
     def splat(self, array: int, at: Any) -> Any:
         """One element of a float32 array, sixteen times."""
-        one = self._builder.load(self._pointer(array, at, _FLOAT, _FLOAT))
-        first = self._builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), one, _INT(0))
-        return self._builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
+        return self.repeat(self.builder.load(self.pointer(array, at, FLOAT, FLOAT)))
+
+    def repeat(self, one: Any) -> Any:
+        """A float32, sixteen times."""
+        first = self.builder.insert_element(ir.Constant(VECTOR, ir.Undefined), one, INT(0))
+        return self.builder.shuffle_vector(first, first, ir.Constant(INTS, [0] * LANES))
 
     def add(self, left: Any, right: Any) -> Any:
         """Element by element."""
-        return self._builder.fadd(left, right, flags=_FREE_ORDER)
+        return self.builder.fadd(left, right, flags=_FREE_ORDER)
 
     def subtract(self, left: Any, right: Any) -> Any:
         """Element by element."""
-        return self._builder.fsub(left, right, flags=_FREE_ORDER)
+        return self.builder.fsub(left, right, flags=_FREE_ORDER)
 
     def multiply(self, left: Any, right: Any) -> Any:
         """Element by element."""
-        return self._builder.fmul(left, right, flags=_FREE_ORDER)
+        return self.builder.fmul(left, right, flags=_FREE_ORDER)
 
     def multiply_add(self, left: Any, right: Any, addend: Any) -> Any:
         """``left * right + addend``, fused where the processor can."""
@@ -235,13 +258,14 @@ class _Code:
             even, odd = _choice(0, of_rows=of_rows), _choice(1, of_rows=of_rows)
             vectors = [
                 self.add(
-                    self._builder.shuffle_vector(first, second, even),
-                    self._builder.shuffle_vector(first, second, odd),
+                    self.builder.shuffle_vector(first, second, even),
+                    self.builder.shuffle_vector(first, second, odd),
                 )
                 for first, second in zip(vectors[::2], vectors[1::2], strict=True)
             ]
         return vectors[0]
 
-    def _pointer(self, array: int, at: Any, element: Any, wanted: Any) -> Any:
-        data = self._builder.bitcast(self._arrays[array], element.as_pointer())
-        return self._builder.bitcast(self._builder.gep(data, [at]), wanted.as_pointer())
+    def pointer(self, array: int, at: Any, element: Any, wanted: Any) -> Any:
+        """Where something of the wanted kind lies, ``at`` elements into an array of elements of another kind."""
+        data = self.builder.bitcast(self._arrays[array], element.as_pointer())
+        return self.builder.bitcast(self.builder.gep(data, [at]), wanted.as_pointer())

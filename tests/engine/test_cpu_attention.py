@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.demo.tour import MODEL_DIRECTORY
-from server.engine import cpu_attention
+from server.engine import cpu_attention, pair_code
 from server.engine.attention import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
 from server.engine.cpu_attention import MOST_KEYS, UNIT_ROWS, CPUBackend, make_backend, share_out
 from server.engine.kv_cache import KVCache, KVCacheSpec
@@ -65,7 +65,7 @@ def plain_attention(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=9),
     block_size=st.integers(1, 17),
     group_size=st.integers(1, 4),
-    head_dim=st.sampled_from([1, 7, 16, 40, 64]),
+    head_dim=st.sampled_from([1, 7, 16, 32, 40, 64, 96]),
     window=st.none() | st.integers(1, 80),
     softcap=st.none() | st.floats(0.5, 50.0),
     has_sinks=st.booleans(),
@@ -147,6 +147,19 @@ def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
         backend.close()
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_products_of_pairs_are_for_this_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_pairs = pair_code.has_pairs.__wrapped__
+    for has in (True, False):
+        monkeypatch.setattr(pair_code.binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
+        assert has_pairs() is has
+    monkeypatch.setattr(pair_code.binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
+    monkeypatch.setattr(pair_code.config, "CPU_NAME", "x86-64-v3")
+    assert not has_pairs()
+    monkeypatch.setattr(pair_code.config, "CPU_NAME", None)
+    monkeypatch.setattr(pair_code.config, "CPU_FEATURES", "+avx2")
+    assert not has_pairs()
 
 
 def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
