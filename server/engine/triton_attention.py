@@ -9,6 +9,7 @@ import torch
 
 from server.engine.attention import AttentionBackend, AttentionCall, AttentionMetadata, Rows
 from server.engine.kv_cache import KVCache
+from server.engine.triton_launcher import use_prebuilt
 
 MAX_SHARES = 32
 """Programs among which the keys of one tile are divided, at most; a power of two."""
@@ -29,6 +30,7 @@ def load_kernels() -> ModuleType:
     Raises:
         ImportError: If there is none.
     """
+    use_prebuilt()
     return importlib.import_module("server.engine.triton_kernels")
 
 
