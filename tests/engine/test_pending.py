@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from server.engine.pending import PendingSequences
 from server.engine.sequence import Sequence
 from server.engine.types import SamplingParams
@@ -36,3 +39,34 @@ def test_deadlines() -> None:
     assert pending.expire(100.9) == []
     assert pending.expire(101.0) == [late]
     assert pending.supply("file") == [patient, later]
+
+
+needs = st.sampled_from(["file", "grammar", "another"])
+
+
+@given(
+    st.lists(
+        st.tuples(st.just("add"), st.sets(needs, min_size=1))
+        | st.tuples(st.just("supply"), needs)
+        | st.tuples(st.just("remove"), st.integers(0, 9)),
+        max_size=30,
+    )
+)
+def test_nobody_is_lost_or_let_go_early(operations: list[tuple[str, object]]) -> None:
+    pending, waiting = PendingSequences(), dict[str, set[object]]()
+    for number, (what, value) in enumerate(operations):
+        if what == "add":
+            assert isinstance(value, set)
+            pending.add(make_seq(f"{number}"), value)
+            waiting[f"{number}"] = set(value)
+        elif what == "supply":
+            last = [name for name, missing in waiting.items() if missing == {value}]
+            assert [seq.request_id for seq in pending.supply(value)] == last
+            waiting = {name: missing - {value} for name, missing in waiting.items() if name not in last}
+        else:
+            seq = pending.remove(f"{value}")
+            assert (seq is None) == (waiting.pop(f"{value}", None) is None)
+        assert len(pending) == len(waiting)
+        for need in ("file", "grammar", "another"):
+            names = [seq.request_id for seq in pending.waiting_for(need)]
+            assert names == [name for name, missing in waiting.items() if need in missing]
