@@ -1,6 +1,6 @@
 """What it costs that soft prompts are different ones, and what sharing one saves.
 
-    python -m benchmarks.prompt_tax
+    python -m benchmarks.prompt_tax [--parts distinct growing sharing] [--counts 1 16 256 4096]
 
 Three figures on the model of 135M shape with few layers and a small vocabulary, or thousands of requests would take
 hours on a small machine. That makes what the engine does for soft prompts a larger part of a step, not a smaller one.
@@ -32,9 +32,8 @@ from server.engine.llm_engine import LLMEngine
 from server.engine.types import SoftPromptSource
 
 CARTRIDGE_TOKENS = 1024
-
-
 VOCABULARY = 4096
+PARTS = ("distinct", "growing", "sharing")
 
 
 def random_prompts(folder: Path, count: int, layers: int, num_virtual_tokens: int = 20) -> list[SoftPromptSource]:
@@ -100,11 +99,10 @@ def distinct(
 
 
 def growing(
-    settings: EngineSettings, sources: Sequence[SoftPromptSource], requests: int, new_tokens: int, rounds: int
+    settings: EngineSettings, sources: Sequence[SoftPromptSource], counts: Sequence[int], new_tokens: int, rounds: int
 ) -> dict[str, object]:
-    """So many requests over more and more soft prompts, each count with an engine of its own, in turn."""
-    counts = (1, 16, 256, len(sources))
-    texts = make_texts(requests, num_prompts=len(sources), shortest=32, longest=128, vocab_size=VOCABULARY)
+    """One request for each source, over more and more of them, each count with an engine of its own, in turn."""
+    texts = make_texts(len(sources), num_prompts=len(sources), shortest=32, longest=128, vocab_size=VOCABULARY)
     speeds: dict[str, list[float]] = {str(count): [] for count in counts}
     for number in range(rounds):
         for count in counts:
@@ -114,8 +112,8 @@ def growing(
             engine.close()
             speeds[str(count)].append(tokens / seconds)
             print(f"round {number}  {count:5d} soft prompts {tokens / seconds:8.1f} tokens/s", flush=True)
-    most = str(max(counts))
-    return {"tokens_per_second": medians(speeds), f"{most}_over_1": ratio(speeds, most, "1")}
+    least, most = str(min(counts)), str(max(counts))
+    return {"tokens_per_second": medians(speeds), f"{most}_over_{least}": ratio(speeds, most, least)}
 
 
 def sharing(settings: EngineSettings, folder: Path, layers: int, new_tokens: int) -> dict[str, object]:
@@ -146,21 +144,24 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=default_dtype())
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--counts", nargs="+", type=int, help="soft prompts; by default 1, 16, 256 and one a request")
     arguments = parser.parse_args()
+    counts = arguments.counts or (1, 16, 256, arguments.requests)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = build_model(folder, layers=arguments.layers, vocab_size=VOCABULARY)
         sources = random_prompts(folder, arguments.requests, arguments.layers)
         settings = EngineSettings(model=str(model), dtype=arguments.dtype, enable_prefix_caching=False)
         texts = make_texts(64, num_prompts=64, shortest=32, longest=128, vocab_size=VOCABULARY)
-        figures = {
-            "machine": f"{machine()}, {arguments.dtype}, {arguments.layers} layers",
-            "64 different": distinct(settings, texts, sources[:64], arguments.new_tokens, arguments.rounds),
-            f"{arguments.requests} requests": growing(
-                settings, sources, arguments.requests, arguments.new_tokens, max(1, arguments.rounds - 1)
-            ),
-            "cartridge": sharing(settings, folder, arguments.layers, arguments.new_tokens),
-        }
+        new_tokens, rounds = arguments.new_tokens, arguments.rounds
+        figures: dict[str, object] = {"machine": f"{machine()}, {arguments.dtype}, {arguments.layers} layers"}
+        if "distinct" in arguments.parts:
+            figures["64 different"] = distinct(settings, texts, sources[:64], new_tokens, rounds)
+        if "growing" in arguments.parts:
+            figures[f"{len(sources)} requests"] = growing(settings, sources, counts, new_tokens, max(1, rounds - 1))
+        if "sharing" in arguments.parts:
+            figures["cartridge"] = sharing(settings, folder, arguments.layers, new_tokens)
     print(json.dumps(figures, indent=2))
 
 
