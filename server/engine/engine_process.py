@@ -8,6 +8,7 @@ closes, the process ends: it never outlives the server that started it.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -153,7 +154,11 @@ def main() -> None:
     # Ctrl-C reaches the whole terminal; the server decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
-    sys.exit(EngineLoop(connection).run())
+    status = EngineLoop(connection).run()
+    logging.shutdown()
+    # Everything is closed. Python would still take torch's and transformers' modules apart, which takes a second in
+    # which the server waits for this process to end.
+    os._exit(status)
 
 
 if __name__ == "__main__":
