@@ -267,7 +267,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """All of it."""
         if self._parser.get_status_code() < 200:  # an interim answer, such as 100; the real one follows
-            self._headers, self._body = {}, []
+            self._headers, self._body, self._ends_with_connection = {}, [], False
             return
         if not self._parser.should_keep_alive():
             self.close()

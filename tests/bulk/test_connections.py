@@ -161,6 +161,7 @@ async def test_a_kept_connection_that_dies_under_a_request_is_replaced_once() ->
     [
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", "ended before the answer did"),
         (b"HTTP/1.1 200 OK\r\ncontent-le", "ended before the answer did"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "ended before the answer did"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "is not HTTP"),
     ],
 )
