@@ -151,6 +151,8 @@ def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
 
 def test_products_of_pairs_are_for_this_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     has_pairs = pair_code.has_pairs.__wrapped__
+    monkeypatch.setattr(pair_code.config, "CPU_NAME", None)
+    monkeypatch.setattr(pair_code.config, "CPU_FEATURES", None)
     for has in (True, False):
         monkeypatch.setattr(pair_code.binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
         assert has_pairs() is has
