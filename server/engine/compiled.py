@@ -140,20 +140,25 @@ def _overload_element_of(number, array):  # type: ignore[no-untyped-def]
 
 
 @compiled()
+def _turned(bits):  # type: ignore[no-untyped-def]
+    """All bits but the sign of a negative number turned over; twice is as it was."""
+    return np.int32(bits ^ (np.int32(bits >> _SIGN) & _ALL_BUT_SIGN))
+
+
+@compiled()
 def in_order(x):  # type: ignore[no-untyped-def]
     """An int32 that is the larger, the larger a float32 is; NaN are beyond the infinities, on the side of their sign.
 
     The largest of floats may not be looked for in any order, since one of them could be NaN, so LLVM makes no vectors
     of it; of integers it does.
     """
-    bits = np.float32(x).view(np.int32)
-    return np.int32(bits ^ (np.int32(bits >> _SIGN) & _ALL_BUT_SIGN))
+    return _turned(np.float32(x).view(np.int32))
 
 
 @compiled()
 def float32_in_order(number):  # type: ignore[no-untyped-def]
     """The float32 of which ``in_order`` made this."""
-    return np.int32(number ^ (np.int32(number >> _SIGN) & _ALL_BUT_SIGN)).view(np.float32)
+    return np.int32(_turned(number)).view(np.float32)
 
 
 @compiled()

@@ -13,10 +13,10 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba.core import config, types
-from numba.core.cgutils import alloca_once_value, get_or_insert_function
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from server.engine.vector_code import INT, INTS, LANES, LONG, SHORT, VECTOR, ZERO, Code
+from server.engine.vector_code import INT, LANES, LONG, SHORT, VECTOR, ZERO, Code
 
 _intrinsic: Any = intrinsic  # what it makes is called by compiled code alone, without the context
 
@@ -38,7 +38,6 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 
 _SHORTS, _BFLOATS = ir.VectorType(SHORT, PAIRED), ir.VectorType(_BFloat(), PAIRED)
-_FIRST = ir.Constant(INTS, [0] * LANES)
 _LOW, _HIGH = (
     ir.Constant(
         ir.VectorType(INT, PAIRED),
@@ -77,15 +76,9 @@ def score_pairs(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = Code(context, builder, signature.args, arguments)
+        code = _PairCode(context, builder, signature.args, arguments)
         starts = code.starts(slots=4, slots_at=5, stride=6, base=7)
-        sums = [alloca_once_value(builder, ZERO) for _ in starts]
-        with code.steps(width=8, step=PAIRED) as at:
-            own = _load(code, 0, builder.add(arguments[1], at))
-            for start, total in zip(starts, sums, strict=True):
-                key = _load(code, 3, builder.add(start, at))
-                builder.store(_multiply_add(code, own, key, builder.load(total)), total)
-        products = code.sum_each([builder.load(total) for total in sums])
+        products = code.products(0, arguments[1], 3, starts, width=8)
         code.store(code.multiply(products, code.repeat(arguments[2])), 9, arguments[10])
         return context.get_dummy_value()
 
@@ -135,31 +128,36 @@ def add_pairs(_context, weights, weights_at, pairs, width, out, out_at):  # type
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = Code(context, builder, signature.args, arguments)
+        code = _PairCode(context, builder, signature.args, arguments)
         shares = []
         for pair in range(LANES // 2):
             two = code.pointer(0, builder.add(arguments[1], LONG(2 * pair)), SHORT, INT)
-            one = builder.insert_element(ir.Constant(INTS, ir.Undefined), builder.load(two, align=2), INT(0))
-            shares.append(builder.bitcast(builder.shuffle_vector(one, one, _FIRST), _BFLOATS))
+            shares.append(builder.bitcast(code.repeat(builder.load(two, align=2)), _BFLOATS))
         with code.steps(width=3) as at:
             place = builder.add(arguments[5], at)
             # Two sums side by side: in one, each product would wait for that before it.
             sums = [code.load(4, place), ZERO]
             for pair, share in enumerate(shares):
                 first = builder.mul(LONG(2), builder.add(builder.mul(LONG(pair), arguments[3]), at))
-                sums[pair % 2] = _multiply_add(code, share, _load(code, 2, first), sums[pair % 2])
+                sums[pair % 2] = code.multiply_add(share, code.factors(2, first), sums[pair % 2])
             code.store(code.add(*sums), 4, place)
         return context.get_dummy_value()
 
     return types.void(weights, weights_at, pairs, width, out, out_at), generate
 
 
-def _load(code: Code, array: int, at: Any) -> Any:
-    shorts = code.builder.load(code.pointer(array, at, SHORT, _SHORTS), align=2)
-    return code.builder.bitcast(shorts, _BFLOATS)
+class _PairCode(Code):
+    """Multiplies 32 bfloat16 by 32 others."""
 
+    step = PAIRED
 
-def _multiply_add(code: Code, left: Any, right: Any, sums: Any) -> Any:
-    kind = ir.FunctionType(VECTOR, [VECTOR, _BFLOATS, _BFLOATS])
-    instruction = get_or_insert_function(code.builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-    return code.builder.call(instruction, [sums, left, right])
+    def factors(self, array: int, at: Any) -> Any:
+        """32 elements."""
+        shorts = self.builder.load(self.pointer(array, at, SHORT, _SHORTS), align=2)
+        return self.builder.bitcast(shorts, _BFLOATS)
+
+    def multiply_add(self, left: Any, right: Any, addend: Any) -> Any:
+        """``addend`` and the sums of each two neighbouring products."""
+        kind = ir.FunctionType(VECTOR, [VECTOR, _BFLOATS, _BFLOATS])
+        instruction = get_or_insert_function(self.builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return self.builder.call(instruction, [addend, left, right])

@@ -67,13 +67,7 @@ def score_positions(  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
         code = Code(context, builder, signature.args, arguments)
         starts = code.starts(slots=3, slots_at=4, stride=5, base=6)
-        sums = [alloca_once_value(builder, ZERO) for _ in starts]
-        with code.steps(width=7) as at:
-            own = code.load(0, builder.add(arguments[1], at))
-            for start, total in zip(starts, sums, strict=True):
-                key = code.load(2, builder.add(start, at))
-                builder.store(code.multiply_add(own, key, builder.load(total)), total)
-        code.store(code.sum_each([builder.load(total) for total in sums]), 8, arguments[9])
+        code.store(code.products(0, arguments[1], 2, starts, width=7), 8, arguments[9])
         return context.get_dummy_value()
 
     arguments = (query, query_at, keys, slots, slots_at, stride, base, width, scores, scores_at)
@@ -179,6 +173,9 @@ def fetch_positions(_context, array, slots, slots_at, stride, base, width):  # t
 class Code:
     """Emits the code of one call, whose arguments go by their position."""
 
+    step = LANES
+    """Elements that ``multiply_add`` takes."""
+
     def __init__(self, context: Any, builder: Any, kinds: Sequence[Any], arguments: Sequence[Any]) -> None:
         self.builder = builder
         self._arguments = arguments
@@ -197,6 +194,17 @@ class Code:
             slot = builder.sext(builder.load(self.pointer(slots, at, INT, INT)), LONG)
             starts.append(builder.add(builder.mul(slot, self._arguments[stride]), self._arguments[base]))
         return starts
+
+    def products(self, query: int, query_at: Any, keys: int, starts: Sequence[Any], *, width: int) -> Any:
+        """Products of what begins at one element of the query with what begins at sixteen of the keys."""
+        builder = self.builder
+        sums = [alloca_once_value(builder, ZERO) for _ in starts]
+        with self.steps(width=width, step=self.step) as at:
+            own = self.factors(query, builder.add(query_at, at))
+            for start, total in zip(starts, sums, strict=True):
+                key = self.factors(keys, builder.add(start, at))
+                builder.store(self.multiply_add(own, key, builder.load(total)), total)
+        return self.sum_each([builder.load(total) for total in sums])
 
     @contextmanager
     def steps(self, *, width: int, step: int = LANES) -> Iterator[Any]:
@@ -219,6 +227,10 @@ class Code:
         halves = builder.load(self.pointer(array, at, SHORT, SHORTS), align=2)
         return builder.bitcast(builder.shl(builder.zext(halves, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
 
+    def factors(self, array: int, at: Any) -> Any:
+        """Elements as ``multiply_add`` takes them."""
+        return self.load(array, at)
+
     def store(self, vector: Any, array: int, at: Any) -> None:
         """Sixteen elements of a float32 array."""
         self.builder.store(vector, self.pointer(array, at, FLOAT, VECTOR), align=4)
@@ -228,8 +240,9 @@ class Code:
         return self.repeat(self.builder.load(self.pointer(array, at, FLOAT, FLOAT)))
 
     def repeat(self, one: Any) -> Any:
-        """A float32, sixteen times."""
-        first = self.builder.insert_element(ir.Constant(VECTOR, ir.Undefined), one, INT(0))
+        """A number of four bytes, sixteen times."""
+        none = ir.Constant(ir.VectorType(one.type, LANES), ir.Undefined)
+        first = self.builder.insert_element(none, one, INT(0))
         return self.builder.shuffle_vector(first, first, ir.Constant(INTS, [0] * LANES))
 
     def add(self, left: Any, right: Any) -> Any:
