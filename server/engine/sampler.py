@@ -26,6 +26,11 @@ NOT_FINITE = -1
 NO_TOKEN = -2
 """Returned where a row's grammar allows no token: it is complete, or has failed, and the matcher knows."""
 
+_LEAST, _LARGEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+
+Places = SequenceOf[tuple[int, int]]
+"""(row, token) pairs."""
+
 
 class Sampler:
     """Greedy and random choice, vectorised over the rows of a step.
@@ -91,6 +96,7 @@ class Sampler:
     def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """Penalties, bias and the masks, in place on [rows, vocabulary] float32."""
         every = [seq.params for seq in seqs]
+        impossible = scores == float("-inf")
         repeating = [row for row, params in enumerate(every) if params.repetition_penalty != 1.0]
         if repeating:
             counts = _counts(scores, [seqs[row].token_ids for row in repeating])
@@ -111,6 +117,8 @@ class Sampler:
             rows, tokens, values = zip(*biased, strict=True)
             places = to_device(rows, scores.device), to_device(tokens, scores.device)
             scores[places] += to_device(values, scores.device)
+        # What is beyond float32 would win, or lose, for good; only what the model excludes is impossible.
+        scores.clamp_(_LEAST, _LARGEST).masked_fill_(impossible, float("-inf"))
         matchers = {row: seq.matcher for row, seq in enumerate(seqs) if seq.matcher is not None}
         if matchers:
             allowed = self._masks.allowed(list(matchers.values()), scores.shape[-1], scores.device)
@@ -120,24 +128,17 @@ class Sampler:
         return scores
 
     def _put_off_ends(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
-        """The mask of min_tokens, in place; a grammar that allows nothing but the end is right against it."""
-        masked = [
+        """The mask of min_tokens, in place."""
+        _forbid(scores, self._ends_put_off(scores, seqs))
+
+    def _ends_put_off(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> Places:
+        return [
             (row, token)
             for row, seq in enumerate(seqs)
             if seq.num_new_tokens < seq.params.min_tokens
             for token in self._ends(seq.params)
             if token < scores.shape[-1]  # some configurations name an end that the model has no row for
         ]
-        if masked:
-            rows, tokens = zip(*masked, strict=True)
-            rows_of_grammars = sorted({row for row in rows if seqs[row].matcher is not None})
-            constrained = to_device(rows_of_grammars, scores.device, torch.long)
-            before = scores[constrained]
-            scores[to_device(rows, scores.device), to_device(tokens, scores.device)] = float("-inf")
-            if rows_of_grammars:
-                after = scores[constrained]
-                is_empty = after.amax(dim=-1, keepdim=True) == float("-inf")
-                scores[constrained] = torch.where(is_empty, before, after)
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_token_ids if params.ignore_eos else params.stop_token_ids + self._eos_token_ids
@@ -163,7 +164,7 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = logits.device
         index = to_device(rows, device)
-        temperatures = to_device([seqs[row].params.temperature for row in rows], device)
+        temperatures = to_device([min(seqs[row].params.temperature, _LARGEST) for row in rows], device)
         draws = to_device([seqs[row].rng.random() for row in rows], device)
         scores = logits[index].float()
         # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.
@@ -177,6 +178,21 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return row_kernels.largest(logits.contiguous())
     best = torch.max(logits, dim=-1)
     return best.values, best.indices
+
+
+def _forbid(scores: torch.Tensor, places: Places) -> None:
+    """Make tokens impossible, in place; a row that would have no token left stays as it is."""
+    if not places:
+        return
+    rows, tokens = zip(*places, strict=True)
+    touched = sorted(set(rows))
+    rank = {row: index for index, row in enumerate(touched)}
+    index = to_device(touched, scores.device)
+    before = scores[index]
+    after = before.clone()
+    after[to_device([rank[row] for row in rows], scores.device), to_device(tokens, scores.device)] = float("-inf")
+    is_empty = after.amax(dim=-1, keepdim=True) == float("-inf")
+    scores[index] = torch.where(is_empty, before, after)
 
 
 def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Tensor:
@@ -206,16 +222,18 @@ def _cut(probs: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
     probs.masked_fill_(torch.arange(vocabulary, device=probs.device) >= limits[:, None], 0.0)
     probs /= probs.sum(dim=-1, keepdim=True)  # top-p is a share of what top-k leaves, as in transformers
     before = probs.cumsum(dim=-1) - probs
-    out = (before >= _column(probs, [own.top_p for own in params])) | unlikely
+    # Rounded sums of small probabilities reach 1 too early: 1 has to keep all of them.
+    shares = [own.top_p if own.top_p < 1.0 else 2.0 for own in params]
+    out = (before >= _column(probs, shares)) | unlikely
     out[:, 0] = False
     probs.masked_fill_(out, 0.0)
 
 
 def _inverse_transform(probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """For each row the index where the cumulated probability passes draw * total."""
+    """For each row the index where the cumulated probability passes draw * total; never one without probability."""
     cumulated = probs.cumsum(dim=-1)
     targets = draws[:, None] * cumulated[:, -1:]
-    picked = torch.searchsorted(cumulated, targets, right=True)[:, 0]
-    # Rounding can put the target on the total itself; the last token that has any probability is meant.
-    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
-    return torch.minimum(picked, last)
+    picked = torch.searchsorted(cumulated, targets, right=True).clamp_max(probs.shape[-1] - 1)
+    # Rounding can put the target on the total itself, and a parallel sum need not be monotonous to the last bit.
+    has_chance = probs.gather(-1, picked) > 0
+    return torch.where(has_chance, picked, probs.argmax(dim=-1, keepdim=True))[:, 0]

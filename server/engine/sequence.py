@@ -111,7 +111,9 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
-        self.rng = random.Random(params.seed)  # noqa: S311 - sampling, not secrets
+        # Python takes the absolute value of a seed; each of the 64-bit ones has to give numbers of its own.
+        seed = params.seed if params.seed is None or params.seed >= 0 else params.seed + 2**64
+        self.rng = random.Random(seed)  # noqa: S311 - sampling, not secrets
         self.matcher: TokenMatcher | None = None
         self.adjusts_logits = params.adjusts_logits
         self.prompt_logprobs: list[Logprobs | None] = []

@@ -19,6 +19,9 @@ from server.engine.distributions import (
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """The most and the least urgent priority."""
 
+SMALLEST_TEMPERATURE = 2.0**-126
+"""The smallest normal number of float32; what is below it, or its reciprocal, is 0 or infinite on some device."""
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended; the values are the API's words, except for the last four, which are errors there."""
@@ -38,7 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_tokens: New tokens at most; 0 only computes the prompt.
         min_tokens: New tokens before which nothing in ``stop_token_ids`` and no end of sequence is chosen.
-        temperature: 0 is greedy; the logits are divided by anything else.
+        temperature: The logits are divided by it. 0 is greedy, and so is what float32 cannot divide by.
         top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
         top_k: Most likely tokens that are kept; 0 keeps all.
         min_p: Tokens less likely than this share of the likeliest one are left out; 0 keeps all.
@@ -80,7 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < SMALLEST_TEMPERATURE
 
     @property
     def adjusts_logits(self) -> bool:
