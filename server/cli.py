@@ -18,7 +18,16 @@ from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
 from server import commands, logs
 from server.bulk import command as bulk
-from server.config import Device, DType, EngineSettings, HttpSettings, LogFormat, Settings, StoreSettings
+from server.config import (
+    Device,
+    DType,
+    EngineSettings,
+    GenerationConfigUse,
+    HttpSettings,
+    LogFormat,
+    Settings,
+    StoreSettings,
+)
 from server.errors import ServerError
 from server.evaluation import command as evaluation
 from server.training import command as training
@@ -178,6 +187,12 @@ FLAGS = (
         EngineSettings, "enable_prefix_caching", bool, "Keep the blocks of texts for others with the same opening."
     ),
     _flag(EngineSettings, "num_threads", int | None, "CPU threads of the model; by default every core.", min=1),
+    _flag(
+        EngineSettings,
+        "generation_config",
+        GenerationConfigUse,
+        "Take defaults of requests from the checkpoint's generation_config.json, or none of them.",
+    ),
     _flag(EngineSettings, "enforce_eager", bool, "Do not replay decodes from CUDA graphs."),
     _flag(
         EngineSettings,

@@ -8,6 +8,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+GenerationConfigUse = Literal["auto", "none"]
 LogFormat = Literal["text", "json"]
 
 
@@ -29,6 +30,8 @@ class EngineSettings:
         num_threads: CPU threads of the model's products; None takes every core.
         soft_prompt_host_bytes: Host memory for soft prompts that nobody uses at the moment and none pinned.
         enforce_eager: Whether decodes are launched one by one even where CUDA graphs could replay them.
+        generation_config: Whether the checkpoint's ``generation_config.json`` sets defaults (``auto``), or only ends
+            of sequence (``none``).
         step_timeout: Seconds after which a step is taken for stuck and the process is replaced; 0 waits for ever.
     """
 
@@ -45,6 +48,7 @@ class EngineSettings:
     num_threads: int | None = None
     soft_prompt_host_bytes: int = 256 * 1024 * 1024
     enforce_eager: bool = False
+    generation_config: GenerationConfigUse = "auto"
     step_timeout: float = 120.0
 
 

@@ -22,6 +22,7 @@ from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
 from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
+from server.api.sampling_defaults import shorter_default, with_defaults
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
@@ -331,6 +332,7 @@ async def admitted(
     """
     _check_tokens(prompts, body, vocab_size=services.engine.model.vocab_size)
     _check_echo(prompts, body)
+    defaults = services.engine.model.generation_defaults
     async with AsyncExitStack() as stack:
         leased = await stack.enter_async_context(leases_of(services, targets))
         _begin_record(record, leased)
@@ -343,11 +345,12 @@ async def admitted(
                 len(prompt),
                 num_virtual_tokens=max(map(_num_virtual_tokens, leased)),
                 asked=body.token_limit,
-                default=default_max_tokens,
+                default=shorter_default(default_max_tokens, defaults),
                 max_model_len=services.engine.model.max_model_len,
             )
             for prompt in prompts
         ]
+        body = with_defaults(body, defaults, room=min(max_tokens))
         if body.min_tokens > min(max_tokens):
             raise InvalidRequestError(
                 f"min_tokens: {body.min_tokens} is more than the {min(max_tokens)} new tokens there may be",

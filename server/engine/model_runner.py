@@ -17,6 +17,7 @@ from server.engine.decode_batch import MAX_ROWS, DecodeBatch, DecodeBuffers, Dec
 from server.engine.ensembles import merge_ensembles
 from server.engine.exactness import PROBE_TOLERANCE, ExactnessCheck, check_kernels
 from server.engine.fused_layers import bind, fuse_layers
+from server.engine.generation_config import read_generation_config
 from server.engine.heads import head_logits
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.packed_linear import can_pack, has_fast_bfloat16, pack_linears
@@ -63,7 +64,15 @@ class ModelRunner:
             logger.warning("layers are not fused, for fused: %s", error)
             config = self._start(settings, fuses=False)
         eos_token_ids = _eos_token_ids(config, self.model.generation_config)
-        self.sampler = Sampler(eos_token_ids)
+        max_model_len = _max_model_len(settings.max_model_len, config)
+        generation = read_generation_config(
+            self.model.generation_config if settings.generation_config == "auto" else None,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids,
+        )
+        generation.log()
+        self.sampler = Sampler(eos_token_ids, generation.rules)
         self._scorer = PromptScorer(self.model)
         self.embed_tokens: nn.Module = self.model.get_input_embeddings()
         with torch.inference_mode():
@@ -81,11 +90,12 @@ class ModelRunner:
             num_kv_heads=self.cache_spec.num_kv_heads,
             head_dim=self.cache_spec.head_dim,
             vocab_size=config.vocab_size,
-            max_model_len=_max_model_len(settings.max_model_len, config),
+            max_model_len=max_model_len,
             block_size=settings.block_size,
             num_blocks=self.cache.num_blocks,
             eos_token_ids=eos_token_ids,
             hidden_size=config.hidden_size,
+            generation_defaults=generation.defaults,
         )
 
     @property
@@ -345,7 +355,7 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
             use_safetensors=True,
             trust_remote_code=False,  # not said, transformers asks on the terminal, and takes a yes
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
     if device.type == "cpu" and not _is_fast(model.dtype):
         logger.warning("this CPU has no fast products of %s; --dtype float32 would be faster", model.dtype)

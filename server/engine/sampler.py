@@ -1,9 +1,9 @@
 """Choosing the next token of every row at once.
 
-A row's logits go through what its parameters ask for, in this order: repetition penalty, frequency and presence
-penalty, logit bias, mask of its grammar, end-of-sequence mask of min_tokens, temperature, top-k, top-p, min-p. Where
-transformers has the same step, the order and the arithmetic are those of its ``generate``; the other penalties are
-OpenAI's.
+A row's logits go through what its parameters ask for, in this order: the checkpoint's bias of sequences, repetition
+penalty, frequency and presence penalty, logit bias, mask of its grammar, end-of-sequence mask of min_tokens, the
+checkpoint's masks, temperature, top-k, top-p, min-p. Where transformers has the same step, the order and the
+arithmetic are those of its ``generate``; the other penalties are OpenAI's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from server.engine import row_kernels
+from server.engine.generation_defaults import NO_RULES, TokenRules
 from server.engine.logprobs import packed_logprobs, unpacked_logprobs
 from server.engine.sequence import Sequence
 from server.engine.structured import TokenMasks
+from server.engine.token_rules import RuleMasks
 from server.engine.transfers import queue_copy, to_device
 from server.engine.types import Logprobs, SamplingParams
 
@@ -41,10 +43,12 @@ class Sampler:
 
     Args:
         eos_token_ids: The model's ends of sequence, which ``min_tokens`` puts off.
+        rules: What the checkpoint says of every text.
     """
 
-    def __init__(self, eos_token_ids: SequenceOf[int] = ()) -> None:
+    def __init__(self, eos_token_ids: SequenceOf[int] = (), rules: TokenRules = NO_RULES) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._rules = RuleMasks(rules, self._eos_token_ids)
         self._masks = TokenMasks()
 
     def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> tuple[list[int], list[Logprobs | None]]:
@@ -82,8 +86,9 @@ class Sampler:
         best, tokens = _largest(logits)
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
         # and with it what its seed gives, is its own.
-        self._draw(logits, seqs, [row for row, seq in enumerate(seqs) if not seq.adjusts_logits], tokens)
-        adjusted = [row for row, seq in enumerate(seqs) if seq.adjusts_logits]
+        adjusted = [row for row, seq in enumerate(seqs) if seq.adjusts_logits or not self._rules.is_empty]
+        others = [] if len(adjusted) == len(seqs) else sorted({*range(len(seqs))} - {*adjusted})
+        self._draw(logits, seqs, others, tokens)
         if adjusted:
             index = to_device(adjusted, logits.device)
             own = [seqs[row] for row in adjusted]
@@ -94,9 +99,11 @@ class Sampler:
         return torch.where(best.isfinite(), tokens, NOT_FINITE)
 
     def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
-        """Penalties, bias and the masks, in place on [rows, vocabulary] float32."""
+        """Scores [rows, vocabulary] in float32 after penalties, bias and the masks; ``scores`` is overwritten."""
         every = [seq.params for seq in seqs]
         impossible = scores == float("-inf")
+        if not self._rules.is_empty:
+            self._rules.add_biases(scores, seqs)
         repeating = [row for row, params in enumerate(every) if params.repetition_penalty != 1.0]
         if repeating:
             counts = _counts(scores, [seqs[row].token_ids for row in repeating])
@@ -125,7 +132,7 @@ class Sampler:
             constrained = to_device(list(matchers), scores.device)
             scores[constrained] = scores[constrained].masked_fill(~allowed, float("-inf"))
         self._put_off_ends(scores, seqs)
-        return scores
+        return scores if self._rules.is_empty else self._rules.forbid(scores, seqs)
 
     def _put_off_ends(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
         """The mask of min_tokens, in place."""

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterable
 
 from server.engine.constraints import TokenMatcher
+from server.engine.ngrams import NgramIndex
 from server.engine.types import MAX_PRIORITY, MIN_PRIORITY, FinishReason, Logprobs, SamplingParams, SoftPromptSource
 
 
@@ -42,6 +43,7 @@ class Sequence:
         matcher: Where it stands in the grammar of its constraint, once that is compiled; it has taken exactly the new
             tokens, so that preemption leaves it as it is.
         adjusts_logits: ``params.adjusts_logits``, which every step asks.
+        ngrams: The text's n-grams, once a rule of the checkpoint asks for them.
         prompt_logprobs: Of the text's tokens from ``params.prompt_logprobs_start``, as far as they are computed; the
             text's first is None where no row of the model stands before it. They survive preemption.
         followers: The other members of its ensemble, in order, where it leads one. What is said above of queues and
@@ -60,6 +62,7 @@ class Sequence:
         "followers",
         "is_follower",
         "matcher",
+        "ngrams",
         "num_cached_tokens",
         "num_computed",
         "num_prompt_tokens",
@@ -116,6 +119,7 @@ class Sequence:
         self.rng = random.Random(seed)  # noqa: S311 - sampling, not secrets
         self.matcher: TokenMatcher | None = None
         self.adjusts_logits = params.adjusts_logits
+        self.ngrams: NgramIndex | None = None
         self.prompt_logprobs: list[Logprobs | None] = []
         self.followers: list[Sequence] = []
         self.is_follower = False

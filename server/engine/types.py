@@ -15,6 +15,7 @@ from server.engine.distributions import (
     STEP_SECONDS_BOUNDS,
     Distribution,
 )
+from server.engine.generation_defaults import GenerationDefaults
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """The most and the least urgent priority."""
@@ -299,6 +300,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         num_blocks: Blocks of the key/value cache.
         eos_token_ids: Tokens that end a text.
         hidden_size: Width of the last hidden states; None where it is that of the embeddings.
+        generation_defaults: What requests get where they do not say otherwise, by the checkpoint.
     """
 
     architecture: str
@@ -314,6 +316,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     eos_token_ids: tuple[int, ...]
     hidden_size: int | None = None
+    generation_defaults: GenerationDefaults = GenerationDefaults()
 
 
 class InspectedRow(msgspec.Struct, frozen=True, array_like=True):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.ensembles import merge_ensembles
+from server.engine.generation_defaults import NO_RULES, TokenRules
 from server.engine.sampler import NO_TOKEN, Sampler
 from server.engine.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SMALLEST_TEMPERATURE, SamplingParams
@@ -42,6 +43,23 @@ token_ids = st.integers(0, VOCABULARY - 1)
 values = st.one_of(
     st.floats(-30, 30, width=32),
     st.sampled_from([0.0, -0.0, 1e30, -1e30, 3e37, -3e37, LARGEST, -LARGEST, 1e-45, -math.inf]),
+)
+rules_strategy = st.one_of(
+    st.just(NO_RULES),
+    st.builds(
+        TokenRules,
+        sequence_bias=st.lists(
+            st.tuples(st.lists(token_ids, min_size=1, max_size=2).map(tuple), st.sampled_from([-1e38, -5.0, 1e38])),
+            max_size=3,
+        ).map(tuple),
+        no_repeat_ngram_size=st.integers(0, 2),
+        bad_words=st.lists(st.lists(token_ids, min_size=1, max_size=2).map(tuple), max_size=3).map(tuple),
+        min_length=st.integers(0, 20),
+        forced_bos_token_id=st.none() | token_ids,
+        forced_eos_token_ids=st.lists(token_ids, max_size=2).map(tuple),
+        suppress_tokens=st.lists(token_ids, max_size=VOCABULARY).map(tuple),
+        begin_suppress_tokens=st.lists(token_ids, max_size=VOCABULARY).map(tuple),
+    ),
 )
 logits_strategy = st.lists(values, min_size=VOCABULARY, max_size=VOCABULARY).filter(
     lambda row: any(math.isfinite(value) for value in row)
@@ -79,9 +97,10 @@ params_strategy = st.fixed_dictionaries(
         max_size=4,
     ),
     is_ensemble=st.booleans(),
+    rules=rules_strategy,
 )
-def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensemble: bool) -> None:
-    sampler = Sampler((EOS, VOCABULARY + 5))
+def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensemble: bool, rules: TokenRules) -> None:
+    sampler = Sampler((EOS, VOCABULARY + 5), rules)
     sampler._masks = Masks()
     logits = torch.tensor([row[0] for row in rows])
     seqs = []
@@ -147,6 +166,18 @@ def test_every_seed_of_64_bits_has_numbers_of_its_own() -> None:
     seeds = [0, 1, -1, 2, -2, INT64 - 1, -(INT64 - 1), -INT64]
     assert len({seq_of([1], [], seed=seed).rng.random() for seed in seeds}) == len(seeds)
     assert seq_of([1], [], seed=7).rng.random() == seq_of([1], [], seed=7).rng.random()
+
+
+def test_what_a_request_demands_goes_before_what_the_checkpoint_says() -> None:
+    sampler = Sampler((EOS,), TokenRules(suppress_tokens=(4, 5), forced_bos_token_id=2))
+    sampler._masks = Masks()
+    logits = torch.randn(1, VOCABULARY)
+    for allowed in ([4], [4, 5], [6]):
+        seq = seq_of([1], [], temperature=0.0)
+        seq.matcher, seq.adjusts_logits = SimpleNamespace(tokens=allowed), True
+        assert sampler.choose(logits, [seq])[0][0] in allowed
+    free = seq_of([1, 1], [], temperature=0.0, logit_bias={4: 100.0, 6: 50.0})
+    assert sampler.choose(logits, [free])[0] == [6]
 
 
 def test_ends_are_not_put_off_where_nothing_else_is_possible() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from server.engine.generation_defaults import TokenRules
 from server.engine.sampler import Sampler
 from server.engine.sequence import Sequence
 from server.engine.types import SamplingParams
@@ -86,6 +87,24 @@ def test_tokens_are_chosen_without_waiting(names: list[str]) -> None:
     assert (tokens.device, tokens.shape) == (META, (len(names),))
     with NoWaiting():
         sampler._tokens(torch.randn(len(names), VOCABULARY), make_seqs(names))
+
+
+def test_the_checkpoints_rules_are_applied_without_waiting() -> None:
+    rules = TokenRules(
+        sequence_bias=(((3,), 1.0), ((2, 3, 4), -1.0)),
+        no_repeat_ngram_size=2,
+        bad_words=((5,), (3, 6)),
+        min_length=9,
+        forced_eos_token_ids=(1,),
+        suppress_tokens=(7,),
+        begin_suppress_tokens=(8,),
+    )
+    seqs = [*make_seqs(list(PARAMS)), Sequence("last", [1], SamplingParams(max_tokens=1))]
+    sampler = Sampler((0,), rules)
+    assert sampler._tokens(torch.zeros(len(seqs), VOCABULARY, device=META), seqs).device == META
+    with NoWaiting():
+        tokens = sampler._tokens(torch.randn(len(seqs), VOCABULARY), seqs)
+    assert tokens[-1] == 1
 
 
 def test_tokens_and_logprobs_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
