@@ -248,9 +248,10 @@ def _messages(value: Any) -> tuple[Message, ...]:
             raise _FaultError(f"messages[{place}] is not an object but {_kind(item)}")
         if set(item) != {"role", "content"}:
             raise _FaultError(f"messages[{place}] has {_listed(set(item))} and not 'content' and 'role'")
-        if not isinstance(item["role"], str) or item["role"] not in _ROLES:
+        if not isinstance(item["role"], str) or item["role"] not in (*_ROLES, "developer"):
             raise _FaultError(f"messages[{place}].role is none of {', '.join(_ROLES)}")
-        role: Any = item["role"]
+        # OpenAI's newer word, as in requests.
+        role: Any = "system" if item["role"] == "developer" else item["role"]
         messages.append(Message(role, _text(item, "content", f"messages[{place}].content")))
     if len(messages) < 2:
         raise _FaultError("messages has fewer than two messages")

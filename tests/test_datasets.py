@@ -44,6 +44,10 @@ def _faults(tmp_path: Path, content: bytes, **options: int) -> tuple[tuple[int, 
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
             Conversation((Message("user", "hi"), Message("assistant", "ho"))),
         ),
+        (
+            {"messages": [{"role": "developer", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+            Conversation((Message("system", "hi"), Message("assistant", "ho"))),
+        ),
     ],
 )
 def test_each_form_is_read(tmp_path: Path, row: dict[str, object], example: object) -> None:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from prompt_store.strict_json import check_depth, refuse_constant
 from server.api.request_body import RequestBody, check_unicode
 from server.api.structured import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, Schema, schema_constraint, text_of
 from server.engine.constraints import Constraint
-from server.errors import InvalidRequestError
+from server.errors import InvalidRequestError, UnsupportedError
 
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128
@@ -38,16 +38,15 @@ def _chat_text(value: object) -> str:
 
 
 def _arguments(value: object) -> dict[str, Any]:
-    """A call's arguments: JSON in a string, read for the chat template, which writes it in its own way."""
-    if not isinstance(value, str):
-        raise ValueError("should be a string that holds a JSON object")
+    """A call's arguments, for the chat template, which writes them in its own way: JSON in a string, or an object."""
     try:
-        arguments = json.loads(value or "{}", parse_constant=refuse_constant)
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        arguments = json.loads(text or "{}", parse_constant=refuse_constant)
         check_depth(arguments, MAX_SCHEMA_DEPTH)
     except (ValueError, RecursionError) as error:
-        raise ValueError("should be a string that holds a JSON object") from error
+        raise ValueError("should be a JSON object, or a string that holds one") from error
     if not isinstance(arguments, dict):
-        raise ValueError("should be a string that holds a JSON object")
+        raise ValueError("should be a JSON object, or a string that holds one")
     return arguments
 
 
@@ -58,7 +57,7 @@ class FunctionCall(RequestBody):
     """What the model called."""
 
     name: str = Field(pattern=_NAME)
-    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str)]
+    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
 class ToolCall(RequestBody):
@@ -72,13 +71,29 @@ class ToolCall(RequestBody):
 class ChatMessage(RequestBody):
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="Who speaks; `developer` is OpenAI's newer word for `system`."
+    )
     name: str | None = None
     tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS, description="Of the assistant only.")
-    content: ChatText | None = Field(None, validate_default=True, description="Needed without `tool_calls`.")
+    content: ChatText | None = Field(
+        None, validate_default=True, description="May be absent from messages of the assistant and of tools."
+    )
+    reasoning: str | None = Field(None, description="What the assistant thought, for templates that show it.")
+    reasoning_content: str | None = Field(None, description="The same, by its older name.")
     tool_call_id: str | None = Field(
         None, validate_default=True, description="Which call a message of role `tool` answers."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_templates_have_no_place_for(cls, value: object) -> object:
+        if isinstance(value, dict):
+            for name, instead in (("function_call", "tool_calls"), ("audio", "content")):
+                if value.get(name) is not None:
+                    param = f"messages.{name}"
+                    raise UnsupportedError(f"{param}: this server does not take it; send {instead}", param=param)
+        return value
 
     @field_validator("tool_calls")
     @classmethod
@@ -90,7 +105,7 @@ class ChatMessage(RequestBody):
     @field_validator("content")
     @classmethod
     def _check_that_something_is_said(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and not info.data.get("tool_calls"):
+        if value is None and info.data.get("role") not in ("assistant", "tool"):
             raise ValueError("should be a string or a list of text parts")
         return value
 
@@ -104,7 +119,11 @@ class ChatMessage(RequestBody):
     @property
     def turn(self) -> dict[str, Any]:
         """The message as chat templates take it."""
-        turn: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        role = "system" if self.role == "developer" else self.role
+        turn: dict[str, Any] = {"role": role, "content": self.content or ""}
+        thought = self.reasoning if self.reasoning is not None else self.reasoning_content
+        if thought is not None:
+            turn["reasoning"] = turn["reasoning_content"] = thought
         if self.tool_calls:
             turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id is not None:

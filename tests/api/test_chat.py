@@ -28,6 +28,14 @@ async def test_answer(client, engine):
     assert bytes(engine.requests[0].prompt_token_ids).decode() == RENDERED
 
 
+async def test_a_developer_is_the_system(client, engine):
+    messages = [{"role": "developer", "content": "be kind"}, MESSAGES[1]]
+    await client.post("/v1/chat/completions", json={"messages": messages})
+    assert bytes(engine.requests[0].prompt_token_ids).decode() == RENDERED
+    tokens = (await client.post("/tokenize", json={"messages": messages})).json()["tokens"]
+    assert bytes(tokens).decode() == RENDERED
+
+
 async def test_the_default_limit_is_the_rest_of_the_context(client, engine, sentiment):
     await client.post("/v1/chat/completions", json={"model": sentiment, "messages": MESSAGES})
     assert engine.requests[0].params.max_tokens == 256 - 4 - len(RENDERED)

@@ -196,6 +196,32 @@ async def test_messages_about_calls_reach_the_template(client, tokenizer) -> Non
     ]
 
 
+async def test_arguments_given_as_an_object_and_answers_without_content(client, tokenizer) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]},
+        {"role": "tool", "content": None, "tool_call_id": "c1"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant", "reasoning_content": "hm"},
+    ]
+    await ask(client, messages=messages)
+    assert tokenizer.turns == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "", "tool_call_id": "c1"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "", "reasoning": "hm", "reasoning_content": "hm"},
+    ]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
 def function(**fields: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f"} | fields}]}
 
@@ -233,10 +259,19 @@ def assistant(**call: Any) -> dict[str, Any]:
             {"messages": [{"role": "user", "content": "x", "tool_calls": assistant()["messages"][0]["tool_calls"]}]},
             "messages[0].tool_calls",
         ),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "developer"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages.function_call"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages.audio"),
+        ({"messages": [{"role": "assistant", "content": "x", "reasoning": 5}]}, "messages[0].reasoning"),
         (assistant(type="custom"), "messages[0].tool_calls[0].type"),
         (assistant(id=None), "messages[0].tool_calls[0].id"),
-        (assistant(function={"name": "f", "arguments": {}}), "messages[0].tool_calls[0].function.arguments"),
+        (assistant(function={"name": "f", "arguments": 5}), "messages[0].tool_calls[0].function.arguments"),
+        (assistant(function={"name": "f", "arguments": [1]}), "messages[0].tool_calls[0].function.arguments"),
+        (
+            assistant(function={"name": "f", "arguments": {"a": nested(70)}}),
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         (assistant(function={"name": "f", "arguments": "[]"}), "messages[0].tool_calls[0].function.arguments"),
         (
             assistant(function={"name": "f", "arguments": '{"a":' * 9000}),
