@@ -35,9 +35,10 @@ code                            what is wrong
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from prompt_store import formats
+from prompt_store.base_names import model_name
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.heads import head_faults
 from prompt_store.multitask import factor_faults, product_faults
@@ -105,18 +106,18 @@ def validate(
 
 
 def _base_faults(config: Mapping[str, object], base: BaseModelSpec) -> list[Fault]:
-    """Names match by their last component: the same checkpoint may be a hub id here and a directory there.
+    """Names match by the model's own name: the same checkpoint may be a hub id here and a directory there.
 
     A configuration that names no base cannot be held against it.
     """
     key = "base_model_name_or_path"
     name = config.get(key)
-    ours = {PurePosixPath(known).name.lower() for known in (base.name, *base.other_names)}
-    if not isinstance(name, str) or not name or PurePosixPath(name).name.lower() in ours:
+    ours = {model_name(known) for known in (base.name, *base.other_names)} - {""}
+    if not isinstance(name, str) or not name.strip() or model_name(name) in ours:
         return []
     message = (
-        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r} and takes no "
-        "other's (unless it is started with --allow-other-base)"
+        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r}. If that is "
+        "the same model under another name, upload with allow_other_base=true (prelude push --allow-other-base)"
     )
     return [Fault("base_model_mismatch", message, CONFIG_FILE, key)]
 

@@ -21,6 +21,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from prompt_store.base_names import hub_id
 from prompt_store.errors import PromptStoreError, StoreUnavailableError
 from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
@@ -393,6 +394,9 @@ def _totals(store: PromptStore) -> StoreTotals:
 
 
 def _default_name(model: str) -> str:
-    """A directory's name, or the hub id as it is."""
+    """A directory's name, a hub id as it is, or the id that a directory of the hub's cache belongs to."""
     path = Path(model)
-    return path.resolve().name if path.is_dir() else model
+    if not path.is_dir():
+        return model
+    resolved = path.resolve()
+    return hub_id(str(resolved)) or resolved.name
