@@ -1,7 +1,7 @@
 """What a base model is called, whatever form its name has: a hub id, a URL, or a path on somebody's machine.
 
-PEFT writes into ``adapter_config.json`` what the trainer gave to ``from_pretrained``. The same checkpoint may be a hub
-id here and a directory there, so models are compared by their own names, without what stands before them.
+PEFT writes into ``adapter_config.json`` what the trainer gave to ``from_pretrained``. The same checkpoint may be a
+hub id here and a directory there, so models are compared by their own names, without what stands before them.
 """
 
 from __future__ import annotations

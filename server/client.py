@@ -107,6 +107,8 @@ class PreludeClient:
         metadata: str | None = None,
         lineage: str | None = None,
         shared: bool = False,
+        allow_other_base: bool = False,
+        task_type: str | None = None,
         on_bytes: OnBytes = lambda _: None,
     ) -> tuple[dict[str, Any], bool]:
         """Upload a PEFT directory, streamed from the disk; returns the version, and whether it is new.
@@ -120,15 +122,17 @@ class PreludeClient:
             metadata: A JSON object, as text.
             lineage: A JSON object, as text.
             shared: For every tenant, which takes a key with the scope admin.
+            allow_other_base: Although it names another base than the served one.
+            task_type: What it was trained for, where its configuration does not say.
             on_bytes: Told of the files' bytes as they are sent.
 
         Raises:
             ClientError: Also if a file is missing.
         """
         texts = {"alias": alias, "description": description, "metadata": metadata, "lineage": lineage}
+        texts["task_type"] = task_type
         data: dict[str, Any] = {"id": name, "tags": list(tags)}
-        if shared:
-            data["shared"] = "true"
+        data |= {key: "true" for key, is_on in (("shared", shared), ("allow_other_base", allow_other_base)) if is_on}
         data |= {key: text for key, text in texts.items() if text is not None}
         with ExitStack() as stack:
             files = []

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef, check_name
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef, TaskType, check_name
 from server import tables
 from server.client import ClientError, OnBytes, PreludeClient
 
@@ -84,6 +84,12 @@ def push(
         str | None, typer.Option(metavar="JSON", help="An object: training_run, parent, dataset_digest, scores.")
     ] = None,
     shared: Annotated[bool, typer.Option("--shared", help="For every tenant; takes the scope admin.")] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Although it names another base model than the served one.")
+    ] = False,
+    task_type: Annotated[
+        TaskType | None, typer.Option(help="What it was trained for, where its configuration does not say.")
+    ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -100,6 +106,8 @@ def push(
             metadata=metadata,
             lineage=lineage,
             shared=shared,
+            allow_other_base=allow_other_base,
+            task_type=task_type,
             on_bytes=on_bytes,
         )
     known = "" if created else " (the same bytes were there already)"
