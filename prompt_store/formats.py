@@ -22,6 +22,8 @@ MAX_CONFIG_BYTES = 1024 * 1024
 MAX_CONFIG_DEPTH = 32
 MAX_BASE_NAME_CHARS = 1024
 
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
 _TRAINED_WITHOUT_TASK = "PEFT's own generate() ignores a prompt without a task type"
 _SAY_THE_TASK = (
     "If it was trained for generation, upload with task_type=CAUSAL_LM (prelude push --task-type CAUSAL_LM)"
@@ -104,7 +106,12 @@ def read_config(data: bytes) -> dict[str, object]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _invalid("invalid_json", f"not UTF-8 at byte {error.start}") from error
+        hint = ": it is UTF-16, as PowerShell writes; save it as UTF-8" if data.startswith(_UTF16_MARKS) else ""
+        raise _invalid("invalid_json", f"not UTF-8 at byte {error.start}{hint}") from error
+    if text.startswith("\ufeff"):
+        raise _invalid(
+            "invalid_json", "not valid JSON: it begins with a byte order mark; save it as UTF-8 without one"
+        )
     try:
         value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=refuse_constant, parse_float=finite_float

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import httpx
 
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef
+from server.peft_directory import what_is_wrong
 
 _PAGE = 200
 _TIMEOUT_SECONDS = 60.0
@@ -139,6 +140,8 @@ class PreludeClient:
             for filename in (CONFIG_FILE, WEIGHTS_FILE):
                 try:
                     opened = stack.enter_context((directory / filename).open("rb"))
+                except FileNotFoundError as error:
+                    raise _not_an_adapter(directory) from error
                 except OSError as error:
                     raise _local(directory / filename, error) from error
                 files.append(("files", (filename, _Counted(opened, on_bytes), "application/octet-stream")))
@@ -339,6 +342,13 @@ def _stranger(response: httpx.Response) -> ClientError:
     message = f"{response.url} answered {response.status_code} {response.reason_phrase}: is this a Prelude server?"
     status = None if response.is_success else response.status_code
     return ClientError(message, status=status, code="not_prelude")
+
+
+def _not_an_adapter(directory: Path) -> ClientError:
+    try:
+        return ClientError(what_is_wrong(directory))
+    except OSError as error:
+        return _local(error.filename or directory, error)
 
 
 def _local(path: object, error: OSError) -> ClientError:
