@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -51,6 +52,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
 from server.errors import ConfigurationError, EngineStartError, ServerError
 from server.metrics import Metrics, StoreState
+from server.model_source import locate
 from server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
@@ -83,11 +85,13 @@ def create_app(
         store: An open store, which its owner closes.
 
     Raises:
-        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file.
+        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file, no such model.
         PromptStoreError: If the store cannot be opened.
     """
     keys = load_keys(settings.http)
-    engine = engine or AsyncEngine(settings.engine)
+    if engine is None:
+        settings = _located(settings)
+        engine = AsyncEngine(settings.engine)
     opened = store or _open_store(settings.store)
     metrics = Metrics(
         read_stats=lambda: engine.stats,
@@ -370,6 +374,12 @@ def _services_of(app: FastAPI) -> Services:
     if not isinstance(services, Services):
         raise TypeError("the application was not made by create_app")
     return services
+
+
+def _located(settings: Settings) -> Settings:
+    """The settings with a model that is there, as far as seconds can tell."""
+    engine = settings.engine
+    return replace(settings, engine=replace(engine, model=locate(engine.model, engine.revision)))
 
 
 def _open_store(settings: StoreSettings) -> PromptStore:
