@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prompt_store.errors import Fault, InvalidPromptError
-from prompt_store.peft_types import why_not_served
+from prompt_store.peft_types import is_other, why_not_served
 from prompt_store.strict_json import check_depth, finite_float, refuse_constant
 from prompt_store.tensors import read_tensors
 from prompt_store.types import CONFIG_FILE, PeftType, SoftPrompt, TaskType, TensorData
@@ -22,8 +22,24 @@ MAX_CONFIG_BYTES = 1024 * 1024
 MAX_CONFIG_DEPTH = 32
 MAX_BASE_NAME_CHARS = 1024
 
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
 _TRAINED_WITHOUT_TASK = "PEFT's own generate() ignores a prompt without a task type"
+_SAY_THE_TASK = (
+    "If it was trained for generation, upload with task_type=CAUSAL_LM (prelude push --task-type CAUSAL_LM)"
+)
 _TRAINED_FOR_OTHER_TASK = "prompts for other tasks come with a head or an encoder that this server does not have"
+_TASK_OF_SUFFIX = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""Where transformers' class of the base alone says what was trained. ForConditionalGeneration may be either kind."""
+
+_HEAD_MODULES = ("score", "classifier")
+
 _CPT_WITH_HEAD = "PEFT trains and loads CPT for that task alone"
 
 
@@ -54,18 +70,28 @@ def parse_soft_prompt(config_bytes: bytes, weights: bytes | Path) -> SoftPrompt:
     return to_soft_prompt(config, tensors)
 
 
-def to_soft_prompt(config: Mapping[str, object], tensors: Mapping[str, TensorData]) -> SoftPrompt:
-    """Put a configuration in which ``config_faults`` found none, and the tensors, together."""
+def to_soft_prompt(
+    config: Mapping[str, object], tensors: Mapping[str, TensorData], *, overrides: Mapping[str, object] | None = None
+) -> SoftPrompt:
+    """Put a configuration in which ``config_faults`` found none, and the tensors, together.
+
+    Args:
+        config: The whole configuration.
+        tensors: By name.
+        overrides: What was accepted on somebody's word; its ``task_type`` stands in for one that is not there.
+    """
+    overrides = overrides or {}
     num_virtual_tokens, base_name = config["num_virtual_tokens"], config.get("base_model_name_or_path")
     if not isinstance(num_virtual_tokens, int) or not isinstance(base_name, str | None):
         raise AssertionError("config_faults let a wrong type pass")
     return SoftPrompt(
         peft_type=PeftType(str(config["peft_type"])),
-        task_type=str(config["task_type"]),
+        task_type=str(overrides.get("task_type", config.get("task_type"))),
         num_virtual_tokens=num_virtual_tokens,
         base_model_name_or_path=base_name,
         tensors=tensors,
         config=config,
+        overrides=overrides,
     )
 
 
@@ -80,7 +106,12 @@ def read_config(data: bytes) -> dict[str, object]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _invalid("invalid_json", f"not UTF-8 at byte {error.start}") from error
+        hint = ": it is UTF-16, as PowerShell writes; save it as UTF-8" if data.startswith(_UTF16_MARKS) else ""
+        raise _invalid("invalid_json", f"not UTF-8 at byte {error.start}{hint}") from error
+    if text.startswith("\ufeff"):
+        raise _invalid(
+            "invalid_json", "not valid JSON: it begins with a byte order mark; save it as UTF-8 without one"
+        )
     try:
         value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=refuse_constant, parse_float=finite_float
@@ -98,11 +129,18 @@ def read_config(data: bytes) -> dict[str, object]:
     return value
 
 
-def config_faults(config: Mapping[str, object]) -> list[Fault]:
-    """Everything wrong with the fields that serving reads, without regard to a base model."""
+def config_faults(config: Mapping[str, object], task_type: TaskType | None = None) -> list[Fault]:
+    """Everything wrong with the fields that serving reads, without regard to a base model.
+
+    Args:
+        config: The whole configuration.
+        task_type: What the uploader says that it was trained for, if anything.
+    """
+    if is_other_method(config):  # what such an adapter lacks of a soft prompt is no fault of its own
+        return _peft_type_faults(config)
     return [
         *_peft_type_faults(config),
-        *_task_type_faults(config),
+        *(_task_type_faults(config) if task_type is None else _said_task_faults(config, task_type)),
         *_integer_faults(config),
         *_multitask_faults(config),
         *_submodule_faults(config),
@@ -116,6 +154,12 @@ def positive_integer(config: Mapping[str, object], key: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
 
 
+def is_other_method(config: Mapping[str, object]) -> bool:
+    """Whether the configuration is of a method of PEFT's that does not train soft prompts, such as LORA."""
+    value = config.get("peft_type")
+    return isinstance(value, str) and is_other(value)
+
+
 def known_peft_type(config: Mapping[str, object]) -> PeftType | None:
     """The method that trained the prompt, or None where the configuration names none that is served."""
     value = config.get("peft_type")
@@ -126,7 +170,10 @@ def _peft_type_faults(config: Mapping[str, object]) -> list[Fault]:
     supported = f"supported are {', '.join(PeftType)}"
     value = config.get("peft_type")
     if value is None:
-        return [_fault("missing_field", f"peft_type is missing; {supported}", "peft_type")]
+        reason = "peft_type is missing"
+        if "architectures" in config or "model_type" in config:
+            reason += ": this is the configuration of a whole model, not of an adapter"
+        return [_fault("missing_field", f"{reason}; {supported}", "peft_type")]
     if not isinstance(value, str):
         return [_fault("invalid_field", f"peft_type has to be a string, not {_shown(value)}", "peft_type")]
     if value in PeftType.__members__:
@@ -145,11 +192,48 @@ def _task_type_faults(config: Mapping[str, object]) -> list[Fault]:
     if value in served:
         return []
     if value is None:
-        found, reason = "missing or null", _TRAINED_WITHOUT_TASK
+        found, reason = "missing or null", f"{_TRAINED_WITHOUT_TASK}. {_SAY_THE_TASK}"
     else:
         found, reason = value, _CPT_WITH_HEAD if value == TaskType.SEQ_CLS else _TRAINED_FOR_OTHER_TASK
     message = f"task_type has to be {' or '.join(served)}, not {_shown(found)}: {reason}"
     return [_fault("unsupported_task_type", message, "task_type")]
+
+
+def _said_task_faults(config: Mapping[str, object], said: TaskType) -> list[Fault]:
+    """What in a configuration speaks against the task that the uploader names.
+
+    A task that the configuration names itself has to be the same one. Without it PEFT records the class of the base
+    (``auto_mapping``); a head that was to be saved (``modules_to_save``) belongs to classification. The tensors are
+    held against the task elsewhere.
+    """
+    value = config.get("task_type")
+    if value is not None:
+        if value == said:
+            return _task_type_faults(config)
+        message = f"task_type is {_shown(value)}, and the upload says {said}"
+        return [_fault("task_type_conflict", message, "task_type")]
+    faults = []
+    if said is TaskType.SEQ_CLS and config.get("peft_type") == PeftType.CPT:
+        faults += _task_type_faults({**config, "task_type": said})
+    mapping = config.get("auto_mapping")
+    trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    task = _task_of_class(trained)
+    if task is not None and task != said:
+        message = f"auto_mapping says that it was trained on a {_shown(trained)}, and the upload says {said}"
+        faults.append(_fault("task_type_conflict", message, "auto_mapping"))
+    saved = config.get("modules_to_save")
+    heads = [name for name in _HEAD_MODULES if isinstance(saved, list) and name in saved]
+    if heads and said is TaskType.CAUSAL_LM:
+        message = f"modules_to_save names a classification head ({heads[0]}), and the upload says {said}"
+        faults.append(_fault("task_type_conflict", message, "modules_to_save"))
+    return faults
+
+
+def _task_of_class(name: object) -> str | None:
+    """PEFT's task type of a transformers class, or None where its name does not say."""
+    if not isinstance(name, str):
+        return None
+    return next((task for suffix, task in _TASK_OF_SUFFIX.items() if name.endswith(suffix)), None)
 
 
 def _integer_faults(config: Mapping[str, object]) -> list[Fault]:

@@ -26,6 +26,11 @@ _WHAT_IT_IS = {
 }
 
 
+def is_other(peft_type: str) -> bool:
+    """Whether PEFT has such a method, and it is not one of those that train soft prompts."""
+    return peft_type in _WHAT_IT_IS
+
+
 def why_not_served(peft_type: str) -> str:
     """Why a ``peft_type`` that is not one of PeftType's is refused, as the end of a sentence about it."""
     what = _WHAT_IT_IS.get(peft_type)

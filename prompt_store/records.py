@@ -57,6 +57,7 @@ class NewVersion:
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
+    overrides: Mapping[str, object] = field(default_factory=dict)
     owner: str = SHARED
 
 
@@ -84,6 +85,7 @@ def record(
         "description": new.description,
         "metadata": json.dumps(dict(new.metadata), allow_nan=False),
         "lineage": json.dumps(new.lineage.to_json(), allow_nan=False),
+        "overrides": json.dumps(dict(new.overrides), allow_nan=False),
         "created_at": created_at,
         "created_by": created_by,
     }
@@ -178,6 +180,7 @@ def _version(row: sa.Row[Any], prompt: Prompt, files: Sequence[StoredFile], word
         tags=tuple(words),
         metadata=json.loads(row.metadata),
         lineage=Lineage.parse(json.loads(row.lineage)),
+        overrides=json.loads(row.overrides),
         created_by=row.created_by,
         num_tasks=row.num_tasks,
         num_labels=row.num_labels,

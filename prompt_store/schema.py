@@ -53,6 +53,7 @@ versions = sa.Table(
     sa.Column("description", sa.Text, nullable=False),
     sa.Column("metadata", sa.Text, nullable=False),
     sa.Column("lineage", sa.Text, nullable=False),
+    sa.Column("overrides", sa.Text, nullable=False, server_default="{}"),
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("created_by", sa.Text),
     sa.Column("deleted_at", sa.BigInteger),

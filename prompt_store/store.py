@@ -38,6 +38,7 @@ from prompt_store.types import (
     PromptVersion,
     StoredFile,
     StoreTotals,
+    TaskType,
     check_name,
 )
 from prompt_store.validation import validate
@@ -122,6 +123,7 @@ class PromptStore:
         base: BaseModelSpec,
         require_same_base: bool = False,
         allow_float64: bool = False,
+        task_type: TaskType | None = None,
         alias: str | None = DEFAULT_ALIAS,
         description: str = "",
         tags: Collection[str] = (),
@@ -139,6 +141,7 @@ class PromptStore:
             base: The resident model, which it has to fit.
             require_same_base: Refuse a configuration that names another base.
             allow_float64: Take float64 files, whose rows the serving dtype can hold.
+            task_type: What it was trained for, where its configuration does not say.
             alias: What to point at it; None leaves the aliases alone.
             description: Free text.
             tags: Words to list by.
@@ -174,6 +177,7 @@ class PromptStore:
             base,
             require_same_base=require_same_base,
             allow_float64=allow_float64,
+            task_type=task_type,
         )
         files = tuple(upload.files[file].stored for file in (CONFIG_FILE, WEIGHTS_FILE))
         new = NewVersion(
@@ -191,6 +195,7 @@ class PromptStore:
             tags=tuple(tags),
             metadata=metadata or {},
             lineage=lineage or Lineage(),
+            overrides=soft_prompt.overrides,
             owner=owner,
         )
         self._require_catalog()

@@ -34,6 +34,14 @@ _ELEMENT_BITS = {
 _PICKLE_MAGICS = (b"PK\x03\x04", b"PK\x05\x06", b"\x80")
 """torch.save writes a zip archive of pickles; before 1.6 a bare pickle, which begins with its PROTO opcode."""
 
+_TEXTS = {
+    b"version ": "this is a Git LFS pointer; fetch the file itself by git lfs pull",
+    b"<!DOCTYP": "this is a web page; download the file itself",
+    b"<!doctyp": "this is a web page; download the file itself",
+    b"<html": "this is a web page; download the file itself",
+}
+"""What is often found in a weights file's place, by its first bytes."""
+
 
 def read_tensors(weights: bytes | Path) -> dict[str, TensorData]:
     """Read the tensors of a safetensors file, by name.
@@ -72,6 +80,9 @@ def _check_opening(opening: bytes, size: int) -> None:
             "this is a pickle / torch.save file; only safetensors is taken: "
             "re-save with save_pretrained(..., safe_serialization=True)",
         )
+    what = next((what for magic, what in _TEXTS.items() if opening.startswith(magic)), None)
+    if what is not None and header_bytes > max(0, size - _LENGTH_BYTES):
+        raise _invalid("invalid_safetensors", f"not a safetensors file: {what}")
     if size <= _LENGTH_BYTES:
         raise _invalid("invalid_safetensors", f"not a valid safetensors file: it has only {size} bytes")
     if header_bytes > size - _LENGTH_BYTES:

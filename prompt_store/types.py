@@ -123,6 +123,7 @@ class SoftPrompt:
         base_model_name_or_path: The base that its configuration names; informational.
         tensors: The tensors of the weights file, by name.
         config: The whole of ``adapter_config.json``.
+        overrides: What was accepted on the uploader's or the operator's word, as in ``PromptVersion``.
     """
 
     peft_type: PeftType
@@ -131,6 +132,7 @@ class SoftPrompt:
     base_model_name_or_path: str | None
     tensors: Mapping[str, TensorData]
     config: Mapping[str, object] = field(repr=False)
+    overrides: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def prompt_embeddings(self) -> TensorData:
@@ -308,6 +310,8 @@ class PromptVersion:
         tags: Words to list by.
         metadata: The uploader's own JSON object.
         lineage: Where it comes from.
+        overrides: What was accepted against, or beyond, the word of its files: ``allow_other_base`` (true) where they
+            name another base, ``task_type`` where they name none.
         created_by: Who published it, as far as the server knows.
         owner: The tenant that alone sees it; ``SHARED`` for all.
         num_tasks: Tasks of a multitask prompt, else None.
@@ -328,6 +332,7 @@ class PromptVersion:
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
+    overrides: Mapping[str, object] = field(default_factory=dict)
     created_by: str | None = None
     owner: str = SHARED
     num_tasks: int | None = None

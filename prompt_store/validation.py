@@ -11,6 +11,7 @@ code                            what is wrong
 ``invalid_field``               a field has the wrong type or is out of range
 ``unsupported_peft_type``       not one of PEFT's prompt-learning methods, such as LORA
 ``unsupported_task_type``       another task than CAUSAL_LM or, where the method has it, SEQ_CLS
+``task_type_conflict``          the uploader names another task than the configuration does
 ``unsupported_submodules``      ``num_transformer_submodules`` is not 1 (an encoder-decoder prompt)
 ``inconsistent_token_dim``      ``token_dim`` is not the width of the rows that it describes
 ``base_model_mismatch``         trained on another base, where the server insists on its own
@@ -35,10 +36,12 @@ code                            what is wrong
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from prompt_store import formats
+from prompt_store.base_names import model_name
 from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.foreign_tensors import foreign_faults, what_it_holds
 from prompt_store.heads import head_faults
 from prompt_store.multitask import factor_faults, product_faults
 from prompt_store.tensor_faults import shown_number, value_faults, weights_fault
@@ -57,8 +60,6 @@ from prompt_store.types import (
     TensorData,
 )
 
-_MAX_NAMED_TENSORS = 8
-
 
 def validate(
     config_bytes: bytes,
@@ -67,6 +68,7 @@ def validate(
     *,
     require_same_base: bool,
     allow_float64: bool = False,
+    task_type: TaskType | None = None,
 ) -> SoftPrompt:
     """Read a soft prompt's two files and check that the base can serve it.
 
@@ -79,6 +81,11 @@ def validate(
         require_same_base: Refuse a prompt whose configuration names another base.
         allow_float64: Take F64 tensors whose values the serving dtype can hold. They lose precision when served,
             so that this is for the operator to decide.
+        task_type: What the uploader says that it was trained for. It stands in for a task that the configuration
+            does not name, where nothing in the files speaks against it.
+
+    Returns:
+        The soft prompt; its ``overrides`` say what was accepted on somebody's word.
 
     Raises:
         InvalidPromptError: With all faults of both files.
@@ -87,36 +94,45 @@ def validate(
     faults: list[Fault] = []
     config: Mapping[str, object] = {}
     tensors: Mapping[str, TensorData] = {}
+    overrides: dict[str, object] = {}
     try:
         config = formats.read_config(config_bytes)
-        faults += formats.config_faults(config)
+        faults += formats.config_faults(config, task_type)
+        other_base = _base_faults(config, base)
         if require_same_base:
-            faults += _base_faults(config, base)
+            faults += other_base
+        elif other_base:
+            overrides["allow_other_base"] = True
+        if task_type is not None and config.get("task_type") is None:
+            overrides["task_type"] = task_type.value
     except InvalidPromptError as error:
         faults += error.faults
+    if formats.is_other_method(config):  # its tensors are in their place in another kind of adapter
+        raise InvalidPromptError(faults)
     try:
         tensors = read_tensors(weights)
-        faults += _tensor_faults(config, tensors, base, allow_float64=allow_float64)
+        described = {**config, "task_type": overrides.get("task_type", config.get("task_type"))}
+        faults += _tensor_faults(described, tensors, base, allow_float64=allow_float64)
     except InvalidPromptError as error:
         faults += error.faults
     if faults:
         raise InvalidPromptError(faults)
-    return formats.to_soft_prompt(config, tensors)
+    return formats.to_soft_prompt(config, tensors, overrides=overrides)
 
 
 def _base_faults(config: Mapping[str, object], base: BaseModelSpec) -> list[Fault]:
-    """Names match by their last component: the same checkpoint may be a hub id here and a directory there.
+    """Names match by the model's own name: the same checkpoint may be a hub id here and a directory there.
 
     A configuration that names no base cannot be held against it.
     """
     key = "base_model_name_or_path"
     name = config.get(key)
-    ours = {PurePosixPath(known).name.lower() for known in (base.name, *base.other_names)}
-    if not isinstance(name, str) or not name or PurePosixPath(name).name.lower() in ours:
+    ours = {model_name(known) for known in (base.name, *base.other_names)} - {""}
+    if not isinstance(name, str) or not name.strip() or model_name(name) in ours:
         return []
     message = (
-        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r} and takes no "
-        "other's (unless it is started with --allow-other-base)"
+        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r}. If that is "
+        "the same model under another name, upload with allow_other_base=true (prelude push --allow-other-base)"
     )
     return [Fault("base_model_mismatch", message, CONFIG_FILE, key)]
 
@@ -173,21 +189,10 @@ def _name_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]
         extra -= {TASK_COLS_TENSOR, TASK_ROWS_TENSOR}
     if config.get("task_type") != TaskType.CAUSAL_LM:
         extra = {name for name in extra if not HEAD_TENSOR_PATTERN.fullmatch(name)}
-    faults = [
-        Fault(
-            "unexpected_tensor",
-            f"{WEIGHTS_FILE}: tensor {name[:100]!a} does not belong in this soft prompt: PEFT would load it over "
-            "weights of the base, which all share",
-            WEIGHTS_FILE,
-            name[:100],
-        )
-        for name in sorted(extra)[:_MAX_NAMED_TENSORS]
-    ]
-    if len(extra) > _MAX_NAMED_TENSORS:
-        message = f"{WEIGHTS_FILE}: {len(extra) - _MAX_NAMED_TENSORS} more tensors do not belong in this soft prompt"
-        faults.append(Fault("unexpected_tensor", message, WEIGHTS_FILE))
+    faults = foreign_faults(extra, tensors)
     if ROWS_TENSOR not in tensors:
-        faults.append(weights_fault("missing_tensor", "is missing"))
+        guess = what_it_holds(tensors)
+        faults.append(weights_fault("missing_tensor", f"is missing: {guess}" if guess else "is missing"))
     return faults
 
 

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from prompt_store.base_names import hub_id
 from prompt_store.errors import PromptStoreError, StoreUnavailableError
 from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
@@ -50,6 +52,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
 from server.errors import ConfigurationError, EngineStartError, ServerError
 from server.metrics import Metrics, StoreState
+from server.model_source import locate
 from server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
@@ -82,11 +85,13 @@ def create_app(
         store: An open store, which its owner closes.
 
     Raises:
-        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file.
+        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file, no such model.
         PromptStoreError: If the store cannot be opened.
     """
     keys = load_keys(settings.http)
-    engine = engine or AsyncEngine(settings.engine)
+    if engine is None:
+        settings = _located(settings)
+        engine = AsyncEngine(settings.engine)
     opened = store or _open_store(settings.store)
     metrics = Metrics(
         read_stats=lambda: engine.stats,
@@ -371,6 +376,12 @@ def _services_of(app: FastAPI) -> Services:
     return services
 
 
+def _located(settings: Settings) -> Settings:
+    """The settings with a model that is there, as far as seconds can tell."""
+    engine = settings.engine
+    return replace(settings, engine=replace(engine, model=locate(engine.model, engine.revision)))
+
+
 def _open_store(settings: StoreSettings) -> PromptStore:
     return open_store(
         settings.location,
@@ -393,6 +404,9 @@ def _totals(store: PromptStore) -> StoreTotals:
 
 
 def _default_name(model: str) -> str:
-    """A directory's name, or the hub id as it is."""
+    """A directory's name, a hub id as it is, or the id that a directory of the hub's cache belongs to."""
     path = Path(model)
-    return path.resolve().name if path.is_dir() else model
+    if not path.is_dir():
+        return model
+    resolved = path.resolve()
+    return hub_id(str(resolved)) or resolved.name

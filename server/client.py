@@ -15,6 +15,7 @@ from urllib.parse import quote
 import httpx
 
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef
+from server.peft_directory import what_is_wrong
 
 _PAGE = 200
 _TIMEOUT_SECONDS = 60.0
@@ -107,6 +108,8 @@ class PreludeClient:
         metadata: str | None = None,
         lineage: str | None = None,
         shared: bool = False,
+        allow_other_base: bool = False,
+        task_type: str | None = None,
         on_bytes: OnBytes = lambda _: None,
     ) -> tuple[dict[str, Any], bool]:
         """Upload a PEFT directory, streamed from the disk; returns the version, and whether it is new.
@@ -120,21 +123,25 @@ class PreludeClient:
             metadata: A JSON object, as text.
             lineage: A JSON object, as text.
             shared: For every tenant, which takes a key with the scope admin.
+            allow_other_base: Although it names another base than the served one.
+            task_type: What it was trained for, where its configuration does not say.
             on_bytes: Told of the files' bytes as they are sent.
 
         Raises:
             ClientError: Also if a file is missing.
         """
         texts = {"alias": alias, "description": description, "metadata": metadata, "lineage": lineage}
+        texts["task_type"] = task_type
         data: dict[str, Any] = {"id": name, "tags": list(tags)}
-        if shared:
-            data["shared"] = "true"
+        data |= {key: "true" for key, is_on in (("shared", shared), ("allow_other_base", allow_other_base)) if is_on}
         data |= {key: text for key, text in texts.items() if text is not None}
         with ExitStack() as stack:
             files = []
             for filename in (CONFIG_FILE, WEIGHTS_FILE):
                 try:
                     opened = stack.enter_context((directory / filename).open("rb"))
+                except FileNotFoundError as error:
+                    raise _not_an_adapter(directory) from error
                 except OSError as error:
                     raise _local(directory / filename, error) from error
                 files.append(("files", (filename, _Counted(opened, on_bytes), "application/octet-stream")))
@@ -335,6 +342,13 @@ def _stranger(response: httpx.Response) -> ClientError:
     message = f"{response.url} answered {response.status_code} {response.reason_phrase}: is this a Prelude server?"
     status = None if response.is_success else response.status_code
     return ClientError(message, status=status, code="not_prelude")
+
+
+def _not_an_adapter(directory: Path) -> ClientError:
+    try:
+        return ClientError(what_is_wrong(directory))
+    except OSError as error:
+        return _local(error.filename or directory, error)
 
 
 def _local(path: object, error: OSError) -> ClientError:

@@ -14,9 +14,10 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef, check_name
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef, TaskType, check_name
 from server import tables
 from server.client import ClientError, OnBytes, PreludeClient
+from server.peft_directory import is_archive
 
 app = typer.Typer(add_completion=False)
 
@@ -74,7 +75,7 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 @_command("push")
 def push(
-    directory: Annotated[Path, typer.Argument(help="A directory that PEFT saved.", file_okay=False, exists=True)],
+    directory: Annotated[Path, typer.Argument(help="A directory that PEFT saved.", exists=True)],
     name: Annotated[str, typer.Option("--id", help="The soft prompt's name.")],
     alias: Annotated[str | None, typer.Option(help="The alias to move, instead of latest.")] = None,
     description: Annotated[str | None, typer.Option(help="Free text.")] = None,
@@ -84,11 +85,20 @@ def push(
         str | None, typer.Option(metavar="JSON", help="An object: training_run, parent, dataset_digest, scores.")
     ] = None,
     shared: Annotated[bool, typer.Option("--shared", help="For every tenant; takes the scope admin.")] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Although it names another base model than the served one.")
+    ] = False,
+    task_type: Annotated[
+        TaskType | None, typer.Option(help="What it was trained for, where its configuration does not say.")
+    ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Upload a PEFT directory as the next version of a soft prompt."""
+    if not directory.is_dir():
+        what = "an archive: unpack it, and give" if is_archive(directory) else "a file: give"
+        raise typer.BadParameter(f"{directory} is {what} the directory that PEFT's save_pretrained() wrote")
     sizes = [path.stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE) if (path := directory / file).is_file()]
     with serving(url, api_key, as_json=as_json) as client, _progress("sending", sum(sizes)) as on_bytes:
         version, created = client.push(
@@ -100,6 +110,8 @@ def push(
             metadata=metadata,
             lineage=lineage,
             shared=shared,
+            allow_other_base=allow_other_base,
+            task_type=task_type,
             on_bytes=on_bytes,
         )
     known = "" if created else " (the same bytes were there already)"

@@ -18,8 +18,11 @@ FIELDS = "fields"
 LEVEL_VARIABLE = "PRELUDE_LOG_LEVEL"
 FORMAT_VARIABLE = "PRELUDE_LOG_FORMAT"
 
-_LIBRARIES = ("transformers",)
-"""Those that bring a handler of their own, which would write lines of another form."""
+_LIBRARIES = ("transformers", "huggingface_hub")
+"""Those that bring a handler of their own, which would write lines of another form, or each line twice."""
+
+_TALKATIVE = ("httpx", "httpx2", "httpcore")
+"""Those that log every request that this process makes; it is ours that matter."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,8 @@ def configure(level: str, form: LogFormat, *, process: str = "") -> None:
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.WARNING)
 
 
 def variables() -> dict[str, str]:

@@ -102,6 +102,7 @@ def version(record: Mapping[str, Any]) -> Iterator[RenderableType]:
         virtual_tokens=record["num_virtual_tokens"],
         dtype=record["dtype"],
         base=record["base_model_name_or_path"],
+        overrides=_pairs({key: json.dumps(value).strip('"') for key, value in record["overrides"].items()}),
         tags=" ".join(record["tags"]),
         metadata=json.dumps(record["metadata"]) if record["metadata"] else None,
         parent=lineage.get("parent"),

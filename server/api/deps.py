@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ class Services:
         Raises:
             EngineNotReadyError: If the model is not loaded yet.
         """
-        model = self.engine.model
+        model, source = self.engine.model, self.settings.engine.model
         return BaseModelSpec(
             name=self.base_name,
             embedding_width=model.embedding_width,
@@ -186,7 +187,8 @@ class Services:
             max_model_len=model.max_model_len,
             dtype=model.dtype,
             hidden_size=model.hidden_size,
-            other_names=(self.settings.engine.model,),
+            # A directory may be a link, or "."; of a hub id, neither form has another last part.
+            other_names=(source, os.path.realpath(source)),
         )
 
     def require_ready(self) -> None:

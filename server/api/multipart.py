@@ -13,7 +13,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from prompt_store.strict_json import check_depth, finite_float, refuse_constant
-from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, Lineage, check_name
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, Lineage, TaskType, check_name
 from server.errors import InvalidRequestError, MediaTypeError
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 FILES_FIELD = "files"
 FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
-TEXT_FIELDS = ("id", "alias", "description", "tags", "metadata", "lineage", "shared")
+TEXT_FIELDS = (
+    "id", "alias", "description", "tags", "metadata", "lineage", "shared", "allow_other_base", "task_type",
+)  # fmt: skip
 
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 64 * 1024
@@ -60,6 +62,8 @@ class UploadFields:
         metadata: The uploader's own JSON object.
         lineage: Where the soft prompt comes from.
         shared: Whether it is for every tenant.
+        allow_other_base: Whether the uploader knows that it names another base, and that it fits this one.
+        task_type: What the uploader says that it was trained for, where the configuration does not.
     """
 
     name: str
@@ -69,6 +73,8 @@ class UploadFields:
     metadata: dict[str, object]
     lineage: Lineage
     shared: bool
+    allow_other_base: bool
+    task_type: TaskType | None
 
 
 class UploadParser:
@@ -151,6 +157,8 @@ class UploadParser:
             metadata=self._json_object("metadata"),
             lineage=self._lineage(),
             shared=self._switch("shared"),
+            allow_other_base=self._switch("allow_other_base"),
+            task_type=self._task_type(),
         )
 
     def _single(self, field: str) -> str:
@@ -186,6 +194,14 @@ class UploadParser:
         if not isinstance(value, dict):
             raise InvalidRequestError(f"{field}: has to be a JSON object", param=field)
         return value
+
+    def _task_type(self) -> TaskType | None:
+        text = self._single("task_type")
+        if text and text not in TaskType.__members__:
+            raise InvalidRequestError(
+                f"task_type: has to be {' or '.join(TaskType)}, not {text[:100]!r}", param="task_type"
+            )
+        return TaskType(text) if text else None
 
     def _lineage(self) -> Lineage:
         try:

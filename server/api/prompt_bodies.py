@@ -39,6 +39,10 @@ class VersionBody(BaseModel):
     lineage: dict[str, Any] = Field(
         description="training_run, parent, dataset_digest, scores; what is known of them."
     )
+    overrides: dict[str, Any] = Field(
+        description="What was accepted beyond the word of its files: allow_other_base (true) where they name another "
+        "base than the served one, task_type where they name none."
+    )
     created_by: str | None = Field(description="Which API key published it.")
     num_tasks: int | None = Field(description="Tasks of a multitask prompt, of which a request names one.")
     num_labels: int | None = Field(description="Labels of its classification head.")
@@ -64,6 +68,7 @@ class VersionBody(BaseModel):
             tags=list(version.tags),
             metadata=dict(version.metadata),
             lineage=version.lineage.to_json(),
+            overrides=dict(version.overrides),
             created_by=version.created_by,
             shared=version.owner == SHARED,
             num_tasks=version.num_tasks,

@@ -20,6 +20,7 @@ from prompt_store.types import (
     PromptRef,
     PromptSummary,
     PromptVersion,
+    TaskType,
     check_name,
 )
 from server.api.callers import Caller, CallerDep
@@ -128,6 +129,15 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
                             "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                             "alias": {"type": "string"},
                             "shared": {"type": "boolean", "description": "For every tenant; needs the scope admin."},
+                            "allow_other_base": {
+                                "type": "boolean",
+                                "description": "Take it although it names another base model than the served one.",
+                            },
+                            "task_type": {
+                                "type": "string",
+                                "enum": list(TaskType),
+                                "description": "What it was trained for, where adapter_config.json does not say.",
+                            },
                             "description": {"type": "string"},
                             "tags": {"type": "array", "items": {"type": "string"}},
                             "metadata": {"type": "string", "description": "A JSON object"},
@@ -170,8 +180,9 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
                 upload,
                 name=fields.name,
                 base=base,
-                require_same_base=not services.settings.store.allow_other_base,
+                require_same_base=not (services.settings.store.allow_other_base or fields.allow_other_base),
                 allow_float64=services.settings.store.allow_float64,
+                task_type=fields.task_type,
                 alias=fields.alias,
                 description=fields.description,
                 tags=fields.tags,

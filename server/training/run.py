@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 
 from server import demo
 from server.client import PreludeClient
+from server.model_source import locate
 from server.training.corpus import Corpus, load_corpus, opening_of_data, opening_text
 from server.training.curves import draw_curves
 from server.training.encoding import Encoded, Encoder
@@ -90,7 +91,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
     corpus = load_corpus(settings)
     for warning in corpus.warnings:
         reporter.warn(warning)
-    path = str(DEMO_DIRECTORY) if settings.model == DEMO else settings.model
+    path = str(DEMO_DIRECTORY) if settings.model == DEMO else locate(settings.model, settings.revision)
     config, tokenizer = _config_and_tokenizer(path, settings.revision)
     max_tokens = _max_tokens(config)
     if settings.num_virtual_tokens >= max_tokens:

@@ -87,6 +87,23 @@ def test_push_says_what_it_is(told, get, peft_directory):
     assert version == get("/sentiment/versions/1")
 
 
+def test_push_on_the_uploaders_word(ok, told, prelude, peft_directory):
+    directory = peft_directory("sentiment")
+    config = directory / "adapter_config.json"
+    fields = json.loads(config.read_text()) | {"base_model_name_or_path": "org/large"}
+    del fields["task_type"]
+    config.write_text(json.dumps(fields))
+    refused = prelude("push", str(directory), "--id", "sentiment")
+    assert refused.exit_code == 4
+    assert "--task-type CAUSAL_LM" in refused.stderr
+    assert "--allow-other-base" in refused.stderr
+    said = ["--allow-other-base", "--task-type", "CAUSAL_LM"]
+    version = told("push", str(directory), "--id", "sentiment", *said)
+    assert version["overrides"] == {"allow_other_base": True, "task_type": "CAUSAL_LM"}
+    assert "allow_other_base=true task_type=CAUSAL_LM" in ok("show", "sentiment@1")
+    assert prelude("push", str(directory), "--id", "sentiment", "--task-type", "OTHER").exit_code == 2
+
+
 def test_push_streams(live, peft_directory):
     directory = peft_directory("sentiment", rows=4000)
     sizes = []

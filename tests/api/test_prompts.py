@@ -57,6 +57,43 @@ async def test_faults_are_all_told(client, upload_parts):
     assert set(error["details"][0]) == {"code", "message", "file", "field"}
 
 
+def configured(parts, **changes):
+    """An upload whose configuration has these fields; None takes one out."""
+    files = dict(file for _, file in parts["files"])
+    config = json.loads(files["adapter_config.json"]) | changes
+    files["adapter_config.json"] = json.dumps({key: value for key, value in config.items() if value is not None})
+    return {**parts, "files": [("files", file) for file in files.items()]}
+
+
+async def test_another_base_is_taken_on_the_uploaders_word_and_recorded(client, upload_parts):
+    changes = {"base_model_name_or_path": "org/large"}
+    refused = await upload(client, configured(upload_parts("a"), **changes))
+    (detail,) = refused.json()["error"]["details"]
+    assert detail["code"] == "base_model_mismatch"
+    assert "allow_other_base=true" in detail["message"]
+    taken = await upload(client, configured(upload_parts("a", allow_other_base="true"), **changes))
+    assert taken.status_code == 201
+    assert taken.json()["overrides"] == {"allow_other_base": True}
+    assert (await client.get("/v1/prompts/a/versions/1")).json()["overrides"] == {"allow_other_base": True}
+    # The word of an uploader whose file names the served base, or none, overrides nothing.
+    same = await upload(client, upload_parts("b", allow_other_base="true"))
+    assert same.json()["overrides"] == {}
+
+
+async def test_a_task_type_is_taken_on_the_uploaders_word_and_recorded(client, upload_parts):
+    refused = await upload(client, configured(upload_parts("a"), task_type=None))
+    (detail,) = refused.json()["error"]["details"]
+    assert detail["code"] == "unsupported_task_type"
+    assert "task_type=CAUSAL_LM" in detail["message"]
+    taken = await upload(client, configured(upload_parts("a", task_type="CAUSAL_LM"), task_type=None))
+    assert taken.status_code == 201
+    assert (taken.json()["task_type"], taken.json()["overrides"]) == ("CAUSAL_LM", {"task_type": "CAUSAL_LM"})
+    answer = await client.post("/v1/completions", json={"model": "a", "prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 200
+    contradicted = await upload(client, upload_parts("b", task_type="SEQ_CLS"))
+    assert contradicted.json()["error"]["details"][0]["code"] == "task_type_conflict"
+
+
 async def test_missing_file(client, upload_parts):
     parts = upload_parts("sentiment")
     parts["files"] = parts["files"][:1]
@@ -112,6 +149,9 @@ async def test_a_file_in_another_field(client, upload_parts):
         ({"alias": "Bad Alias"}, "alias"),
         ({"tags": "Bad Tag"}, "tags"),
         ({"tags": ",".join(f"t{i}" for i in range(40))}, "tags"),
+        ({"allow_other_base": "1"}, "allow_other_base"),
+        ({"task_type": "TOKEN_CLS"}, "task_type"),
+        ({"task_type": ["CAUSAL_LM", "CAUSAL_LM"]}, "task_type"),
         ({"metadata": "{"}, "metadata"),
         ({"metadata": "[1]"}, "metadata"),
         ({"metadata": '{"a": NaN}'}, "metadata"),

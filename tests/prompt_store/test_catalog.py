@@ -91,6 +91,7 @@ def test_everything_that_was_published_comes_back(catalog: Catalog) -> None:
         tags=("b", "a"),
         metadata={"k": [1, None]},
         lineage=lineage,
+        overrides={"allow_other_base": True, "task_type": "CAUSAL_LM"},
     )
     catalog.reserve(version.files)
     before = datetime.now(UTC)
@@ -100,7 +101,8 @@ def test_everything_that_was_published_comes_back(catalog: Catalog) -> None:
     assert (published.name, published.version, published.digest) == ("p", 1, version.digest)
     assert published.files == version.files
     assert published.tags == ("a", "b")
-    for field in ("num_tasks", "num_labels", "description", "metadata", "lineage", "peft_type", "dtype"):
+    fields = ("num_tasks", "num_labels", "description", "metadata", "lineage", "overrides", "peft_type", "dtype")
+    for field in fields:
         assert getattr(published, field) == getattr(version, field)
     assert published.created_by == "ada"
     assert catalog.resolve(PromptRef.parse("p@1")) == published
@@ -444,18 +446,34 @@ def test_owners(catalog: Catalog) -> None:
     assert publish(catalog, "a-own", "again", owner="a") == 2
 
 
-def test_what_was_there_before_owners_is_shared(url: str) -> None:
-    before = Catalog(Database(url))
-    publish(before, "p", "one")
-    before.close()
+def downgraded(url: str, revision: str, table: str) -> set[str]:
+    """Bring a database back to a revision; the columns that a table has there."""
     config = Config()
     config.set_main_option("script_location", str(Path(prompt_store.__file__).with_name("migrations")))
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.downgrade(config, "0001")
-        assert "owner" not in {column["name"] for column in sa.inspect(connection).get_columns("prompts")}
+        command.downgrade(config, revision)
+        columns = {column["name"] for column in sa.inspect(connection).get_columns(table)}
     engine.dispose()
+    return columns
+
+
+def test_of_what_was_there_before_overrides_nothing_was_overridden(url: str) -> None:
+    before = Catalog(Database(url))
+    publish(before, "p", "one")
+    before.close()
+    assert "overrides" not in downgraded(url, "0002", "versions")
+    after = Catalog(Database(url))
+    assert after.resolve(PromptRef("p")).overrides == {}
+    after.close()
+
+
+def test_what_was_there_before_owners_is_shared(url: str) -> None:
+    before = Catalog(Database(url))
+    publish(before, "p", "one")
+    before.close()
+    assert "owner" not in downgraded(url, "0001", "prompts")
     after = Catalog(Database(url))
     assert after.resolve(PromptRef("p"), Access("anybody")).owner == SHARED
     after.close()

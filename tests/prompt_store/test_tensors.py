@@ -118,6 +118,21 @@ def test_what_is_not_well_formed_is_refused(read, data):
     assert refusal(read, data)[0] == "invalid_safetensors"
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 10640\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"<html><body></body></html>", "a web page"),
+        (b"<html", "a web page"),
+    ],
+)
+def test_what_is_often_found_in_its_place_is_named(read, data, words):
+    code, message = refusal(read, data)
+    assert code == "invalid_safetensors"
+    assert words in message
+
+
 def test_a_large_header_is_refused_before_it_is_parsed(read):
     many = {str(index): tensor([0], 0, 0) for index in range(MAX_HEADER_BYTES // 40)}
     assert refusal(read, archive(many))[0] == "header_too_large"

@@ -172,6 +172,27 @@ def test_the_base_by_another_of_its_names():
     validate(config, weights, replace(BASE, other_names=("org/tiny-1b",)), require_same_base=True)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["C:\\models\\tiny", "/hub/models--org--tiny/snapshots/0123456789abcdef", "https://hub/org/tiny/tree/main"],
+)
+def test_the_same_base_by_the_forms_that_other_machines_use(name):
+    assert codes(EMBEDS | {"base_model_name_or_path": name}, ones(3, 32), same=True) == []
+
+
+def test_a_base_served_from_the_hubs_cache_is_its_hub_id():
+    config = json.dumps(EMBEDS | {"base_model_name_or_path": "hub/tiny-1b"}).encode()
+    base = replace(BASE, name="x", other_names=("/hub/models--hub--tiny-1b/snapshots/0123456789abcdef",))
+    validate(config, save({"prompt_embeddings": ones(3, 32)}), base, require_same_base=True)
+
+
+def test_a_served_name_that_names_no_model_matches_nothing():
+    base = replace(BASE, other_names=(".", ".."))
+    config = json.dumps(EMBEDS | {"base_model_name_or_path": "."}).encode()
+    with pytest.raises(InvalidPromptError, match="allow_other_base=true"):
+        validate(config, save({"prompt_embeddings": ones(3, 32)}), base, require_same_base=True)
+
+
 @pytest.mark.parametrize("name", ["org/large", "tiny/large"])
 def test_another_base_is_refused_only_where_the_server_insists(name):
     config = EMBEDS | {"base_model_name_or_path": name}
@@ -206,7 +227,7 @@ def test_weights_are_judged_even_where_the_configuration_cannot_be_read():
 def test_the_table_of_codes_is_complete():
     documented = set(re.findall(r"^``(\w+)`` ", validation.__doc__, re.MULTILINE))
     used = set()
-    for module in ("validation", "formats", "tensors", "tensor_faults", "multitask", "heads"):
+    for module in ("validation", "formats", "tensors", "tensor_faults", "multitask", "heads", "foreign_tensors"):
         source = (validation.Path(validation.__file__).parent / f"{module}.py").read_text()
         used |= set(re.findall(r"(?:[Ff]ault|_invalid)\(\s*\"(\w+)\"", source))
     assert used == documented

@@ -1,0 +1,69 @@
+"""Tensors that are in a weights file without belonging to a soft prompt: what they are, and how to be rid of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from prompt_store.errors import Fault
+from prompt_store.types import WEIGHTS_FILE, TensorData
+
+_EMBEDDINGS = re.compile(
+    r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|embed_out|tok_embeddings|embeddings|embedding|shared|lm_head)"
+    r"\.(base_layer\.)?weight"
+)
+"""The input and output embeddings of transformers' decoders, matched whole."""
+
+_MAX_NAMED = 8
+
+
+def foreign_faults(foreign: Collection[str], tensors: Mapping[str, TensorData]) -> list[Fault]:
+    """One fault for all copies of embeddings, and one for each other tensor up to a bound.
+
+    Args:
+        foreign: Names of the tensors that have no place in the file.
+        tensors: All tensors of the file, by name.
+    """
+    copies = [name for name in sorted(foreign) if _is_embedding(name, tensors[name])]
+    others = sorted(set(foreign) - set(copies))
+    faults = [_embeddings_fault(copies, tensors)] if copies else []
+    faults += [
+        Fault(
+            "unexpected_tensor",
+            f"{WEIGHTS_FILE}: tensor {name[:100]!a} does not belong in this soft prompt: PEFT would load it over "
+            "weights of the base, which all share",
+            WEIGHTS_FILE,
+            name[:100],
+        )
+        for name in others[:_MAX_NAMED]
+    ]
+    if len(others) > _MAX_NAMED:
+        message = f"{WEIGHTS_FILE}: {len(others) - _MAX_NAMED} more tensors do not belong in this soft prompt"
+        faults.append(Fault("unexpected_tensor", message, WEIGHTS_FILE))
+    return faults
+
+
+def what_it_holds(names: Collection[str]) -> str | None:
+    """What a file without a soft prompt's rows seems to be, as the end of a sentence; None if there is no guess."""
+    if any(".lora_" in name for name in names):
+        return "the file holds the tensors of a LoRA, which is no soft prompt"
+    if any(name.startswith(("prompt_encoder.", "base_model.prompt_encoder.")) for name in names):
+        return "the file holds a training state; PEFT's save_pretrained() writes what is served"
+    if any(re.search(r"(^|\.)(layers|h|blocks)\.0\.", name) for name in names):
+        return "the file holds the weights of a whole model"
+    return None
+
+
+def _is_embedding(name: str, tensor: TensorData) -> bool:
+    return len(tensor.shape) == 2 and not name.startswith("prompt_encoder.") and bool(_EMBEDDINGS.fullmatch(name))
+
+
+def _embeddings_fault(copies: list[str], tensors: Mapping[str, TensorData]) -> Fault:
+    named = " and ".join(ascii(name[:100]) for name in copies[:_MAX_NAMED])
+    rows = " and ".join(str(count) for count in sorted({tensors[name].shape[0] for name in copies})[:_MAX_NAMED])
+    message = (
+        f"{WEIGHTS_FILE}: {named} would replace the base's embeddings, which all share. PEFT saves such copies (here "
+        f"of {rows} rows) where tokens were added or the embeddings resized before training. Save the soft prompt "
+        "without them: model.save_pretrained(DIRECTORY, save_embedding_layers=False); added tokens are then unknown"
+    )
+    return Fault("unexpected_tensor", message, WEIGHTS_FILE, copies[0][:100])

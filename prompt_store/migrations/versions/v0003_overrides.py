@@ -1,0 +1,21 @@
+"""What an uploader vouched for is kept with the version; for those that are there already, nobody did."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Bring the tables to this revision."""
+    op.add_column("versions", sa.Column("overrides", sa.Text(), nullable=False, server_default="{}"))
+
+
+def downgrade() -> None:
+    """Bring them back to the one before."""
+    op.drop_column("versions", "overrides")

@@ -1,0 +1,164 @@
+"""Whether there is such a model, found out once and within seconds, before anything slow is started.
+
+transformers looks for each of a model's files by itself and tries again and again where the hub does not answer: a
+mistyped name took more than a minute to be told, by two processes at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from itertools import islice
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from prompt_store.types import CONFIG_FILE
+from server.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+_MODEL_CONFIG = "config.json"
+
+_ANSWER_SECONDS = 5.0
+_PATIENCE_SECONDS = 10.0
+"""For all of it. The lookup of a host name has no timeout that could be set."""
+
+_MAX_FOLDERS = 200
+
+_LOG_IN = "log in (hf auth login, or HF_TOKEN)"
+
+
+class _UnreachableError(Exception):
+    """The hub gave no answer; the text says why."""
+
+
+def locate(model: str, revision: str | None = None) -> str:
+    """What to load for ``--model``: itself, or the copy in the hub's cache where the hub cannot be reached.
+
+    Args:
+        model: A hub id, or a directory that transformers can load.
+        revision: The hub revision.
+
+    Raises:
+        ConfigurationError: If there is no such model, as far as can be found out; the text says what to do.
+    """
+    if not model.strip():
+        raise ConfigurationError("--model is empty: give a hub id (owner/name), or a directory")
+    path = Path(model)
+    try:
+        if path.is_dir():
+            _check_directory(path)
+            return model
+        is_file = path.exists()
+    except (OSError, ValueError) as error:  # a name too long for a path, or a directory that may not be read
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"the model {model[:200]!r} cannot be read: {reason}") from error
+    if is_file:
+        raise ConfigurationError(
+            f"the model {model!r} is a file: give the directory that holds it and {_MODEL_CONFIG}"
+        )
+    if _is_path(model):
+        raise ConfigurationError(f"the model {model!r} is not there: no such directory")
+    return _on_the_hub(model, revision)
+
+
+def _is_path(model: str) -> bool:
+    return (
+        model.startswith(("/", ".", "~"))
+        or "\\" in model
+        or model.count("/") > 1
+        or bool(re.match("[A-Za-z]:", model))
+    )
+
+
+def _check_directory(path: Path) -> None:
+    if (path / _MODEL_CONFIG).is_file():
+        return
+    text = f"the model's directory {path} has no {_MODEL_CONFIG}"
+    if (path / CONFIG_FILE).is_file():
+        raise ConfigurationError(
+            f"{text}: it is an adapter. Serve the model that it was trained on, and upload it by prelude push {path}"
+        )
+    inner = sorted(folder for folder in islice(path.iterdir(), _MAX_FOLDERS) if (folder / _MODEL_CONFIG).is_file())
+    if inner:
+        raise ConfigurationError(f"{text}; {inner[0]} has one")
+    raise ConfigurationError(f"{text}: give a hub id, or the directory that save_pretrained() wrote")
+
+
+def _on_the_hub(model: str, revision: str | None) -> str:
+    try:
+        cached = try_to_load_from_cache(model, _MODEL_CONFIG, revision=revision)
+    except HFValidationError as error:
+        raise ConfigurationError(
+            f"the model {model[:200]!r} is no directory here, and no hub id (owner/name)"
+        ) from error
+    found = Path(cached).parent if isinstance(cached, str) else None
+    named = f"{model!r}" if revision is None else f"{model!r} (revision {revision!r})"
+    if constants.HF_HUB_OFFLINE:
+        if found is not None:
+            return model
+        raise ConfigurationError(
+            f"there is no model {named}: no such directory, and it is not in the hub's cache "
+            f"({constants.HF_HUB_CACHE}). Give a directory, or unset HF_HUB_OFFLINE to have it looked for"
+        )
+    try:
+        _ask_hub(hf_hub_url(model, _MODEL_CONFIG, revision=revision))
+    except GatedRepoError as error:
+        raise ConfigurationError(f"the model {named} is gated: {_LOG_IN} as somebody who may read it") from error
+    except RevisionNotFoundError as error:
+        raise ConfigurationError(f"the model {model!r} has no revision {revision!r}") from error
+    except EntryNotFoundError as error:
+        raise ConfigurationError(
+            f"{named} has no {_MODEL_CONFIG}: it is no model that transformers can load"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigurationError(
+            f"there is no model {named}: no such directory, and {constants.ENDPOINT} does not know it or does not "
+            f"show it. Check the spelling, give a directory, or {_LOG_IN}"
+        ) from error
+    except _UnreachableError as error:
+        if found is None:
+            raise ConfigurationError(
+                f"there is no model {named}: no such directory, not in the hub's cache, and {constants.ENDPOINT} "
+                f"cannot be reached ({error}). Give a directory, or check the network"
+            ) from error
+        logger.warning(
+            "%s cannot be reached (%s): %s is loaded from the hub's cache", constants.ENDPOINT, error, model
+        )
+        return str(found)
+    return model
+
+
+def _ask_hub(url: str) -> None:
+    """Ask for a file's headers; raises what the hub answers, or _UnreachableError where it does not."""
+    answers: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(url, timeout=_ANSWER_SECONDS)
+        except Exception as error:  # which ones there are depends on the HTTP library that huggingface_hub has
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    # A daemon: a lookup of the host's name that hangs must not keep the process from ending.
+    threading.Thread(target=ask, name="ask the hub", daemon=True).start()
+    try:
+        error = answers.get(timeout=_PATIENCE_SECONDS)
+    except Empty:
+        raise _UnreachableError(f"no answer within {_PATIENCE_SECONDS:.0f} s") from None
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+        raise error
+    if error is not None:
+        lines = str(error).strip().splitlines()
+        raise _UnreachableError(lines[0] if lines else type(error).__name__) from error

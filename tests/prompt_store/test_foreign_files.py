@@ -1,0 +1,207 @@
+"""Files that other tools, other releases and other trainings leave: what is taken, and what a refusal advises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.numpy import save
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.types import BaseModelSpec, SoftPrompt, TaskType
+from prompt_store.validation import validate
+
+BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
+CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+CONVERTED = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+ROWS = np.ones((3, 32), np.float32)
+HEAD = {"base_model.score.weight": np.ones((2, 32), np.float32)}
+
+
+def check(config: dict[str, object], *, same: bool = True, task: TaskType | None = None, **more: np.ndarray):
+    weights = save({"prompt_embeddings": ROWS, **more})
+    try:
+        return validate(json.dumps(config).encode(), weights, BASE, require_same_base=same, task_type=task)
+    except InvalidPromptError as error:
+        return list(error.faults)
+
+
+def faults(*arguments, **options) -> list[tuple[str, str | None]]:
+    found = check(*arguments, **options)
+    return [] if isinstance(found, SoftPrompt) else [(fault.code, fault.field) for fault in found]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.config._name_or_path = model.name_or_path = ""
+    return model
+
+
+def validated(folder: Path) -> list[Fault]:
+    try:
+        config = (folder / "adapter_config.json").read_bytes()
+        validate(config, folder / "adapter_model.safetensors", BASE, require_same_base=True)
+    except InvalidPromptError as error:
+        return list(error.faults)
+    return []
+
+
+def test_embeddings_that_peft_saves_are_refused_with_the_way_out(model, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trained = get_peft_model(model, config)
+    trained.save_pretrained(tmp_path / "with", save_embedding_layers=True)
+    (fault,) = validated(tmp_path / "with")
+    assert fault.code == "unexpected_tensor"
+    for part in ("embed_tokens.weight", "lm_head.weight", "60 rows", "save_embedding_layers=False"):
+        assert part in fault.message
+    trained.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    assert validated(tmp_path / "without") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.transformer.wte.weight",
+        "base_model.gpt_neox.embed_in.weight",
+        "base_model.embed_out.weight",
+        "base_model.transformer.word_embeddings.weight",
+        "base_model.model.decoder.embed_tokens.weight",
+        "base_model.model.model.embed_tokens.base_layer.weight",
+        "lm_head.weight",
+    ],
+)
+def test_the_embeddings_of_every_family_are_known(name):
+    (fault,) = check(CONFIG, **{name: np.ones((60, 32), np.float32)})
+    assert "save_embedding_layers=False" in fault.message
+
+
+def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
+    more = {f"other.{index:02}": np.ones(1, np.float32) for index in range(10)}
+    found = check(CONFIG, **{"base_model.lm_head.weight": np.ones((60, 32), np.float32)}, **more)
+    assert len(found) == 1 + 8 + 1
+    assert "save_embedding_layers" in found[0].message
+    assert "2 more tensors" in found[-1].message
+
+
+def test_a_lora_is_told_that_it_is_one_and_nothing_else(model, tmp_path):
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
+    (fault,) = validated(tmp_path)
+    assert (fault.code, fault.field) == ("unsupported_peft_type", "peft_type")
+    assert "an adapter that changes the model's weights, not a soft prompt" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "tensors of a LoRA"),
+        ("prompt_encoder.default.embedding.weight", "a training state"),
+        ("model.layers.0.mlp.up_proj.weight", "weights of a whole model"),
+        ("transformer.h.0.attn.c_attn.weight", "weights of a whole model"),
+    ],
+)
+def test_a_file_without_rows_is_told_what_it_seems_to_be(name, guess):
+    weights = save({name: np.ones((2, 2), np.float32)})
+    with pytest.raises(InvalidPromptError) as caught:
+        validate(json.dumps(CONFIG).encode(), weights, BASE, require_same_base=True)
+    missing = next(fault for fault in caught.value.faults if fault.code == "missing_tensor")
+    assert guess in missing.message
+
+
+def test_a_models_configuration_is_told_that_it_is_one():
+    found = check({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32})
+    assert "the configuration of a whole model" in found[0].message
+
+
+def test_a_task_type_on_the_uploaders_word():
+    prompt = check(CONVERTED, task=TaskType.CAUSAL_LM)
+    assert (prompt.task_type, prompt.overrides) == ("CAUSAL_LM", {"task_type": "CAUSAL_LM"})
+    assert prompt.config == CONVERTED  # as it was uploaded
+    prompt = check(CONVERTED | {"task_type": None}, task=TaskType.SEQ_CLS, **HEAD)
+    assert (prompt.task_type, prompt.num_labels) == ("SEQ_CLS", 2)
+    assert check(CONFIG, task=TaskType.CAUSAL_LM).overrides == {}
+
+
+def test_without_the_uploaders_word_there_is_advice():
+    (fault,) = check(CONVERTED)
+    assert (fault.code, fault.field) == ("unsupported_task_type", "task_type")
+    assert "upload with task_type=CAUSAL_LM (prelude push --task-type CAUSAL_LM)" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("config", "said", "more", "want"),
+    [
+        (CONFIG, TaskType.SEQ_CLS, {}, [("task_type_conflict", "task_type")]),
+        (CONVERTED | {"task_type": "SEQ_2_SEQ_LM"}, TaskType.CAUSAL_LM, {}, [("task_type_conflict", "task_type")]),
+        (CONVERTED | {"task_type": 3}, TaskType.CAUSAL_LM, {}, [("task_type_conflict", "task_type")]),
+        (CONVERTED, TaskType.CAUSAL_LM, HEAD, [("unexpected_tensor", "base_model.score.weight")]),
+        (CONVERTED, TaskType.SEQ_CLS, {}, [("missing_tensor", "base_model.score.weight")]),
+        (
+            CONVERTED | {"modules_to_save": ["classifier", "score"]},
+            TaskType.CAUSAL_LM,
+            {},
+            [("task_type_conflict", "modules_to_save")],
+        ),
+        (
+            CONVERTED | {"auto_mapping": {"base_model_class": "LlamaForSequenceClassification"}},
+            TaskType.CAUSAL_LM,
+            {},
+            [("task_type_conflict", "auto_mapping")],
+        ),
+        (
+            CONVERTED | {"auto_mapping": {"base_model_class": "GPT2LMHeadModel"}},
+            TaskType.SEQ_CLS,
+            HEAD,
+            [("task_type_conflict", "auto_mapping")],
+        ),
+        (
+            CONVERTED | {"num_transformer_submodules": 2},
+            TaskType.CAUSAL_LM,
+            {},
+            [("unsupported_submodules", "num_transformer_submodules")],
+        ),
+        (
+            CONVERTED | {"peft_type": "CPT"},
+            TaskType.SEQ_CLS,
+            HEAD,
+            [("unsupported_task_type", "task_type")],
+        ),
+    ],
+)
+def test_what_speaks_against_the_uploaders_word(config, said, more, want):
+    assert faults(config, task=said, **more) == want
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        None,
+        [],
+        {},
+        {"base_model_class": None},
+        {"base_model_class": "LlamaForCausalLM"},
+        {"base_model_class": "Gemma3ForConditionalGeneration"},
+        {"base_model_class": "Own"},
+    ],
+)
+@pytest.mark.parametrize("saved", [None, [], "score", ["other"]])
+def test_what_does_not_speak_against_it(mapping, saved):
+    config = CONVERTED | {"auto_mapping": mapping, "modules_to_save": saved}
+    assert faults(config, task=TaskType.CAUSAL_LM) == []
+
+
+def test_another_base_that_was_accepted_is_recorded():
+    other = CONFIG | {"base_model_name_or_path": "org/large"}
+    assert check(other, same=False).overrides == {"allow_other_base": True}
+    assert check(CONFIG | {"base_model_name_or_path": "org/tiny"}, same=False).overrides == {}
+    assert faults(other) == [("base_model_mismatch", "base_model_name_or_path")]

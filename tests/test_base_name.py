@@ -1,0 +1,27 @@
+"""What the base is called where nobody names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from server.app import _default_name
+
+
+def test_a_directory_by_its_own_name(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "Llama").mkdir()
+    (tmp_path / "current").symlink_to(tmp_path / "Llama")
+    assert _default_name(str(tmp_path / "Llama")) == "Llama"
+    assert _default_name(f"{tmp_path}/Llama/") == "Llama"
+    assert _default_name(str(tmp_path / "current")) == "Llama"
+    monkeypatch.chdir(tmp_path / "Llama")
+    assert _default_name(".") == "Llama"
+
+
+def test_a_hub_id_as_it_is() -> None:
+    assert _default_name("org/Llama") == "org/Llama"
+
+
+def test_a_directory_of_the_hubs_cache_by_its_hub_id(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--Llama" / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    assert _default_name(str(snapshot)) == "org/Llama"

@@ -1,0 +1,199 @@
+"""What ``--model`` may be, and how soon and in which words anything else is refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from server import model_source
+from server.cli import app
+from server.errors import ConfigurationError
+from server.model_source import locate
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers every request as the test says."""
+
+    status = 200
+    headers_sent: ClassVar[dict[str, str]] = {}
+    asked: ClassVar[list[str]] = []
+    released = threading.Event()
+    hangs = False
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        if self.hangs:
+            self.released.wait(60)
+        self.send_response(self.status)
+        for name, value in self.headers_sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
+    class Own(Hub):
+        headers_sent: ClassVar[dict[str, str]] = {}
+        asked: ClassVar[list[str]] = []
+        released = threading.Event()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    use_hub(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
+    yield Own
+    Own.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path) -> None:
+    use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
+
+
+def cache(tmp_path: Path) -> Path:
+    """A cached model, as the hub's cache keeps it."""
+    commit = "0" * 40
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    refs = tmp_path / "hub" / "models--org--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    return snapshot
+
+
+def refused(model: str, revision: str | None = None) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        locate(model, revision)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_on_the_hub(hub):
+    assert locate("org/name") == "org/name"
+    assert locate("org/name", "v2") == "org/name"
+    assert hub.asked == ["/org/name/resolve/main/config.json", "/org/name/resolve/v2/config.json"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (404, "RepoNotFound", "there is no model 'org/name'"),
+        (401, "RepoNotFound", "or log in (hf auth login, or HF_TOKEN)"),
+        (403, "GatedRepo", "is gated: log in"),
+        (404, "RevisionNotFound", "has no revision 'v9'"),
+        (404, "EntryNotFound", "no model that transformers can load"),
+        (500, "", "cannot be reached"),
+        (503, "", "cannot be reached"),
+        (429, "", "cannot be reached"),
+    ],
+)
+def test_what_the_hub_refuses(hub, status, code, words):
+    hub.status, hub.headers_sent = status, {"X-Error-Code": code} if code else {}
+    assert words in refused("org/name", "v9" if code == "RevisionNotFound" else None)
+    assert len(hub.asked) == 1, "it is asked once"
+
+
+def test_a_hub_that_does_not_answer(hub, monkeypatch):
+    monkeypatch.setattr(model_source, "_PATIENCE_SECONDS", 0.05)
+    hub.hangs = True
+    assert "cannot be reached (no answer within 0 s)" in refused("org/name")
+
+
+def test_a_hub_that_is_not_there(nowhere):
+    text = refused("org/name")
+    for part in ("there is no model 'org/name'", "http://127.0.0.1:9 cannot be reached", "Give a directory"):
+        assert part in text
+
+
+def test_without_the_hub_its_cache_is_served(nowhere, tmp_path, caplog):
+    snapshot = cache(tmp_path)
+    assert locate("org/name") == str(snapshot)
+    assert "is loaded from the hub's cache" in caplog.text
+
+
+def test_offline_the_cache_alone_is_looked_at(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused("org/name")
+    cache(tmp_path)
+    assert locate("org/name") == "org/name"
+    assert hub.asked == []
+
+
+def test_a_directory(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert locate(str(tmp_path)) == str(tmp_path)
+
+
+def test_directories_that_hold_no_model(tmp_path):
+    assert "give a hub id" in refused(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert refused(str(tmp_path)).endswith(f"; {tmp_path / 'model'} has one")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "it is an adapter" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["/no/such/directory", "./model", "../model", "~/model", "a/b/c", "C:\\models\\x"])
+def test_paths_that_are_not_there(hub, model):
+    assert "no such directory" in refused(model)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("", "is empty"),
+        (" ", "is empty"),
+        ("org name", "no hub id (owner/name)"),
+        ("org/na--me", "no hub id"),
+        ("schön", "no hub id"),
+        ("x" * 300, "cannot be read"),
+        ("nul\0", "no hub id"),
+    ],
+)
+def test_what_is_no_name_of_a_model(hub, model, words):
+    assert words in refused(model)
+    assert hub.asked == []
+
+
+def test_a_file(tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    assert "is a file" in refused(str(tmp_path / "model.safetensors"))
+
+
+def test_serve_ends_before_anything_is_loaded(nowhere, tmp_path):
+    line = ["serve", "--model", "org/name", "--port", "0", "--store", str(tmp_path / "store")]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 1
+    assert "prelude: there is no model 'org/name'" in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_train_ends_before_anything_is_loaded(nowhere, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n' * 4)
+    line = ["train", "--model", "org/name", "--data", str(data), "--id", "x", "--run-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 1
+    assert "there is no model 'org/name'" in result.stderr
+    assert not (tmp_path / "run").exists()
