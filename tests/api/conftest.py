@@ -24,6 +24,7 @@ from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from server.app import PreludeServer, bind, create_app, url_of
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
+from server.continuations import Context
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import (
     EngineStats,
@@ -54,6 +55,11 @@ class ByteTokenizer:
     ) -> list[list[int]]:
         return [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
 
+    async def encode_labels(
+        self, context: Context, labels: Sequence[str], *, add_special_tokens: bool
+    ) -> tuple[list[int], list[list[int]]]:
+        return context.token_ids, await self.encode(labels, add_special_tokens=False)
+
     shows_tools = True
 
     def __init__(self) -> None:
@@ -79,7 +85,11 @@ class ByteTokenizer:
                 text += b"<s>" if token_id == BOS else b"</s>"
         return text.decode(errors="replace")
 
-    def token_bytes(self, token_id: int) -> bytes:
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        return {BOS: "<s>", EOS: "</s>"}
+
+    def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<s>" if token_id == BOS else b"</s>"
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
