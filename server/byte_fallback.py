@@ -33,8 +33,10 @@ class ByteFallback:
         self._tokenizer = tokenizer
         self._byte_of: dict[int, int] = {}
         if isinstance(tokenizer, PreTrainedTokenizerFast) and _joins_bytes(tokenizer):
-            ids = [tokenizer.backend_tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-            self._byte_of = {token_id: byte for byte, token_id in enumerate(ids) if token_id is not None}
+            for byte in range(256):
+                token_id: int | None = tokenizer.backend_tokenizer.token_to_id(f"<0x{byte:02X}>")
+                if token_id is not None:
+                    self._byte_of[token_id] = byte
         self._token_of = {byte: token_id for token_id, byte in self._byte_of.items()}
         if any(byte not in self._token_of for byte in _REPLACEMENT):
             self._byte_of = {}

@@ -157,12 +157,13 @@ class IncrementalDetokenizer:
 
     def append(self, token_ids: list[int]) -> str:
         """Take new tokens; returns the text that is safe to show now. Nothing more comes once stopped."""
-        pieces = []
+        pieces: list[str] = []
         for token_id in token_ids:
             if self.stopped:
                 break
-            pieces.append(self._say(token_id) if token_id in self._hidden else "")
-            if not self.stopped and (piece := self._window.append(token_id)):
+            if token_id in self._hidden:
+                pieces.append(self._say(token_id))
+            elif piece := self._window.append(token_id):
                 pieces.append(self._release(_Part(piece)))
         return self._emit("".join(pieces))
 

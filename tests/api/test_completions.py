@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.conftest import BOS
+from tests.api.byte_tokenizer import BOS
 
 pytestmark = pytest.mark.anyio
 
