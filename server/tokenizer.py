@@ -6,11 +6,14 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from server.byte_fallback import ByteFallback
+from server.continuations import Context, continuations_of
 from server.engine.detokenizer import REPLACEMENT
 from server.errors import ContextLengthError, EngineStartError, InvalidRequestError
 
@@ -49,7 +52,8 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._token_bytes: dict[int, bytes] = {}
+        self._token_bytes: dict[tuple[int, bool], bytes] = {}
+        self._byte_fallback = ByteFallback(tokenizer)
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
@@ -92,6 +96,29 @@ class Tokenizer:
                     self._refuse_by_beginning(text, most, field)
             encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
             return [list(ids) for ids in encoded["input_ids"]]
+
+        return await self._run(encode)
+
+    async def encode_labels(
+        self, context: Context, labels: Sequence[str], *, add_special_tokens: bool
+    ) -> tuple[list[int], list[list[int]]]:
+        """The tokens of labels as a text's continuation: see ``ContinuationEncoder``.
+
+        Args:
+            context: The text.
+            labels: What may continue it.
+            add_special_tokens: As for ``encode``; of the text alone.
+
+        Returns:
+            The tokens of the text, which may have lost the spaces at its end to the labels; and those of each label.
+        """
+
+        def encode() -> tuple[list[int], list[list[int]]]:
+            found, token_ids = continuations_of(self._tokenizer).encode_labels(context, labels)
+            if isinstance(found, Context):
+                return found.token_ids, token_ids
+            shorter = self._tokenizer(found, add_special_tokens=add_special_tokens)["input_ids"]
+            return list(shorter), token_ids
 
         return await self._run(encode)
 
@@ -150,21 +177,35 @@ class Tokenizer:
         return await self._run(work)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Token ids to text."""
+        """Token ids to text.
+
+        Bytes that are no character are replaced one by one, as SentencePiece does it. The tokenizers library
+        replaces all bytes in a row if one of them is wrong, also those of characters that were shown long ago.
+        """
+        if skip_special_tokens:
+            token_ids = [token_id for token_id in token_ids if token_id not in self.special_tokens]
         # No clean-up of spaces: it changes text that was shown already, when the next token comes.
         text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            self._byte_fallback.repaired(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return str(text)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token shows by itself, special tokens included; it may be a part of a character."""
-        known = self._token_bytes.get(token_id)
+    def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
+        """What one token adds to a text, special tokens included; it may be a part of a character.
+
+        Args:
+            token_id: Which token.
+            begins_text: Whether nothing stands before it. Many decoders leave out the space that a text begins with.
+        """
+        key = token_id, begins_text
+        known = self._token_bytes.get(key)
         if known is None:
-            known = self._token_bytes[token_id] = self._find_bytes(token_id)
+            known = self._token_bytes[key] = self._find_bytes(token_id, begins_text=begins_text)
         return known
 
-    def _find_bytes(self, token_id: int) -> bytes:
+    def _find_bytes(self, token_id: int, *, begins_text: bool) -> bytes:
         text = self.decode([token_id], skip_special_tokens=False)
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(piece, str):  # a row of the logits that no token has
@@ -175,10 +216,27 @@ class Tokenizer:
                 return bytes.fromhex(byte[1])
             if all(char in _BYTE_OF for char in piece):
                 return bytes(_BYTE_OF[char] for char in piece)
-        # Decoders strip the space before a text's first word; by itself every token is the first.
-        if piece.startswith("\u2581") and not text.startswith(" "):
-            text = " " + text
+        if not begins_text and self._word is not None:
+            before = self.decode([self._word], skip_special_tokens=False)
+            text = self.decode([self._word, token_id], skip_special_tokens=False).removeprefix(before)
         return text.encode()
+
+    @cached_property
+    def _word(self) -> int | None:
+        """A token that shows a letter or a digit; what stands behind it does not begin a text."""
+        for token_id in range(len(self._tokenizer)):
+            if token_id not in self.special_tokens:
+                text = self.decode([token_id], skip_special_tokens=False)
+                if text.isascii() and text.isalnum():
+                    return token_id
+        return None
+
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """The text of each token that ``skip_special_tokens`` leaves out."""
+        added = self._tokenizer.added_tokens_decoder
+        special = {token_id: token.content for token_id, token in added.items() if token.special}
+        return special | dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True))
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """The vocabulary's own text of each token; empty for ids that no token has."""

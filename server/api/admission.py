@@ -155,6 +155,18 @@ class Admission:
             retry_after=retry_after,
         )
 
+    def check_count(self, count: int, *, param: str) -> None:
+        """See whether so many sequences could ever be admitted together.
+
+        Raises:
+            InvalidRequestError: If not.
+        """
+        if count > self.capacity:
+            raise InvalidRequestError(
+                f"{param}: {count} sequences are more than the {self.capacity} that this server takes at once",
+                param=param,
+            )
+
     def is_open(self, tenant: str, timeout: float | None) -> bool:
         """Whether ``check`` would let another sequence in, which is not urgent."""
         return self.num_in_use < self.capacity and (timeout is None or self.expected_wait(tenant) <= timeout)
@@ -189,11 +201,7 @@ class Admission:
             InvalidRequestError: If that many could never be admitted together.
             OverloadedError: If not enough are free now.
         """
-        if count > self.capacity:
-            raise InvalidRequestError(
-                f"{param}: {count} sequences are more than the {self.capacity} that this server takes at once",
-                param=param,
-            )
+        self.check_count(count, param=param)
         if self.num_in_use + count > self.capacity:
             raise OverloadedError(
                 f"the server is full: {self.num_in_use} of {self.capacity} places are taken and {count} asked for",

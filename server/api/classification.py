@@ -32,11 +32,11 @@ class Label:
 
     Attributes:
         name: As the request wrote it.
-        token_ids: Its tokens, at least one.
+        token_ids: Its tokens behind each input, at least one.
     """
 
     name: str
-    token_ids: list[int]
+    token_ids: list[list[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ class Wanted:
     @property
     def num_tokens(self) -> int:
         """What it counts against limits: each text once, and every label after each."""
-        of_labels = sum(len(label.token_ids) for label in self.labels or ())
-        return sum(map(len, self.inputs)) + len(self.inputs) * of_labels
+        of_labels = sum(len(ids) for label in self.labels or () for ids in label.token_ids)
+        return sum(map(len, self.inputs)) + of_labels
 
 
 @dataclass(slots=True)
@@ -144,7 +144,7 @@ class Classification:
         requests = [
             GenerateRequest(
                 f"{request_id}-{member}-{index}-{rank}",
-                text if label is None else text + label.token_ids,
+                text if label is None else text + label.token_ids[index],
                 _params(text, label),
                 source,
                 salt=self.tenant,
@@ -242,7 +242,6 @@ async def classifying(
             _check_texts(
                 wanted,
                 num_virtual_tokens=version.num_virtual_tokens if version else 0,
-                vocab_size=services.engine.model.vocab_size,
                 max_model_len=services.engine.model.max_model_len,
             )
         count = len(leased) * len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
@@ -300,19 +299,28 @@ def _check_labels(version: PromptVersion | None, labels: list[Label] | None) -> 
         )
 
 
-def _check_texts(wanted: Wanted, *, num_virtual_tokens: int, vocab_size: int, max_model_len: int) -> None:
-    longest_label = max((len(label.token_ids) for label in wanted.labels or ()), default=0)
-    if longest_label > MAX_LABEL_TOKENS:
-        raise InvalidRequestError(
-            f"labels: one has {longest_label} tokens; at most {MAX_LABEL_TOKENS} are taken", param="labels"
-        )
-    for text in wanted.inputs:
+def check_inputs(inputs: Sequence[Sequence[int]], *, vocab_size: int) -> None:
+    """See whether there are texts, of tokens that there are.
+
+    Raises:
+        InvalidRequestError: If not.
+    """
+    for text in inputs:
         if not text:
             raise InvalidRequestError("input: there is no text: at least one token is needed", param="input")
         if max(text) >= vocab_size:
             raise InvalidRequestError(
                 f"input: token id {max(text)} is not in the vocabulary of {vocab_size} tokens", param="input"
             )
+
+
+def _check_texts(wanted: Wanted, *, num_virtual_tokens: int, max_model_len: int) -> None:
+    longest_label = max((len(ids) for label in wanted.labels or () for ids in label.token_ids), default=0)
+    if longest_label > MAX_LABEL_TOKENS:
+        raise InvalidRequestError(
+            f"labels: one has {longest_label} tokens; at most {MAX_LABEL_TOKENS} are taken", param="labels"
+        )
+    for text in wanted.inputs:
         if num_virtual_tokens + len(text) + longest_label > max_model_len:
             raise ContextLengthError(
                 f"input: the model's context is {max_model_len} tokens, and the request takes more: "

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from prompt_store.formats import read_config
 from prompt_store.types import CONFIG_FILE, LeasedPrompt
 from server.api.callers import caller_of
-from server.api.classification import Classification, Label, Verdict, Wanted, classifying
+from server.api.classification import Classification, Label, Verdict, Wanted, check_inputs, classifying
 from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
@@ -28,6 +28,7 @@ from server.api.request_body import check_unicode
 from server.api.request_record import begin_record
 from server.api.resolution import Target
 from server.api.responses import Usage
+from server.continuations import Context
 from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
 from server.errors import InvalidRequestError
 
@@ -67,8 +68,8 @@ class ClassifyBody(EnsembleBody):
         list[str] | None,
         PlainValidator(_labels, json_schema_input_type=_LabelList),
         Field(
-            description="What to choose from, each with the space or line end before it, if it has one: its tokens "
-            "are appended to the text's. Not for soft prompts with a head (SEQ_CLS); needed for all others."
+            description="What to choose from, each with the space or line end before it, if it has one: it is scored "
+            "as the text's continuation. Not for soft prompts with a head (SEQ_CLS); needed for all others."
         ),
     ] = None
     add_special_tokens: bool = Field(True, description="Whether texts begin as the tokenizer begins them.")
@@ -141,11 +142,10 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
     async def answer() -> tuple[bytes, dict[str, str]]:
         timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
         services.admission.check(caller_of(request).tenant, timeout, priority=body.priority)
+        inputs, labels = await _tokenize(services, body, num_targets=len(targets))
         wanted = Wanted(
-            inputs=await tokenize_prompts(
-                services, body.input, add_special_tokens=body.add_special_tokens, field="input"
-            ),
-            labels=await _tokenize_labels(services, body.labels),
+            inputs=inputs,
+            labels=labels,
             task_id=body.task_id,
             priority=body.priority,
             timeout=timeout,
@@ -236,22 +236,36 @@ def _classified(index: int, names: list[str], verdict: Verdict, *, is_by_head: b
     )
 
 
-async def _tokenize_labels(services: Services, names: list[str] | None) -> list[Label] | None:
-    """Each label's tokens, by itself: what follows a text must not change the text's own tokens."""
+async def _tokenize(
+    services: Services, body: ClassifyBody, *, num_targets: int
+) -> tuple[list[list[int]], list[Label] | None]:
+    """The inputs' tokens, and those of the labels behind each input."""
+    tokenizer, names = services.tokenizer, body.labels
+    inputs = await tokenize_prompts(services, body.input, add_special_tokens=body.add_special_tokens, field="input")
+    check_inputs(inputs, vocab_size=services.engine.model.vocab_size)
     if names is None:
-        return None
-    encoded = await services.tokenizer.encode(names, add_special_tokens=False)
-    labels = [Label(name, token_ids) for name, token_ids in zip(names, encoded, strict=True)]
+        return inputs, None
+    services.admission.check_count(num_targets * len(inputs) * len(names), param="input")
+    labels = [Label(name, []) for name in names]
+    for index, (text, token_ids) in enumerate(zip(body.input, inputs, strict=True)):
+        context = Context(token_ids, text if isinstance(text, str) else None)
+        inputs[index], found = await tokenizer.encode_labels(
+            context, names, add_special_tokens=body.add_special_tokens
+        )
+        _check_different(names, found)
+        for label, own in zip(labels, found, strict=True):
+            label.token_ids.append(own)
+    return inputs, labels
+
+
+def _check_different(names: Sequence[str], found: Sequence[Sequence[int]]) -> None:
     known: dict[tuple[int, ...], str] = {}
-    for label in labels:
-        if not label.token_ids:
-            raise InvalidRequestError(f"labels: {label.name[:64]!r} has no tokens", param="labels")
-        other = known.setdefault(tuple(label.token_ids), label.name)
-        if other != label.name:
-            raise InvalidRequestError(
-                f"labels: {other[:64]!r} and {label.name[:64]!r} are the same tokens", param="labels"
-            )
-    return labels
+    for name, token_ids in zip(names, found, strict=True):
+        if not token_ids:
+            raise InvalidRequestError(f"labels: {name[:64]!r} has no tokens", param="labels")
+        other = known.setdefault(tuple(token_ids), name)
+        if other != name:
+            raise InvalidRequestError(f"labels: {other[:64]!r} and {name[:64]!r} are the same tokens", param="labels")
 
 
 async def _label_names(services: Services, leased: LeasedPrompt | None) -> list[str]:

@@ -17,6 +17,7 @@ from server.api.admission import Admission
 from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
 from server.config import Settings
+from server.continuations import Context
 from server.engine.interface import Engine
 from server.errors import (
     EngineDeadError,
@@ -53,6 +54,21 @@ class Tokenizer(Protocol):
         """
         ...
 
+    async def encode_labels(
+        self, context: Context, labels: Sequence[str], *, add_special_tokens: bool
+    ) -> tuple[list[int], list[list[int]]]:
+        """The tokens of labels as a text's continuation, off the event loop.
+
+        Args:
+            context: The text.
+            labels: What may continue it.
+            add_special_tokens: As for ``encode``; of the text alone.
+
+        Returns:
+            The tokens of the text, which may have lost the spaces at its end to the labels; and those of each label.
+        """
+        ...
+
     async def render_chat(
         self,
         turns: Sequence[Mapping[str, Any]],
@@ -76,8 +92,18 @@ class Tokenizer(Protocol):
         """Token ids to text; fast enough for the event loop on the few tokens of a step."""
         ...
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token shows by itself, special tokens included; it may be a part of a character."""
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The text of each token that ``skip_special_tokens`` leaves out."""
+        ...
+
+    def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
+        """What one token adds to a text, special tokens included; it may be a part of a character.
+
+        Args:
+            token_id: Which token.
+            begins_text: Whether nothing stands before it.
+        """
         ...
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.api.sampling_defaults import shorter_default, with_defaults
-from server.engine.detokenizer import IncrementalDetokenizer
+from server.engine.detokenizer import Decode, IncrementalDetokenizer, decided_length
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
 from server.errors import (
@@ -168,11 +168,18 @@ class Generation:
             queue.put_nowait(None)
 
     async def _sequence(self, index: int) -> AsyncGenerator[Delta, None]:
-        body = self._body
-        decode = partial(self._services.tokenizer.decode, skip_special_tokens=body.skip_special_tokens)
-        detokenizer = IncrementalDetokenizer(decode, stop=body.stop, include_stop_str=body.include_stop_str_in_output)
+        body, tokenizer, prompt = self._body, self._services.tokenizer, self.prompt_of(index)
+        decode = partial(tokenizer.decode, skip_special_tokens=body.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(
+            decode,
+            stop=body.stop,
+            include_stop_str=body.include_stop_str_in_output,
+            prompt_ids=prompt,
+            repeats_prompt=body.echoes,
+            hidden=tokenizer.special_tokens if body.skip_special_tokens and body.stop else None,
+        )
         events = self._services.engine.generate(self._request(index))
-        scorer = TokenScorer(decode)
+        scorer = TokenScorer(decode, tokenizer.token_bytes, () if body.echoes else prompt)
         newest = self._arrival
         is_first, has_begun = True, False
         try:
@@ -195,9 +202,8 @@ class Generation:
                         reason = FinishReason.STOP.value
                     scored: list[ScoredToken] | None = None if body.num_top_logprobs is None else []
                     if is_first and body.echoes:
-                        echo, of_prompt = await self._echo(index, event, decode)
+                        echo, of_prompt = await self._echo(prompt, event, decode, scorer)
                         text = echo + text
-                        scorer = TokenScorer(decode, base=len(echo))
                         if scored is not None:
                             scored += of_prompt
                     if scored is not None and event.logprobs is not None:
@@ -220,16 +226,17 @@ class Generation:
             self._permits.release(len(self.leased), has_begun=has_begun)
 
     async def _echo(
-        self, index: int, event: TokenEvent, decode: Callable[[list[int]], str]
+        self, prompt: list[int], event: TokenEvent, decode: Decode, scorer: TokenScorer
     ) -> tuple[str, list[ScoredToken]]:
-        """A choice's prompt as text and, where they were asked for, with logprobs; a long one takes a while."""
-        prompt = self.prompt_of(index)
+        """A choice's prompt as text and, where they were asked for, with logprobs; a long one takes a while.
+
+        The text ends before a character that the prompt only begins, which the answer's text begins with then.
+        """
 
         def work() -> tuple[str, list[ScoredToken]]:
-            scored = (
-                [] if event.prompt_logprobs is None else TokenScorer(decode).append(prompt, event.prompt_logprobs)
-            )
-            return decode(prompt), scored
+            text = decode(prompt)
+            scored = [] if event.prompt_logprobs is None else scorer.append(prompt, event.prompt_logprobs)
+            return text[: decided_length(text)], scored
 
         return await asyncio.to_thread(work)
 

@@ -1,8 +1,8 @@
 """Examples to token ids, so that training sees what the server will see.
 
 What a client sends as ``prompt`` (or as messages, through the chat template) is tokenised as the server does it, by
-itself; the completion's tokens follow, tokenised by themselves and without special tokens, as ``/v1/classify`` does
-with labels. So a text ends exactly where generation begins, whatever the tokenizer would merge across that border.
+itself; the completion's tokens follow as that text's continuation, as ``/v1/classify`` takes labels. So a text ends
+exactly where generation begins, whatever the tokenizer would merge across that border.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from server.continuations import Context, continuations_of
 from server.datasets import MAX_FAULTS, Conversation, DatasetError, Example, LabelledText
 
 
@@ -78,7 +79,7 @@ class Encoder:
         prompt, completion = self.prompt_of(example), self.completion_of(example)
         is_chat = isinstance(example, Conversation)
         prompt_ids = self._ids(prompt, add_special_tokens=not is_chat)
-        completion_ids = self._ids(completion, add_special_tokens=False)
+        (completion_ids,) = continuations_of(self.tokenizer).encode(Context(prompt_ids, prompt), [completion])
         return Encoded(prompt_ids, completion_ids + self._end(example, prompt), example.task_id, example.line)
 
     def encode_all(

@@ -15,7 +15,8 @@ from safetensors.numpy import save
 from server.api.classification import MAX_LABEL_TOKENS
 from server.api.classify import MAX_LABELS, head_label_names
 from server.errors import EngineDeadError, RequestFailedError
-from tests.api.conftest import BASE, BOS, WIDTH
+from tests.api.byte_tokenizer import BOS
+from tests.api.conftest import BASE, WIDTH
 
 pytestmark = pytest.mark.anyio
 
@@ -194,16 +195,45 @@ async def test_labels_and_heads_exclude_each_other(client, engine, topics, senti
 
 
 async def test_labels_of_the_same_tokens_are_refused(client, tokenizer, monkeypatch):
-    encode = tokenizer.encode
+    encode = tokenizer.encode_labels
 
-    async def folded(texts, *, add_special_tokens, **_limits):
-        return await encode([text.lower().strip("?") for text in texts], add_special_tokens=add_special_tokens)
+    async def folded(context, labels, *, add_special_tokens):
+        folded_labels = [text.lower().strip("?") for text in labels]
+        return await encode(context, folded_labels, add_special_tokens=add_special_tokens)
 
-    monkeypatch.setattr(tokenizer, "encode", folded)
+    monkeypatch.setattr(tokenizer, "encode_labels", folded)
     for labels, words in ((["A", "a"], "same tokens"), (["?"], "no tokens")):
         error = (await client.post("/v1/classify", json={"input": "x", "labels": labels})).json()["error"]
         assert error["param"] == "labels"
         assert words in error["message"]
+
+
+async def test_labels_have_their_own_tokens_behind_each_input(client, engine, tokenizer, monkeypatch):
+    async def continued(context, labels, *, add_special_tokens):
+        assert (context.text, add_special_tokens) == (
+            tokenizer.decode(context.token_ids, skip_special_tokens=True),
+            True,
+        )
+        return context.token_ids[:-1], [[*context.token_ids[-1:], *label.encode()] for label in labels]
+
+    monkeypatch.setattr(tokenizer, "encode_labels", continued)
+    body = (await client.post("/v1/classify", json={"input": ["ab", "c"], "labels": ["x", "yz"]})).json()
+    assert [request.prompt_token_ids for request in engine.requests] == [
+        [BOS, *text] for text in (b"abx", b"abyz", b"cx", b"cyz")
+    ]
+    assert [request.params.prompt_logprobs_start for request in engine.requests] == [2, 2, 1, 1]
+    assert body["usage"]["prompt_tokens"] == 3
+
+
+async def test_nothing_is_tokenised_behind_inputs_that_are_refused(client, tokenizer, monkeypatch):
+    async def never(*_arguments, **_options):
+        raise AssertionError
+
+    monkeypatch.setattr(tokenizer, "encode_labels", never)
+    for text, labels in (([2**40], ["x"]), ("", ["x"]), (["a"] * 4, ["x", "y", "z"])):
+        fields = {"input": text, "labels": labels, "add_special_tokens": False}
+        response = await client.post("/v1/classify", json=fields)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "input")
 
 
 async def test_a_task_is_named(client, engine, other_parts):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.api.byte_tokenizer import BOS
 
 pytestmark = pytest.mark.anyio
 
@@ -124,6 +127,29 @@ async def test_stop_string_ends_the_text_and_aborts_the_sequence(client, engine,
     assert (choice["text"], choice["finish_reason"]) == (text, "stop")
     assert [ending for _, ending in engine.ended] == ["abort"]
     assert body["usage"]["completion_tokens"] == 9
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(("include", "text"), [(False, "he"), (True, "he<s>")])
+async def test_a_special_token_that_is_not_shown_is_a_stop_string(client, engine, path, include, text):
+    engine.reply = SimpleNamespace(encode=lambda: [*b"he", BOS, *b"llo"])
+    for skip in (True, False):
+        body = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+        body |= {"stop": ["zzz", "<s>"], "include_stop_str_in_output": include, "skip_special_tokens": skip}
+        choice = (await client.post(path, json=body)).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert (choice["text"] if "text" in choice else choice["message"]["content"]) == text
+
+
+async def test_a_character_that_the_prompt_begins_and_the_answer_completes(client, engine):
+    engine.reply = SimpleNamespace(encode=lambda: [0xA9, *b"t"])
+    fields = {"prompt": [97, 0xC3], "logprobs": 0, "ignore_eos": True}
+    choice = (await complete(client, **fields)).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("ét", [0, 1])
+    choice = (await complete(client, echo=True, **fields)).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("aét", [0, 1, 1, 2])
+    pieces = await chunks(client, echo=True, **fields)
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == "aét"
 
 
 async def test_soft_prompt_counts_virtual_tokens(client, engine, store, sentiment):

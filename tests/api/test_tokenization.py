@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.api import tokenization
-from tests.api.conftest import BOS, EOS
+from tests.api.byte_tokenizer import BOS, EOS
 
 pytestmark = pytest.mark.anyio
 

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from server.errors import ContextLengthError
-from tests.api.conftest import CONTEXT, ByteTokenizer
+from tests.api.byte_tokenizer import ByteTokenizer
+from tests.api.conftest import CONTEXT
 
 pytestmark = pytest.mark.anyio
 

@@ -77,3 +77,77 @@ def test_stop_string_is_kept_only_when_asked_for(*, include: bool, want: str) ->
     assert "".join(pieces) == want
     assert detokenizer.stop_string == "END"
     assert detokenizer.append([65]) == ""
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0xE4, 0x80, ord("a"), 256], ids=["wrong", "first", "middle", "text", "void"])
+@pytest.mark.parametrize("stop", [[], ["\ufffd" * 3 + "x", "axa", "ab<s>"]], ids=["", "stop"])
+def test_work_and_text_held_back_do_not_grow_with_the_answer(byte: int, stop: list[str]) -> None:
+    sizes: list[int] = []
+
+    def counted(token_ids: list[int]) -> str:
+        sizes.append(len(token_ids))
+        return decode([token_id for token_id in token_ids if token_id < 256])
+
+    detokenizer = IncrementalDetokenizer(counted, stop=stop, prompt_ids=list(b"a"), hidden={256: "<s>"})
+    length = 0
+    for count in range(1, 2000):
+        length += len(detokenizer.append([byte]))
+        assert count - length <= 6 or byte == 256
+    assert max(sizes) <= 32
+    assert len(sizes) <= 3 * 2000
+    assert len(detokenizer.text) == length
+    assert detokenizer.text + detokenizer.finish() == decode([byte] * 1999 if byte < 256 else [])
+
+
+def test_held_text_before_endless_hidden_tokens_stays_short() -> None:
+    detokenizer = IncrementalDetokenizer(
+        lambda token_ids: decode([token_id for token_id in token_ids if token_id < 256]),
+        stop=["a<s>b", "ax"],
+        hidden={256: "<s>", 257: "<t>"},
+    )
+    assert detokenizer.append([ord("a"), *[257, 256] * 1000]) == ""
+    assert len(detokenizer._held) < 10
+    assert detokenizer.append([ord("b")]) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "want", "include"),
+    [
+        ([*b"hi", 256, *b"yo"], ["<s>"], "hi", "hi<s>"),
+        ([*b"hi", 256, *b"yo"], ["i<s>y"], "h", "hi<s>y"),
+        ([*b"hi", 256, *b"yo"], ["iy"], "h", "hiy"),
+        ([*b"hi", 256, *b"yo"], ["<s>", "iy"], "hi", "hi<s>"),
+        ([*b"hi", 256, *b"yo"], ["s>", "<"], "hiyo", "hiyo"),
+        ([*b"<s", *b">!"], ["<s>"], "", "<s>"),
+        ([0xC3, 256, 0xA9], ["<s>"], "\ufffd", "\ufffd<s>"),
+        ([0xC3, 256, 0xA9], ["<s>x"], "é", "é"),
+    ],
+)
+def test_stop_strings_with_tokens_that_are_not_shown(
+    tokens: list[int], stop: list[str], want: str, include: str
+) -> None:
+    for kept, expected in ((False, want), (True, include)):
+        detokenizer = IncrementalDetokenizer(
+            lambda token_ids: decode([token_id for token_id in token_ids if token_id < 256]),
+            stop=stop,
+            include_stop_str=kept,
+            hidden={256: "<s>"},
+        )
+        text = "".join(detokenizer.append([token_id]) for token_id in tokens) + detokenizer.finish()
+        assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "echoed", "added"),
+    [
+        ([0xC3], [0xA9], "é", "é"),
+        ([0xC3], [ord("a")], "\ufffda", "a"),
+        ([0xF0, 0x9F], [0x98, 0x80], "😀", "😀"),
+        ([0xC3], [], "\ufffd", ""),
+        ([*b"a", 0xFF], [0xFF], "\ufffd\ufffd", "\ufffd"),
+    ],
+)
+def test_a_character_that_the_prompt_begins(prompt: list[int], new: list[int], echoed: str, added: str) -> None:
+    for repeats, want in ((True, echoed), (False, added)):
+        detokenizer = IncrementalDetokenizer(decode, prompt_ids=prompt, repeats_prompt=repeats)
+        assert detokenizer.append(new) + detokenizer.finish() == want

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from server.continuations import Context
 from server.datasets import Conversation, DatasetError, LabelledText, Message, PromptCompletion
 from server.tokenizer import Tokenizer
 from server.training.encoding import Encoded
+from tests.vocabularies import sentencepiece_bpe
 
 CHAT = Conversation((Message("user", "Play some jazz."), Message("assistant", "music")))
 
@@ -27,8 +30,9 @@ async def test_a_prompt_is_tokenised_as_the_server_does_it(encoder, tokenizer):
 
 
 def test_special_tokens_begin_the_prompt_and_never_the_completion(encoder):
-    def tokenize(text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [99] * add_special_tokens + list(text.encode())}
+    def tokenize(text: str | list[str], *, add_special_tokens: bool) -> dict[str, list[Any]]:
+        ids = [[99] * add_special_tokens + list(one.encode()) for one in ([text] if isinstance(text, str) else text)]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
     fake = type("T", (), {"__call__": staticmethod(tokenize), "eos_token_id": 0, "chat_template": None})()
     encoded = replace(encoder, tokenizer=fake).encode(PromptCompletion("ab", " c"))
@@ -36,6 +40,24 @@ def test_special_tokens_begin_the_prompt_and_never_the_completion(encoder):
     assert encoded.prompt_ids == [99, 97, 98]
     assert encoded.completion_ids == [32, 99, 0]
     assert encoded.token_ids == [99, 97, 98, 32, 99, 0]
+
+
+@pytest.mark.anyio
+async def test_a_completion_continues_its_prompt_as_on_the_server(encoder):
+    theirs = sentencepiece_bpe()
+    ours = replace(encoder, tokenizer=theirs, eos_token_ids=(theirs.eos_token_id,))
+    server = Tokenizer(theirs)
+    (prompt,) = await server.encode(["Question:"], add_special_tokens=True)
+    _, (label,) = await server.encode_labels(Context(prompt, "Question:"), ["\ncat"], add_special_tokens=True)
+    server.close()
+
+    assert ours.encode(LabelledText("Question:", "cat")) == Encoded(prompt, [*label, theirs.eos_token_id])
+    encoded = ours.encode(PromptCompletion("Question:", " cat"))
+    assert theirs.convert_ids_to_tokens(encoded.completion_ids) == ["▁cat", "</s>"]
+    # The prompt stays what the server makes of it, also where it ends with a space.
+    encoded = ours.encode(PromptCompletion("Question: ", "cat"))
+    assert encoded.prompt_ids == theirs("Question: ")["input_ids"]
+    assert theirs.convert_ids_to_tokens(encoded.completion_ids) == ["c", "at", "</s>"]
 
 
 @pytest.mark.anyio

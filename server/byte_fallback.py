@@ -1,0 +1,65 @@
+"""The bytes that SentencePiece's tokenizers write characters with which are not in their vocabulary."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_REPLACEMENT = "\ufffd".encode()
+
+_ERRORS = "prelude.each-byte"
+
+
+def _replace_each(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(_ERRORS, _replace_each)
+
+
+class ByteFallback:
+    """The tokens ``<0x00>`` to ``<0xFF>`` of a tokenizer whose decoder joins them to characters; none of others.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._byte_of: dict[int, int] = {}
+        if isinstance(tokenizer, PreTrainedTokenizerFast) and _joins_bytes(tokenizer):
+            for byte in range(256):
+                token_id: int | None = tokenizer.backend_tokenizer.token_to_id(f"<0x{byte:02X}>")
+                if token_id is not None:
+                    self._byte_of[token_id] = byte
+        self._token_of = {byte: token_id for token_id, byte in self._byte_of.items()}
+        if any(byte not in self._token_of for byte in _REPLACEMENT):
+            self._byte_of = {}
+
+    def repaired(self, token_ids: Sequence[int]) -> list[int]:
+        """Tokens with each byte that is no character's written as U+FFFD; all others stay."""
+        if not any(token_id in self._byte_of for token_id in token_ids):
+            return list(token_ids)
+        # Decoders do not see numbers that no token has, so bytes on both sides of one are neighbours.
+        pieces = self._tokenizer.convert_ids_to_tokens(list(token_ids))
+        known = [token_id for token_id, piece in zip(token_ids, pieces, strict=True) if piece is not None]
+        repaired: list[int] = []
+        for is_byte, run in groupby(known, self._byte_of.__contains__):
+            if not is_byte:
+                repaired += run
+                continue
+            own = list(run)
+            data = bytes(self._byte_of[token_id] for token_id in own)
+            text = data.decode(errors=_ERRORS)
+            repaired += own if text.encode() == data else [self._token_of[byte] for byte in text.encode()]
+        return repaired
+
+
+def _joins_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
+    decoder = tokenizer.backend_tokenizer.decoder
+    return decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
