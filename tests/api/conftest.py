@@ -37,6 +37,7 @@ from server.engine.types import (
     SoftPromptSource,
 )
 from server.errors import EngineNotReadyError, InvalidRequestError
+from server.fair_work import current_work
 from tests.waiting import wait_until
 
 BOS, EOS = 256, 257
@@ -52,7 +53,9 @@ class ByteTokenizer:
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
     ) -> list[list[int]]:
-        return [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
+        encoded = [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
+        current_work().num_tokens += sum(map(len, encoded))
+        return encoded
 
     shows_tools = True
 
