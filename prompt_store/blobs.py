@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from prompt_store.errors import BlobNotFoundError, CorruptBlobError
+from prompt_store.errors import BlobNotFoundError, CorruptBlobError, StoreUnavailableError
 from prompt_store.single_flight import SingleFlight
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,8 @@ class BlobDirectory(BlobStore):
     """``blobs/ab/abcdef...``, each file named by its digest; ``quarantine/`` holds the damaged ones.
 
     A blob appears by a rename after its bytes are on the disk, so a reader sees all of it or nothing. Its digest is
-    computed at the first use, and again only when the file is another or has changed. Replicas may share the
+    computed at the first use, and again only when the file is another or has changed. A blob is only held to be lost
+    where the directory itself is there: a volume that is not mounted has lost nothing. Replicas may share the
     directory; a pin keeps a blob from this process's deletion only, so what replicas share they must agree to delete.
 
     Args:
@@ -204,6 +205,7 @@ class BlobDirectory(BlobStore):
         self._quarantine = path / "quarantine"
         for folder in (self._blobs, self._quarantine):
             folder.mkdir(parents=True, exist_ok=True)
+        self._inode = self._blobs.stat().st_ino
         self._lock = threading.Lock()
         self._pins = Pins()
         self._doomed: set[str] = set()
@@ -239,8 +241,9 @@ class BlobDirectory(BlobStore):
         _sync(self._blobs)
 
     def fetch(self, digest: str, size: int) -> Path:
-        """The blob's own file. Raises BlobNotFoundError or CorruptBlobError."""
+        """The blob's own file. Raises BlobNotFoundError, CorruptBlobError or StoreUnavailableError."""
         if not self._is_whole(digest, size):
+            self._require_directory()
             self._counters.count("misses")
             raise BlobNotFoundError(f"blob {digest} is missing from {self._blobs}")
         self._counters.count("hits")
@@ -258,7 +261,8 @@ class BlobDirectory(BlobStore):
                 self._remove(digest)
 
     def delete(self, digest: str) -> None:
-        """Remove the file, at the last ``unpin`` if it is pinned."""
+        """Remove the file, at the last ``unpin`` if it is pinned. Raises StoreUnavailableError."""
+        self._require_directory()
         with self._lock:
             if digest in self._pins:
                 self._doomed.add(digest)
@@ -276,6 +280,15 @@ class BlobDirectory(BlobStore):
         self._doomed.discard(digest)
         self._verified.pop(digest, None)
         self.path(digest).unlink(missing_ok=True)
+
+    def _require_directory(self) -> None:
+        """Raise StoreUnavailableError unless the directory is there, and the same as at the start."""
+        try:
+            is_there = self._blobs.stat().st_ino == self._inode
+        except OSError as error:
+            raise StoreUnavailableError(f"the directory {self._blobs} cannot be used now: {error}") from error
+        if not is_there:
+            raise StoreUnavailableError(f"the directory {self._blobs} is another one than before: is it mounted?")
 
     def _is_whole_and_synced(self, digest: str, size: int) -> bool:
         try:

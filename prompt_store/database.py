@@ -7,10 +7,12 @@ PostgreSQL does the same by default (``synchronous_commit``).
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from alembic import command
@@ -50,10 +52,11 @@ class Database:
             raise PromptStoreError(f"the catalog's URL {url[:200]!r} cannot be read: {error}") from error
         self.is_shared = parsed.get_backend_name() == "postgresql"
         self._url = parsed
+        self._is_made = False
         if self.is_shared:
             self._engine = _postgresql(parsed)
         elif parsed.get_backend_name() == "sqlite" and parsed.database:
-            self._engine = sa.create_engine(parsed)
+            self._engine = sa.create_engine(parsed, creator=self._connect_sqlite)
             sa.event.listen(self._engine, "connect", _configure_sqlite)
         else:
             raise PromptStoreError(f"the catalog can be sqlite:///PATH or postgresql://..., not {str(parsed)!r}")
@@ -62,6 +65,7 @@ class Database:
         except BaseException:
             self._engine.dispose()
             raise
+        self._is_made = True
 
     def __str__(self) -> str:
         return self._url.render_as_string(hide_password=True)
@@ -114,6 +118,12 @@ class Database:
             listener = Listener(self, connection)
             connection.exec_driver_sql(f'LISTEN "{channel}"')
         return listener
+
+    def _connect_sqlite(self) -> sqlite3.Connection:
+        """Open the file, and make it only at the start: later, one that is missing is on a volume that is away."""
+        mode = "rw" if self._is_made else "rwc"
+        path = quote(self._url.database or "")
+        return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, check_same_thread=False)
 
     def _upgrade(self) -> None:
         config = Config()

@@ -41,6 +41,12 @@ class ResolveCache:
             self._names.move_to_end(ref.name)
             return refs.get(ref)
 
+    def owner(self, name: str) -> str | None:
+        """Whose a name is, if that is known; the name counts no more used than before."""
+        with self._lock:
+            refs = self._names.get(name)
+            return next(iter(refs.values())).owner if refs else None
+
     def add(self, ref: PromptRef, version: PromptVersion, generation: int) -> None:
         """Keep a lookup's result, unless something has changed since its ``generation``."""
         with self._lock:

@@ -147,13 +147,17 @@ class Upload:
 
         Raises:
             InvalidPromptError: If the name is not one of the two that are taken, or was opened before.
+            StoreUnavailableError: If the disk is full, or gone.
         """
         if filename not in FILENAMES:
             message = f"{filename[:128]!r} is not taken; a soft prompt is {' and '.join(FILENAMES)}, and nothing else"
             raise InvalidPromptError([Fault("unexpected_file", message, filename[:128])])
         if filename in self.files:
             raise InvalidPromptError([Fault("duplicate_file", f"{filename} is there twice", filename)])
-        self.files[filename] = StagedFile(self._folder / filename, self._max_bytes)
+        try:
+            self.files[filename] = StagedFile(self._folder / filename, self._max_bytes)
+        except OSError as error:
+            raise StoreUnavailableError(f"{filename} cannot be written now: {error.strerror}") from error
         return self.files[filename]
 
     def path(self, filename: str) -> Path:

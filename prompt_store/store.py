@@ -17,12 +17,14 @@ from prompt_store.errors import (
     CorruptBlobError,
     Fault,
     InvalidPromptError,
+    PromptForbiddenError,
     PromptNotFoundError,
     StoreUnavailableError,
 )
 from prompt_store.records import NewVersion
 from prompt_store.resolve_cache import ResolveCache
 from prompt_store.staging import Staging, Upload
+from prompt_store.stored_files import disk_errors, version_digest, weights_of
 from prompt_store.types import (
     CONFIG_FILE,
     DEFAULT_ALIAS,
@@ -36,7 +38,6 @@ from prompt_store.types import (
     PromptRef,
     PromptSummary,
     PromptVersion,
-    StoredFile,
     StoreTotals,
     TaskType,
     check_name,
@@ -112,7 +113,7 @@ class PromptStore:
 
     def upload(self) -> Upload:
         """A place to write an upload's files to, for ``publish``; a context manager that cleans up behind itself."""
-        with _disk_errors():
+        with disk_errors():
             return self._staging.upload(self._max_upload_bytes)
 
     def publish(
@@ -171,18 +172,19 @@ class PromptStore:
         missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in upload.files]
         if missing:
             raise InvalidPromptError([Fault("missing_file", f"{file} is missing", file) for file in missing])
-        soft_prompt = validate(
-            upload.read(CONFIG_FILE),
-            upload.path(WEIGHTS_FILE),
-            base,
-            require_same_base=require_same_base,
-            allow_float64=allow_float64,
-            task_type=task_type,
-        )
+        with disk_errors():
+            soft_prompt = validate(
+                upload.read(CONFIG_FILE),
+                upload.path(WEIGHTS_FILE),
+                base,
+                require_same_base=require_same_base,
+                allow_float64=allow_float64,
+                task_type=task_type,
+            )
         files = tuple(upload.files[file].stored for file in (CONFIG_FILE, WEIGHTS_FILE))
         new = NewVersion(
             name=name,
-            digest=_version_digest(files),
+            digest=version_digest(files),
             peft_type=soft_prompt.peft_type,
             task_type=soft_prompt.task_type,
             num_virtual_tokens=soft_prompt.num_virtual_tokens,
@@ -202,7 +204,7 @@ class PromptStore:
         with self._collector.holding([file.sha256 for file in files]):
             self._catalog.reserve(files)
             for file in files:
-                with _disk_errors():
+                with disk_errors():
                     self._blobs.put(upload.path(file.filename), file.sha256, file.size)
             with self._changing(name):
                 try:
@@ -223,13 +225,13 @@ class PromptStore:
             StoreUnavailableError: If it is not known here and the catalog cannot be reached.
         """
         version = self._resolved.get(ref)
-        if version is None:
+        # What is known and another tenant's is looked up like a name that never was: an answer without the catalog
+        # would tell, while it is away or slow, that the name exists.
+        if version is None or not (access is None or access.sees(version.owner)):
             self._require_catalog()
             generation = self._resolved.generation
             version = self._catalog.resolve(ref, access)
             self._resolved.add(ref, version, generation)
-        if access is not None and not access.sees(version.owner):
-            raise PromptNotFoundError(f"there is no soft prompt {ref.name!r}")
         return version
 
     def lease(self, ref: PromptRef, access: Access | None = None) -> LeasedPrompt:
@@ -256,7 +258,7 @@ class PromptStore:
         with self._lock:
             digests = self._leases.pop(leased.lease_id, ())
         if digests:
-            self._blobs.unpin(_weights(leased.version).sha256)
+            self._blobs.unpin(weights_of(leased.version).sha256)
             self._collector.let_go(digests)
 
     @contextmanager
@@ -344,7 +346,8 @@ class PromptStore:
         with self._collector.holding([file.sha256]):
             self._blobs.pin(file.sha256)
             try:
-                data = self._blobs.fetch(file.sha256, file.size).read_bytes()
+                with disk_errors():
+                    data = self._blobs.fetch(file.sha256, file.size).read_bytes()
             finally:
                 self._blobs.unpin(file.sha256)
         if hashlib.sha256(data).hexdigest() != file.sha256:
@@ -379,7 +382,7 @@ class PromptStore:
             PromptConflictError: If ``expected_version`` is given and the alias does not point there.
         """
         check_name(alias, "alias")
-        with self._changing(name):
+        with self._changing(name, access):
             self._catalog.set_alias(name, alias, version, expected_version, actor, access)
 
     def rollback(
@@ -396,23 +399,23 @@ class PromptStore:
             PromptNotFoundError: If there is no such alias.
             PromptConflictError: If there is nothing to go back to, or the alias is not at ``expected_version``.
         """
-        with self._changing(name):
+        with self._changing(name, access):
             return self._catalog.rollback(name, alias, expected_version, actor, access)
 
     def delete_alias(self, name: str, alias: str, actor: str | None = None, access: Access | None = None) -> None:
         """Remove an alias; PromptNotFoundError if there is none."""
-        with self._changing(name):
+        with self._changing(name, access):
             self._catalog.delete_alias(name, alias, actor, access)
 
     def delete_version(self, name: str, version: int, actor: str | None = None, access: Access | None = None) -> None:
         """Delete a version; its files stay while leased. PromptNotFoundError if there is none."""
-        with self._changing(name):
+        with self._changing(name, access):
             self._catalog.delete_version(name, version, actor, access)
         self._collector.collect_if_alone()
 
     def delete_prompt(self, name: str, actor: str | None = None, access: Access | None = None) -> None:
         """Delete a name with all its versions; files stay while leased. PromptNotFoundError if there is none."""
-        with self._changing(name):
+        with self._changing(name, access):
             self._catalog.delete_prompt(name, actor, access)
         self._collector.collect_if_alone()
 
@@ -427,12 +430,12 @@ class PromptStore:
     # Inside
 
     def _lease(self, version: PromptVersion) -> LeasedPrompt:
-        weights = _weights(version)
+        weights = weights_of(version)
         digests = tuple(file.sha256 for file in version.files)
         self._collector.hold(digests)
         self._blobs.pin(weights.sha256)
         try:
-            with _disk_errors():
+            with disk_errors():
                 path = self._blobs.fetch(weights.sha256, weights.size)
         except BaseException:
             self._blobs.unpin(weights.sha256)
@@ -456,15 +459,19 @@ class PromptStore:
             callback(names)
 
     @contextmanager
-    def _changing(self, name: str) -> Iterator[None]:
+    def _changing(self, name: str, access: Access | None = None) -> Iterator[None]:
         self._require_catalog()
         try:
             yield
         except StoreUnavailableError:
             # In a shared catalog the watch finds whatever came to be written; meanwhile this is all that is known.
-            if not self._catalog.is_shared:
+            owner = self._resolved.owner(name)
+            is_anothers = access is not None and owner is not None and not access.changes(owner)
+            if not (self._catalog.is_shared or is_anothers):
                 self._resolved.invalidate([name])
             raise
+        except (PromptNotFoundError, PromptForbiddenError):
+            raise  # nothing was changed, and perhaps by somebody who may not even know of the name
         except BaseException:
             self._resolved.invalidate([name])
             raise
@@ -475,25 +482,3 @@ class PromptStore:
         status = self.status
         if not status.is_available:
             raise StoreUnavailableError(status.reason or "the catalog cannot be reached")
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """A disk that is full or gone is nobody's bug: nothing was lost, and a later try may succeed."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreUnavailableError(f"the store's disk cannot be used now: {error}") from error
-
-
-def _weights(version: PromptVersion) -> StoredFile:
-    file = version.file(WEIGHTS_FILE)
-    if file is None:
-        raise CorruptBlobError(f"{version.name}@{version.version} was recorded without weights")
-    return file
-
-
-def _version_digest(files: tuple[StoredFile, ...]) -> str:
-    """sha256 over ``NAME LENGTH SHA256`` lines in order of name: the same files, the same digest."""
-    lines = [f"{file.filename} {file.size} {file.sha256}\n" for file in sorted(files, key=lambda file: file.filename)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -35,6 +35,7 @@ from server.api.auth import ApiKeys, KeyReloader, load_keys
 from server.api.connections import ConnectionLimits, LimitedProtocol, limited
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.early_refusal import AdmissionMiddleware
+from server.api.entry import LimitsMiddleware
 from server.api.errors import describe
 from server.api.middleware import (
     ApiKeyMiddleware,
@@ -116,6 +117,7 @@ def create_app(
     if keys is not None:
         open_paths = OPEN_PATHS | {"/metrics"} if settings.http.open_metrics else OPEN_PATHS
         middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics, open_paths=open_paths))
+    middleware.append(Middleware(LimitsMiddleware, metrics=metrics))
     middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
     middleware.append(Middleware(AdmissionMiddleware, services=services))

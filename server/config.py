@@ -100,7 +100,7 @@ class HttpSettings:
         body_timeout: Seconds that may be spent waiting for a request's body; every 4 KiB that come give one back.
         stall_timeout: Seconds that an answer may lie unread before its request is ended.
         drain_seconds: How long running requests may finish after SIGTERM.
-        metrics_top_prompts: Soft prompts that get a metric label of their own; the others share ``other``.
+        metrics_top_prompts: Soft prompts with a metric label of their own, the most used now; others share ``other``.
         log_prompts: Whether the line that is logged for a request holds its prompts or messages.
     """
 

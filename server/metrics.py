@@ -23,6 +23,7 @@ from server.engine.distributions import (
     Distribution,
 )
 from server.engine.types import EngineStats
+from server.top_names import TopNames
 
 PREFIX = "prelude_"
 
@@ -30,7 +31,7 @@ BASE_LABEL = "-"
 """The ``prompt`` label of requests to the bare base; no soft prompt's name can start with a dash."""
 
 OTHER_LABEL = "other"
-"""The ``prompt`` label that all soft prompts share beyond the first N, and one that is named so itself."""
+"""The ``prompt`` label that all soft prompts share but the N most used now, and one that is named so itself."""
 
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -59,18 +60,20 @@ class Metrics:
     Args:
         read_stats: The engine's newest state.
         read_store: How the store is; called at each scrape, outside the event loop.
-        top_prompts: Soft prompts that get a ``prompt`` label of their own.
+        top_prompts: Soft prompts that get a ``prompt`` label of their own: those that are used the most now.
     """
 
     def __init__(
         self, *, read_stats: Callable[[], EngineStats], read_store: Callable[[], StoreState], top_prompts: int
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._top_prompts = top_prompts
-        self._labelled: set[str] = set()
+        self._labelled = TopNames(top_prompts)
+        self._outcomes: dict[str, set[str]] = {}
+        """By label: the outcomes that there are series of."""
         self._requests = Counter(
             f"{PREFIX}requests",
-            "Admitted requests that have ended, by soft prompt ('-' is the bare base) and outcome: "
+            "Admitted requests that have ended, by soft prompt ('-' is the bare base, the most used now have their "
+            "own, 'other' are the rest) and outcome: "
             "stop, length (some choice was cut off), abort (the client went away) or error.",
             ["prompt", "outcome"],
             registry=self._registry,
@@ -114,7 +117,9 @@ class Metrics:
 
     def count_request(self, prompt_name: str | None, outcome: str) -> None:
         """An admitted request has ended; ``prompt_name`` is None for the bare base."""
-        self._requests.labels(self._prompt_label(prompt_name), outcome).inc()
+        label = self._prompt_label(prompt_name)
+        self._outcomes.setdefault(label, set()).add(outcome)
+        self._requests.labels(label, outcome).inc()
 
     def count_error(self, code: str) -> None:
         """A client was answered with an error."""
@@ -157,11 +162,15 @@ class Metrics:
     def _prompt_label(self, name: str | None) -> str:
         if name is None:
             return BASE_LABEL
-        if name not in self._labelled:
-            if name == OTHER_LABEL or len(self._labelled) >= self._top_prompts:
-                return OTHER_LABEL
-            self._labelled.add(name)
-        return name
+        if name == OTHER_LABEL:
+            return OTHER_LABEL
+        replaced = self._labelled.use(name)
+        if replaced is not None:
+            # Its series end, as those of a process that has ended. Were they added to ``other``, the rate of that
+            # would show requests of long ago once more.
+            for outcome in self._outcomes.pop(replaced, ()):
+                self._requests.remove(replaced, outcome)
+        return name if self._labelled.holds(name) else OTHER_LABEL
 
 
 class _ScrapeCollector(Collector):

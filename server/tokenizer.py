@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -16,8 +14,7 @@ from server.byte_fallback import ByteFallback
 from server.continuations import Context, continuations_of
 from server.engine.detokenizer import REPLACEMENT
 from server.errors import ContextLengthError, EngineStartError, InvalidRequestError
-
-T = TypeVar("T")
+from server.fair_work import SHORT_CHARS, FairThreads, current_work
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -33,8 +30,7 @@ _INFO_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_to
 """What is told of a tokenizer's configuration besides its class, special tokens and template."""
 
 _NUM_THREADS = 2
-"""Enough that one long text does not stand before all others; more would take cores from a CPU engine."""
-
+"""One for long texts and one that short ones always find; more would take cores from a CPU engine."""
 
 _CHARS_PER_TOKEN = 6
 """More than most texts have."""
@@ -54,7 +50,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._token_bytes: dict[tuple[int, bool], bytes] = {}
         self._byte_fallback = ByteFallback(tokenizer)
-        self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+        self._threads = FairThreads(_NUM_THREADS, name="tokenizer")
 
     @classmethod
     def load(cls, model: str, *, revision: str | None = None) -> Tokenizer:
@@ -76,7 +72,7 @@ class Tokenizer:
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
     ) -> list[list[int]]:
-        """Texts to token ids.
+        """Texts to token ids, a few at a time, so that others have their turns in between.
 
         Args:
             texts: What to encode.
@@ -86,18 +82,31 @@ class Tokenizer:
             field: The request's field that the texts are from.
 
         Raises:
-            ContextLengthError: If a text has more than ``most`` tokens, and so many characters that this was found
-                before it was encoded as a whole. The caller still has to look at the rest.
+            ContextLengthError: If a text has more than ``most`` tokens, and this was found before all of it, or of
+                the texts, was encoded. The caller still has to look at the rest.
         """
-
-        def encode() -> list[list[int]]:
+        encoded: list[list[int]] = []
+        for batch in _batches(texts):
             if most is not None:
-                for text in texts:
-                    self._refuse_by_beginning(text, most, field)
+                if any(len(ids) > most for ids in encoded):
+                    raise ContextLengthError(
+                        f"{field}: the model's context is {most} tokens, and one of the texts has "
+                        f"{max(map(len, encoded))}",
+                        param=field,
+                    )
+                for text in batch:
+                    await self._refuse_by_beginning(text, most, field)
+            found = await self._encode(batch, add_special_tokens=add_special_tokens)
+            current_work().num_tokens += sum(map(len, found))
+            encoded += found
+        return encoded
+
+    async def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        def encode() -> list[list[int]]:
             encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
             return [list(ids) for ids in encoded["input_ids"]]
 
-        return await self._run(encode)
+        return await self._threads.run(encode, size=sum(map(len, texts)))
 
     async def encode_labels(
         self, context: Context, labels: Sequence[str], *, add_special_tokens: bool
@@ -120,17 +129,21 @@ class Tokenizer:
             shorter = self._tokenizer(found, add_special_tokens=add_special_tokens)["input_ids"]
             return list(shorter), token_ids
 
-        return await self._run(encode)
+        size = len(context.text or "") + sum(map(len, labels))
+        text_ids, token_ids = await self._threads.run(encode, size=size)
+        current_work().num_tokens += sum(map(len, token_ids))
+        return text_ids, token_ids
 
-    def _refuse_by_beginning(self, text: str, most: int, field: str) -> None:
+    async def _refuse_by_beginning(self, text: str, most: int, field: str) -> None:
         """Encode more and more of a text for as long as that is little beside the whole."""
         length = _CHARS_PER_TOKEN * (most + _TORN_TOKENS)
-        while length <= len(text) // 4:
-            count = len(self._tokenizer(text[:length], add_special_tokens=False)["input_ids"])
-            if count > most + _TORN_TOKENS:
+        while length <= len(text) // 2:
+            (ids,) = await self._encode([text[:length]], add_special_tokens=False)
+            if len(ids) > most + _TORN_TOKENS:
+                current_work().num_tokens += len(ids)
                 raise ContextLengthError(
                     f"{field}: the model's context is {most} tokens, and the first {length} of the text's "
-                    f"{len(text)} characters alone are {count}",
+                    f"{len(text)} characters alone are {len(ids)}",
                     param=field,
                 )
             length *= 2
@@ -174,7 +187,7 @@ class Tokenizer:
                 )
             return text
 
-        return await self._run(work)
+        return await self._threads.run(work, size=sum(len(str(turn.get("content", ""))) for turn in turns))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Token ids to text.
@@ -260,7 +273,18 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the threads."""
-        self._executor.shutdown(wait=True)
+        self._threads.close()
 
-    async def _run(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, in lists that are short work; a long text is alone."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > SHORT_CHARS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch

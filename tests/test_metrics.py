@@ -183,6 +183,35 @@ def test_the_prompt_label_is_bounded():
     assert counts == {BASE_LABEL: 1, "a": 2, "b": 1, OTHER_LABEL: 2}
 
 
+def test_labels_go_to_those_who_use_them_now():
+    """A name that was pushed out loses its series; its requests are not counted a second time anywhere."""
+    metrics = make(top_prompts=2)
+    for outcome in ("stop", "error"):
+        metrics.count_request("junk1", outcome)
+    metrics.count_request("junk2", "stop")
+    for _ in range(20):
+        metrics.count_request("honest", "stop")
+
+    def counts():
+        samples = [s for s in families(metrics)["prelude_requests"].samples if s.name.endswith("_total")]
+        return {(sample.labels["prompt"], sample.labels["outcome"]): sample.value for sample in samples}
+
+    assert counts() == {
+        ("junk1", "stop"): 1,
+        ("junk1", "error"): 1,
+        ("honest", "stop"): 19,
+        (OTHER_LABEL, "stop"): 1,
+    }
+    for _ in range(8):
+        metrics.count_request("next", "length")
+    assert ("junk1", "stop") not in counts()
+    assert ("junk1", "error") not in counts()
+    for _ in range(60):  # back again, it begins at 0
+        metrics.count_request("junk1", "stop")
+    assert 0 < counts()[("junk1", "stop")] < 60
+    assert {prompt for prompt, _ in counts()} == {"junk1", "honest", OTHER_LABEL}
+
+
 def test_registries_are_apart():
     one, two = make(), make()
     one.count_error("x")

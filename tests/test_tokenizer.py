@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.demo.tour import MODEL_DIRECTORY
 from server.errors import ContextLengthError, InvalidRequestError
+from server.fair_work import SHORT_CHARS, working_for
 from server.tokenizer import Tokenizer
 
 TEXT = "a lamp, café 日本 🙂"
@@ -86,11 +87,33 @@ async def test_a_text_far_over_the_context_is_refused_by_its_beginning(
         await byte_level.encode(["x" * 1_000_000], add_special_tokens=False, most=100, field="input")
     assert encoded == [984]
     # What may fit, or is hardly longer, is encoded once; whoever sets no limit gets all tokens.
-    for text, most in (("x" * 100, 100), ("x" * 3000, 100), ("x" * 100_000, None)):
+    for text, most in (("x" * 100, 100), ("x" * 1900, 100), ("x" * 100_000, None)):
         encoded.clear()
         (tokens,) = await byte_level.encode([text], add_special_tokens=False, most=most)
         assert len(tokens) == len(text)
         assert encoded == [len(text)]
+
+
+@pytest.mark.anyio
+async def test_nothing_is_encoded_behind_a_text_that_is_too_long(byte_level: Tokenizer) -> None:
+    texts = ["x" * 900] * 40
+    with (
+        working_for("a") as work,
+        pytest.raises(ContextLengthError, match="input: .* 100 tokens, and one .* has 900"),
+    ):
+        await byte_level.encode(texts, add_special_tokens=False, most=100, field="input")
+    assert 0 < work.num_tokens <= SHORT_CHARS < 40 * 900
+    with working_for("a") as work:
+        encoded = await byte_level.encode(texts, add_special_tokens=False, most=900)
+    assert [len(tokens) for tokens in encoded] == [900] * 40
+    assert work.num_tokens == 40 * 900
+
+
+@pytest.mark.anyio
+async def test_what_is_refused_was_work(byte_level: Tokenizer) -> None:
+    with working_for("a") as work, pytest.raises(ContextLengthError):
+        await byte_level.encode(["x" * 100_000], add_special_tokens=False, most=100)
+    assert work.num_tokens == 984
 
 
 @pytest.mark.anyio

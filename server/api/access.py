@@ -11,9 +11,6 @@ from server.errors import PermissionDeniedError
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 """Probes carry no key."""
 
-LIMITED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/classify"})
-"""What counts against a key's limits."""
-
 _ANY_KEY: frozenset[Scope] = frozenset()
 _GENERATE = frozenset({Scope.GENERATE})
 _READ = frozenset({Scope.PROMPTS_READ})
@@ -54,7 +51,31 @@ SCOPES: dict[tuple[str, str], frozenset[Scope]] = {
 }
 """One of these scopes is needed, where there are any, by method and path."""
 
+LIMITED: dict[tuple[str, str], bool] = {
+    ("POST", "/v1/completions"): True,
+    ("POST", "/v1/chat/completions"): True,
+    ("POST", "/v1/classify"): True,
+    ("POST", "/tokenize"): True,
+    ("POST", "/detokenize"): True,
+    ("POST", "/v1/prompts"): False,
+    ("GET", "/v1/prompts/{id}/inspect"): False,
+    ("POST", "/v1/prompts/{id}/warm"): False,
+}
+"""What counts against a key's limits, because much may be done for it; and whether it takes tokens, too."""
+
+_LIMITED_PATTERNS = [
+    (method, compile_path(path)[0], takes_tokens) for (method, path), takes_tokens in LIMITED.items()
+]
+
 _PATTERNS = [(compile_path(path)[0], method, needed) for (method, path), needed in SCOPES.items()]
+
+
+def takes_tokens(method: str, path: str) -> bool | None:
+    """Whether a request takes tokens of its key's limits; None where it does not count against them at all."""
+    for known, pattern, found in _LIMITED_PATTERNS:
+        if known == method and pattern.match(path):
+            return found
+    return None
 
 
 def check_access(caller: Caller, method: str, path: str) -> None:

@@ -12,10 +12,10 @@ from math import exp
 
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
-from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.ensemble import leases_of, name_of
+from server.api.entry import Entry
 from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
@@ -219,19 +219,18 @@ async def classifying(
     targets: Sequence[Target],
     wanted: Wanted,
     *,
-    caller: Caller,
+    entry: Entry,
     arrival: float,
     record: RequestRecord,
 ) -> AsyncIterator[Classification]:
-    """Check, lease and admit a classification; everything is given back when the block ends, however it ends.
+    """Check and lease for a classification that was let in; everything is given back when the block ends.
 
     Raises:
-        InvalidRequestError: If the texts or labels cannot be taken, there are too many of them, labels are missing
+        InvalidRequestError: If the texts or labels cannot be taken, labels are missing
             or given to a soft prompt that has its own, the task is not one of its tasks, or the soft prompts of an
             ensemble do not go together.
         NotFoundError: If there is no such soft prompt.
-        RateLimitError: If the caller's key is over its limits.
-        OverloadedError: If no permits are free.
+        RateLimitError: If the caller's key does not have the tokens.
     """
     async with leases_of(services, targets) as leased:
         versions = [prompt.version if prompt else None for prompt in leased]
@@ -244,29 +243,30 @@ async def classifying(
                 num_virtual_tokens=version.num_virtual_tokens if version else 0,
                 max_model_len=services.engine.model.max_model_len,
             )
-        count = len(leased) * len(wanted.inputs) * (1 if wanted.labels is None else len(wanted.labels))
         num_tokens = wanted.num_tokens * len(leased)
-        with (
-            caller.limiter.admitted(num_tokens) as reservation,
-            services.admission.permits(count, tenant=caller.tenant, param="input") as permits,
-        ):
-            reservation.used = num_tokens
-            outcome = "error"
-            classification = Classification(
-                services=services, wanted=wanted, leased=leased, permits=permits, tenant=caller.tenant, record=record
-            )
-            try:
-                yield classification
-                outcome = "stop"
-            except (asyncio.CancelledError, GeneratorExit):
-                outcome = "abort"
-                raise
-            finally:
-                classification.end_record(outcome)
-                for version in versions:
-                    services.metrics.count_request(version.name if version else None, outcome)
-                if outcome == "stop":
-                    services.metrics.observe_request(time.monotonic() - arrival)
+        entry.reserve(num_tokens)
+        entry.allowance.used += num_tokens
+        outcome = "error"
+        classification = Classification(
+            services=services,
+            wanted=wanted,
+            leased=leased,
+            permits=entry.permits,
+            tenant=entry.caller.tenant,
+            record=record,
+        )
+        try:
+            yield classification
+            outcome = "stop"
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "abort"
+            raise
+        finally:
+            classification.end_record(outcome)
+            for version in versions:
+                services.metrics.count_request(version.name if version else None, outcome)
+            if outcome == "stop":
+                services.metrics.observe_request(time.monotonic() - arrival)
 
 
 def _has_head(version: PromptVersion | None) -> bool:

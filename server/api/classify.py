@@ -21,6 +21,7 @@ from server.api.classification import Classification, Label, Verdict, Wanted, ch
 from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
+from server.api.entry import Entry, entered
 from server.api.generation import shorter
 from server.api.openai import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
 from server.api.protocol import MAX_TIMEOUT_SECONDS, Prompts
@@ -139,10 +140,25 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
     record = begin_record(request, services, model=body.model_text, text=lambda: body.input)
     targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
 
+    timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
+
     async def answer() -> tuple[bytes, dict[str, str]]:
-        timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
-        services.admission.check(caller_of(request).tenant, timeout, priority=body.priority)
-        inputs, labels = await _tokenize(services, body, num_targets=len(targets))
+        with entered(
+            services,
+            request,
+            body.input,
+            field="input",
+            count=len(targets) * len(body.input) * len(body.labels or [None]),
+            count_field="input",
+            num_members=len(targets),
+            num_new_tokens=len(targets) * len(body.input) * len(body.labels or ()),
+            timeout=timeout,
+            priority=body.priority,
+        ) as entry:
+            return await classified(entry)
+
+    async def classified(entry: Entry) -> tuple[bytes, dict[str, str]]:
+        inputs, labels = await _tokenize(services, body)
         wanted = Wanted(
             inputs=inputs,
             labels=labels,
@@ -151,7 +167,7 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
             timeout=timeout,
         )
         async with classifying(
-            services, targets, wanted, caller=caller_of(request), arrival=arrival, record=record
+            services, targets, wanted, entry=entry, arrival=arrival, record=record
         ) as classification:
             names = [body.labels or await _label_names(services, prompt) for prompt in classification.leased]
             _check_same_labels(names, targets)
@@ -236,16 +252,13 @@ def _classified(index: int, names: list[str], verdict: Verdict, *, is_by_head: b
     )
 
 
-async def _tokenize(
-    services: Services, body: ClassifyBody, *, num_targets: int
-) -> tuple[list[list[int]], list[Label] | None]:
+async def _tokenize(services: Services, body: ClassifyBody) -> tuple[list[list[int]], list[Label] | None]:
     """The inputs' tokens, and those of the labels behind each input."""
     tokenizer, names = services.tokenizer, body.labels
     inputs = await tokenize_prompts(services, body.input, add_special_tokens=body.add_special_tokens, field="input")
     check_inputs(inputs, vocab_size=services.engine.model.vocab_size)
     if names is None:
         return inputs, None
-    services.admission.check_count(num_targets * len(inputs) * len(names), param="input")
     labels = [Label(name, []) for name in names]
     for index, (text, token_ids) in enumerate(zip(body.input, inputs, strict=True)):
         context = Context(token_ids, text if isinstance(text, str) else None)

@@ -13,10 +13,10 @@ from hashlib import blake2b
 
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
-from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.ensemble import leases_of, name_of
+from server.api.entry import Entry
 from server.api.logprobs import ScoredToken, TokenScorer
 from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
 from server.api.request_record import RequestRecord
@@ -311,12 +311,11 @@ async def admitted(
     prompts: list[list[int]],
     *,
     default_max_tokens: int | None,
-    caller: Caller,
+    entry: Entry,
     arrival: float,
     record: RequestRecord,
-    counts_request: bool = True,
 ) -> AsyncIterator[Generation]:
-    """Check, lease and admit a request; everything is given back when the block ends, however it ends.
+    """Check and lease for a request that was let in; everything is given back when the block ends, however it ends.
 
     Args:
         services: The server.
@@ -324,18 +323,16 @@ async def admitted(
         body: Its fields.
         prompts: Text tokens of each sequence.
         default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
-        caller: Whose request it is.
+        entry: Its places, and what it takes of its key's limits.
         arrival: When the request came, by the monotonic clock.
         record: What is told of it when it has ended.
-        counts_request: Whether it counts against limits of requests, and not only against those of tokens.
 
     Raises:
-        InvalidRequestError: If the tokens are empty, not in the vocabulary, too long or too many, the soft prompt
+        InvalidRequestError: If the tokens are empty, not in the vocabulary or too long, the soft prompt
             is not for generation, or the task is not one of its tasks.
         NotFoundError: If there is no such soft prompt.
         InvalidRequestError: If two of an ensemble are the same, or it has more members than run at once.
-        RateLimitError: If the caller's key is over its limits.
-        OverloadedError: If no permits are free.
+        RateLimitError: If the caller's key does not have the tokens.
     """
     _check_tokens(prompts, body, vocab_size=services.engine.model.vocab_size)
     _check_echo(prompts, body)
@@ -370,21 +367,15 @@ async def admitted(
                 f"{param}: an ensemble of {len(leased)} is more than the {most} sequences that run at once here",
                 param=param,
             )
-        num_tokens = sum(map(len, prompts)) * len(leased) + sum(max_tokens) * body.n
-        reservation = stack.enter_context(caller.limiter.admitted(num_tokens, counts_request=counts_request))
-        permits = stack.enter_context(
-            services.admission.permits(
-                len(prompts) * body.n * len(leased), tenant=caller.tenant, param="n" if body.n > 1 else "prompt"
-            )
-        )
+        entry.reserve(sum(map(len, prompts)) * len(leased) + sum(max_tokens) * body.n)
         generation = Generation(
             services,
             body,
             prompts,
             max_tokens=max_tokens,
             leased=leased,
-            permits=permits,
-            tenant=caller.tenant,
+            permits=entry.permits,
+            tenant=entry.caller.tenant,
             arrival=arrival,
             record=record,
         )
@@ -396,7 +387,7 @@ async def admitted(
             outcome = generation.outcome
             raise
         finally:
-            reservation.used = generation.usage.total_tokens
+            entry.allowance.used += generation.usage.total_tokens
             generation.end_record(outcome)
             for own in leased:
                 services.metrics.count_request(own.version.name if own else None, outcome)

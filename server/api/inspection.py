@@ -130,9 +130,10 @@ async def inspect_prompt(
     top_k: Annotated[int, Query(ge=1, le=MAX_NEAREST, description="Near tokens for each virtual one.")] = 5,
 ) -> InspectionBody:
     """Norms of a version (of the alias latest, where none is named), and the tokens that its rows are near to."""
-    async with services.store.lease(ref_of(name, version, alias), caller.access) as leased:
-        check_task(leased.version, task_id)
-        source = soft_prompt_source(leased, task_id)
-        found = await services.engine.inspect(source, num_nearest=top_k)
-    # Thousands of tokens may have to be decoded.
-    return await asyncio.to_thread(InspectionBody.of, leased.version, task_id, found, services.tokenizer)
+    with services.admission.permits(1, tenant=caller.tenant, waits=False):
+        async with services.store.lease(ref_of(name, version, alias), caller.access) as leased:
+            check_task(leased.version, task_id)
+            source = soft_prompt_source(leased, task_id)
+            found = await services.engine.inspect(source, num_nearest=top_k)
+        # Thousands of tokens may have to be decoded.
+        return await asyncio.to_thread(InspectionBody.of, leased.version, task_id, found, services.tokenizer)

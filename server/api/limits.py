@@ -20,9 +20,9 @@ class Limits:
     """A key's limits; None is without limit.
 
     Attributes:
-        requests_per_minute: Generation requests.
+        requests_per_minute: Requests that something is done for.
         tokens_per_minute: Prompt tokens and new ones together.
-        max_concurrency: Generation requests at the same time.
+        max_concurrency: Such requests at the same time.
     """
 
     requests_per_minute: int | None = None
@@ -46,7 +46,7 @@ class TokenBucket:
 
     @property
     def level(self) -> float:
-        """What it holds now: 0 to ``limit``."""
+        """What it holds now, at most ``limit``; below 0 it is owed."""
         now = self._clock()
         self._level = min(float(self.limit), self._level + (now - self._filled_at) * self.limit / _MINUTE)
         self._filled_at = now
@@ -67,18 +67,99 @@ class TokenBucket:
         """Put back what was taken and not used; what would be over the limit is lost."""
         self._level = min(float(self.limit), self.level + amount)
 
+    def overdraw(self, amount: int) -> None:
+        """Take what was used already, whether it is there or not; at most a minute's worth is owed."""
+        self._level = max(-float(self.limit), self.level - amount)
 
-@dataclass(slots=True)
-class Reservation:
-    """What one request may use.
+
+class Allowance:
+    """What one request takes of its key's limits.
+
+    Tokens are reserved when it is known how many there may be, and settled when it is known how many there were.
 
     Attributes:
-        tokens: Tokens that were taken for it.
-        used: Those that it has used; the rest is given back.
+        used: Tokens that it has used.
+
+    Args:
+        requests: The key's bucket of requests, of which it has one; None is without limit.
+        tokens: The key's bucket of tokens; None is without limit.
     """
 
-    tokens: int
-    used: int = 0
+    def __init__(self, requests: TokenBucket | None, tokens: TokenBucket | None) -> None:
+        self.used = 0
+        self._requests = requests
+        self._tokens = tokens
+        self._num_taken = 0
+
+    def require(self, least: int, likely: int) -> None:
+        """Return if the request may go on to be tokenised; takes nothing.
+
+        Args:
+            least: Tokens that it takes at least.
+            likely: A guess at how many; a full bucket is enough for any.
+
+        Raises:
+            RateLimitError: If the bucket does not hold so many now, or never.
+        """
+        bucket = self._tokens
+        if bucket is not None:
+            self._check(bucket, least)
+            self._check(bucket, min(likely, bucket.limit))
+
+    def reserve(self, tokens: int, *, done: int = 0) -> None:
+        """Take the tokens that the request may come to.
+
+        Args:
+            tokens: How many, beside those that it has reserved before.
+            done: What was done for it already; it is paid for even where it is refused now.
+
+        Raises:
+            RateLimitError: If the bucket does not hold so many now, or never.
+        """
+        bucket = self._tokens
+        if bucket is None:
+            return
+        if bucket.seconds_until(tokens):
+            self.settle(done)  # before the time to wait is told, which becomes longer by it
+        self._check(bucket, tokens)
+        bucket.take(tokens)
+        self._num_taken += tokens
+
+    def settle(self, done: int = 0) -> None:
+        """Give back what was reserved and not used, or pay for what was done without; twice is the same as once.
+
+        Args:
+            done: Tokens that were worked on, where that is more than what was used.
+        """
+        self.used = max(self.used, done)
+        if self._tokens is not None and self.used != self._num_taken:
+            if self.used < self._num_taken:
+                self._tokens.give_back(self._num_taken - self.used)
+            else:
+                self._tokens.overdraw(self.used - self._num_taken)
+            self._num_taken = self.used
+
+    def forget_request(self) -> None:
+        """Do not count the request: nothing was done for it, and the server refuses it for its own sake."""
+        if self._requests is not None:
+            self._requests.give_back(1)
+            self._requests = None
+
+    @staticmethod
+    def _check(bucket: TokenBucket, tokens: int) -> None:
+        if tokens > bucket.limit:
+            raise RateLimitError(
+                f"the request may take {tokens} tokens, prompt and max_tokens together, and this API key has "
+                f"{bucket.limit} a minute: ask for fewer",
+                retry_after=_MINUTE,
+                is_hopeless=True,
+            )
+        if seconds := bucket.seconds_until(tokens):
+            raise RateLimitError(
+                f"this API key has {bucket.limit} tokens a minute, {max(0, int(bucket.level))} of them now, "
+                f"and the request may take {tokens}: try again in {seconds:.2f} s",
+                retry_after=seconds,
+            )
 
 
 class KeyLimiter:
@@ -96,51 +177,39 @@ class KeyLimiter:
         self._tokens = limits.tokens_per_minute and TokenBucket(limits.tokens_per_minute, clock)
 
     @contextmanager
-    def admitted(self, tokens: int, *, counts_request: bool = True) -> Iterator[Reservation]:
-        """Admit a request until the block ends; nothing is taken for one that is refused.
+    def admitted(self, *, takes_tokens: bool = True) -> Iterator[Allowance]:
+        """Admit a request until the block ends, before anything is done for it; one that is refused takes nothing.
 
         Args:
-            tokens: The most that it can use.
-            counts_request: Whether it is a request of its own, and not only more tokens of one that was admitted.
+            takes_tokens: Whether it will take tokens, of which there has to be one then.
 
         Raises:
-            RateLimitError: If it is over a limit; says when it would not be, or that it always is.
+            RateLimitError: If it is over a limit, or earlier requests owe tokens; says when it would not be.
         """
         limits = self.limits
-        if counts_request and limits.max_concurrency is not None and self.num_running >= limits.max_concurrency:
+        if limits.max_concurrency is not None and self.num_running >= limits.max_concurrency:
             raise RateLimitError(
                 f"this API key may have {limits.max_concurrency} requests at once, and has", retry_after=_BUSY_SECONDS
             )
-        if self._tokens and tokens > self._tokens.limit:
-            raise RateLimitError(
-                f"the request may take {tokens} tokens, prompt and max_tokens together, and this API key has "
-                f"{self._tokens.limit} a minute: ask for fewer",
-                retry_after=_MINUTE,
-                is_hopeless=True,
-            )
-        if counts_request and self._requests and (seconds := self._requests.seconds_until(1)):
+        if self._requests and (seconds := self._requests.seconds_until(1)):
             raise RateLimitError(
                 f"this API key may send {self._requests.limit} requests a minute: try again in {seconds:.2f} s",
                 retry_after=seconds,
             )
-        if self._tokens and (seconds := self._tokens.seconds_until(tokens)):
+        if takes_tokens and self._tokens and (seconds := self._tokens.seconds_until(1)):
             raise RateLimitError(
-                f"this API key has {self._tokens.limit} tokens a minute, {int(self._tokens.level)} of them now, "
-                f"and the request may take {tokens}: try again in {seconds:.2f} s",
+                f"this API key has {self._tokens.limit} tokens a minute, and none now: try again in {seconds:.2f} s",
                 retry_after=seconds,
             )
-        if counts_request and self._requests:
+        if self._requests:
             self._requests.take(1)
-        if self._tokens:
-            self._tokens.take(tokens)
-        self.num_running += counts_request
-        reservation = Reservation(tokens)
+        self.num_running += 1
+        allowance = Allowance(self._requests or None, self._tokens or None)
         try:
-            yield reservation
+            yield allowance
         finally:
-            self.num_running -= counts_request
-            if self._tokens:
-                self._tokens.give_back(max(0, reservation.tokens - reservation.used))
+            self.num_running -= 1
+            allowance.settle()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -149,7 +218,7 @@ class KeyLimiter:
         for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket:
                 found[f"x-ratelimit-limit-{what}"] = str(bucket.limit)
-                found[f"x-ratelimit-remaining-{what}"] = str(int(bucket.level))
+                found[f"x-ratelimit-remaining-{what}"] = str(max(0, int(bucket.level)))
                 found[f"x-ratelimit-reset-{what}"] = duration(bucket.seconds_until(bucket.limit))
         return found
 

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.access import LIMITED_PATHS, OPEN_PATHS, check_access
+from server.api.access import OPEN_PATHS, check_access, takes_tokens
 from server.api.auth import ApiKeys
 from server.api.callers import Caller
 from server.api.errors import describe
@@ -114,7 +114,7 @@ class ApiKeyMiddleware:
                 await reply.response()(scope, receive, send)
                 return
             scope["state"]["caller"] = caller
-            if scope["path"] in LIMITED_PATHS:
+            if takes_tokens(scope["method"], scope["path"]) is not None:
                 send = _with_limits(caller, send)
         await self._app(scope, receive, send)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -13,10 +13,11 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.callers import Caller, caller_of
+from server.api.callers import caller_of
 from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.ensemble import targets_of
+from server.api.entry import Entry, entered
 from server.api.errors import ErrorReply, describe
 from server.api.generation import Generation, admitted, shorter
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
@@ -46,9 +47,11 @@ class _Call:
     body: GenerationBody
     targets: Sequence[Target]
     writer: Writer
+    request: Request
+    texts: Sequence[str] | Sequence[list[int]]
+    field: str
     tokenize: Callable[[], Awaitable[list[list[int]]]]
     default_max_tokens: int | None
-    caller: Caller
     arrival: float
     record: RequestRecord
     served_by: str | None = None
@@ -58,23 +61,44 @@ class _Call:
         """What the response tells besides its body, once the request was admitted."""
         return {} if self.served_by is None else {SERVED_BY_HEADER: self.served_by}
 
-    async def admitted(self) -> AbstractAsyncContextManager[Generation]:
-        limit = shorter(self.body.timeout, self.services.settings.http.max_wait_seconds)
-        self.services.admission.check(self.caller.tenant, limit, priority=self.body.priority)
-        return admitted(
+    @contextmanager
+    def entered(self, *, votes: bool = False) -> Iterator[Entry]:
+        """Come in, before any text is looked at; where members vote, each of them writes its own text."""
+        body, num_texts = self.body, len(self.texts) * self.body.n
+        least_new = 1 if body.token_limit is None else body.token_limit
+        with entered(
             self.services,
-            self.targets,
-            self.body,
-            await self.tokenize(),
-            default_max_tokens=self.default_max_tokens,
-            caller=self.caller,
-            arrival=self.arrival,
-            record=self.record,
-        )
+            self.request,
+            self.texts,
+            field=self.field,
+            count=num_texts * len(self.targets),
+            count_field="n" if body.n > 1 else "prompt",
+            num_members=len(self.targets),
+            num_new_tokens=num_texts * least_new * (len(self.targets) if votes else 1),
+            timeout=shorter(body.timeout, self.services.settings.http.max_wait_seconds),
+            priority=body.priority,
+        ) as entry:
+            yield entry
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[Generation]:
+        with self.entered() as entry:
+            prompts = await self.tokenize()
+            async with admitted(
+                self.services,
+                self.targets,
+                self.body,
+                prompts,
+                default_max_tokens=self.default_max_tokens,
+                entry=entry,
+                arrival=self.arrival,
+                record=self.record,
+            ) as generation:
+                yield generation
 
     async def answer(self) -> bytes:
         """Generate all of it; returns the JSON answer."""
-        async with await self.admitted() as generation:
+        async with self.admitted() as generation:
             self.served_by = generation.served_by
             choices = [ChoiceText(generation.prompt_of(index)) for index in range(generation.num_choices)]
             async with aclosing(generation.deltas()) as deltas:
@@ -85,7 +109,7 @@ class _Call:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Generate it as server-sent events."""
         body, writer = self.body, self.writer
-        async with await self.admitted() as generation, aclosing(generation.deltas()) as deltas:
+        async with self.admitted() as generation, aclosing(generation.deltas()) as deltas:
             self.served_by = generation.served_by
             async for delta in deltas:
                 # OpenAI: with include_usage, every chunk but the last has a usage of null.
@@ -96,8 +120,9 @@ class _Call:
                 yield event(writer.usage_chunk(generation.usage))
         yield DONE
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self) -> Response:
         """Answer at once, or as a stream; the work ends within a step when the client goes."""
+        request = self.request
         if self.body.stream:
             return EventStream(
                 self.events(),
@@ -152,16 +177,27 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
         num_top=body.num_top_logprobs,
         token_bytes=services.tokenizer.token_bytes,
     )
+    call = _Call(
+        services=services,
+        body=body,
+        targets=targets,
+        writer=writer,
+        request=request,
+        texts=body.prompt,
+        field="prompt",
+        tokenize=tokenize,
+        default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+        arrival=arrival,
+        record=record,
+    )
     if body.is_ensemble and body.combine == "vote":
-        caller = caller_of(request)
 
         async def answer() -> tuple[Completion, str]:
-            limit = shorter(body.timeout, services.settings.http.max_wait_seconds)
-            services.admission.check(caller.tenant, limit, priority=body.priority)
-            prompts = await tokenize()
-            return await vote(
-                services, targets, body, prompts, writer=writer, caller=caller, arrival=arrival, record=record
-            )
+            with call.entered(votes=True) as entry:
+                prompts = await tokenize()
+                return await vote(
+                    services, targets, body, prompts, writer=writer, entry=entry, arrival=arrival, record=record
+                )
 
         try:
             completion, served_by = await unless_disconnected(request.receive, answer())
@@ -169,18 +205,7 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         headers = {SERVED_BY_HEADER: served_by} if served_by else {}
         return Response(msgspec.json.encode(completion), headers=headers, media_type="application/json")
-    call = _Call(
-        services=services,
-        body=body,
-        targets=targets,
-        writer=writer,
-        tokenize=tokenize,
-        default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-        caller=caller_of(request),
-        arrival=arrival,
-        record=record,
-    )
-    return await call.respond(request)
+    return await call.respond()
 
 
 @router.post("/chat/completions", response_class=Response)
@@ -217,10 +242,12 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
             token_bytes=services.tokenizer.token_bytes,
             make_reader=body.make_reader,
         ),
+        request=request,
+        texts=["".join(message.content or "" for message in body.messages)],
+        field="messages",
         tokenize=tokenize,
         default_max_tokens=None,
-        caller=caller_of(request),
         arrival=arrival,
         record=record,
     )
-    return await call.respond(request)
+    return await call.respond()

@@ -333,15 +333,15 @@ async def warm_prompt(
     """Bring a soft prompt onto the device before its first request, and pin it or end its pin."""
     body = body or WarmBody.model_validate({})
     ref = ref_of(name, body.version, body.alias)
-    found = await services.store.call(services.store.store.resolve, ref, caller.access)
-    if body.pin is not None and not caller.access.changes(found.owner):
-        raise PermissionDeniedError("pin: of a shared soft prompt, this needs the scope admin", scopes=["admin"])
-    if body.pin is False:
-        version = await services.warmer.unpin(ref, task_id=body.task_id)
-        pinned = services.warmer.is_pinned(version)
-        return WarmReply(id=name, version=version.version, task_ids=None, pinned=pinned, seconds=0.0)
     # It waits for files more than for its turn, so it tells nothing of how long a turn takes.
-    with services.admission.permits(1, waits=False):
+    with services.admission.permits(1, tenant=caller.tenant, waits=False):
+        found = await services.store.call(services.store.store.resolve, ref, caller.access)
+        if body.pin is not None and not caller.access.changes(found.owner):
+            raise PermissionDeniedError("pin: of a shared soft prompt, this needs the scope admin", scopes=["admin"])
+        if body.pin is False:
+            version = await services.warmer.unpin(ref, task_id=body.task_id)
+            pinned = services.warmer.is_pinned(version)
+            return WarmReply(id=name, version=version.version, task_ids=None, pinned=pinned, seconds=0.0)
         warmed = await services.warmer.warm(ref, task_id=body.task_id, pin=bool(body.pin))
     return WarmReply(
         id=name,

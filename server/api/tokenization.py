@@ -7,9 +7,11 @@ from typing import Annotated, Self
 
 from fastapi import APIRouter, Depends
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from starlette.requests import Request
 
 from server.api.callers import Caller, CallerDep
 from server.api.deps import Services, ServicesDep, require_json, require_ready
+from server.api.entry import entered_for_text
 from server.api.leasing import version_of
 from server.api.protocol import TokenId
 from server.api.request_body import RequestBody, check_unicode
@@ -88,23 +90,23 @@ class TokenizerInfoReply(BaseModel):
 
 
 @router.post("/tokenize", dependencies=[Depends(require_json)])
-async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> TokenizeReply:
+async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, caller: CallerDep) -> TokenizeReply:
     """Text to token ids, as a completion or a chat completion would see it."""
-    await _check_model(services, caller, body.model, body.prompt_id)
-    tokenizer = services.tokenizer
-    if body.messages is not None:
-        if not tokenizer.has_chat_template:
-            raise InvalidRequestError("this model has no chat template: send prompt", param="messages")
-        if sum(len(message.content or "") for message in body.messages) > MAX_TEXT_CHARS:
-            raise InvalidRequestError(
-                f"messages: more than {MAX_TEXT_CHARS} characters are not taken", param="messages"
-            )
-        text = await tokenizer.render_chat([message.turn for message in body.messages])
-        add_special_tokens = bool(body.add_special_tokens)
-    else:
-        text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
-    (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
-    token_strs = await asyncio.to_thread(tokenizer.token_strings, tokens) if body.return_token_strs else None
+    num_chars = len(body.prompt or "") + sum(len(message.content or "") for message in body.messages or ())
+    if num_chars > MAX_TEXT_CHARS:
+        raise InvalidRequestError(f"messages: more than {MAX_TEXT_CHARS} characters are not taken", param="messages")
+    with entered_for_text(services, request, num_chars):
+        await _check_model(services, caller, body.model, body.prompt_id)
+        tokenizer = services.tokenizer
+        if body.messages is not None:
+            if not tokenizer.has_chat_template:
+                raise InvalidRequestError("this model has no chat template: send prompt", param="messages")
+            text = await tokenizer.render_chat([message.turn for message in body.messages])
+            add_special_tokens = bool(body.add_special_tokens)
+        else:
+            text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
+        (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
+        token_strs = await asyncio.to_thread(tokenizer.token_strings, tokens) if body.return_token_strs else None
     return TokenizeReply(
         count=len(tokens),
         max_model_len=services.engine.model.max_model_len,
@@ -114,15 +116,18 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
 
 
 @router.post("/detokenize", dependencies=[Depends(require_json)])
-async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> DetokenizeReply:
+async def detokenize(
+    body: DetokenizeBody, request: Request, services: ServicesDep, caller: CallerDep
+) -> DetokenizeReply:
     """Token ids to text."""
-    await _check_model(services, caller, body.model, body.prompt_id)
-    vocab_size = services.engine.model.vocab_size
-    if body.tokens and max(body.tokens) >= vocab_size:
-        raise InvalidRequestError(
-            f"tokens: {max(body.tokens)} is not in the vocabulary of {vocab_size} tokens", param="tokens"
-        )
-    text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    with entered_for_text(services, request, 0, num_tokens=len(body.tokens)):
+        await _check_model(services, caller, body.model, body.prompt_id)
+        vocab_size = services.engine.model.vocab_size
+        if body.tokens and max(body.tokens) >= vocab_size:
+            raise InvalidRequestError(
+                f"tokens: {max(body.tokens)} is not in the vocabulary of {vocab_size} tokens", param="tokens"
+            )
+        text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=False)
     return DetokenizeReply(prompt=text)
 
 

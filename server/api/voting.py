@@ -11,16 +11,15 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from math import inf
 
-from server.api.callers import Caller
 from server.api.deps import Services
 from server.api.ensemble import check_different, elect
+from server.api.entry import Entry
 from server.api.generation import Generation, admitted
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, CompletionBody
 from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import Completion, MemberText, PromptTokensDetails, Usage
 from server.api.writers import ChoiceText, CompletionWriter
-from server.errors import InvalidRequestError
 
 
 async def vote(
@@ -30,7 +29,7 @@ async def vote(
     prompts: list[list[int]],
     *,
     writer: CompletionWriter,
-    caller: Caller,
+    entry: Entry,
     arrival: float,
     record: RequestRecord,
 ) -> tuple[Completion, str]:
@@ -42,13 +41,6 @@ async def vote(
     Raises:
         ServerError: As for one member alone; everything is given back.
     """
-    count = len(prompts) * len(targets)
-    if count > services.admission.capacity:
-        raise InvalidRequestError(
-            f"prompt: {count} sequences, one for each prompt and soft prompt, are more than the "
-            f"{services.admission.capacity} that this server takes at once",
-            param="prompt",
-        )
     # Between texts with as many votes their likelihood decides, so it is always asked for.
     member_body = body if body.logprobs is not None else body.model_copy(update={"logprobs": 0})
     records = [replace(record) for _ in targets]
@@ -62,10 +54,9 @@ async def vote(
                     member_body,
                     prompts,
                     default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-                    caller=caller,
+                    entry=entry,
                     arrival=arrival,
                     record=own,
-                    counts_request=not generations,
                 )
             )
             generations.append(generation)

@@ -7,6 +7,7 @@ from typing import Any
 
 from server.continuations import Context
 from server.errors import InvalidRequestError
+from server.fair_work import current_work
 
 BOS, EOS = 256, 257
 
@@ -19,7 +20,9 @@ class ByteTokenizer:
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
     ) -> list[list[int]]:
-        return [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
+        encoded = [[BOS] * add_special_tokens + list(text.encode()) for text in texts]
+        current_work().num_tokens += sum(map(len, encoded))
+        return encoded
 
     async def encode_labels(
         self, context: Context, labels: Sequence[str], *, add_special_tokens: bool

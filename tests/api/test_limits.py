@@ -95,21 +95,54 @@ def test_a_limiter_gives_back_what_was_not_used_and_never_more(requests):
         left = int(before["x-ratelimit-remaining-tokens"])
         is_refused = tokens > left or before["x-ratelimit-remaining-requests"] == "0"
         if is_refused:
-            with pytest.raises(RateLimitError) as refusal, limiter.admitted(tokens):
-                pass
+            with pytest.raises(RateLimitError) as refusal, limiter.admitted() as allowance:
+                try:
+                    allowance.reserve(tokens)
+                finally:
+                    allowance.forget_request()
             assert refusal.value.retry_after > 0
-            assert refusal.value.is_hopeless == (tokens > 50)
+            assert refusal.value.is_hopeless == (tokens > 50 and before["x-ratelimit-remaining-requests"] != "0")
             assert limiter.headers == before
             continue
-        with suppress(ZeroDivisionError), limiter.admitted(tokens) as reservation:
+        with suppress(ZeroDivisionError), limiter.admitted(takes_tokens=False) as allowance:
             assert limiter.num_running == 1
-            with pytest.raises(RateLimitError, match="1 requests at once"), limiter.admitted(0):
+            with pytest.raises(RateLimitError, match="1 requests at once"), limiter.admitted():
                 pass
-            reservation.used = used
+            allowance.reserve(tokens)
+            allowance.used = min(used, tokens)
             if fails:
                 raise ZeroDivisionError
         assert abs(left - int(limiter.headers["x-ratelimit-remaining-tokens"]) - min(used, tokens)) <= 1
         assert limiter.num_running == 0
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 200), st.floats(0, 60)), max_size=20))
+def test_what_was_done_is_paid_for_even_if_it_is_refused(steps):
+    """A refused request costs what was tokenised for it, and no key ever owes more than a minute's worth."""
+    clock = Clock()
+    limiter = KeyLimiter(Limits(tokens_per_minute=50), clock)
+    level = 50.0
+    for tokens, done, pause in steps:
+        clock.now += pause
+        level = min(50.0, level + pause * 50 / 60)
+        refusal = None
+        try:
+            with limiter.admitted() as allowance:
+                allowance.reserve(tokens, done=done)
+                allowance.settle(done)
+                allowance.settle(done)  # twice is the same as once
+        except RateLimitError as error:
+            refusal = error
+        if level < 1 - 1e-6:
+            assert refusal is not None
+            assert "none now" in refusal.message
+            continue
+        if refusal is not None and not refusal.is_hopeless:
+            left = max(-50.0, level - done) + refusal.retry_after * 50 / 60
+            assert left >= min(tokens, 50) - 1e-6
+        level = max(-50.0, level - done)
+        assert limiter._tokens.level == pytest.approx(level, abs=1e-6)
+        assert int(limiter.headers["x-ratelimit-remaining-tokens"]) >= 0
 
 
 @pytest.mark.parametrize(
@@ -220,8 +253,8 @@ def test_what_was_used_outlives_a_reload(tmp_path):
     path = tmp_path / "keys.toml"
     path.write_text(KEYS)
     keys = ApiKeys(read_keys(path))
-    with keys.check("Bearer few").limiter.admitted(1):
-        pass
+    with keys.check("Bearer few").limiter.admitted() as allowance:
+        allowance.reserve(1)
     keys.replace(read_keys(path))
     assert keys.check("Bearer few").limiter.headers["x-ratelimit-remaining-requests"] == "1"
     path.write_text(KEYS.replace("requests_per_minute = 2", "requests_per_minute = 3"))

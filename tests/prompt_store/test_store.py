@@ -295,3 +295,97 @@ def test_a_full_disk_is_no_bug(
         with pytest.raises(StoreUnavailableError, match="No space left"):
             store.upload()
     assert publish(store, peft_files["p_tuning"])[0].version == 2
+
+
+def away(root: Path, how: str) -> Callable[[], None]:
+    """Take a store's directory away as an unmounted volume is; returns what brings it back."""
+    kept = root.with_name("kept")
+    root.rename(kept)
+    if how != "gone":
+        root.mkdir()
+    if how == "an empty folder of blobs":
+        (root / "blobs").mkdir()
+
+    def bring_back() -> None:
+        if how == "an empty folder of blobs":
+            (root / "blobs").rmdir()
+        if how != "gone":
+            root.rmdir()
+        kept.rename(root)
+
+    return bring_back
+
+
+@pytest.mark.parametrize("how", ["gone", "an empty folder", "an empty folder of blobs"])
+def test_a_directory_that_is_away_has_lost_nothing(
+    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path, how: str
+) -> None:
+    publish(store, peft_files["prompt_tuning"])
+    publish(store, peft_files["prefix_tuning"], name="q")
+    ref = PromptRef("p")
+    upload = store.upload()
+    bring_back = away(tmp_path / "store", how)
+    for act in (
+        lambda: store.lease(ref),
+        lambda: store.read_file("p", 1, "adapter_config.json"),
+        store.upload,
+        lambda: upload.open("adapter_config.json"),
+        lambda: publish(store, peft_files["prompt_tuning"], name="r"),
+        lambda: store.collect() if store.delete_prompt("q") is None else None,
+    ):
+        with pytest.raises(StoreUnavailableError):
+            act()
+    bring_back()
+    leased = store.lease(ref)
+    assert leased.weights_path.exists()
+    store.release(leased)
+    assert store.read_file("p", 1, "adapter_config.json") == peft_files["prompt_tuning"][0]
+    publish(store, peft_files["prompt_tuning"], name="r")
+    store.collect()  # what could not be removed while it was away
+    assert num_blobs(tmp_path) == 2
+
+
+def test_one_blob_that_is_gone_is_damage(
+    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+) -> None:
+    version, _ = publish(store, peft_files["prompt_tuning"])
+    digest = version.file("adapter_model.safetensors").sha256
+    (tmp_path / "store" / "blobs" / digest[:2] / digest).unlink()
+    with pytest.raises(CorruptBlobError, match="is missing"):
+        store.lease(PromptRef("p"))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE])
+def test_a_disk_that_fails_has_lost_nothing(
+    store: PromptStore, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    publish(store, peft_files["prompt_tuning"])
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, "the disk says no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prompt_store.blobs.FileIdentity.of", fail)
+        for act in (
+            lambda: store.lease(PromptRef("p")),
+            lambda: store.read_file("p", 1, "adapter_config.json"),
+            lambda: publish(store, peft_files["prefix_tuning"]),
+        ):
+            with pytest.raises(StoreUnavailableError, match="the disk says no"):
+                act()
+    store.release(store.lease(PromptRef("p")))
+
+
+def test_a_catalog_that_is_away_is_not_made_anew(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
+    """A connection that is opened while the volume is away finds no file, and leaves none."""
+    root = tmp_path / "store ?#%"
+    store = open_store(root)
+    publish(store, peft_files["prompt_tuning"])
+    store._catalog._database._engine.dispose()
+    bring_back = away(root, "an empty folder")
+    with pytest.raises(StoreUnavailableError, match="unable to open"):
+        store.get_prompt("p")
+    assert list(root.iterdir()) == []
+    bring_back()
+    assert store.get_prompt("p").num_versions == 1
+    store.close()
