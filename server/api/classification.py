@@ -19,11 +19,14 @@ from server.api.ensemble import leases_of, name_of
 from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
+from server.api.token_ids import check_token_ids
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
 from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError, WaitTimeoutError
 
 MAX_LABEL_TOKENS = 64
+MAX_QUOTED_CHARS = 64
+"""Of a label, in an error about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,13 +309,14 @@ def _check_texts(wanted: Wanted, *, num_virtual_tokens: int, vocab_size: int, ma
         raise InvalidRequestError(
             f"labels: one has {longest_label} tokens; at most {MAX_LABEL_TOKENS} are taken", param="labels"
         )
+    for label in wanted.labels or ():
+        check_token_ids(
+            label.token_ids, vocab_size=vocab_size, param="labels", what=repr(label.name[:MAX_QUOTED_CHARS])
+        )
     for text in wanted.inputs:
         if not text:
             raise InvalidRequestError("input: there is no text: at least one token is needed", param="input")
-        if max(text) >= vocab_size:
-            raise InvalidRequestError(
-                f"input: token id {max(text)} is not in the vocabulary of {vocab_size} tokens", param="input"
-            )
+        check_token_ids(text, vocab_size=vocab_size, param="input")
         if num_virtual_tokens + len(text) + longest_label > max_model_len:
             raise ContextLengthError(
                 f"input: the model's context is {max_model_len} tokens, and the request takes more: "

@@ -93,16 +93,19 @@ class LLMEngine:
 
     def add(self, request: AddRequest) -> list[TokenOutput]:
         """Admit a sequence; returns its only output if it is refused."""
-        seq = Sequence(
-            request.request_id,
-            request.prompt_token_ids,
-            request.params,
-            request.soft_prompt,
-            salt=request.salt,
-            priority=request.priority,
-            arrival=time.monotonic(),
-            timeout=request.timeout,
-        )
+        try:
+            seq = Sequence(
+                request.request_id,
+                request.prompt_token_ids,
+                request.params,
+                request.soft_prompt,
+                salt=request.salt,
+                priority=request.priority,
+                arrival=time.monotonic(),
+                timeout=request.timeout,
+            )
+        except ValueError as error:
+            return [TokenOutput(request.request_id, [], FinishReason.REFUSED, error=str(error))]
         seq.lead(request.others)
         refusal = self._refusal(seq)
         if refusal is not None:
@@ -233,6 +236,11 @@ class LLMEngine:
         params = seq.params
         if seq.request_id in self._pending:
             return f"request id {seq.request_id!r} is in use"
+        wrong = _unknown_token_id(seq, self.model.vocab_size)
+        if wrong is not None:
+            return f"token id {wrong} is not in the vocabulary of {self.model.vocab_size} tokens"
+        if params.prompt_logprobs_start < 0:
+            return f"prompt_logprobs_start {params.prompt_logprobs_start} is before the text"
         if seq.followers and (params.prompt_logprobs is not None or params.classify):
             return "the members of an ensemble that generates together score no text"
         if params.prompt_logprobs is not None and not self.runner.scores_prompts:
@@ -351,6 +359,20 @@ class LLMEngine:
         stats.batch_tokens.observe(BATCH_TOKENS_BOUNDS, plan.num_tokens)
         stats.batch_distinct_prompts.observe(DISTINCT_PROMPTS_BOUNDS, plan.num_distinct_prompts)
         stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, plan.num_distinct_prompts)
+
+
+def _unknown_token_id(seq: Sequence, vocab_size: int) -> int | None:
+    """A token id that a sequence names and the model has no row for; None if there is none.
+
+    A lookup beyond a table's end fails the whole step, and on a GPU the process. So the engine looks for itself,
+    whoever has looked before.
+    """
+    params = seq.params
+    for token_ids in (seq.token_ids, params.logit_bias, params.stop_token_ids):
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token_id < vocab_size:
+                return token_id
+    return None
 
 
 def _failure(seq: Sequence, message: str, reason: FinishReason = FinishReason.ERROR) -> TokenOutput:
