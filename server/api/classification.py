@@ -19,11 +19,14 @@ from server.api.entry import Entry
 from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
+from server.api.token_ids import check_token_ids
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
 from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError, WaitTimeoutError
 
 MAX_LABEL_TOKENS = 64
+MAX_QUOTED_CHARS = 64
+"""Of a label, in an error about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,7 @@ async def classifying(
             _check_texts(
                 wanted,
                 num_virtual_tokens=version.num_virtual_tokens if version else 0,
+                vocab_size=services.engine.model.vocab_size,
                 max_model_len=services.engine.model.max_model_len,
             )
         num_tokens = wanted.num_tokens * len(leased)
@@ -308,18 +312,20 @@ def check_inputs(inputs: Sequence[Sequence[int]], *, vocab_size: int) -> None:
     for text in inputs:
         if not text:
             raise InvalidRequestError("input: there is no text: at least one token is needed", param="input")
-        if max(text) >= vocab_size:
-            raise InvalidRequestError(
-                f"input: token id {max(text)} is not in the vocabulary of {vocab_size} tokens", param="input"
-            )
+        check_token_ids(text, vocab_size=vocab_size, param="input")
 
 
-def _check_texts(wanted: Wanted, *, num_virtual_tokens: int, max_model_len: int) -> None:
+def _check_texts(wanted: Wanted, *, num_virtual_tokens: int, vocab_size: int, max_model_len: int) -> None:
     longest_label = max((len(ids) for label in wanted.labels or () for ids in label.token_ids), default=0)
     if longest_label > MAX_LABEL_TOKENS:
         raise InvalidRequestError(
             f"labels: one has {longest_label} tokens; at most {MAX_LABEL_TOKENS} are taken", param="labels"
         )
+    for label in wanted.labels or ():
+        for token_ids in label.token_ids:
+            check_token_ids(
+                token_ids, vocab_size=vocab_size, param="labels", what=repr(label.name[:MAX_QUOTED_CHARS])
+            )
     for text in wanted.inputs:
         if num_virtual_tokens + len(text) + longest_label > max_model_len:
             raise ContextLengthError(

@@ -23,6 +23,7 @@ from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.api.sampling_defaults import shorter_default, with_defaults
+from server.api.token_ids import check_token_ids
 from server.engine.detokenizer import Decode, IncrementalDetokenizer, decided_length
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
@@ -409,16 +410,12 @@ def _num_virtual_tokens(leased: LeasedPrompt | None) -> int:
 def _check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size: int) -> None:
     for prompt in prompts:
         if not prompt:
-            raise InvalidRequestError("prompt: there is no text: at least one token is needed", param="prompt")
-        if max(prompt) >= vocab_size:
             raise InvalidRequestError(
-                f"prompt: token id {max(prompt)} is not in the vocabulary of {vocab_size} tokens", param="prompt"
+                f"{body.text_field}: there is no text: at least one token is needed", param=body.text_field
             )
-    for param, token_ids in (("stop_token_ids", body.stop_token_ids), ("logit_bias", body.logit_bias)):
-        if token_ids and max(token_ids) >= vocab_size:
-            raise InvalidRequestError(
-                f"{param}: {max(token_ids)} is not in the vocabulary of {vocab_size} tokens", param=param
-            )
+        check_token_ids(prompt, vocab_size=vocab_size, param=body.text_field)
+    check_token_ids(body.stop_token_ids, vocab_size=vocab_size, param="stop_token_ids")
+    check_token_ids(body.logit_bias, vocab_size=vocab_size, param="logit_bias")
 
 
 def _check_echo(prompts: list[list[int]], body: GenerationBody) -> None:

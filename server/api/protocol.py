@@ -209,6 +209,11 @@ class GenerationBody(RequestBody):
         """Whether choices begin with their prompt."""
         return False
 
+    @property
+    def text_field(self) -> str:
+        """The field that the text is from."""
+        return "prompt"
+
 
 class CompletionBody(EnsembleBody, GenerationBody):
     """``POST /v1/completions``."""
@@ -297,6 +302,11 @@ class ChatBody(GenerationBody):
                 )
             self._constraint = ("tools", forced)
         return self
+
+    @property
+    def text_field(self) -> str:
+        """The field that the text is from."""
+        return "messages"
 
     @property
     def shown_tools(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from server.api.leasing import version_of
 from server.api.protocol import TokenId
 from server.api.request_body import RequestBody, check_unicode
 from server.api.resolution import resolve
+from server.api.token_ids import check_token_ids
 from server.api.tools import ChatMessage
 from server.errors import InvalidRequestError
 
@@ -122,11 +123,7 @@ async def detokenize(
     """Token ids to text."""
     with entered_for_text(services, request, 0, num_tokens=len(body.tokens)):
         await _check_model(services, caller, body.model, body.prompt_id)
-        vocab_size = services.engine.model.vocab_size
-        if body.tokens and max(body.tokens) >= vocab_size:
-            raise InvalidRequestError(
-                f"tokens: {max(body.tokens)} is not in the vocabulary of {vocab_size} tokens", param="tokens"
-            )
+        check_token_ids(body.tokens, vocab_size=services.engine.model.vocab_size, param="tokens")
         text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=False)
     return DetokenizeReply(prompt=text)
 

@@ -278,6 +278,17 @@ class BlockManager:
                 self._by_hash[parent] = block
                 self._blocks[block].block_hash = parent
 
+    def withdraw(self, seq: Sequence, num_positions: int) -> None:
+        """Undo ``register`` for the blocks that are full only with positions from ``num_positions`` on."""
+        shared = seq.num_virtual_tokens // self.block_size
+        num_kept = max(0, num_positions // self.block_size - shared)
+        for index in range(num_kept, len(seq.block_hashes)):
+            block_id, block_hash = seq.block_table[shared + index], seq.block_hashes[index]
+            if self._by_hash.get(block_hash) == block_id:
+                del self._by_hash[block_hash]
+                self._blocks[block_id].block_hash = None
+        del seq.block_hashes[num_kept:]
+
     def free(self, seq: Sequence) -> None:
         """Give back all blocks of a sequence, except its soft prompt's (see ``release_run``)."""
         shared = seq.num_virtual_tokens // self.block_size

@@ -9,6 +9,7 @@ from math import isfinite
 
 from server.config import EngineSettings
 from server.engine.block_manager import BlockManager
+from server.engine.device_faults import is_device_fault
 from server.engine.distributions import (
     BATCH_SIZE_BOUNDS,
     BATCH_TOKENS_BOUNDS,
@@ -23,6 +24,7 @@ from server.engine.sampler import NO_TOKEN, NOT_FINITE
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.sequence import Sequence
 from server.engine.soft_prompts import SoftPromptLoader
+from server.engine.step_parts import retry_in_parts
 from server.engine.structured import NO_WAY_ON, GrammarCompiler, load_tokenizer
 from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, StepOutput, TokenOutput
 from server.errors import EngineStartError
@@ -93,16 +95,19 @@ class LLMEngine:
 
     def add(self, request: AddRequest) -> list[TokenOutput]:
         """Admit a sequence; returns its only output if it is refused."""
-        seq = Sequence(
-            request.request_id,
-            request.prompt_token_ids,
-            request.params,
-            request.soft_prompt,
-            salt=request.salt,
-            priority=request.priority,
-            arrival=time.monotonic(),
-            timeout=request.timeout,
-        )
+        try:
+            seq = Sequence(
+                request.request_id,
+                request.prompt_token_ids,
+                request.params,
+                request.soft_prompt,
+                salt=request.salt,
+                priority=request.priority,
+                arrival=time.monotonic(),
+                timeout=request.timeout,
+            )
+        except ValueError as error:
+            return [TokenOutput(request.request_id, [], FinishReason.REFUSED, error=str(error))]
         seq.lead(request.others)
         refusal = self._refusal(seq)
         if refusal is not None:
@@ -174,12 +179,13 @@ class LLMEngine:
         plan = self.scheduler.schedule(started)
         if plan.is_empty:
             return outputs
+        computed = plan
         try:
             output = self.runner.run(plan, self.soft_prompts)
         except Exception as error:
-            logger.exception("a step failed; its sequences end and the cache is emptied")
-            return outputs + self._fail_all(f"{type(error).__name__}: {error}")
-        outputs += self._postprocess(plan, output)
+            computed, output, ended = self._recover(plan, error)
+            outputs += ended
+        outputs += self._postprocess(computed, output)
         self._note_step(plan, time.monotonic() - started)
         return outputs
 
@@ -233,6 +239,11 @@ class LLMEngine:
         params = seq.params
         if seq.request_id in self._pending:
             return f"request id {seq.request_id!r} is in use"
+        wrong = _unknown_token_id(seq, self.model.vocab_size)
+        if wrong is not None:
+            return f"token id {wrong} is not in the vocabulary of {self.model.vocab_size} tokens"
+        if params.prompt_logprobs_start < 0:
+            return f"prompt_logprobs_start {params.prompt_logprobs_start} is before the text"
         if seq.followers and (params.prompt_logprobs is not None or params.classify):
             return "the members of an ensemble that generates together score no text"
         if params.prompt_logprobs is not None and not self.runner.scores_prompts:
@@ -243,16 +254,57 @@ class LLMEngine:
             return "only a soft prompt with a classification head classifies"
         return None
 
+    def _recover(self, plan: StepPlan, error: Exception) -> tuple[StepPlan, StepOutput, list[TokenOutput]]:
+        """End the sequences at whose fault a step raised.
+
+        Returns:
+            What could be computed of it, what that gave, and the last outputs of those that ended.
+        """
+        logger.error("a step failed; its parts are computed one by one", exc_info=error)
+        try:
+            if is_device_fault(error):
+                raise error
+            retry = retry_in_parts(
+                plan,
+                self.scheduler.running,
+                lambda part: self.runner.run(part, self.soft_prompts),
+                error,
+                block_size=self.scheduler.block_manager.block_size,
+                is_fatal=is_device_fault,
+            )
+        except Exception as fault:
+            logger.exception("the device failed; all sequences end and the cache is emptied")
+            return StepPlan(), StepOutput([]), self._fail_all(_reason(fault))
+        self.scheduler.undo(retry.undone)
+        ended = []
+        for part, cause in retry.failed:
+            of_part = [part.owner] if isinstance(part.owner, Sequence) else self.scheduler.holders(part.owner)
+            for seq in of_part:
+                if seq.finish_reason is None:
+                    self._finish(seq, FinishReason.ERROR)
+                    ended.append(_failure(seq, _reason(cause)))
+        put_off = [seq for seq in retry.unserved if seq.finish_reason is None]
+        for seq in put_off:
+            self.scheduler.put_off(seq)
+        logger.warning("%d sequences ended by it, %d are computed again", len(ended), len(put_off))
+        return retry.plan, retry.output, ended
+
     def _postprocess(self, plan: StepPlan, step: StepOutput) -> list[TokenOutput]:
         for chunk in plan.chunks:
             if chunk.seq is not None and chunk.seq.request_id in step.prompt_logprobs:
                 chunk.seq.prompt_logprobs += step.prompt_logprobs[chunk.seq.request_id]
         sampled = [seq for chunk in plan.chunks if (seq := chunk.seq) and chunk.samples and not seq.is_follower]
         logprobs = step.logprobs or [None] * len(sampled)
-        return [
-            self._advance(seq, token, own, step.class_logits.get(seq.request_id))
-            for seq, token, own in zip(sampled, step.tokens, logprobs, strict=True)
-        ]
+        outputs = []
+        for seq, token, own in zip(sampled, step.tokens, logprobs, strict=True):
+            try:
+                outputs.append(self._advance(seq, token, own, step.class_logits.get(seq.request_id)))
+            except Exception as error:  # of its grammar, say: no other sequence has a part in it
+                logger.exception("a sequence failed after its step")
+                if seq.finish_reason is None:
+                    self._finish(seq, FinishReason.ERROR)
+                outputs.append(_failure(seq, _reason(error)))
+        return outputs
 
     def _advance(
         self, seq: Sequence, token: int, logprobs: Logprobs | None, class_logits: list[float] | None
@@ -351,6 +403,24 @@ class LLMEngine:
         stats.batch_tokens.observe(BATCH_TOKENS_BOUNDS, plan.num_tokens)
         stats.batch_distinct_prompts.observe(DISTINCT_PROMPTS_BOUNDS, plan.num_distinct_prompts)
         stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, plan.num_distinct_prompts)
+
+
+def _unknown_token_id(seq: Sequence, vocab_size: int) -> int | None:
+    """A token id that a sequence names and the model has no row for; None if there is none.
+
+    A lookup beyond a table's end fails the whole step, and on a GPU the process. So the engine looks for itself,
+    whoever has looked before.
+    """
+    params = seq.params
+    for token_ids in (seq.token_ids, params.logit_bias, params.stop_token_ids):
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token_id < vocab_size:
+                return token_id
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return f"the model failed to compute this request ({type(error).__name__}: {error})"
 
 
 def _failure(seq: Sequence, message: str, reason: FinishReason = FinishReason.ERROR) -> TokenOutput:

@@ -172,7 +172,7 @@ class Sampler:
         device = logits.device
         index = to_device(rows, device)
         temperatures = to_device([min(seqs[row].params.temperature, _LARGEST) for row in rows], device)
-        draws = to_device([seqs[row].rng.random() for row in rows], device)
+        draws = to_device([seqs[row].draw() for row in rows], device)
         scores = logits[index].float()
         # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures[:, None]

@@ -237,6 +237,32 @@ class Scheduler:
             self._schedule_waiting(plan, budget, now)
         return plan
 
+    def undo(self, plan: StepPlan) -> None:
+        """Take back what was planned and could not be computed: nothing is found in blocks that were not written.
+
+        The sequences of these chunks have to be finished or put off before the next step, and so have those that hold
+        these runs.
+        """
+        for run in plan.key_value_fills:
+            run.num_computed = 0
+        for chunk in plan.chunks:
+            if chunk.run is not None:
+                chunk.run.num_computed = chunk.start
+            elif chunk.seq is not None:
+                self.block_manager.withdraw(chunk.seq, chunk.start)
+
+    def put_off(self, seq: Sequence) -> None:
+        """Take a running sequence's blocks; it is computed again in its turn."""
+        self._preempt(seq)
+
+    def holders(self, run: SoftPromptRun) -> list[Sequence]:
+        """The sequences that hold a soft prompt's run, running or waiting; of an ensemble the leader."""
+        return [
+            seq
+            for seq in self._seqs.values()
+            if any(self._held_runs.get(member.request_id) is run for member in seq.members)
+        ]
+
     def check_integrity(self) -> None:
         """Hold queues, blocks and soft prompts against each other.
 

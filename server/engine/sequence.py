@@ -40,6 +40,7 @@ class Sequence:
         finish_reason: Set once, when the sequence has ended.
         stop_token_id: The token that ended it, when one did.
         rng: This sequence's random numbers.
+        drawn: How many new tokens there were when a number was last drawn, and the number; see ``draw``.
         matcher: Where it stands in the grammar of its constraint, once that is compiled; it has taken exactly the new
             tokens, so that preemption leaves it as it is.
         adjusts_logits: ``params.adjusts_logits``, which every step asks.
@@ -57,6 +58,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "deadline",
+        "drawn",
         "finish_reason",
         "first_run",
         "followers",
@@ -117,6 +119,7 @@ class Sequence:
         # Python takes the absolute value of a seed; each of the 64-bit ones has to give numbers of its own.
         seed = params.seed if params.seed is None or params.seed >= 0 else params.seed + 2**64
         self.rng = random.Random(seed)  # noqa: S311 - sampling, not secrets
+        self.drawn: tuple[int, float] | None = None
         self.matcher: TokenMatcher | None = None
         self.adjusts_logits = params.adjusts_logits
         self.ngrams: NgramIndex | None = None
@@ -132,6 +135,15 @@ class Sequence:
             follower.token_ids = self.token_ids  # one list: a token that is appended is appended for all
             follower.is_follower = True
             self.followers.append(follower)
+
+    def draw(self) -> float:
+        """The random number in [0, 1) that chooses the next token: the same one until a token is appended.
+
+        So a step can be computed again, and a seed still gives the same tokens.
+        """
+        if self.drawn is None or self.drawn[0] != self.num_new_tokens:
+            self.drawn = self.num_new_tokens, self.rng.random()
+        return self.drawn[1]
 
     @property
     def members(self) -> tuple[Sequence, ...]:

@@ -204,8 +204,8 @@ def test_a_step_that_raises_ends_its_sequences_and_the_engine_goes_on(
         patch.setattr(engine.runner, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("kernel fault")))
         outputs = run(engine)
     assert {name: [o.error for o in outs] for name, outs in outputs.items()} == {
-        "a": ["RuntimeError: kernel fault"],
-        "b": ["RuntimeError: kernel fault"],
+        "a": ["the model failed to compute this request (RuntimeError: kernel fault)"],
+        "b": ["the model failed to compute this request (RuntimeError: kernel fault)"],
     }
     add(engine, "after", TEXT, greedy(5), soft_prompt=source)
     assert tokens(run(engine)["after"]) == llama.expected("prefix_13", TEXT, 5)
