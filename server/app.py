@@ -31,12 +31,15 @@ from server import tokenizer as base_tokenizer
 from server.api import classify, inspection, models, openai, ops, prompts, tokenization
 from server.api.access import OPEN_PATHS
 from server.api.admission import Admission
-from server.api.auth import ApiKeys, KeyReloader, load_keys
+from server.api.auth import ApiKeys, KeyReloader, is_loopback, load_keys
 from server.api.connections import ConnectionLimits, LimitedProtocol, limited
 from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.early_refusal import AdmissionMiddleware
 from server.api.entry import LimitsMiddleware
 from server.api.errors import describe
+from server.api.http.answers import PROTECTIVE_HEADERS, ExpectMiddleware
+from server.api.http.hosts import HostMiddleware, Hosts
+from server.api.http.origins import CorsMiddleware, CrossOriginMiddleware, Origins
 from server.api.middleware import (
     ApiKeyMiddleware,
     BodyLimitMiddleware,
@@ -86,10 +89,13 @@ def create_app(
         store: An open store, which its owner closes.
 
     Raises:
-        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file, no such model.
+        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file, no such model,
+            an origin or a host that is none.
         PromptStoreError: If the store cannot be opened.
     """
     keys = load_keys(settings.http)
+    origins = Origins(settings.http.allow_origin)
+    hosts = Hosts.parse(settings.http.allowed_host, is_guarded=keys is None and is_loopback(settings.http.host))
     if engine is None:
         settings = _located(settings)
         engine = AsyncEngine(settings.engine)
@@ -113,7 +119,13 @@ def create_app(
     endpoint = settings.otlp_traces_endpoint
     tracer = None if endpoint is None else RequestTracer.to(endpoint)
     observers = [log_request] if tracer is None else [log_request, tracer.observe]
-    middleware = [Middleware(RequestIdMiddleware, metrics=metrics, observers=observers)]
+    middleware = [Middleware(ExpectMiddleware)]
+    if origins:
+        middleware.append(Middleware(CorsMiddleware, origins=origins))
+    middleware.append(Middleware(RequestIdMiddleware, metrics=metrics, observers=observers))
+    if hosts is not None:
+        middleware.append(Middleware(HostMiddleware, hosts=hosts))
+    middleware.append(Middleware(CrossOriginMiddleware, origins=origins))
     if keys is not None:
         open_paths = OPEN_PATHS | {"/metrics"} if settings.http.open_metrics else OPEN_PATHS
         middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics, open_paths=open_paths))
@@ -161,6 +173,7 @@ class PreludeServer(uvicorn.Server):
             head_seconds=http.head_timeout,
             stall_seconds=http.stall_timeout,
             on_refused=_note_refusals(services.metrics),
+            origins=Origins(http.allow_origin),
         )
         super().__init__(
             uvicorn.Config(
@@ -172,6 +185,7 @@ class PreludeServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,  # each request has a line of our own
                 server_header=False,
+                headers=list(PROTECTIVE_HEADERS),
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )

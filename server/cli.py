@@ -130,6 +130,11 @@ def parse_keys(text: str | tuple[str, ...]) -> tuple[str, ...]:
     return text if isinstance(text, tuple) else tuple(key for part in text.split(",") if (key := part.strip()))
 
 
+def parse_list(text: str) -> tuple[str, ...]:
+    """Read one or more values with commas between, of a flag that may be given several times."""
+    return tuple(value for part in text.split(",") if (value := part.strip()))
+
+
 _NAMES: dict[str, Any] = {"parser": parse_names, "metavar": "NAME[@V],..."}
 _KEYS: dict[str, Any] = {"parser": parse_keys, "metavar": "KEY,..."}
 _BYTES: dict[str, Any] = {"parser": parse_bytes, "metavar": "BYTES"}
@@ -213,6 +218,22 @@ FLAGS = (
     ),
     _flag(HttpSettings, "allow_open", bool, "Serve everybody, without keys, on an address that others reach."),
     _flag(HttpSettings, "open_metrics", bool, "Serve /metrics without a key, for what scrapes it and has none."),
+    _flag(
+        HttpSettings,
+        "allow_origin",
+        list[Any],
+        "An origin whose pages may use the server; may be given several times.",
+        parser=parse_list,
+        metavar="URL",
+    ),
+    _flag(
+        HttpSettings,
+        "allowed_host",
+        list[Any],
+        "Another name for the server in requests; may be given several times.",
+        parser=parse_list,
+        metavar="NAME",
+    ),
     _flag(HttpSettings, "max_waiting", int, "Sequences that may wait for a place before the answer is 429.", min=0),
     _flag(
         HttpSettings, "max_wait_seconds", float, "Wait for a place before the answer is 503; 0 is no limit.", min=0.0
@@ -237,7 +258,10 @@ def settings_from(values: dict[str, Any]) -> Settings:
     """Fill the settings tree from parsed flags."""
     by_section: dict[type, dict[str, Any]] = {}
     for flag in FLAGS:
-        by_section.setdefault(flag.section, {})[flag.field] = values[flag.name]
+        value = values[flag.name]
+        if isinstance(value, list):  # a flag that may be given several times, each time with several values
+            value = tuple(item for part in value for item in part)
+        by_section.setdefault(flag.section, {})[flag.field] = value
     return Settings(
         engine=EngineSettings(**by_section[EngineSettings]),
         store=StoreSettings(**by_section[StoreSettings]),

@@ -91,6 +91,9 @@ class HttpSettings:
         api_keys: Keys that need no file; each may do everything.
         allow_open: Serve everybody on an address that other machines reach.
         open_metrics: Whether ``/metrics`` needs no key, where there are keys.
+        allow_origin: Origins (``scheme://host:port``) whose pages may use the server.
+        allowed_host: More names that requests may name as their host, without a port; ``*`` is any. Names are looked
+            at where there are no keys and only loopback is bound, and where one is given here.
         max_waiting: Requests admitted beyond those that run, before the door answers 429.
         max_wait_seconds: How long a request may wait to begin to run; 0 is without limit.
         max_body_bytes: Largest JSON body.
@@ -110,6 +113,8 @@ class HttpSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_open: bool = False
     open_metrics: bool = False
+    allow_origin: tuple[str, ...] = ()
+    allowed_host: tuple[str, ...] = ()
     max_waiting: int = 1024
     max_wait_seconds: float = 0.0
     max_body_bytes: int = 8 * 1024 * 1024

@@ -8,6 +8,8 @@ ServerError
 │   └── MediaTypeError       the body is not of a type that the path takes
 ├── AuthenticationError      no key, or an unknown one
 ├── PermissionDeniedError    the key may not do this
+├── CrossOriginError         a web page of another origin sent the request
+├── MisdirectedRequestError  the request's Host is none of this server's names
 ├── RateLimitError           the key is over one of its limits
 ├── NotFoundError
 │   ├── ModelNotFoundError
@@ -80,6 +82,14 @@ class PermissionDeniedError(ServerError):
     def __init__(self, message: str, *, scopes: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.scopes = tuple(scopes)
+
+
+class CrossOriginError(ServerError):
+    """A web page of another origin sent the request, and it may not."""
+
+
+class MisdirectedRequestError(ServerError):
+    """The request's Host is none of the names that this server answers to."""
 
 
 class RateLimitError(ServerError):

@@ -52,6 +52,31 @@ def test_variables_fill_the_settings(started):
 
 
 @pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        ("--allow-origin http://a --allow-origin https://b:1 --allowed-host a --allowed-host b", {}),
+        ("--allow-origin http://a,https://b:1 --allowed-host a,b,", {}),
+        ("", {"PRELUDE_ALLOW_ORIGIN": "http://a, https://b:1", "PRELUDE_ALLOWED_HOST": " a b "}),
+        ("", {"PRELUDE_ALLOW_ORIGIN": "http://a https://b:1", "PRELUDE_ALLOWED_HOST": "a,b"}),
+    ],
+)
+def test_flags_that_may_be_given_several_times(started, words, variables):
+    result = runner.invoke(app, ["serve", "--model", "m", *words.split()], env=variables)
+    assert result.exit_code == 0, result.output
+    (settings,) = started
+    assert settings.http.allow_origin == ("http://a", "https://b:1")
+    assert settings.http.allowed_host == ("a", "b")
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--allow-origin", "*"), ("--allowed-host", "http://a")])
+def test_an_origin_or_a_host_that_is_none_is_one_line(tmp_path, flag, value):
+    result = runner.invoke(app, ["serve", "--model", "m", "--port", "0", "--store", str(tmp_path / "s"), flag, value])
+    assert result.exit_code == 1
+    assert result.stderr.strip().splitlines()[-1].startswith(f"prelude: {flag} '{value}' is no ")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "serve",

@@ -77,7 +77,7 @@ def test_five_hundred_silent_clients_hold_nobody_up(served: tuple[httpx.Client, 
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(500)]
         for connection in silent[::2]:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
         assert client.post("/v1/completions", json=question).json()["choices"][0]["text"] == right
         assert process.memory_info().rss - before < 50 * 2**20
         answers = [connection.recv(4096) for connection in silent]
@@ -91,9 +91,8 @@ def test_a_client_that_does_not_read_holds_nobody_up(served: tuple[httpx.Client,
     client, pid = served
     body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
     encoded = json.dumps(body).encode()
-    request = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    )
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request += b"Content-Length: %d\r\n\r\n"
     ended = 'requests_total{outcome="length",prompt="-"}'
     num_ended = value(client, ended)
     before = psutil.Process(pid).memory_info().rss

@@ -2,6 +2,7 @@
 
 uvicorn with httptools takes heads of any length and waits for them for ever; ``LimitedProtocol`` bounds both, the
 number of connections, and how long an answer may lie unread. Bodies are bounded by the application's middleware.
+It also refuses heads that RFC 9112 says to refuse, drops trailers, and declines offers to speak another protocol.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import ErrorReply, describe_status
+from server.api.http.heads import HeadError, authority_of, check_head, framing_of
+from server.api.http.origins import Origins
 from server.api.refusal_log import Refusal
 
 MAX_HEADERS = 128
@@ -27,6 +31,9 @@ MAX_HEADERS = 128
 
 MAX_PIPELINED = 16
 """Requests of one connection that may wait behind another's answer; thousands fit into one read, 2 KiB each."""
+
+_BYTES_PER_CHUNK, _BYTES_PER_BYTE = 16, 3
+"""What may come for each chunk of a body, and for each byte in it; the rest is bounded, as in Go's net/http."""
 
 _errors_only = logging.getLogger("uvicorn.error.connections")
 """uvicorn's protocol warns of each request that is no HTTP, without a bound; those have a line of our own."""
@@ -43,6 +50,7 @@ class ConnectionLimits:
         head_seconds: From a connection's beginning, or a request's first byte, to the end of its head.
         stall_seconds: How long an answer's bytes may lie without the client taking any of them.
         on_refused: Told when a connection is refused or ended.
+        origins: Origins whose pages may read why.
     """
 
     max_connections: int
@@ -50,6 +58,7 @@ class ConnectionLimits:
     head_seconds: float
     stall_seconds: float
     on_refused: Callable[[Refusal], None]
+    origins: Origins
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -62,7 +71,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self.logger = _errors_only
         self._head_bytes = 0
         self._header_bytes = 0
-        self._head_fault: HTTPStatus | None = None
+        self._head_fault: HeadError | None = None
+        self._num_trailers = 0
+        self._excess_bytes = 0
+        self._declined: bytes | None = None
+        """The framing of a body whose request offers another protocol, from its head on; None where there is none."""
+        self._is_declining = False
         self._is_in_request = False
         self._has_body_to_come = False
         self._head_timer: asyncio.TimerHandle | None = None
@@ -101,38 +115,94 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self._is_in_request:
             # What follows an answer, the rest of a refused body included, has to become another request in time.
             self._expect_head()
-        if not self._has_body_to_come:
+        if self._has_body_to_come:
+            self._excess_bytes = max(0, self._excess_bytes) + len(data)
+        else:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._head_bytes > self.limits.max_head_bytes:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif self._excess_bytes > self.limits.max_head_bytes:
+            self._refuse(HTTPStatus.BAD_REQUEST, "the body is little beside what it is wrapped in")
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                # RFC 9110, 7.8 lets a server ignore such an offer; httptools stops after the head.
+                (num_parsed,) = offer.args
+                data = data[num_parsed:]
+                self._decline()
+            except httptools.HttpParserError as error:
+                self._head_fault = self._head_fault or _fault_of(error)
+                self.send_400_response(str(error))
+                return
+            else:
+                return
+
+    def _decline(self) -> None:
+        """Go on after a head with an offer of another protocol; httptools takes its request to have no body."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        if self._declined is not None:
+            self._is_declining = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self._declined + b"\r\n\r\n")
+            self._is_declining = False
+            self._declined = None
 
     def on_message_begin(self) -> None:
         """Begin a head."""
+        if self._is_declining:
+            return
         super().on_message_begin()
-        self._header_bytes = 0
+        self._header_bytes = self._num_trailers = 0
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the request's target."""
+        if self._is_declining:
+            return
         super().on_url(url)
         if len(self.url) > self.limits.max_head_bytes:
-            self._head_fault = HTTPStatus.REQUEST_URI_TOO_LONG
-            raise ValueError("the target is too long")
+            self._fail(HeadError(HTTPStatus.REQUEST_URI_TOO_LONG))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
-        super().on_header(name, value)
+        """Take a header, or drop a trailer: none is known here that would mean anything (RFC 9110, 6.5.1)."""
+        if self._is_declining:
+            return
+        if self._has_body_to_come:
+            self._num_trailers += 1
+            if name.lower() == b"connection":
+                self.cycle.keep_alive = False  # httptools takes it for a header, and may read nothing after it
+        else:
+            super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
-        if len(self.url) + self._header_bytes > self.limits.max_head_bytes or len(self.headers) > MAX_HEADERS:
-            self._head_fault = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            raise ValueError("the headers are too large")
+        if (
+            len(self.url) + self._header_bytes > self.limits.max_head_bytes
+            or len(self.headers) + self._num_trailers > MAX_HEADERS
+        ):
+            self._fail(HeadError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
 
     def on_headers_complete(self) -> None:
         """Begin a request."""
+        if self._is_declining:
+            return
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._head_fault = HTTPStatus.TOO_MANY_REQUESTS
-            raise ValueError("too many requests wait")
+            self._fail(HeadError(HTTPStatus.TOO_MANY_REQUESTS))
+        version = self.parser.get_http_version()
+        try:
+            check_head(version, self.headers)
+            authority = authority_of(self.url)
+        except HeadError as fault:
+            self._fail(fault)
+        if authority is not None:
+            self.headers[:] = [(name, authority if name == b"host" else value) for name, value in self.headers]
+        if version == "1.0":
+            self.expect_100_continue = False
         super().on_headers_complete()  # raises where the target is none that it understands: then none has begun
+        if self.parser.should_upgrade():
+            self._declined = framing_of(self.headers)
         if not self.pipeline:
             self._answered = self.cycle
         self._is_in_request = self._has_body_to_come = True
@@ -141,9 +211,21 @@ class LimitedProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def on_chunk_header(self) -> None:
+        """Begin a chunk of a body."""
+        self._excess_bytes -= _BYTES_PER_CHUNK
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body."""
+        self._excess_bytes -= _BYTES_PER_BYTE * len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        """End a request's body."""
+        """End a request's body, unless it is the one that httptools does not see."""
+        if self._declined is not None and not self._is_declining:
+            return
         self._has_body_to_come = False
+        self._excess_bytes = 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -157,7 +239,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or more of it than is taken."""
-        self._refuse(self._head_fault or HTTPStatus.BAD_REQUEST)
+        fault = self._head_fault or HeadError(HTTPStatus.BAD_REQUEST)
+        self._refuse(fault.status, fault.reason)
 
     def timeout_keep_alive_handler(self) -> None:
         """End a connection that sends no other request."""
@@ -176,19 +259,40 @@ class LimitedProtocol(HttpToolsProtocol):
             self._tell("request_timeout", "nothing was asked in time")
             self.transport.close()
 
-    def _refuse(self, status: HTTPStatus) -> None:
+    def _fail(self, fault: HeadError) -> NoReturn:
+        """Give up parsing: httptools passes the error on without its class."""
+        self._head_fault = fault
+        raise fault
+
+    def _refuse(self, status: HTTPStatus, reason: str | None = None) -> None:
         """Answer and close, where it would not be taken for the answer to another request."""
         if self.transport.is_closing():
             return
-        reply = describe_status(status)
+        reply = describe_status(status, reason)
         request_id = None
         is_of_the_one_that_runs = self._has_body_to_come and not (self.pipeline or self.cycle.response_started)
         if not self._is_in_request or is_of_the_one_that_runs:
             request_id = uuid.uuid4().hex
-            self.transport.write(_encoded(status, reply, request_id))
+            self.transport.write(self._encoded(status, reply, request_id))
         self._tell(reply.code, reply.message, status=request_id and reply.status, request_id=request_id)
         self.transport.close()
         self._watch_writes()
+
+    def _encoded(self, status: HTTPStatus, reply: ErrorReply, request_id: str) -> bytes:
+        origin = next((value.decode("latin-1") for name, value in self.headers or () if name == b"origin"), None)
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(reply.body)),
+            "connection": "close",
+            "x-request-id": request_id,
+            **reply.headers,
+            **self.limits.origins.headers_for(origin),
+            **({"vary": "Origin"} if self.limits.origins else {}),
+        }
+        lines = [b"HTTP/1.1 %d %s" % (status.value, status.phrase.encode())]
+        lines += [name + b": " + value for name, value in self.server_state.default_headers]
+        lines += [f"{name}: {value}".encode("latin-1") for name, value in headers.items()]
+        return b"\r\n".join([*lines, b"", reply.body])
 
     def _tell(self, code: str, reason: str, **known: Any) -> None:
         self.limits.on_refused(Refusal(code=code, reason=reason, client=self.client and self.client[0], **known))
@@ -239,16 +343,8 @@ def limited(limits: ConnectionLimits) -> type[LimitedProtocol]:
     return Protocol
 
 
-def _encoded(status: HTTPStatus, reply: ErrorReply, request_id: str) -> bytes:
-    body = reply.body
-    lines = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-        "connection: close",
-        f"x-request-id: {request_id}",
-        *(f"{name}: {value}" for name, value in reply.headers.items()),
-        "",
-        "",
-    ]
-    return "\r\n".join(lines).encode() + body
+def _fault_of(error: httptools.HttpParserError) -> HeadError | None:
+    """The fault that httptools found, where that is more than that it is no HTTP/1.1; it has no classes for these."""
+    if any(words in str(error) for words in ("HTTP version", "PRI/Upgrade")):
+        return HeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+    return None

@@ -27,12 +27,14 @@ from server.errors import (
     AuthenticationError,
     ConstraintError,
     ContextLengthError,
+    CrossOriginError,
     EngineDeadError,
     EngineNotReadyError,
     EngineRestartingError,
     EngineStartError,
     InvalidRequestError,
     MediaTypeError,
+    MisdirectedRequestError,
     ModelNotFoundError,
     NotFoundError,
     OverloadedError,
@@ -87,6 +89,7 @@ _TABLE: dict[type[Exception], _Row] = {
     InvalidPromptError: _Row(400, _REQUEST_ERROR, "invalid_prompt"),
     AuthenticationError: _Row(401, _REQUEST_ERROR, "invalid_api_key", {"www-authenticate": "Bearer"}),
     PermissionDeniedError: _Row(403, _REQUEST_ERROR, "insufficient_scope"),
+    CrossOriginError: _Row(403, _REQUEST_ERROR, "cross_origin"),
     PromptForbiddenError: _Row(403, _REQUEST_ERROR, "insufficient_scope"),
     NotFoundError: _Row(404, _REQUEST_ERROR, "not_found"),
     ModelNotFoundError: _Row(404, _REQUEST_ERROR, "model_not_found"),
@@ -97,6 +100,7 @@ _TABLE: dict[type[Exception], _Row] = {
     PayloadTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     PromptTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     MediaTypeError: _Row(415, _REQUEST_ERROR, "unsupported_media_type"),
+    MisdirectedRequestError: _Row(421, _REQUEST_ERROR, "misdirected_request"),
     RateLimitError: _Row(429, "rate_limit_error", "rate_limit_exceeded"),
     OverloadedError: _Row(429, "rate_limit_error", "overloaded", {"retry-after": "1"}),
     WaitTimeoutError: _Row(503, _UNAVAILABLE, "overloaded_waiting", {"retry-after": "5"}),
@@ -123,6 +127,8 @@ _HTTP_CODES = {
     416: "range_not_satisfiable",
     429: "too_many_pipelined",
     431: "headers_too_large",
+    501: "unsupported_transfer_coding",
+    505: "http_version_not_supported",
 }
 
 _PUBLIC_TEXT = {
@@ -198,16 +204,18 @@ _AT_THE_DOOR = {
     HTTPStatus.TOO_MANY_REQUESTS: "too many requests wait on one connection for the answer to another",
     HTTPStatus.REQUEST_URI_TOO_LONG: "the request's target is too long",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request's headers are too many or too long",
+    HTTPStatus.NOT_IMPLEMENTED: "the body's transfer coding is not understood",
+    HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: "this server speaks HTTP/1.1 and HTTP/1.0",
     HTTPStatus.SERVICE_UNAVAILABLE: "too many connections are open; try again later",
 }
 
 
-def describe_status(status: HTTPStatus) -> ErrorReply:
-    """What a client is told whose request has not even begun."""
+def describe_status(status: HTTPStatus, reason: str | None = None) -> ErrorReply:
+    """What a client is told whose request has not even begun; the reason may be more exact than the status."""
     is_full = status is HTTPStatus.SERVICE_UNAVAILABLE
     kind, code = (_UNAVAILABLE, "too_many_connections") if is_full else (_REQUEST_ERROR, _HTTP_CODES[status.value])
     headers = {"retry-after": "1"} if is_full else {}
-    return ErrorReply(status.value, kind, code, _AT_THE_DOOR[status], headers=headers)
+    return ErrorReply(status.value, kind, code, reason or _AT_THE_DOOR[status], headers=headers)
 
 
 def _own_headers(error: Exception) -> Mapping[str, str]:

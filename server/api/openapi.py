@@ -45,7 +45,7 @@ ERROR_SCHEMAS: dict[str, Any] = {
 STATUSES = {
     400: "The request or the soft prompt's file is wrong; `param` or `details` tell where.",
     401: "No API key, or an unknown one (where the server asks for keys).",
-    403: "The API key may not do this.",
+    403: "The API key may not do this, or a page of another origin sent it.",
     404: "There is no such model, soft prompt, version, alias or file.",
     409: "What is there now forbids it; trying again does not help.",
     408: "The body did not come in time.",

@@ -299,7 +299,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client inside the application's event loop; the server is ready."""
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http,
     ):
         while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
             await asyncio.sleep(0.001)

@@ -268,7 +268,7 @@ def records(long_queue, monkeypatch) -> list[RequestRecord]:
 async def queued(long_queue, records) -> AsyncIterator[httpx.AsyncClient]:
     async with (
         long_queue.router.lifespan_context(long_queue),
-        httpx.AsyncClient(transport=httpx.ASGITransport(long_queue), base_url="http://test") as client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(long_queue), base_url="http://localhost") as client,
     ):
         while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
             await asyncio.sleep(0.001)

@@ -18,7 +18,7 @@ import pytest
 from server import app as server_app
 from server.api.connections import MAX_HEADERS, MAX_PIPELINED
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
         (HEAD + b"X" * 3000, 431, "headers_too_large"),
         (HEAD + b"X:y\r\n" * MAX_HEADERS + b"\r\n", 431, "headers_too_large"),
         (b"\x16\x03\x01 is no HTTP\r\n\r\n", 400, "invalid_request"),
-        (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
-        (b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
-        (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid_request"),
+        (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "invalid_request"),
+        (b"GET http://x HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "invalid_request"),
+        (b"CONNECT x:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "invalid_request"),
         (HEAD + b"Content-Length: " + b"9" * 1000 + b"\r\n\r\n", 400, "invalid_request"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n", 400, "invalid_request"),
     ],
@@ -148,7 +148,7 @@ def test_a_second_request_on_the_connection_has_the_same_limits(
     serve: Any, connect: Callable[..., socket.socket]
 ) -> None:
     connection = connect(serve(head_timeout=0.3))
-    connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b"200 OK" in connection.recv(4096)
     connection.sendall(b"GET /li")
     assert error_of(everything(connection), 408) == "request_timeout"
@@ -159,7 +159,7 @@ def test_what_follows_an_early_answer_holds_the_connection_no_longer(
 ) -> None:
     live = serve(head_timeout=0.5, max_head_bytes=2048)
     connection = connect(live)
-    connection.sendall(b"POST /no-such HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+    connection.sendall(b"POST /no-such HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
     answer = connection.recv(4096)
     assert b"404 Not Found" in answer
     connection.sendall(b"x" * 10_000)  # a body that was begun is no head that is too large
@@ -176,7 +176,7 @@ def test_a_slow_body_is_408(serve: Any, connect: Callable[..., socket.socket], p
     live = serve(body_timeout=0.4)
     connection = connect(live)
     kind = b"application/json" if path == "/v1/completions" else b"multipart/form-data; boundary=b"
-    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: 1000\r\n\r\n"
+    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: %s\r\nContent-Length: 1000\r\n\r\n"
     connection.sendall(head % (path.encode(), kind))
     connection.sendall(b'{"prompt": ' if path == "/v1/completions" else b"--b\r\n")
     assert error_of(everything(connection), 408) == "request_timeout"
@@ -261,8 +261,8 @@ def test_a_reader_that_is_slow_but_reads_gets_all_of_it(
 def test_pipelined_requests_are_answered_in_turn(serve: Any, connect: Callable[..., socket.socket]) -> None:
     connection = connect(serve())
     first, last = (
-        b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /no HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /no HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
     )
     connection.sendall(first * 3 + last)
     answer = everything(connection)
@@ -310,7 +310,7 @@ def test_who_goes_with_requests_still_to_be_answered_ends_the_one_that_runs(
     engine.reply, engine.stall_after = "x" * 200, 5
     connection = connect(live)
     body = json.dumps({"prompt": "abc", "max_tokens": 100, "stream": stream}).encode()
-    following = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    following = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body + following * 3)
     eventually(lambda: engine.in_flight == 1)
     connection.close()
@@ -330,7 +330,7 @@ def test_no_more_requests_wait_on_one_connection_than_it_may_have(
     engine.stall_after = 0
     body = json.dumps({"prompt": "abc"}).encode()
     first = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    following = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    following = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     patient, greedy = connect(live), connect(live)
     patient.sendall(first + following * MAX_PIPELINED)
     eventually(lambda: engine.in_flight == 1)

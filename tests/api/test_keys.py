@@ -225,7 +225,7 @@ async def test_metrics_need_no_key_where_the_operator_says_so_and_nothing_else_i
 ) -> None:
     changed = replace(settings, http=replace(settings.http, open_metrics=is_open))
     app = locked(make_app, changed, tmp_path / "keys", "k")
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         for method in ("GET", "HEAD"):
             assert (await client.request(method, "/metrics")).status_code == (200 if is_open else 401)
         assert (await client.post("/metrics")).status_code == (405 if is_open else 401)

@@ -40,7 +40,7 @@ async def test_every_name_is_found(
     path = "".join(f"%{byte:02X}" for byte in model_id.encode()) if is_encoded else model_id
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
     ):
         while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
             await asyncio.sleep(0.001)

@@ -277,7 +277,10 @@ async def test_a_promotion_that_cannot_be_followed_is_a_warning(client, engine, 
 async def started(make_app, settings, **store):
     app = make_app(replace(settings, store=replace(settings.store, **store)))
     transport = httpx.ASGITransport(app)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
+    ):
         yield http
 
 

@@ -1,0 +1,118 @@
+"""The names that a server without keys answers to: a page whose name points here must not be its own server."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from typing import Self
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import ConfigurationError, MisdirectedRequestError
+
+_ANY = "*"
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
+_IPV4_LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+_IPV6_LOOPBACK = ipaddress.ip_address("::1")
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class Hosts:
+    """Names in the Host header that are answered: loopback's own, and those that are added.
+
+    Args:
+        names: Lower case, without a final dot; addresses as Python writes them.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    @classmethod
+    def parse(cls, names: Sequence[str], *, is_guarded: bool) -> Self | None:
+        """Read the setting.
+
+        Args:
+            names: Names or addresses without a port; ``*`` is any.
+            is_guarded: Whether names are looked at even where none is given.
+
+        Returns:
+            The names, or None where every name is answered.
+
+        Raises:
+            ConfigurationError: If one of them is neither a name nor an address.
+        """
+        found = frozenset(map(_read, names))
+        return None if _ANY in found or not (found or is_guarded) else cls(found)
+
+    def __contains__(self, host: str) -> bool:
+        """Whether a Host header's value, with or without a port, is one of them."""
+        name = name_of(host)
+        if name in self._names or name == "localhost":
+            return True
+        address = _address(name)
+        return address is not None and (str(address) in self._names or _is_loopback(address))
+
+
+def name_of(host: str) -> str:
+    """A Host header's value without its port, the brackets and the final dot, in lower case."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        address, bracket, _ = host[1:].partition("]")
+        return address if bracket else host
+    return host.partition(":")[0].removesuffix(".")
+
+
+class HostMiddleware:
+    """Refuses requests that are meant for another host: 421.
+
+    A browser sends the name that the page has, whatever address that name has now. So a page that points its name at
+    this machine (DNS rebinding) cannot ask this server as if it were the page's own.
+
+    Args:
+        app: The rest of the application.
+        hosts: The names that are answered.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: Hosts) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request's Host. Only HTTP/1.0, which no browser speaks, may lack one."""
+        if scope["type"] == "http":
+            for host in Headers(scope=scope).getlist("host"):
+                if host not in self._hosts:
+                    raise MisdirectedRequestError(_explain(name_of(host)))
+        await self._app(scope, receive, send)
+
+
+def _explain(name: str) -> str:
+    if _NAME.fullmatch(name) is None and _address(name) is None:
+        return "this server does not answer for the host that the request names"
+    return f"this server does not answer for the host {name!r}: start it with --allowed-host {name} if it should"
+
+
+def _read(name: str) -> str:
+    plain = name.strip().lower().removesuffix(".")
+    if plain == _ANY:
+        return plain
+    address = _address(plain.removeprefix("[").removesuffix("]"))
+    if address is not None:
+        return str(address)
+    if _NAME.fullmatch(plain) is None:
+        raise ConfigurationError(f"--allowed-host {name!r} is no name or address: give it without scheme and port")
+    return plain
+
+
+def _address(name: str) -> _Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _is_loopback(address: _Address) -> bool:
+    return address == _IPV6_LOOPBACK or (address.version == 4 and address in _IPV4_LOOPBACK)
