@@ -46,10 +46,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            parsed = sa.make_url(url)
-        except sa.exc.ArgumentError as error:
-            raise PromptStoreError(f"the catalog's URL {url[:200]!r} cannot be read: {error}") from error
+        parsed = read_url(url)
         self.is_shared = parsed.get_backend_name() == "postgresql"
         self._url = parsed
         self._is_made = False
@@ -62,6 +59,9 @@ class Database:
             raise PromptStoreError(f"the catalog can be sqlite:///PATH or postgresql://..., not {str(parsed)!r}")
         try:
             self._upgrade()
+        except sa.exc.DatabaseError as error:  # what is there is no catalog, or this user may not use it
+            self._engine.dispose()
+            raise PromptStoreError(f"the catalog {self} cannot be used: {_reason(error)}") from error
         except BaseException:
             self._engine.dispose()
             raise
@@ -141,6 +141,18 @@ class Database:
                 ) from error
 
 
+def read_url(url: str) -> sa.URL:
+    """Read a catalog's URL.
+
+    Raises:
+        PromptStoreError: If it is none.
+    """
+    try:
+        return sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+        raise PromptStoreError(f"the catalog's URL {url[:200]!r} cannot be read: {error}") from error
+
+
 class Listener:
     """A connection that hears notifications; made by ``Database.listen``."""
 
@@ -216,7 +228,10 @@ def _translated(database: Database) -> Iterator[None]:
     try:
         yield
     except _UNAVAILABLE as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()
-        raise StoreUnavailableError(
-            f"the catalog {database} cannot be used now: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise StoreUnavailableError(f"the catalog {database} cannot be used now: {_reason(error)}") from error
+
+
+def _reason(error: sa.exc.SQLAlchemyError) -> str:
+    """The database's own first line."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 
 from prompt_store.blobs import BlobDirectory, BlobStore
 from prompt_store.catalog import Catalog
-from prompt_store.database import Database
+from prompt_store.database import Database, read_url
 from prompt_store.errors import PromptStoreError
 from prompt_store.object_store import ObjectBlobs
 from prompt_store.staging import Staging
@@ -44,7 +45,7 @@ def open_store(
 
     Raises:
         PromptStoreError: If another process has the catalog or the cache, a newer release has written the catalog,
-            or the arguments do not go together.
+            its directory cannot be written, or the arguments do not go together.
         StoreUnavailableError: If catalog or object store cannot be reached.
     """
     is_remote = "://" in str(location)
@@ -55,8 +56,8 @@ def open_store(
         )
     if is_remote and cache_path is None:
         raise PromptStoreError(f"the store {location} needs a directory for local copies")
-    with ExitStack() as stack:
-        folder = Path(cache_path) if is_remote and cache_path is not None else Path(location)
+    folder = Path(cache_path) if is_remote and cache_path is not None else Path(location)
+    with _disk_errors(folder), ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,9 +84,19 @@ def open_store(
         return store
 
 
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A directory that may not be written, or holds something else, is for the operator to mend."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise PromptStoreError(f"the store in {folder} cannot be used: {where}: {error.strerror or error}") from error
+
+
 def _lock(url: str) -> IO[str] | None:
     """Have an SQLite catalog for this process alone, so that nobody else's changes have to be looked for."""
-    parsed = sa.make_url(url)
+    parsed = read_url(url)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         return None
     path = Path(parsed.database)

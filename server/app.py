@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import resource
 import signal
@@ -255,7 +256,11 @@ def bind(http: HttpSettings) -> socket.socket:
     try:
         return socket.create_server((http.host.strip("[]"), http.port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigurationError(f"{http.host}:{http.port} cannot be bound: {error.strerror or error}") from error
+        is_taken = error.errno == errno.EADDRINUSE
+        reason = "another process listens there; give another --port" if is_taken else error.strerror or error
+        raise ConfigurationError(f"{http.host}:{http.port} cannot be bound: {reason}") from error
+    except ValueError as error:  # of an address that is none, such as one with an empty label
+        raise ConfigurationError(f"{http.host}:{http.port} cannot be bound: {error}") from error
 
 
 def url_of(bound: socket.socket) -> str:

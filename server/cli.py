@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +46,9 @@ app = typer.Typer(
 )
 
 logger = logging.getLogger(__name__)
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What a disk or a device answers that takes no more; a closed pipe is typer's to end quietly."""
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -329,7 +335,9 @@ def demo(
     if _is_default(context, "store"):
         values["store"] = None
     values["served_model_name"] = values["served_model_name"] or tour.MODEL_NAME
-    logs.configure("WARNING" if values["log_level"] == "INFO" else values["log_level"], values["log_format"])
+    # The tour is what people look at; whoever asks for a log gets all of it.
+    is_quiet = _is_default(context, "log_level") and _is_default(context, "log_format")
+    logs.configure("WARNING" if is_quiet else values["log_level"], values["log_format"])
     with _errors_on_one_line(values["log_format"]), tour.store_directory(values["store"]) as store:
         settings = settings_from(values | {"model": str(tour.MODEL_DIRECTORY), "revision": None, "store": store})
         status = tour.run(settings, any_port=_is_default(context, "port"), exit_after=exit_, console=Console())
@@ -343,7 +351,7 @@ def key(
     ] = None,
     scope: Annotated[list[str] | None, typer.Option(help="What it may do; may be given several times.")] = None,
 ) -> None:
-    """Make a random API key: its hash for a key file on standard output, the key itself on standard error."""
+    """Make a random API key: its hash for a key file on standard output, the key alone on standard error."""
     # Not at the top: starlette takes time that the client commands need not wait.
     from server.api.key_file import describe_key, new_key  # noqa: PLC0415
 
@@ -351,7 +359,8 @@ def key(
     with _errors_on_one_line():
         line = describe_key(digest, tenant=tenant, scopes=scope or [])
     typer.echo(line)
-    typer.echo(f"the key, shown only now: {secret}", err=True)
+    # Labelled for people only: what a file gets is the key, as PRELUDE_API_KEY takes it.
+    typer.echo(f"the key, shown only now: {secret}" if sys.stderr.isatty() else secret, err=True)
 
 
 for module in (commands, bulk, evaluation, training):
@@ -360,4 +369,15 @@ for module in (commands, bulk, evaluation, training):
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        with suppress(OSError):
+            typer.echo(f"prelude: {error.filename or 'the output'} cannot be written: {error.strerror}", err=True)
+        # What is left in the buffers would fail once more when the interpreter ends.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(commands.ExitStatus.FAILED)

@@ -23,6 +23,10 @@ _ENGINE_SECONDS = 600.0
 """For what the engine does, of which a multitask prompt may need a good deal."""
 _CHUNK_BYTES = 1024 * 1024
 
+_HOW_TO_START = "Start a server by prelude demo or prelude serve --model M, or say where one is: --url or PRELUDE_URL"
+_GIVE_KEY = "Give a key: --api-key or PRELUDE_API_KEY"
+_OTHER_KEY = "The key that was sent is from --api-key or PRELUDE_API_KEY"
+
 OnBytes = Callable[[int], None]
 """Told how many more bytes of files have been sent or received."""
 
@@ -32,7 +36,7 @@ class ClientError(Exception):
 
     Attributes:
         status: The HTTP status, or None where no answer came.
-        code: The server's ``error.code``; ``unreachable`` or ``local`` where it did not answer.
+        code: The server's ``error.code``; ``unreachable``, ``usage`` or ``local`` where it did not answer.
         faults: (code, message) of every fault of refused files, else empty.
         body: The error in the API's shape: the server's own where it sent one.
     """
@@ -77,15 +81,15 @@ class PreludeClient:
     Args:
         url: Where it is, such as ``http://127.0.0.1:8000``.
         api_key: Sent with every request, if given.
+
+    Raises:
+        ClientError: If the URL is none of http or https, or no header can carry the key.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._url = url.rstrip("/")
-        try:
-            self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS)
-        except UnicodeEncodeError as error:
-            raise ClientError("the API key has a character that no header can carry") from error
+        self._url = str(server_url(url)).rstrip("/")
+        self._has_key = bool(api_key)
+        self._http = httpx.Client(headers=key_headers(api_key), timeout=_TIMEOUT_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -286,7 +290,7 @@ class PreludeClient:
             with part.open("xb") as opened, self._http.stream("GET", self._url + path) as response:
                 if not response.is_success:
                     response.read()
-                    raise _refusal(response)
+                    raise self._refusal(response)
                 for chunk in response.iter_bytes(_CHUNK_BYTES):
                     digest.update(chunk)
                     opened.write(chunk)
@@ -308,11 +312,65 @@ class PreludeClient:
             raise self._unreachable(error) from error
         if response.is_success:
             return response
-        raise _refusal(response)
+        raise self._refusal(response)
 
     def _unreachable(self, error: Exception) -> ClientError:
         reason = str(error) or type(error).__name__
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            reason += f". {_HOW_TO_START}"
         return ClientError(f"{self._url} cannot be reached: {reason}", code="unreachable")
+
+    def _refusal(self, response: httpx.Response) -> ClientError:
+        try:
+            body = response.json()
+            error = body["error"]
+            message, code = str(error["message"]), str(error["code"])
+            details = error.get("details") if code == "invalid_prompt" else None
+            faults = [(str(fault["code"]), str(fault["message"])) for fault in details or ()]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return _stranger(response)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            message = f"{message.rstrip('.')}. {_OTHER_KEY if self._has_key else _GIVE_KEY}"
+        elif response.status_code == httpx.codes.FORBIDDEN and self._has_key:
+            message = f"{message.rstrip('.')}. {_OTHER_KEY}"
+        return ClientError(message, status=response.status_code, code=code, body=body, faults=faults)
+
+
+def server_url(text: str) -> httpx.URL:
+    """Read ``--url``: where a server is, without OpenAI's ``/v1`` at its end.
+
+    Raises:
+        ClientError: If it is no URL of http or https.
+    """
+    example = "write it as http://HOST:PORT"
+    try:
+        url = httpx.URL(text.strip().rstrip("/").removesuffix("/v1").rstrip("/"))
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise ClientError(f"--url {text[:200]!r} is no URL ({error}): {example}", code="usage") from error
+    if url.scheme not in ("http", "https") or not _is_host(url.raw_host) or not 0 < (url.port or 80) < 65536:
+        raise ClientError(f"--url {text[:200]!r} is no URL of http or https: {example}", code="usage")
+    if url.query or url.fragment:
+        raise ClientError(f"--url {text[:200]!r} has more than an address: {example}", code="usage")
+    return url
+
+
+def _is_host(raw: bytes) -> bool:
+    """Whether a name or an address can be looked up; the system's own lookup raises strange errors for others."""
+    labels = raw.removesuffix(b".").split(b".")
+    return b":" in raw or all(0 < len(label) < 64 and b"%" not in label for label in labels)
+
+
+def key_headers(api_key: str | None) -> dict[str, str]:
+    """The headers that a key is sent in.
+
+    Raises:
+        ClientError: If no header can carry it.
+    """
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ClientError("the API key has a character that no header can carry")
+    return {"authorization": f"Bearer {api_key}"}
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:
@@ -326,20 +384,12 @@ def _object(response: httpx.Response) -> dict[str, Any]:
     return value
 
 
-def _refusal(response: httpx.Response) -> ClientError:
-    try:
-        body = response.json()
-        error = body["error"]
-        message, code = str(error["message"]), str(error["code"])
-        details = error.get("details") if code == "invalid_prompt" else None
-        faults = [(str(fault["code"]), str(fault["message"])) for fault in details or ()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return _stranger(response)
-    return ClientError(message, status=response.status_code, code=code, body=body, faults=faults)
-
-
 def _stranger(response: httpx.Response) -> ClientError:
     message = f"{response.url} answered {response.status_code} {response.reason_phrase}: is this a Prelude server?"
+    if response.has_redirect_location:
+        message += f" It points to {response.headers['location'][:200]!r}: give its address as --url"
+    elif response.status_code in (httpx.codes.BAD_GATEWAY, httpx.codes.GATEWAY_TIMEOUT):
+        message += " A proxy in front of it does not reach it"
     status = None if response.is_success else response.status_code
     return ClientError(message, status=status, code="not_prelude")
 

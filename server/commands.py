@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef, TaskType, check_name
 from server import tables
@@ -49,8 +50,13 @@ _BY_HTTP_STATUS = {
     413: ExitStatus.INVALID,
     415: ExitStatus.INVALID,
     429: ExitStatus.UNAVAILABLE,
+    502: ExitStatus.UNAVAILABLE,
     503: ExitStatus.UNAVAILABLE,
+    504: ExitStatus.UNAVAILABLE,
 }
+
+_BY_CODE = {"unreachable": ExitStatus.UNAVAILABLE, "usage": ExitStatus.USAGE}
+"""Of errors without an answer."""
 
 EXIT_CODES = (
     "Exit codes: 0 ok; 1 anything else; 2 usage; 3 not found; 4 refused as invalid; 5 conflict; 6 not authorised; "
@@ -256,7 +262,7 @@ def warm(
 def status_of(error: ClientError) -> ExitStatus:
     """How a command ends that failed."""
     if error.status is None:
-        return ExitStatus.UNAVAILABLE if error.code == "unreachable" else ExitStatus.FAILED
+        return _BY_CODE.get(error.code, ExitStatus.FAILED)
     return _BY_HTTP_STATUS.get(error.status, ExitStatus.FAILED)
 
 
@@ -287,7 +293,7 @@ def _progress(what: str, total: int) -> Iterator[OnBytes]:
         yield lambda count: progress.advance(task, count)
 
 
-def answer(value: dict[str, Any], as_json: bool, *shown: RenderableType) -> None:
+def answer(value: dict[str, Any], as_json: bool, *shown: Table | str) -> None:
     """Print what the API said, or what is made of it for people."""
     if as_json:
         typer.echo(json.dumps(value))

@@ -8,25 +8,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console, RenderableType
+import typer
+from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_UNCUT = 1_000_000
-"""Columns of a pipe: no table is as wide."""
+_GAP = "  "
+_MAX_PADDED = 40
+"""A cell that is wider moves what follows it in its own line, and no other line."""
 
 
-def show(*parts: RenderableType) -> None:
-    """Print to the standard output."""
-    if sys.stdout.isatty():
-        console = Console(highlight=False)
-    else:
-        console = Console(width=_UNCUT, force_terminal=False, color_system=None, highlight=False)
+def show(*parts: Table | str) -> None:
+    """Print to the standard output: tables that fit a terminal, and lines without padding into anything else."""
+    console = Console(highlight=False) if sys.stdout.isatty() else None
     for part in parts:
-        if isinstance(part, str):
+        if console is None:
+            for line in [clean(part)] if isinstance(part, str) else _lines(part):
+                typer.echo(line)
+        elif isinstance(part, str):
             console.print(Text(clean(part)), soft_wrap=True)  # no markup, and no line ends that were not there
         else:
             console.print(part)
+
+
+def _lines(table: Table) -> Iterator[str]:
+    """A table's lines, with columns that are aligned as far as they are narrow, and nothing behind the last cell."""
+    rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
+    if table.show_header:
+        rows.insert(0, tuple(str(column.header) for column in table.columns))
+    widths = [min(_MAX_PADDED, max(map(cell_len, column), default=0)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell + " " * max(0, width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        yield _GAP.join(cells).rstrip()
 
 
 def clean(text: object) -> str:
@@ -54,9 +68,7 @@ def prompts(data: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def prompt(
-    summary: Mapping[str, Any], page: Mapping[str, Any], changes: Mapping[str, Any]
-) -> Iterator[RenderableType]:
+def prompt(summary: Mapping[str, Any], page: Mapping[str, Any], changes: Mapping[str, Any]) -> Iterator[Table | str]:
     """One soft prompt with its versions and its history."""
     yield _fields(
         name=summary["id"],
@@ -89,7 +101,7 @@ def prompt(
         yield "There are more: give a higher --limit."
 
 
-def version(record: Mapping[str, Any]) -> Iterator[RenderableType]:
+def version(record: Mapping[str, Any]) -> Iterator[Table | str]:
     """One version."""
     lineage = record["lineage"]
     yield _fields(
@@ -119,7 +131,7 @@ def version(record: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from ("", table)
 
 
-def inspection(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+def inspection(found: Mapping[str, Any]) -> Iterator[Table | str]:
     """Norms and near tokens."""
     yield _fields(
         name=f"{found['id']}@{found['version']}",
@@ -146,7 +158,7 @@ def inspection(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from ("", table)
 
 
-def training(result: Mapping[str, Any]) -> Iterator[RenderableType]:
+def training(result: Mapping[str, Any]) -> Iterator[Table | str]:
     """What a training came to: scores without the soft prompt, where it began, and where it ended."""
     published = result.get("published")
     check = published and published["golden_check"]

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from server import app as server_app
 from server.cli import FLAGS, app
+from server.client import server_url
 from server.commands import ExitStatus
 from server.errors import EngineStartError
 
@@ -135,15 +136,18 @@ def test_an_open_host_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "line",
     ["list", "rm x", "push {tmp_path} --id x", "pull x {tmp_path}", "show x", "promote x 1", "rollback x"]
-    + [f"{command} x" for command in ("inspect", "warm")],
+    + [f"{command} x" for command in ("inspect", "warm")]
+    + ["run x {tmp_path}/rows {tmp_path}/out", "eval x --data {tmp_path}/rows"],
 )
 def test_no_server_is_status_7_and_one_line(tmp_path, line):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "rows").write_text('{"text": "a", "label": "b"}\n')
     command = line.format(tmp_path=tmp_path).split()
     result = runner.invoke(app, [*command, "--url", "http://127.0.0.1:9"])
     assert result.exit_code == 7
     assert "cannot be reached" in result.stderr
+    assert "prelude demo or prelude serve" in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     told = runner.invoke(app, [*command, "--json", "--url", "http://127.0.0.1:9"])
@@ -152,15 +156,31 @@ def test_no_server_is_status_7_and_one_line(tmp_path, line):
     assert told.stderr == result.stderr
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp://127.0.0.1", "http://127.0.0.1:port"])
-def test_a_url_that_is_none(url):
-    result = runner.invoke(app, ["list", "--url", url])
-    assert result.exit_code == 7
+URLS = ["nonsense", "", "127.0.0.1:8000", "http://[", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port"]
+URLS += ["http://127.0.0.1:9/?a=1", "http://127.0.0.1:9/#a", "http://127.0.0.1:99999", "http://" + "x" * 5000 + "."]
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("command", ["list", "show x", "run x {in} {out}", "eval x --data {in}", "promote x 1"])
+def test_a_url_that_is_none(url, command, tmp_path):
+    (tmp_path / "in").write_text('{"text": "a", "label": "b"}\n')
+    line = command.format(**{"in": tmp_path / "in", "out": tmp_path / "out"}).split()
+    result = runner.invoke(app, [*line, "--url", url])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("prelude: --url ")
+    assert "write it as http://HOST:PORT" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_a_key_that_no_header_can_carry():
-    result = runner.invoke(app, ["list", "--api-key", "schlüssel"])
+def test_the_address_that_openai_clients_take_will_do():
+    assert str(server_url("http://127.0.0.1:8000/v1/")) == "http://127.0.0.1:8000"
+    assert str(server_url("https://host/prefix/v1")) == "https://host/prefix"
+    assert str(server_url(" http://127.0.0.1:8000 ")) == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "k\n", "a\tb"])
+def test_a_key_that_no_header_can_carry(key):
+    result = runner.invoke(app, ["list", "--api-key", key])
     assert result.exit_code == 1
     assert "API key" in result.stderr
 

@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import httptools
 import httpx
 
-from server.client import ClientError
+from server.client import key_headers, server_url
 
 _CONNECT_SECONDS = 30.0
 _JSON = "application/json"
@@ -69,15 +69,7 @@ async def connected(url: str, api_key: str | None) -> AsyncIterator[Poster]:
     Raises:
         ClientError: If the key cannot be sent, or the URL is none.
     """
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise ClientError("the API key has a character that no header can carry")
-    try:
-        parsed = httpx.URL(url.rstrip("/"))
-    except httpx.InvalidURL as error:
-        raise ClientError(f"{url} cannot be reached: {error}", code="unreachable") from error
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise ClientError(f"{url} cannot be reached: it is no URL of http or https", code="unreachable")
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    parsed, headers = server_url(url), key_headers(api_key)
     if parsed.userinfo or _is_proxied(parsed):
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -63,7 +62,7 @@ class Report:
         }
 
     @property
-    def parts(self) -> Iterator[RenderableType]:
+    def parts(self) -> Iterator[Table | str]:
         """For people."""
         yield f"{self.data}: {len(self.scores[0].right):,} rows"
         has_labels = self.scores[0].labels is not None
@@ -84,7 +83,7 @@ class Report:
                 yield from ("", _confusion(name, list(score.labels), score.confusion))
 
 
-def _compared(names: Sequence[str], found: Comparison) -> Iterator[RenderableType]:
+def _compared(names: Sequence[str], found: Comparison) -> Iterator[Table | str]:
     low, high = found.interval
     yield (
         f"{names[0]} less {names[1]}: {found.difference:+.4f}, {CONFIDENCE:.0%} between {low:+.4f} and {high:+.4f} "

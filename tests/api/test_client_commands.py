@@ -353,11 +353,29 @@ def test_api_key(serve, tmp_path):
     refused = CliRunner().invoke(cli, ["list", "--url", live.url])
     assert refused.exit_code == 6
     assert "API key" in refused.stderr
+    assert "Give a key: --api-key or PRELUDE_API_KEY" in refused.stderr
+    wrong = CliRunner().invoke(cli, ["list", "--url", live.url, "--api-key", "k2"])
+    assert wrong.exit_code == 6
+    assert "The key that was sent is from --api-key or PRELUDE_API_KEY" in wrong.stderr
+    assert "k2" not in wrong.stderr
     assert CliRunner().invoke(cli, ["list", "--url", live.url, "--api-key", "k1"]).exit_code == 0
     assert CliRunner().invoke(cli, ["list"], env={"PRELUDE_URL": live.url, "PRELUDE_API_KEY": "k1"}).exit_code == 0
 
 
-@pytest.mark.parametrize(("status", "exit_status"), [(200, 1), (301, 1), (403, 6), (404, 3), (500, 1), (503, 7)])
+def test_a_key_that_may_not(serve, tmp_path, peft_directory):
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[keys]]\nkey = "r"\ntenant = "a"\nscopes = ["prompts:read"]\n')
+    live = serve(api_key_file=keys)
+    line = ["push", str(peft_directory("x")), "--id", "x", "--url", live.url, "--api-key", "r"]
+    refused = CliRunner().invoke(cli, line)
+    assert refused.exit_code == 6
+    assert "prompts:write" in refused.stderr
+    assert "The key that was sent is from --api-key or PRELUDE_API_KEY" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_status"), [(200, 1), (301, 1), (403, 6), (404, 3), (500, 1), (502, 7), (503, 7), (504, 7)]
+)
 @pytest.mark.parametrize("body", ["<html>", "[]", '{"error": "x"}', '{"error": {"message": 1}}'])
 def test_another_server(monkeypatch, status, exit_status, body):
     if status == 200 and body.startswith("{"):
@@ -368,6 +386,44 @@ def test_another_server(monkeypatch, status, exit_status, body):
     with client, pytest.raises(ClientError, match="is this a Prelude server") as refused:
         client.prompt("x")
     assert commands.status_of(refused.value) == exit_status
+
+
+def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch):
+    for status, headers, words in (
+        (301, {"location": "https://other/v1/prompts/x"}, "It points to 'https://other/v1/prompts/x'"),
+        (502, {}, "A proxy in front of it does not reach it"),
+    ):
+        answer = httpx.Response(status, headers=headers, text="<html>")
+        client = PreludeClient("http://other")
+        transport = httpx.MockTransport(lambda _, answer=answer: answer)
+        monkeypatch.setattr(client, "_http", httpx.Client(transport=transport))
+        with client, pytest.raises(ClientError, match=re.escape(words)):
+            client.prompt("x")
+
+
+def test_piped_lines_have_nothing_behind_their_last_cell(ok, peft_directory):
+    metadata = json.dumps({"notes": "x" * 2300})
+    ok("push", str(peft_directory("s")), "--id", "s", "--metadata", metadata, "--tag", "t")
+    ok("push", str(peft_directory("s", seed=1)), "--id", "s", *[f"--tag=t{'y' * 100}{index}" for index in range(20)])
+    for command in (["show", "s@1"], ["show", "s"], ["list"], ["inspect", "s"]):
+        lines = ok(*command).splitlines()
+        assert all(line == line.rstrip() for line in lines)
+        assert sum(len(line) > 200 for line in lines) <= 1, "a wide cell widens its own line alone"
+
+
+def test_piped_columns_are_aligned_by_what_a_terminal_shows(capsys):
+    table = tables._table("name", "tags", "pinned")
+    tables._row(table, "日本語", "a", "1")
+    tables._row(table, "abc", "b" * 100, "2")
+    tables._row(table, "d", "", "3")
+    tables.show("before", table)
+    assert capsys.readouterr().out.splitlines() == [
+        "before",
+        f"name    tags{' ' * 36}  pinned",
+        f"日本語  a{' ' * 39}  1",
+        f"abc     {'b' * 100}  2",
+        f"d       {' ' * 40}  3",
+    ]
 
 
 def test_progress_only_for_large_files_on_a_terminal(monkeypatch, capsys):

@@ -314,7 +314,7 @@ async def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(ClientError) as refused:
         async with connected(url, None):
             pass
-    assert refused.value.code == "unreachable"
+    assert refused.value.code == "usage"
 
 
 @pytest.mark.parametrize("key", ["é", "a\r\nx: y", "a\0"])

@@ -1,0 +1,135 @@
+"""What the command writes to which stream, and what it does where a stream takes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from server import cli
+
+PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
+KEY = re.compile(r"prelude-[\w-]{43}\n")
+FULL = Path("/dev/full")
+
+
+def prelude(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PRELUDE, *arguments], text=True, timeout=120, check=False, **options)  # type: ignore[call-overload]
+
+
+def test_key_gives_each_stream_a_file_that_can_be_used(tmp_path):
+    with (tmp_path / "hash").open("w") as out, (tmp_path / "key").open("w") as err:
+        assert prelude("key", stdout=out, stderr=err).returncode == 0
+    assert KEY.fullmatch((tmp_path / "key").read_text())
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}\n", (tmp_path / "hash").read_text())
+
+
+def test_key_is_labelled_for_people(monkeypatch):
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    result = CliRunner().invoke(cli.app, ["key"])
+    assert result.stderr.startswith("the key, shown only now: prelude-")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with FULL.open("w") as full:
+        told = prelude("key", stdout=full, stderr=subprocess.PIPE)
+    assert told.returncode == 1
+    assert told.stderr == "prelude: the output cannot be written: No space left on device\n"
+    with FULL.open("w") as full:
+        told = prelude("list", "--url", "http://127.0.0.1:9", stdout=subprocess.PIPE, stderr=full)
+    assert (told.returncode, told.stdout) == (1, "")
+
+
+def test_a_closed_pipe_is_silent():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        told = prelude("key", stdout=write, stderr=subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert told.returncode == 1
+    assert told.stderr == "" or KEY.fullmatch(told.stderr)
+
+
+def test_other_errors_of_the_system_are_bugs_and_not_hidden(monkeypatch):
+    def fail() -> None:
+        raise OSError(errno.ENOENT, "no such file")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(OSError, match="no such file"):
+        cli.main()
+
+
+def test_ctrl_c_is_no_traceback():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        command = [*PRELUDE, "list", "--url", url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = server.accept()  # it waits for an answer that does not come
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+            connection.close()
+    assert process.returncode not in (0, None)
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_an_answer_that_never_ends_is_no_traceback():
+    """The server dies in the middle of its answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        result = CliRunner().invoke(cli.app, ["list", "--url", f"http://127.0.0.1:{server.getsockname()[1]}"])
+        thread.join()
+    assert result.exit_code == 7
+    assert result.stderr.count("\n") == 1
+    assert "prelude serve" not in result.stderr, "there is a server"
+
+
+def test_a_port_in_use_and_an_address_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = ["serve", "--model", str(tmp_path), "--store", str(tmp_path / "store")]
+        result = CliRunner().invoke(cli.app, [*line, "--port", port])
+        assert result.exit_code == 1
+        expected = f"prelude: 127.0.0.1:{port} cannot be bound: another process listens there; give another --port\n"
+        assert result.stderr == expected
+        for host in ("a..b", "no.such.host.invalid", "256.1.1.1"):
+            result = CliRunner().invoke(cli.app, [*line, "--port", "0", "--host", host])
+            assert result.exit_code == 1
+            assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+def test_demo_with_json_logs_json_and_nothing_else(tmp_path):
+    told = prelude(
+        "demo", "--exit", "--log-format", "json", "--port", "0", "--num-threads", "1", "--kv-cache-memory", "64MiB",
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    lines = [json.loads(line) for line in told.stderr.splitlines()]
+    assert {"INFO"} <= {line["level"] for line in lines}
+    assert any(line["message"] == "prelude-demo serves" for line in lines)
+    assert not any(line["logger"].startswith("http") for line in lines), "the tour's own requests are not logged"
+    assert "answers are the held-out ones" in told.stdout
