@@ -154,8 +154,9 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         needs_tools: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the model's own template writes it, ready for the assistant's answer.
+        """A conversation as the model's own template writes it, by default ready for the assistant's answer.
 
         Raises:
             InvalidRequestError: If the template refuses the conversation, or does not show tools that it has to.
@@ -167,7 +168,7 @@ class Tokenizer:
                     [dict(turn) for turn in turns],
                     tools=[dict(tool) for tool in tools] or None,
                     tokenize=False,
-                    add_generation_prompt=True,
+                    **{"add_generation_prompt": True, **(options or {})},
                 )
             )
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from fastapi import APIRouter, Depends
 from msgspec import UNSET, UnsetType
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,6 +23,7 @@ from server.api.disconnect import ClientDisconnected, unless_disconnected
 from server.api.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
 from server.api.entry import Entry, entered
 from server.api.generation import shorter
+from server.api.known_fields import CLASSIFY, refuse_unsupported
 from server.api.openai import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
 from server.api.protocol import MAX_TIMEOUT_SECONDS, Prompts
 from server.api.request_body import check_unicode
@@ -78,6 +79,13 @@ class ClassifyBody(EnsembleBody):
     timeout: float | None = Field(
         None, gt=0.0, le=MAX_TIMEOUT_SECONDS, description="Seconds in which it has to begin to run, or it fails."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            refuse_unsupported(value, CLASSIFY)
+        return value
 
 
 class MemberLabel(msgspec.Struct, kw_only=True):

@@ -75,13 +75,15 @@ class Tokenizer(Protocol):
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         needs_tools: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the model's own template writes it, ready for the assistant's answer.
+        """A conversation as the model's own template writes it.
 
         Args:
             turns: The messages as templates take them.
             tools: Tools that the template may show.
             needs_tools: Whether it has to show them.
+            options: How the text ends, and variables of the template; by default an answer begins.
 
         Raises:
             InvalidRequestError: If the template refuses the conversation, or does not show tools that it has to.

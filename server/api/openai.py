@@ -224,6 +224,7 @@ async def create_chat_completion(body: ChatBody, request: Request, services: Ser
             tools=body.shown_tools,
             # A forced call is one whether the model knows of the tools or not.
             needs_tools=body.constraint_field != "tools",
+            options=body.template_options,
         )
         return await tokenize_prompts(services, [text], add_special_tokens=body.add_special_tokens, field="messages")
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, PlainValidator, PrivateAttr, model_validator
 
 from server.api.ensemble import EnsembleBody
+from server.api.guided import GuidedBody
+from server.api.known_fields import CHAT, COMPLETIONS, EVERYWHERE, Refused, refuse_unsupported
 from server.api.request_body import RequestBody, check_unicode
 from server.api.structured import ResponseFormat, StructuredOutputs
+from server.api.template_options import TemplateOptions
 from server.api.tool_calls import HermesReader, MakeReader, NamedCallReader, RequiredCallReader
 from server.api.tools import (
     MAX_TOOLS,
@@ -20,10 +23,11 @@ from server.api.tools import (
     ToolChoice,
     check_choice,
     forced_constraint,
+    shown_tools,
 )
 from server.engine.constraints import Constraint
 from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
-from server.errors import InvalidRequestError, UnsupportedError
+from server.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
@@ -107,11 +111,11 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk.")
 
 
-class GenerationBody(RequestBody):
+class GenerationBody(GuidedBody):
     """What completions and chat completions have in common."""
 
-    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {}
-    """Known fields without their feature yet, and the values that ask for nothing."""
+    unsupported: ClassVar[Mapping[str, Refused]] = EVERYWHERE
+    """Fields of other servers that are refused by name."""
 
     task_id: int | None = Field(None, ge=0, lt=_INT64, description="Which task of a multitask prompt, from 0.")
     stream: bool = False
@@ -150,22 +154,20 @@ class GenerationBody(RequestBody):
     @classmethod
     def _refuse_unsupported(cls, value: object) -> object:
         if isinstance(value, dict):
-            for name, no_ops in cls.unsupported.items():
-                asked = value.get(name)
-                if asked is not None and not any(_same(asked, no_op) for no_op in no_ops):
-                    raise UnsupportedError(f"{name}: this server does not support it yet; leave it out", param=name)
+            refuse_unsupported(value, cls.unsupported)
         return value
 
     @model_validator(mode="after")
     def _check_that_one_structure_is_asked(self) -> Self:
+        demands = self.guided_constraints
+        if self.structured_outputs is not None and self.structured_outputs.constraint is not None:
+            demands.insert(0, ("structured_outputs", self.structured_outputs.constraint))
         if self.response_format is not None and self.response_format.constraint is not None:
-            if self.structured_outputs is not None and self.structured_outputs.constraint is not None:
-                raise InvalidRequestError(
-                    "structured_outputs: not together with response_format", param="structured_outputs"
-                )
-            self._constraint = ("response_format", self.response_format.constraint)
-        elif self.structured_outputs is not None and self.structured_outputs.constraint is not None:
-            self._constraint = ("structured_outputs", self.structured_outputs.constraint)
+            demands.insert(0, ("response_format", self.response_format.constraint))
+        if len(demands) > 1:
+            first, second = demands[0][0], demands[1][0]
+            raise InvalidRequestError(f"{second}: not together with {first}", param=second)
+        self._constraint = demands[0] if demands else None
         return self
 
     @model_validator(mode="after")
@@ -218,10 +220,7 @@ class GenerationBody(RequestBody):
 class CompletionBody(EnsembleBody, GenerationBody):
     """``POST /v1/completions``."""
 
-    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
-        "best_of": (1,),
-        "suffix": ("",),
-    }
+    unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **COMPLETIONS}
 
     prompt: Prompts
     max_tokens: int | None = Field(None, ge=0, lt=_INT64, description="0 only with `echo`: nothing new, only scores.")
@@ -269,16 +268,10 @@ def _messages(value: object) -> object:
     return value
 
 
-class ChatBody(GenerationBody):
+class ChatBody(TemplateOptions, GenerationBody):
     """``POST /v1/chat/completions``."""
 
-    unsupported: ClassVar[Mapping[str, Sequence[object]]] = {
-        # The template comes from the model only: a template from a client is a program.
-        "chat_template": (),
-        # Of completions and classifications: ignored, the answer would be the bare base's.
-        "prompt_ids": (),
-        "ensemble": (),
-    }
+    unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **CHAT}
 
     model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
     prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
@@ -311,9 +304,7 @@ class ChatBody(GenerationBody):
     @property
     def shown_tools(self) -> list[dict[str, Any]]:
         """The tools as chat templates take them; none where the model may not call any."""
-        if self.tool_choice == "none":
-            return []
-        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+        return [] if self.tool_choice == "none" else shown_tools(self.tools)
 
     @property
     def make_reader(self) -> MakeReader | None:
@@ -337,8 +328,3 @@ class ChatBody(GenerationBody):
     def num_top_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-def _same(asked: Any, no_op: Any) -> bool:
-    """Equality in which ``true`` is not 1."""
-    return isinstance(asked, bool) == isinstance(no_op, bool) and bool(asked == no_op)

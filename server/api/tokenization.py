@@ -12,12 +12,14 @@ from starlette.requests import Request
 from server.api.callers import Caller, CallerDep
 from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.entry import entered_for_text
+from server.api.known_fields import CHAT, EVERYWHERE, refuse_unsupported
 from server.api.leasing import version_of
 from server.api.protocol import TokenId
 from server.api.request_body import RequestBody, check_unicode
 from server.api.resolution import resolve
+from server.api.template_options import TemplateOptions
 from server.api.token_ids import check_token_ids
-from server.api.tools import ChatMessage
+from server.api.tools import MAX_TOOLS, ChatMessage, Tool, shown_tools
 from server.errors import InvalidRequestError
 
 router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
@@ -26,13 +28,15 @@ MAX_TEXT_CHARS = 1_000_000
 MAX_TOKENS = 1_000_000
 MAX_MESSAGES = 10_000
 
+UNSUPPORTED = {"chat_template": CHAT["chat_template"], "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"]}
+
 
 def _text(value: str) -> str:
     check_unicode([value])
     return value
 
 
-class TokenizeBody(RequestBody):
+class TokenizeBody(TemplateOptions):
     """``POST /tokenize``: a text, or a conversation as the model's chat template writes it."""
 
     model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
@@ -44,7 +48,15 @@ class TokenizeBody(RequestBody):
     add_special_tokens: bool | None = Field(
         None, description="By default true for `prompt`, and false for `messages`, whose template writes its own."
     )
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Of the conversation, for the template.")
     return_token_strs: bool = Field(False, description="Adds the vocabulary's own text of each token.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            refuse_unsupported(value, UNSUPPORTED)
+        return value
 
     @model_validator(mode="after")
     def _check_that_there_is_one_text(self) -> Self:
@@ -102,7 +114,11 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
         if body.messages is not None:
             if not tokenizer.has_chat_template:
                 raise InvalidRequestError("this model has no chat template: send prompt", param="messages")
-            text = await tokenizer.render_chat([message.turn for message in body.messages])
+            text = await tokenizer.render_chat(
+                [message.turn for message in body.messages],
+                tools=shown_tools(body.tools),
+                options=body.template_options,
+            )
             add_special_tokens = bool(body.add_special_tokens)
         else:
             text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False

@@ -165,6 +165,11 @@ class NamedTool(RequestBody):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
+def shown_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as chat templates take them."""
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
+
+
 def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
     """Hold a tool choice against the tools.
 

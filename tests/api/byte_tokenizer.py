@@ -35,12 +35,14 @@ class ByteTokenizer:
         self.turns: list[Any] = []
         self.tools: list[Any] = []
 
-    async def render_chat(self, turns: Sequence[Any], *, tools: Sequence[Any] = (), needs_tools: bool = False) -> str:
+    async def render_chat(
+        self, turns: Sequence[Any], *, tools: Sequence[Any] = (), needs_tools: bool = False, options: Any = None
+    ) -> str:
         if turns[0]["role"] == "assistant":
             raise InvalidRequestError("messages: the assistant cannot begin", param="messages")
         if tools and needs_tools and not self.shows_tools:
             raise InvalidRequestError("tools: the chat template does not show them", param="tools")
-        self.turns, self.tools = list(turns), list(tools)
+        self.turns, self.tools, self.options = list(turns), list(tools), options
         names = ",".join(tool["function"]["name"] for tool in tools if self.shows_tools)
         text = "".join(f"[{turn['role']}]{turn['content']}" for turn in turns)
         return (f"[tools]{names}" if names else "") + text + "[assistant]"

@@ -1,0 +1,218 @@
+"""Fields that other servers know and this one does not: which are refused by name, and which may be ignored.
+
+A field that would change the answer is refused where it asks for anything: an answer without it would look right and
+be wrong. A field that changes no token of the answer is ignored, for a reason. Only what neither these tables nor a
+body know is ignored unseen. docs/generation.md has the same tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """How a field is refused.
+
+    Attributes:
+        no_ops: Values that ask for nothing, besides null and what is empty.
+        instead: What to do about it.
+    """
+
+    no_ops: tuple[object, ...] = ()
+    instead: str = "leave it out"
+
+
+_STRUCTURE = "send structured_outputs"
+_SOFT_PROMPT = "name a soft prompt by model or prompt_id"
+_TOOLS = "send tools and tool_choice"
+_STOP = "send stop"
+
+EVERYWHERE: dict[str, Refused] = {
+    # Beams.
+    "use_beam_search": Refused((False,), "send n and read logprobs"),
+    "num_beams": Refused((1,), "send n and read logprobs"),
+    "length_penalty": Refused((1, 1.0)),
+    "early_stopping": Refused((False,)),
+    "diversity_penalty": Refused((0,)),
+    # Which tokens may be chosen.
+    "allowed_token_ids": Refused(instead="send logit_bias or structured_outputs"),
+    "bad_words": Refused(instead="send logit_bias"),
+    "logits_processors": Refused(),
+    "logit_processors": Refused(),
+    "custom_token_bans": Refused(instead="send logit_bias"),
+    "ban_eos_token": Refused((False,), "send ignore_eos or min_tokens"),
+    "no_repeat_ngram_size": Refused((0,)),
+    "repeat_penalty": Refused((1,), "send repetition_penalty"),
+    "encoder_repetition_penalty": Refused((1,)),
+    "do_sample": Refused((True,), "send temperature 0"),
+    "typical_p": Refused((1, 0)),
+    "top_a": Refused((0,)),
+    "top_h": Refused((0, 1)),
+    "top_n_sigma": Refused((0, -1)),
+    "tfs": Refused((1,)),
+    "tfs_z": Refused((1,)),
+    "epsilon_cutoff": Refused((0,)),
+    "eta_cutoff": Refused((0,)),
+    "penalty_alpha": Refused((0,)),
+    "mirostat": Refused((0, False)),
+    "mirostat_mode": Refused((0,)),
+    "dry_multiplier": Refused((0,)),
+    "xtc_probability": Refused((0,)),
+    "smoothing_factor": Refused((0,)),
+    "dynatemp_range": Refused((0,)),
+    "guidance_scale": Refused((1,)),
+    "negative_prompt": Refused(),
+    "watermarking": Refused((False,)),
+    # Lengths and ends, by other names.
+    "num_return_sequences": Refused((1,), "send n"),
+    "max_length": Refused(instead="send max_tokens"),
+    "max_new_tokens": Refused(instead="send max_tokens"),
+    "n_predict": Refused((-1,), "send max_tokens"),
+    "num_predict": Refused((-1,), "send max_tokens"),
+    "min_new_tokens": Refused((0,), "send min_tokens"),
+    "stop_sequences": Refused(instead=_STOP),
+    "stopping_strings": Refused(instead=_STOP),
+    "repetition_detection": Refused(),
+    "thinking_token_budget": Refused((-1,)),
+    "truncate_prompt_tokens": Refused(instead="shorten the text"),
+    "truncate": Refused(instead="shorten the text"),
+    # Structure, by other names.
+    "guided_whitespace_pattern": Refused(instead=_STRUCTURE),
+    "guided_decoding": Refused(instead=_STRUCTURE),
+    "grammar": Refused(instead=_STRUCTURE),
+    "ebnf": Refused(instead=_STRUCTURE),
+    "regex": Refused(instead=_STRUCTURE),
+    "json_schema": Refused(instead="send response_format or structured_outputs"),
+    "structural_tag": Refused(instead=_STRUCTURE),
+    # Adapters, by other names.
+    "adapter_id": Refused(instead=_SOFT_PROMPT),
+    "lora_path": Refused(instead=_SOFT_PROMPT),
+    "lora_request": Refused(instead=_SOFT_PROMPT),
+    "prompt_adapter_request": Refused(instead=_SOFT_PROMPT),
+    # What the answer holds.
+    "prompt_logprobs": Refused((False,), "send echo with logprobs"),
+    "logprob_token_ids": Refused(instead="send logprobs"),
+    "logprobs_mode": Refused(("raw_logprobs",)),
+    "return_tokens_as_token_ids": Refused((False,), "send return_token_ids"),
+    "return_timings": Refused((False,)),
+    "detokenize": Refused((True,), "send return_token_ids"),
+    # What the text is.
+    "prompt_embeds": Refused(instead="upload a soft prompt"),
+    "apply_format": Refused((False,)),
+    # The Python client's word for fields beside the others.
+    "extra_body": Refused(instead="send its fields beside the others"),
+    # Between servers.
+    "cache_salt": Refused(instead="use a key of a tenant of its own: tenants share no cache"),
+    "kv_transfer_params": Refused(),
+    "ec_transfer_params": Refused(),
+    "vllm_xargs": Refused(),
+}
+"""Refused by completions and chat."""
+
+COMPLETIONS: dict[str, Refused] = {
+    "best_of": Refused((1,), "send n"),
+    "suffix": Refused(),
+    "messages": Refused(instead="use /v1/chat/completions"),
+    "tools": Refused(instead="use /v1/chat/completions"),
+    "functions": Refused(instead="use /v1/chat/completions"),
+    "tool_choice": Refused(("none", "auto"), "use /v1/chat/completions"),
+    "top_logprobs": Refused((0,), "send logprobs with their number"),
+    "chat_template": Refused(instead="use /v1/chat/completions"),
+    "chat_template_kwargs": Refused(instead="use /v1/chat/completions"),
+    "continue_final_message": Refused((False,), "use /v1/chat/completions"),
+    "documents": Refused(instead="use /v1/chat/completions"),
+    "reasoning_effort": Refused(instead="use /v1/chat/completions"),
+}
+"""Refused by completions alone."""
+
+CHAT: dict[str, Refused] = {
+    "best_of": Refused((1,), "send n"),
+    "suffix": Refused(instead="use /v1/completions"),
+    "prompt": Refused(instead="send messages"),
+    "echo": Refused((False,), "send continue_final_message"),
+    # The template comes from the model only: a template from a client is a program.
+    "chat_template": Refused(instead="send chat_template_kwargs"),
+    "functions": Refused(instead=_TOOLS),
+    "function_call": Refused(("none", "auto"), _TOOLS),
+    # Of completions and classifications: ignored, the answer would be the bare base's.
+    "prompt_ids": Refused(instead="use /v1/completions"),
+    "ensemble": Refused(instead="use /v1/completions"),
+    "modalities": Refused((["text"],), "only text is written here"),
+    "audio": Refused(instead="only text is written here"),
+    "web_search_options": Refused(instead=_TOOLS),
+    "verbosity": Refused(("medium",), "say it in the text"),
+    "enable_thinking": Refused(instead="send chat_template_kwargs"),
+    "thinking": Refused(instead="send chat_template_kwargs"),
+    "include_reasoning": Refused((True,)),
+    "separate_reasoning": Refused((False,)),
+    "return_prompt_text": Refused((False,), "send return_token_ids"),
+}
+"""Refused by chat alone."""
+
+CLASSIFY: dict[str, Refused] = {
+    "messages": Refused(instead="send input"),
+    "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"],
+    "activation": Refused((True,)),
+    "use_activation": Refused((True,)),
+    "softmax": Refused((True,)),
+}
+"""Refused by classifications."""
+
+_OPENAI_BOOKKEEPING = "OpenAI's own bookkeeping"
+_SPEED = "may change how fast the answer comes, never what it is"
+_RENDERED = "of vLLM's render endpoints, and ignored by vLLM elsewhere"
+_MEDIA = "speaks of pictures and sound, which are refused where they stand"
+
+IGNORED: dict[str, str] = {
+    "user": _OPENAI_BOOKKEEPING,
+    "safety_identifier": _OPENAI_BOOKKEEPING,
+    "metadata": _OPENAI_BOOKKEEPING,
+    "store": _OPENAI_BOOKKEEPING,
+    "prompt_cache_key": _SPEED,
+    "prompt_cache_retention": _SPEED,
+    "cache_prompt": _SPEED,
+    "prediction": _SPEED,
+    "service_tier": _SPEED,
+    "stream_interval": _SPEED,
+    "keep_alive": _SPEED,
+    "guided_decoding_backend": _SPEED,
+    "request_id": "the answer has an id of this server's; send the header X-Request-ID",
+    "session_id": _SPEED,
+    "truncation_side": "only with truncate_prompt_tokens, which is refused",
+    "spaces_between_special_tokens": "of tokenizers written in Python; the fast ones put no spaces there",
+    "media_io_kwargs": _MEDIA,
+    "mm_processor_kwargs": _MEDIA,
+    "return_token_offsets": _RENDERED,
+    "return_mm_kwargs": _RENDERED,
+    "routed_experts_prompt_start": "where data begins that this server does not return",
+}
+"""Ignored by both, and why that changes no answer."""
+
+
+def refuse_unsupported(body: Mapping[str, Any], refused: Mapping[str, Refused]) -> None:
+    """Refuse a field that asks for what this server does not do.
+
+    Args:
+        body: A request's JSON object, not validated yet.
+        refused: What its route refuses.
+
+    Raises:
+        UnsupportedError: Naming the first such field.
+    """
+    for name, asked in body.items():
+        how = refused.get(name)
+        if how is None or asked is None or asked in ([], {}, "") or any(_same(asked, no_op) for no_op in how.no_ops):
+            continue
+        if name == "best_of" and _same(asked, body.get("n")):
+            continue  # as many candidates as choices: nothing is left to select
+        raise UnsupportedError(f"{name}: this server does not support it; {how.instead}", param=name)
+
+
+def _same(asked: Any, no_op: Any) -> bool:
+    """Equality in which ``true`` is not 1."""
+    return isinstance(asked, bool) == isinstance(no_op, bool) and bool(asked == no_op)
