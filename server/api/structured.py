@@ -7,61 +7,20 @@ shapes, sizes, depths, and the few things that no limit of the compiler holds ba
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from decimal import Decimal
-from math import lcm
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from prompt_store.strict_json import check_depth, refuse_constant
+from prompt_store.strict_json import refuse_constant
 from server.api.closed_schemas import closed
 from server.api.request_body import RequestBody
+from server.api.schema_checks import MAX_CONSTRAINT_CHARS, check_grammar, check_schema, text_of
 from server.engine.constraints import Constraint, ConstraintKind
 from server.errors import UnsupportedError
 
 MAX_CHOICE_STRINGS = 1024
 MAX_CHOICE_CHARS = 1024
 MAX_REGEX_CHARS = 8192
-MAX_CONSTRAINT_CHARS = 64 * 1024
-"""Of a schema as JSON, of a grammar, or of all choices together."""
-
-MAX_SCHEMA_DEPTH = 64
-"""Objects and lists within each other, those of the schema language included."""
-
-MAX_MULTIPLE = 50_000
-"""Least common multiple of a schema's ``multipleOf``: so many states has the automaton that divides by them."""
-
-MAX_MULTIPLE_PLACES = 9
-"""Decimal places of each."""
-
-_HELD_BACK = ("%llguidance", "multipleOf")
-"""What a grammar may not set: the options that keep it harmless, and what is bounded in schemas."""
-
-
-def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Bound a JSON schema.
-
-    Raises:
-        ValueError: If it is too deep or too long, or divides by too large a number.
-    """
-    check_depth(schema, MAX_SCHEMA_DEPTH)
-    if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
-        raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters as JSON")
-    if _common_multiple(_divisors(schema)) > MAX_MULTIPLE:
-        raise ValueError(
-            f"should have multipleOf of few digits, with a least common multiple of at most {MAX_MULTIPLE}"
-        )
-    return schema
-
-
-def text_of(schema: dict[str, Any]) -> str:
-    """A schema as the engine takes it, the same for the same schema; its order is the order of the output.
-
-    Raises:
-        ValueError: If it holds a number that JSON has not.
-    """
-    return json.dumps(schema, separators=(",", ":"), allow_nan=False)
 
 
 def schema_constraint(schema: dict[str, Any], *, is_strict: bool) -> Constraint:
@@ -70,37 +29,6 @@ def schema_constraint(schema: dict[str, Any], *, is_strict: bool) -> Constraint:
     Objects have the properties that they name and no others, where the schema does not speak of others.
     """
     return Constraint(kind=ConstraintKind.JSON_SCHEMA, text=text_of(closed(schema)), is_lenient=not is_strict)
-
-
-def _divisors(schema: dict[str, Any]) -> Iterator[Decimal]:
-    """Every multipleOf in a schema, each positive number once."""
-    seen: set[Decimal] = set()
-    nodes: list[Any] = [schema]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, dict):
-            value = node.get("multipleOf")
-            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-                seen.add(Decimal(str(value)))
-            nodes += node.values()
-        elif isinstance(node, list):
-            nodes += node
-    yield from seen
-
-
-def _common_multiple(divisors: Iterator[Decimal]) -> int:
-    """The least common multiple, in units of its last decimal place; of more than is allowed some larger number."""
-    multiple = 1
-    for divisor in divisors:
-        if divisor > MAX_MULTIPLE or divisor != round(divisor, MAX_MULTIPLE_PLACES):
-            return MAX_MULTIPLE + 1
-        multiple = lcm(multiple, int(divisor.scaleb(MAX_MULTIPLE_PLACES)))
-        if multiple > MAX_MULTIPLE * 10**MAX_MULTIPLE_PLACES:
-            return MAX_MULTIPLE + 1
-    places = MAX_MULTIPLE_PLACES
-    while places and multiple % 10 == 0:
-        multiple, places = multiple // 10, places - 1
-    return multiple
 
 
 def _schema(value: object) -> dict[str, Any]:
@@ -122,13 +50,6 @@ def _choice(value: list[str]) -> list[str]:
         raise ValueError(f"should hold strings of 1 to {MAX_CHOICE_CHARS} characters")
     if sum(map(len, value)) > MAX_CONSTRAINT_CHARS:
         raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters together")
-    return value
-
-
-def _grammar(value: str) -> str:
-    for word in _HELD_BACK:
-        if word in value:
-            raise ValueError(f"should not have {word!r} in it")
     return value
 
 
@@ -178,7 +99,7 @@ class StructuredOutputs(RequestBody):
     grammar: Annotated[
         str | None,
         Field(min_length=1, max_length=MAX_CONSTRAINT_CHARS, description="llguidance's dialect of Lark."),
-        AfterValidator(_grammar),
+        AfterValidator(check_grammar),
     ] = None
 
     @model_validator(mode="before")

@@ -10,7 +10,8 @@ from pydantic import Field, PlainValidator, ValidationInfo, field_validator, mod
 
 from prompt_store.strict_json import check_depth, refuse_constant
 from server.api.request_body import RequestBody, check_unicode
-from server.api.structured import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, Schema, schema_constraint, text_of
+from server.api.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
+from server.api.structured import Schema, schema_constraint
 from server.engine.constraints import Constraint
 from server.errors import InvalidRequestError, UnsupportedError
 

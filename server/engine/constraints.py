@@ -48,6 +48,10 @@ class TokenMatcher(Protocol):
         """Take the sequence's next token."""
         ...
 
+    def charge(self, seconds: float) -> None:
+        """Take processor time off what the sequence may use."""
+        ...
+
     @property
     def is_complete(self) -> bool:
         """Whether the text may end here."""

@@ -16,6 +16,7 @@ from server.engine.distributions import (
     DISTINCT_PROMPTS_BOUNDS,
     STEP_SECONDS_BOUNDS,
 )
+from server.engine.grammar_check import NO_WAY_ON
 from server.engine.inspection import Inspector
 from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
 from server.engine.model_runner import ModelRunner
@@ -25,7 +26,7 @@ from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.sequence import Sequence
 from server.engine.soft_prompts import SoftPromptLoader
 from server.engine.step_parts import retry_in_parts
-from server.engine.structured import NO_WAY_ON, GrammarCompiler, load_tokenizer
+from server.engine.structured import TOO_MANY_SLOW, GrammarCompiler, TooManyGrammarsError, load_tokenizer
 from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, StepOutput, TokenOutput
 from server.errors import EngineStartError
 
@@ -119,7 +120,11 @@ class LLMEngine:
             if member.soft_prompt is not None and not self.soft_prompts.acquire(member.soft_prompt):
                 needs.append(member.soft_prompt.identity)
         if seq.params.constraint is not None:
-            seq.matcher = self._grammars.matcher(seq.params.constraint)
+            try:
+                seq.matcher = self._grammars.matcher(seq.params.constraint, seq.salt)
+            except TooManyGrammarsError as error:
+                self._let_go(seq)
+                return [_failure(seq, str(error), FinishReason.TIMEOUT)]
             if seq.matcher is None:
                 needs.append(seq.params.constraint)
         if needs:
@@ -136,6 +141,7 @@ class LLMEngine:
         if seq is None:
             return []
         self._let_go(seq)
+        self._abandon_grammar(seq)
         return [TokenOutput(request_id, [], FinishReason.ABORT)]
 
     def pin(self, message: Pin | Unpin) -> None:
@@ -159,16 +165,19 @@ class LLMEngine:
                 for seq in self._pending.waiting_for(identity):
                     self._pending.remove(seq.request_id)
                     self._let_go(seq, unreadable)
+                    self._abandon_grammar(seq)
                     outputs.append(_failure(seq, error))
             self._admit_pending(identity)
         for constraint, error in self._grammars.take_compiled():
             for seq in self._pending.waiting_for(constraint):
                 if error is None:
-                    seq.matcher = self._grammars.matcher(constraint)
+                    seq.matcher = self._grammars.matcher(constraint, seq.salt)
                 else:
                     self._pending.remove(seq.request_id)
                     self._let_go(seq)
-                    outputs.append(_failure(seq, error, FinishReason.CONSTRAINT))
+                    is_busy = error == TOO_MANY_SLOW
+                    reason = FinishReason.TIMEOUT if is_busy else FinishReason.CONSTRAINT
+                    outputs.append(_failure(seq, error, reason))
             self._admit_pending(constraint)
         return outputs
 
@@ -370,6 +379,12 @@ class LLMEngine:
             if member.soft_prompt is not None and member.soft_prompt.identity not in unreadable:
                 self.soft_prompts.release(member.soft_prompt)
 
+    def _abandon_grammar(self, seq: Sequence) -> None:
+        """End the compiling of a grammar that only this sequence waited for."""
+        constraint = seq.params.constraint
+        if constraint is not None and seq.matcher is None and not self._pending.waiting_for(constraint):
+            self._grammars.abandon(constraint)
+
     def _expire(self, now: float) -> list[TokenOutput]:
         """End what has not begun to run by its deadline, for whichever reason it waits."""
         late = self.scheduler.expire(now)
@@ -378,6 +393,7 @@ class LLMEngine:
         for seq in late:
             seq.finish_reason = FinishReason.TIMEOUT
             self._let_go(seq)
+            self._abandon_grammar(seq)
             self._stats.num_timeouts += 1
             message = f"the request waited {now - seq.arrival:.1f} seconds without its turn coming; try again later"
             outputs.append(TokenOutput(seq.request_id, [], FinishReason.TIMEOUT, error=message))

@@ -1,58 +1,78 @@
 """Structured output: which tokens a sequence may choose next, so that its text follows a grammar.
 
 llguidance keeps the grammars and says what may follow. Constraints come from outside, and some of them are bombs, so
-they are held by its limits and by three habits: they are compiled in threads of their own, with deep stacks, for the
-compiler recurses through rules; the first mask of each is computed there, too, since what is too large fails there
-first; and no text is forced in advance (``no_forcing``), since a grammar of a few characters can force a text of many
-thousand, which would be tokenised within a step.
+llguidance's own limits are not all that holds them:
+
+- Each is compiled in another process first (``grammar_trials``), which is killed when that takes too much time or
+  memory; only what passed is compiled here, in a thread with a deep stack, for the compiler recurses through rules.
+- Compiling has two lanes. What takes longer than a moment begins anew in the slow one, so that it stands before no
+  grammar that does not; in both, tenants take turns.
+- The processor time of masks is charged to each sequence, and what spends too much of it fails alone.
+- No text is forced in advance (``no_forcing``), since a grammar of a few characters can force a text of many
+  thousand, which would be tokenised within a step.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from queue import Empty, SimpleQueue
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
-from llguidance.hf import from_tokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, regex_to_lark
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.engine.constraints import Constraint, ConstraintKind, TokenMatcher
+from server.engine.grammar_check import STACK_BYTES, GrammarError, compile_grammar, error_of
+from server.engine.grammar_queue import GrammarQueue
+from server.engine.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
 from server.engine.transfers import queue_copy, to_device
+from server.engine.trial_process import Vocabulary, make_tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_COMPILED = 64
 """Compiled grammars that are kept for later sequences; one takes up to 40 MB, and seldom more than one."""
 
-MAX_ERROR_CHARS = 500
-"""Of what llguidance says about a grammar: it quotes it."""
+MAX_COMPILED_BYTES = 256 * 1024 * 1024
+"""Memory of those, as they were when they were compiled. Each grows by 10 to 40 MB at most while it is followed."""
 
-NO_WAY_ON = "no token of the model can go on as it demands"
-"""What is wrong where nothing can satisfy a constraint, or nothing that the model's tokens can write."""
+MAX_REFUSED = 64
+"""Constraints that took too long to compile and are remembered, so that each is tried once."""
 
-LIMITS = LLParserLimits(
-    # 1 to 2 kB each; what has more of them is an automaton that nobody meant.
-    max_lexer_states=20_000,
-    # About 7 ms of one mask.
-    step_lexer_fuel=100_000,
-    verbose_errors=False,
+MAX_WAITING = 256
+"""Different constraints of one tenant that wait to be compiled."""
+
+MAX_WAITING_SLOW = 8
+"""Of those that have been found to take long."""
+
+QUICK_SECONDS, SLOW_SECONDS = 0.25, 3.0
+"""Processor time in which a grammar has to be compiled, in each lane. Schemas of 64 KiB take 0.2 seconds."""
+
+BURST_SECONDS, TOKEN_SECONDS = 0.5, 0.002
+"""Processor time that one sequence's masks may take: the first for all of it, the second more for each token. A mask
+seldom takes more than 0.001; ambiguous grammars take longer with each token, up to a second."""
+
+METERED_SECONDS = 0.01
+"""A step's masks that take longer than this are looked at one by one in the next."""
+
+TOO_SLOW = f"it takes more than {SLOW_SECONDS:g} seconds of processor time to compile: make it smaller"
+TOO_MANY_SLOW = (
+    f"it takes long to compile, and {MAX_WAITING_SLOW} such structures of this client wait already; try again later"
 )
-
-_NUM_THREADS = 2
-"""Enough that one large grammar does not stand before all others."""
-
-_STACK_BYTES = 256 * 1024 * 1024
-"""Address space, not memory. Rules in a chain overflow 8 MiB at some thousand of them; a text of 64 KiB has room for
-ten thousand at most, which take a tenth of this."""
+TOO_COSTLY = "it takes too long to find which tokens it allows: make it simpler and less ambiguous"
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written as Python's ``json.dumps`` does: where white space is free, small models do not stop writing it."""
@@ -62,8 +82,8 @@ _END = "<|prelude-end-of-grammar|>"
 _REGEX_SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")
 
 
-class GrammarError(Exception):
-    """A constraint cannot be used: it is no grammar, or too large, or nothing can satisfy it."""
+class TooManyGrammarsError(Exception):
+    """A tenant has as many constraints waiting to be compiled as it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +93,29 @@ class GrammarVocabulary:
     Attributes:
         lowlevel: llguidance's tokenizer.
         hidden_end: The token that stands for the end in a model without one; no sequence may have it.
+        source: What another process makes the same tokenizer from.
     """
 
     lowlevel: LLTokenizer
     hidden_end: int | None
+    source: Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A grammar that sequences get copies of, and the memory that it took."""
+
+    matcher: Matcher
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What has come of compiling a constraint: one of these."""
+
+    constraint: Constraint
+    compiled: _Compiled | None = None
+    error: str | None = None
 
 
 class Matcher:
@@ -90,15 +129,23 @@ class Matcher:
     def __init__(self, lowlevel: LLMatcher, vocabulary: GrammarVocabulary) -> None:
         self.lowlevel = lowlevel
         self.vocabulary = vocabulary
+        self._seconds_left = BURST_SECONDS
 
     def advance(self, token_id: int) -> None:
         """Take the sequence's next token."""
+        begun = time.thread_time()
         self.lowlevel.consume_token(token_id)
+        self.charge(time.thread_time() - begun - TOKEN_SECONDS)
+
+    def charge(self, seconds: float) -> None:
+        """Take processor time off what the sequence may use; with none left it has failed, for good."""
+        if self._seconds_left > 0:
+            self._seconds_left = min(self._seconds_left - seconds, BURST_SECONDS)
 
     @property
     def is_complete(self) -> bool:
         """Whether the text may end here."""
-        return not self.lowlevel.is_error() and self.lowlevel.is_accepting()
+        return self.error is None and self.lowlevel.is_accepting()
 
     @property
     def is_finished(self) -> bool:
@@ -108,11 +155,18 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any further; None while it can."""
-        return _error_of(self.lowlevel)
+        return TOO_COSTLY if self._seconds_left <= 0 else error_of(self.lowlevel)
 
 
 class TokenMasks:
-    """Which tokens may come next, for many sequences at once."""
+    """Which tokens may come next, for many sequences at once.
+
+    llguidance computes many masks in parallel, without saying what each took. When that was long, the next masks are
+    computed one by one and charged to their sequences, for as long as one of them takes long.
+    """
+
+    def __init__(self) -> None:
+        self._is_metered = False
 
     @cached_property
     def _executor(self) -> LLExecutor:
@@ -129,12 +183,17 @@ class TokenMasks:
             vocab_size: Width of the logits.
             device: Where they are.
         """
-        own: list[LLMatcher] = [matcher.lowlevel for matcher in matchers]
         vocabulary: GrammarVocabulary = matchers[0].vocabulary
-        bitmask = allocate_token_bitmask(len(own), vocabulary.lowlevel.vocab_size)
-        fill_next_token_bitmask_par(self._executor, [(lowlevel, row) for row, lowlevel in enumerate(own)], bitmask)
-        for row, lowlevel in enumerate(own):
-            if lowlevel.is_error():  # llguidance allows the end there
+        bitmask = allocate_token_bitmask(len(matchers), vocabulary.lowlevel.vocab_size)
+        if self._is_metered or len(matchers) == 1:
+            self._is_metered = self._fill_metered(matchers, bitmask)
+        else:
+            begun = time.perf_counter()
+            rows: list[tuple[LLMatcher, int]] = [(matcher.lowlevel, row) for row, matcher in enumerate(matchers)]
+            fill_next_token_bitmask_par(self._executor, rows, bitmask)
+            self._is_metered = time.perf_counter() - begun > METERED_SECONDS
+        for row, matcher in enumerate(matchers):
+            if matcher.error is not None:  # llguidance allows the end there
                 bitmask[row] = 0
         # One bit a token crosses to the device.
         packed = queue_copy(torch.from_numpy(bitmask.view(np.uint8)), device)
@@ -143,6 +202,34 @@ class TokenMasks:
         if vocabulary.hidden_end is not None:
             allowed[:, vocabulary.hidden_end :] = False  # nothing of the tokenizer's is behind it
         return allowed
+
+    @staticmethod
+    def _fill_metered(matchers: SequenceOf[TokenMatcher], bitmask: npt.NDArray[np.int32]) -> bool:
+        """Compute masks one by one, charging each; returns whether one of them took long."""
+        longest = 0.0
+        for row, matcher in enumerate(matchers):
+            if matcher.error is None:
+                begun = time.thread_time()
+                fill_next_token_bitmask(matcher.lowlevel, bitmask, row)
+                seconds = time.thread_time() - begun
+                matcher.charge(seconds)
+                longest = max(longest, seconds)
+        return longest > TOKEN_SECONDS
+
+
+class _Lane:
+    """One compiling thread, with what waits for it.
+
+    Args:
+        cpu_seconds: Processor time in which a grammar has to be compiled.
+    """
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self.cpu_seconds = cpu_seconds
+        self.queue = GrammarQueue()
+        self.current: Constraint | None = None
+        self.trials: GrammarTrials | None = None
+        self.thread: threading.Thread | None = None
 
 
 class GrammarCompiler:
@@ -171,22 +258,40 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._on_compiled = on_compiled
-        self._compiled: OrderedDict[Constraint, Matcher] = OrderedDict()
-        self._compiling: set[Constraint] = set()
-        self._done: SimpleQueue[tuple[Constraint, Future[Matcher]]] = SimpleQueue()
+        self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
+        self._refused: OrderedDict[Constraint, str] = OrderedDict()
+        self._compiling: dict[Constraint, str] = {}
+        self._done: SimpleQueue[_Outcome] = SimpleQueue()
         self._vocabulary: GrammarVocabulary | None = None
         self._vocabulary_lock = threading.Lock()
+        self._quick, self._slow = _Lane(QUICK_SECONDS), _Lane(SLOW_SECONDS)
+        self._changed = threading.Condition()
+        """Guards the lanes; notified when one of them has something to do."""
+        self._is_closed = False
 
-    def matcher(self, constraint: Constraint) -> Matcher | None:
-        """A new sequence's matcher, or None where the grammar is being compiled; ``take_compiled`` will tell."""
-        template = self._compiled.get(constraint)
-        if template is not None:
+    def matcher(self, constraint: Constraint, tenant: str = "") -> Matcher | None:
+        """A new sequence's matcher, or None where the grammar is being compiled; ``take_compiled`` will tell.
+
+        Raises:
+            TooManyGrammarsError: If too many of the tenant's constraints are being compiled already.
+        """
+        known = self._compiled.get(constraint)
+        if known is not None:
             self._compiled.move_to_end(constraint)
-            return Matcher(template.lowlevel.deep_copy(), template.vocabulary)
-        if constraint not in self._compiling:
-            self._compiling.add(constraint)
-            future = self._executor.submit(self._compile, constraint)
-            future.add_done_callback(lambda done: self._announce(constraint, done))
+            return Matcher(known.matcher.lowlevel.deep_copy(), known.matcher.vocabulary)
+        if constraint in self._compiling:
+            return None
+        if sum(owner == tenant for owner in self._compiling.values()) >= MAX_WAITING:
+            raise TooManyGrammarsError(
+                f"{MAX_WAITING} different structures of this client are being compiled already; try again later"
+            )
+        self._compiling[constraint] = tenant
+        error = self._refused.get(constraint)
+        if error is not None:
+            self._refused.move_to_end(constraint)
+            self._announce(_Outcome(constraint, error=error))
+        else:
+            self._enqueue(self._quick, constraint, tenant)
         return None
 
     def take_compiled(self) -> list[tuple[Constraint, str | None]]:
@@ -194,62 +299,125 @@ class GrammarCompiler:
 
         Those that are right have matchers at least until the next call.
         """
-        while len(self._compiled) > MAX_COMPILED:
+        while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
             self._compiled.popitem(last=False)
         ended: list[tuple[Constraint, str | None]] = []
         while True:
             try:
-                constraint, future = self._done.get_nowait()
+                outcome = self._done.get_nowait()
             except Empty:
                 return ended
-            self._compiling.discard(constraint)
-            error = future.exception()
-            if error is None:
-                self._compiled[constraint] = future.result()
-            ended.append((constraint, None if error is None else str(error)))
+            self._compiling.pop(outcome.constraint, None)
+            if outcome.compiled is not None:
+                self._compiled[outcome.constraint] = outcome.compiled
+            elif outcome.error == TOO_SLOW:
+                self._refused[outcome.constraint] = TOO_SLOW
+                while len(self._refused) > MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            ended.append((outcome.constraint, outcome.error))
 
     def forget(self, constraint: Constraint) -> None:
         """Compile it anew for the next sequence: the automaton that its matchers share has reached a limit."""
         self._compiled.pop(constraint, None)
 
+    def abandon(self, constraint: Constraint) -> None:
+        """No sequence waits for this constraint any more: stop compiling it."""
+        if self._compiling.pop(constraint, None) is None:
+            return
+        with self._changed:
+            for lane in (self._quick, self._slow):
+                lane.queue.discard(constraint)
+                if lane.current == constraint and lane.trials is not None:
+                    lane.trials.cancel()
+
     def close(self) -> None:
-        """End the compiling threads."""
-        if "_executor" in self.__dict__:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        """End the compiling threads and their processes."""
+        with self._changed:
+            self._is_closed = True
+            for lane in (self._quick, self._slow):
+                if lane.trials is not None:
+                    lane.trials.close()
+            self._changed.notify_all()
+        for lane in (self._quick, self._slow):
+            if lane.thread is not None:
+                lane.thread.join()
 
-    @cached_property
-    def _executor(self) -> ThreadPoolExecutor:
-        executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar-compiler")
-        # The stack size is a setting of the process, for threads that are started from here on.
-        usual = threading.stack_size(_STACK_BYTES)
-        try:
-            barrier = threading.Barrier(_NUM_THREADS)
-            for _ in range(_NUM_THREADS):
-                executor.submit(barrier.wait)
-        finally:
-            threading.stack_size(usual)
-        return executor
+    @property
+    def _num_bytes(self) -> int:
+        return sum(compiled.num_bytes for compiled in self._compiled.values())
 
-    def _announce(self, constraint: Constraint, future: Future[Matcher]) -> None:
-        self._done.put((constraint, future))
+    def _enqueue(self, lane: _Lane, constraint: Constraint, tenant: str) -> None:
+        with self._changed:
+            lane.queue.add(constraint, tenant)
+            if lane.thread is None:
+                lane.thread = threading.Thread(target=self._work, args=(lane,), name="grammar-compiler")
+                # The stack size is a setting of the process, for threads that are started from here on.
+                usual = threading.stack_size(STACK_BYTES)
+                try:
+                    lane.thread.start()
+                finally:
+                    threading.stack_size(usual)
+            self._changed.notify_all()
+
+    def _announce(self, outcome: _Outcome) -> None:
+        self._done.put(outcome)
         self._on_compiled()
 
-    def _compile(self, constraint: Constraint) -> Matcher:
-        """Compile a constraint, in a compiling thread.
+    def _work(self, lane: _Lane) -> None:
+        """Compile what waits in a lane, until the end; the body of its thread."""
+        while (turn := self._next(lane)) is not None:
+            outcome = self._compile(lane, *turn)
+            with self._changed:
+                lane.current = None
+            if outcome is not None:
+                self._announce(outcome)
+        if lane.trials is not None:
+            lane.trials.release()
 
-        Raises:
-            GrammarError: If it cannot be used.
-        """
-        vocabulary = self._load_vocabulary()
-        lowlevel = LLMatcher(vocabulary.lowlevel, lark_of(constraint), log_level=0, limits=LIMITS)
-        template = Matcher(lowlevel, vocabulary)
-        trial = Matcher(lowlevel.deep_copy(), vocabulary)
-        if template.error is None:
-            trial.lowlevel.compute_bitmask()
-        error = template.error or trial.error
-        if error is not None:
-            raise GrammarError(error)
-        return template
+    def _next(self, lane: _Lane) -> tuple[Constraint, str] | None:
+        """Wait for a lane's next constraint and its tenant; None at the end."""
+        with self._changed:
+            while True:
+                if self._is_closed:
+                    return None
+                turn = lane.queue.take()
+                if turn is not None:
+                    lane.current = turn[0]
+                    if lane.trials is not None:
+                        lane.trials.prepare()
+                    return turn
+                self._changed.wait()
+
+    def _compile(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
+        """Compile a constraint, in a compiling thread; None where it goes on in the slow lane, or was abandoned."""
+        try:
+            vocabulary = self._load_vocabulary()
+            if lane.trials is None:
+                with self._changed:
+                    lane.trials = GrammarTrials(vocabulary.source)
+                    if self._is_closed:
+                        return None
+            lark = lark_of(constraint)
+            num_bytes = lane.trials.try_out(lark, lane.cpu_seconds)
+            matcher = Matcher(compile_grammar(vocabulary.lowlevel, lark), vocabulary)
+        except CancelledTrialError:
+            return None
+        except TooSlowError:
+            return self._be_slow(lane, constraint, tenant)
+        except GrammarError as error:
+            return _Outcome(constraint, error=str(error))
+        except BaseException as error:  # llguidance's panics are no Exception; a waiting sequence has to end
+            logger.exception("a grammar could not be compiled")
+            return _Outcome(constraint, error=f"it cannot be compiled: {type(error).__name__}")
+        return _Outcome(constraint, compiled=_Compiled(matcher, num_bytes))
+
+    def _be_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
+        if lane is self._slow:
+            return _Outcome(constraint, error=TOO_SLOW)
+        if self._slow.queue.count(tenant) >= MAX_WAITING_SLOW:
+            return _Outcome(constraint, error=TOO_MANY_SLOW)
+        self._enqueue(self._slow, constraint, tenant)
+        return None
 
     def _load_vocabulary(self) -> GrammarVocabulary:
         with self._vocabulary_lock:
@@ -273,8 +441,11 @@ class GrammarCompiler:
             tokenizer.add_tokens([AddedToken(_END, special=True)], special_tokens=True)
             hidden_end = tokenizer.get_vocab()[_END]
             ends = [hidden_end]
-        lowlevel = from_tokenizer(tokenizer, n_vocab=max(len(tokenizer), self._vocab_size), eos_token=ends)
-        return GrammarVocabulary(lowlevel, hidden_end)
+        backend = copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        source = Vocabulary(backend.to_str(), max(len(tokenizer), self._vocab_size), ends)
+        return GrammarVocabulary(make_tokenizer(source), hidden_end, source)
 
 
 def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -314,15 +485,3 @@ def _json_grammar(schema: dict[str, object], *, is_lenient: bool) -> str:
     # Lenient: what llguidance does not know is left out, and oneOf is taken for anyOf.
     options = {**_LAYOUT, "lenient": is_lenient, "coerce_one_of": is_lenient}
     return f"start: %json {json.dumps({**schema, 'x-guidance': options})}"
-
-
-def _error_of(lowlevel: LLMatcher) -> str | None:
-    if not lowlevel.is_error():
-        return None
-    # What stands before the quoted grammar and the parser's state.
-    text = " ".join(re.split(r"\n +1 \| |\n<", lowlevel.get_error(), maxsplit=1)[0].split())
-    if text.startswith("NoExtension"):
-        return NO_WAY_ON
-    if len(text) > MAX_ERROR_CHARS:  # it quotes the constraint in the middle
-        text = f"{text[: MAX_ERROR_CHARS // 2]} ... {text[5 - MAX_ERROR_CHARS // 2 :]}"
-    return text or "it is too complex"

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from server.engine import structured
+from server.engine.grammar_check import NO_WAY_ON
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.sampler import NO_TOKEN, Sampler
 from server.engine.sequence import Sequence
-from server.engine.structured import NO_WAY_ON
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from tests.engine.grammars import END_ID, compiled, constraint, make_compiler, save_tokenizer
 from tests.engine.harness import SHAPE, VOCABULARY, Family, add, greedy, make_family, random_text, run, tokens
@@ -34,6 +35,7 @@ SCHEMA = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
+BOMB = '{"type": "integer", "multipleOf": 49999999}'
 
 
 @pytest.fixture(scope="module")
@@ -303,11 +305,78 @@ def test_a_soft_prompt_that_cannot_be_read_ends_what_waits_for_a_grammar_besides
     assert run_all(engine)["mended"][-1].finish_reason is FinishReason.STOP
 
 
+def test_a_tenant_with_too_many_grammars_has_to_wait_and_others_have_not(
+    model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structured, "MAX_WAITING", 1)
+    engine = make_engine(model)
+    source = model.soft_prompts["prefix_13"]
+    bomb = constraint("json_schema", BOMB)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._grammars, "_enqueue", lambda *_: None)
+        add(engine, "first", TEXT, greedy(5, constraint=bomb), salt="a")
+        add(engine, "same", TEXT, greedy(5, constraint=bomb), salt="a")
+        request = AddRequest(
+            request_id="second",
+            prompt_token_ids=TEXT,
+            params=greedy(5, constraint=constraint("regex", "b")),
+            soft_prompt=source,
+            salt="a",
+        )
+        (refused,) = engine.add(request)
+        assert refused.finish_reason is FinishReason.TIMEOUT
+        assert "1 different structures" in refused.error
+    add(engine, "other", TEXT, greedy(5, constraint=constraint("regex", "b")), salt="b")
+    assert engine.abort("first")
+    assert bomb in engine._grammars._compiling  # another waits for it
+    assert engine.abort("same")
+    assert bomb not in engine._grammars._compiling
+    assert run_all(engine)["other"][-1].finish_reason is FinishReason.STOP
+
+
+def test_a_grammar_that_takes_too_long_fails_its_request_alone(model, make_engine, monkeypatch) -> None:
+    monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
+    monkeypatch.setattr(structured, "SLOW_SECONDS", 0.05)
+    engine = make_engine(model)
+    add(engine, "bomb", TEXT, greedy(5, constraint=constraint("json_schema", BOMB)))
+    add(engine, "right", TEXT, greedy(5, constraint=constraint("choice", '["yes"]')))
+    outputs = run_all(engine)
+    assert outputs["bomb"][-1].finish_reason is FinishReason.CONSTRAINT
+    assert outputs["bomb"][-1].error == structured.TOO_SLOW
+    assert outputs["right"][-1].finish_reason is FinishReason.STOP
+    monkeypatch.setattr(structured, "MAX_WAITING_SLOW", 0)
+    add(engine, "again", TEXT, greedy(5, constraint=constraint("json_schema", BOMB + " ")))
+    again = run_all(engine)["again"][-1]
+    assert (again.finish_reason, again.error) == (FinishReason.TIMEOUT, structured.TOO_MANY_SLOW)
+
+
+def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(model, make_engine, monkeypatch) -> None:
+    """Its cost grows with each token, without a limit of llguidance's."""
+    want = run_all_of(make_engine(model), [("free", greedy(30, ignore_eos=True))])["free"]
+    monkeypatch.setattr(structured, "BURST_SECONDS", 0.02)
+    monkeypatch.setattr(structured, "TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(structured, "METERED_SECONDS", 0.0)
+    ambiguous = constraint("grammar", 'start: s\ns: s s s | s s | "a" | ""')
+    costly = greedy(150, constraint=ambiguous, logit_bias={END_ID: -100.0})
+    requests = [(name, costly) for name in ("costly", "costly too")] + [("free", greedy(30, ignore_eos=True))]
+    outputs = run_all_of(make_engine(model), requests)
+    for name in ("costly", "costly too"):
+        assert outputs[name][-1].finish_reason is FinishReason.CONSTRAINT
+        assert outputs[name][-1].error == structured.TOO_COSTLY
+    assert tokens(outputs["free"]) == tokens(want)
+
+
+def run_all_of(engine: LLMEngine, requests: list[tuple[str, SamplingParams]]):
+    for name, params in requests:
+        add(engine, name, TEXT, params)
+    return run_all(engine)
+
+
 def test_nobody_who_asks_for_nothing_pays(model, make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(model)
     add(engine, "free", TEXT, greedy(3))
     run_all(engine)
-    assert "_executor" not in engine._grammars.__dict__
+    assert engine._grammars._quick.thread is None
     assert engine._grammars._vocabulary is None
     assert "_executor" not in engine.runner.sampler._masks.__dict__
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from server.engine import structured
-from server.engine.structured import NO_WAY_ON, GrammarCompiler, Matcher, TokenMasks
+from server.engine.grammar_check import MAX_ERROR_CHARS, NO_WAY_ON
+from server.engine.grammar_trials import GrammarTrials
+from server.engine.structured import GrammarCompiler, Matcher, TokenMasks
 from tests.engine.grammars import (
     END,
     END_ID,
@@ -27,6 +30,7 @@ from tests.engine.grammars import (
     save_tokenizer,
 )
 from tests.engine.harness import VOCABULARY
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def test_what_cannot_be_used_is_told(kind: str, text: str, reason: str, compiler
     error = compiled(compiler, constraint(kind, text))
     assert isinstance(error, str)
     assert reason in error
-    assert len(error) <= structured.MAX_ERROR_CHARS
+    assert len(error) <= MAX_ERROR_CHARS
     assert "no_forcing" not in error
 
 
@@ -255,6 +259,142 @@ def test_identical_constraints_are_compiled_once(folder: Path, monkeypatch: pyte
     compiled(compiler, constraint("regex", "a"))
     assert texts == ["a", "b", "c", "a", "a"]
     compiler.close()
+
+
+SLOW = constraint("json_schema", '{"type": "integer", "multipleOf": 49999999}')
+
+
+def outcomes(compiler: GrammarCompiler, count: int) -> dict[str, str | None]:
+    """What has come of that many constraints, by their text, in the order of their ends."""
+    ended: dict[str, str | None] = {}
+    wait_until(
+        lambda: ended.update((c.text, error) for c, error in compiler.take_compiled()) or len(ended) >= count, 60
+    )
+    return ended
+
+
+def test_what_takes_too_long_is_refused_and_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
+    monkeypatch.setattr(structured, "SLOW_SECONDS", 0.1)
+    compiler = make_compiler(folder)
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    monkeypatch.setattr(GrammarTrials, "try_out", None)
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    monkeypatch.undo()
+    monkeypatch.setattr(structured, "MAX_REFUSED", 0)
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    assert not compiler._refused
+    compiler.close()
+
+
+def test_slow_grammars_stand_before_no_quick_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
+    monkeypatch.setattr(structured, "SLOW_SECONDS", 10_000.0)
+    compiler = make_compiler(folder)
+    slow = [
+        constraint("json_schema", f'{{"type": "integer", "multipleOf": {49_999_991 + index}}}')
+        for index in (0, 2, 6, 8)
+    ]
+    for one in slow:
+        assert compiler.matcher(one, "flood") is None
+    for index in range(3):  # the one whose tenant floods gets its own, too
+        assert compiler.matcher(constraint("regex", f"a{{{index + 1}}}"), "flood" if index else "other") is None
+    assert outcomes(compiler, 3) == {"a{1}": None, "a{2}": None, "a{3}": None}
+    wait_until(lambda: compiler._slow.current is not None and len(compiler._slow.queue) == 3, 60)
+    for one in slow:
+        compiler.abandon(one)
+        compiler.abandon(one)
+    wait_until(lambda: compiler._slow.current is None, 60)
+    assert not compiler._slow.queue
+    assert compiler.take_compiled() == []
+    compiler.close()
+
+
+def test_another_tenants_grammar_waits_for_one_of_a_flood(folder: Path) -> None:
+    compiler = make_compiler(folder)
+    go, own = threading.Event(), compiler._compile
+
+    def wait_and_compile(*turn: object) -> object:
+        go.wait()
+        return own(*turn)
+
+    compiler._compile = wait_and_compile
+    for index in range(20):
+        compiler.matcher(constraint("regex", f"a{{{index}}}"), "flood")
+    wait_until(lambda: compiler._quick.current is not None, 60)
+    compiler.matcher(constraint("regex", "b"), "other")
+    go.set()
+    ended = list(outcomes(compiler, 21))
+    assert ended.index("b") == 2
+    compiler.close()
+
+
+def test_waiting_constraints_of_a_tenant_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "MAX_WAITING", 2)
+    compiler = make_compiler(folder)
+    for _ in range(3):
+        for text in "ab":
+            compiler.matcher(constraint("regex", text), "x")
+    with pytest.raises(structured.TooManyGrammarsError, match="2 different structures"):
+        compiler.matcher(constraint("regex", "c"), "x")
+    compiler.matcher(constraint("regex", "c"), "y")
+    assert set(outcomes(compiler, 3)) == set("abc")
+    assert compiler.matcher(constraint("regex", "d"), "x") is None
+    compiler.close()
+
+
+def test_compiled_grammars_are_bounded_by_their_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "MAX_COMPILED_BYTES", 4 << 20)
+    compiler = make_compiler(folder)
+    small = constraint("regex", "a")
+    large = [constraint("json_schema", f'{{"type": "integer", "multipleOf": {49_990 + index}}}') for index in (1, 3)]
+    for one in (*large, small):
+        compiled(compiler, one)
+    compiler.take_compiled()
+    assert list(compiler._compiled) == [small]
+    compiler.close()
+
+
+def test_an_error_of_the_compiler_itself_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*_: object) -> None:
+        raise BaseException("panicked")
+
+    compiler = make_compiler(folder)
+    monkeypatch.setattr(structured, "compile_grammar", panic)
+    assert compiled(compiler, constraint("regex", "a")) == "it cannot be compiled: BaseException"
+    monkeypatch.undo()
+    assert isinstance(compiled(compiler, constraint("regex", "a")), Matcher)
+    compiler.close()
+
+
+def test_closing_while_grammars_are_compiled(folder: Path) -> None:
+    compiler = make_compiler(folder)
+    compiler.matcher(SLOW)
+    wait_until(lambda: compiler._quick.trials is not None, 60)
+    compiler.close()
+    assert not compiler._quick.thread.is_alive()
+
+
+def test_a_sequences_allowance_is_spent_once(compiler: GrammarCompiler, tokenizer) -> None:
+    matcher = compiled(compiler, constraint("regex", "a+"))
+    (a,) = tokenizer.encode("a")
+    for _ in range(5):
+        matcher.charge(structured.BURST_SECONDS / 4)
+        matcher.advance(a)
+        matcher.charge(-structured.BURST_SECONDS)
+    assert matcher.error is None
+    matcher.charge(structured.BURST_SECONDS * 2)
+    assert matcher.error == structured.TOO_COSTLY
+    assert not matcher.is_complete
+    matcher.charge(-10.0)
+    assert matcher.error == structured.TOO_COSTLY
+    other = compiled(compiler, constraint("regex", "a+"))
+    masks = TokenMasks()
+    for _ in range(2):
+        allowed = masks.allowed([matcher, other], VOCABULARY, torch.device("cpu"))
+        assert not allowed[0].any()
+        assert allowed[1, a]
+        masks._is_metered = True
 
 
 def test_a_slow_tokenizer_and_none_at_all_are_refused(folder: Path, tmp_path: Path) -> None:
