@@ -40,7 +40,8 @@ class Sequence:
         finish_reason: Set once, when the sequence has ended.
         stop_token_id: The token that ended it, when one did.
         rng: This sequence's random numbers.
-        drawn: How many new tokens there were when a number was last drawn, and the number; see ``draw``.
+        drawn: How many new tokens there were when a number was last drawn, and the number; None before.
+        kept_draw: What ``draw`` gives next, where that is kept from a step that raised.
         matcher: Where it stands in the grammar of its constraint, once that is compiled; it has taken exactly the new
             tokens, so that preemption leaves it as it is.
         adjusts_logits: ``params.adjusts_logits``, which every step asks.
@@ -63,6 +64,7 @@ class Sequence:
         "first_run",
         "followers",
         "is_follower",
+        "kept_draw",
         "matcher",
         "ngrams",
         "num_cached_tokens",
@@ -120,6 +122,7 @@ class Sequence:
         seed = params.seed if params.seed is None or params.seed >= 0 else params.seed + 2**64
         self.rng = random.Random(seed)  # noqa: S311 - sampling, not secrets
         self.drawn: tuple[int, float] | None = None
+        self.kept_draw: float | None = None
         self.matcher: TokenMatcher | None = None
         self.adjusts_logits = params.adjusts_logits
         self.ngrams: NgramIndex | None = None
@@ -137,13 +140,19 @@ class Sequence:
             self.followers.append(follower)
 
     def draw(self) -> float:
-        """The random number in [0, 1) that chooses the next token: the same one until a token is appended.
+        """The random number in [0, 1) that chooses the next token."""
+        number = self.rng.random() if self.kept_draw is None else self.kept_draw
+        self.kept_draw = None
+        self.drawn = self.num_new_tokens, number
+        return number
+
+    def keep_draw(self) -> None:
+        """Have the next token chosen by the number that was drawn for it in a step that raised, if one was.
 
         So a step can be computed again, and a seed still gives the same tokens.
         """
-        if self.drawn is None or self.drawn[0] != self.num_new_tokens:
-            self.drawn = self.num_new_tokens, self.rng.random()
-        return self.drawn[1]
+        if self.drawn is not None and self.drawn[0] == self.num_new_tokens:
+            self.kept_draw = self.drawn[1]
 
     @property
     def members(self) -> tuple[Sequence, ...]:

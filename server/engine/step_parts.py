@@ -6,8 +6,8 @@ the filling of one soft prompt. With one at fault among n this takes about 2 log
 step's tokens in all; with all at fault 2 n.
 
 A step can be run again because running it changes nothing but keys and values: those are written again, to the same
-slots; a block is copied again from a source that has not changed; a sequence draws the same random number until its
-token is appended; and grammars, penalties and logprobs move on only with the tokens of the step that is taken.
+slots; a block is copied again from a source that has not changed; a sequence keeps the random number that it drew for
+its next token; and grammars, penalties and logprobs move on only with the tokens of the step that is taken.
 
 Parts depend on each other. A sequence may read blocks that another writes in the same step (a soft prompt's, or a
 prefix that both have). Parts run in the order of the plan, in which the writer stands before its readers, and a
@@ -98,6 +98,9 @@ class _Search:
 
     def divide(self, parts: list[Part], error: Exception) -> None:
         """Settle parts that have raised together."""
+        for part in parts:
+            if isinstance(part.owner, Sequence):
+                part.owner.keep_draw()
         if len(parts) == 1:
             self.retry.failed.append((parts[0], error))
             self._undo(parts[0])

@@ -218,7 +218,9 @@ def test_a_failed_step_ends_an_ensemble_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "run", fail)
-        assert [(output.request_id, output.error) for output in engine.step()] == [("e", "RuntimeError: broken")]
+        (output,) = engine.step()
+    assert output.request_id == "e"
+    assert "RuntimeError: broken" in output.error
     add(engine, "after", TEXT, greedy(2), **sources(llama, MEMBERS["mixed"]))
     assert len(tokens(run(engine)["after"])) == 2
 

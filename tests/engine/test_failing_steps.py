@@ -247,9 +247,16 @@ def test_a_reader_without_a_part_in_the_step_is_put_off_too() -> None:
     assert [chunk.seq for chunk in retry.plan.chunks] == [other]
 
 
-def test_a_number_is_drawn_once_for_each_token() -> None:
-    twice, once = (Sequence(name, [1], SamplingParams(seed=5)) for name in ("twice", "once"))
+def test_a_number_that_chose_no_token_is_drawn_again() -> None:
+    again, once = (Sequence(name, [1], SamplingParams(seed=5)) for name in ("again", "once"))
+    again.keep_draw()  # nothing was drawn yet
     for token in range(4):
-        assert twice.draw() == twice.draw() == once.draw()
-        for seq in (twice, once):
+        number = once.draw()
+        for _ in range(3):
+            assert again.draw() == number
+            again.keep_draw()
+            again.keep_draw()
+        assert again.draw() == number
+        for seq in (again, once):
             seq.token_ids.append(token)
+        again.keep_draw()  # of the token before
