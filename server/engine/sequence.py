@@ -127,6 +127,13 @@ class Sequence:
             follower.is_follower = True
             self.followers.append(follower)
 
+    def rewind(self) -> None:
+        """Take its random numbers back to where they were before a token was drawn that does not count."""
+        if self.params.seed is not None and not self.params.is_greedy:
+            self.rng = random.Random(self.params.seed)  # noqa: S311 - as above
+            for _ in range(self.num_new_tokens):
+                self.rng.random()
+
     @property
     def members(self) -> tuple[Sequence, ...]:
         """The sequences of its ensemble, itself first; alone where it leads none."""
