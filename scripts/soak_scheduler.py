@@ -3,7 +3,8 @@
 Instead of a model, every slot of every block notes what was last written to it. A step writes what its plan says and
 then reads what attention would read: each position of each chunk's sequence, up to the chunk's end, has to hold that
 sequence's own token after its own tenant's text and soft prompt. So a block that is shared wrongly, evicted in use,
-copied too early or never filled is found at the first read.
+copied too early or never filled is found at the first read. For some texts and soft prompts the model would compute
+NaN from some position on: after the step that does, nobody may find it, and only what has to do with it has ended.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import argparse
 import random
 import time
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from server.engine.block_manager import BlockManager
-from server.engine.scheduler import Chunk, Scheduler, StepPlan
+from server.engine.plan import Chunk, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 
 NUM_PROMPTS = 7
+NOT_FINITE = "not finite"
+"""What a slot holds where the model would have computed NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,10 @@ class Limits:
 
 @dataclass(slots=True)
 class Tally:
-    """What has happened, so that a run can show that it met what it is for; ``ensembles`` are those that finished."""
+    """What has happened, so that a run can show that it met what it is for.
+
+    ``ensembles`` are those that finished; ``spoiled`` ended by a block that is not finite, ``not_finite`` by a token.
+    """
 
     steps: int = 0
     added: int = 0
@@ -52,6 +60,8 @@ class Tally:
     expired: int = 0
     promoted: int = 0
     ensembles: int = 0
+    spoiled: int = 0
+    not_finite: int = 0
 
 
 @dataclass(slots=True)
@@ -178,9 +188,11 @@ class Drive:
         for chunk in plan.chunks:
             if chunk.seq is not None:
                 self._read(chunk.seq, chunk.stop)
+        self._end_spoiled(plan)
         for chunk in plan.chunks:
-            if chunk.seq is not None and chunk.samples and not chunk.seq.is_follower:
+            if chunk.seq is not None and chunk.samples and chunk.seq.block_table and not chunk.seq.is_follower:
                 self._sample(chunk.seq)
+        self._check_findable()
         began = [seq for seq in self.scheduler.running if seq.request_id in waiting]
         self.tally.promoted += sum(seq.urgency != seq.priority for seq in began)
         self.scheduler.check_integrity()
@@ -232,7 +244,42 @@ class Drive:
             "members of an ensemble do not sample together",
         )
 
+    def _end_spoiled(self, plan: StepPlan) -> None:
+        size = self.limits.block_size
+        spoiled: dict[int, int] = {}
+        for number, chunk in enumerate(plan.chunks):
+            for index in chunk.shared:
+                held = [
+                    self.slots[chunk.block_table[index], at] for at in range(min(size, chunk.stop - index * size))
+                ]
+                if NOT_FINITE in held:
+                    spoiled.setdefault(number, index)
+        if not spoiled:
+            return
+        for seq in [ended for group in self.scheduler.spoil(plan, spoiled) for ended in group]:
+            _expect(not _is_finite(seq), f"{seq.request_id} ends, though all of it is finite")
+            self._end_not_finite(seq)
+            self.tally.spoiled += 1
+
+    def _check_findable(self) -> None:
+        blocks, size = self.scheduler.block_manager, self.limits.block_size
+        for block in blocks.findable:
+            held = [self.slots.get((block, offset)) for offset in range(size)]
+            _expect(NOT_FINITE not in held, f"block {block} can be found, though it is not finite")
+        for run in blocks.runs.values():
+            _expect(
+                not run.is_filled or NOT_FINITE not in _virtual(run.source), f"{run.key} is not finite, and stays"
+            )
+
+    def _end_not_finite(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq, FinishReason.NOT_FINITE)
+        del self.live[seq.request_id]
+
     def _sample(self, seq: Sequence) -> None:
+        if not _is_finite(seq):
+            self._end_not_finite(seq)
+            self.tally.not_finite += 1
+            return
         seq.token_ids.append(len(seq.token_ids) % 3)
         if seq.num_new_tokens == seq.params.max_tokens:
             self.scheduler.finish(seq, FinishReason.LENGTH)
@@ -257,7 +304,7 @@ class Drive:
 
     def _contents(self, chunk: Chunk) -> list[object]:
         if chunk.run is not None:
-            return [(chunk.run.key, position) for position in range(chunk.stop)]
+            return _virtual(chunk.run.source)
         if chunk.seq is None:
             raise AssertionError("a chunk is of nothing")
         return _contents(chunk.seq)
@@ -273,13 +320,29 @@ class Drive:
             )
 
 
+def _is_finite(seq: Sequence) -> bool:
+    return not any(NOT_FINITE in _contents(member) for member in seq.members)
+
+
 def _contents(seq: Sequence) -> list[object]:
     """What each position of a sequence has to hold: its token, and everything that it was computed from."""
-    contents: list[object] = [(seq.flow, position) for position in range(seq.num_virtual_tokens)]
-    before = hash((seq.salt, seq.flow))
+    contents = [] if seq.soft_prompt is None else _virtual(seq.soft_prompt)
+    before = crc32(f"{seq.salt} {seq.flow}".encode())  # the same in every run
+    is_finite = NOT_FINITE not in contents
     for token in seq.token_ids:
         before = hash((before, token))
-        contents.append(before)
+        is_finite = is_finite and before % 97 > 0
+        contents.append(before if is_finite else NOT_FINITE)
+    return contents
+
+
+def _virtual(source: SoftPromptSource) -> list[object]:
+    """The same of a soft prompt; of every third version that has to be computed, NaN from somewhere on."""
+    version = int(source.digest.partition(".")[2])
+    contents: list[object] = [(source.identity, position) for position in range(source.num_virtual_tokens)]
+    if not source.is_key_values and version % 3 == 2:
+        first = version % source.num_virtual_tokens
+        contents[first:] = [NOT_FINITE] * (source.num_virtual_tokens - first)
     return contents
 
 

@@ -24,6 +24,7 @@ ServerError
 │   ├── ConstraintError      the engine cannot hold the text to what the request demands of it
 │   ├── RequestRefusedError  the request asks for what the engine can never do
 │   └── RequestFailedError   the engine could not finish this one request
+│       └── NotFiniteError   the model computed NaN or an infinity for it
 └── EngineStartError         the engine cannot start: wrong model, too little memory
 """
 
@@ -154,6 +155,10 @@ class RequestRefusedError(EngineError):
 
 class RequestFailedError(EngineError):
     """The engine could not finish this one request; others are not affected."""
+
+
+class NotFiniteError(RequestFailedError):
+    """The model computed NaN or an infinity for this one request, most likely because of its soft prompt."""
 
 
 class EngineStartError(ServerError):

@@ -41,6 +41,7 @@ from server.errors import (
     EngineNotReadyError,
     EngineRestartingError,
     EngineStartError,
+    NotFiniteError,
     OverloadedError,
     RequestFailedError,
     RequestRefusedError,
@@ -152,6 +153,8 @@ class AsyncEngine:
                 ended = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(output.error or "the engine gave no reason")
+                if output.finish_reason is FinishReason.NOT_FINITE:
+                    raise NotFiniteError(output.error or "the engine gave no reason")
                 if output.finish_reason is FinishReason.REFUSED:
                     raise RequestRefusedError(output.error or "the engine gave no reason")
                 if output.finish_reason is FinishReason.CONSTRAINT:

@@ -33,7 +33,7 @@ class Rows:
     Attributes:
         start: First row of the flat batch.
         stop: Row after the last.
-        tables: [sequences, blocks] int64, where the keys lie; what is past a sequence's end is masked.
+        tables: [sequences, blocks] int64, where the keys lie; what is past a sequence's end is anybody's.
         query_positions: [sequences, rows of each] int64.
     """
 
@@ -52,12 +52,14 @@ class AttentionMetadata:
         groups: All decodes together (one row each), then each prefill chunk by itself.
         block_size: Positions in a block.
         masks: Additive masks by (group, window), made when a layer first asks.
+        foreign: By group, which of the last keys gathered for a sequence are past its end, made likewise.
     """
 
     slot_mapping: torch.Tensor
     groups: list[Rows]
     block_size: int
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    foreign: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +173,10 @@ class AttentionBackend(ABC):
         return self.attend(query[0], layer, metadata, call)[None], None
 
     def store(self, key: torch.Tensor, value: torch.Tensor, layer: int, metadata: AttentionMetadata) -> None:
-        """Write new keys and values into their slots.
+        """Write new keys and values into their slots, finite or not.
 
-        A sequence that overflows may not leave NaN in a block: its next owner would multiply it by 0. So what is not
-        finite is replaced as ``torch.nan_to_num`` does.
+        What is not finite stays so, and makes every row that sees it fail: a number in its place would be taken for
+        a key. Rows that may not see it never compute with it, whoever owns the block by then.
 
         Args:
             key: [kv_heads, rows, head_dim].
@@ -183,8 +185,8 @@ class AttentionBackend(ABC):
             metadata: The rows' slots.
         """
         keys, values = self.cache.layer(layer)
-        keys[metadata.slot_mapping] = torch.nan_to_num(key.transpose(0, 1))
-        values[metadata.slot_mapping] = torch.nan_to_num(value.transpose(0, 1))
+        keys[metadata.slot_mapping] = key.transpose(0, 1)
+        values[metadata.slot_mapping] = value.transpose(0, 1)
 
     @abstractmethod
     def attend(
@@ -234,8 +236,9 @@ class SDPABackend(AttentionBackend):
         # [heads, rows] -> [seqs, kv_heads, heads of each * rows of each]
         q = query.reshape(num_kv_heads, -1, num_seqs, per_seq, head_dim)
         q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv_heads, -1, head_dim)
-        k = _gather(keys, rows.tables, metadata.block_size).transpose(1, 2)
-        v = _gather(values, rows.tables, metadata.block_size).transpose(1, 2)
+        foreign = self._foreign(metadata, index)
+        k = _gather(keys, rows.tables, metadata.block_size, foreign).transpose(1, 2)
+        v = _gather(values, rows.tables, metadata.block_size, foreign).transpose(1, 2)
         mask = self._mask(metadata, index, call.window, num_heads // num_kv_heads, q.dtype)
         if call.softcap is None and call.sinks is None:
             attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)
@@ -246,6 +249,21 @@ class SDPABackend(AttentionBackend):
             attended = _manual_attention(q, k, v, mask, call.scale, call.softcap, sinks)
         attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
         return attended.reshape(-1, num_heads, head_dim)
+
+    def _foreign(self, metadata: AttentionMetadata, index: int) -> torch.Tensor:
+        """[seqs, last keys, 1, 1]: whether a key is past a sequence's end, of as many as can be.
+
+        A chunk by itself fills its table but for its last block; sequences of several lengths do not.
+        """
+        foreign = metadata.foreign.get(index)
+        if foreign is None:
+            rows = metadata.groups[index]
+            num_keys = rows.tables.shape[1] * metadata.block_size
+            first = num_keys - metadata.block_size if rows.query_positions.shape[1] > 1 else 0
+            key_positions = torch.arange(first, num_keys, device=rows.tables.device)
+            foreign = (key_positions > rows.query_positions[:, -1:])[:, :, None, None]
+            metadata.foreign[index] = foreign
+        return foreign
 
     def _mask(
         self, metadata: AttentionMetadata, index: int, window: int | None, group_size: int, dtype: torch.dtype
@@ -289,7 +307,7 @@ def make_metadata(
         query_positions = starts[:, None] + torch.arange(per_seq)
         num_keys = int(starts.max()) + per_seq
         num_blocks = -(-num_keys // block_size)
-        # Short tables are filled up with block 0, whose content the mask hides.
+        # Short tables are filled up with block 0, whose content counts for nothing.
         tables = torch.tensor([_fit(table, num_blocks) for table, _, _ in batch])
         blocks = tables.gather(1, query_positions // block_size)
         slot_mapping.append((blocks * block_size + query_positions % block_size).flatten())
@@ -304,13 +322,16 @@ def make_metadata(
     return AttentionMetadata(slots, groups, block_size)
 
 
-def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int) -> torch.Tensor:
+def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int, foreign: torch.Tensor) -> torch.Tensor:
     """Keys or values, [slots, kv_heads, head_dim], of each sequence: [sequences, keys, kv_heads, head_dim].
 
-    Whole blocks are copied, each in one piece: by slot it would be a piece for each position.
+    Whole blocks are copied, each in one piece: by slot it would be a piece for each position. Foreign ones become
+    zeros: a mask that is added and a weight of 0 do not hide NaN, nor scores that overflow.
     """
     blocks = slots.view(-1, block_size, *slots.shape[1:]).index_select(0, tables.flatten())
-    return blocks.view(tables.shape[0], -1, *slots.shape[1:])
+    gathered = blocks.view(tables.shape[0], -1, *slots.shape[1:])
+    gathered[:, gathered.shape[1] - foreign.shape[1] :].masked_fill_(foreign, 0.0)
+    return gathered
 
 
 def _manual_attention(
@@ -329,7 +350,7 @@ def _manual_attention(
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores += mask
+    scores.masked_fill_(mask != 0, float("-inf"))
     if sinks is None:
         return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
     shares = sinks.to(scores)[None, :, :, None].expand(*scores.shape[:-1], 1)

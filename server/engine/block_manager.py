@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -60,6 +60,10 @@ class SoftPromptRun:
     def is_filled(self) -> bool:
         """Whether every virtual token's keys and values are written."""
         return self.num_computed == self.source.num_virtual_tokens
+
+    def spoil(self) -> None:
+        """Have its blocks given up with the last reference: what is written in them is not to be used."""
+        self.num_computed = 0
 
 
 @dataclass(slots=True)
@@ -144,6 +148,11 @@ class BlockManager:
     def runs(self) -> dict[str, SoftPromptRun]:
         """Soft prompts on the device, filled or being filled."""
         return self._runs
+
+    @property
+    def findable(self) -> Collection[int]:
+        """Blocks of text that the next sequence may find."""
+        return self._by_hash.values()
 
     def blocks_for(self, num_positions: int) -> int:
         """Blocks that hold so many positions."""
@@ -260,14 +269,19 @@ class BlockManager:
             seq.block_table.append(self._take_used())
         return True
 
-    def register(self, seq: Sequence, num_positions: int) -> None:
+    def register(self, seq: Sequence, num_positions: int) -> list[int]:
         """Make the sequence's full blocks findable, up to ``num_positions`` positions.
 
         May be called when those positions are scheduled: in each layer of a forward pass all keys and values are
-        written before any is read, so a follower in the same step reads what is written beside it.
+        written before any is read, so a follower in the same step reads what is written beside it. Whatever comes
+        out not finite has to be withdrawn before the next step is scheduled.
+
+        Returns:
+            Indices in the block table of those that can be found from now on.
         """
+        registered: list[int] = []
         if not self.enable_prefix_caching:
-            return
+            return registered
         shared = seq.num_virtual_tokens // self.block_size
         parent = seq.block_hashes[-1] if seq.block_hashes else self._seed(seq)
         for index in range(shared + len(seq.block_hashes), num_positions // self.block_size):
@@ -277,8 +291,18 @@ class BlockManager:
                 block = seq.block_table[index]
                 self._by_hash[parent] = block
                 self._blocks[block].block_hash = parent
+                registered.append(index)
+        return registered
 
-    def withdraw(self, seq: Sequence, num_positions: int) -> None:
+    def withdraw(self, block_ids: Iterable[int]) -> None:
+        """Let used blocks be found no more; they are free as soon as nobody refers to them."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.block_hash is not None:
+                del self._by_hash[block.block_hash]
+                block.block_hash = None
+
+    def unregister(self, seq: Sequence, num_positions: int) -> None:
         """Undo ``register`` for the blocks that are full only with positions from ``num_positions`` on."""
         shared = seq.num_virtual_tokens // self.block_size
         num_kept = max(0, num_positions // self.block_size - shared)

@@ -273,7 +273,7 @@ def _rotate_and_attend_all(  # type: ignore[no-untyped-def]
     new_slots, slots, starts, lengths, rows, bounds,
     keys, values, num_heads, query_weight, key_weight, eps, rounds_first, scale, window, softcap, sinks,
 ):  # fmt: skip
-    """Rotate queries and keys, store keys and values, then attend: threads wake up once for all of it.
+    """Rotate queries and keys, store keys and values, finite or not, then attend: threads wake up once for all of it.
 
     Args:
         projected_at: Address of [rows, (heads + 2 * kv_heads) * head_dim]: each row's queries, keys, values; the

@@ -49,8 +49,7 @@ class KVCache:
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
         self.spec = spec
         self.num_blocks = self.spare_block = num_blocks
-        # Zeros, not garbage: masked positions are multiplied by a weight of 0, and 0 * NaN is NaN. Writing them takes
-        # all of the memory at once, so that none is missing later.
+        # Zeros need not be there, but writing them takes all of the memory at once, so that none is missing later.
         self.tensor = torch.zeros(
             (2, spec.num_layers, num_blocks + 1, spec.block_size, spec.num_kv_heads, spec.head_dim),
             dtype=spec.dtype,
@@ -90,7 +89,16 @@ class KVCache:
         )
         starts = to_device(blocks, self.tensor.device) * spec.block_size
         slots = (starts[:, None] + torch.arange(spec.block_size, device=starts.device)).flatten()[:num_tokens]
-        self._slots[:, :, slots] = torch.nan_to_num(key_values).permute(2, 1, 0, 3, 4)
+        self._slots[:, :, slots] = key_values.permute(2, 1, 0, 3, 4)
+
+    def are_finite(self, blocks: Sequence[int]) -> torch.Tensor:
+        """Whether all layers' keys and values at each position of some blocks are finite: [blocks, block_size].
+
+        Nothing waits for the device.
+        """
+        gathered = self.tensor.index_select(2, to_device(blocks, self.tensor.device))
+        # The largest of a NaN and anything is NaN, which is not less than infinity.
+        return gathered.abs_().amax(dim=(0, 1, 4, 5)) < torch.inf
 
 
 def num_blocks_for(

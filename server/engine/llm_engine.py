@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from math import isfinite
 
 from server.config import EngineSettings
@@ -21,8 +21,9 @@ from server.engine.inspection import Inspector
 from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
 from server.engine.model_runner import ModelRunner
 from server.engine.pending import PendingSequences
+from server.engine.plan import StepPlan
 from server.engine.sampler import NO_TOKEN, NOT_FINITE
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.soft_prompts import SoftPromptLoader
 from server.engine.step_parts import retry_in_parts
@@ -31,6 +32,9 @@ from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, 
 from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
+
+NOT_FINITE_TEXT = "the model computed a value that is not finite for this text"
+NOT_FINITE_SOFT_PROMPT = "the model computed a value that is not finite for the soft prompt before this text"
 
 
 class LLMEngine:
@@ -299,13 +303,16 @@ class LLMEngine:
         return retry.plan, retry.output, ended
 
     def _postprocess(self, plan: StepPlan, step: StepOutput) -> list[TokenOutput]:
+        spoiled = self._end_spoiled(plan, step.spoiled)
         for chunk in plan.chunks:
-            if chunk.seq is not None and chunk.seq.request_id in step.prompt_logprobs:
+            if chunk.seq is not None and chunk.seq.block_table and chunk.seq.request_id in step.prompt_logprobs:
                 chunk.seq.prompt_logprobs += step.prompt_logprobs[chunk.seq.request_id]
         sampled = [seq for chunk in plan.chunks if (seq := chunk.seq) and chunk.samples and not seq.is_follower]
         logprobs = step.logprobs or [None] * len(sampled)
         outputs = []
         for seq, token, own in zip(sampled, step.tokens, logprobs, strict=True):
+            if not seq.block_table:  # it has ended, or what it read is not what it should have been
+                continue
             try:
                 outputs.append(self._advance(seq, token, own, step.class_logits.get(seq.request_id)))
             except Exception as error:  # of its grammar, say: no other sequence has a part in it
@@ -313,6 +320,21 @@ class LLMEngine:
                 if seq.finish_reason is None:
                     self._finish(seq, FinishReason.ERROR)
                 outputs.append(_failure(seq, _reason(error)))
+        return spoiled + outputs
+
+    def _end_spoiled(self, plan: StepPlan, spoiled: Mapping[int, int]) -> list[TokenOutput]:
+        """End what has written keys and values that are not finite, before anybody else finds them."""
+        if not spoiled:
+            return []
+        ended, holding = self.scheduler.spoil(plan, spoiled)
+        for chunk in plan.chunks:
+            if chunk.seq is not None and chunk.samples and not chunk.seq.block_table:
+                chunk.seq.keep_draw()
+        outputs = []
+        for seqs, message in ((ended, NOT_FINITE_TEXT), (holding, NOT_FINITE_SOFT_PROMPT)):
+            for seq in seqs:
+                self._finish(seq, FinishReason.NOT_FINITE)
+                outputs.append(_failure(seq, message, FinishReason.NOT_FINITE))
         return outputs
 
     def _advance(
@@ -320,8 +342,8 @@ class LLMEngine:
     ) -> TokenOutput:
         """Give a sequence its next token, and end it where that is its last."""
         if token == NOT_FINITE or not all(map(isfinite, class_logits or ())):
-            self._finish(seq, FinishReason.ERROR)
-            return _failure(seq, "the model computed a value that is not finite for this text")
+            self._finish(seq, FinishReason.NOT_FINITE)
+            return _failure(seq, NOT_FINITE_TEXT, FinishReason.NOT_FINITE)
         output = TokenOutput(seq.request_id, [])
         if seq.num_new_tokens == 0:
             output.num_cached_tokens = seq.num_cached_tokens

@@ -21,9 +21,9 @@ from server.engine.generation_config import read_generation_config
 from server.engine.heads import head_logits
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.packed_linear import can_pack, has_fast_bfloat16, pack_linears
+from server.engine.plan import Chunk, StepPlan
 from server.engine.prompt_scoring import PromptScorer
 from server.engine.sampler import Sampler
-from server.engine.scheduler import Chunk, StepPlan
 from server.engine.soft_prompts import SoftPromptLoader
 from server.engine.transfers import queue_copy, to_device
 from server.engine.triton_attention import TritonBackend
@@ -112,8 +112,8 @@ class ModelRunner:
             soft_prompts: Where the rows of the soft prompts being filled are.
 
         Returns:
-            A new token (or NOT_FINITE) for each chunk that samples, one for all members of an ensemble, and the
-            logprobs that were asked for.
+            A new token (or NOT_FINITE) for each chunk that samples, one for all members of an ensemble, the
+            logprobs that were asked for, and which chunks left something that is not finite for others.
         """
         for run in plan.key_value_fills:
             self.cache.fill(run.blocks, soft_prompts.rows(run.source))
@@ -132,10 +132,13 @@ class ModelRunner:
                 scores = self._scorer.score(
                     plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
                 )
+        are_finite = self._check_shared(plan.chunks)
         seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         logits, leaders = merge_ensembles(logits, seqs)
         tokens, logprobs = self.sampler.choose(logits, leaders) if leaders else ([], [])
-        return StepOutput(tokens, logprobs, scores, class_logits)
+        # The tokens have been waited for, so this is not.
+        spoiled = {} if are_finite is None else self._spoiled(plan.chunks, are_finite.tolist())
+        return StepOutput(tokens, logprobs, scores, class_logits, spoiled)
 
     def close(self) -> None:
         """Take the backend out of transformers' tables, and let go of recorded steps and their memory."""
@@ -230,6 +233,22 @@ class ModelRunner:
             return None
         logger.info("decode steps of up to %d sequences are replayed from CUDA graphs", max_rows)
         return graphs
+
+    def _check_shared(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        """``KVCache.are_finite`` of all blocks that the chunks leave to others; None where they leave none."""
+        blocks = [chunk.block_table[index] for chunk in chunks for index in chunk.shared]
+        return self.cache.are_finite(blocks) if blocks else None
+
+    def _spoiled(self, chunks: Sequence[Chunk], are_finite: list[list[bool]]) -> dict[int, int]:
+        """``StepOutput.spoiled``, from what ``_check_shared`` gave."""
+        spoiled: dict[int, int] = {}
+        rows, block_size = iter(are_finite), self.cache_spec.block_size
+        for number, chunk in enumerate(chunks):
+            for index in chunk.shared:
+                # What is behind a soft prompt in its last block may be anybody's.
+                if not all(next(rows)[: chunk.stop - index * block_size]):
+                    spoiled.setdefault(number, index)
+        return spoiled
 
     def _are_decodes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is nothing but decodes, and logits are all that is asked of it."""

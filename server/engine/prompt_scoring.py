@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from server.engine.heads import wants_head
 from server.engine.logprobs import logprobs_of
-from server.engine.scheduler import Chunk
+from server.engine.plan import Chunk
 from server.engine.types import Logprobs
 
 logger = logging.getLogger(__name__)

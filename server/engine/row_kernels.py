@@ -38,7 +38,6 @@ SERIAL_ELEMENTS = 1 << 17
 _PIECE = 1024  # elements among which the first one is looked for
 _ONE = np.float32(1.0)
 _GELU_CUBE, _GELU_SCALE = np.float32(0.044715), np.float32(0.7978845608)
-_LARGEST_FLOAT32, _LARGEST_BFLOAT16 = np.float32(np.finfo(np.float32).max), np.float32(3.3895314e38)
 _LEAST, _GREATEST = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
 _INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.int32(-0x7F800001)  # as in_order has them
 NO_WEIGHT = np.empty(0, np.float32)
@@ -258,7 +257,7 @@ _largest, _largest_in_parallel = _largests
 def rotate_row(  # type: ignore[no-untyped-def]
     projected, cos, sin, query_weight, key_weight, eps, rounds_first, own, key, value
 ):
-    """Rotary positions for one row's queries, in place, and its key; key and value are stored, finite.
+    """Rotary positions for one row's queries, in place, and its key; key and value are stored.
 
     Args:
         projected: [(heads + 2 * kv_heads) * head_dim]: the row's queries, keys, values, as elements. The queries are
@@ -293,13 +292,5 @@ def rotate_row(  # type: ignore[no-untyped-def]
     for index in range(num_queries):
         projected[index] = element_of(own[index], projected)
     for index in range(num_keys):
-        key[index] = _finite(own[num_queries + index], key)
-        value[index] = _finite(float32_of(projected[num_turned + index]), value)
-
-
-@compiled()
-def _finite(x, array):  # type: ignore[no-untyped-def]
-    """As an element of the array, where NaN becomes 0 and an infinity the largest number, as in torch.nan_to_num."""
-    largest = _LARGEST_FLOAT32 if array.itemsize == 4 else _LARGEST_BFLOAT16
-    x = x if x == x else np.float32(0.0)
-    return element_of(min(max(x, -largest), largest), array)
+        key[index] = element_of(own[num_queries + index], key)
+        value[index] = projected[num_turned + index]

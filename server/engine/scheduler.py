@@ -17,75 +17,17 @@ within the same step. Embeddings are computed as a chunk of their own, shared by
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from math import inf
 
 from server.engine.block_manager import BlockManager, SoftPromptRun
 from server.engine.fair_queue import FairQueue
+from server.engine.plan import Chunk, StepPlan
 from server.engine.sequence import Sequence
 from server.engine.types import FinishReason
 
 AGING_TURNS = 16
 """Turns, or sequences of the largest size, that may pass a less urgent class before one of its own is promoted."""
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Consecutive positions of one sequence, or of one soft prompt being filled, that a step computes.
-
-    Attributes:
-        block_table: Where keys and values of its positions lie.
-        start: First position to compute.
-        num_tokens: Positions to compute.
-        seq: The sequence, or None for a soft prompt.
-        run: The soft prompt being filled, or None.
-    """
-
-    block_table: list[int]
-    start: int
-    num_tokens: int
-    seq: Sequence | None = None
-    run: SoftPromptRun | None = None
-
-    @property
-    def stop(self) -> int:
-        """The position after the last one to compute."""
-        return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the last position's logits choose a new token."""
-        return self.seq is not None and self.stop == self.seq.num_positions
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: first the fills, then the copies, then one forward pass over the chunks.
-
-    Attributes:
-        key_value_fills: Soft prompts whose keys and values are copied into their blocks.
-        block_copies: (source, destination) blocks: partial last blocks of soft prompts.
-        chunks: What the forward pass computes; decodes first.
-    """
-
-    key_value_fills: list[SoftPromptRun] = field(default_factory=list)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self.chunks and not self.key_value_fills
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions that the forward pass computes."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
-
-    @property
-    def num_distinct_prompts(self) -> int:
-        """Different soft prompts (or tasks of one) that stand before the chunks' sequences."""
-        return len({chunk.seq.soft_prompt.identity for chunk in self.chunks if chunk.seq and chunk.seq.soft_prompt})
 
 
 class Scheduler:
@@ -249,7 +191,7 @@ class Scheduler:
             if chunk.run is not None:
                 chunk.run.num_computed = chunk.start
             elif chunk.seq is not None:
-                self.block_manager.withdraw(chunk.seq, chunk.start)
+                self.block_manager.unregister(chunk.seq, chunk.start)
 
     def put_off(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it is computed again in its turn."""
@@ -262,6 +204,48 @@ class Scheduler:
             for seq in self._seqs.values()
             if any(self._held_runs.get(member.request_id) is run for member in seq.members)
         ]
+
+    def spoil(self, plan: StepPlan, spoiled: Mapping[int, int]) -> tuple[list[Sequence], list[Sequence]]:
+        """Have nobody find what a step has written that is not finite.
+
+        Blocks can no longer be found, a soft prompt that was being filled is dropped with its last reference. What
+        was written behind such blocks in the same step goes with them, whichever sequence it is of.
+
+        Args:
+            plan: The step, just done.
+            spoiled: As in ``StepOutput``.
+
+        A sequence that has found such blocks in the same step may be as it should be itself, for a chunk's later
+        positions may have spoiled the earlier ones that it shares. It gives its own back, and is computed again.
+
+        Returns:
+            Sequences that the caller has to end: those that wrote such blocks by themselves, and those that hold such
+            a soft prompt, running or waiting.
+        """
+        blocks: set[int] = set()
+        wrote: set[str] = set()
+        for index, chunk in enumerate(plan.chunks):  # nobody reads what a later chunk writes
+            is_misled = not blocks.isdisjoint(chunk.block_table)
+            if not is_misled and index not in spoiled:
+                continue
+            first = 0 if is_misled else spoiled[index]
+            blocks.update(chunk.block_table[own] for own in chunk.shared if own >= first)
+            if chunk.run is not None:
+                chunk.run.spoil()
+            elif chunk.seq is not None and not is_misled:
+                wrote.add(chunk.seq.request_id)
+        self.block_manager.withdraw(blocks)
+        ended: list[Sequence] = []
+        holding: list[Sequence] = []
+        for seq in [*self.running, *self.waiting.returned]:
+            runs = [self._held_runs.get(member.request_id) for member in seq.members]
+            if any(run is not None and not blocks.isdisjoint(run.blocks) for run in runs):
+                holding.append(seq)
+            elif any(member.request_id in wrote for member in seq.members):
+                ended.append(seq)
+            elif any(not blocks.isdisjoint(member.block_table) for member in seq.members):
+                self._preempt(seq)
+        return ended, holding
 
     def check_integrity(self) -> None:
         """Hold queues, blocks and soft prompts against each other.
@@ -404,7 +388,10 @@ class Scheduler:
         if budget == 0:
             return run, 0
         num_tokens = min(source.num_virtual_tokens - run.num_computed, budget)
-        plan.chunks.append(Chunk(run.blocks, run.num_computed, num_tokens, run=run))
+        chunk = Chunk(run.blocks, run.num_computed, num_tokens, run=run)
+        block_size = self.block_manager.block_size
+        chunk.shared = list(range(chunk.start // block_size, self.block_manager.blocks_for(chunk.stop)))
+        plan.chunks.append(chunk)
         run.num_computed += num_tokens
         filling.add(run.key)
         return run, num_tokens
@@ -428,9 +415,10 @@ class Scheduler:
         return self.block_manager.blocks_to_finish(seq.soft_prompt, longest)
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> None:
-        plan.chunks.append(Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq))
+        chunk = Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq)
+        plan.chunks.append(chunk)
         seq.num_computed += num_tokens
-        self.block_manager.register(seq, seq.num_computed)
+        chunk.shared = self.block_manager.register(seq, seq.num_computed)
 
     def _make_room(self, seq: Sequence) -> bool:
         """Find blocks for the next position of a sequence and its followers; False if it had to give up its own."""

@@ -245,4 +245,8 @@ class SoftPromptLoader:
             rows = rows.float() * torch.matmul(cols, task_rows)[0]
         elif rows.dtype == torch.float64:
             rows = rows.float()
-        return rows.to(self._dtype)
+        rows = rows.to(self._dtype)
+        if not rows.isfinite().all():  # as its upload was, in the dtype that was served then
+            dtype = str(self._dtype).removeprefix("torch.")
+            raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} holds a value that is not finite in {dtype}")
+        return rows

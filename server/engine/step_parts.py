@@ -21,7 +21,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from server.engine.block_manager import SoftPromptRun
-from server.engine.scheduler import Chunk, StepPlan
+from server.engine.plan import Chunk, StepPlan
 from server.engine.sequence import Sequence
 from server.engine.types import StepOutput
 
@@ -130,13 +130,14 @@ class _Search:
             self._take(plan, output)
 
     def _take(self, plan: StepPlan, output: StepOutput) -> None:
-        so_far = self.retry.output
+        so_far, num_chunks = self.retry.output, len(self.retry.plan.chunks)
         self.retry.plan = _joined([self.retry.plan, plan])
         self.retry.output = StepOutput(
             so_far.tokens + output.tokens,
             so_far.logprobs + (output.logprobs or [None] * len(output.tokens)),
             so_far.prompt_logprobs | output.prompt_logprobs,
             so_far.class_logits | output.class_logits,
+            so_far.spoiled | {num_chunks + number: first for number, first in output.spoiled.items()},
         )
 
     def _set_aside(self, part: Part) -> bool:

@@ -51,7 +51,6 @@ class TritonBackend(AttentionBackend):
         super().__init__(cache)
         spec, device = cache.spec, cache.tensor.device
         self._dims = max(16, _power_of_two(spec.head_dim))
-        self._limit = torch.finfo(spec.dtype).max
         # Tiles of keys and of values have to fit into shared memory, twice where they are fetched ahead.
         tile_bytes = 64 * self._dims * spec.dtype.itemsize
         self._tile_keys = 64 if tile_bytes <= 2**14 else 32
@@ -80,7 +79,6 @@ class TritonBackend(AttentionBackend):
             metadata.slot_mapping,
             *key.stride()[:2],
             *value.stride()[:2],
-            LIMIT=self._limit,
             NUM_HEADS=spec.num_kv_heads,
             HEAD_DIM=spec.head_dim,
             HEADS=_power_of_two(spec.num_kv_heads),

@@ -43,13 +43,12 @@ def store(  # type: ignore[no-untyped-def]
     key_row_stride,
     value_head_stride,
     value_row_stride,
-    LIMIT: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    """Write one row's key and value, [heads, head_dim], into its slot; NaN becomes 0, infinities the largest number.
+    """Write one row's key and value, [heads, head_dim], into its slot.
 
     Args:
         new_keys: [heads, rows, head_dim], contiguous in the last; so are ``new_values``.
@@ -61,7 +60,6 @@ def store(  # type: ignore[no-untyped-def]
         key_row_stride: See above.
         value_head_stride: See above.
         value_row_stride: See above.
-        LIMIT: The largest finite number of the cache's dtype.
         NUM_HEADS: Key/value heads.
         HEAD_DIM: Width of one.
         HEADS: ``NUM_HEADS``, rounded up to a power of two.
@@ -74,17 +72,9 @@ def store(  # type: ignore[no-untyped-def]
     exists = (heads < NUM_HEADS) & (dims < HEAD_DIM)
     place = slot * NUM_HEADS * HEAD_DIM + heads * HEAD_DIM + dims
     key = tl.load(new_keys + row * key_row_stride + heads * key_head_stride + dims, mask=exists, other=0.0)
-    tl.store(keys + place, _finite(key, LIMIT), mask=exists)
+    tl.store(keys + place, key, mask=exists)
     value = tl.load(new_values + row * value_row_stride + heads * value_head_stride + dims, mask=exists, other=0.0)
-    tl.store(values + place, _finite(value, LIMIT), mask=exists)
-
-
-@compiled()
-def _finite(x, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    wide = x.to(tl.float32)
-    wide = tl.where(wide != wide, 0.0, wide)
-    wide = tl.where(wide > LIMIT, LIMIT, tl.where(wide < -LIMIT, -LIMIT, wide))
-    return wide.to(x.dtype)
+    tl.store(values + place, value, mask=exists)
 
 
 @compiled(

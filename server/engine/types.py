@@ -25,7 +25,7 @@ SMALLEST_TEMPERATURE = 2.0**-126
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; the values are the API's words, except for the last four, which are errors there."""
+    """Why a sequence ended; the values are the API's words, except for the last five, which are errors there."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -34,6 +34,7 @@ class FinishReason(StrEnum):
     REFUSED = "refused"
     TIMEOUT = "timeout"
     CONSTRAINT = "constraint"
+    NOT_FINITE = "not_finite"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +152,8 @@ class TokenOutput(msgspec.Struct, array_like=True):
         finish_reason: Set in the last output of a sequence.
         stop_token_id: The token that ended it, when one did.
         num_cached_tokens: Text tokens that cached prefixes saved, of all members of an ensemble; in the first output.
-        error: What went wrong, when ``finish_reason`` is ``error``, ``refused``, ``timeout`` or ``constraint``.
+        error: What went wrong, when ``finish_reason`` is ``error``, ``refused``, ``timeout``, ``constraint`` or
+            ``not_finite``.
         queue_seconds: From its arrival at the engine to its first blocks; in the first output.
         prefill_seconds: From then to its first token; in the first output.
         logprobs: One for each of ``token_ids``, where they were asked for.
@@ -182,12 +184,15 @@ class StepOutput(msgspec.Struct, frozen=True):
         logprobs: For each of them, None where they were not asked for; empty where nobody asked.
         prompt_logprobs: By request id, what this step adds to each sequence's ``prompt_logprobs``.
         class_logits: By request id, what heads give.
+        spoiled: By the chunk's number in the plan, the first of its ``shared`` blocks that holds a key or value that
+            is not finite, as an index of the block table.
     """
 
     tokens: list[int]
     logprobs: list[Logprobs | None] = []
     prompt_logprobs: dict[str, list[Logprobs | None]] = {}
     class_logits: dict[str, list[float]] = {}
+    spoiled: dict[int, int] = {}
 
 
 class HostTierStats(msgspec.Struct, kw_only=True):

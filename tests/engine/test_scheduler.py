@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.block_manager import BlockManager
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.plan import StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from scripts.soak_scheduler import NUM_PROMPTS, Drive, Limits, soak
 from server.engine.block_manager import Admission, BlockManager, SoftPromptRun
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.plan import StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 
 
@@ -92,9 +93,10 @@ def test_a_short_soak(limits: Limits) -> None:
 
 
 def test_a_soak_meets_what_it_is_for() -> None:
-    drive = soak(2000, 1)
+    drive = soak(4000, 1)
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats
     assert min(tally.finished, tally.aborted, tally.expired, tally.promoted, tally.ensembles) > 10
+    assert min(tally.spoiled, tally.not_finite) > 10
     assert min(drive.scheduler.num_preemptions, blocks.hits, blocks.run_hits, blocks.run_evictions) > 10
 
 
@@ -119,9 +121,22 @@ def _admit_some(
     return given if len(given) == len(admissions) else None
 
 
+def _spoil_no_followers(
+    self: Scheduler, plan: StepPlan, spoiled: Mapping[int, int]
+) -> tuple[list[Sequence], list[Sequence]]:
+    for number, first in spoiled.items():
+        chunk = plan.chunks[number]
+        self.block_manager.withdraw(chunk.block_table[index] for index in chunk.shared if index >= first)
+    wrote = {chunk.seq.request_id for number in spoiled if (chunk := plan.chunks[number]).seq is not None}
+    return [seq for seq in self.running if any(member.request_id in wrote for member in seq.members)], []
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "fault"),
     [
+        (BlockManager, "withdraw", lambda self, block_ids: None),  # lets poison be found
+        (SoftPromptRun, "spoil", lambda self: None),  # keeps a poisoned soft prompt
+        (Scheduler, "spoil", _spoil_no_followers),  # forgets who read it in the same step
         (Scheduler, "_is_usable", _is_filled),  # copies a block before it is filled
         (BlockManager, "_seed", lambda self, seq: b"seed"),  # shares texts across tenants and soft prompts
         (BlockManager, "_hash", lambda self, seq, index, parent: parent + b"%d" % index),  # whatever the text is
@@ -129,7 +144,17 @@ def _admit_some(
         (Scheduler, "_prefill", _prefill_apart),  # lets members of an ensemble reach their ends one by one
         (BlockManager, "admit_all", _admit_some),  # keeps what some members were given
     ],
-    ids=["early copy", "shared seed", "same hash", "no prefill", "apart", "some members"],
+    ids=[
+        "findable poison",
+        "kept run",
+        "no followers",
+        "early copy",
+        "shared seed",
+        "same hash",
+        "no prefill",
+        "apart",
+        "some members",
+    ],
 )
 def test_the_soak_notices(
     owner: type, method: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
