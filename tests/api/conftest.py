@@ -37,6 +37,7 @@ from server.engine.types import (
     SoftPromptSource,
 )
 from server.errors import EngineNotReadyError, InvalidRequestError
+from tests.api.probes import FakeProbes
 from tests.waiting import wait_until
 
 BOS, EOS = 256, 257
@@ -123,10 +124,11 @@ def head_of(request: GenerateRequest) -> list[float] | None:
     return [-float((num_labels - 1 - index) * len(request.prompt_token_ids)) for index in range(num_labels)]
 
 
-class FakeEngine:
+class FakeEngine(FakeProbes):
     """Answers every request with ``reply``, one byte a token, then the end-of-sequence token."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.reply = "hello world"
         self.step_seconds = 0.0
         self.tokens_per_event = 1
