@@ -11,12 +11,11 @@ from dataclasses import replace
 
 from prompt_store.blobs import BlobStore, TierStats
 from prompt_store.catalog import BlobsGoneError, Catalog
+from prompt_store.checking import CheckedUpload, check_upload
 from prompt_store.collector import Collector
 from prompt_store.errors import (
     BlobNotFoundError,
     CorruptBlobError,
-    Fault,
-    InvalidPromptError,
     PromptForbiddenError,
     PromptNotFoundError,
     StoreUnavailableError,
@@ -24,12 +23,10 @@ from prompt_store.errors import (
 from prompt_store.records import NewVersion
 from prompt_store.resolve_cache import ResolveCache
 from prompt_store.staging import Staging, Upload
-from prompt_store.stored_files import disk_errors, version_digest, weights_of
+from prompt_store.stored_files import disk_errors, weights_of
 from prompt_store.types import (
-    CONFIG_FILE,
     DEFAULT_ALIAS,
     SHARED,
-    WEIGHTS_FILE,
     Access,
     BaseModelSpec,
     HistoryEntry,
@@ -42,7 +39,6 @@ from prompt_store.types import (
     TaskType,
     check_name,
 )
-from prompt_store.validation import validate
 from prompt_store.watch import CatalogStatus, CatalogWatch
 
 _MAX_REFRESHED = 1000
@@ -133,6 +129,7 @@ class PromptStore:
         actor: str | None = None,
         reserved_names: Collection[str] = (),
         owner: str = SHARED,
+        checked: CheckedUpload | None = None,
     ) -> tuple[PromptVersion, bool]:
         """Validate an upload and make it a version, served from the next request on.
 
@@ -151,6 +148,7 @@ class PromptStore:
             actor: Who publishes.
             reserved_names: Names that mean something else, such as the base model's.
             owner: The tenant that alone sees it.
+            checked: What ``check_upload`` said of it; None lets it be checked here.
 
         Returns:
             The version, and whether it is new. The same files under the same name are the version that is there;
@@ -169,22 +167,18 @@ class PromptStore:
             check_name(alias, "alias")
         for tag in tags:
             check_name(tag, "tag")
-        missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in upload.files]
-        if missing:
-            raise InvalidPromptError([Fault("missing_file", f"{file} is missing", file) for file in missing])
-        with disk_errors():
-            soft_prompt = validate(
-                upload.read(CONFIG_FILE),
-                upload.path(WEIGHTS_FILE),
+        if checked is None:
+            checked = check_upload(
+                upload,
                 base,
                 require_same_base=require_same_base,
                 allow_float64=allow_float64,
                 task_type=task_type,
             )
-        files = tuple(upload.files[file].stored for file in (CONFIG_FILE, WEIGHTS_FILE))
+        soft_prompt, files = checked.soft_prompt, checked.files
         new = NewVersion(
             name=name,
-            digest=version_digest(files),
+            digest=checked.digest,
             peft_type=soft_prompt.peft_type,
             task_type=soft_prompt.task_type,
             num_virtual_tokens=soft_prompt.num_virtual_tokens,

@@ -161,10 +161,15 @@ def with_nan(rows: torch.Tensor) -> torch.Tensor:
         ("sentiment", lambda: changed("sentiment", lambda rows: rows[:, :128]), r"128.*192"),
         ("extract", lambda: changed("extract", lambda rows: rows[:, : 4 * 128]), r"4 layers.*6 layers|4.*6 layers"),
         ("sentiment", lambda: changed("sentiment", with_nan), r"NaN"),
+        (
+            "extract",
+            lambda: changed("extract", lambda rows: rows.sign() * 3e38),
+            r"base model cannot compute.*not finite",
+        ),
         ("sentiment", lambda: adapter("sentiment")[1][:-100], r"safetensors"),
         ("sentiment", lambda: pickle.dumps({"prompt_embeddings": [1.0]}), r"pickle"),
     ],
-    ids=["hidden size", "layer count", "nan", "truncated", "pickled"],
+    ids=["hidden size", "layer count", "nan", "overflow", "truncated", "pickled"],
 )
 def test_bad_files_are_refused_with_the_reason(
     client: httpx.Client, task: str, make_weights: object, reason: str

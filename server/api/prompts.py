@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from prompt_store.checking import check_upload
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import (
     CONFIG_FILE,
@@ -26,6 +27,7 @@ from prompt_store.types import (
 from server.api.callers import Caller, CallerDep
 from server.api.deps import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
 from server.api.multipart import UploadParser, discard_rest, gathered
+from server.api.probing import probe
 from server.api.prompt_bodies import (
     AliasBody,
     AliasReply,
@@ -155,6 +157,7 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
 )
 async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Publish a PEFT directory's two files as the next version of a name; 200 where that version exists already."""
+    services.require_ready()  # for the model has to try it
     base = services.base_spec
     limit = 2 * services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
     if int(request.headers.get("content-length", 0)) > limit:
@@ -174,15 +177,22 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
         except (ServerError, PromptStoreError):
             await discard_rest(stream)
             raise
+        checked = await threads.call(
+            check_upload,
+            upload,
+            base,
+            require_same_base=not (services.settings.store.allow_other_base or fields.allow_other_base),
+            allow_float64=services.settings.store.allow_float64,
+            task_type=fields.task_type,
+        )
+        await probe(services, checked, upload.path(WEIGHTS_FILE), caller)
         try:
             version, created = await threads.call(
                 store.publish,
                 upload,
                 name=fields.name,
                 base=base,
-                require_same_base=not (services.settings.store.allow_other_base or fields.allow_other_base),
-                allow_float64=services.settings.store.allow_float64,
-                task_type=fields.task_type,
+                checked=checked,
                 alias=fields.alias,
                 description=fields.description,
                 tags=fields.tags,

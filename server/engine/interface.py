@@ -114,7 +114,8 @@ class Engine(Protocol):
             WaitTimeoutError: If it did not begin to run within its timeout.
             ConstraintError: If its constraint cannot be used or satisfied, with the reason.
             RequestRefusedError: If it asks for what the engine can never do, with the reason.
-            RequestFailedError: If the engine could not finish this request, with the reason.
+            RequestFailedError: If the engine could not finish this request, with the reason; NotFiniteError where
+                the model computed NaN or an infinity for it.
         """
         ...
 
@@ -125,6 +126,30 @@ class Engine(Protocol):
             EngineNotReadyError: If the engine is loading, restarting or draining.
             EngineDeadError: If the engine process ends meanwhile.
             RequestFailedError: If the soft prompt cannot be loaded.
+        """
+        ...
+
+    async def probe(
+        self,
+        soft_prompt: SoftPromptSource,
+        token_ids: list[int],
+        *,
+        max_tokens: int,
+        salt: str = "",
+        max_wait: float | None = None,
+    ) -> None:
+        """See whether the model can compute with a soft prompt, by a short text after it, behind all other requests.
+
+        Args:
+            soft_prompt: What to try; its file has to stay until this returns.
+            token_ids: At least one text token.
+            max_tokens: New ones to compute.
+            salt: As in ``GenerateRequest``.
+            max_wait: Its ``timeout``.
+
+        Raises:
+            NotFiniteError: If it cannot: a hidden state, a key or value, or a logit is NaN or infinite.
+            EngineError: As ``generate`` does.
         """
         ...
 

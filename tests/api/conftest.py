@@ -38,6 +38,7 @@ from server.engine.types import (
 )
 from server.errors import EngineNotReadyError
 from tests.api.byte_tokenizer import EOS, ByteTokenizer
+from tests.api.probes import FakeProbes
 from tests.waiting import wait_until
 
 BASE = "tiny"
@@ -73,10 +74,11 @@ def head_of(request: GenerateRequest) -> list[float] | None:
     return [-float((num_labels - 1 - index) * len(request.prompt_token_ids)) for index in range(num_labels)]
 
 
-class FakeEngine:
+class FakeEngine(FakeProbes):
     """Answers every request with ``reply``, one byte a token, then the end-of-sequence token."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.reply = "hello world"
         self.step_seconds = 0.0
         self.tokens_per_event = 1

@@ -8,19 +8,23 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from server.config import EngineSettings
 from server.engine import messages
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine_process import EngineLoop
 from server.engine.interface import GenerateRequest
-from server.engine.types import FinishReason, SamplingParams
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from server.errors import (
     EngineDeadError,
     EngineNotReadyError,
     EngineStartError,
+    NotFiniteError,
     RequestRefusedError,
     WaitTimeoutError,
 )
@@ -83,6 +87,29 @@ async def test_prepare_brings_a_soft_prompt_onto_the_device(llama: Family) -> No
     async with running(llama) as engine:
         await engine.prepare(llama.soft_prompts["p_tuning_7"])
         await until(lambda: engine.stats.soft_prompts_resident == 1)
+
+
+async def test_a_probe_tells_whether_the_model_can_compute_with_a_soft_prompt(llama: Family, tmp_path: Path) -> None:
+    rows = torch.full((5, 2 * 3 * 2 * 12), 3e38)
+    save_file({"prompt_embeddings": rows}, tmp_path / "huge.safetensors")
+    huge = SoftPromptSource(
+        digest="huge", num_virtual_tokens=5, is_key_values=True, path=str(tmp_path / "huge.safetensors")
+    )
+    async with running(llama) as engine:
+        for max_tokens in (0, 2):
+            await engine.probe(llama.soft_prompts["prefix_13"], TEXT, max_tokens=max_tokens)
+            with pytest.raises(NotFiniteError, match="a value that is not finite"):
+                await engine.probe(huge, TEXT, max_tokens=max_tokens, salt="t", max_wait=9.0)
+        with pytest.raises(RequestRefusedError, match="more than the 256 positions"):
+            await engine.probe(huge, [1] * 300, max_tokens=2)
+        stream = engine.generate(GenerateRequest("r", TEXT, greedy(200)))
+        await anext(stream)
+        probing = asyncio.create_task(engine.probe(llama.soft_prompts["p_tuning_7"], TEXT, max_tokens=200))
+        await until(lambda: engine.stats.num_running == 2)
+        await engine.drain(0.0)
+        with pytest.raises(EngineNotReadyError, match="shutting down"):
+            await probing
+        await stream.aclose()
 
 
 async def test_request_that_cannot_be_served_fails_alone(llama: Family) -> None:

@@ -1,0 +1,63 @@
+"""Whether an upload is a soft prompt that the base can serve, and what identifies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.staging import Upload
+from prompt_store.stored_files import disk_errors, version_digest
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, SoftPrompt, StoredFile, TaskType
+from prompt_store.validation import validate
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedUpload:
+    """An upload whose files are a soft prompt that the base can serve.
+
+    Attributes:
+        soft_prompt: What it holds.
+        files: Both of them.
+        digest: The version's, if it becomes one.
+    """
+
+    soft_prompt: SoftPrompt
+    files: tuple[StoredFile, ...]
+    digest: str
+
+
+def check_upload(
+    upload: Upload,
+    base: BaseModelSpec,
+    *,
+    require_same_base: bool,
+    allow_float64: bool,
+    task_type: TaskType | None = None,
+) -> CheckedUpload:
+    """Validate an upload; ``PromptStore.publish`` takes the result, where something else is asked in between.
+
+    Args:
+        upload: With both files written and closed.
+        base: The resident model, which it has to fit.
+        require_same_base: As in ``validate``.
+        allow_float64: As in ``validate``.
+        task_type: As in ``validate``.
+
+    Raises:
+        InvalidPromptError: With every fault of the files.
+        StoreUnavailableError: If the disk cannot be read.
+    """
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in upload.files]
+    if missing:
+        raise InvalidPromptError([Fault("missing_file", f"{file} is missing", file) for file in missing])
+    with disk_errors():
+        soft_prompt = validate(
+            upload.read(CONFIG_FILE),
+            upload.path(WEIGHTS_FILE),
+            base,
+            require_same_base=require_same_base,
+            allow_float64=allow_float64,
+            task_type=task_type,
+        )
+    files = tuple(upload.files[file].stored for file in (CONFIG_FILE, WEIGHTS_FILE))
+    return CheckedUpload(soft_prompt, files, version_digest(files))
