@@ -192,7 +192,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._fail(HeadError(HTTPStatus.TOO_MANY_REQUESTS))
         version = self.parser.get_http_version()
         try:
-            check_head(version, self.headers)
+            check_head(self.parser.get_method(), version, self.headers)
             authority = authority_of(self.url)
         except HeadError as fault:
             self._fail(fault)

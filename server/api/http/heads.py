@@ -29,19 +29,22 @@ class HeadError(ValueError):
         self.reason = reason
 
 
-def check_head(version: str, headers: Headers) -> None:
+def check_head(method: bytes, version: str, headers: Headers) -> None:
     """Return if a head may begin a request.
 
     Args:
+        method: As it was sent.
         version: HTTP's, such as ``1.1``.
         headers: All header lines.
 
     Raises:
-        HeadError: If the version is another one, the Host is missing, given twice or malformed, or the body has a
-            transfer coding that is not ``chunked`` alone.
+        HeadError: If it asks for a tunnel, the version is another one, the Host is missing, given twice or malformed,
+            or the body has a transfer coding that is not ``chunked`` alone.
     """
     if version not in {"1.0", "1.1"}:
         raise HeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+    if method == b"CONNECT":  # what follows is no request, whatever its length is said to be
+        raise HeadError(HTTPStatus.BAD_REQUEST, "this server is no proxy")
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1:
         raise HeadError(HTTPStatus.BAD_REQUEST, "the request has more than one Host header")

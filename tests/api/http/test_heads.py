@@ -92,6 +92,8 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
     "fold after the first line": (b"GET / HTTP/1.1\r\n X: a\r\nHost: a\r\n\r\n", 400, "invalid_request"),
     "line feeds alone": (b"GET / HTTP/1.1\nHost: a\n\n", 400, "invalid_request"),
     "method": (b"get / HTTP/1.1\r\nHost: a\r\n\r\n", 400, "invalid_request"),
+    "tunnel": (b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "invalid_request"),
+    "tunnel to a path": (b"CONNECT /v1/x HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "invalid_request"),
     "target": (b"GET /\x01 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "invalid_request"),
     **{
         f"chunk {chunk!r}": (head() + CHUNKED + chunk + LAST, 400, "invalid_request")
@@ -329,6 +331,36 @@ def test_no_body_is_ever_read_as_a_request(data: st.DataObject, places: list[int
     for call in outcome.calls:
         assert not call.values(b"authorization")
         assert call.values(b"host") == [b"localhost"]
+
+
+WIRE = b"".join(sent for sent, _, _ in REFUSED.values()) + b"".join(b"".join(lines) for lines in UPGRADES.values())
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                [POST, GET, b"\r\n", CHUNKED, LAST, SMUGGLED, b"Content-Length: 3\r\n", b"Upgrade: a\r\n"]
+            ),
+            st.sampled_from(
+                [b"Connection: upgrade\r\n", b"Expect: 100-continue\r\n", b"3\r\nabc\r\n", b"abc", b"\0"]
+            ),
+            st.builds(lambda start, num: WIRE[start : start + num], st.integers(0, len(WIRE)), st.integers(1, 60)),
+            st.binary(max_size=20),
+        ),
+        max_size=20,
+    )
+)
+def test_any_bytes_end_in_answers_or_in_the_end_of_the_connection(pieces: list[bytes]) -> None:
+    """However they are cut: what is read does not depend on how it comes."""
+    whole = drive([b"".join(pieces)])
+    parts = drive(pieces)
+    for outcome in (whole, parts):
+        assert len([status for status in outcome.statuses if status == 200]) <= len(outcome.calls)
+        assert not any(status >= 400 for status in outcome.statuses[:-1])
+        assert not outcome.refusals or outcome.closed
+    if not (whole.closed or parts.closed):
+        assert [(call.path, call.body) for call in whole.calls] == [(call.path, call.body) for call in parts.calls]
 
 
 def test_every_answer_of_a_real_server_is_protected(serve: Any) -> None:
