@@ -6,13 +6,19 @@ import re
 from collections.abc import Collection, Mapping
 
 from prompt_store.errors import Fault
-from prompt_store.types import WEIGHTS_FILE, TensorData
+from prompt_store.types import WEIGHTS_FILE, TaskType, TensorData
 
 _EMBEDDINGS = re.compile(
     r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|embed_out|tok_embeddings|embeddings|embedding|shared|lm_head)"
     r"\.(base_layer\.)?weight"
 )
 """The input and output embeddings of transformers' decoders, matched whole."""
+
+_HEAD = re.compile(
+    r"(base_model\.)*(model\.)?(?P<module>score|classifier)\."
+    r"((?P<untrained>original_module)\.|modules_to_save\.[^.]+\.)?(?P<part>weight|bias)"
+)
+"""A classification head as states, older releases and other tools name it, matched whole."""
 
 _MAX_NAMED = 8
 
@@ -30,8 +36,7 @@ def foreign_faults(foreign: Collection[str], tensors: Mapping[str, TensorData]) 
     faults += [
         Fault(
             "unexpected_tensor",
-            f"{WEIGHTS_FILE}: tensor {name[:100]!a} does not belong in this soft prompt: PEFT would load it over "
-            "weights of the base, which all share",
+            f"{WEIGHTS_FILE}: tensor {name[:100]!a} does not belong in this soft prompt: {_why(name)}",
             WEIGHTS_FILE,
             name[:100],
         )
@@ -52,6 +57,18 @@ def what_it_holds(names: Collection[str]) -> str | None:
     if any(re.search(r"(^|\.)(layers|h|blocks)\.0\.", name) for name in names):
         return "the file holds the weights of a whole model"
     return None
+
+
+def _why(name: str) -> str:
+    head = _HEAD.fullmatch(name)
+    if head is None:
+        return "PEFT would load it over weights of the base, which all share"
+    if head["untrained"]:
+        return "it is the head as it was before training; leave it out"
+    right = f"base_model.{head['module']}.{head['part']}"
+    if name == right:
+        return f"a classification head comes with the task type {TaskType.SEQ_CLS} alone"
+    return f"it is a head by a name that PEFT does not load; PEFT saves the trained one as {right}"
 
 
 def _is_embedding(name: str, tensor: TensorData) -> bool:

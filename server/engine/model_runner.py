@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -376,6 +377,10 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
+    except SafetensorError as error:
+        raise EngineStartError(
+            f"cannot load the model {settings.model!r}: a weights file is damaged or cut short ({error})"
+        ) from error
     if device.type == "cpu" and not _is_fast(model.dtype):
         logger.warning("this CPU has no fast products of %s; --dtype float32 would be faster", model.dtype)
     module: nn.Module = model

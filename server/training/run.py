@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 
 from server import demo
 from server.client import PreludeClient
+from server.errors import ConfigurationError
 from server.model_source import locate
 from server.training.corpus import Corpus, load_corpus, opening_of_data, opening_text
 from server.training.curves import draw_curves
@@ -91,7 +92,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
     corpus = load_corpus(settings)
     for warning in corpus.warnings:
         reporter.warn(warning)
-    path = str(DEMO_DIRECTORY) if settings.model == DEMO else locate(settings.model, settings.revision)
+    path = str(DEMO_DIRECTORY) if settings.model == DEMO else _located(settings.model, settings.revision)
     config, tokenizer = _config_and_tokenizer(path, settings.revision)
     max_tokens = _max_tokens(config)
     if settings.num_virtual_tokens >= max_tokens:
@@ -301,7 +302,7 @@ class _Run:
             base: Any = AutoModelForCausalLM.from_pretrained(
                 self.path, revision=self.settings.revision, dtype=dtype, trust_remote_code=False
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise TrainingError(f"the model {self.path!r} cannot be loaded: {error}") from error
         return base.to(device)
 
@@ -319,6 +320,13 @@ def _last_loss(directory: RunDirectory) -> float | None:
     """Mean training loss of the last twenty steps."""
     losses = [entry["loss"] for entry in directory.records() if "loss" in entry][-20:]
     return sum(losses) / len(losses) if losses else None
+
+
+def _located(model: str, revision: str | None) -> str:
+    try:
+        return locate(model, revision)
+    except ConfigurationError as error:
+        raise TrainingError(error.message) from error
 
 
 def _config_and_tokenizer(path: str, revision: str | None) -> tuple[Any, Any]:

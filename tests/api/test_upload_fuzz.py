@@ -68,6 +68,8 @@ def send(store: PromptStore, data: bytes, piece: int = 1000) -> int:
                 upload,
                 name=fields.name,
                 base=BASE,
+                require_same_base=not fields.allow_other_base,
+                task_type=fields.task_type,
                 alias=fields.alias,
                 description=fields.description,
                 tags=fields.tags,
@@ -132,7 +134,10 @@ def test_changed_bytes(store: PromptStore, data: st.DataObject) -> None:
     assert send(store, bytes(changed)) in {200, 201, 400, 413, 415}
 
 
-@given(st.dictionaries(st.sampled_from(["id", "alias", "description", "tags", "metadata", "lineage"]), field_texts))
+FIELDS = ["id", "alias", "description", "tags", "metadata", "lineage", "shared", "allow_other_base", "task_type"]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), field_texts))
 @settings(max_examples=300, deadline=None)
 def test_arbitrary_fields(store: PromptStore, fields: dict[str, bytes]) -> None:
     parts = [part(name, data) for name, data in fields.items() if BOUNDARY.encode() not in data]
@@ -141,11 +146,19 @@ def test_arbitrary_fields(store: PromptStore, fields: dict[str, bytes]) -> None:
     assert send(store, body(parts)) in {200, 201, 400}
 
 
-@given(json_values)
-@settings(max_examples=200, deadline=None)
-def test_arbitrary_configurations(store: PromptStore, value: object) -> None:
+SPEAKING = st.dictionaries(
+    st.sampled_from(["task_type", "auto_mapping", "modules_to_save", "base_model_name_or_path", "peft_type"]),
+    json_values,
+)
+"""Fields that are held against what the uploader says."""
+
+
+@given(json_values | SPEAKING, st.sampled_from([b"", b"CAUSAL_LM", b"SEQ_CLS"]), st.sampled_from([b"", b"true"]))
+@settings(max_examples=300, deadline=None)
+def test_arbitrary_configurations(store: PromptStore, value: object, task: bytes, other_base: bytes) -> None:
     config = {**CONFIG, **value} if isinstance(value, dict) else value
     parts = [part("id", b"p"), part("files", json.dumps(config).encode(), "adapter_config.json")]
+    parts += [part("task_type", task), part("allow_other_base", other_base)]
     assert send(store, body([*parts, part("files", WEIGHTS, "adapter_model.safetensors")])) in {200, 201, 400}
 
 

@@ -240,6 +240,15 @@ def test_missing_model_is_refused(tmp_path: Path) -> None:
         LLMEngine(EngineSettings(model=str(tmp_path / "nothing")))
 
 
+def test_a_damaged_weights_file_is_one_line(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(EngineStartError, match="cannot load the model .*damaged or cut short"):
+        LLMEngine(EngineSettings(model=str(tmp_path)))
+
+
 def test_model_that_attends_otherwise_is_refused(tmp_path: Path) -> None:
     """Bloom adds a bias by distance, which the attention interface does not carry: its tokens would be wrong."""
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)

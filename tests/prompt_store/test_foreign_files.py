@@ -94,6 +94,28 @@ def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
     assert "2 more tensors" in found[-1].message
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "words"),
+    [
+        (
+            "SEQ_CLS",
+            "base_model.score.modules_to_save.default.weight",
+            "PEFT saves the trained one as base_model.score.",
+        ),
+        ("SEQ_CLS", "score.weight", "PEFT saves the trained one as base_model.score.weight"),
+        ("SEQ_CLS", "base_model.model.classifier.bias", "PEFT saves the trained one as base_model.classifier.bias"),
+        ("SEQ_CLS", "base_model.score.original_module.weight", "the head as it was before training; leave it out"),
+        ("CAUSAL_LM", "base_model.score.weight", "a classification head comes with the task type SEQ_CLS alone"),
+        ("CAUSAL_LM", "base_model.norm.weight", "PEFT would load it over weights of the base, which all share"),
+    ],
+)
+def test_a_head_by_another_name_is_told_its_name(task, name, words):
+    found = check(CONFIG | {"task_type": task}, **{name: np.ones((2, 32), np.float32)})
+    told = next(fault for fault in found if fault.field == name)
+    assert told.code == "unexpected_tensor"
+    assert words in told.message
+
+
 def test_a_lora_is_told_that_it_is_one_and_nothing_else(model, tmp_path):
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
     (fault,) = validated(tmp_path)

@@ -121,7 +121,7 @@ def test_a_model_that_is_not_there(prelude_train, tmp_path):
     result = prelude_train(model=str(tmp_path / "none"))
 
     assert result.exit_code == ExitStatus.FAILED
-    assert "cannot be loaded" in result.stderr
+    assert "is not there: no such directory" in result.stderr
     assert "Traceback" not in result.output
 
 

@@ -338,6 +338,9 @@ def test_a_run_directory_that_cannot_be_written_is_told(settings, trained, tmp_p
 def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="num_virtual_tokens is 96; the context has 96 positions in all"):
         trained(settings(num_virtual_tokens=96))
+    with pytest.raises(TrainingError, match="has no config.json"):
+        trained(settings(model=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
     with pytest.raises(TrainingError, match="cannot be loaded"):
         trained(settings(model=str(tmp_path)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
