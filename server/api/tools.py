@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 
-from prompt_store.strict_json import check_depth, refuse_constant
-from server.api.request_body import RequestBody, check_unicode
+from prompt_store.strict_json import check_depth, finite_float, refuse_constant
+from server.api.request_body import RequestBody, check_unicode, half_pair_in
 from server.api.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
 from server.api.structured import Schema, schema_constraint
 from server.engine.constraints import Constraint
@@ -43,12 +43,14 @@ def _arguments(value: object) -> dict[str, Any]:
     if not isinstance(value, str):
         raise ValueError("should be a string that holds a JSON object")
     try:
-        arguments = json.loads(value or "{}", parse_constant=refuse_constant)
+        arguments = json.loads(value or "{}", parse_constant=refuse_constant, parse_float=finite_float)
         check_depth(arguments, MAX_SCHEMA_DEPTH)
     except (ValueError, RecursionError) as error:
         raise ValueError("should be a string that holds a JSON object") from error
     if not isinstance(arguments, dict):
         raise ValueError("should be a string that holds a JSON object")
+    if half_pair_in(arguments) is not None:
+        raise ValueError("should be Unicode: its JSON has half of a surrogate pair")
     return arguments
 
 
