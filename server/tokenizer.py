@@ -16,6 +16,9 @@ from server.engine.detokenizer import REPLACEMENT
 from server.errors import ContextLengthError, EngineStartError, InvalidRequestError
 from server.fair_work import SHORT_CHARS, FairThreads, current_work
 
+_MAX_TEMPLATE_WORDS = 500
+"""Characters of what a template says when it fails; it may quote the conversation."""
+
 
 def _byte_alphabet() -> dict[str, int]:
     """The characters that byte-level tokenizers write bytes as (GPT-2's ``bytes_to_unicode``), and their bytes."""
@@ -159,7 +162,8 @@ class Tokenizer:
         """A conversation as the model's own template writes it, by default ready for the assistant's answer.
 
         Raises:
-            InvalidRequestError: If the template refuses the conversation, or does not show tools that it has to.
+            InvalidRequestError: If the template refuses the conversation or fails on it, or does not show tools that
+                it has to.
         """
 
         def render(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -176,10 +180,9 @@ class Tokenizer:
             try:
                 text = render(tools)
                 shows_tools = not (tools and needs_tools) or text != render(())
-            except (TemplateError, TypeError, ValueError, KeyError) as error:
-                raise InvalidRequestError(
-                    f"messages: the chat template refuses them: {error}", param="messages"
-                ) from error
+                text.encode()  # a template can write what is no text, and no tokenizer takes that
+            except Exception as error:  # a template is a program, and raises whatever programs raise
+                raise InvalidRequestError(_words_of(error), param="messages") from error
             if not shows_tools:
                 raise InvalidRequestError(
                     "tools: this model's chat template does not show tools, so the model would not know of them; "
@@ -275,6 +278,15 @@ class Tokenizer:
     def close(self) -> None:
         """End the threads."""
         self._threads.close()
+
+
+def _words_of(error: Exception) -> str:
+    """What a client is told whose conversation a template refuses, or fails on: the template's own words."""
+    is_refusal = isinstance(error, TemplateError)
+    words = str(error) if is_refusal else f"{type(error).__name__}: {error}"
+    return f"messages: the chat template {'refuses them' if is_refusal else 'fails on them'}: {words}"[
+        :_MAX_TEMPLATE_WORDS
+    ]
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -157,9 +157,36 @@ async def test_a_template_that_shows_none_is_refused_where_it_has_to(byte_level:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content + 5 }}"])
-async def test_a_template_that_fails_is_the_conversations_fault(byte_level: Tokenizer, template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no system role') }}", "refuses them: no system role"),
+        ("{{ raise_exception('x' * 1000) }}", "refuses them: xxx"),
+        ("{{ raise_exception(messages) }}", "refuses them: "),
+        ("{{ messages[0].content + 5 }}", "fails on them: TypeError: can only concatenate str"),
+        ("{{ messages[0].absent.deeper }}", "refuses them: 'dict object' has no attribute 'absent'"),
+        ("{% for %}", "refuses them: "),
+        ("{{ 1 / 0 }}", "fails on them: ZeroDivisionError: division by zero"),
+        ("{{ [].pop() }}", "refuses them: "),  # the sandbox's own words
+        ("{{ ''.nothing() }}", "has no attribute 'nothing'"),
+        ("{{ messages[0].content.encode('no such') }}", "fails on them: LookupError: "),
+        ("{{ messages[0].content.index('absent') }}", "fails on them: ValueError: substring not found"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on them: RecursionError: "),
+        ("{{ 10.0 ** 400 }}", "fails on them: OverflowError: "),
+        ("{% for i in range(10**9) %}x{% endfor %}", "fails on them: OverflowError: Range too big"),
+        ("{{ 'x' * 10**17 }}", "fails on them: MemoryError: "),
+        (r'{{ "\ud800" }}', "fails on them: UnicodeEncodeError: "),
+    ],
+)
+async def test_a_template_that_fails_is_the_conversations_fault(
+    byte_level: Tokenizer, template: str, words: str
+) -> None:
     byte_level._tokenizer.chat_template = template
     with pytest.raises(InvalidRequestError) as error:
-        await byte_level.render_chat(TURNS)
+        await byte_level.render_chat(TURNS, tools=TOOLS)
     assert error.value.param == "messages"
+    assert error.value.message.startswith("messages: the chat template ")
+    assert words in error.value.message
+    assert len(error.value.message) <= 500
+    byte_level._tokenizer.chat_template = "{{ messages[0].content }}"
+    assert await byte_level.render_chat(TURNS) == "x"

@@ -14,6 +14,8 @@ from starlette.requests import Request
 
 from prompt_store.types import BaseModelSpec
 from server.api.admission import Admission
+from server.api.errors import field_path
+from server.api.request_body import half_pair_in, may_have_halves
 from server.api.store_threads import StoreThreads
 from server.api.warming import Warmer
 from server.config import Settings
@@ -24,6 +26,7 @@ from server.errors import (
     EngineNotReadyError,
     EngineRestartingError,
     EngineStartError,
+    InvalidRequestError,
     MediaTypeError,
     ServerError,
 )
@@ -265,12 +268,22 @@ async def require_json(request: Request) -> None:
 
     Browsers send other types across origins without asking; they cannot send this one.
 
+    It refuses text that is none, too, wherever it stands: what is behind it encodes texts and need not look.
+
     Raises:
         MediaTypeError: If the body is not declared as JSON.
+        InvalidRequestError: If it has half of a surrogate pair somewhere; the field is named.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise MediaTypeError("the body has to be JSON, with 'Content-Type: application/json'")
+    # Both are at hand: FastAPI has read the body before it asks its dependencies.
+    if may_have_halves(await request.body()):
+        loc = half_pair_in(await request.json())
+        if loc is not None:
+            field = field_path(loc)
+            where = field or "the body"
+            raise InvalidRequestError(f"{where}: should be Unicode, without half of a surrogate pair", param=field)
 
 
 async def require_json_or_nothing(request: Request) -> None:

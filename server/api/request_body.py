@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -16,6 +17,58 @@ class RequestBody(BaseModel):
     @classmethod
     def _drop_nulls(cls, value: object) -> object:
         return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+_MAY_HAVE_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\0")
+"""A surrogate as an escape or as bytes, which Python's JSON takes; or, by its zeros, a body that is not UTF-8."""
+
+MAX_LOCATION_DEPTH = 8
+"""Of a fault deeper than this, the place where it begins is named."""
+
+
+def may_have_halves(body: bytes) -> bool:
+    """Whether ``half_pair_in`` can find anything in a body's JSON; quick, and few bodies may."""
+    return _MAY_HAVE_HALVES.search(body) is not None
+
+
+def half_pair_in(value: object) -> tuple[str | int, ...] | None:
+    """Where parsed JSON has half of a surrogate pair, which is no text; None where it has none.
+
+    Args:
+        value: Of any depth.
+
+    Returns:
+        Names and indices that lead to the string; to its object where the half is in a name, and to at most
+        ``MAX_LOCATION_DEPTH`` levels.
+    """
+    nodes: list[tuple[tuple[str | int, ...], object]] = [((), value)]
+    while nodes:
+        loc, node = nodes.pop()
+        if isinstance(node, str):
+            if _has_half(node):
+                return loc
+        elif isinstance(node, dict):
+            if any(map(_has_half, node)):
+                return loc
+            nodes += [(_below(loc, key), item) for key, item in node.items() if isinstance(item, _HOLDS_TEXT)][::-1]
+        elif isinstance(node, list):
+            nodes += [(_below(loc, i), item) for i, item in enumerate(node) if isinstance(item, _HOLDS_TEXT)][::-1]
+    return None
+
+
+_HOLDS_TEXT = (str, dict, list)
+
+
+def _below(loc: tuple[str | int, ...], part: str | int) -> tuple[str | int, ...]:
+    return (*loc, part) if len(loc) < MAX_LOCATION_DEPTH else loc
+
+
+def _has_half(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_unicode(texts: Sequence[str]) -> None:

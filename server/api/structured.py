@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from prompt_store.strict_json import refuse_constant
+from prompt_store.strict_json import finite_float, refuse_constant
 from server.api.closed_schemas import closed
-from server.api.request_body import RequestBody
+from server.api.request_body import RequestBody, half_pair_in
 from server.api.schema_checks import MAX_CONSTRAINT_CHARS, check_grammar, check_schema, text_of
 from server.engine.constraints import Constraint, ConstraintKind
 from server.errors import UnsupportedError
@@ -37,11 +37,13 @@ def _schema(value: object) -> dict[str, Any]:
         if len(value) > MAX_CONSTRAINT_CHARS:
             raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters")
         try:
-            value = json.loads(value, parse_constant=refuse_constant)
+            value = json.loads(value, parse_constant=refuse_constant, parse_float=finite_float)
         except (ValueError, RecursionError) as error:
             raise ValueError("should be a JSON schema: an object, or a string that holds one") from error
     if not isinstance(value, dict):
         raise ValueError("should be a JSON schema: an object, or a string that holds one")
+    if half_pair_in(value) is not None:
+        raise ValueError("should be Unicode: its JSON has half of a surrogate pair")
     return check_schema(value)
 
 

@@ -9,11 +9,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from prompt_store.strict_json import refuse_constant
-from server.engine.detokenizer import overlap
+from prompt_store.strict_json import check_depth, finite_float, refuse_constant
+from server.engine.detokenizer import REPLACEMENT, overlap
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 """How Hermes, Qwen and many others write a call: JSON with a name and arguments between these."""
+
+MAX_CALL_DEPTH = 128
+"""Objects and lists within each other; what is deeper than that is text."""
+
+_LONE_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can spell, and which is no text; of pairs, Python has made one character."""
 
 _CALL = re.compile(r'\{"name": "([a-zA-Z0-9_-]+)", "arguments": ')
 """How a call begins that was forced by a schema: the engine writes JSON in one layout only."""
@@ -180,20 +186,21 @@ class HermesReader:
     def _read(self, block: str) -> list[Piece] | None:
         """A block's call; None where it is none."""
         try:
-            call = json.loads(block, parse_constant=refuse_constant)
+            call = json.loads(block, parse_constant=refuse_constant, parse_float=finite_float)
+            check_depth(call, MAX_CALL_DEPTH)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(call, dict) or call.get("name") not in self._names:
+        if not isinstance(call, dict):
             return None
-        arguments = call.get("arguments", {})
-        if not isinstance(arguments, dict):
+        name, arguments = call.get("name"), call.get("arguments", {})
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return None
         self._num_calls += 1
         if self._num_calls > 1 and not self._allows_several:
             return []
         index = self._num_calls - 1
-        text = json.dumps(arguments, ensure_ascii=False)
-        return [CallStart(index, _new_id(), str(call["name"])), CallArguments(index, text)]
+        text = _LONE_HALF.sub(REPLACEMENT, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        return [CallStart(index, _new_id(), name), CallArguments(index, text)]
 
 
 MakeReader = Callable[[], ToolCallReader]

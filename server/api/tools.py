@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
-from prompt_store.strict_json import check_depth, refuse_constant
-from server.api.request_body import RequestBody, check_unicode
+from prompt_store.strict_json import check_depth, finite_float, refuse_constant
+from server.api.request_body import RequestBody, check_unicode, half_pair_in
 from server.api.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
 from server.api.structured import Schema, schema_constraint
 from server.engine.constraints import Constraint
@@ -42,12 +42,14 @@ def _arguments(value: object) -> dict[str, Any]:
     """A call's arguments, for the chat template, which writes them in its own way: JSON in a string, or an object."""
     try:
         text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-        arguments = json.loads(text or "{}", parse_constant=refuse_constant)
+        arguments = json.loads(text or "{}", parse_constant=refuse_constant, parse_float=finite_float)
         check_depth(arguments, MAX_SCHEMA_DEPTH)
     except (ValueError, RecursionError) as error:
         raise ValueError("should be a JSON object, or a string that holds one") from error
     if not isinstance(arguments, dict):
         raise ValueError("should be a JSON object, or a string that holds one")
+    if half_pair_in(arguments) is not None:
+        raise ValueError("should be Unicode: its JSON has half of a surrogate pair")
     return arguments
 
 

@@ -94,16 +94,14 @@ class GrammarTrials:
         with self._lock:
             if self._is_closed or self._is_cancelled:
                 return None
-            is_new = self._connection is None
-            if self._connection is None:
+            connection = self._connection
+            if connection is None:
+                frame = encode(self._vocabulary) + frame
                 try:
-                    self._connection = self._start()
+                    connection = self._connection = self._start()
                 except OSError as error:
                     raise GrammarError(f"a process to try it out cannot be started: {error.strerror}") from error
-            connection = self._connection
         try:
-            if is_new:
-                connection.sendall(encode(self._vocabulary))
             connection.sendall(frame)
             with self._lock:
                 self._is_running = True

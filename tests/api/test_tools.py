@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prompt_store.strict_json import refuse_constant
 from server.api.tool_calls import (
     CallArguments,
     CallStart,
@@ -349,6 +350,12 @@ ARGUMENTS = '{"city": "Köln"}'
         (CALL.replace(ARGUMENTS, "[]"), CALL.replace(ARGUMENTS, "[]"), 0),
         (CALL.replace(ARGUMENTS, "NaN"), CALL.replace(ARGUMENTS, "NaN"), 0),
         ("<tool_call>" + "[" * 5000 + "</tool_call>", "<tool_call>" + "[" * 5000 + "</tool_call>", 0),
+        (CALL.replace('"weather"', "[]"), CALL.replace('"weather"', "[]"), 0),
+        (CALL.replace('"weather"', '{"a": 1}'), CALL.replace('"weather"', '{"a": 1}'), 0),
+        (CALL.replace('"Köln"', "1e999"), CALL.replace('"Köln"', "1e999"), 0),
+        (CALL.replace('"Köln"', "-Infinity"), CALL.replace('"Köln"', "-Infinity"), 0),
+        (CALL.replace('"Köln"', "9" * 5000), CALL.replace('"Köln"', "9" * 5000), 0),
+        (CALL.replace('"Köln"', "[" * 900 + "]" * 900), CALL.replace('"Köln"', "[" * 900 + "]" * 900), 0),
         (f"<tool_call>x</tool_call>{CALL}", "<tool_call>x</tool_call>", 1),
     ],
 )
@@ -367,6 +374,66 @@ parts = st.lists(st.sampled_from(["<", "tool_call", ">", "/", " ", "{", '"name"'
 @given(parts.map("".join), st.integers(0, 99))
 def test_text_without_calls_is_shown_as_it_is(text: str, seed: int) -> None:
     assert read(HermesReader({"f"}, allows_several=True), text, seed) == (text, [], "stop")
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        (r'{"a": "\ud83d\ude00"}', '{"a": "\U0001f600"}'),
+        (r'{"a": "b\ud83d c"}', '{"a": "b\ufffd c"}'),
+        (r'{"\ude00": "\ude00\ud83d"}', '{"\ufffd": "\ufffd\ufffd"}'),
+        ('{"a": 1, "a": 2}', '{"a": 2}'),
+        ('{"a": 1e308, "b": 1e-999}', '{"a": 1e+308, "b": 0.0}'),
+    ],
+)
+async def test_arguments_are_json_that_can_be_sent(client, engine, written: str, arguments: str) -> None:
+    engine.reply = f'<tool_call>{{"name": "weather", "arguments": {written}}}</tool_call>'
+    choice = await ask(client)
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": arguments}
+    deltas, reason = await stream(client)
+    check_streamed_call(deltas, "weather", arguments)
+    assert reason == choice["finish_reason"] == "tool_calls"
+
+
+fragments = st.sampled_from(
+    [
+        "<tool_call>", "</tool_call>", "<tool_", "\n", " ", "x", "{", "}", "[", "]", '"', ":", ", ",
+        '{"name": "f", "arguments": ', '{"a": ', "}}", '"name": ', '"arguments": ', '"f"', '"g"', "1e999", "-1e999",
+        "NaN", "Infinity", "9" * 4400, "[" * 300, "]" * 300, r'"\ud83d"', r'"\ude00\ud83d"', "null", "1.5", "\u2028",
+    ]
+)  # fmt: skip
+calls_like = st.lists(fragments, max_size=12).map("".join)
+bodies = st.one_of(
+    calls_like,
+    calls_like.map(lambda text: f"<tool_call>{text}</tool_call>"),
+    calls_like.map(lambda text: f'a <tool_call>{{"name": "f", "arguments": {{"a": {text}}}}}</tool_call>'),
+    st.recursive(
+        st.one_of(st.text(st.characters()), st.integers(), st.floats(), st.none()),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters()), inner),
+    ).map(lambda value: f'<tool_call>{{"name": "f", "arguments": {{"a": {json.dumps(value)}}}}}</tool_call>'),
+    st.recursive(st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)).map(
+        lambda value: f'<tool_call>{{"name": {json.dumps(value)}, "arguments": {{}}}}</tool_call>'
+    ),
+)
+
+
+@given(bodies, st.sampled_from(["stop", "length"]), st.booleans(), st.integers(0, 99))
+def test_whatever_a_model_writes_is_text_or_calls_streamed_or_not(
+    text: str, reason: str, allows_several: bool, seed: int
+) -> None:
+    whole = HermesReader({"f"}, allows_several=allows_several)
+    pieces = whole.append(text)
+    rest, ended = whole.finish(reason)
+    shown, calls = "", []
+    for piece in pieces + rest:
+        if isinstance(piece, Text):
+            shown += piece.text
+        elif isinstance(piece, CallArguments):
+            calls.append(("f", piece.text))
+    assert read(HermesReader({"f"}, allows_several=allows_several), text, seed, reason) == (shown, calls, ended)
+    shown.encode()
+    for _, arguments in calls:
+        assert isinstance(json.loads(arguments.encode(), parse_constant=refuse_constant), dict)
 
 
 @given(st.dictionaries(st.text(), st.text() | st.integers() | st.booleans()), st.integers(0, 99))

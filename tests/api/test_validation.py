@@ -5,7 +5,10 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from server.api.request_body import MAX_LOCATION_DEPTH, half_pair_in, may_have_halves
 from server.errors import ContextLengthError
 from tests.api.byte_tokenizer import ByteTokenizer
 from tests.api.conftest import CONTEXT
@@ -236,34 +239,121 @@ async def test_the_tokenizer_is_told_the_context_and_the_field(client, monkeypat
 
 
 HALF = "a\ud83d"
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+
+
+def tool(**function: object) -> dict[str, object]:
+    return CHAT | {"tools": [{"type": "function", "function": {"name": "f"} | function}]}
+
+
+def called(call_id: str, arguments: str) -> dict[str, object]:
+    call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [*CHAT["messages"], {"role": "assistant", "tool_calls": [call]}]}
 
 
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
         ("/v1/completions", {"prompt": HALF}, "prompt"),
-        ("/v1/completions", {"prompt": ["a", HALF]}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", HALF]}, "prompt[1]"),
         ("/v1/completions", {"prompt": "a", "stop": HALF}, "stop"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stop": ["b", HALF]}, "stop"),
+        ("/v1/completions", {"prompt": "a", "user": HALF}, "user"),
+        ("/v1/completions", {"prompt": "a", "model": HALF}, "model"),
+        ("/v1/completions", {"prompt": "a", "prompt_id": HALF}, "prompt_id"),
+        ("/v1/completions", {"prompt": "a", HALF: 1}, None),
+        (
+            "/v1/completions",
+            {"prompt": "a", "structured_outputs": {"choice": ["b", HALF]}},
+            "structured_outputs.choice[1]",
+        ),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": HALF}}, "structured_outputs.regex"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"grammar": HALF}}, "structured_outputs.grammar"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "structured_outputs": {"json": {"properties": {HALF: {}}}}},
+            "structured_outputs.json.properties",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "a", "structured_outputs": {"json": '{"enum": ["\\ud83d"]}'}},
+            "structured_outputs.json",
+        ),
+        ("/v1/chat/completions", CHAT | {"stop": ["b", HALF]}, "stop[1]"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF}]}, "messages[0].content"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", "name": HALF}]}, "messages[0].name"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
-            "messages[0].content",
+            "messages[0].content[0].text",
         ),
+        ("/v1/chat/completions", tool(description=HALF), "tools[0].function.description"),
+        (
+            "/v1/chat/completions",
+            tool(parameters={"properties": {"k": {"enum": [HALF]}}}),
+            "tools[0].function.parameters.properties.k.enum[0]",
+        ),
+        (
+            "/v1/chat/completions",
+            called("1", '{"k": "\\udc00"}'),
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        ("/v1/chat/completions", called(HALF, "{}"), "messages[1].tool_calls[0].id"),
         ("/tokenize", {"prompt": HALF}, "prompt"),
-        ("/v1/classify", {"input": "a", "labels": ["b", HALF]}, "labels"),
-        ("/v1/classify", {"input": ["a", HALF], "labels": ["b"]}, "input"),
+        ("/v1/classify", {"input": "a", "labels": ["b", HALF]}, "labels[1]"),
+        ("/v1/classify", {"input": ["a", HALF], "labels": ["b"]}, "input[1]"),
     ],
 )
 async def test_half_of_a_surrogate_pair_is_no_text(client, engine, path, fields, param):
-    # httpx would write the half as it is, which is no UTF-8; json escapes it, as other clients do.
-    content = json.dumps({"model": "tiny"} | fields)
-    response = await client.post(path, content=content, headers={"content-type": "application/json"})
-    error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (400, param)
-    assert "character 1 is half of a surrogate pair" in error["message"]
+    # As an escape, as clients write it; as bytes that are no UTF-8, but that Python's JSON takes; and as UTF-16.
+    text = json.dumps({"model": "tiny"} | fields)
+    raw = json.dumps({"model": "tiny"} | fields, ensure_ascii=False)
+    for content in (text.encode(), raw.encode(errors="surrogatepass"), text.encode("utf-16")):
+        response = await client.post(path, content=content, headers={"content-type": "application/json"})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert "half of a surrogate pair" in error["message"]
     assert engine.requests == []
+
+
+async def test_whole_pairs_and_odd_characters_are_text(client, engine):
+    text = '"a\\ud83d\\ude00\\u0000\\uffff\\ufeff\\ufffd\\u202e\\\\ud83d"'
+    for path, fields in (
+        ("/v1/completions", f'"prompt": {text}'),
+        ("/v1/chat/completions", f'"messages": [{{"role": "user", "content": {text}}}], "user": {text}'),
+    ):
+        content = f'{{"model": "tiny", {fields}}}'
+        response = await client.post(path, content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 200, response.text
+
+
+json_values = st.recursive(
+    st.one_of(st.text(), st.text(st.characters(categories=["Cs", "Ll"])), st.integers(), st.booleans(), st.none()),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(st.characters()), inner)),
+)
+
+
+@given(json_values)
+def test_the_place_of_a_half_is_found_exactly_where_there_is_one(value):
+    body = json.dumps(value)
+    loc = half_pair_in(json.loads(body))
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        assert may_have_halves(body.encode())
+        assert loc is not None
+        for part in loc:
+            value = value[part]
+        with pytest.raises(UnicodeEncodeError):
+            json.dumps(value, ensure_ascii=False).encode()
+    else:
+        assert loc is None
+
+
+def test_a_half_in_the_deep_is_found() -> None:
+    value = HALF
+    for _ in range(50_000):
+        value = [value]
+    assert half_pair_in(value) == (0,) * MAX_LOCATION_DEPTH
 
 
 async def test_a_long_list_of_faults_is_cut(client):
