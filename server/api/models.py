@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Depends
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from prompt_store.types import PromptVersion
 from server.api.callers import CallerDep
 from server.api.deps import Services, ServicesDep, require_ready
 from server.api.leasing import version_of
 from server.api.resolution import resolve
+from server.api.sampling_defaults import default_fields
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_ready)])
 
@@ -29,6 +30,7 @@ class ModelCard(BaseModel):
         max_model_len: Positions of one sequence, virtual tokens included.
         max_num_seqs: Sequences that the server runs at once, of all models together.
         max_waiting: Sequences that may wait beyond those.
+        default_sampling_params: What the checkpoint sets where a request does not, by the names of its fields.
     """
 
     id: str
@@ -40,6 +42,9 @@ class ModelCard(BaseModel):
     max_model_len: int
     max_num_seqs: int
     max_waiting: int
+    default_sampling_params: dict[str, float | int | list[str]] = Field(
+        description="What the checkpoint sets where a request does not, by the names of a request's fields."
+    )
 
 
 class ModelList(BaseModel):
@@ -90,4 +95,5 @@ def _card(services: Services, model_id: str, *, created: int, parent: str | None
         max_model_len=services.engine.model.max_model_len,
         max_num_seqs=settings.engine.max_num_seqs,
         max_waiting=settings.http.max_waiting,
+        default_sampling_params=default_fields(services.engine.model.generation_defaults),
     )

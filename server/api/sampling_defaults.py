@@ -32,6 +32,16 @@ def with_defaults(body: Body, defaults: GenerationDefaults, *, room: int) -> Bod
     return body.model_copy(update=own) if own else body
 
 
+def default_fields(defaults: GenerationDefaults) -> dict[str, float | int | list[str]]:
+    """What a checkpoint sets, by the names of a request's fields."""
+    found: dict[str, float | int | list[str]] = {}
+    for name in (*_FIELDS, "max_tokens"):
+        value = getattr(defaults, name)
+        if value is not None:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def shorter_default(limit: int | None, defaults: GenerationDefaults) -> int | None:
     """The new tokens of a request that sets no limit: the endpoint's default or the checkpoint's, the smaller one."""
     if defaults.max_tokens is None:

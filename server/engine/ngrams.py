@@ -25,9 +25,9 @@ class NgramIndex:
         Args:
             token_ids: The whole text: what it was at the last call, and what has come since.
         """
-        for end in range(max(self._num_read, self.size - 1), len(token_ids)):
-            prefix = tuple(token_ids[end - self.size + 1 : end])
-            self._followers.setdefault(prefix, set()).add(token_ids[end])
+        new = token_ids[max(0, self._num_read - self.size + 1) :]
+        for ngram in zip(*(new[start:] for start in range(self.size)), strict=False):
+            self._followers.setdefault(ngram[:-1], set()).add(ngram[-1])
         self._num_read = len(token_ids)
         if len(token_ids) < self.size:
             return _NONE

@@ -86,9 +86,10 @@ class Sampler:
         best, tokens = _largest(logits)
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
         # and with it what its seed gives, is its own.
-        adjusted = [row for row, seq in enumerate(seqs) if seq.adjusts_logits or not self._rules.is_empty]
-        others = [] if len(adjusted) == len(seqs) else sorted({*range(len(seqs))} - {*adjusted})
-        self._draw(logits, seqs, others, tokens)
+        has_rules = not self._rules.is_empty
+        adjusts = [has_rules or seq.adjusts_logits for seq in seqs]
+        self._draw(logits, seqs, [row for row in range(len(seqs)) if not adjusts[row]], tokens)
+        adjusted = [row for row in range(len(seqs)) if adjusts[row]]
         if adjusted:
             index = to_device(adjusted, logits.device)
             own = [seqs[row] for row in adjusted]

@@ -21,19 +21,18 @@ class RuleMasks:
     Args:
         rules: What the checkpoint says.
         eos_token_ids: The model's ends of sequence.
+
+    Attributes:
+        is_empty: Whether there are no rules.
     """
 
     def __init__(self, rules: TokenRules = NO_RULES, eos_token_ids: SequenceOf[int] = ()) -> None:
+        self.is_empty = rules == NO_RULES
         self._rules = rules
         self._eos_token_ids = tuple(eos_token_ids)
         self._never = sorted({*rules.suppress_tokens, *(word[0] for word in rules.bad_words if len(word) == 1)})
         self._bad_words = [word for word in rules.bad_words if len(word) > 1]
         self._static: torch.Tensor | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are none."""
-        return self._rules == NO_RULES
 
     def add_biases(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
         """Add ``sequence_bias``, in place on [rows, vocabulary]."""

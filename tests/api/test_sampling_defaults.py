@@ -86,6 +86,14 @@ async def test_max_tokens_of_the_checkpoint_shorten_a_default_and_nothing_else(c
     assert [request.params.max_tokens for request in engine.requests] == [16, 100, 120, 2]
 
 
+async def test_models_say_what_the_defaults_are(client, sentiment, monkeypatch):
+    want = {name: getattr(DEFAULTS, name) for name in FIELDS} | {"stop": ["wor"], "max_tokens": 9}
+    for card in (await client.get("/v1/models")).json()["data"]:
+        assert card["default_sampling_params"] == want
+    monkeypatch.undo()
+    assert (await client.get("/v1/models/tiny")).json()["default_sampling_params"] == {}
+
+
 async def test_members_of_a_vote_have_them_too(client, engine, sentiment):
     await send(client, "/v1/completions", model=["tiny", sentiment])
     assert [request.params.temperature for request in engine.requests] == [0.7, 0.7]
