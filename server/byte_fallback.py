@@ -46,7 +46,7 @@ class ByteFallback:
         if not any(token_id in self._byte_of for token_id in token_ids):
             return list(token_ids)
         # Decoders do not see numbers that no token has, so bytes on both sides of one are neighbours.
-        pieces = self._tokenizer.convert_ids_to_tokens(list(token_ids))
+        pieces: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(token_ids))
         known = [token_id for token_id, piece in zip(token_ids, pieces, strict=True) if piece is not None]
         repaired: list[int] = []
         for is_byte, run in groupby(known, self._byte_of.__contains__):
