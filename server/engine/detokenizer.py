@@ -169,8 +169,7 @@ class IncrementalDetokenizer:
         """The end of the tokens; returns what was held back."""
         if self.stopped:
             return ""
-        released = self._stops.append(self._window.finish())
-        return released if self.stopped else released + self._stops.finish()
+        return self._stops.append(self._window.finish()) + self._stops.finish()
 
     def _say(self, token_id: int) -> str:
         """Take a token that is not shown; returns the text before it where it completes a stop string."""
