@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, PrivateAttr, model_
 from server.api.ensemble import EnsembleBody
 from server.api.request_body import RequestBody, check_unicode
 from server.api.structured import ResponseFormat, StructuredOutputs
-from server.api.tool_calls import HermesReader, MakeReader, NamedCallReader, RequiredCallReader
+from server.api.tool_calls import CLOSING, OPENING, HermesReader, MakeReader, NamedCallReader, RequiredCallReader
 from server.api.tools import (
     MAX_TOOLS,
     ChatMessage,
@@ -200,6 +200,11 @@ class GenerationBody(RequestBody):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
+    def shown_special_tokens(self) -> Collection[str]:
+        """Special tokens that are text whatever ``skip_special_tokens`` says."""
+        return ()
+
+    @property
     def num_top_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
         return None
@@ -304,6 +309,11 @@ class ChatBody(GenerationBody):
         if self.tool_choice == "none":
             return []
         return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+
+    @property
+    def shown_special_tokens(self) -> Collection[str]:
+        """What calls are read by, where the model may make some; it is special tokens for some models."""
+        return (OPENING, CLOSING) if self.tools and self.tool_choice in (None, "auto") else ()
 
     @property
     def make_reader(self) -> MakeReader | None:
