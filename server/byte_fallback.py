@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from itertools import groupby
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -46,7 +47,7 @@ class ByteFallback:
         if not any(token_id in self._byte_of for token_id in token_ids):
             return list(token_ids)
         # Decoders do not see numbers that no token has, so bytes on both sides of one are neighbours.
-        pieces = self._tokenizer.convert_ids_to_tokens(list(token_ids))
+        pieces = cast("list[str | None]", self._tokenizer.convert_ids_to_tokens(list(token_ids)))
         known = [token_id for token_id, piece in zip(token_ids, pieces, strict=True) if piece is not None]
         repaired: list[int] = []
         for is_byte, run in groupby(known, self._byte_of.__contains__):

@@ -8,23 +8,22 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 
 from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
 from server.api.admission import Permits
+from server.api.answer_text import AnswerText
 from server.api.deps import Services
 from server.api.engine_sources import check_task, soft_prompt_source
 from server.api.ensemble import leases_of, name_of
 from server.api.entry import Entry
-from server.api.logprobs import ScoredToken, TokenScorer
+from server.api.logprobs import ScoredToken
 from server.api.protocol import MAX_ECHOED_LOGPROBS, GenerationBody
 from server.api.request_record import RequestRecord
 from server.api.resolution import Target
 from server.api.responses import PromptTokensDetails, Usage
 from server.api.sampling_defaults import shorter_default, with_defaults
 from server.api.token_ids import check_token_ids
-from server.engine.detokenizer import Decode, IncrementalDetokenizer, decided_length
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
 from server.errors import (
@@ -169,18 +168,10 @@ class Generation:
             queue.put_nowait(None)
 
     async def _sequence(self, index: int) -> AsyncGenerator[Delta, None]:
-        body, tokenizer, prompt = self._body, self._services.tokenizer, self.prompt_of(index)
-        decode = partial(tokenizer.decode, skip_special_tokens=body.skip_special_tokens)
-        detokenizer = IncrementalDetokenizer(
-            decode,
-            stop=body.stop,
-            include_stop_str=body.include_stop_str_in_output,
-            prompt_ids=prompt,
-            repeats_prompt=body.echoes,
-            hidden=tokenizer.special_tokens if body.skip_special_tokens and body.stop else None,
-        )
+        body = self._body
+        said = AnswerText(self._services.tokenizer, body, self.prompt_of(index))
+        detokenizer = said.detokenizer
         events = self._services.engine.generate(self._request(index))
-        scorer = TokenScorer(decode, tokenizer.token_bytes, () if body.echoes else prompt)
         newest = self._arrival
         is_first, has_begun = True, False
         try:
@@ -203,12 +194,12 @@ class Generation:
                         reason = FinishReason.STOP.value
                     scored: list[ScoredToken] | None = None if body.num_top_logprobs is None else []
                     if is_first and body.echoes:
-                        echo, of_prompt = await self._echo(prompt, event, decode, scorer)
+                        echo, of_prompt = await said.echo(event.prompt_logprobs)
                         text = echo + text
                         if scored is not None:
                             scored += of_prompt
                     if scored is not None and event.logprobs is not None:
-                        scored += scorer.append(event.token_ids, event.logprobs)
+                        scored += said.scorer.append(event.token_ids, event.logprobs)
                     is_first = False
                     self._finish_reasons[index] = reason
                     if reason is not None and index in self._first_tokens:
@@ -225,21 +216,6 @@ class Generation:
             raise
         finally:
             self._permits.release(len(self.leased), has_begun=has_begun)
-
-    async def _echo(
-        self, prompt: list[int], event: TokenEvent, decode: Decode, scorer: TokenScorer
-    ) -> tuple[str, list[ScoredToken]]:
-        """A choice's prompt as text and, where they were asked for, with logprobs; a long one takes a while.
-
-        The text ends before a character that the prompt only begins, which the answer's text begins with then.
-        """
-
-        def work() -> tuple[str, list[ScoredToken]]:
-            text = decode(prompt)
-            scored = [] if event.prompt_logprobs is None else scorer.append(prompt, event.prompt_logprobs)
-            return text[: decided_length(text)], scored
-
-        return await asyncio.to_thread(work)
 
     def _observe(self, index: int, event: TokenEvent, newest: float) -> float:
         """Count an event's tokens and time; returns when the sequence's newest token came."""

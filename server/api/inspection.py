@@ -12,6 +12,7 @@ from prompt_store.types import PromptVersion, check_name
 from server.api.callers import CallerDep
 from server.api.deps import ServicesDep, Tokenizer, require_ready
 from server.api.engine_sources import check_task, soft_prompt_source
+from server.api.logprobs import shown_token
 from server.api.prompts import PromptId, ref_of
 from server.engine.types import Inspection, NormRange
 
@@ -83,7 +84,7 @@ class InspectionBody(BaseModel):
     ) -> InspectionBody:
         """The engine's findings with the tokens' texts."""
         texts = {
-            token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+            token_id: shown_token(tokenizer.token_bytes(token_id))
             for token_id in {token_id for row in inspection.rows for token_id, _ in row.nearest}
         }
         is_key_values = version.peft_type.is_key_values

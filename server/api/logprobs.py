@@ -126,7 +126,7 @@ def completion_logprobs(
         token_bytes: The tokenizer's.
         with_top: Whether the likeliest tokens were asked for.
     """
-    tokens = [_shown(token_bytes(item.token_id, begins_text=item.begins_text)) for item in scored]
+    tokens = [shown_token(token_bytes(item.token_id, begins_text=item.begins_text)) for item in scored]
     top = None
     if with_top:
         top = [_top_by_text(item, text, token_bytes) for item, text in zip(scored, tokens, strict=True)]
@@ -144,8 +144,8 @@ def chat_logprobs(scored: Sequence[ScoredToken], token_bytes: TokenBytes) -> Cha
                 (token_bytes(token_id, begins_text=item.begins_text), logprob)
                 for token_id, logprob in item.logprobs.top
             )
-            top = [TopLogprob(_shown(other), logprob, list(other)) for other, logprob in likeliest]
-            content.append(ChatTokenLogprob(_shown(shown), item.logprobs.logprob, list(shown), top))
+            top = [TopLogprob(shown_token(other), logprob, list(other)) for other, logprob in likeliest]
+            content.append(ChatTokenLogprob(shown_token(shown), item.logprobs.logprob, list(shown), top))
     return ChatLogprobs(content)
 
 
@@ -155,12 +155,12 @@ def _top_by_text(item: ScoredToken, text: str, token_bytes: TokenBytes) -> dict[
     top: dict[str, float] = {}
     # Different tokens may show the same; the likeliest stands for them, so the greatest value is the argmax's.
     for token_id, logprob in item.logprobs.top:
-        top.setdefault(_shown(token_bytes(token_id, begins_text=item.begins_text)), logprob)
+        top.setdefault(shown_token(token_bytes(token_id, begins_text=item.begins_text)), logprob)
     top.setdefault(text, item.logprobs.logprob)  # as OpenAI does, though it may be one more than was asked for
     return top
 
 
-def _shown(token: bytes) -> str:
+def shown_token(token: bytes) -> str:
     """A token's text, or its bytes where they are a part of a character."""
     try:
         return token.decode()

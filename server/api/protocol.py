@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
@@ -14,7 +14,7 @@ from server.api.known_fields import CHAT, COMPLETIONS, EVERYWHERE, Refused, refu
 from server.api.request_body import RequestBody, check_unicode
 from server.api.structured import ResponseFormat, StructuredOutputs
 from server.api.template_options import TemplateOptions
-from server.api.tool_calls import HermesReader, MakeReader, NamedCallReader, RequiredCallReader
+from server.api.tool_calls import CLOSING, OPENING, HermesReader, MakeReader, NamedCallReader, RequiredCallReader
 from server.api.tools import (
     MAX_TOOLS,
     ChatMessage,
@@ -202,6 +202,11 @@ class GenerationBody(GuidedBody):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
+    def shown_special_tokens(self) -> Collection[str]:
+        """Special tokens that are text whatever ``skip_special_tokens`` says."""
+        return ()
+
+    @property
     def num_top_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
         return None
@@ -305,6 +310,11 @@ class ChatBody(TemplateOptions, GenerationBody):
     def shown_tools(self) -> list[dict[str, Any]]:
         """The tools as chat templates take them; none where the model may not call any."""
         return [] if self.tool_choice == "none" else shown_tools(self.tools)
+
+    @property
+    def shown_special_tokens(self) -> Collection[str]:
+        """What calls are read by, where the model may make some; it is special tokens for some models."""
+        return (OPENING, CLOSING) if self.tools and self.tool_choice in (None, "auto") else ()
 
     @property
     def make_reader(self) -> MakeReader | None:

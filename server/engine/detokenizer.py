@@ -6,7 +6,9 @@ first token of a text differently, and an answer does not begin a text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from server.engine.stop_strings import StopStrings
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character, or not yet one."""
@@ -125,10 +127,6 @@ class IncrementalDetokenizer:
         repeats_prompt: See ``TextWindow``.
         hidden: What each token says that ``decode`` leaves out: the special tokens, where they are skipped. Stop
             strings with one of them in it are found all the same.
-
-    Attributes:
-        text: All text emitted so far.
-        stop_string: The stop string that was found, or None.
     """
 
     def __init__(
@@ -142,13 +140,13 @@ class IncrementalDetokenizer:
         hidden: Mapping[int, str] | None = None,
     ) -> None:
         self._window = TextWindow(decode, prompt_ids, repeats_prompt=repeats_prompt)
-        self._stop = tuple(stop)
-        self._stop_with_hidden = _with_any(self._stop, (hidden or {}).values())
-        self._hidden = (hidden or {}) if self._stop_with_hidden else {}
-        self._include_stop_str = include_stop_str
-        self._held: list[_Part] = []
-        self.text = ""
-        self.stop_string: str | None = None
+        self._stops = StopStrings(stop, include=include_stop_str, hidden=(hidden or {}).values())
+        self._hidden = (hidden or {}) if self._stops.look_for_hidden else {}
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found, or None."""
+        return self._stops.found
 
     @property
     def stopped(self) -> bool:
@@ -164,132 +162,23 @@ class IncrementalDetokenizer:
             if token_id in self._hidden:
                 pieces.append(self._say(token_id))
             elif piece := self._window.append(token_id):
-                pieces.append(self._release(_Part(piece)))
-        return self._emit("".join(pieces))
+                pieces.append(self._stops.append(piece))
+        return "".join(pieces)
 
     def finish(self) -> str:
         """The end of the tokens; returns what was held back."""
         if self.stopped:
             return ""
-        tail = self._window.finish()
-        released = self._release(_Part(tail)) if tail else ""
-        if not self.stopped:
-            released += _shown(self._held)
-            self._held = []
-        return self._emit(released)
+        return self._stops.append(self._window.finish()) + self._stops.finish()
 
     def _say(self, token_id: int) -> str:
         """Take a token that is not shown; returns the text before it where it completes a stop string."""
-        said = _Part(self._hidden[token_id], is_hidden=True)
-        if self._window.pending:
-            # Bytes that wait would still become a character behind this token, unless it ends the text.
-            before = [*self._held, _Part(self._window.pending)]
-            if self._find([*before, said]) is None:
-                return self._release(said)
-            self._held = before
-        return self._release(said)
-
-    def _release(self, part: _Part) -> str:
-        """Add a part behind what is held; returns what can not be part of a stop string any more."""
-        parts = self._held = [*self._held, part]
-        found = self._find(parts)
-        if found is not None:
-            start, self.stop_string = found
-            self._held = []
-            before = _shown(_split(parts, start)[0])
-            return before + self.stop_string if self._include_stop_str else before
-        if not self._stop:
-            self._held = []
-            return _shown(parts)
-        said, shown = _said(parts), _shown(parts)
-        num_held = max(overlap(shown, stop) for stop in self._stop)
-        num_held_said = max((overlap(said, stop) for stop in self._stop_with_hidden), default=0)
-        keep_from = min(_index_of_shown(parts, len(shown) - num_held), len(said) - num_held_said)
-        released, held = _split(parts, keep_from)
-        self._held = _without_old_hidden(held, max(map(len, self._stop)))
-        return _shown(released)
-
-    def _find(self, parts: list[_Part]) -> tuple[int, str] | None:
-        """Where the first stop string begins in what was said, and which one it is.
-
-        The earliest end wins, so that the result does not depend on how the text was cut into tokens.
-        """
-        said, shown = _said(parts), _shown(parts)
-        found = [
-            (_index_of_shown(parts, index + len(stop) - 1) + 1, _index_of_shown(parts, index), stop)
-            for stop in self._stop
-            if (index := shown.find(stop)) >= 0
-        ]
-        found += [
-            (index + len(stop), index, stop) for stop in self._stop_with_hidden if (index := said.find(stop)) >= 0
-        ]
-        if not found:
-            return None
-        _, start, stop = min(found)
-        return start, stop
-
-    def _emit(self, text: str) -> str:
-        self.text += text
-        return text
-
-
-class _Part:
-    """Text that was said in one piece, shown or hidden."""
-
-    __slots__ = ("is_hidden", "text")
-
-    def __init__(self, text: str, *, is_hidden: bool = False) -> None:
-        self.text = text
-        self.is_hidden = is_hidden
-
-
-def _said(parts: list[_Part]) -> str:
-    return "".join(part.text for part in parts)
-
-
-def _shown(parts: list[_Part]) -> str:
-    return "".join(part.text for part in parts if not part.is_hidden)
-
-
-def _index_of_shown(parts: list[_Part], index: int) -> int:
-    """Where the shown character ``index`` stands in what was said; the end of that for the end of the shown text."""
-    said = 0
-    for part in parts:
-        if not part.is_hidden:
-            if index < len(part.text):
-                return said + index
-            index -= len(part.text)
-        said += len(part.text)
-    return said
-
-
-def _split(parts: list[_Part], index: int) -> tuple[list[_Part], list[_Part]]:
-    """What was said before a character, and what from it on."""
-    before: list[_Part] = []
-    after: list[_Part] = []
-    for part in parts:
-        cut = min(max(index, 0), len(part.text))
-        index -= len(part.text)
-        for side, text in ((before, part.text[:cut]), (after, part.text[cut:])):
-            if text:
-                side.append(_Part(text, is_hidden=part.is_hidden))
-    return before, after
-
-
-def _without_old_hidden(parts: list[_Part], most: int) -> list[_Part]:
-    """Leave out hidden parts with at least ``most`` characters behind them: no stop string reaches over them."""
-    kept: list[_Part] = []
-    behind = 0
-    for part in reversed(parts):
-        if behind < most or not part.is_hidden:
-            kept.append(part)
-        behind += len(part.text)
-    return kept[::-1]
-
-
-def _with_any(stops: Sequence[str], specials: Iterable[str]) -> tuple[str, ...]:
-    said = [special for special in specials if special]
-    return tuple(stop for stop in stops if any(special in stop for special in said))
+        said, pending = self._hidden[token_id], self._window.pending
+        # Bytes that wait may still become a character behind this token, unless it ends the text.
+        if pending and self._stops.would_end(pending, said):
+            released = self._stops.append(pending)
+            return released if self.stopped else released + self._stops.append(said, is_hidden=True)
+        return self._stops.append(said, is_hidden=True)
 
 
 def decided_length(text: str) -> int:

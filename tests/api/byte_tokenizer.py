@@ -34,6 +34,7 @@ class ByteTokenizer:
     def __init__(self) -> None:
         self.turns: list[Any] = []
         self.tools: list[Any] = []
+        self.special_tokens = {BOS: "<s>", EOS: "</s>"}
 
     async def render_chat(
         self, turns: Sequence[Any], *, tools: Sequence[Any] = (), needs_tools: bool = False, options: Any = None
@@ -53,15 +54,11 @@ class ByteTokenizer:
             if token_id < 256:
                 text += bytes([token_id])
             elif not skip_special_tokens:
-                text += b"<s>" if token_id == BOS else b"</s>"
+                text += self.special_tokens[token_id].encode()
         return text.decode(errors="replace")
 
-    @property
-    def special_tokens(self) -> dict[int, str]:
-        return {BOS: "<s>", EOS: "</s>"}
-
     def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
-        return bytes([token_id]) if token_id < 256 else b"<s>" if token_id == BOS else b"</s>"
+        return bytes([token_id]) if token_id < 256 else self.special_tokens[token_id].encode()
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         return [self.decode([token_id], skip_special_tokens=False) for token_id in token_ids]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from server.api.tool_calls import (
 )
 from server.api.tools import Tool, forced_constraint
 from server.errors import ConstraintError, InvalidRequestError
+from tests.api.byte_tokenizer import BOS, EOS
 
 pytestmark = pytest.mark.anyio
 
@@ -134,6 +136,17 @@ async def test_the_model_may_call(client, engine, tokenizer) -> None:
     deltas, reason = await stream(client)
     check_streamed_call(deltas, "weather", '{"city": "Köln"}')
     assert reason == "tool_calls"
+
+
+async def test_calls_are_read_where_their_marks_are_special_tokens(client, engine, tokenizer) -> None:
+    tokenizer.special_tokens = {BOS: "<tool_call>", EOS: "</s>"}
+    call = CALL.removeprefix("<tool_call>")
+    engine.reply = SimpleNamespace(encode=lambda: [BOS, *call.encode()])
+    choice = await ask(client)
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+    choice = await ask(client, tool_choice="none")
+    assert choice["message"]["content"] == call
 
 
 async def test_every_token_of_a_stream_is_told_once_where_calls_are_read(client, engine) -> None:
