@@ -9,6 +9,7 @@ ServerError
 ├── AuthenticationError      no key, or an unknown one
 ├── PermissionDeniedError    the key may not do this
 ├── RateLimitError           the key is over one of its limits
+├── PinBudgetError           pinned soft prompts would take more host memory than they may
 ├── NotFoundError
 │   ├── ModelNotFoundError
 │   └── SoftPromptNotFoundError
@@ -92,6 +93,10 @@ class RateLimitError(ServerError):
     def __init__(self, message: str, *, retry_after: float, is_hopeless: bool = False) -> None:
         super().__init__(message, retry_after=retry_after)
         self.is_hopeless = is_hopeless
+
+
+class PinBudgetError(ServerError):
+    """Pinned soft prompts would take more host memory than they may, the tenant's or all together."""
 
 
 class NotFoundError(ServerError):
