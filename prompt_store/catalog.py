@@ -141,6 +141,11 @@ class Catalog:
                 raise PromptNotFoundError(f"there is no soft prompt {name!r}, and never was")
             return [records.history_entry(row) for row in rows[:limit]], len(rows) > limit
 
+    def check_owner(self, name: str, owner: str) -> None:
+        """Return if an owner may publish under a name; PromptConflictError if it is, or was, another owner's."""
+        with self._database.reading() as connection:
+            lookups.claimed(connection, name, owner)
+
     def totals(self) -> StoreTotals:
         """How much there is."""
         names = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(prompts.c.num_versions), 0)).where(
@@ -204,15 +209,10 @@ class Catalog:
             ).rowcount
             if named != len(digests):
                 raise BlobsGoneError
-            row = connection.execute(sa.select(prompts).where(prompts.c.name == new.name)).one_or_none()
-            if row is None:
+            prompt = lookups.claimed(connection, new.name, new.owner)
+            if prompt is None:
                 values = {"name": new.name, "owner": new.owner, "last_version": 0, "num_versions": 0}
                 prompt = Prompt(records.insert(connection, prompts, values), new.name, 0, new.owner)
-            elif row.owner == new.owner:
-                prompt = Prompt(row.id, row.name, row.last_version, row.owner)
-            else:
-                hint = "" if row.owner else " by a shared soft prompt: its versions are published as shared ones"
-                raise PromptConflictError(f"the name {new.name!r} is taken{hint}")
             version: int | None = connection.execute(
                 sa.select(versions.c.version).where(
                     versions.c.prompt_id == prompt.id, versions.c.digest == new.digest, live

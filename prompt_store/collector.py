@@ -45,6 +45,8 @@ class Collector:
         self._garbage_held: set[str] = set()
         """Blobs that would have been collected, had nobody held them."""
         self._collecting = threading.Lock()
+        self._is_owed = False
+        """Whether the last collection failed, so that something may be left."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         if catalog.is_shared:
@@ -108,6 +110,11 @@ class Collector:
         if not self._catalog.is_shared:
             self.try_to_collect()
 
+    def collect_if_owed(self) -> None:
+        """Collect what could not be collected when it became garbage, for catalog or blobs were away."""
+        if self._is_owed:
+            self.collect_if_alone()
+
     def _is_held(self, digest: str) -> bool:
         with self._lock:
             if digest not in self._held:
@@ -117,8 +124,10 @@ class Collector:
 
     def try_to_collect(self) -> None:
         """Collect now; a failure is only logged, and what is left is collected another time."""
+        self._is_owed = True
         try:
             self.collect()
+            self._is_owed = False
         except (StoreUnavailableError, OSError) as error:
             logger.warning("blobs without a name could not be collected: %s", error)
         except Exception:

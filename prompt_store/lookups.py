@@ -32,6 +32,21 @@ def find(connection: sa.Connection, name: str, access: Access | None, *, to_chan
     return Prompt(row.id, row.name, row.last_version, row.owner)
 
 
+def claimed(connection: sa.Connection, name: str, owner: str) -> Prompt | None:
+    """A name that an owner may publish under, whether it has versions or not; None if there never was such a name.
+
+    Raises:
+        PromptConflictError: If the name is, or was, another owner's.
+    """
+    row = connection.execute(sa.select(prompts).where(prompts.c.name == name)).one_or_none()
+    if row is None:
+        return None
+    if row.owner != owner:
+        hint = "" if row.owner else " by a shared soft prompt: its versions are published as shared ones"
+        raise PromptConflictError(f"the name {name!r} is taken{hint}")
+    return Prompt(row.id, row.name, row.last_version, row.owner)
+
+
 def version_of(connection: sa.Connection, prompt: Prompt, version: int) -> PromptVersion:
     """One version of a name; PromptNotFoundError if there is none."""
     query = sa.select(versions).where(versions.c.prompt_id == prompt.id, versions.c.version == version, live)

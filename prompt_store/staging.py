@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from prompt_store.errors import Fault, InvalidPromptError, PromptTooLargeError, StoreUnavailableError
+from prompt_store.formats import MAX_CONFIG_BYTES
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, StoredFile
 
 FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -155,7 +156,8 @@ class Upload:
         if filename in self.files:
             raise InvalidPromptError([Fault("duplicate_file", f"{filename} is there twice", filename)])
         try:
-            self.files[filename] = StagedFile(self._folder / filename, self._max_bytes)
+            most = min(self._max_bytes, MAX_CONFIG_BYTES) if filename == CONFIG_FILE else self._max_bytes
+            self.files[filename] = StagedFile(self._folder / filename, most)
         except OSError as error:
             raise StoreUnavailableError(f"{filename} cannot be written now: {error.strerror}") from error
         return self.files[filename]

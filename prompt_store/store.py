@@ -195,19 +195,14 @@ class PromptStore:
             owner=owner,
         )
         self._require_catalog()
-        with self._collector.holding([file.sha256 for file in files]):
-            self._catalog.reserve(files)
-            for file in files:
-                with disk_errors():
-                    self._blobs.put(upload.path(file.filename), file.sha256, file.size)
-            with self._changing(name):
-                try:
-                    return self._catalog.publish(new, alias, actor)
-                except BlobsGoneError:
-                    seconds = self._collector.grace_seconds
-                    raise StoreUnavailableError(
-                        f"the upload took longer than {seconds:.0f} s and was given up; send it again"
-                    ) from None
+        self._catalog.check_owner(name, owner)  # before any byte is kept that would have to be collected
+        try:
+            published = self._keep(upload, new, alias, actor)
+        except BaseException:
+            self._collector.collect_if_alone()
+            raise
+        self._collector.collect_if_owed()
+        return published
 
     # Using
 
@@ -422,6 +417,24 @@ class PromptStore:
         return self._collector.collect()
 
     # Inside
+
+    def _keep(
+        self, upload: Upload, new: NewVersion, alias: str | None, actor: str | None
+    ) -> tuple[PromptVersion, bool]:
+        """Put the files of a new version in their place, and record it; raises what ``publish`` does."""
+        with self._collector.holding([file.sha256 for file in new.files]):
+            self._catalog.reserve(new.files)
+            for file in new.files:
+                with disk_errors():
+                    self._blobs.put(upload.path(file.filename), file.sha256, file.size)
+            with self._changing(new.name):
+                try:
+                    return self._catalog.publish(new, alias, actor)
+                except BlobsGoneError:
+                    seconds = self._collector.grace_seconds
+                    raise StoreUnavailableError(
+                        f"the upload took longer than {seconds:.0f} s and was given up; send it again"
+                    ) from None
 
     def _lease(self, version: PromptVersion) -> LeasedPrompt:
         weights = weights_of(version)

@@ -48,6 +48,7 @@ from server.api.middleware import (
     RequestIdMiddleware,
 )
 from server.api.openapi import describe_api
+from server.api.pin_budget import PinBudget
 from server.api.refusal_log import Refusal, RefusalLog
 from server.api.request_record import log_request, record_of
 from server.api.store_threads import StoreThreads
@@ -112,7 +113,7 @@ def create_app(
         base_name=settings.served_model_name or _default_name(settings.engine.model),
         engine=engine,
         store=threads,
-        warmer=Warmer(engine, threads),
+        warmer=Warmer(engine, threads, _pin_budget(settings, has_keys=keys is not None)),
         admission=Admission(settings.engine.max_num_seqs + settings.http.max_waiting),
         metrics=metrics,
         loaded_tokenizer=tokenizer,
@@ -151,6 +152,15 @@ def create_app(
     # FastAPI would document its own error shape, which this server never sends.
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
     return app
+
+
+def _pin_budget(settings: Settings, *, has_keys: bool) -> PinBudget:
+    total, of_tenant = settings.store.pinned_bytes, settings.store.tenant_pinned_bytes
+    if total is None:
+        total = settings.engine.soft_prompt_host_bytes
+    if of_tenant is None:
+        of_tenant = total // 2 if has_keys else total
+    return PinBudget(total, of_tenant)
 
 
 def lifecycle_of(app: FastAPI) -> Lifecycle:

@@ -66,6 +66,8 @@ class StoreSettings:
         allow_float64: Take float64 files, whose rows are rounded to the serving dtype.
         preload: Soft prompts (``NAME`` or ``NAME@...``) to bring onto the device when the server starts.
         pin: Soft prompts to preload, and to keep in host memory and on the local disk.
+        pinned_bytes: Host memory that all pins may take; None is as much as ``soft_prompt_host_bytes``.
+        tenant_pinned_bytes: What those of one tenant may take; None is half of that, and all of it without keys.
     """
 
     location: str = "prelude-store"
@@ -77,6 +79,8 @@ class StoreSettings:
     allow_float64: bool = False
     preload: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
+    pinned_bytes: int | None = None
+    tenant_pinned_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

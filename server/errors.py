@@ -11,6 +11,7 @@ ServerError
 ├── CrossOriginError         a web page of another origin sent the request
 ├── MisdirectedRequestError  the request's Host is none of this server's names
 ├── RateLimitError           the key is over one of its limits
+├── PinBudgetError           pinned soft prompts would take more host memory than they may
 ├── NotFoundError
 │   ├── ModelNotFoundError
 │   └── SoftPromptNotFoundError
@@ -103,6 +104,10 @@ class RateLimitError(ServerError):
     def __init__(self, message: str, *, retry_after: float, is_hopeless: bool = False) -> None:
         super().__init__(message, retry_after=retry_after)
         self.is_hopeless = is_hopeless
+
+
+class PinBudgetError(ServerError):
+    """Pinned soft prompts would take more host memory than they may, the tenant's or all together."""
 
 
 class NotFoundError(ServerError):

@@ -40,6 +40,7 @@ from server.errors import (
     OverloadedError,
     PayloadTooLargeError,
     PermissionDeniedError,
+    PinBudgetError,
     RateLimitError,
     RequestFailedError,
     RequestRefusedError,
@@ -96,6 +97,7 @@ _TABLE: dict[type[Exception], _Row] = {
     SoftPromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
     PromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
     PromptConflictError: _Row(409, "conflict_error", "conflict", {"x-should-retry": "false"}),
+    PinBudgetError: _Row(409, "conflict_error", "pin_budget_exceeded", {"x-should-retry": "false"}),
     # What is left of a body that is too large is not read, so the connection cannot carry another request.
     PayloadTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     PromptTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),

@@ -14,7 +14,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from prompt_store.strict_json import check_depth, finite_float, refuse_constant
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, Lineage, TaskType, check_name
-from server.errors import InvalidRequestError, MediaTypeError
+from server.errors import InvalidRequestError, MediaTypeError, PayloadTooLargeError
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks  # defined for type checkers only
@@ -280,6 +280,20 @@ class UploadParser:
 
     def _end(self) -> None:
         self._is_complete = True
+
+
+async def bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    """The stream's bytes, which may not be more than so many, however they are framed.
+
+    Raises:
+        PayloadTooLargeError: When there are more.
+    """
+    received = 0
+    async for chunk in stream:
+        received += len(chunk)
+        if received > limit:
+            raise PayloadTooLargeError(f"the upload is over the limit of {limit} bytes")
+        yield chunk
 
 
 async def gathered(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

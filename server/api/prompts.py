@@ -26,7 +26,7 @@ from prompt_store.types import (
 )
 from server.api.callers import Caller, CallerDep
 from server.api.deps import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
-from server.api.multipart import UploadParser, discard_rest, gathered
+from server.api.multipart import UploadParser, bounded, discard_rest, gathered
 from server.api.probing import probe
 from server.api.prompt_bodies import (
     AliasBody,
@@ -48,7 +48,7 @@ from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeErr
 router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
 
 _UPLOAD_SLACK_BYTES = 8 * 1024 * 1024
-"""What an upload may hold besides its files: text fields and boundaries."""
+"""What an upload may hold besides its weights: the configuration, text fields and boundaries."""
 
 
 def _name(text: str) -> str:
@@ -159,7 +159,7 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
     """Publish a PEFT directory's two files as the next version of a name; 200 where that version exists already."""
     services.require_ready()  # for the model has to try it
     base = services.base_spec
-    limit = 2 * services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
+    limit = services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
     if int(request.headers.get("content-length", 0)) > limit:
         raise PayloadTooLargeError(f"the upload is over the limit of {limit} bytes")
     threads, store = services.store, services.store.store
@@ -167,7 +167,7 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
         parser = UploadParser(request.headers.get("content-type", ""), upload.open)
         stream = request.stream()
         try:
-            async for data in gathered(stream):
+            async for data in gathered(bounded(stream, limit)):
                 await threads.call(parser.feed, data)
             fields = parser.fields()
             if fields.shared and not caller.access.changes(SHARED):

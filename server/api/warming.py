@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from prompt_store.errors import PromptNotFoundError, PromptStoreError
 from prompt_store.types import PromptRef, PromptVersion
 from server.api.engine_sources import check_task, soft_prompt_source
+from server.api.pin_budget import PinBudget, pinned_bytes
 from server.api.store_threads import StoreThreads
 from server.engine.interface import Engine
 from server.engine.types import SoftPromptSource
@@ -41,23 +42,29 @@ class _Pin:
 
     Attributes:
         lease: Holds its lease, so that blob and local copy stay.
+        payer: The tenant whose budget it is of; None is the operator.
         sources: What the engine keeps, by task id; under None where there are no tasks.
         aliases: On whose behalf it is pinned; None is for itself, by its number.
     """
 
     lease: AsyncExitStack
+    payer: str | None
     sources: dict[int | None, SoftPromptSource]
     aliases: set[str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Follow:
-    """Keep what an alias points at warm, and pinned where ``pin`` says so; all tasks where ``task_id`` is None."""
+    """Keep what an alias points at warm, and pinned where ``pin`` says so; all tasks where ``task_id`` is None.
+
+    What the operator follows by the settings is not held to a budget.
+    """
 
     name: str
     alias: str
     task_id: int | None
     pin: bool
+    is_operators: bool = False
 
 
 class Warmer:
@@ -69,10 +76,12 @@ class Warmer:
     Args:
         engine: Where soft prompts are brought to.
         store: Where they come from.
+        budget: How much may be pinned.
     """
 
-    def __init__(self, engine: Engine, store: StoreThreads) -> None:
+    def __init__(self, engine: Engine, store: StoreThreads, budget: PinBudget) -> None:
         self._engine = engine
+        self._budget = budget
         self._store = store
         self._pins: dict[tuple[str, int], _Pin] = {}
         self._follows: set[_Follow] = set()
@@ -105,17 +114,21 @@ class Warmer:
         """Whether a version is pinned, or some task of it."""
         return (version.name, version.version) in self._pins
 
-    async def warm(self, ref: PromptRef, *, task_id: int | None = None, pin: bool = False) -> Warmed:
+    async def warm(
+        self, ref: PromptRef, *, task_id: int | None = None, pin: bool = False, is_operators: bool = False
+    ) -> Warmed:
         """Bring a soft prompt onto the device.
 
         Args:
             ref: What to bring; a pin of an alias follows it.
             task_id: Which task of a multitask prompt; None is all of them, one after the other.
-            pin: Keep its files on this machine and its rows in host memory.
+            pin: Keep its files on this machine and its rows in host memory; it counts to its owner's budget.
+            is_operators: The settings ask for it, and no budget does not allow it.
 
         Raises:
             PromptStoreError: If there is no such version, or its files cannot be had.
             InvalidRequestError: If there is no such task.
+            PinBudgetError: If it may not be pinned; nothing was brought anywhere.
             EngineError: If the engine cannot load it, or does not serve.
         """
         async with AsyncExitStack() as lease:
@@ -125,6 +138,9 @@ class Warmer:
                 check_task(version, task_id)
             task_ids = _task_ids(version, task_id)
             sources = {task: soft_prompt_source(leased, task) for task in task_ids or (None,)}
+            payer = None if is_operators else version.owner
+            if pin:
+                self._check_budget(version, sources, ref.alias, payer)
             started = time.monotonic()
             for source in sources.values():
                 await self._engine.prepare(source)
@@ -132,9 +148,10 @@ class Warmer:
             if pin:
                 # Deleted meanwhile, it would be pinned for good: nobody could name it any more.
                 await self._store.call(self._store.store.resolve, _ref(version.name, version.version))
+                self._check_budget(version, sources, ref.alias, payer)  # others may have been quicker
                 if ref.alias is not None:
-                    self._follows.add(_Follow(ref.name, ref.alias, task_id, pin=True))
-                await self._pin(version, sources, ref.alias, lease)
+                    self._follows.add(_Follow(ref.name, ref.alias, task_id, True, is_operators))
+                await self._pin(version, sources, ref.alias, lease, payer)
         return warmed
 
     async def unpin(self, ref: PromptRef, *, task_id: int | None = None) -> PromptVersion:
@@ -203,10 +220,10 @@ class Warmer:
                     logger.warning("%s cannot be warmed: %s", name, error)
                     continue
                 if ref.alias is not None:
-                    self._follows.add(_Follow(ref.name, ref.alias, None, pins))
+                    self._follows.add(_Follow(ref.name, ref.alias, None, pins, is_operators=True))
                 else:
                     self._named.append((ref, pins))
-                await self._try_to_warm(ref, None, pins)
+                await self._try_to_warm(ref, None, pins, is_operators=True)
 
     async def close(self) -> None:
         """End what is under way, and all leases."""
@@ -223,7 +240,7 @@ class Warmer:
         for name, alias in {(follow.name, follow.alias) for follow in self._follows}:
             await self._follow(name, alias)
         for ref, pins in list(self._named):
-            await self._try_to_warm(ref, None, pins)
+            await self._try_to_warm(ref, None, pins, is_operators=True)
         for pin in list(self._pins.values()):
             for source in list(pin.sources.values()):
                 try:
@@ -234,7 +251,8 @@ class Warmer:
     async def _follow(self, name: str, alias: str) -> None:
         async with self._turn:
             for follow in [follow for follow in self._follows if (follow.name, follow.alias) == (name, alias)]:
-                await self._try_to_warm(PromptRef(name, alias=alias), follow.task_id, follow.pin)
+                ref = PromptRef(name, alias=alias)
+                await self._try_to_warm(ref, follow.task_id, follow.pin, is_operators=follow.is_operators)
 
     async def _refresh(self, name: str) -> None:
         """Move what follows an alias of the name, and end pins of versions that are gone."""
@@ -249,13 +267,36 @@ class Warmer:
                 except PromptStoreError as error:
                     logger.warning("whether %s is still there is not known: %s", _ref(name, version), error)
 
-    async def _try_to_warm(self, ref: PromptRef, task_id: int | None, pin: bool) -> None:
+    async def _try_to_warm(self, ref: PromptRef, task_id: int | None, pin: bool, *, is_operators: bool) -> None:
         try:
-            warmed = await self.warm(ref, task_id=task_id, pin=pin)
+            warmed = await self.warm(ref, task_id=task_id, pin=pin, is_operators=is_operators)
         except (PromptStoreError, ServerError) as error:
             logger.warning("%s cannot be %s: %s", ref, "pinned" if pin else "warmed", error)
         else:
             logger.info("%s is warm after %.3f s", _ref(ref.name, warmed.version.version), warmed.seconds)
+
+    def _check_budget(
+        self,
+        version: PromptVersion,
+        sources: dict[int | None, SoftPromptSource],
+        alias: str | None,
+        payer: str | None,
+    ) -> None:
+        """Raise PinBudgetError if a pin may not be added. A pin that an alias leaves behind for it makes room."""
+        pin = self._pins.get((version.name, version.version))
+        held = pin.sources if pin is not None else {}
+        model = self._engine.model
+        adding = {
+            source.identity: pinned_bytes(source, model) for task, source in sources.items() if task not in held
+        }
+        left = [self._pins[version.name, other] for other in self.pinned_versions(version.name)]
+        ending = [
+            (other.payer, source.identity)
+            for other in left
+            if other is not pin and alias is not None and other.aliases == {alias}
+            for source in other.sources.values()
+        ]
+        self._budget.check(pin.payer if pin is not None else payer, adding, ending)
 
     async def _pin(
         self,
@@ -263,14 +304,17 @@ class Warmer:
         sources: dict[int | None, SoftPromptSource],
         alias: str | None,
         lease: AsyncExitStack,
+        payer: str | None,
     ) -> None:
         pin = self._pins.get((version.name, version.version))
         if pin is None:
-            pin = self._pins[version.name, version.version] = _Pin(lease.pop_all(), {}, set())
+            pin = self._pins[version.name, version.version] = _Pin(lease.pop_all(), payer, {}, set())
         pin.aliases.add(alias)
         for task, source in sources.items():
             # The path of a second lease is the same file.
-            pin.sources.setdefault(task, source)
+            if task not in pin.sources:
+                pin.sources[task] = source
+                self._budget.add(pin.payer, source.identity, pinned_bytes(source, self._engine.model))
             self._engine.pin(source)
         await self._leave(version, {alias} - {None})
 
@@ -289,6 +333,7 @@ class Warmer:
             return
         ended = [task for task in pin.sources if task_id in (None, task)]
         for identity, source in [(pin.sources[task].identity, pin.sources.pop(task)) for task in ended]:
+            self._budget.remove(pin.payer, identity)
             # The same bytes may be pinned under another name too.
             if not any(
                 identity == other.identity for others in self._pins.values() for other in others.sources.values()

@@ -1,0 +1,122 @@
+"""How much host memory pinned soft prompts may take, of each tenant and together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from server.engine.types import ModelInfo, SoftPromptSource
+from server.errors import PinBudgetError
+
+LEAST_BYTES = 4096
+"""What the smallest pin takes, with its lease and its names."""
+
+_HEAD_BYTES_PER_NUMBER = 4
+
+
+def pinned_bytes(source: SoftPromptSource, model: ModelInfo) -> int:
+    """Host memory that a soft prompt takes while it is pinned: its rows in the serving dtype, and its head."""
+    width = model.embedding_width
+    if source.is_key_values:
+        width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    rows = source.num_virtual_tokens * width * (4 if model.dtype == "float32" else 2)
+    head = (source.num_labels or 0) * (model.hidden_size or model.embedding_width) * _HEAD_BYTES_PER_NUMBER
+    return max(LEAST_BYTES, rows + head)
+
+
+class PinBudget:
+    """Counts the bytes of pins. The same bytes count once for each tenant, and once in all.
+
+    What the operator pins counts in all and is never refused, so it leaves the tenants less.
+
+    Args:
+        total_bytes: What all pins may take.
+        tenant_bytes: What those of one tenant may take.
+    """
+
+    def __init__(self, total_bytes: int, tenant_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._tenant_bytes = tenant_bytes
+        self._sizes: dict[str, int] = {}
+        self._pins: Counter[tuple[str | None, str]] = Counter()
+        """By tenant (None is the operator) and identity."""
+        self._all: Counter[str] = Counter()
+        self._used: Counter[str | None] = Counter()
+        self._used_in_all = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """What all pins take."""
+        return self._used_in_all
+
+    def used_by(self, tenant: str | None) -> int:
+        """What the pins of a tenant, or of the operator, take."""
+        return self._used[tenant]
+
+    def check(
+        self,
+        tenant: str | None,
+        adding: Mapping[str, int],
+        ending: Collection[tuple[str | None, str]] = (),
+    ) -> None:
+        """Return if a tenant may pin so much more.
+
+        Args:
+            tenant: Whose pins they would be; None is the operator.
+            adding: Bytes by identity.
+            ending: Pins, by tenant and identity, that end for it.
+
+        Raises:
+            PinBudgetError: Naming the budget that would be exceeded.
+        """
+        if tenant is None:
+            return
+        ends, ends_in_all = Counter(ending), Counter(identity for _, identity in ending)
+        new_own, new_in_all = 0, 0
+        for identity, size in adding.items():
+            new_own += size * (not self._pins[tenant, identity])
+            new_in_all += size * (not self._all[identity])
+        for (payer, identity), count in ends.items():
+            if payer == tenant and identity not in adding and count >= self._pins[payer, identity] > 0:
+                new_own -= self._sizes[identity]
+        for identity, count in ends_in_all.items():
+            if identity not in adding and count >= self._all[identity] > 0:
+                new_in_all -= self._sizes[identity]
+        used, size = self._used[tenant], sum(adding.values())
+        if new_own > 0 and used + new_own > self._tenant_bytes:
+            raise PinBudgetError(
+                f"pin: {size} bytes of host memory are needed, and the tenant's pins hold {used} of the "
+                f"{self._tenant_bytes} that they may (--pinned-memory-per-tenant): end another pin first",
+                param="pin",
+            )
+        if new_in_all > 0 and self._used_in_all + new_in_all > self._total_bytes:
+            raise PinBudgetError(
+                f"pin: {size} bytes of host memory are needed, and all pins of this server together may hold "
+                f"{self._total_bytes} (--pinned-memory), of which too few are free",
+                param="pin",
+            )
+
+    def add(self, tenant: str | None, identity: str, size: int) -> None:
+        """Count a pin; check first."""
+        self._sizes.setdefault(identity, size)
+        if not self._pins[tenant, identity]:
+            self._used[tenant] += self._sizes[identity]
+        if not self._all[identity]:
+            self._used_in_all += self._sizes[identity]
+        self._pins[tenant, identity] += 1
+        self._all[identity] += 1
+
+    def remove(self, tenant: str | None, identity: str) -> None:
+        """Count a pin no more."""
+        if not self._pins[tenant, identity]:
+            raise RuntimeError("more pins were ended than there are")
+        self._pins[tenant, identity] -= 1
+        self._all[identity] -= 1
+        if not self._pins[tenant, identity]:
+            del self._pins[tenant, identity]
+            self._used[tenant] -= self._sizes[identity]
+            if not self._used[tenant]:
+                del self._used[tenant]
+        if not self._all[identity]:
+            del self._all[identity]
+            self._used_in_all -= self._sizes.pop(identity)
