@@ -1,0 +1,293 @@
+"""Mixed steps of one engine with poison in nearly every batch: does a healthy token ever change?
+
+    python -m scripts.soak_poison --steps 10000 --backend compiled
+    python -m scripts.soak_poison --steps 10000 --backend torch --block-size 5
+
+Healthy requests of the embedded model, bare and behind its soft prompts, have known greedy tokens in float32. Beside
+them go soft prompts of huge values, ones that overflow, ones that cannot be loaded, texts with a token that is NaN,
+and ensembles with such members. The cache is so small that blocks go from one to the other all the time. Every
+healthy answer is compared, and after every step the books are checked; now and then, so are all blocks that can be
+found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from prompt_store.types import ROWS_TENSOR, WEIGHTS_FILE
+from server.config import EngineSettings
+from server.demo.tour import MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
+from server.engine import model_runner
+from server.engine.attention import SDPABackend
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import AddRequest
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+
+TASKS = ("sentiment", "intent", "extract")
+NAN_TOKEN = 700
+HUGE = (3e38, -3e38, 1e38, 1e30, 1e20)
+CHECK_EVERY = 50
+"""Steps after which every block that can be found is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A healthy request and its greedy tokens."""
+
+    text: list[int]
+    source: SoftPromptSource | None
+    max_tokens: int
+    want: tuple[int, ...] = ()
+
+
+class Traffic:
+    """Healthy and poisoned requests for one engine.
+
+    Args:
+        engine: With the embedded model; its embedding of ``NAN_TOKEN`` becomes NaN.
+        folder: Where soft prompts of poison are written.
+        seed: Of everything that is random.
+    """
+
+    def __init__(self, engine: LLMEngine, folder: Path, seed: int) -> None:
+        self.engine = engine
+        self.counts: Counter[str] = Counter()
+        self._rng = random.Random(seed)
+        self._number = 0
+        self._asked: dict[str, Ask | None] = {}
+        engine.runner.embed_tokens.register_forward_hook(_poison_token)
+        self._poisons = _poisons(engine, folder)
+        sources = [_source(SOFT_PROMPTS_DIRECTORY / task / WEIGHTS_FILE, task) for task in TASKS]
+        self._sources = sources
+        lengths = (3, 16, 47, 130, 311, 600)
+        asks = [Ask(self._text(length), source, 6) for length in lengths for source in (None, *sources)]
+        asks += [Ask(ask.text[:-3] + self._text(9), ask.source, 40) for ask in asks]  # which share an opening
+        self._asks = [Ask(ask.text, ask.source, ask.max_tokens, self._alone(ask)) for ask in asks]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not ended."""
+        return len(self._asked)
+
+    def add_healthy(self) -> None:
+        """One request whose answer is known."""
+        ask = self._rng.choice(self._asks)
+        self._add(ask.text, ask.source, ask.max_tokens, ask)
+
+    def add_poison(self) -> None:
+        """One request that the model cannot compute, or not in a way that is of use."""
+        rng, text = self._rng, self._text(self._rng.randint(1, 90))
+        kind = rng.random()
+        if kind < 0.25:
+            text[rng.randrange(len(text))] = NAN_TOKEN
+            self._add(text, rng.choice([None, *self._sources]), rng.randint(1, 6))
+        elif kind < 0.35:  # an opening that healthy requests have too
+            ask = rng.choice(self._asks)
+            self._add([*ask.text, NAN_TOKEN, *text], ask.source, 2)
+        elif kind < 0.45:
+            self._add(text, rng.choice(self._sources), 4, others=[None, rng.choice(self._poisons)])
+        else:
+            self._add(text, rng.choice(self._poisons), rng.randint(1, 12))
+
+    def abort(self) -> None:
+        """Somebody goes."""
+        if self._asked:
+            request_id = self._rng.choice(list(self._asked))
+            self._asked.pop(request_id)
+            self.engine.abort(request_id)
+            self._tokens.pop(request_id, None)
+            self.counts["aborted"] += 1
+
+    def step(self) -> None:
+        """One step; whatever ends is compared.
+
+        Raises:
+            AssertionError: If a healthy answer is not what it is alone, or poison is findable.
+        """
+        self.counts["steps"] += 1
+        for output in self.engine.step():
+            tokens = self._tokens.setdefault(output.request_id, [])
+            tokens += output.token_ids
+            if output.finish_reason is None:
+                continue
+            ask = self._asked.pop(output.request_id)
+            got = tuple(self._tokens.pop(output.request_id))
+            if ask is None:
+                self.counts[f"poison: {output.finish_reason.value}"] += 1
+                continue
+            self.counts["healthy"] += 1
+            if got != ask.want or output.finish_reason is not FinishReason.LENGTH:
+                raise AssertionError(
+                    f"{output.request_id}: {len(ask.text)} tokens behind {ask.source and ask.source.digest} gave "
+                    f"{got} ({output.finish_reason}, {output.error}), and alone {ask.want}"
+                )
+        self.engine.scheduler.check_integrity()
+        if self.counts["steps"] % CHECK_EVERY == 0:
+            self.check_cache()
+
+    def check_cache(self) -> None:
+        """Look at every block that the next sequence may find; AssertionError if one is not finite."""
+        blocks, cache = self.engine.scheduler.block_manager, self.engine.runner.cache
+        findable = list(blocks.findable)
+        if findable and not cache.are_finite(findable).all():
+            raise AssertionError("a block of text can be found, though it is not finite")
+        for run in blocks.runs.values():
+            if run.is_filled and not cache.are_finite(run.blocks).flatten()[: run.num_computed].all():
+                raise AssertionError(f"soft prompt {run.key} is kept, though it is not finite")
+
+    _tokens: dict[str, list[int]]
+
+    def _alone(self, ask: Ask) -> tuple[int, ...]:
+        self._tokens = {}
+        self._add(ask.text, ask.source, ask.max_tokens)
+        tokens: list[int] = []
+        while self.engine.num_unfinished:
+            for output in self.engine.step():
+                tokens += output.token_ids
+        self._asked.clear()
+        return tuple(tokens)
+
+    def _add(
+        self,
+        text: list[int],
+        source: SoftPromptSource | None,
+        max_tokens: int,
+        ask: Ask | None = None,
+        others: list[SoftPromptSource | None] | None = None,
+    ) -> None:
+        self._number += 1
+        request_id = f"r{self._number}"
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        refused = self.engine.add(
+            AddRequest(
+                request_id=request_id,
+                prompt_token_ids=text,
+                params=params,
+                soft_prompt=source,
+                others=others or [],
+                salt=self._rng.choice("ab") if ask else "evil",
+            )
+        )
+        if refused:
+            raise AssertionError(refused[0].error)
+        self._asked[request_id] = ask
+
+    def _text(self, length: int) -> list[int]:
+        return [self._rng.randrange(3, NAN_TOKEN) for _ in range(length)]
+
+
+def _poison_token(
+    _module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor:
+    return output.masked_fill((arguments[0] == NAN_TOKEN)[..., None], torch.nan)
+
+
+def _source(path: Path, digest: str) -> SoftPromptSource:
+    with safe_open(path, framework="pt") as file:
+        num_tokens, width = file.get_slice(ROWS_TENSOR).get_shape()
+    return SoftPromptSource(
+        digest=digest, num_virtual_tokens=num_tokens, is_key_values=width != _embedding_width(), path=str(path)
+    )
+
+
+def _embedding_width() -> int:
+    with safe_open(MODEL_DIRECTORY / "model.safetensors", framework="pt") as file:
+        return int(file.get_slice("model.embed_tokens.weight").get_shape()[1])
+
+
+def _poisons(engine: LLMEngine, folder: Path) -> list[SoftPromptSource]:
+    model = engine.model
+    widths = {False: model.embedding_width, True: 2 * model.num_layers * model.num_kv_heads * model.head_dim}
+    sources = []
+    generator = torch.Generator().manual_seed(0)
+    for is_key_values, width in widths.items():
+        for index, value in enumerate((*HUGE, float("nan"))):
+            rows = torch.full(((16, 37, 33, 5, 70, 8)[index], width), value)
+            if index % 2:  # signs that differ, so that sums are of both infinities
+                rows *= torch.randn(rows.shape, generator=generator).sign()
+            path = folder / f"{is_key_values}-{index}.safetensors"
+            save_file({ROWS_TENSOR: rows}, path)
+            sources.append(_source(path, path.stem))
+    return sources
+
+
+@contextmanager
+def running(backend: str, block_size: int) -> Iterator[LLMEngine]:
+    """An engine whose cache holds little more than one of the longest sequences.
+
+    Args:
+        backend: ``compiled`` or ``torch``: whose attention.
+        block_size: Positions in a block.
+    """
+    with ExitStack() as stack:
+        if backend == "torch":
+            stack.enter_context(patch.object(model_runner, "backend_makers", lambda _device: [SDPABackend]))
+            stack.enter_context(patch.object(model_runner, "can_pack", lambda *_: False))
+        engine = LLMEngine(
+            EngineSettings(
+                model=str(MODEL_DIRECTORY),
+                dtype="float32",
+                device="cpu",
+                block_size=block_size,
+                kv_cache_memory=4 * 2**20,
+                max_num_seqs=12,
+                max_num_batched_tokens=400,
+                num_threads=torch.get_num_threads(),
+            )
+        )
+        stack.callback(engine.close)
+        yield engine
+
+
+def soak(num_steps: int, *, seed: int = 0, backend: str = "compiled", block_size: int = 16) -> Counter[str]:
+    """So many steps under traffic; returns what has happened.
+
+    Raises:
+        AssertionError: If a healthy answer changes, or poison can be found.
+    """
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder, running(backend, block_size) as engine:
+        traffic = Traffic(engine, Path(folder), seed)
+        while traffic.counts["steps"] < num_steps:
+            kind = rng.random()
+            if traffic.num_waiting < 24 and kind < 0.4:
+                traffic.add_healthy() if rng.random() < 0.4 else traffic.add_poison()
+            elif kind < 0.41:
+                traffic.abort()
+            else:
+                traffic.step()
+        traffic.counts["preemptions"] = engine.stats.num_preemptions
+        traffic.counts["evicted soft prompts"] = engine.stats.soft_prompt_evictions
+        traffic.counts["cached tokens"] = engine.stats.prefix_cache_hits
+        return traffic.counts
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=("compiled", "torch"), default="compiled")
+    parser.add_argument("--block-size", type=int, default=16)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    counts = soak(arguments.steps, seed=arguments.seed, backend=arguments.backend, block_size=arguments.block_size)
+    told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"{told} in {time.monotonic() - started:.0f} s: no healthy token changed")
+
+
+if __name__ == "__main__":
+    main()
