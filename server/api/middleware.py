@@ -183,13 +183,15 @@ class BodyLimitMiddleware:
         if scope["type"] != "http" or _is_upload(scope):
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        is_held_back = headers.get("expect", "").lower() == "100-continue"
         is_too_long = declared.isascii() and declared.isdigit() and int(declared) > self._max_bytes
         received = 0
 
         async def limited_receive() -> Message:
             nonlocal received
-            has_rest = True
+            has_rest = not is_held_back  # reading would ask the client to send it
             if not is_too_long:
                 message = await receive()
                 received += len(message.get("body", b""))

@@ -213,18 +213,35 @@ def test_clients_that_are_installed_are_served(
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_curl_sends_no_body_that_is_refused(serve: Any, tmp_path: Path) -> None:
-    live = serve(api_keys=("k" * 40,))
-    (tmp_path / "large").write_bytes(bytes(3_000_000))
-    refused = run(
-        *("curl", "--silent", "--show-error", "--form", "id=x", "--form", f"files=@{tmp_path}/large"),
-        *(
-            "--output",
-            str(tmp_path / "answer"),
-            "--write-out",
-            "%{http_code} %{size_upload}",
-            f"{live.url}/v1/prompts",
+@pytest.mark.parametrize(
+    ("http", "path", "form", "status", "code"),
+    [
+        (
+            {"api_keys": ("k" * 40,)},
+            "/v1/prompts",
+            ("--form", "id=x", "--form", "files=@{file}"),
+            401,
+            "invalid_api_key",
         ),
+        (
+            {},
+            "/v1/completions",
+            ("--header", "Content-Type: application/json", "--data-binary", "@{file}"),
+            413,
+            None,
+        ),
+        ({}, "/v1/completions", ("--header", "Origin: null", "--data-binary", "@{file}"), 403, "cross_origin"),
+    ],
+)
+def test_curl_sends_no_body_that_is_refused(
+    serve: Any, tmp_path: Path, http: dict[str, Any], path: str, form: tuple[str, ...], status: int, code: str | None
+) -> None:
+    live = serve(**http)
+    (tmp_path / "large").write_bytes(bytes(3_000_000))
+    sent = [argument.replace("{file}", str(tmp_path / "large")) for argument in form]
+    refused = run(
+        *("curl", "--silent", "--show-error", "--expect100-timeout", "20", "--header", "Expect: 100-continue", *sent),
+        *("--output", str(tmp_path / "answer"), "--write-out", "%{http_code} %{size_upload}", live.url + path),
     )
-    assert refused == "401 0"
-    assert json.loads((tmp_path / "answer").read_text())["error"]["code"] == "invalid_api_key"
+    assert refused == f"{status} 0"
+    assert json.loads((tmp_path / "answer").read_text())["error"]["code"] == (code or "payload_too_large")
