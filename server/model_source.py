@@ -114,6 +114,11 @@ def _on_the_hub(model: str, revision: str | None) -> str:
     try:
         _ask_hub(hf_hub_url(model, _MODEL_CONFIG, revision=revision))
     except GatedRepoError as error:
+        if found is not None:
+            logger.warning(
+                "the model %s is gated, and this account may not read it: its cached copy is loaded", named
+            )
+            return str(found)
         raise ConfigurationError(f"the model {named} is gated: {_LOG_IN} as somebody who may read it") from error
     except RevisionNotFoundError as error:
         raise ConfigurationError(f"the model {model!r} has no revision {revision!r}") from error

@@ -131,6 +131,13 @@ def test_without_the_hub_its_cache_is_served(nowhere, tmp_path, caplog):
     assert "is loaded from the hub's cache" in caplog.text
 
 
+def test_a_gated_model_that_was_fetched_before_is_served(hub, tmp_path, caplog):
+    snapshot = cache(tmp_path)
+    hub.status, hub.headers_sent = 403, {"X-Error-Code": "GatedRepo"}
+    assert locate("org/name") == str(snapshot)
+    assert "its cached copy is loaded" in caplog.text
+
+
 def test_offline_the_cache_alone_is_looked_at(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused("org/name")
