@@ -9,6 +9,7 @@ from math import lcm
 from typing import Any
 
 from prompt_store.strict_json import check_depth
+from server.api.schema_numbers import check_numbers
 
 MAX_CONSTRAINT_CHARS = 64 * 1024
 """Of a schema as JSON, of a grammar, or of all choices together."""
@@ -30,7 +31,7 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """Bound a JSON schema.
 
     Raises:
-        ValueError: If it is too deep or too long, or divides by too large a number.
+        ValueError: If it is too deep or too long, divides by too large a number, or has one that is not exact.
     """
     check_depth(schema, MAX_SCHEMA_DEPTH)
     if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
@@ -39,6 +40,7 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"should have multipleOf of few digits, with a least common multiple of at most {MAX_MULTIPLE}"
         )
+    check_numbers(schema)
     return schema
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, PlainValidator, ValidationInfo, field_validator, mod
 from prompt_store.strict_json import check_depth, finite_float, refuse_constant
 from server.api.request_body import RequestBody, check_unicode, half_pair_in
 from server.api.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
+from server.api.schema_numbers import VALUE_KEYWORDS, subschemas
 from server.api.structured import Schema, schema_constraint
 from server.engine.constraints import Constraint
 from server.errors import InvalidRequestError, UnsupportedError
@@ -202,9 +203,12 @@ def forced_constraint(tools: Sequence[Tool], choice: ToolChoice | None) -> Const
     functions = [tool.function for tool in tools]
     schema = {
         "anyOf": [_call_schema(function.name) for function in functions],
-        # Each function's own definitions stay inside its schema, where its references are led.
-        "$defs": {function.name: _relocated(function.parameters, function.name) for function in functions},
+        "$defs": {
+            function.name: _embedded(function.parameters, f"prelude://tool{index}/schema")
+            for index, function in enumerate(functions)
+        },
     }
+    _check_identifiers(functions)
     if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
         raise InvalidRequestError(
             f"tools: with tool_choice 'required', they may have {MAX_CONSTRAINT_CHARS} characters together",
@@ -222,14 +226,45 @@ def _call_schema(name: str) -> dict[str, Any]:
     }
 
 
-def _relocated(node: Any, name: str) -> Any:
-    """A schema whose references into itself are right under ``#/$defs/NAME``. Its depth is bounded already."""
+def _embedded(schema: dict[str, Any], uri: str) -> dict[str, Any]:
+    """A schema as a resource of its own inside another, so that its references and anchors mean what they meant.
+
+    Args:
+        schema: Of bounded depth.
+        uri: Its name there, in place of its own: two functions may have the same.
+    """
+    own = schema.get("$id")
+    old = own.removesuffix("#") if isinstance(own, str) else ""
+    moved = _renamed(schema, old, uri) if old else schema
+    return {**moved, "$id": uri}
+
+
+def _renamed(node: Any, old: str, new: str) -> Any:
+    """A schema whose references to one resource lead to another."""
     if isinstance(node, list):
-        return [_relocated(item, name) for item in node]
+        return [_renamed(item, old, new) for item in node]
     if not isinstance(node, Mapping):
         return node
-    moved = {key: _relocated(item, name) for key, item in node.items()}
+    moved = {key: item if key in VALUE_KEYWORDS else _renamed(item, old, new) for key, item in node.items()}
     reference = node.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = f"#/$defs/{name}{reference[1:]}"
+    if isinstance(reference, str) and reference.partition("#")[0] == old:
+        moved["$ref"] = new + reference[len(old) :]
     return moved
+
+
+def _check_identifiers(functions: Sequence[Function]) -> None:
+    """Look for two schemas inside different functions that have one absolute ``$id`` and are not the same.
+
+    Raises:
+        InvalidRequestError: If there are.
+    """
+    known: dict[str, Any] = {}
+    for function in functions:
+        for node in subschemas(function.parameters):
+            name = node.get("$id")
+            if node is function.parameters or not isinstance(name, str) or ":" not in name:
+                continue
+            if known.setdefault(name, node) != node:
+                raise InvalidRequestError(
+                    f"tools: with tool_choice 'required', two schemas have the $id {name[:100]!r}", param="tools"
+                )

@@ -70,7 +70,7 @@ class GrammarTrials:
         with self._lock:
             self._is_cancelled = True
             if self._is_running and self._connection is not None:
-                self._send_end(self._connection)
+                self._end_if_cancelled(self._connection)
 
     def close(self) -> None:
         """End the process; what is being tried out is cancelled."""
@@ -105,8 +105,7 @@ class GrammarTrials:
             connection.sendall(frame)
             with self._lock:
                 self._is_running = True
-                if self._is_cancelled:
-                    self._send_end(connection)
+                self._end_if_cancelled(connection)
             return receive(connection)
         except OSError:
             return None
@@ -114,10 +113,10 @@ class GrammarTrials:
             with self._lock:
                 self._is_running = False
 
-    @staticmethod
-    def _send_end(connection: socket.socket) -> None:
-        with suppress(OSError):  # the process has ended, and with it the trial
-            connection.sendall(NOTHING)
+    def _end_if_cancelled(self, connection: socket.socket) -> None:
+        if self._is_cancelled:
+            with suppress(OSError):  # the process has ended, and with it the trial
+                connection.sendall(NOTHING)
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()

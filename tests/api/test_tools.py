@@ -104,11 +104,25 @@ async def test_any_function_is_required(client, engine) -> None:
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "weather", "arguments": '{"city": "a}"}'}
     schema = json.loads(engine.requests[0].params.constraint.text)
-    assert schema["$defs"]["weather"]["properties"]["city"] == {"$ref": "#/$defs/weather/$defs/City"}
+    assert schema["$defs"]["weather"] == PARAMETERS | {"additionalProperties": False, "$id": "prelude://tool0/schema"}
     assert [option["properties"]["name"] for option in schema["anyOf"]] == [{"const": "weather"}, {"const": "time"}]
     deltas, reason = await stream(client, tool_choice="required")
     check_streamed_call(deltas, "weather", '{"city": "a}"}')
     assert reason == "tool_calls"
+
+
+async def test_functions_that_name_two_schemas_alike_cannot_be_chosen_among(client, engine) -> None:
+    def tool(name: str, inner: dict[str, Any]) -> dict[str, Any]:
+        parameters = {"$id": "https://example.com/a", "$defs": {"x": {"$id": "https://example.com/x"} | inner}}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    first, same, other = tool("f", {"type": "null"}), tool("g", {"type": "null"}), tool("h", {"type": "string"})
+    for choice in ("required", "auto"):
+        assert (await client.post(URL, json=body(tools=[first, same], tool_choice=choice))).status_code == 200
+    response = await client.post(URL, json=body(tools=[first, other], tool_choice="required"))
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "tools")
+    assert "'https://example.com/x'" in error["message"]
 
 
 async def test_a_call_that_is_cut_off(client, engine) -> None:
