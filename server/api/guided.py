@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from server.api.request_body import RequestBody
 from server.api.structured import MAX_CHOICE_STRINGS, SchemaOrText, StructuredOutputs
@@ -23,7 +23,9 @@ GUIDED = {
 class GuidedBody(RequestBody):
     """Structured output by its older names."""
 
-    guided_json: SchemaOrText | None = Field(None, description="As `structured_outputs.json`.")
+    guided_json: Annotated[SchemaOrText | None, BeforeValidator(lambda value: None if value == "" else value)] = (
+        Field(None, description="As `structured_outputs.json`.")
+    )
     guided_regex: str | None = Field(None, description="As `structured_outputs.regex`.")
     guided_choice: Annotated[list[str] | None, Field(max_length=MAX_CHOICE_STRINGS)] = Field(
         None, description="As `structured_outputs.choice`."
@@ -40,7 +42,7 @@ class GuidedBody(RequestBody):
         found = []
         for name, key in GUIDED.items():
             value = getattr(self, name)
-            if value is None:
+            if value is None or value in ("", []):  # clients with a field for each send those that are not filled in
                 continue
             try:
                 constraint = StructuredOutputs.model_validate({key: value}).constraint

@@ -21,16 +21,17 @@ class Refused:
     Attributes:
         no_ops: Values that ask for nothing, besides null and what is empty.
         instead: What to do about it.
+        same_as: A field of this server's whose value asks for nothing here, either: clients send both names.
     """
 
     no_ops: tuple[object, ...] = ()
     instead: str = "leave it out"
+    same_as: str | None = None
 
 
 _STRUCTURE = "send structured_outputs"
 _SOFT_PROMPT = "name a soft prompt by model or prompt_id"
 _TOOLS = "send tools and tool_choice"
-_STOP = "send stop"
 
 EVERYWHERE: dict[str, Refused] = {
     # Beams.
@@ -47,7 +48,7 @@ EVERYWHERE: dict[str, Refused] = {
     "custom_token_bans": Refused(instead="send logit_bias"),
     "ban_eos_token": Refused((False,), "send ignore_eos or min_tokens"),
     "no_repeat_ngram_size": Refused((0,)),
-    "repeat_penalty": Refused((1,), "send repetition_penalty"),
+    "repeat_penalty": Refused((1,), "send repetition_penalty", "repetition_penalty"),
     "encoder_repetition_penalty": Refused((1,)),
     "do_sample": Refused((True,), "send temperature 0"),
     "typical_p": Refused((1, 0)),
@@ -69,14 +70,14 @@ EVERYWHERE: dict[str, Refused] = {
     "negative_prompt": Refused(),
     "watermarking": Refused((False,)),
     # Lengths and ends, by other names.
-    "num_return_sequences": Refused((1,), "send n"),
+    "num_return_sequences": Refused((1,), "send n", "n"),
     "max_length": Refused(instead="send max_tokens"),
-    "max_new_tokens": Refused(instead="send max_tokens"),
-    "n_predict": Refused((-1,), "send max_tokens"),
-    "num_predict": Refused((-1,), "send max_tokens"),
-    "min_new_tokens": Refused((0,), "send min_tokens"),
-    "stop_sequences": Refused(instead=_STOP),
-    "stopping_strings": Refused(instead=_STOP),
+    "max_new_tokens": Refused((), "send max_tokens", "max_tokens"),
+    "n_predict": Refused((-1,), "send max_tokens", "max_tokens"),
+    "num_predict": Refused((-1,), "send max_tokens", "max_tokens"),
+    "min_new_tokens": Refused((0,), "send min_tokens", "min_tokens"),
+    "stop_sequences": Refused((), "send stop", "stop"),
+    "stopping_strings": Refused((), "send stop", "stop"),
     "repetition_detection": Refused(),
     "thinking_token_budget": Refused((-1,)),
     "truncate_prompt_tokens": Refused(instead="shorten the text"),
@@ -115,7 +116,8 @@ EVERYWHERE: dict[str, Refused] = {
 """Refused by completions and chat."""
 
 COMPLETIONS: dict[str, Refused] = {
-    "best_of": Refused((1,), "send n"),
+    # As many candidates as choices leave nothing to select.
+    "best_of": Refused((1,), "send n", "n"),
     "suffix": Refused(),
     "messages": Refused(instead="use /v1/chat/completions"),
     "tools": Refused(instead="use /v1/chat/completions"),
@@ -131,7 +133,8 @@ COMPLETIONS: dict[str, Refused] = {
 """Refused by completions alone."""
 
 CHAT: dict[str, Refused] = {
-    "best_of": Refused((1,), "send n"),
+    # As many candidates as choices leave nothing to select.
+    "best_of": Refused((1,), "send n", "n"),
     "suffix": Refused(instead="use /v1/completions"),
     "prompt": Refused(instead="send messages"),
     "echo": Refused((False,), "send continue_final_message"),
@@ -208,8 +211,8 @@ def refuse_unsupported(body: Mapping[str, Any], refused: Mapping[str, Refused]) 
         how = refused.get(name)
         if how is None or asked is None or asked in ([], {}, "") or any(_same(asked, no_op) for no_op in how.no_ops):
             continue
-        if name == "best_of" and _same(asked, body.get("n")):
-            continue  # as many candidates as choices: nothing is left to select
+        if how.same_as is not None and _same(asked, body.get(how.same_as)):
+            continue
         raise UnsupportedError(f"{name}: this server does not support it; {how.instead}", param=name)
 
 

@@ -103,9 +103,22 @@ async def test_true_is_not_one(client) -> None:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_as_many_candidates_as_choices_are_no_selection(client, path) -> None:
-    assert (await client.post(path, json=body(path, best_of=2, n=2))).status_code == 200
-    assert (await client.post(path, json=body(path, best_of=3, n=2))).status_code == 400
+@pytest.mark.parametrize(
+    ("other", "own", "value"),
+    [
+        ("best_of", "n", 2),
+        ("max_new_tokens", "max_tokens", 7),
+        ("min_new_tokens", "min_tokens", 2),
+        ("stopping_strings", "stop", ["l"]),
+        ("stop_sequences", "stop", "l"),
+        ("repeat_penalty", "repetition_penalty", 1.2),
+    ],
+)
+async def test_two_names_for_one_value_ask_for_nothing_more(client, path, other, own, value) -> None:
+    fields = body(path, **{"max_tokens": 9, own: value, other: value})
+    assert (await client.post(path, json=fields)).status_code == 200
+    response = await client.post(path, json=fields | {own: 3 if own != "stop" else ["x"]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, other)
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -141,15 +154,21 @@ async def test_guided_fields_are_structured_outputs(client, engine, path, name, 
 
 
 @pytest.mark.parametrize("path", ROUTES)
+async def test_guided_fields_that_are_empty_demand_nothing(client, engine, path) -> None:
+    empty = {"guided_json": "", "guided_regex": "", "guided_choice": [], "guided_grammar": ""}
+    response = await client.post(path, json=body(path, **empty))
+    assert response.status_code == 200, response.text
+    assert engine.requests[0].params.constraint is None
+
+
+@pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"guided_json": 5}, "guided_json"),
         ({"guided_json": "{"}, "guided_json"),
-        ({"guided_regex": ""}, "guided_regex"),
         ({"guided_regex": "a" * 8193}, "guided_regex"),
         ({"guided_choice": [""]}, "guided_choice"),
-        ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": ["a"] * 1025}, "guided_choice"),
         ({"guided_grammar": "%llguidance {}"}, "guided_grammar"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
@@ -182,6 +201,8 @@ def rows(heading: str) -> dict[str, list[str]]:
 
 def shown(how: Refused) -> list[str]:
     no_ops = ", ".join(f"`{json.dumps(no_op)}`" for no_op in how.no_ops)
+    if how.same_as is not None:
+        no_ops += f"{', ' if no_ops else ''}that of `{how.same_as}`"
     return [no_ops or "-", how.instead]
 
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LogitsProcessorList
 from transformers.generation import logits_process as processors
 
+from server.engine import messages
 from server.engine.generation_config import read_generation_config
 from server.engine.generation_defaults import NO_RULES, GenerationDefaults, TokenRules
 from server.engine.llm_engine import LLMEngine
@@ -104,6 +105,8 @@ def test_greedy_tokens_are_those_of_peft(
     plain = {kind: family.expected(kind, TEXT, NUM_NEW) for kind in KINDS}
     write(CONFIGS[name])
     engine = make_engine(family, block_size=8)
+    frame = messages.encode_frame(messages.Ready(engine.model))
+    assert messages.from_engine_decoder.decode(frame[4:]) == messages.Ready(engine.model)
     own = engine.model.generation_defaults
     for kind in KINDS:
         params = greedy(NUM_NEW, repetition_penalty=own.repetition_penalty or 1.0, min_tokens=own.min_tokens or 0)
