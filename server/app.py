@@ -35,6 +35,7 @@ from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.early_refusal import AdmissionMiddleware
 from server.api.entry import LimitsMiddleware
 from server.api.errors import describe
+from server.api.json_budget import JsonBudgetMiddleware
 from server.api.middleware import (
     ApiKeyMiddleware,
     BodyLimitMiddleware,
@@ -116,6 +117,7 @@ def create_app(
     middleware.append(Middleware(LimitsMiddleware, metrics=metrics))
     middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
+    middleware.append(Middleware(JsonBudgetMiddleware))
     middleware.append(Middleware(AdmissionMiddleware, services=services))
     app = FastAPI(
         title="Prelude",

@@ -45,9 +45,13 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If it is too deep or too long, or divides by too large a number.
     """
-    check_depth(schema, MAX_SCHEMA_DEPTH)
-    if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
+    try:
+        length = len(text_of(schema))
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_SCHEMA_DEPTH} levels") from error
+    if length > MAX_CONSTRAINT_CHARS:
         raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters as JSON")
+    check_depth(schema, MAX_SCHEMA_DEPTH)
     if _common_multiple(_divisors(schema)) > MAX_MULTIPLE:
         raise ValueError(
             f"should have multipleOf of few digits, with a least common multiple of at most {MAX_MULTIPLE}"
@@ -168,7 +172,9 @@ class StructuredOutputs(RequestBody):
     """vLLM's way to demand any structure: one of these."""
 
     choice: Annotated[
-        list[str] | None, Field(min_length=1, max_length=MAX_CHOICE_STRINGS), AfterValidator(_choice)
+        list[str] | None,
+        Field(min_length=1, max_length=MAX_CHOICE_STRINGS, fail_fast=True),
+        AfterValidator(_choice),
     ] = None
     regex: str | None = Field(
         None, min_length=1, max_length=MAX_REGEX_CHARS, description="Rust's syntax; the whole text has to match."
