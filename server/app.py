@@ -41,6 +41,7 @@ from server.api.errors import describe
 from server.api.http.answers import PROTECTIVE_HEADERS, ExpectMiddleware
 from server.api.http.hosts import HostMiddleware, Hosts
 from server.api.http.origins import CorsMiddleware, CrossOriginMiddleware, Origins
+from server.api.json_budget import JsonBudgetMiddleware
 from server.api.middleware import (
     ApiKeyMiddleware,
     BodyLimitMiddleware,
@@ -134,6 +135,7 @@ def create_app(
     middleware.append(Middleware(LimitsMiddleware, metrics=metrics))
     middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
+    middleware.append(Middleware(JsonBudgetMiddleware))
     middleware.append(Middleware(AdmissionMiddleware, services=services))
     app = FastAPI(
         title="Prelude",

@@ -49,10 +49,10 @@ _LabelList = Annotated[
 
 
 def _labels(value: object) -> list[str]:
+    if isinstance(value, list) and not 0 < len(value) <= MAX_LABELS:
+        raise ValueError(f"should have 1 to {MAX_LABELS} labels, not {len(value)}")
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
         raise ValueError("should be a list of strings")
-    if not 0 < len(value) <= MAX_LABELS:
-        raise ValueError(f"should have 1 to {MAX_LABELS} labels, not {len(value)}")
     if not all(0 < len(label) <= MAX_LABEL_CHARS for label in value):
         raise ValueError(f"should hold strings of 1 to {MAX_LABEL_CHARS} characters")
     if len(set(value)) != len(value):

@@ -29,10 +29,10 @@ _NameList = Annotated[list[str], Field(min_length=2, max_length=MAX_MEMBERS, jso
 
 
 def _names(value: object) -> list[str]:
+    if isinstance(value, list) and not 2 <= len(value) <= MAX_MEMBERS:
+        raise ValueError(f"should name 2 to {MAX_MEMBERS} soft prompts, not {len(value)}")
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError("should be a list of strings")
-    if not 2 <= len(value) <= MAX_MEMBERS:
-        raise ValueError(f"should name 2 to {MAX_MEMBERS} soft prompts, not {len(value)}")
     if len(set(value)) != len(value):
         raise ValueError("should not name a soft prompt twice")
     check_unicode(value)

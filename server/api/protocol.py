@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, PrivateAttr, model_validator
+from pydantic import Field, PlainValidator, PrivateAttr, model_validator
 
 from server.api.ensemble import EnsembleBody
 from server.api.guided import GuidedBody
@@ -17,7 +17,7 @@ from server.api.template_options import TemplateOptions
 from server.api.tool_calls import CLOSING, OPENING, HermesReader, MakeReader, NamedCallReader, RequiredCallReader
 from server.api.tools import (
     MAX_TOOLS,
-    ChatMessage,
+    Messages,
     NamedTool,
     Tool,
     ToolChoice,
@@ -35,6 +35,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_TIMEOUT_SECONDS = 86400.0
 MAX_LOGIT_BIAS_TOKENS = 1024
 MAX_CHOICES = 128
+MAX_PROMPTS = 16_384
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_ID_DIGITS = 18
 MAX_ECHOED_LOGPROBS = 1_000_000
@@ -50,7 +51,11 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
         value = [value]
     if not isinstance(value, list):
         raise ValueError("should be a string, a list of strings, a list of token ids, or a list of such lists")
-    if not value or "" in value or [] in value:
+    if not value:
+        raise ValueError("should not be empty")
+    if not _is_token_id(value[0]) and len(value) > MAX_PROMPTS:
+        raise ValueError(f"should have at most {MAX_PROMPTS} texts, not {len(value)}")
+    if "" in value or [] in value:
         raise ValueError("should not be empty")
     if all(isinstance(item, str) for item in value):
         check_unicode(value)
@@ -69,10 +74,10 @@ def _is_token_id(value: object) -> bool:
 def _stop(value: object) -> list[str]:
     """One stop string or a list of them, as a list."""
     stop = [value] if isinstance(value, str) else value
+    if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(f"should have at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
     if not isinstance(stop, list) or not all(isinstance(item, str) for item in stop):
         raise ValueError("should be a string or a list of strings")
-    if len(stop) > MAX_STOP_STRINGS:
-        raise ValueError(f"should have at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
     if not all(0 < len(item) <= MAX_STOP_STRING_CHARS for item in stop):
         raise ValueError(f"should hold strings of 1 to {MAX_STOP_STRING_CHARS} characters")
     check_unicode(stop)
@@ -136,7 +141,7 @@ class GenerationBody(GuidedBody):
     response_format: ResponseFormat | None = Field(None, description="OpenAI's way to demand JSON.")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's way to demand any structure.")
     stop: Stop = Field([])
-    stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -267,12 +272,6 @@ class CompletionBody(EnsembleBody, GenerationBody):
         return self.echo
 
 
-def _messages(value: object) -> object:
-    if isinstance(value, list) and not value:
-        raise ValueError("should not be empty")
-    return value
-
-
 class ChatBody(TemplateOptions, GenerationBody):
     """``POST /v1/chat/completions``."""
 
@@ -280,11 +279,11 @@ class ChatBody(TemplateOptions, GenerationBody):
 
     model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
     prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
-    messages: Annotated[list[ChatMessage], BeforeValidator(_messages)]
+    messages: Messages
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")
     add_special_tokens: bool = Field(False, description="Chat templates write the special tokens themselves.")
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = Field(None, description="`auto` where there are tools.")
     parallel_tool_calls: bool = Field(True, description="Whether an answer may have several calls.")
 

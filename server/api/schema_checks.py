@@ -33,9 +33,13 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If it is too deep or too long, divides by too large a number, or has one that is not exact.
     """
-    check_depth(schema, MAX_SCHEMA_DEPTH)
-    if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
+    try:
+        length = len(text_of(schema))
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_SCHEMA_DEPTH} levels") from error
+    if length > MAX_CONSTRAINT_CHARS:
         raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters as JSON")
+    check_depth(schema, MAX_SCHEMA_DEPTH)
     if _common_multiple(_divisors(schema)) > MAX_MULTIPLE:
         raise ValueError(
             f"should have multipleOf of few digits, with a least common multiple of at most {MAX_MULTIPLE}"

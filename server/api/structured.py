@@ -91,7 +91,9 @@ class StructuredOutputs(RequestBody):
     """vLLM's way to demand any structure: one of these."""
 
     choice: Annotated[
-        list[str] | None, Field(min_length=1, max_length=MAX_CHOICE_STRINGS), AfterValidator(_choice)
+        list[str] | None,
+        Field(min_length=1, max_length=MAX_CHOICE_STRINGS, fail_fast=True),
+        AfterValidator(_choice),
     ] = None
     regex: str | None = Field(
         None, min_length=1, max_length=MAX_REGEX_CHARS, description="Rust's syntax; the whole text has to match."

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Self
 
+import msgspec
 from fastapi import APIRouter, Depends
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
+from starlette.responses import Response
 
 from server.api.callers import Caller, CallerDep
 from server.api.deps import Services, ServicesDep, require_json, require_ready
 from server.api.entry import entered_for_text
+from server.api.json_budget import MOST_TOKENS
 from server.api.known_fields import CHAT, EVERYWHERE, refuse_unsupported
 from server.api.leasing import version_of
 from server.api.protocol import TokenId
@@ -19,14 +22,13 @@ from server.api.request_body import RequestBody, check_unicode
 from server.api.resolution import resolve
 from server.api.template_options import TemplateOptions
 from server.api.token_ids import check_token_ids
-from server.api.tools import MAX_TOOLS, ChatMessage, Tool, shown_tools
+from server.api.tools import MAX_TOOLS, Messages, Tool, shown_tools
 from server.errors import InvalidRequestError
 
 router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
 
 MAX_TEXT_CHARS = 1_000_000
-MAX_TOKENS = 1_000_000
-MAX_MESSAGES = 10_000
+MAX_TOKENS = MOST_TOKENS
 
 UNSUPPORTED = {"chat_template": CHAT["chat_template"], "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"]}
 
@@ -44,7 +46,7 @@ class TokenizeBody(TemplateOptions):
     prompt: Annotated[str, AfterValidator(_text)] | None = Field(
         None, max_length=MAX_TEXT_CHARS, examples=["My invoice is wrong"]
     )
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="By default true for `prompt`, and false for `messages`, whose template writes its own."
     )
@@ -102,8 +104,8 @@ class TokenizerInfoReply(BaseModel):
     chat_template: str | None
 
 
-@router.post("/tokenize", dependencies=[Depends(require_json)])
-async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, caller: CallerDep) -> TokenizeReply:
+@router.post("/tokenize", dependencies=[Depends(require_json)], response_model=TokenizeReply)
+async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Text to token ids, as a completion or a chat completion would see it."""
     num_chars = len(body.prompt or "") + sum(len(message.content or "") for message in body.messages or ())
     if num_chars > MAX_TEXT_CHARS:
@@ -124,12 +126,15 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
             text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
         (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
         token_strs = await asyncio.to_thread(tokenizer.token_strings, tokens) if body.return_token_strs else None
-    return TokenizeReply(
-        count=len(tokens),
-        max_model_len=services.engine.model.max_model_len,
-        tokens=tokens,
-        token_strs=token_strs,
-    )
+    # There may be a million of tokens, which pydantic would look at one by one.
+    reply = {
+        "count": len(tokens),
+        "max_model_len": services.engine.model.max_model_len,
+        "tokens": tokens,
+        "token_strs": token_strs,
+    }
+    encoded = await asyncio.to_thread(msgspec.json.encode, reply)
+    return Response(encoded, media_type="application/json")
 
 
 @router.post("/detokenize", dependencies=[Depends(require_json)])

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from prompt_store.strict_json import check_depth, finite_float, refuse_constant
+from server.api.json_budget import num_values
 from server.api.request_body import RequestBody, check_unicode, half_pair_in
 from server.api.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
 from server.api.schema_numbers import VALUE_KEYWORDS, subschemas
@@ -18,6 +19,18 @@ from server.errors import InvalidRequestError, UnsupportedError
 
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+"""Text parts of one message."""
+
+MAX_CALLS_IN_ALL = 4096
+"""Calls of all messages of a conversation."""
+
+MAX_ARGUMENT_CHARS = 1024 * 1024
+"""Arguments of all calls together, as JSON."""
+
+MAX_ARGUMENT_VALUES = 32_768
+"""Values in them."""
 
 _NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -30,6 +43,8 @@ def _chat_text(value: object) -> str:
         return value
     if not isinstance(value, list):
         raise ValueError("should be a string or a list of text parts")
+    if len(value) > MAX_PARTS:
+        raise ValueError(f"should have at most {MAX_PARTS} text parts, not {len(value)}")
     texts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -79,7 +94,9 @@ class ChatMessage(RequestBody):
         description="Who speaks; `developer` is OpenAI's newer word for `system`."
     )
     name: str | None = None
-    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS, description="Of the assistant only.")
+    tool_calls: list[ToolCall] = Field(
+        [], max_length=MAX_TOOL_CALLS, fail_fast=True, description="Of the assistant only."
+    )
     content: ChatText | None = Field(
         None, validate_default=True, description="May be absent from messages of the assistant and of tools."
     )
@@ -135,6 +152,41 @@ class ChatMessage(RequestBody):
         if self.name is not None:
             turn["name"] = self.name
         return turn
+
+
+def _messages(value: object) -> object:
+    """Bound a conversation before any of its messages is looked at."""
+    if not isinstance(value, list):
+        return value
+    if not value:
+        raise ValueError("should not be empty")
+    if len(value) > MAX_MESSAGES:
+        raise ValueError(f"should have at most {MAX_MESSAGES} messages, not {len(value)}")
+    calls = [
+        call
+        for message in value
+        if isinstance(message, dict) and isinstance(message.get("tool_calls"), list)
+        for call in message["tool_calls"]
+    ]
+    if len(calls) > MAX_CALLS_IN_ALL:
+        raise ValueError(f"should have at most {MAX_CALLS_IN_ALL} calls together, not {len(calls)}")
+    functions = [
+        call["function"] for call in calls if isinstance(call, dict) and isinstance(call.get("function"), dict)
+    ]
+    arguments = [text for function in functions if isinstance(text := function.get("arguments"), str)]
+    num_chars = sum(map(len, arguments))
+    if num_chars > MAX_ARGUMENT_CHARS:
+        raise ValueError(
+            f"should have at most {MAX_ARGUMENT_CHARS} characters of arguments together, not {num_chars}"
+        )
+    if num_values(",".join(arguments).encode(errors="replace"), MAX_ARGUMENT_VALUES) > MAX_ARGUMENT_VALUES:
+        raise ValueError(f"should have at most {MAX_ARGUMENT_VALUES} values in arguments together")
+    return value
+
+
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_messages)
+]
 
 
 class Function(RequestBody):

@@ -1,0 +1,319 @@
+"""Find the body that costs a server the most, for each route: time on its event loop, CPU and memory.
+
+    python -m scripts.worst_bodies [--path /v1/completions] [--only "a list of numbers"] [--megabytes 7.9]
+
+Bodies are made from the OpenAPI document: each field of each route, nested ones included, holds the longest, widest,
+deepest and most faulty values that fit the size. A server of the embedded model answers them one by one. It measures
+how long one task kept its event loop, as the CPU time of the loop's thread (other processes do not disturb that) and
+as wall time. Status 1 if some body held the loop for longer than the limit, by CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from server.app import PreludeServer, bind, create_app
+from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
+from server.demo.tour import MODEL_DIRECTORY
+
+PROBE_SECONDS = 0.002
+NESTED = frozenset(
+    {
+        "a long string",
+        "a string of half surrogates",
+        "a string that holds a JSON list",
+        "a list of numbers",
+        "a list of strings",
+        "a list of objects with fields",
+        "an object of numbers",
+        "a nest of 900 objects, wide below",
+    }
+)
+"""What fields of fields hold; those of the body itself hold everything."""
+
+MAX_DEPTH = 4
+"""Objects within objects of the schema that fields are taken from."""
+
+BASES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/classify": {"input": "x", "labels": ["a", "b"]},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [5]},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one body cost.
+
+    Attributes:
+        path: The route.
+        what: The field and its value, in words.
+        status: Of the answer.
+        held_cpu: Longest CPU time of the event loop's thread between two looks, in seconds.
+        held_wall: Longest wall time between two looks, in seconds.
+        cpu: CPU seconds of the whole API process.
+        memory: Bytes that its memory grew by at most.
+    """
+
+    path: str
+    what: str
+    status: int
+    held_cpu: float
+    held_wall: float
+    cpu: float
+    memory: int
+
+
+class ProbedServer(PreludeServer):
+    """Writes to a file how long its event loop was kept."""
+
+    board: mmap.mmap
+
+    async def main_loop(self) -> None:
+        """Serve, and look at the clock every two milliseconds."""
+        probe = asyncio.create_task(self._probe())
+        try:
+            await super().main_loop()
+        finally:
+            probe.cancel()
+
+    async def _probe(self) -> None:
+        while True:
+            cpu, wall = time.thread_time(), time.perf_counter()
+            await asyncio.sleep(PROBE_SECONDS)
+            held = (time.thread_time() - cpu, time.perf_counter() - wall - PROBE_SECONDS)
+            known = struct.unpack("dd", self.board[:16])
+            self.board[:16] = struct.pack("dd", *map(max, held, known))
+
+
+def serve(board: Path, port: int, store: str) -> None:
+    """Run the probed server in this process."""
+    settings = Settings(
+        engine=EngineSettings(model=str(MODEL_DIRECTORY), num_threads=1, kv_cache_memory=64 << 20),
+        served_model_name="base",
+        store=StoreSettings(location=store),
+        http=HttpSettings(port=port),
+        log_level="ERROR",
+    )
+    with board.open("r+b") as file, bind(settings.http) as bound:
+        server = ProbedServer(create_app(settings), settings)
+        server.board = mmap.mmap(file.fileno(), 16)
+        server.run(sockets=[bound])
+
+
+def values(size: int) -> Iterator[tuple[str, str]]:
+    """JSON texts of about so many bytes, with what they are."""
+
+    def repeated(item: str, opening: str = "[", closing: str = "]") -> str:
+        return opening + ",".join([item] * (size // (len(item) + 1))) + closing
+
+    yield "a long string", '"' + "x" * size + '"'
+    yield "a string of many words", '"' + "ab, " * (size // 4) + '"'
+    yield "a string of escapes", '"' + "\\u0041" * (size // 6) + '"'
+    yield "a string of half surrogates", '"' + "\\ud800" * (size // 6) + '"'
+    yield "a string of quotes", '"' + '\\"' * (size // 2) + '"'
+    yield "a string that holds a JSON list", '"' + "[" + "[]," * (size // 3) + "1]" + '"'
+    yield (
+        "a string that holds a JSON object",
+        '"{' + '\\"a\\":' + "[" * 60 + "1" + ",1" * (size // 2) + "]" * 60 + '}"',
+    )
+    yield "a list of numbers", repeated("1")
+    yield "a list of floats", repeated("1.5e3")
+    yield "a list of strings", repeated('""')
+    yield "a list of texts", repeated('"' + "x" * 200 + '"')
+    yield "a list of lists", repeated("[]")
+    yield "a list of lists of numbers", repeated("[1,2,3]")
+    yield "a list of objects", repeated("{}")
+    yield "a list of objects with fields", repeated('{"role":1,"content":[],"type":"x","function":{}}')
+    yield "a list of messages", repeated('{"role":"user","content":"x"}')
+    yield "a list of bad messages", repeated('{"role":"tool","tool_calls":[{}],"content":1}')
+    yield "a list of parts", repeated('{"type":"text","text":"x"}')
+    call = '{"id":"a","function":{"name":"f","arguments":"{\\"a\\":[1,1,1,1,1,1,1,1]}"}}'
+    yield "a list of calls", repeated(call)
+    yield (
+        "a list of messages with calls",
+        repeated('{"role":"assistant","tool_calls":[' + ",".join([call] * 128) + "]}"),
+    )
+    tool = '{"type":"function","function":{"name":"f%d","parameters":{"a":[' + ",".join(["{}"] * 20_000) + "]}}}"
+    yield "a list of tools", "[" + ",".join(tool % index for index in range(min(128, size // len(tool)))) + "]"
+    yield "an object of numbers", "{" + ",".join(f'"{index}":1' for index in range(size // 11)) + "}"
+    yield "an object of objects", "{" + ",".join(f'"k{index}":{{}}' for index in range(size // 13)) + "}"
+    yield "the same key again and again", repeated('"a":1', "{", "}")
+    yield "a deep list", "[" * (size // 2) + "]" * (size // 2)
+    yield "a nest of 900 objects, wide below", '{"a":' * 900 + repeated("1") + "}" * 900
+    yield "many nests", repeated("[" * 60 + "]" * 60)
+    yield "a long number", "1" * size
+    yield "a long fraction", "0." + "1" * size
+    yield "a long exponent", "1e" + "1" * size
+
+
+def fields(document: dict[str, Any], schema: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, ...]]:
+    """Paths of a schema's fields; a list's items go by the name ``[]``."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        yield from fields(document, document["components"]["schemas"][name], depth)
+        return
+    for kind in ("anyOf", "oneOf", "allOf"):
+        for part in schema.get(kind, ()):
+            yield from fields(document, part, depth)
+    if depth >= MAX_DEPTH:
+        return
+    for name, own in schema.get("properties", {}).items():
+        yield (name,)
+        for inner in fields(document, own, depth + 1):
+            yield (name, *inner)
+    if isinstance(schema.get("items"), dict):
+        for inner in fields(document, schema["items"], depth + 1):
+            yield ("[]", *inner)
+
+
+def bodies(document: dict[str, Any], path: str, size: int) -> Iterator[tuple[str, str]]:
+    """Every body for a route, with what it is."""
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    paths = dict.fromkeys(fields(document, content["schema"]))
+    known = list(values(size))
+    for what, value in known:
+        yield f"the body is {what}", value
+    for found in [("unknown",), *paths]:
+        base = dict(BASES[path])
+        marker: Any = "@@"
+        for name in reversed(found[1:]):
+            marker = [marker] if name == "[]" else {**_beside(name), name: marker}
+        base[found[0]] = marker
+        before, _, after = json.dumps(base).partition('"@@"')
+        for what, value in known:
+            if len(found) == 1 or what in NESTED:
+                yield f"`{'.'.join(found)}` is {what}", before + value + after
+
+
+def _beside(name: str) -> dict[str, Any]:
+    """What has to be in an object for its field to be looked at."""
+    if name in ("tool_calls", "content", "role"):
+        return {"role": "assistant"}
+    if name in ("json_schema", "schema"):
+        return {"type": "json_schema", "name": "x"}
+    if name in ("function", "arguments", "parameters"):
+        return {"type": "function", "id": "x", "name": "x"}
+    return {}
+
+
+def measure(client: httpx.Client, process: psutil.Process, board: mmap.mmap, path: str, what: str, body: str) -> Cost:
+    """Send one body."""
+    data = body.encode()
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+    before, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
+    board[:16] = struct.pack("dd", 0.0, 0.0)
+    response = client.post(path, content=data, headers={"content-type": "application/json"})
+    time.sleep(3 * PROBE_SECONDS)
+    held_cpu, held_wall = struct.unpack("dd", board[:16])
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+    spent = sum(process.cpu_times()[:2]) - cpu
+    return Cost(path, what, response.status_code, held_cpu, held_wall, spent, max(0, peak - before))
+
+
+def run(paths: list[str], size: int, seconds: float, only: list[str]) -> list[Cost]:
+    """Start a server, and send everything, or as much for each route as the time allows."""
+    costs: list[Cost] = []
+    with tempfile.TemporaryDirectory() as folder:
+        board_path = Path(folder) / "board"
+        board_path.write_bytes(bytes(mmap.PAGESIZE))
+        with bind(HttpSettings(port=0)) as probe:
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "scripts.worst_bodies", "--serve", str(board_path), "--port", str(port)]
+        server = subprocess.Popen(
+            [*command, "--store", f"{folder}/store"], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        try:
+            with (
+                board_path.open("r+b") as file,
+                mmap.mmap(file.fileno(), 16) as board,
+                httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+            ):
+                _wait_until_ready(client, server)
+                document = client.get("/openapi.json").json()
+                process = psutil.Process(server.pid)
+                for path in paths:
+                    deadline = time.monotonic() + seconds
+                    for what, body in bodies(document, path, size):
+                        if only and not any(words in what for words in only):
+                            continue
+                        costs.append(measure(client, process, board, path, what, body))
+                        if time.monotonic() > deadline:
+                            print(f"{path}: out of time at {what}", file=sys.stderr)
+                            break
+        finally:
+            server.terminate()
+            server.wait(30)
+    return costs
+
+
+def _wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if client.get("/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise SystemExit("the server did not start")
+
+
+def report(costs: list[Cost], *, count: int) -> str:
+    """A table in Markdown: for each route the bodies that held the loop the longest."""
+    lines = ["| route | body | status | loop, CPU ms | loop, wall ms | CPU ms | memory MB |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for path in dict.fromkeys(cost.path for cost in costs):
+        worst = sorted((cost for cost in costs if cost.path == path), key=lambda cost: cost.held_cpu)[-count:]
+        for cost in reversed(worst):
+            numbers = (cost.held_cpu * 1000, cost.held_wall * 1000, cost.cpu * 1000, cost.memory / 1e6)
+            lines.append(
+                f"| `{path}` | {cost.what} | {cost.status} | " + " | ".join(f"{n:.0f}" for n in numbers) + " |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, and print the worst."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", action="append", choices=list(BASES), help="only this route")
+    parser.add_argument("--megabytes", type=float, default=7.9)
+    parser.add_argument("--limit-ms", type=float, default=100.0)
+    parser.add_argument("--count", type=int, default=3, help="bodies that are shown for each route")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for each route, at most")
+    parser.add_argument("--only", action="append", default=[], help="bodies whose description has these words")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        serve(arguments.serve, arguments.port, arguments.store)
+        return
+    costs = run(arguments.path or list(BASES), int(arguments.megabytes * 1e6), arguments.seconds, arguments.only)
+    over = [cost for cost in costs if cost.held_cpu * 1000 > arguments.limit_ms]
+    print(report(costs, count=arguments.count))
+    print(f"\n{len(costs)} bodies, {len(over)} over {arguments.limit_ms:g} ms, statuses", end=" ")
+    print({status: sum(cost.status == status for cost in costs) for status in {cost.status for cost in costs}})
+    raise SystemExit(1 if over else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""How many values a JSON body may hold: counted in its bytes, before anything is made of them.
+
+Parsing, validating and forgetting a million of values takes a second, in which one thread keeps the event loop.
+"""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MOST_TOKENS = 300_000
+"""Values of a body that may hold texts as token ids."""
+
+MOST_VALUES = 65_536
+"""Values of any other body."""
+
+TOKEN_PATHS = frozenset({"/v1/completions", "/v1/classify", "/detokenize"})
+
+
+def most_values(path: str) -> int:
+    """How many values a body sent to a path may hold."""
+    return MOST_TOKENS if path in TOKEN_PATHS else MOST_VALUES
+
+
+def num_values(body: bytes, most: int) -> int:
+    """How many values a JSON text has, or ``most + 1`` for more; never fewer than there are.
+
+    Each value but the first follows a comma or the opening of a list or an object. Those within strings do not count,
+    unless there are so many strings that they alone are too many.
+    """
+    if _num_openings(body) < most:
+        return _num_openings(body) + 1
+    # Without escapes, every second part between quotes is a string.
+    rest = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if rest.count(b'"') // 2 > 2 * most:  # a value has a key at most
+        return most + 1
+    return min(_num_openings(b"".join(rest.split(b'"')[::2])), most) + 1
+
+
+def _num_openings(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+class JsonBudgetMiddleware:
+    """Refuses JSON bodies of too many values. Uploads are read in another way.
+
+    Args:
+        app: The rest of the application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count one body's values when it has come."""
+        if scope["type"] != "http" or "json" not in Headers(scope=scope).get("content-type", "").lower():
+            await self._app(scope, receive, send)
+            return
+        most = most_values(scope["path"])
+        pieces: list[bytes] = []
+        num_openings = 0
+        is_whole = False
+
+        async def counted_receive() -> Message:
+            nonlocal num_openings, is_whole
+            message = await receive()
+            if is_whole or message["type"] != "http.request":
+                return message
+            pieces.append(message.get("body", b""))
+            num_openings += _num_openings(pieces[-1])
+            is_whole = not message.get("more_body", False)
+            if is_whole and num_openings >= most and num_values(b"".join(pieces), most) > most:
+                raise HTTPException(
+                    413, f"the body has more than {most} JSON values; send several requests, or texts"
+                )
+            if is_whole:
+                pieces.clear()
+            return message
+
+        await self._app(scope, counted_receive, send)
