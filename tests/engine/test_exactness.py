@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    CTRLConfig,
     DynamicCache,
     Gemma3nTextConfig,
     Gemma4TextConfig,
@@ -32,7 +33,20 @@ from server.engine.model_runner import ModelRunner
 from server.engine.model_shape import KeyValueShape, config_value, key_value_shape, num_embeddings
 from server.errors import EngineStartError
 from tests.engine.families import UNTIED
-from tests.engine.harness import CONFIGS, SHAPE, VOCABULARY, Family, add, greedy, run, tokens
+from tests.engine.harness import (
+    CONFIGS,
+    CONTEXT,
+    PEFT_CONFIGS,
+    SHAPE,
+    VOCABULARY,
+    Family,
+    add,
+    check_logprobs,
+    greedy,
+    make_family,
+    run,
+    tokens,
+)
 
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
 FOUR_LAYERS = {**UNTIED, "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 11}
@@ -236,3 +250,20 @@ def test_embeddings_say_how_many_they_are() -> None:
     assert num_embeddings(nn.Identity(), config) == 5
     with pytest.raises(EngineStartError, match="Identity"):
         num_embeddings(nn.Identity(), PreTrainedConfig())
+
+
+def test_a_model_that_scales_its_embeddings_in_place_changes_no_soft_prompt(
+    tmp_path: Path, make_engine: Callable[..., LLMEngine]
+) -> None:
+    config = CTRLConfig(
+        vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=48, dff=80, n_layer=3, n_head=4, initializer_range=0.25
+    )
+    family = make_family("ctrl", tmp_path, {"prompt_tuning_20": PEFT_CONFIGS["prompt_tuning_20"]}, config)
+    engine = make_engine(family)
+    source, text = family.soft_prompts["prompt_tuning_20"], [5, 17, 3, 99]
+    want = family.expected_logprobs("prompt_tuning_20", text)
+    for name in ("first", "again"):
+        add(engine, name, text, greedy(2, prompt_logprobs=2), soft_prompt=source)
+        (first, *_) = run(engine)[name]
+        check_logprobs(first.prompt_logprobs, text, want, num_top=2)
+        assert torch.equal(engine.soft_prompts.rows(source), engine.soft_prompts.read(source))
