@@ -53,7 +53,15 @@ class LLMEngine:
 
     def __init__(self, settings: EngineSettings, on_loaded: Callable[[], None] = lambda: None) -> None:
         self._settings = settings
-        self.runner = ModelRunner(settings)
+        try:
+            self.runner = ModelRunner(settings)
+        except EngineStartError:
+            raise
+        except Exception as error:  # of a model that nobody has tried: its reason in words, and no traceback
+            logger.debug("the model cannot be started", exc_info=error)
+            raise EngineStartError(
+                f"the model {settings.model!r} cannot be served ({type(error).__name__}: {error})"
+            ) from error
         try:
             self.scheduler = self._make_scheduler()
         except ValueError as error:

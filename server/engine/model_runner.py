@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from server.config import EngineSettings
 from server.engine.attention import AttentionBackend, AttentionMetadata, SDPABackend, make_metadata
@@ -21,6 +28,7 @@ from server.engine.fused_layers import bind, fuse_layers
 from server.engine.generation_config import read_generation_config
 from server.engine.heads import head_logits
 from server.engine.kv_cache import KVCache, KVCacheSpec, num_blocks_for
+from server.engine.model_shape import config_value
 from server.engine.packed_linear import can_pack, has_fast_bfloat16, pack_linears
 from server.engine.plan import Chunk, StepPlan
 from server.engine.prompt_scoring import PromptScorer
@@ -68,7 +76,7 @@ class ModelRunner:
         max_model_len = _max_model_len(settings.max_model_len, config)
         generation = read_generation_config(
             self.model.generation_config if settings.generation_config == "auto" else None,
-            vocab_size=config.vocab_size,
+            vocab_size=self._vocab_size,
             max_model_len=max_model_len,
             eos_token_ids=eos_token_ids,
         )
@@ -90,12 +98,12 @@ class ModelRunner:
             num_layers=self.cache_spec.num_layers,
             num_kv_heads=self.cache_spec.num_kv_heads,
             head_dim=self.cache_spec.head_dim,
-            vocab_size=config.vocab_size,
+            vocab_size=self._vocab_size,
             max_model_len=max_model_len,
             block_size=settings.block_size,
             num_blocks=self.cache.num_blocks,
             eos_token_ids=eos_token_ids,
-            hidden_size=config.hidden_size,
+            hidden_size=config_value(config, "hidden_size"),
             generation_defaults=generation.defaults,
         )
 
@@ -150,20 +158,18 @@ class ModelRunner:
         """Load the model, make its cache, and check that they give what the model gives by itself."""
         self.model, config = _load(settings, self.device)
         self.dtype: torch.dtype = self.model.dtype
-        num_heads = getattr(config, "num_attention_heads", None)
-        if num_heads is None:
-            raise EngineStartError(f"{type(self.model).__name__} cannot be served: it has no attention heads")
         max_model_len = _max_model_len(settings.max_model_len, config)
-        has_experts = any(getattr(config, name, None) for name in EXPERT_COUNTS)
-        check = ExactnessCheck(self.model, config.vocab_size, max_model_len, has_experts=has_experts)
+        has_experts = any(config_value(config, name) for name in EXPERT_COUNTS)
+        check = ExactnessCheck(self.model, config, max_model_len, has_experts=has_experts)
+        self._vocab_size = check.vocab_size
         num_fused = 0
         if can_pack(self.device, self.dtype):
             num_fused = fuse_layers(self.model) if fuses else 0
             pack_linears(self.model)
         self.cache_spec = KVCacheSpec(
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            num_layers=check.shape.num_layers,
+            num_kv_heads=check.shape.num_kv_heads,
+            head_dim=check.shape.head_dim,
             block_size=settings.block_size,
             dtype=self.dtype,
         )
@@ -180,6 +186,7 @@ class ModelRunner:
         self.cache = KVCache(self.cache_spec, num_blocks, self.device)
         num_table_blocks = -(-max_model_len // settings.block_size)
         self._buffers = DecodeBuffers(settings.max_num_seqs, num_table_blocks, self.cache)
+        num_heads = config_value(config, "num_attention_heads") or check.shape.num_kv_heads
         makers = backend_makers(self.device)
         for make in makers:
             try:
@@ -204,13 +211,9 @@ class ModelRunner:
         try:
             bind(self.model, self.backend)
             with torch.inference_mode():
-                check.run(
-                    lambda spans, ids, rows: self._forward(spans, {"input_ids": ids}, rows),
-                    num_blocks=self.cache.num_blocks,
-                    block_size=self.cache_spec.block_size,
-                    num_layers=self.cache_spec.num_layers,
-                    layers=self.backend.layers,
-                )
+                block_size, num_blocks = self.cache_spec.block_size, self.cache.num_blocks
+                check.run(self._forward, num_blocks=num_blocks, block_size=block_size, layers=self.backend.layers)
+                check.run_soft_prompts(self._forward, self.cache)
                 check.run_decodes(self._launch_decodes, [min(2, self._buffers.max_rows)])
                 if isinstance(self.backend, TritonBackend):
                     check_kernels(self.backend, num_heads)
@@ -317,7 +320,9 @@ class ModelRunner:
         kept = self.cache.tensor[:, :, block].clone()
         rows = soft_prompts.rows(chunk.seq.soft_prompt)[position:].to(self.device, self.dtype)
         try:
-            return self._forward([(chunk.block_table, position, 1)], {"inputs_embeds": rows[None]}, [0])
+            # A copy, for some models scale what they are given in place.
+            inputs = {"inputs_embeds": rows[None].clone()}
+            return self._forward([(chunk.block_table, position, 1)], inputs, [0])
         finally:
             self.cache.tensor[:, :, block] = kept
 
@@ -363,16 +368,20 @@ def _device(wanted: str) -> torch.device:
 
 
 def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    model: PreTrainedModel
+    loaded: dict[str, set[str]]
     try:
         config = AutoConfig.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=False)
+        _check_is_causal(config)
         dtype: torch.dtype | str = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
         if dtype == "auto" and device.type == "cpu" and not _is_fast(config.dtype):
             dtype = torch.float32
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             settings.model,
             revision=settings.revision,
             dtype=dtype,
             use_safetensors=True,
+            output_loading_info=True,
             trust_remote_code=False,  # not said, transformers asks on the terminal, and takes a yes
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
@@ -381,11 +390,30 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
         raise EngineStartError(
             f"cannot load the model {settings.model!r}: a weights file is damaged or cut short ({error})"
         ) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers makes up random ones
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise EngineStartError(
+            f"cannot load the model {settings.model!r}: its checkpoint has no weights for {missing[0]}{more}, which "
+            f"{type(model).__name__} needs"
+        )
     if device.type == "cpu" and not _is_fast(model.dtype):
         logger.warning("this CPU has no fast products of %s; --dtype float32 would be faster", model.dtype)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     return model, config.get_text_config(decoder=True)
+
+
+def _check_is_causal(config: PreTrainedConfig) -> None:
+    """Refuse what transformers has no decoder for that reads nothing but its own text.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"transformers has no causal language model of the type {config.model_type!r}")
+    if config.is_encoder_decoder:
+        raise ValueError(f"models of the type {config.model_type!r} have an encoder beside their decoder")
 
 
 def _is_fast(dtype: torch.dtype | None) -> bool:

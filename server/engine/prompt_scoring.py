@@ -76,8 +76,9 @@ class PromptScorer:
                 expected = forward().float()
             got = self._logits(kept[0], range(len(expected))).float()
             self.is_exact = bool((got - expected).abs().max() <= tolerance * expected.std())
-        except Exception:
-            logger.exception("prompt logprobs cannot be computed for this model")
+        except Exception as error:  # whatever keeps a model from being scored, it can generate
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("prompt logprobs cannot be computed for this model: %s", reason)
             self.is_exact = False
 
     def score(

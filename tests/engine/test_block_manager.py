@@ -250,3 +250,40 @@ def test_soft_prompts_found_and_not_found_are_counted() -> None:
     blocks.acquire_run(source(10))  # idle
     assert blocks.acquire_run(source(40, "other")) is None  # neither: it is asked for again
     assert (blocks.stats.run_hits, blocks.stats.run_loads) == (2, 1)
+
+
+def test_blocks_that_were_not_written_are_withdrawn_and_no_others() -> None:
+    blocks = BlockManager(20, 4)
+    text = list(range(13))
+    first, twin, later = sequence(text, name="first"), sequence(text, name="twin"), sequence(text, name="later")
+    blocks.admit(first, None)
+    blocks.admit(twin, None)  # before anything is findable, so it has blocks of its own
+    blocks.register(first, 6)
+    blocks.register(first, 13)
+    blocks.register(twin, 13)
+    blocks.withdraw(twin, 0)  # whose blocks were never the ones that are found
+    blocks.withdraw(first, 6)
+    assert blocks.admit(later, None).num_cached_tokens == 4
+    assert later.block_table[0] == first.block_table[0]
+    blocks.check_integrity([(first, None), (twin, None), (later, None)])
+    blocks.register(first, 13)  # computed after all
+    again = sequence(text, name="again")
+    assert blocks.admit(again, None).num_cached_tokens == 12
+    for seq in (first, twin, later, again):
+        blocks.free(seq)
+    blocks.check_integrity([])
+
+
+def test_withdrawing_behind_a_soft_prompt_counts_its_positions() -> None:
+    blocks = BlockManager(20, 4)
+    soft_prompt = source(6)
+    run = filled_run(blocks, soft_prompt)
+    seq = sequence(list(range(11)), soft_prompt)
+    blocks.admit(seq, run)
+    blocks.register(seq, 17)
+    assert len(seq.block_hashes) == 3
+    blocks.withdraw(seq, 9)
+    assert len(seq.block_hashes) == 1
+    blocks.withdraw(seq, 6)
+    assert seq.block_hashes == []
+    blocks.check_integrity([(seq, run)])

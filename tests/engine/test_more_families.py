@@ -149,9 +149,9 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
         ALL_LAYERS,
     ),
     "gptj": (GPTJConfig(**SMALL, n_embd=48, n_layer=2, n_head=4, rotary_dim=4, n_positions=CONTEXT), ALL_LAYERS),
-    "lfm2": (Lfm2Config(**SMALL, **LFM2), "2 of its 3 layers do not call it"),
-    "mamba": (MambaConfig(**SMALL, hidden_size=48, num_hidden_layers=2), "no attention heads"),
-    "mla": (DeepseekV3Config(**SMALL, **MLA), r"keys and values of \[\(4, 16\), \(4, 12\)\]"),
+    "lfm2": (Lfm2Config(**SMALL, **LFM2), "2 of its 3 layers have no keys and values"),
+    "mamba": (MambaConfig(**SMALL, hidden_size=48, num_hidden_layers=2), "it keeps no keys and values"),
+    "mla": (DeepseekV3Config(**SMALL, **MLA), r"keys are \(1, 16\) and its values \(1, 8\)"),
     "mpt": (MptConfig(**SMALL, d_model=48, n_layers=2, n_heads=4, max_seq_len=CONTEXT), ALL_LAYERS),
 }
 

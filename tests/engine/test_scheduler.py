@@ -276,3 +276,38 @@ def test_deadlines_end_what_has_not_run_and_nothing_else() -> None:
     assert [seq.request_id for seq in scheduler.expire(100.0)] == ["waits longer"]
     scheduler.check_integrity()
     assert scheduler.num_sequences == 3
+
+
+def test_what_is_undone_is_computed_again_from_the_start() -> None:
+    scheduler = make(budget=32)
+    scheduler.add(seq("writer", 9))
+    scheduler.add(seq("reader", 10))
+    plan = scheduler.schedule(0.0)
+    assert [chunk.start for chunk in plan.chunks] == [0, 8]
+    scheduler.undo(plan)
+    for chunk in plan.chunks:
+        scheduler.put_off(chunk.seq)
+    scheduler.check_integrity()
+    plan = scheduler.schedule(0.0)
+    assert [(chunk.seq.request_id, chunk.start) for chunk in plan.chunks] == [("writer", 0), ("reader", 8)]
+    finish_step(scheduler, plan)
+
+
+@pytest.mark.parametrize("is_key_values", [True, False])
+def test_a_soft_prompt_that_was_not_filled_is_given_up_with_all_that_hold_it(is_key_values: bool) -> None:
+    scheduler = make(budget=32)
+    soft_prompt = source(6, "bad", is_key_values=is_key_values)
+    for name in ("a", "b"):
+        scheduler.add(seq(name, 3, soft_prompt=soft_prompt))
+    scheduler.add(seq("bare", 3))
+    plan = scheduler.schedule(0.0)
+    (run,) = scheduler.block_manager.runs.values()
+    holders = scheduler.holders(run)
+    assert [holder.request_id for holder in holders] == ["a", "b"]
+    scheduler.undo(plan)
+    for holder in holders:
+        scheduler.finish(holder, FinishReason.ERROR)
+    assert scheduler.block_manager.runs == {}
+    scheduler.put_off(scheduler.running[0])
+    scheduler.check_integrity()
+    assert [chunk.seq.request_id for chunk in scheduler.schedule(0.0).chunks] == ["bare"]
