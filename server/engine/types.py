@@ -299,7 +299,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         num_layers: Decoder layers with keys and values.
         num_kv_heads: Key/value heads of a layer.
         head_dim: Width of a head.
-        vocab_size: Rows of the logits.
+        vocab_size: Tokens that have an embedding and a logit; token ids are below it.
         max_model_len: Positions of one sequence, virtual tokens included.
         block_size: Positions in a block.
         num_blocks: Blocks of the key/value cache.

@@ -29,7 +29,7 @@ from server.config import EngineSettings
 from server.engine.attention import AttentionCall
 from server.engine.llm_engine import LLMEngine
 from server.errors import EngineStartError
-from tests.engine.families import FAMILIES, NO_TOKENS, UNTIED
+from tests.engine.families import FAMILIES, LESS_COMMON, NO_TOKENS, UNTIED
 from tests.engine.harness import (
     ALL_PEFT_CONFIGS,
     CONTEXT,
@@ -87,9 +87,9 @@ def peft_configs(config: PreTrainedConfig) -> dict[str, Callable[[], PeftConfig]
     return {key: lambda key=key: make(key) for key in SIX_TYPES}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | LESS_COMMON)
 def test_a_mixed_batch_equals_peft(name: str, tmp_path: Path, make_engine: Callable[..., LLMEngine]) -> None:
-    config = FAMILIES[name]()
+    config = (FAMILIES | LESS_COMMON)[name]()
     family, rng = make_family(name, tmp_path, peft_configs(config), config), random.Random(name)
     shared = [rng.randrange(VOCABULARY) for _ in range(14)]
     engine = make_engine(family, **SMALL_BLOCKS)
