@@ -150,7 +150,6 @@ def _try_out(tokenizer: LLTokenizer, trial: Trial, writer: int) -> None:
     """Compile a grammar within limits, in the child."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)  # what Rust says when it cannot go on; the verdict says it in words
-    signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)  # SIGPROF ends the process
     room = _memory()[0] + STACK_BYTES + trial.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -161,6 +160,7 @@ def _try_out(tokenizer: LLTokenizer, trial: Trial, writer: int) -> None:
         # Once without the grammar, so that what the first one touches is not counted.
         LLMatcher(tokenizer, 'start: "a"', log_level=0).compute_bitmask()
         before = _memory()[1]
+        signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)  # SIGPROF ends the process
         try:
             compiled = compile_grammar(tokenizer, trial.lark)
         except GrammarError as error:
