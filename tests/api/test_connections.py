@@ -233,7 +233,7 @@ def test_an_answer_that_nobody_reads_is_given_up(
         {"prompt": ["x" * 50] * 32, "n": 4, "max_tokens": 190, "logprobs": 20, "ignore_eos": True}
     ).encode()
     connection.sendall(HEAD + b"X-Request-ID: stalled\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    eventually(lambda: counted(live, "client_stalled"))
+    eventually(lambda: counted(live, "client_stalled"), 60.0)
     assert logged(caplog, "client_stalled")["request_id"] == "stalled"
     eventually(lambda: live.server._services.admission.num_in_use == 0)
     eventually(lambda: not live.server.server_state.tasks)
