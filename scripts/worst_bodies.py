@@ -28,8 +28,8 @@ from typing import Any
 import httpx
 import psutil
 
-from server.api.json_budget import most_values
-from server.app import PreludeServer, bind, create_app
+from server.api.json_budget import MOST_CONTAINERS, most_values
+from server.app import PreludeServer, bind, create_app, keep_what_is_loaded
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from server.demo.tour import MODEL_DIRECTORY
 
@@ -116,16 +116,18 @@ def serve(board: Path, port: int, store: str) -> None:
     )
     with board.open("r+b") as file, bind(settings.http) as bound:
         server = ProbedServer(create_app(settings), settings)
+        keep_what_is_loaded()
         server.board = mmap.mmap(file.fileno(), 24)
         server.run(sockets=[bound])
 
 
-def values(size: int, most: int) -> Iterator[tuple[str, str]]:
-    """JSON texts of about so many bytes and at most so many values, with what they are."""
+def values(size: int, most: int, most_containers: int) -> Iterator[tuple[str, str]]:
+    """JSON texts of about so many bytes, and at most so many values and lists or objects, with what they are."""
 
     def repeated(item: str, opening: str = "[", closing: str = "]") -> str:
-        own = 1 + sum(map(item.count, ",[{"))
-        return opening + ",".join([item] * min(size // (len(item) + 1), most // own)) + closing
+        own, containers = 1 + sum(map(item.count, ",[{")), max(1, item.count("[") + item.count("{"))
+        count = min(size // (len(item) + 1), most // own, most_containers // containers)
+        return opening + ",".join([item] * count) + closing
 
     yield "a long string", '"' + "x" * size + '"'
     yield "a string of many words", '"' + "ab, " * (size // 4) + '"'
@@ -159,10 +161,13 @@ def values(size: int, most: int) -> Iterator[tuple[str, str]]:
         "a list of tools",
         "[" + ",".join(tool % index for index in range(min(128, size // len(tool), max(1, most // 20_000)))) + "]",
     )
-    yield "an object of numbers", "{" + ",".join(f'"{index}":1' for index in range(min(size // 11, most))) + "}"
+    yield (
+        "an object of numbers",
+        "{" + ",".join(f'"{index}":1' for index in range(min(size // 11, most, 2 * most_containers))) + "}",
+    )
     yield (
         "an object of objects",
-        "{" + ",".join(f'"k{index}":{{}}' for index in range(min(size // 13, most // 2))) + "}",
+        "{" + ",".join(f'"k{index}":{{}}' for index in range(min(size // 13, most_containers))) + "}",
     )
     yield "the same key again and again", repeated('"a":1', "{", "}")
     yield "a deep list", "[" * (size // 2) + "]" * (size // 2)
@@ -197,8 +202,8 @@ def bodies(document: dict[str, Any], path: str, size: int) -> Iterator[tuple[str
     """Every body for a route, with what it is."""
     content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     paths = dict.fromkeys(fields(document, content["schema"]))
-    known = dict(values(size, 10**9))
-    for what, value in values(size, most_values(path) - 100):
+    known = dict(values(size, 10**9, 10**9))
+    for what, value in values(size, most_values(path) - 100, MOST_CONTAINERS - 100):
         if value != known[what]:
             known[f"{what}, as many values as are taken"] = value
     for what, value in known.items():
