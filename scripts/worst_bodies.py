@@ -28,7 +28,8 @@ from typing import Any
 import httpx
 import psutil
 
-from server.app import PreludeServer, bind, create_app
+from server.api.json_budget import MOST_CONTAINERS, most_values
+from server.app import PreludeServer, bind, create_app, keep_what_is_loaded
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from server.demo.tour import MODEL_DIRECTORY
 
@@ -100,8 +101,8 @@ class ProbedServer(PreludeServer):
             cpu, wall = time.thread_time(), time.perf_counter()
             await asyncio.sleep(PROBE_SECONDS)
             held = (time.thread_time() - cpu, time.perf_counter() - wall - PROBE_SECONDS)
-            known = struct.unpack("dd", self.board[:16])
-            self.board[:16] = struct.pack("dd", *map(max, held, known))
+            *known, looks = struct.unpack("ddd", self.board[:24])
+            self.board[:24] = struct.pack("ddd", *map(max, held, known), looks + 1)
 
 
 def serve(board: Path, port: int, store: str) -> None:
@@ -115,15 +116,18 @@ def serve(board: Path, port: int, store: str) -> None:
     )
     with board.open("r+b") as file, bind(settings.http) as bound:
         server = ProbedServer(create_app(settings), settings)
-        server.board = mmap.mmap(file.fileno(), 16)
+        keep_what_is_loaded()
+        server.board = mmap.mmap(file.fileno(), 24)
         server.run(sockets=[bound])
 
 
-def values(size: int) -> Iterator[tuple[str, str]]:
-    """JSON texts of about so many bytes, with what they are."""
+def values(size: int, most: int, most_containers: int) -> Iterator[tuple[str, str]]:
+    """JSON texts of about so many bytes, and at most so many values and lists or objects, with what they are."""
 
     def repeated(item: str, opening: str = "[", closing: str = "]") -> str:
-        return opening + ",".join([item] * (size // (len(item) + 1))) + closing
+        own, containers = 1 + sum(map(item.count, ",[{")), max(1, item.count("[") + item.count("{"))
+        count = min(size // (len(item) + 1), most // own, most_containers // containers)
+        return opening + ",".join([item] * count) + closing
 
     yield "a long string", '"' + "x" * size + '"'
     yield "a string of many words", '"' + "ab, " * (size // 4) + '"'
@@ -153,9 +157,18 @@ def values(size: int) -> Iterator[tuple[str, str]]:
         repeated('{"role":"assistant","tool_calls":[' + ",".join([call] * 128) + "]}"),
     )
     tool = '{"type":"function","function":{"name":"f%d","parameters":{"a":[' + ",".join(["{}"] * 20_000) + "]}}}"
-    yield "a list of tools", "[" + ",".join(tool % index for index in range(min(128, size // len(tool)))) + "]"
-    yield "an object of numbers", "{" + ",".join(f'"{index}":1' for index in range(size // 11)) + "}"
-    yield "an object of objects", "{" + ",".join(f'"k{index}":{{}}' for index in range(size // 13)) + "}"
+    yield (
+        "a list of tools",
+        "[" + ",".join(tool % index for index in range(min(128, size // len(tool), max(1, most // 20_000)))) + "]",
+    )
+    yield (
+        "an object of numbers",
+        "{" + ",".join(f'"{index}":1' for index in range(min(size // 11, most, 2 * most_containers))) + "}",
+    )
+    yield (
+        "an object of objects",
+        "{" + ",".join(f'"k{index}":{{}}' for index in range(min(size // 13, most_containers))) + "}",
+    )
     yield "the same key again and again", repeated('"a":1', "{", "}")
     yield "a deep list", "[" * (size // 2) + "]" * (size // 2)
     yield "a nest of 900 objects, wide below", '{"a":' * 900 + repeated("1") + "}" * 900
@@ -189,8 +202,11 @@ def bodies(document: dict[str, Any], path: str, size: int) -> Iterator[tuple[str
     """Every body for a route, with what it is."""
     content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     paths = dict.fromkeys(fields(document, content["schema"]))
-    known = list(values(size))
-    for what, value in known:
+    known = dict(values(size, 10**9, 10**9))
+    for what, value in values(size, most_values(path) - 100, MOST_CONTAINERS - 100):
+        if value != known[what]:
+            known[f"{what}, as many values as are taken"] = value
+    for what, value in known.items():
         yield f"the body is {what}", value
     for found in [("unknown",), *paths]:
         base = dict(BASES[path])
@@ -199,8 +215,8 @@ def bodies(document: dict[str, Any], path: str, size: int) -> Iterator[tuple[str
             marker = [marker] if name == "[]" else {**_beside(name), name: marker}
         base[found[0]] = marker
         before, _, after = json.dumps(base).partition('"@@"')
-        for what, value in known:
-            if len(found) == 1 or what in NESTED:
+        for what, value in known.items():
+            if len(found) == 1 or what.partition(", as many")[0] in NESTED:
                 yield f"`{'.'.join(found)}` is {what}", before + value + after
 
 
@@ -220,10 +236,12 @@ def measure(client: httpx.Client, process: psutil.Process, board: mmap.mmap, pat
     data = body.encode()
     Path(f"/proc/{process.pid}/clear_refs").write_text("5")
     before, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
-    board[:16] = struct.pack("dd", 0.0, 0.0)
+    board[:24] = bytes(24)
     response = client.post(path, content=data, headers={"content-type": "application/json"})
-    time.sleep(3 * PROBE_SECONDS)
-    held_cpu, held_wall = struct.unpack("dd", board[:16])
+    board[16:24] = bytes(8)
+    while struct.unpack("d", board[16:24])[0] < 2:  # a look that began after the answer has ended
+        time.sleep(PROBE_SECONDS)
+    held_cpu, held_wall, _ = struct.unpack("ddd", board[:24])
     status = Path(f"/proc/{process.pid}/status").read_text()
     peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
     spent = sum(process.cpu_times()[:2]) - cpu
@@ -245,7 +263,7 @@ def run(paths: list[str], size: int, seconds: float, only: list[str]) -> list[Co
         try:
             with (
                 board_path.open("r+b") as file,
-                mmap.mmap(file.fileno(), 16) as board,
+                mmap.mmap(file.fileno(), 24) as board,
                 httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
             ):
                 _wait_until_ready(client, server)

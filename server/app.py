@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import resource
 import signal
@@ -291,11 +292,18 @@ def run(settings: Settings) -> None:
     _allow_open_files(settings.http.max_connections)
     with closing(bind(settings.http)) as bound:
         app = create_app(settings)
+        keep_what_is_loaded()
         logger.info("loading %s; %s answers meanwhile", settings.engine.model, url_of(bound))
         PreludeServer(app, settings).run(sockets=[bound])
     failure = lifecycle_of(app).failure
     if failure is not None:
         raise failure
+
+
+def keep_what_is_loaded() -> None:
+    """Let the garbage collector pass over what is there now: it stays, and to look at it holds the event loop."""
+    gc.collect()
+    gc.freeze()
 
 
 def _allow_open_files(max_connections: int) -> None:

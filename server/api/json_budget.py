@@ -15,6 +15,12 @@ MOST_TOKENS = 300_000
 MOST_VALUES = 65_536
 """Values of any other body."""
 
+MOST_CONTAINERS = 32_768
+"""Lists and objects among them: each costs as much as many numbers, and the garbage collector's time."""
+
+MOST_MEMBERS = 65_536
+"""Fields of all objects."""
+
 TOKEN_PATHS = frozenset({"/v1/completions", "/v1/classify", "/detokenize"})
 
 
@@ -38,6 +44,21 @@ def num_values(body: bytes, most: int) -> int:
     return min(_num_openings(b"".join(rest.split(b'"')[::2])), most) + 1
 
 
+def is_over(body: bytes, most: int) -> bool:
+    """Whether a JSON text has more values, lists and objects, or fields of objects than a body may have."""
+    if _is_small(body, most):
+        return False
+    rest = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if rest.count(b'"') // 2 > 2 * most:
+        return True
+    return not _is_small(b"".join(rest.split(b'"')[::2]), most)
+
+
+def _is_small(text: bytes, most: int) -> bool:
+    containers = text.count(b"[") + text.count(b"{")
+    return containers <= MOST_CONTAINERS and containers + text.count(b",") < most and text.count(b":") <= MOST_MEMBERS
+
+
 def _num_openings(text: bytes) -> int:
     return text.count(b",") + text.count(b"[") + text.count(b"{")
 
@@ -59,22 +80,22 @@ class JsonBudgetMiddleware:
             return
         most = most_values(scope["path"])
         pieces: list[bytes] = []
-        num_openings = 0
         is_whole = False
 
         async def counted_receive() -> Message:
-            nonlocal num_openings, is_whole
+            nonlocal is_whole
             message = await receive()
             if is_whole or message["type"] != "http.request":
                 return message
             pieces.append(message.get("body", b""))
-            num_openings += _num_openings(pieces[-1])
             is_whole = not message.get("more_body", False)
-            if is_whole and num_openings >= most and num_values(b"".join(pieces), most) > most:
-                raise HTTPException(
-                    413, f"the body has more than {most} JSON values; send several requests, or texts"
-                )
             if is_whole:
+                if is_over(b"".join(pieces), most):
+                    raise HTTPException(
+                        413,
+                        f"the body has more than {most} JSON values, {MOST_CONTAINERS} lists and objects or "
+                        f"{MOST_MEMBERS} fields; send several requests, or texts",
+                    )
                 pieces.clear()
             return message
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.json_budget import MOST_TOKENS, MOST_VALUES, num_values
+from server.api.json_budget import MOST_CONTAINERS, MOST_MEMBERS, MOST_TOKENS, MOST_VALUES, is_over, num_values
 
 pytestmark = pytest.mark.anyio
 
@@ -112,6 +112,9 @@ async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(serve_la
         b"[" + b"1," * most + b"1]",
         b'{"x": [' + b"{}," * most + b"1]}",
         b'{"x": {' + b'"a":"",' * most + b'"b":1}}',
+        b"[" + b"[]," * MOST_CONTAINERS + b"1]",
+        b'{"":[],' * (MOST_CONTAINERS // 2 + 1) + b'"":1' + b"}" * (MOST_CONTAINERS // 2 + 1),
+        b"{" + b'"a":1,' * MOST_MEMBERS + b'"b":1}',
         b'{"x": [' + b'"\\",",' * (most // 2) + b"[],[],1" + b",[]" * (most // 2) + b"]}",
     ):
         with monkeypatch.context() as patch:
@@ -120,7 +123,7 @@ async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(serve_la
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (413, "payload_too_large"), content[:20]
         assert f"more than {most} JSON values" in error["message"]
-    text = "a,b[{" * 100_000  # commas within a text are no values
+    text = "a,b[{:" * 100_000  # commas within a text are no values
     response = await serve_large.post(
         path, json={"prompt": 5, "tokens": "x", "user": text, "note": '"' + text + "\\"}
     )
@@ -150,6 +153,13 @@ def test_values_are_counted_in_the_bytes(value, most, ascii_only):
     assert large >= count_values(value)
     if not any(character in body for character in b'"'):
         assert large <= 2 * count_values(value)
+
+
+@given(value=JSON_VALUES, most=st.integers(1, 40), ascii_only=st.booleans())
+def test_what_is_taken_has_no_more_values(value, most, ascii_only):
+    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+    assert is_over(body, most) or count_values(value) <= most
+    assert not is_over(body, 10**6)
 
 
 def test_commas_of_a_text_are_not_counted():
