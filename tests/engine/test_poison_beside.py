@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scripts import soak_poison
@@ -167,17 +167,12 @@ def test_healthy_logits_are_the_same_beside_poison_and_after_it(
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # as the interpreter finds maxima
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 16), ("float32", 5), ("bfloat16", 16)])
-@settings(
-    max_examples=3,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # the interpreter is slow
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(batch=batches())
-def test_healthy_logits_are_the_same_over_triton_s_kernels(
-    dtype: str, block_size: int, runners: Runners, batch: dict[str, Any]
-) -> None:
-    check(runners("llama", "triton", dtype, block_size), batch)
+@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 5), ("bfloat16", 16)])
+def test_healthy_logits_are_the_same_over_triton_s_kernels(dtype: str, block_size: int, runners: Runners) -> None:
+    runner = runners("llama", "triton", dtype, block_size)
+    seqs = [("healthy", 9, 1), ("keys", 17, 1), ("healthy", 0, 5), ("rows", 2, 4)]  # few: the interpreter is slow
+    for poison in (math.nan, 3e38):
+        check(runner, {"seqs": seqs, "poison": poison, "seed": 1})
 
 
 @pytest.mark.parametrize(("backend", "block_size"), [("compiled", 16), ("torch", 5)])
