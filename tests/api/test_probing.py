@@ -11,7 +11,8 @@ import pytest
 
 from server.api.probing import MAX_TASKS, NEW_TOKENS, PROBE_TEXT
 from server.errors import EngineDeadError, NotFiniteError, RequestFailedError, WaitTimeoutError
-from tests.api.conftest import BOS, CONTEXT
+from tests.api.byte_tokenizer import BOS
+from tests.api.conftest import CONTEXT
 
 pytestmark = pytest.mark.anyio
 

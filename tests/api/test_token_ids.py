@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from server.api.token_ids import check_token_ids
 from server.errors import InvalidRequestError
-from tests.api.conftest import BASE, ByteTokenizer, FakeEngine
+from tests.api.byte_tokenizer import ByteTokenizer
+from tests.api.conftest import BASE, FakeEngine
 
 pytestmark = pytest.mark.anyio
 
