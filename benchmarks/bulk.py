@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.server import serving
-from server.bulk.sending import Pace
+from server.client.bulk.sending import Pace
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 
 FLAGS = ["--no-enable-prefix-caching", "--allow-other-base"]

@@ -29,9 +29,9 @@ import numpy as np
 import sqlalchemy as sa
 from safetensors.numpy import save
 
-from prompt_store.database import Database
+from prompt_store.catalog.database import Database
+from prompt_store.catalog.schema import aliases, blobs, prompts, tags, version_files, versions
 from prompt_store.opening import open_store
-from prompt_store.schema import aliases, blobs, prompts, tags, version_files, versions
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec, PromptRef
 

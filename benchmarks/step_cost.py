@@ -27,10 +27,10 @@ from torch import nn
 from benchmarks.ways import default_dtype, machine
 from benchmarks.workload import HIDDEN_SIZE, VOCABULARY, build_model, build_soft_prompts, soft_prompt_source
 from server.config import EngineSettings
-from server.engine import packed_linear
+from server.engine.cpu import packed_linear
+from server.engine.cpu.packed_linear import PackedLinear
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.packed_linear import PackedLinear
 from server.engine.types import SamplingParams, SoftPromptSource
 
 STEPS = 12

@@ -24,8 +24,8 @@ from benchmarks.server import build_served_model, serving, soft_prompt_files
 from benchmarks.ways import default_dtype, machine
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE
 from server.config import EngineSettings
-from server.engine.async_engine import AsyncEngine
 from server.engine.interface import GenerateRequest
+from server.engine.process.async_engine import AsyncEngine
 from server.engine.types import SamplingParams, SoftPromptSource
 
 NUM_PROMPTS = 16

@@ -28,7 +28,7 @@ from server.config import EngineSettings
 from server.engine.constraints import Constraint, ConstraintKind
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.structured import GrammarCompiler, TokenMasks, load_tokenizer
+from server.engine.sampling.grammars import GrammarCompiler, TokenMasks, load_tokenizer
 from server.engine.types import SamplingParams
 
 SCHEMA = {

@@ -17,9 +17,9 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.workload import Text
+from server.engine.cpu.packed_linear import has_fast_bfloat16
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.packed_linear import has_fast_bfloat16
 from server.engine.types import SamplingParams, SoftPromptSource
 
 Way = Callable[[], tuple[int, float]]

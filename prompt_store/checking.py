@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prompt_store.blobs.staging import Upload
+from prompt_store.blobs.stored_files import disk_errors, version_digest
 from prompt_store.errors import Fault, InvalidPromptError
-from prompt_store.staging import Upload
-from prompt_store.stored_files import disk_errors, version_digest
+from prompt_store.files.validation import validate
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, SoftPrompt, StoredFile, TaskType
-from prompt_store.validation import validate
 
 
 @dataclass(frozen=True, slots=True)

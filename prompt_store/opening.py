@@ -10,12 +10,12 @@ from typing import IO
 
 import sqlalchemy as sa
 
-from prompt_store.blobs import BlobDirectory, BlobStore
-from prompt_store.catalog import Catalog
-from prompt_store.database import Database, read_url
+from prompt_store.blobs.blobs import BlobDirectory, BlobStore
+from prompt_store.blobs.object_store import ObjectBlobs
+from prompt_store.blobs.staging import Staging
+from prompt_store.catalog.catalog import Catalog
+from prompt_store.catalog.database import Database, read_url
 from prompt_store.errors import PromptStoreError
-from prompt_store.object_store import ObjectBlobs
-from prompt_store.staging import Staging
 from prompt_store.store import PromptStore
 
 DEFAULT_CACHE_BYTES = 10 * 1024**3

@@ -9,10 +9,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from prompt_store.blobs import BlobStore, TierStats
-from prompt_store.catalog import BlobsGoneError, Catalog
+from prompt_store.blobs.blobs import BlobStore, TierStats
+from prompt_store.blobs.collector import Collector
+from prompt_store.blobs.staging import Staging, Upload
+from prompt_store.blobs.stored_files import disk_errors, weights_of
+from prompt_store.catalog.catalog import BlobsGoneError, Catalog
+from prompt_store.catalog.records import NewVersion
+from prompt_store.catalog.resolve_cache import ResolveCache
+from prompt_store.catalog.watch import CatalogStatus, CatalogWatch
 from prompt_store.checking import CheckedUpload, check_upload
-from prompt_store.collector import Collector
 from prompt_store.errors import (
     BlobNotFoundError,
     CorruptBlobError,
@@ -20,10 +25,6 @@ from prompt_store.errors import (
     PromptNotFoundError,
     StoreUnavailableError,
 )
-from prompt_store.records import NewVersion
-from prompt_store.resolve_cache import ResolveCache
-from prompt_store.staging import Staging, Upload
-from prompt_store.stored_files import disk_errors, weights_of
 from prompt_store.types import (
     DEFAULT_ALIAS,
     SHARED,
@@ -39,7 +40,6 @@ from prompt_store.types import (
     TaskType,
     check_name,
 )
-from prompt_store.watch import CatalogStatus, CatalogWatch
 
 _MAX_REFRESHED = 1000
 

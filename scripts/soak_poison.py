@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from prompt_store.types import ROWS_TENSOR, WEIGHTS_FILE
 from server.config import EngineSettings
 from server.demo.tour import MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
-from server.engine import model_runner
-from server.engine.attention import SDPABackend
+from server.engine.attention.backend import SDPABackend
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
+from server.engine.model import model_runner
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 
 TASKS = ("sentiment", "intent", "extract")

@@ -15,10 +15,10 @@ import time
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from server.engine.block_manager import BlockManager
-from server.engine.plan import Chunk, StepPlan
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.plan import Chunk, StepPlan
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 
 NUM_PROMPTS = 7

@@ -24,25 +24,27 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from prompt_store.base_names import hub_id
 from prompt_store.errors import PromptStoreError, StoreUnavailableError
+from prompt_store.files.base_names import hub_id
 from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import StoreTotals
 from server import tokenizer as base_tokenizer
-from server.api import classify, inspection, models, openai, ops, prompts, tokenization
-from server.api.access import OPEN_PATHS
+from server.api import ops
 from server.api.admission import Admission
-from server.api.auth import ApiKeys, KeyReloader, is_loopback, load_keys
-from server.api.connections import ConnectionLimits, LimitedProtocol, limited
-from server.api.deps import Lifecycle, Phase, Services, Tokenizer, get_services
+from server.api.classification import routes as classify
 from server.api.early_refusal import AdmissionMiddleware
-from server.api.entry import LimitsMiddleware
 from server.api.errors import describe
+from server.api.generation import routes as openai
 from server.api.http.answers import PROTECTIVE_HEADERS, ExpectMiddleware
+from server.api.http.connections import ConnectionLimits, LimitedProtocol, limited
 from server.api.http.hosts import HostMiddleware, Hosts
 from server.api.http.origins import CorsMiddleware, CrossOriginMiddleware, Origins
+from server.api.http.refusal_log import Refusal, RefusalLog
+from server.api.inference.entry import LimitsMiddleware
+from server.api.inference.request_record import log_request, record_of
 from server.api.json_budget import JsonBudgetMiddleware
+from server.api.keys.keys import ApiKeys, KeyReloader, is_loopback, load_keys
 from server.api.middleware import (
     ApiKeyMiddleware,
     BodyLimitMiddleware,
@@ -50,14 +52,17 @@ from server.api.middleware import (
     RequestIdMiddleware,
 )
 from server.api.openapi import describe_api
-from server.api.pin_budget import PinBudget
-from server.api.refusal_log import Refusal, RefusalLog
-from server.api.request_record import log_request, record_of
-from server.api.store_threads import StoreThreads
-from server.api.warming import Warmer
+from server.api.operations import OPEN_PATHS
+from server.api.prompts import inspection, models
+from server.api.prompts import routes as prompts
+from server.api.services import Lifecycle, Phase, Services, Tokenizer, get_services
+from server.api.soft_prompts.async_store import StoreThreads
+from server.api.soft_prompts.pin_budget import PinBudget
+from server.api.soft_prompts.warming import Warmer
+from server.api.tokenization import routes as tokenization
 from server.config import HttpSettings, Settings, StoreSettings
-from server.engine.async_engine import AsyncEngine
 from server.engine.interface import Engine
+from server.engine.process.async_engine import AsyncEngine
 from server.errors import ConfigurationError, EngineStartError, ServerError
 from server.metrics import Metrics, StoreState
 from server.model_source import locate

@@ -19,8 +19,10 @@ from rich.console import Console
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
-from server import commands, logs
-from server.bulk import command as bulk
+from server import logs
+from server.client import commands
+from server.client.bulk import command as bulk
+from server.client.evaluation import command as evaluation
 from server.config import (
     Device,
     DType,
@@ -32,7 +34,6 @@ from server.config import (
     StoreSettings,
 )
 from server.errors import ServerError
-from server.evaluation import command as evaluation
 from server.training import command as training
 
 app = typer.Typer(
@@ -369,7 +370,7 @@ def key(
 ) -> None:
     """Make a random API key: its hash for a key file on standard output, the key alone on standard error."""
     # Not at the top: starlette takes time that the client commands need not wait.
-    from server.api.key_file import describe_key, new_key  # noqa: PLC0415
+    from server.api.keys.key_file import describe_key, new_key  # noqa: PLC0415
 
     secret, digest = new_key()
     with _errors_on_one_line():

@@ -13,9 +13,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from prompt_store.blobs import TierStats
+from prompt_store.blobs.blobs import TierStats
 from prompt_store.types import StoreTotals
-from server.engine.distributions import (
+from server.engine.stats import (
     BATCH_SIZE_BOUNDS,
     BATCH_TOKENS_BOUNDS,
     DISTINCT_PROMPTS_BOUNDS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from server.api.request_record import RequestRecord
+from server.api.inference.request_record import RequestRecord
 from server.errors import ConfigurationError
 
 try:

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from server import app as server_app
 from server.cli import FLAGS, app
-from server.client import server_url
-from server.commands import ExitStatus
+from server.client.commands import ExitStatus
+from server.client.http import server_url
 from server.errors import EngineStartError
 
 runner = CliRunner()

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
 from server.cli import FLAGS, app
-from server.commands import ExitStatus
+from server.client.commands import ExitStatus
 from tests.test_metrics import make_used
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server import logs
-from server.api.request_record import MAX_LOGGED_CHARS, RequestRecord, log_request, logged_input
+from server.api.inference.request_record import MAX_LOGGED_CHARS, RequestRecord, log_request, logged_input
 from server.cli import app
 from tests.serving import BASE, adapter, serving, upload
 

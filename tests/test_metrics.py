@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from prompt_store.blobs import TierStats
+from prompt_store.blobs.blobs import TierStats
 from prompt_store.types import StoreTotals
-from server.engine.distributions import BATCH_SIZE_BOUNDS
+from server.engine.stats import BATCH_SIZE_BOUNDS
 from server.engine.types import EngineStats, HostTierStats
 from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreState
 from tests.docker.tools import run

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server import peft_directory
 from server.cli import app
-from server.peft_directory import what_is_wrong
+from server.client import peft_directory
+from server.client.peft_directory import what_is_wrong
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -112,7 +112,7 @@ def test_push_of_a_file_is_a_usage_error(tmp_path, name, words):
 
 
 def test_a_directory_that_goes_away_meanwhile(tmp_path, monkeypatch):
-    monkeypatch.setattr("server.client.what_is_wrong", lambda path: list(Path(path / "gone").iterdir()))
+    monkeypatch.setattr("server.client.http.what_is_wrong", lambda path: list(Path(path / "gone").iterdir()))
     result = CliRunner().invoke(app, ["push", str(tmp_path), "--id", "x"])
     assert result.exit_code == 1
     assert "gone: No such file" in result.stderr

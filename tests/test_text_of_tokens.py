@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from server.api.logprobs import ScoredToken, TokenScorer, completion_logprobs
+from server.api.inference.logprobs import ScoredToken, TokenScorer, completion_logprobs
 from server.engine.detokenizer import REPLACEMENT, IncrementalDetokenizer, common_length, decided_length
 from server.engine.types import Logprobs
 from server.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from server import tracing
-from server.api.request_record import RequestRecord
+from server.api.inference.request_record import RequestRecord
 from server.errors import ConfigurationError
 from server.tracing import RequestTracer
 

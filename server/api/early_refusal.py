@@ -6,11 +6,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.callers import caller_of
-from server.api.deps import Services
 from server.api.errors import describe
-from server.api.generation import shorter
-from server.api.request_record import OPERATIONS, begin_record
+from server.api.generation.call import shorter
+from server.api.inference.request_record import OPERATIONS, begin_record
+from server.api.keys.callers import caller_of
+from server.api.services import Services
 from server.errors import OverloadedError, WaitTimeoutError
 
 

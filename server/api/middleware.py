@@ -12,12 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.access import OPEN_PATHS, check_access, takes_tokens
-from server.api.auth import ApiKeys
-from server.api.callers import Caller
 from server.api.errors import describe
-from server.api.multipart import discard_rest
-from server.api.request_record import RequestRecord
+from server.api.http.multipart import discard_rest
+from server.api.inference.request_record import RequestRecord
+from server.api.keys.callers import Caller
+from server.api.keys.keys import ApiKeys
+from server.api.operations import OPEN_PATHS, check_access, takes_tokens
 from server.errors import ServerError
 from server.metrics import Metrics
 

@@ -8,10 +8,10 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.api.access import OPEN_PATHS
-from server.api.classify import ClassifyReply
+from server.api.classification.routes import ClassifyReply
+from server.api.inference.responses import ChatCompletion, ChatCompletionChunk, Completion
 from server.api.openapi_fields import FIELDS, PARAMETERS
-from server.api.responses import ChatCompletion, ChatCompletionChunk, Completion
+from server.api.operations import OPEN_PATHS
 
 _REF = "#/components/schemas/{name}"
 

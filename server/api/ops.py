@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.deps import ServicesDep
+from server.api.services import ServicesDep
 
 router = APIRouter(tags=["operations"])
 

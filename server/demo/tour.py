@@ -22,9 +22,9 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from server.api.key_file import new_key
+from server.api.keys.key_file import new_key
 from server.app import PreludeServer, bind, create_app, lifecycle_of, url_of
-from server.client import ClientError, PreludeClient
+from server.client.http import ClientError, PreludeClient
 from server.config import Settings
 from server.errors import ConfigurationError
 

@@ -8,26 +8,26 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from math import isfinite
 
 from server.config import EngineSettings
-from server.engine.block_manager import BlockManager
 from server.engine.device_faults import is_device_fault
-from server.engine.distributions import (
+from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
+from server.engine.model.inspection import Inspector
+from server.engine.model.model_runner import ModelRunner
+from server.engine.model.soft_prompts import SoftPromptLoader
+from server.engine.sampling.grammar_check import NO_WAY_ON
+from server.engine.sampling.grammars import TOO_MANY_SLOW, GrammarCompiler, TooManyGrammarsError, load_tokenizer
+from server.engine.sampling.sampler import NO_TOKEN, NOT_FINITE
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.pending import PendingSequences
+from server.engine.scheduling.plan import StepPlan
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.step_parts import retry_in_parts
+from server.engine.stats import (
     BATCH_SIZE_BOUNDS,
     BATCH_TOKENS_BOUNDS,
     DISTINCT_PROMPTS_BOUNDS,
     STEP_SECONDS_BOUNDS,
 )
-from server.engine.grammar_check import NO_WAY_ON
-from server.engine.inspection import Inspector
-from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
-from server.engine.model_runner import ModelRunner
-from server.engine.pending import PendingSequences
-from server.engine.plan import StepPlan
-from server.engine.sampler import NO_TOKEN, NOT_FINITE
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.soft_prompts import SoftPromptLoader
-from server.engine.step_parts import retry_in_parts
-from server.engine.structured import TOO_MANY_SLOW, GrammarCompiler, TooManyGrammarsError, load_tokenizer
 from server.engine.types import EngineStats, FinishReason, Logprobs, ModelInfo, StepOutput, TokenOutput
 from server.errors import EngineStartError
 

@@ -8,14 +8,14 @@ from functools import partial
 import msgspec
 
 from server.engine.constraints import Constraint
-from server.engine.distributions import (
+from server.engine.generation_defaults import GenerationDefaults
+from server.engine.stats import (
     BATCH_SIZE_BOUNDS,
     BATCH_TOKENS_BOUNDS,
     DISTINCT_PROMPTS_BOUNDS,
     STEP_SECONDS_BOUNDS,
     Distribution,
 )
-from server.engine.generation_defaults import GenerationDefaults
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """The most and the least urgent priority."""

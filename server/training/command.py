@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prompt_store.types import check_name
-from server import tables
-from server.client import ClientError
-from server.commands import DEFAULT_URL, EXIT_CODES, ApiKey, ExitStatus, Json, Url, status_of
+from server.client import tables
+from server.client.commands import DEFAULT_URL, EXIT_CODES, ApiKey, ExitStatus, Json, Url, status_of
+from server.client.http import ClientError
 from server.datasets import DatasetError
 from server.errors import ServerError
 from server.training.errors import GoldenCheckError, RunDirectoryError, SettingsError

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from prompt_store.types import check_name
-from server.client import ClientError, PreludeClient
+from server.client.http import ClientError, PreludeClient
 from server.datasets import Conversation, Example
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from server import demo
-from server.client import PreludeClient
+from server.client.http import PreludeClient
 from server.errors import ConfigurationError
 from server.model_source import locate
 from server.training.corpus import Corpus, load_corpus, opening_of_data, opening_text

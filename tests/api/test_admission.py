@@ -14,8 +14,8 @@ from fastapi import FastAPI
 
 from server.api.admission import LATEST_SECONDS, SOONEST_SECONDS, Admission
 from server.api.early_refusal import AdmissionMiddleware
+from server.api.inference.request_record import MAX_MODEL_CHARS, RequestRecord
 from server.api.middleware import RequestIdMiddleware
-from server.api.request_record import MAX_MODEL_CHARS, RequestRecord
 from server.errors import OverloadedError, WaitTimeoutError
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server.bulk.command import parse_labels
-from server.bulk.rows import read_rows
 from server.cli import app as cli
+from server.client.bulk.command import parse_labels
+from server.client.bulk.rows import read_rows
 from server.errors import RequestFailedError
 
 
@@ -176,7 +176,9 @@ def test_a_new_beginning_that_cannot_begin_leaves_the_old_output(bulk, tmp_path)
 
 
 def test_an_input_that_shrinks_meanwhile_is_told(bulk, monkeypatch):
-    monkeypatch.setattr("server.bulk.job.read_rows", lambda path, *, skip: iter(list(read_rows(path, skip=skip))[:1]))
+    monkeypatch.setattr(
+        "server.client.bulk.job.read_rows", lambda path, *, skip: iter(list(read_rows(path, skip=skip))[:1])
+    )
     result, written = bulk([{"prompt": "a"}, {"prompt": "b"}])
     assert result.exit_code == 4
     assert "in.jsonl had 2 rows and was changed meanwhile" in result.stderr
@@ -203,7 +205,7 @@ def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk):
 
 
 def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
-    monkeypatch.setattr("server.bulk.sending._BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("server.client.bulk.sending._BACKOFF_SECONDS", 0.001)
     engine.failure = RequestFailedError("the row is cursed")
     result, written = bulk([{"prompt": "a"}])
     assert result.exit_code == 4

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from server.api.classification import MAX_LABEL_TOKENS
-from server.api.classify import MAX_LABELS, head_label_names
+from server.api.classification.classification import MAX_LABEL_TOKENS
+from server.api.classification.routes import MAX_LABELS, head_label_names
 from server.errors import EngineDeadError, RequestFailedError
 from tests.api.byte_tokenizer import BOS
 from tests.api.conftest import BASE, WIDTH

@@ -11,10 +11,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server import client as http_client
-from server import commands, tables
 from server.cli import app as cli
-from server.client import ClientError, PreludeClient
+from server.client import commands, tables
+from server.client import http as http_client
+from server.client.http import ClientError, PreludeClient
 from server.errors import EngineDeadError, OverloadedError, RequestFailedError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.api.closed_schemas import closed
+from server.api.structured.closed_schemas import closed
 
 A = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 B = {"type": "object", "properties": {"b": {"type": "string"}}}

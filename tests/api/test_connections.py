@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from server import app as server_app
-from server.api.connections import MAX_HEADERS, MAX_PIPELINED
+from server.api.http.connections import MAX_HEADERS, MAX_PIPELINED
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -98,7 +98,7 @@ def test_heads_that_are_not_taken(
 ) -> None:
     live = serve(max_head_bytes=2048)
     connection = connect(live)
-    with caplog.at_level(logging.INFO, "server.api.refusal_log"):
+    with caplog.at_level(logging.INFO, "server.api.http.refusal_log"):
         connection.sendall(sent)
         answer = everything(connection)
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
@@ -128,7 +128,7 @@ def test_a_head_that_comes_a_byte_at_a_time_is_too_late_and_so_is_none(
 def test_a_connection_that_asks_nothing_is_logged_without_a_status(
     serve: Any, connect: Callable[..., socket.socket], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "server.api.refusal_log")
+    caplog.set_level(logging.INFO, "server.api.http.refusal_log")
     assert everything(connect(serve(head_timeout=0.2))) == b""
     assert logged(caplog, "request_timeout") == {
         "error": "request_timeout",
@@ -225,7 +225,7 @@ def test_an_answer_that_nobody_reads_is_given_up(
     eventually: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "server.api.refusal_log")
+    caplog.set_level(logging.INFO, "server.api.http.refusal_log")
     live = serve(stall_timeout=0.5, max_waiting=1000)
     engine.reply = "x" * 200
     connection = connect(live, buffer=4096)
@@ -334,7 +334,7 @@ def test_no_more_requests_wait_on_one_connection_than_it_may_have(
     patient, greedy = connect(live), connect(live)
     patient.sendall(first + following * MAX_PIPELINED)
     eventually(lambda: engine.in_flight == 1)
-    with caplog.at_level(logging.INFO, "server.api.refusal_log"):
+    with caplog.at_level(logging.INFO, "server.api.http.refusal_log"):
         greedy.sendall(first + following * (MAX_PIPELINED + 1))
         assert everything(greedy) == b"", "it would stand in another answer's place"
     assert logged(caplog, "too_many_pipelined")["reason"]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.ensemble import MAX_MEMBERS, decide, elect
+from server.api.inference.ensemble import MAX_MEMBERS, decide, elect
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import Logprobs
 from server.errors import EngineDeadError
@@ -378,12 +378,12 @@ def test_a_client_that_goes_ends_all_members(live, engine, upload_parts, eventua
 
 @pytest.mark.parametrize(("how", "num_new"), [("vote", 6), ("mean", 2)])
 async def test_it_counts_as_one_request_of_a_key(client, app, engine, three, how, num_new):
-    from server.api.callers import ANYBODY
-    from server.api.limits import KeyLimiter, Limits
+    from server.api.keys.callers import ANYBODY
+    from server.api.keys.limits import KeyLimiter, Limits
 
     limiter = KeyLimiter(Limits(requests_per_minute=1, max_concurrency=1, tokens_per_minute=1000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.api.entry.caller_of", lambda _: replace(ANYBODY, limiter=limiter))
+        patch.setattr("server.api.inference.entry.caller_of", lambda _: replace(ANYBODY, limiter=limiter))
         body = {"model": three, "prompt": "i", "max_tokens": 2, "ensemble": how}
         assert (await client.post("/v1/completions", json=body)).status_code == 200
         assert (await client.post("/v1/completions", json=body)).status_code == 429
@@ -419,10 +419,12 @@ def test_elections_against_plain_counting(pairs):
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
 async def test_one_line_of_the_log_and_a_count_for_each_member(client, three, caplog, path):
-    with caplog.at_level("INFO", logger="server.api.request_record"):
+    with caplog.at_level("INFO", logger="server.api.inference.request_record"):
         body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
         usage = (await client.post(path, json=body)).json()["usage"]
-    (line,) = [getattr(record, FIELDS) for record in caplog.records if record.name == "server.api.request_record"]
+    (line,) = [
+        getattr(record, FIELDS) for record in caplog.records if record.name == "server.api.inference.request_record"
+    ]
     assert (line["model"], line["prompt"], line["outcome"]) == ("a,b,c", "a@1,b@1,c@1", "stop")
     assert line["prompt_tokens"] == usage["prompt_tokens"] == 6
     assert line["virtual_tokens"] == 4 + 5 + 6

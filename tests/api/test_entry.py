@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.api.access import LIMITED, SCOPES
+from server.api.operations import LIMITED, SCOPES
 from server.errors import EngineNotReadyError
 from tests.api.keyed import bearer, locked
 
@@ -204,7 +204,7 @@ async def test_a_long_text_may_be_tokenised(client):
 
 
 async def test_messages_to_tokenise_are_bounded_together(client, no_work, monkeypatch):
-    monkeypatch.setattr("server.api.tokenization.MAX_TEXT_CHARS", 50_000)
+    monkeypatch.setattr("server.api.tokenization.routes.MAX_TEXT_CHARS", 50_000)
     no_work()
     messages = [{"role": "user", "content": "x" * 30_000}] * 2
     response = await client.post("/tokenize", json={"messages": messages}, headers=bearer("free"))

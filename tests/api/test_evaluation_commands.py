@@ -19,7 +19,7 @@ from tests.api.test_classify import classifier_parts
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("server.bulk.sending._BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("server.client.bulk.sending._BACKOFF_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_picture_that_cannot_be_written_loses_no_score(prelude, versions, data
 
 
 def test_a_picture_needs_matplotlib(prelude, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("server.evaluation.report.find_spec", lambda _: None)
+    monkeypatch.setattr("server.client.evaluation.report.find_spec", lambda _: None)
     result = prelude("eval", "tiny", "--data", str(data()), "--png", str(tmp_path / "x.png"), "--json")
     assert result.exit_code == 1
     assert "a picture needs matplotlib" in json.loads(result.stdout)["error"]["message"]

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from server.api import auth
-from server.api.access import OPEN_PATHS, SCOPES
-from server.api.auth import ApiKeys, collect_keys
-from server.api.callers import ALL_SCOPES, Scope
-from server.api.key_file import new_key, read_keys
+from server.api.keys import keys as auth
+from server.api.keys.callers import ALL_SCOPES, Scope
+from server.api.keys.key_file import new_key, read_keys
+from server.api.keys.keys import ApiKeys, collect_keys
+from server.api.operations import OPEN_PATHS, SCOPES
 from server.cli import app as cli
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError

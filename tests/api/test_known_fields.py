@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from server.api.classify import ClassifyBody
-from server.api.known_fields import CHAT, CLASSIFY, COMPLETIONS, EVERYWHERE, IGNORED, Refused
-from server.api.protocol import ChatBody, CompletionBody
+from server.api.classification.routes import ClassifyBody
+from server.api.generation.bodies import ChatBody, CompletionBody
+from server.api.generation.known_fields import CHAT, CLASSIFY, COMPLETIONS, EVERYWHERE, IGNORED, Refused
 from server.engine.constraints import Constraint
 from server.errors import ConstraintError
 

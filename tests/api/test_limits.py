@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.auth import ApiKeys
-from server.api.key_file import read_keys
-from server.api.limits import KeyLimiter, Limits, TokenBucket, duration
+from server.api.keys.key_file import read_keys
+from server.api.keys.keys import ApiKeys
+from server.api.keys.limits import KeyLimiter, Limits, TokenBucket, duration
 from server.errors import ConfigurationError, RateLimitError
 from tests.api.keyed import bearer, locked
 

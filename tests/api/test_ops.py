@@ -7,8 +7,8 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from server.api.auth import ApiKeys, is_loopback, load_keys
-from server.api.key_file import parse_plain, read_keys
+from server.api.keys.key_file import parse_plain, read_keys
+from server.api.keys.keys import ApiKeys, is_loopback, load_keys
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError
 

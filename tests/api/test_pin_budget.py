@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.pin_budget import LEAST_BYTES, PinBudget, pinned_bytes
+from server.api.soft_prompts.pin_budget import LEAST_BYTES, PinBudget, pinned_bytes
 from server.app import _pin_budget
 from server.engine.types import SoftPromptSource
 from server.errors import PinBudgetError

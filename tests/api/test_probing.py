@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.api.probing import MAX_TASKS, NEW_TOKENS, PROBE_TEXT
+from server.api.prompts.probing import MAX_TASKS, NEW_TOKENS, PROBE_TEXT
 from server.errors import EngineDeadError, NotFiniteError, RequestFailedError, WaitTimeoutError
 from tests.api.byte_tokenizer import BOS
 from tests.api.conftest import CONTEXT
@@ -107,7 +107,7 @@ async def test_the_tasks_of_a_multitask_prompt_are_tried_one_by_one(client, engi
 
 
 async def test_no_more_than_some_tasks_are_tried(client, engine, monkeypatch, other_parts):
-    monkeypatch.setattr("server.api.probing.MAX_TASKS", 2)
+    monkeypatch.setattr("server.api.prompts.probing.MAX_TASKS", 2)
     assert MAX_TASKS > 2
     assert (await client.post("/v1/prompts", **other_parts("tasks"))).status_code == 201
     assert [source.task_id for source, *_ in engine.probed] == [0, 1]

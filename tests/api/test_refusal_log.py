@@ -6,12 +6,12 @@ import logging
 
 import pytest
 
-from server.api.refusal_log import LINES_PER_SECOND, Refusal, RefusalLog
+from server.api.http.refusal_log import LINES_PER_SECOND, Refusal, RefusalLog
 
 
 @pytest.fixture(autouse=True)
 def _shown(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "server.api.refusal_log")
+    caplog.set_level(logging.INFO, "server.api.http.refusal_log")
 
 
 def test_a_line_tells_what_is_known(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prompt_store.blobs import BlobDirectory
-from prompt_store.catalog import BlobsGoneError, Catalog
+from prompt_store.blobs.blobs import BlobDirectory
+from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.errors import StoreUnavailableError
-from prompt_store.formats import MAX_CONFIG_BYTES
+from prompt_store.files.formats import MAX_CONFIG_BYTES
 from prompt_store.store import PromptStore
-from server.api import prompts as routes
+from server.api.prompts import routes
 from tests.api.keyed import bearer, locked
 
 pytestmark = pytest.mark.anyio
@@ -237,7 +237,7 @@ async def test_no_framing_sends_more_than_the_limit(client, nothing_left, monkey
     """Nothing is declared, and 4 MB would come."""
     monkeypatch.setattr(routes, "_UPLOAD_SLACK_BYTES", 100_000)
     limit, sent = 64 * 1024 + 100_000, 0
-    monkeypatch.setattr("server.api.multipart._LINGER_BYTES", 0)
+    monkeypatch.setattr("server.api.http.multipart._LINGER_BYTES", 0)
 
     async def send() -> AsyncIterator[bytes]:
         nonlocal sent

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.schema_checks import MAX_SCHEMA_DEPTH, check_grammar
+from server.api.structured.schema_checks import MAX_SCHEMA_DEPTH, check_grammar
 
 BOMB = 49_999_999
 

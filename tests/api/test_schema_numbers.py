@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.schema_numbers import check_numbers, subschemas
+from server.api.structured.schema_numbers import check_numbers, subschemas
 
 BIG = 2**53 + 1
 

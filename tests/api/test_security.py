@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from server.api.auth import load_keys
+from server.api.keys.keys import load_keys
 from server.config import EngineSettings, HttpSettings
 from server.demo.tour import MODEL_DIRECTORY
 from server.engine.llm_engine import LLMEngine

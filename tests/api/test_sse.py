@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api import sse
 from server.api.errors import ErrorReply, describe
-from server.api.sse import KEEP_ALIVE, EventStream
+from server.api.http import sse
+from server.api.http.sse import KEEP_ALIVE, EventStream
 
 pytestmark = pytest.mark.anyio
 

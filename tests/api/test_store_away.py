@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from prompt_store.catalog import Catalog
+from prompt_store.catalog.catalog import Catalog
+from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.errors import StoreUnavailableError
-from prompt_store.watch import CatalogStatus
-from server.api.access import SCOPES
+from server.api.operations import SCOPES
 from tests.api.keyed import bearer, locked
 
 pytestmark = pytest.mark.anyio

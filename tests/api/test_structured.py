@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from server.api.schema_checks import MAX_MULTIPLE, check_schema
-from server.api.structured import StructuredOutputs
+from server.api.structured.schema_checks import MAX_MULTIPLE, check_schema
+from server.api.structured.structured_outputs import StructuredOutputs
 from server.engine.constraints import Constraint, ConstraintKind
 from server.errors import ConstraintError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from server.api.template_options import MAX_TEMPLATE_CHARS, RESERVED
+from server.api.generation.template_options import MAX_TEMPLATE_CHARS, RESERVED
 from server.demo.tour import MODEL_DIRECTORY
 from server.tokenizer import Tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.api.access import SCOPES
+from server.api.operations import SCOPES
 from tests.api.keyed import bearer, locked
 
 pytestmark = pytest.mark.anyio

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.token_ids import check_token_ids
+from server.api.inference.token_ids import check_token_ids
 from server.errors import InvalidRequestError
 from tests.api.byte_tokenizer import ByteTokenizer
 from tests.api.conftest import BASE, FakeEngine

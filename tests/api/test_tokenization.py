@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.api import tokenization
+from server.api.tokenization import routes as tokenization
 from tests.api.byte_tokenizer import BOS, EOS
 
 pytestmark = pytest.mark.anyio

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prompt_store.strict_json import refuse_constant
-from server.api.tool_calls import (
+from prompt_store.files.strict_json import refuse_constant
+from server.api.generation.tool_calls import (
     CallArguments,
     CallStart,
     HermesReader,
@@ -19,7 +19,7 @@ from server.api.tool_calls import (
     Text,
     ToolCallReader,
 )
-from server.api.tools import Tool, forced_constraint
+from server.api.generation.tools import Tool, forced_constraint
 from server.errors import ConstraintError, InvalidRequestError
 from tests.api.byte_tokenizer import BOS, EOS
 

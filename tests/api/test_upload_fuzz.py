@@ -16,7 +16,7 @@ from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec
 from server.api.errors import describe
-from server.api.multipart import UploadParser
+from server.api.http.multipart import UploadParser
 
 BASE = BaseModelSpec("tiny", 32, 2, 2, 8, 64, "float32")
 BOUNDARY = "XboundaryX"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from server.bulk.connecting import Answerer, find_answerer, sequences_at_once
-from server.bulk.sending import Pace
-from server.client import ClientError
+from server.client.bulk.connecting import Answerer, find_answerer, sequences_at_once
+from server.client.bulk.sending import Pace
+from server.client.http import ClientError
 
 
 class Client:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.bulk import connections as module
-from server.bulk.connections import ClientPoster, Connections, NoAnswerError, Response, connected
-from server.client import ClientError
+from server.client.bulk import connections as module
+from server.client.bulk.connections import ClientPoster, Connections, NoAnswerError, Response, connected
+from server.client.http import ClientError
 
 pytestmark = pytest.mark.anyio
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from server.bulk.job import output_line
-from server.bulk.rows import Row, read_rows
-from server.bulk.sending import Outcome
+from server.client.bulk.job import output_line
+from server.client.bulk.rows import Row, read_rows
+from server.client.bulk.sending import Outcome
 
 RESPONSE = {"model": "a@1", "text": "é", "finish_reason": "stop"}
 

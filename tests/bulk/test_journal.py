@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.bulk import journal as module
-from server.bulk.journal import Journal, JournalError
+from server.client.bulk import journal as module
+from server.client.bulk.journal import Journal, JournalError
 
 IDENTITY = {"input": "d00d", "name": "a", "labels": ["x"]}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bulk.reorder import ReorderBuffer
+from server.client.bulk.reorder import ReorderBuffer
 
 
 @given(first=st.integers(0, 5), order=st.permutations(range(12)), takes=st.lists(st.booleans(), min_size=12))

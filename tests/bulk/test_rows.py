@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bulk import rows as module
-from server.bulk.rows import Row, identify, read_rows
+from server.client.bulk import rows as module
+from server.client.bulk.rows import Row, identify, read_rows
 
 
 def rows_of(path: Path, data: bytes, **options: Any) -> list[Row]:

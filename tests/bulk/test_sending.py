@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.bulk import sending
-from server.bulk.asking import CHAT, CLASSIFY, COMPLETIONS, Asking
-from server.bulk.connections import ClientPoster
-from server.bulk.rows import Row
-from server.bulk.sending import Outcome, Pace, Sender, SendingError
+from server.client.bulk import sending
+from server.client.bulk.asking import CHAT, CLASSIFY, COMPLETIONS, Asking
+from server.client.bulk.connections import ClientPoster
+from server.client.bulk.rows import Row
+from server.client.bulk.sending import Outcome, Pace, Sender, SendingError
 
 pytestmark = pytest.mark.anyio
 

@@ -13,9 +13,9 @@ import yaml
 
 from scripts.make_secrets import make_secrets
 from server import app
-from server.api.access import OPEN_PATHS
-from server.api.callers import Scope
-from server.api.key_file import read_keys
+from server.api.keys.callers import Scope
+from server.api.keys.key_file import read_keys
+from server.api.operations import OPEN_PATHS
 from server.cli import FLAGS
 from tests.docker.tools import DOCKER, ROOT, run
 

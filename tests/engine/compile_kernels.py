@@ -19,10 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.engine import triton_kernels
-from server.engine.attention import AttentionCall, make_metadata
-from server.engine.kv_cache import KVCache, KVCacheSpec
-from server.engine.triton_attention import TritonBackend
+from server.engine.attention.backend import AttentionCall, make_metadata
+from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.cuda import triton_kernels
+from server.engine.cuda.triton_attention import TritonBackend
 
 NAMES = {torch.int64: "i64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 CPU = torch.device("cpu")

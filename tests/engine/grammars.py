@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.constraints import Constraint, ConstraintKind
-from server.engine.structured import GrammarCompiler, Matcher, TokenMasks, load_tokenizer
+from server.engine.sampling.grammars import GrammarCompiler, Matcher, TokenMasks, load_tokenizer
 from tests.engine.harness import VOCABULARY
 
 END = "<end>"

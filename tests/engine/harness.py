@@ -36,8 +36,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from prompt_store.files.validation import validate
 from prompt_store.types import BaseModelSpec
-from prompt_store.validation import validate
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.types import Logprobs, SamplingParams, SoftPromptSource, TokenOutput

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from server.config import EngineSettings
 from server.engine import messages
-from server.engine.async_engine import AsyncEngine
-from server.engine.engine_process import EngineLoop
 from server.engine.interface import GenerateRequest
+from server.engine.process.async_engine import AsyncEngine
+from server.engine.process.main import EngineLoop
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from server.errors import (
     EngineDeadError,

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.engine.block_manager import BlockManager, SoftPromptRun
-from server.engine.sequence import Sequence
+from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams, SoftPromptSource
 
 

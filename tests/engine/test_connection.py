@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine import connection
+from server.engine.process import connection
 
 CHOSEN = {
     "GOMP_SPINCOUNT": connection.SPIN_COUNT,

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from server.engine import structured
-from server.engine.grammar_check import NO_WAY_ON
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.sampler import NO_TOKEN, Sampler
-from server.engine.sequence import Sequence
+from server.engine.sampling import grammars as structured
+from server.engine.sampling.grammar_check import NO_WAY_ON
+from server.engine.sampling.sampler import NO_TOKEN, Sampler
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from tests.engine.grammars import END_ID, compiled, constraint, make_compiler, save_tokenizer
 from tests.engine.harness import SHAPE, VOCABULARY, Family, add, greedy, make_family, random_text, run, tokens

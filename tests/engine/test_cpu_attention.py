@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.demo.tour import MODEL_DIRECTORY
-from server.engine import cpu_attention, pair_code
-from server.engine.attention import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
-from server.engine.cpu_attention import MOST_KEYS, UNIT_ROWS, CPUBackend, make_backend, share_out
-from server.engine.kv_cache import KVCache, KVCacheSpec
-from server.engine.vector_code import LANES
+from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
+from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.cpu import cpu_attention, pair_code
+from server.engine.cpu.cpu_attention import MOST_KEYS, UNIT_ROWS, CPUBackend, make_backend, share_out
+from server.engine.cpu.vector_code import LANES
 
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 CPU = torch.device("cpu")
@@ -242,7 +242,7 @@ def test_as_many_threads_as_were_asked_for_when_all_is_loaded() -> None:
     script = f"""
 import os, numba, torch
 from server.config import EngineSettings
-from server.engine.model_runner import ModelRunner
+from server.engine.model.model_runner import ModelRunner
 model = {str(MODEL_DIRECTORY)!r}
 runner = ModelRunner(EngineSettings(model=model, dtype="float32", kv_cache_memory=1 << 24, num_threads=1))
 print(torch.get_num_threads(), numba.get_num_threads(), numba.config.NUMBA_NUM_THREADS)

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import exactness, model_runner
-from server.engine.attention import AttentionBackend, SDPABackend
-from server.engine.decode_batch import DecodeBatch, DecodeBuffers, DecodeGraphs, batch_sizes
-from server.engine.kv_cache import KVCache, KVCacheSpec
+from server.engine.attention.backend import AttentionBackend, SDPABackend
+from server.engine.attention.decode_batch import DecodeBatch, DecodeBuffers, DecodeGraphs, batch_sizes
+from server.engine.attention.kv_cache import KVCache, KVCacheSpec
 from server.engine.llm_engine import LLMEngine
+from server.engine.model import exactness, model_runner
 from server.errors import EngineStartError
 from tests.engine.families import FAMILIES
 from tests.engine.harness import PEFT_CONFIGS, Family, add, greedy, make_family, random_text, run, tokens

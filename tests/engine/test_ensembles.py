@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.ensembles import merge_ensembles
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.sequence import Sequence
+from server.engine.sampling.ensembles import merge_ensembles
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from tests.engine.harness import CONFIGS, Family, add, check_logprobs, greedy, random_text, run, tokens
 

@@ -26,11 +26,11 @@ from transformers import (
 
 from server.config import EngineSettings
 from server.engine import llm_engine
-from server.engine.exactness import ExactnessCheck
-from server.engine.kv_cache import KVCache
+from server.engine.attention.kv_cache import KVCache
 from server.engine.llm_engine import LLMEngine
-from server.engine.model_runner import ModelRunner
-from server.engine.model_shape import KeyValueShape, config_value, key_value_shape, num_embeddings
+from server.engine.model.exactness import ExactnessCheck
+from server.engine.model.model_runner import ModelRunner
+from server.engine.model.model_shape import KeyValueShape, config_value, key_value_shape, num_embeddings
 from server.errors import EngineStartError
 from tests.engine.families import UNTIED
 from tests.engine.harness import (

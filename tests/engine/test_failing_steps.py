@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from server.engine.device_faults import is_device_fault
 from server.engine.llm_engine import LLMEngine
-from server.engine.scheduler import Chunk, StepPlan
-from server.engine.sequence import Sequence
-from server.engine.step_parts import retry_in_parts
+from server.engine.scheduling.scheduler import Chunk, StepPlan
+from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.step_parts import retry_in_parts
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, StepOutput, TokenOutput
 from tests.engine.harness import Family, add, check_logprobs, greedy, random_text, run, tokens
 from tests.engine.heads import make_classifier

@@ -1,4 +1,4 @@
-"""Turns: the bounds that server/engine/fair_queue.py states, and its order in small."""
+"""Turns: the bounds that server/engine/scheduling/fair_queue.py states, and its order in small."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.fair_queue import FairQueue
-from server.engine.sequence import Sequence
+from server.engine.scheduling.fair_queue import FairQueue
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_PRIORITY, SamplingParams, SoftPromptSource
 
 TENANTS, PROMPTS, LARGEST = 3, 3, 40

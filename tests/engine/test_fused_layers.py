@@ -22,12 +22,13 @@ from transformers.models.mistral.modeling_mistral import MistralConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
 
 from server.config import EngineSettings
-from server.engine import fused_layers, model_runner
-from server.engine.attention import SDPABackend, make_metadata
-from server.engine.cpu_attention import CPUBackend
-from server.engine.fused_layers import FusedAttention, FusedMLP, FusedRMSNorm, Workspace, bind, fuse_layers
-from server.engine.kv_cache import KVCache, KVCacheSpec
+from server.engine.attention.backend import SDPABackend, make_metadata
+from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.cpu import fused_layers
+from server.engine.cpu.cpu_attention import CPUBackend
+from server.engine.cpu.fused_layers import FusedAttention, FusedMLP, FusedRMSNorm, Workspace, bind, fuse_layers
 from server.engine.llm_engine import LLMEngine
+from server.engine.model import model_runner
 from server.errors import EngineStartError
 from tests.engine.families import FAMILIES, MIXED, UNTIED
 

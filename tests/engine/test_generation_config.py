@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Lo
 from transformers.generation import logits_process as processors
 
 from server.engine import messages
-from server.engine.generation_config import read_generation_config
 from server.engine.generation_defaults import NO_RULES, GenerationDefaults, TokenRules
 from server.engine.llm_engine import LLMEngine
-from server.engine.ngrams import NgramIndex
-from server.engine.sampler import Sampler
-from server.engine.sequence import Sequence
+from server.engine.model.generation_config import read_generation_config
+from server.engine.sampling.sampler import Sampler
+from server.engine.scheduling.ngrams import NgramIndex
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 from server.errors import EngineStartError
 from tests.engine.harness import (
@@ -150,7 +150,7 @@ def test_the_log_says_what_is_applied_and_what_cannot_be(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     write({"repetition_penalty": 1.1, "typical_p": 0.9, "suppress_tokens": [4], "num_beams": 4, "chat_format": "raw"})
-    with caplog.at_level(logging.INFO, logger="server.engine.generation_config"):
+    with caplog.at_level(logging.INFO, logger="server.engine.model.generation_config"):
         make_engine(family)
     applied, ignored = (record.getMessage() for record in caplog.records if "generation_config" in record.name)
     assert applied.endswith(": repetition_penalty=1.1, suppress_tokens=[4]")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.constraints import Constraint, ConstraintKind
-from server.engine.grammar_queue import GrammarQueue
+from server.engine.sampling.grammar_queue import GrammarQueue
 
 
 def constraint(text: str) -> Constraint:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from server.engine import grammar_trials
-from server.engine.grammar_check import GrammarError
-from server.engine.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
-from server.engine.trial_process import Trial, Vocabulary, encode
+from server.engine.sampling import grammar_trials
+from server.engine.sampling.grammar_check import GrammarError
+from server.engine.sampling.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
+from server.engine.sampling.trial_process import Trial, Vocabulary, encode
 from tests.engine.grammars import END_ID, save_tokenizer
 from tests.waiting import wait_until
 

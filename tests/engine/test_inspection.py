@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.engine import async_engine, inspection
 from server.engine.interface import GenerateRequest
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import Inspect, Inspected, encode_frame, from_engine_decoder
+from server.engine.model import inspection
+from server.engine.process import async_engine
 from server.engine.types import Inspection, SoftPromptSource
 from server.errors import EngineDeadError, EngineNotReadyError, OverloadedError, RequestFailedError
 from tests.engine.harness import ALL_PEFT_CONFIGS, VOCABULARY, Family, greedy, make_family

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from server.config import EngineSettings
-from server.engine import model_runner
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
+from server.engine.model import model_runner
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from server.errors import EngineStartError
 from tests.engine.harness import CONTEXT, VOCABULARY, Family, add, greedy, random_text, run, tokens

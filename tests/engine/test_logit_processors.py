@@ -17,9 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.logprobs import logprobs_of
-from server.engine.sampler import NOT_FINITE, Sampler
-from server.engine.sequence import Sequence
+from server.engine.sampling.logprobs import logprobs_of
+from server.engine.sampling.sampler import NOT_FINITE, Sampler
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SamplingParams
 
 VOCABULARY = 24
@@ -179,7 +179,7 @@ def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) 
 def test_plain_rows_do_nothing_more_than_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_adjust", "_probabilities"):
         monkeypatch.setattr(Sampler, name, lambda *_: pytest.fail("called for a greedy row"))
-    monkeypatch.setattr("server.engine.sampler.packed_logprobs", lambda *_: pytest.fail("nobody asked"))
+    monkeypatch.setattr("server.engine.sampling.sampler.packed_logprobs", lambda *_: pytest.fail("nobody asked"))
     rows = [make_seq([1], [], temperature=0.0)] * 3
     logits = torch.randn(3, VOCABULARY)
     assert MAKE.choose(logits, rows) == (logits.argmax(-1).tolist(), [])

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from server.config import EngineSettings
-from server.engine.attention import AttentionCall
+from server.engine.attention.backend import AttentionCall
 from server.engine.llm_engine import LLMEngine
 from server.errors import EngineStartError
 from tests.engine.families import FAMILIES, LESS_COMMON, NO_TOKENS, UNTIED

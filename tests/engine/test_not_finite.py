@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.engine import model_runner
-from server.engine.attention import SDPABackend
+from server.engine.attention.backend import SDPABackend
 from server.engine.llm_engine import NOT_FINITE_SOFT_PROMPT, NOT_FINITE_TEXT, LLMEngine
+from server.engine.model import model_runner
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, TokenOutput
 from tests.engine.harness import VOCABULARY, Family, add, greedy, random_text, run, tokens
 

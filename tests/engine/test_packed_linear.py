@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from server.engine import packed_linear
-from server.engine.packed_linear import PackedLinear, can_pack, pack_linears, replace_modules
+from server.engine.cpu import packed_linear
+from server.engine.cpu.packed_linear import PackedLinear, can_pack, pack_linears, replace_modules
 
 CPU = torch.device("cpu")
 PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-7}

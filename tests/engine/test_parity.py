@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.engine import cpu_attention
+from server.engine.cpu import cpu_attention
 from server.engine.llm_engine import LLMEngine
 from tests.engine.harness import CONFIGS, PEFT_CONFIGS, Family, add, greedy, random_text, run, tokens
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.pending import PendingSequences
-from server.engine.sequence import Sequence
+from server.engine.scheduling.pending import PendingSequences
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention import AttentionBackend, AttentionCall, SDPABackend, make_metadata
-from server.engine.cpu_attention import CPUBackend
-from server.engine.kv_cache import KVCache, KVCacheSpec
+from server.engine.attention.backend import AttentionBackend, AttentionCall, SDPABackend, make_metadata
+from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.cpu.cpu_attention import CPUBackend
 
 CPU = torch.device("cpu")
 DTYPES = {

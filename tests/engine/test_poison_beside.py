@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from scripts import soak_poison
 from server.config import EngineSettings
-from server.engine import exactness, model_runner
-from server.engine.attention import SDPABackend
+from server.engine.attention.backend import SDPABackend
 from server.engine.llm_engine import LLMEngine
-from server.engine.model_runner import ModelRunner
+from server.engine.model import exactness, model_runner
+from server.engine.model.model_runner import ModelRunner
 from tests.engine.harness import Family
 
 POISONS = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e30]

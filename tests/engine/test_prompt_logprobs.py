@@ -139,7 +139,7 @@ def test_logprobs_do_not_know_of_temperature_and_penalties(
 def test_a_long_prefill_is_scored_in_pieces(
     llama: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.engine.prompt_scoring.MAX_ROWS", 7)
+    monkeypatch.setattr("server.engine.model.prompt_scoring.MAX_ROWS", 7)
     engine = make_engine(llama)
     text = random_text(random.Random(5), 50, 50)
     add(engine, "a", text, greedy(1, **SCORED))

@@ -12,8 +12,6 @@ import msgspec
 import pytest
 
 from server.config import EngineSettings
-from server.engine.async_engine import AsyncEngine
-from server.engine.distributions import STEP_SECONDS_BOUNDS
 from server.engine.interface import GenerateRequest
 from server.engine.messages import (
     AbortRequest,
@@ -25,8 +23,10 @@ from server.engine.messages import (
     StepOutputs,
     ToEngine,
 )
-from server.engine.supervision import Backoff, StepWatch
-from server.engine.totals import COUNTERS, DISTRIBUTIONS, HOST_COUNTERS, totals_of, with_totals
+from server.engine.process.async_engine import AsyncEngine
+from server.engine.process.supervision import Backoff, StepWatch
+from server.engine.process.totals import COUNTERS, DISTRIBUTIONS, HOST_COUNTERS, totals_of, with_totals
+from server.engine.stats import STEP_SECONDS_BOUNDS
 from server.engine.types import (
     EngineStats,
     FinishReason,

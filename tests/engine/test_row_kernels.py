@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from server.engine import row_kernels
-from server.engine.compiled import elements, exp
-from server.engine.row_kernels import GELU_TANH, NO_WEIGHT, SERIAL_ELEMENTS, SILU
+from server.engine.cpu import row_kernels
+from server.engine.cpu.compiled import elements, exp
+from server.engine.cpu.row_kernels import GELU_TANH, NO_WEIGHT, SERIAL_ELEMENTS, SILU
 
 DTYPES = [torch.float32, torch.bfloat16]
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2**-7}

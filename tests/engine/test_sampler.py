@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.engine.sampler import NOT_FINITE, Sampler
-from server.engine.sequence import Sequence
+from server.engine.sampling.sampler import NOT_FINITE, Sampler
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 
 

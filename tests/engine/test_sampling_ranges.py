@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.ensembles import merge_ensembles
 from server.engine.generation_defaults import NO_RULES, TokenRules
-from server.engine.sampler import NO_TOKEN, Sampler
-from server.engine.sequence import Sequence
+from server.engine.sampling.ensembles import merge_ensembles
+from server.engine.sampling.sampler import NO_TOKEN, Sampler
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SMALLEST_TEMPERATURE, SamplingParams
 
 VOCABULARY = 12

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.block_manager import BlockManager
-from server.engine.plan import StepPlan
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.plan import StepPlan
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from scripts.soak_scheduler import NUM_PROMPTS, Drive, Limits, soak
-from server.engine.block_manager import Admission, BlockManager, SoftPromptRun
-from server.engine.plan import StepPlan
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.scheduling.block_manager import Admission, BlockManager, SoftPromptRun
+from server.engine.scheduling.plan import StepPlan
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.sequence import Sequence
 
 
 class Machine(RuleBasedStateMachine):

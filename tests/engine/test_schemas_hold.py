@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from server.api.schema_checks import check_schema
-from server.api.structured import schema_constraint
-from server.api.tools import Tool, forced_constraint
+from server.api.generation.tools import Tool, forced_constraint
+from server.api.structured.schema_checks import check_schema
+from server.api.structured.structured_outputs import schema_constraint
 from server.engine.constraints import Constraint
-from server.engine.grammar_check import GrammarError, compile_grammar
-from server.engine.structured import GrammarVocabulary, Matcher, lark_of
-from server.engine.trial_process import Vocabulary, make_tokenizer
+from server.engine.sampling.grammar_check import GrammarError, compile_grammar
+from server.engine.sampling.grammars import GrammarVocabulary, Matcher, lark_of
+from server.engine.sampling.trial_process import Vocabulary, make_tokenizer
 from tests.engine.grammars import END_ID, follow, save_tokenizer
 
 

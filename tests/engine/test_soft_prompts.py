@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.engine.soft_prompts import SoftPromptLoader
+from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.types import SoftPromptSource
 
 WIDTH, ROWS, TASKS, RANKS = 8, 5, 3, 2

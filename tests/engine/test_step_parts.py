@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.config import EngineSettings
-from server.engine.block_manager import BlockManager
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest, Pin
-from server.engine.scheduler import Chunk, Scheduler, StepPlan
-from server.engine.sequence import Sequence
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.scheduler import Chunk, Scheduler, StepPlan
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, StepOutput, TokenOutput
 from tests.engine.harness import VOCABULARY, Family
 

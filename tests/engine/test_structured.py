@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from server.engine import structured
-from server.engine.grammar_check import MAX_ERROR_CHARS, NO_WAY_ON
-from server.engine.grammar_trials import GrammarTrials
-from server.engine.structured import GrammarCompiler, Matcher, TokenMasks
+from server.engine.sampling import grammars as structured
+from server.engine.sampling.grammar_check import MAX_ERROR_CHARS, NO_WAY_ON
+from server.engine.sampling.grammar_trials import GrammarTrials
+from server.engine.sampling.grammars import GrammarCompiler, Matcher, TokenMasks
 from tests.engine.grammars import (
     END,
     END_ID,

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from server.engine.generation_defaults import TokenRules
-from server.engine.sampler import Sampler
-from server.engine.sequence import Sequence
+from server.engine.sampling.sampler import Sampler
+from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 from tests.engine.families import FAMILIES
 from tests.engine.harness import CONFIGS, MORE_CONFIGS, VOCABULARY

@@ -15,9 +15,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from server.engine import exactness
-from server.engine.attention import AttentionCall, SDPABackend, make_metadata
-from server.engine.kv_cache import KVCache, KVCacheSpec
+from server.engine.attention.backend import AttentionCall, SDPABackend, make_metadata
+from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.model import exactness
 from server.errors import EngineStartError
 from tests.engine.triton import DEVICE, triton_attention
 

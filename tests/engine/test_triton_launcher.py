@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine import triton_launcher
+from server.engine.cuda import triton_launcher
 
 HEADER = Path(sysconfig.get_paths()["include"], "Python.h")
 needs_a_compiler = pytest.mark.skipif(
@@ -20,7 +20,7 @@ needs_a_compiler = pytest.mark.skipif(
 LOAD = """
 import sys
 from pathlib import Path
-from server.engine.triton_launcher import use_prebuilt
+from server.engine.cuda.triton_launcher import use_prebuilt
 from triton.backends.nvidia import driver
 from triton.runtime.build import compile_module_from_src
 if len(sys.argv) > 1:
@@ -34,7 +34,7 @@ print(callable(module.launch), callable(module.load_binary))
 COMPILE = """
 import sys
 from pathlib import Path
-from server.engine.triton_launcher import use_prebuilt
+from server.engine.cuda.triton_launcher import use_prebuilt
 from triton import knobs
 from triton.runtime.build import compile_module_from_src
 use_prebuilt(Path(sys.argv[1]))

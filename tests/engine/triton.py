@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it comes with tor
 
 import triton.language as tl
 
-from server.engine import triton_attention, triton_kernels
+from server.engine.cuda import triton_attention, triton_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """On CPUs the kernels run in Triton's interpreter (tests/conftest.py)."""

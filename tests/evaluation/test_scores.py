@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.evaluation.scores import OTHER, exact_match, of_labels
+from server.client.evaluation.scores import OTHER, exact_match, of_labels
 
 LABELS = ["a", "b", "c"]
 pairs = st.lists(

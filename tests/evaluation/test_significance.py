@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.evaluation.significance import bootstrap, compare, mcnemar
+from server.client.evaluation.significance import bootstrap, compare, mcnemar
 
 
 @given(first=st.integers(0, 6), second=st.integers(0, 6))

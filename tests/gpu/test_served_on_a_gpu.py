@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaConfig
 
 from server.config import EngineSettings
-from server.engine import model_runner
-from server.engine.attention import SDPABackend
+from server.engine.attention.backend import SDPABackend
+from server.engine.cuda.triton_attention import TritonBackend
 from server.engine.llm_engine import LLMEngine
-from server.engine.triton_attention import TritonBackend
+from server.engine.model import model_runner
 from tests.engine.families import FAMILIES
 from tests.engine.harness import (
     CONFIGS,

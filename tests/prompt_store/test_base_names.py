@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_store.base_names import hub_id, model_name
+from prompt_store.files.base_names import hub_id, model_name
 
 COMMIT = "01c7f73d771dfac7d292323805ebc428287df4f9"
 HUB = "/home/u/.cache/huggingface/hub"

@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from prompt_store.blob_cache import BlobCache
+from prompt_store.blobs.blob_cache import BlobCache
 from prompt_store.errors import PromptStoreError
 
 BUDGET = 100
@@ -152,7 +152,7 @@ def test_a_copy_that_somebody_removed_is_a_miss(cache: BlobCache) -> None:
 def test_one_process_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from prompt_store.blob_cache import BlobCache
+from prompt_store.blobs.blob_cache import BlobCache
 cache = BlobCache(Path({str(tmp_path)!r}), 100)
 cache.new_file().write_bytes(b"half")
 print("ready", flush=True)

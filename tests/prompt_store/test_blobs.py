@@ -15,10 +15,10 @@ import pytest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
-from prompt_store import blobs as blobs_module
-from prompt_store.blobs import BlobDirectory, TierCounters
+from prompt_store.blobs import blobs as blobs_module
+from prompt_store.blobs.blobs import BlobDirectory, TierCounters
+from prompt_store.blobs.staging import Staging
 from prompt_store.errors import BlobNotFoundError, CorruptBlobError
-from prompt_store.staging import Staging
 
 DATA = b"some bytes"
 
@@ -200,8 +200,8 @@ def test_a_killed_process_leaves_whole_blobs_only(tmp_path: Path) -> None:
     code = f"""
 import hashlib, itertools
 from pathlib import Path
-from prompt_store.blobs import BlobDirectory
-from prompt_store.staging import Staging
+from prompt_store.blobs.blobs import BlobDirectory
+from prompt_store.blobs.staging import Staging
 path = Path({str(tmp_path)!r})
 blobs, staging = BlobDirectory(path), Staging(path)
 for turn in itertools.count():

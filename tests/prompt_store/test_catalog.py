@@ -15,9 +15,10 @@ from alembic import command
 from alembic.config import Config
 
 import prompt_store
-from prompt_store import schema
-from prompt_store.catalog import BlobsGoneError, Catalog
-from prompt_store.database import Database
+from prompt_store.catalog import schema
+from prompt_store.catalog.catalog import BlobsGoneError, Catalog
+from prompt_store.catalog.database import Database
+from prompt_store.catalog.records import NewVersion
 from prompt_store.errors import (
     PromptConflictError,
     PromptForbiddenError,
@@ -25,7 +26,6 @@ from prompt_store.errors import (
     PromptStoreError,
     StoreUnavailableError,
 )
-from prompt_store.records import NewVersion
 from prompt_store.types import SHARED, Access, HistoryAction, Lineage, PeftType, PromptRef, StoredFile, StoreTotals
 from tests.prompt_store.databases import postgres_url, refuse_connections, sqlite_url
 
@@ -449,7 +449,7 @@ def test_owners(catalog: Catalog) -> None:
 def downgraded(url: str, revision: str, table: str) -> set[str]:
     """Bring a database back to a revision; the columns that a table has there."""
     config = Config()
-    config.set_main_option("script_location", str(Path(prompt_store.__file__).with_name("migrations")))
+    config.set_main_option("script_location", str(Path(prompt_store.__file__).with_name("catalog") / "migrations"))
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection

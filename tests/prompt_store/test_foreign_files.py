@@ -13,8 +13,8 @@ from safetensors.numpy import save
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.files.validation import validate
 from prompt_store.types import BaseModelSpec, SoftPrompt, TaskType
-from prompt_store.validation import validate
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from prompt_store.errors import InvalidPromptError
-from prompt_store.formats import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, config_faults, parse_soft_prompt, read_config
+from prompt_store.files.formats import (
+    MAX_CONFIG_BYTES,
+    MAX_CONFIG_DEPTH,
+    config_faults,
+    parse_soft_prompt,
+    read_config,
+)
 from prompt_store.types import PeftType
 
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from prompt_store.errors import InvalidPromptError
+from prompt_store.files.validation import validate
 from prompt_store.types import BaseModelSpec, SoftPrompt
-from prompt_store.validation import validate
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float16")
 PEAK_BYTES = 256 * 1024
@@ -210,7 +210,7 @@ import json, math, resource, struct, sys
 from pathlib import Path
 import numpy as np
 from prompt_store.types import BaseModelSpec
-from prompt_store.validation import validate
+from prompt_store.files.validation import validate
 
 path, dtype, element = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 shapes = {"prompt_embeddings": [1024, 8192], "prefix_task_cols": [2, 1024, 512], "prefix_task_rows": [2, 512, 8192]}

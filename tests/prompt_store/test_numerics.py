@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from prompt_store import numerics
-from prompt_store.numerics import count_non_finite, count_overflows
+from prompt_store.files import numerics
+from prompt_store.files.numerics import count_non_finite, count_overflows
 from prompt_store.types import TensorData
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 import obstore
 import pytest
 
-from prompt_store import object_store
+from prompt_store.blobs import object_store
+from prompt_store.blobs.object_store import ObjectBlobs
 from prompt_store.errors import BlobNotFoundError, CorruptBlobError, PromptStoreError, StoreUnavailableError
-from prompt_store.object_store import ObjectBlobs
 from tests.prompt_store.s3_server import BUCKET, Server, s3_server
 
 BUDGET = 10_000_000
@@ -236,7 +236,7 @@ def test_a_killed_process_leaves_whole_objects_and_a_cache_that_opens(open_blobs
     code = f"""
 import hashlib, itertools
 from pathlib import Path
-from prompt_store.object_store import ObjectBlobs
+from prompt_store.blobs.object_store import ObjectBlobs
 from tests.prompt_store.s3_server import BUCKET, Server, s3_server
 path = Path({str(tmp_path)!r})
 blobs = ObjectBlobs("file://{tmp_path}/objects", path / "cache", {BUDGET})

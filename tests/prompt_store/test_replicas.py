@@ -71,7 +71,7 @@ def test_polling_alone_is_enough(
     url: str, tmp_path: Path, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As behind a pooler that loses LISTEN: notifications go to a channel that nobody sends on.
-    monkeypatch.setattr("prompt_store.catalog.CHANNEL", "nothing_is_sent_here")
+    monkeypatch.setattr("prompt_store.catalog.catalog.CHANNEL", "nothing_is_sent_here")
     deaf = open_store(tmp_path / "shared", catalog_url=url)
     monkeypatch.undo()
     here = open_store(tmp_path / "shared", catalog_url=url)
@@ -165,9 +165,9 @@ def test_a_catalog_that_hangs_is_noticed(
     replicas: tuple[PromptStore, PromptStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = replicas[0]
-    monkeypatch.setattr("prompt_store.watch.LONGEST_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("prompt_store.catalog.watch.LONGEST_LOOK_SECONDS", 0.2)
     release = threading.Event()
-    monkeypatch.setattr("prompt_store.database.Listener.scalar", lambda *_: release.wait(20) and 0)
+    monkeypatch.setattr("prompt_store.catalog.database.Listener.scalar", lambda *_: release.wait(20) and 0)
     wait_until(lambda: not store.status.is_available, 5.0)
     assert "does not answer" in (store.status.reason or "")
     with pytest.raises(StoreUnavailableError, match="does not answer"):

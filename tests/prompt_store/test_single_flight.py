@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from prompt_store.single_flight import SingleFlight
+from prompt_store.blobs.single_flight import SingleFlight
 
 THREADS = 8
 

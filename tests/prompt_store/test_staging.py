@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from prompt_store.blobs.staging import Staging
 from prompt_store.errors import InvalidPromptError, PromptTooLargeError, StoreUnavailableError
-from prompt_store.staging import Staging
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -111,7 +111,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 def test_processes_share_the_directory_and_clean_up_after_the_killed(staging: Staging, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from prompt_store.staging import Staging
+from prompt_store.blobs.staging import Staging
 staging = Staging(Path({str(tmp_path)!r}))
 upload = staging.upload(100)
 upload.open({CONFIG!r}).write(b"abc")

@@ -365,7 +365,7 @@ def test_a_disk_that_fails_has_lost_nothing(
         raise OSError(number, "the disk says no")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prompt_store.blobs.FileIdentity.of", fail)
+        patch.setattr("prompt_store.blobs.blobs.FileIdentity.of", fail)
         for act in (
             lambda: store.lease(PromptRef("p")),
             lambda: store.read_file("p", 1, "adapter_config.json"),

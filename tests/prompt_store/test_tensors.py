@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from safetensors.torch import save as save_torch
 
 from prompt_store.errors import InvalidPromptError
-from prompt_store.tensors import MAX_HEADER_BYTES, read_tensors
+from prompt_store.files.tensors import MAX_HEADER_BYTES, read_tensors
 
 VALID = save({"prompt_embeddings": np.arange(24, dtype=np.float32).reshape(3, 8)}, metadata={"format": "pt"})
 

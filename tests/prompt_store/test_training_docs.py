@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from prompt_store.files.validation import validate
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PeftType
-from prompt_store.validation import validate
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "soft-prompts.md").read_text()
 CONFIGS, TRAINING = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from prompt_store import numerics
 from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.files import numerics
+from prompt_store.files.validation import validate
 from prompt_store.types import BaseModelSpec, SoftPrompt
-from prompt_store.validation import validate
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
 MULTITASK = {"peft_type": "MULTITASK_PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}

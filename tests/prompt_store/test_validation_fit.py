@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from prompt_store import validation
 from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.files import validation
+from prompt_store.files.validation import validate
 from prompt_store.types import BaseModelSpec
-from prompt_store.validation import validate
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
 EMBEDS = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}

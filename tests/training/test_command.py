@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.commands import ExitStatus
+from server.client.commands import ExitStatus
 from server.demo.tour import MODEL_DIRECTORY
 from server.training import command
 from server.training.run import DEMO_DIRECTORY

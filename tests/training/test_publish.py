@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from server.commands import ExitStatus
+from server.client.commands import ExitStatus
 from server.datasets import digest
 from server.training import publish
 from server.training.encoding import Encoded

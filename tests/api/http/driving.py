@@ -11,10 +11,10 @@ from typing import Any
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from server.api.connections import ConnectionLimits, limited
 from server.api.http.answers import PROTECTIVE_HEADERS, ExpectMiddleware
+from server.api.http.connections import ConnectionLimits, limited
 from server.api.http.origins import Origins
-from server.api.refusal_log import Refusal
+from server.api.http.refusal_log import Refusal
 
 
 class Transport(asyncio.Transport):

@@ -1,0 +1,1 @@
+"""Files by content: a directory, or an object store with local copies."""

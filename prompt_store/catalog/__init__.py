@@ -1,0 +1,1 @@
+"""Names, versions, aliases and history, in SQLite or PostgreSQL."""

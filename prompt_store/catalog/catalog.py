@@ -1,0 +1,452 @@
+"""Names, immutable versions, aliases, history: what is kept of soft prompts besides their bytes.
+
+Every write is one transaction that first locks the ``state`` row, so that writes of all replicas follow each other,
+each with a revision of its own. Whoever has seen revision R has seen every change up to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from prompt_store.catalog import lookups, records
+from prompt_store.catalog.database import Database, Listener
+from prompt_store.catalog.lookups import live
+from prompt_store.catalog.records import NewVersion, Prompt
+from prompt_store.catalog.schema import aliases, blobs, history, prompts, state, tags, version_files, versions
+from prompt_store.errors import PromptConflictError, PromptNotFoundError
+from prompt_store.types import (
+    DEFAULT_ALIAS,
+    SHARED,
+    Access,
+    HistoryAction,
+    HistoryEntry,
+    PromptRef,
+    PromptSummary,
+    PromptVersion,
+    StoredFile,
+    StoreTotals,
+)
+
+CHANNEL = "prelude_catalog"
+"""What PostgreSQL notifies replicas on, with the new revision as payload."""
+
+_MAX_CHANGES = 10_000
+
+
+class BlobsGoneError(Exception):
+    """The files of a publication were collected before it: they have to be put again."""
+
+
+class Catalog:
+    """The tables and what is done with them. Thread-safe.
+
+    Every method raises StoreUnavailableError where the database cannot be reached.
+
+    Where an ``access`` is given, what it does not see is not there (PromptNotFoundError), what it may only use is not
+    changed (PromptForbiddenError); without one everything may be seen and changed.
+
+    Args:
+        database: Where the tables are; closed with the catalog.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes write to the same catalog."""
+        return self._database.is_shared
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._database.close()
+
+    # Reading
+
+    def resolve(self, ref: PromptRef, access: Access | None = None) -> PromptVersion:
+        """The version that a reference means now; PromptNotFoundError if there is none."""
+        with self._database.reading() as connection:
+            prompt = lookups.find(connection, ref.name, access)
+            version = ref.version
+            if version is None:
+                version = lookups.pointed(connection, prompt, ref.alias or DEFAULT_ALIAS)
+                if version is None:
+                    raise PromptNotFoundError(f"soft prompt {ref.name!r} has no alias {ref.alias!r}")
+            return lookups.version_of(connection, prompt, version)
+
+    def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
+        """A name with its aliases and newest version; PromptNotFoundError if there is none."""
+        with self._database.reading() as connection:
+            return records.summaries(connection, [lookups.find(connection, name, access).id])[0]
+
+    def list_prompts(
+        self, limit: int, after: str | None, tag: str | None, access: Access | None = None
+    ) -> tuple[list[PromptSummary], bool]:
+        """Names in order, those behind ``after`` (which need not exist any more); and whether there are more."""
+        visible = sa.true() if access is None else prompts.c.owner.in_((SHARED, access.tenant))
+        query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0, visible)
+        if tag is not None:
+            # The index on (tag, name) gives the names of one page in order, however many carry the tag.
+            tagged = sa.select(tags.c.name).where(tags.c.tag == tag)
+            if access is not None:
+                owned = prompts.alias()
+                tagged = tagged.join(owned, owned.c.name == tags.c.name).where(
+                    owned.c.owner.in_((SHARED, access.tenant))
+                )
+            if after is not None:
+                tagged = tagged.where(tags.c.name > after)
+            names = tagged.distinct().order_by(tags.c.name).limit(limit + 1)
+            query = query.where(prompts.c.name.in_(names.scalar_subquery()))
+        elif after is not None:
+            query = query.where(prompts.c.name > after)
+        with self._database.reading() as connection:
+            ids = connection.execute(query.order_by(prompts.c.name).limit(limit + 1)).scalars().all()
+            return records.summaries(connection, ids[:limit]), len(ids) > limit
+
+    def list_versions(
+        self, name: str, limit: int, before: int | None, access: Access | None = None
+    ) -> tuple[list[PromptVersion], bool]:
+        """Versions of a name, newest first, those below ``before``; and whether there are more.
+
+        Raises:
+            PromptNotFoundError: If there is no such name.
+        """
+        with self._database.reading() as connection:
+            prompt = lookups.find(connection, name, access)
+            query = sa.select(versions).where(versions.c.prompt_id == prompt.id, live)
+            if before is not None:
+                query = query.where(versions.c.version < before)
+            rows = connection.execute(query.order_by(versions.c.version.desc()).limit(limit + 1)).all()
+            return records.versions_of(connection, rows[:limit], {prompt.id: prompt}), len(rows) > limit
+
+    def list_history(
+        self, name: str, limit: int, before: int | None, access: Access | None = None
+    ) -> tuple[list[HistoryEntry], bool]:
+        """What was done to a name, newest first, before the entry ``before``; and whether there is more.
+
+        The history outlives the name. PromptNotFoundError if there never was one.
+        """
+        query = sa.select(history).where(history.c.name == name)
+        if before is not None:
+            query = query.where(history.c.id < before)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(history.c.id.desc()).limit(limit + 1)).all()
+            owner = connection.execute(sa.select(prompts.c.owner).where(prompts.c.name == name)).scalar_one_or_none()
+            if owner is None or not (access is None or access.sees(owner)):
+                raise PromptNotFoundError(f"there is no soft prompt {name!r}, and never was")
+            return [records.history_entry(row) for row in rows[:limit]], len(rows) > limit
+
+    def check_owner(self, name: str, owner: str) -> None:
+        """Return if an owner may publish under a name; PromptConflictError if it is, or was, another owner's."""
+        with self._database.reading() as connection:
+            lookups.claimed(connection, name, owner)
+
+    def totals(self) -> StoreTotals:
+        """How much there is."""
+        names = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(prompts.c.num_versions), 0)).where(
+            prompts.c.num_versions > 0
+        )
+        files = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(blobs.c.size), 0)).select_from(blobs)
+        with self._database.reading() as connection:
+            num_prompts, num_versions = connection.execute(names).one()
+            num_blobs, blob_bytes = connection.execute(files).one()
+        return StoreTotals(int(num_prompts), int(num_versions), int(num_blobs), int(blob_bytes))
+
+    def revision(self) -> int:
+        """How many changes there have been."""
+        with self._database.reading() as connection:
+            found: int = connection.execute(_revision).scalar_one()
+        return found
+
+    def changed_since(self, revision: int) -> set[str] | None:
+        """The names that were changed after a revision; None where they are too many to tell."""
+        query = sa.select(history.c.name).where(history.c.revision > revision).distinct().limit(_MAX_CHANGES + 1)
+        with self._database.reading() as connection:
+            names = set(connection.execute(query).scalars())
+        return names if len(names) <= _MAX_CHANGES else None
+
+    def listen(self) -> Listener:
+        """A connection that hears of changes; only where the catalog is shared."""
+        return self._database.listen(CHANNEL)
+
+    # Writing
+
+    def reserve(self, files: Collection[StoredFile]) -> None:
+        """Announce blobs that are about to be put, so that no collection takes them before they have a name."""
+        insert = (postgresql.insert if self.is_shared else sqlite.insert)(blobs)
+        now = _now()
+        statement = insert.on_conflict_do_update(
+            index_elements=[blobs.c.sha256],
+            set_={"unnamed_since": sa.case((blobs.c.unnamed_since.is_not(None), now), else_=None)},
+        )
+        # Ordered, so that two uploads of the same files wait for each other and not in a circle.
+        values = {file.sha256: {"sha256": file.sha256, "size": file.size, "unnamed_since": now} for file in files}
+        with self._database.writing() as connection:
+            for _, row in sorted(values.items()):
+                connection.execute(statement, row)
+
+    def publish(self, new: NewVersion, alias: str | None, actor: str | None = None) -> tuple[PromptVersion, bool]:
+        """Record a version whose blobs are in place, and point an alias at it.
+
+        Returns:
+            The version, and whether it is new: the same files under the same name are the version that is there.
+
+        Raises:
+            BlobsGoneError: If its blobs were collected since they were reserved.
+            PromptConflictError: If the name is, or was, another owner's.
+        """
+        with self._changing(actor) as change:
+            connection = change.connection
+            digests = {file.sha256 for file in new.files}
+            _lock_blobs(connection, digests)
+            named = connection.execute(
+                blobs.update().where(blobs.c.sha256.in_(digests)).values(unnamed_since=None)
+            ).rowcount
+            if named != len(digests):
+                raise BlobsGoneError
+            prompt = lookups.claimed(connection, new.name, new.owner)
+            if prompt is None:
+                values = {"name": new.name, "owner": new.owner, "last_version": 0, "num_versions": 0}
+                prompt = Prompt(records.insert(connection, prompts, values), new.name, 0, new.owner)
+            version: int | None = connection.execute(
+                sa.select(versions.c.version).where(
+                    versions.c.prompt_id == prompt.id, versions.c.digest == new.digest, live
+                )
+            ).scalar_one_or_none()
+            is_new = version is None
+            if version is None:
+                version = prompt.last_version + 1
+                records.record(connection, prompt.id, version, new, created_at=change.at, created_by=actor)
+                connection.execute(
+                    prompts.update()
+                    .where(prompts.c.id == prompt.id)
+                    .values(last_version=version, num_versions=prompts.c.num_versions + 1)
+                )
+                change.note(new.name, HistoryAction.PUBLISH, version=version)
+            if alias is not None:
+                change.point(prompt, alias, version, HistoryAction.PROMOTE)
+            return lookups.version_of(connection, prompt, version), is_new
+
+    def set_alias(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        expected_version: int | None,
+        actor: str | None = None,
+        access: Access | None = None,
+    ) -> None:
+        """Point an alias at a version.
+
+        Raises:
+            PromptNotFoundError: If there is no such version.
+            PromptConflictError: If ``expected_version`` is given and the alias does not point there.
+        """
+        with self._changing(actor) as change:
+            prompt = lookups.find(change.connection, name, access, to_change=True)
+            lookups.require_version(change.connection, prompt, version)
+            lookups.expect(change.connection, prompt, alias, expected_version)
+            change.point(prompt, alias, version, HistoryAction.PROMOTE)
+
+    def rollback(
+        self,
+        name: str,
+        alias: str,
+        expected_version: int | None,
+        actor: str | None = None,
+        access: Access | None = None,
+    ) -> int:
+        """Point an alias back at the version that it pointed at before the newest promotion that is not undone yet.
+
+        Rolling back again goes one promotion further back. Versions deleted meanwhile are passed over.
+
+        Returns:
+            The version that it points at now.
+
+        Raises:
+            PromptNotFoundError: If there is no such alias.
+            PromptConflictError: If nothing is left to go back to, or the alias is not at ``expected_version``.
+        """
+        with self._changing(actor) as change:
+            connection = change.connection
+            prompt = lookups.find(connection, name, access, to_change=True)
+            current = lookups.pointed(connection, prompt, alias)
+            if current is None:
+                raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
+            lookups.expect(connection, prompt, alias, expected_version)
+            earlier = lookups.earlier_versions(connection, name, alias)
+            while earlier:
+                version = earlier.pop()
+                if version != current and lookups.has_version(connection, prompt, version):
+                    change.point(prompt, alias, version, HistoryAction.ROLLBACK)
+                    return version
+            raise PromptConflictError(
+                f"alias {alias!r} of {name!r} points at {current}, and there is no earlier version to go back to"
+            )
+
+    def delete_alias(self, name: str, alias: str, actor: str | None = None, access: Access | None = None) -> None:
+        """Remove an alias; PromptNotFoundError if there is none."""
+        with self._changing(actor) as change:
+            prompt = lookups.find(change.connection, name, access, to_change=True)
+            previous = lookups.pointed(change.connection, prompt, alias)
+            if previous is None:
+                raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
+            change.unpoint(prompt, alias, previous)
+
+    def delete_version(self, name: str, version: int, actor: str | None = None, access: Access | None = None) -> None:
+        """Delete one version; PromptNotFoundError if there is none.
+
+        ``latest`` falls back to the highest version that is left; other aliases of the version are removed.
+        """
+        with self._changing(actor) as change:
+            connection = change.connection
+            prompt = lookups.find(connection, name, access, to_change=True)
+            lookups.require_version(connection, prompt, version)
+            change.drop_versions(prompt, versions.c.version == version)
+            change.note(name, HistoryAction.DELETE_VERSION, version=version)
+            pointing = sa.select(aliases.c.alias).where(
+                aliases.c.prompt_id == prompt.id, aliases.c.version == version
+            )
+            highest = connection.execute(
+                sa.select(sa.func.max(versions.c.version)).where(versions.c.prompt_id == prompt.id, live)
+            ).scalar_one()
+            for alias in connection.execute(pointing.order_by(aliases.c.alias)).scalars().all():
+                if alias == DEFAULT_ALIAS and highest is not None:
+                    change.point(prompt, alias, highest, HistoryAction.PROMOTE)
+                else:
+                    change.unpoint(prompt, alias, version)
+
+    def delete_prompt(self, name: str, actor: str | None = None, access: Access | None = None) -> None:
+        """Delete all versions and aliases of a name; PromptNotFoundError if there is none."""
+        with self._changing(actor) as change:
+            prompt = lookups.find(change.connection, name, access, to_change=True)
+            change.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id))
+            change.drop_versions(prompt, sa.true())
+            change.note(name, HistoryAction.DELETE_PROMPT)
+
+    @contextmanager
+    def garbage(self, unnamed_before: int, limit: int, is_held: Callable[[str], bool]) -> Iterator[list[str]]:
+        """Blobs that no version names; their records are removed when the block ends without an error.
+
+        Until then nobody can reserve them: an upload of the same bytes waits, and puts them again.
+
+        Args:
+            unnamed_before: Only what lost its last name, or was reserved, before this time (microseconds, UTC).
+            limit: How many at most.
+            is_held: Whether a blob may not go yet; asked when nothing can change that its names are none.
+        """
+        query = (
+            sa.select(blobs.c.sha256)
+            .where(blobs.c.unnamed_since <= unnamed_before)
+            .order_by(blobs.c.unnamed_since)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        with self._database.writing() as connection:
+            digests = [digest for digest in connection.execute(query).scalars() if not is_held(digest)]
+            yield digests
+            if digests:
+                connection.execute(blobs.delete().where(blobs.c.sha256.in_(digests)))
+
+    @contextmanager
+    def _changing(self, actor: str | None) -> Iterator[_Change]:
+        with self._database.writing() as connection:
+            # On SQLite, FOR UPDATE says nothing and BEGIN IMMEDIATE has locked everything.
+            revision = connection.execute(_revision.with_for_update()).scalar_one()
+            change = _Change(connection, revision + 1, actor)
+            yield change
+            if change.is_noted:
+                connection.execute(state.update().values(revision=revision + 1))
+                if self.is_shared:
+                    connection.execute(sa.select(sa.func.pg_notify(CHANNEL, str(revision + 1))))
+
+
+class _Change:
+    """One transaction that changes names."""
+
+    def __init__(self, connection: sa.Connection, revision: int, actor: str | None) -> None:
+        self.connection = connection
+        self.at = _now()
+        self.is_noted = False
+        self._revision = revision
+        self._actor = actor
+
+    def note(
+        self,
+        name: str,
+        action: HistoryAction,
+        *,
+        alias: str | None = None,
+        version: int | None = None,
+        previous: int | None = None,
+    ) -> None:
+        """Write it into the history."""
+        self.is_noted = True
+        values = {
+            "revision": self._revision,
+            "name": name,
+            "action": action.value,
+            "alias": alias,
+            "version": version,
+            "previous_version": previous,
+            "actor": self._actor,
+            "at": self.at,
+        }
+        self.connection.execute(history.insert().values(values))
+
+    def point(self, prompt: Prompt, alias: str, version: int, action: HistoryAction) -> None:
+        """Let an alias point at a version; nothing is noted where it does already."""
+        previous = lookups.pointed(self.connection, prompt, alias)
+        if previous == version:
+            return
+        mine = sa.and_(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
+        if previous is None:
+            values = {"prompt_id": prompt.id, "alias": alias, "version": version}
+            self.connection.execute(aliases.insert().values(values))
+        else:
+            self.connection.execute(aliases.update().where(mine).values(version=version))
+        self.note(prompt.name, action, alias=alias, version=version, previous=previous)
+
+    def unpoint(self, prompt: Prompt, alias: str, previous: int) -> None:
+        """Remove an alias."""
+        self.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias))
+        self.note(prompt.name, HistoryAction.DELETE_ALIAS, alias=alias, previous=previous)
+
+    def drop_versions(self, prompt: Prompt, which: sa.ColumnElement[bool]) -> None:
+        """Leave tombstones of versions; blobs that lose their last name become garbage from now on."""
+        connection = self.connection
+        rows = connection.execute(
+            versions.update()
+            .where(versions.c.prompt_id == prompt.id, live, which)
+            .values(deleted_at=self.at)
+            .returning(versions.c.id)
+        )
+        ids = list(rows.scalars())
+        files = version_files.c.version_id.in_(ids)
+        digests = set(connection.execute(sa.select(version_files.c.sha256).where(files)).scalars())
+        _lock_blobs(connection, digests)
+        connection.execute(version_files.delete().where(files))
+        connection.execute(tags.delete().where(tags.c.version_id.in_(ids)))
+        connection.execute(
+            prompts.update().where(prompts.c.id == prompt.id).values(num_versions=prompts.c.num_versions - len(ids))
+        )
+        named = sa.exists().where(version_files.c.sha256 == blobs.c.sha256)
+        connection.execute(blobs.update().where(blobs.c.sha256.in_(digests), ~named).values(unnamed_since=self.at))
+
+
+_revision = sa.select(state.c.revision)
+
+
+def _lock_blobs(connection: sa.Connection, digests: Collection[str]) -> None:
+    """Lock in the order in which ``reserve`` does, or two uploads of the same files could wait in a circle."""
+    query = sa.select(blobs.c.sha256).where(blobs.c.sha256.in_(digests)).order_by(blobs.c.sha256)
+    connection.execute(query.with_for_update()).all()
+
+
+def _now() -> int:
+    return time.time_ns() // 1000

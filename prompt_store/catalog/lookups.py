@@ -1,0 +1,108 @@
+"""Looking names, versions and aliases up inside a transaction of the catalog."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from prompt_store.catalog import records
+from prompt_store.catalog.records import Prompt
+from prompt_store.catalog.schema import aliases, history, prompts, versions
+from prompt_store.errors import PromptConflictError, PromptForbiddenError, PromptNotFoundError
+from prompt_store.types import Access, HistoryAction, PromptVersion
+
+live = versions.c.deleted_at.is_(None)
+"""Versions that were not deleted."""
+
+
+def find(connection: sa.Connection, name: str, access: Access | None, *, to_change: bool = False) -> Prompt:
+    """A name that has versions.
+
+    Raises:
+        PromptNotFoundError: If there is none, or it is another tenant's: the two cannot be told apart.
+        PromptForbiddenError: If it is to be changed and may only be used.
+    """
+    query = sa.select(prompts).where(prompts.c.name == name, prompts.c.num_versions > 0)
+    row = connection.execute(query).one_or_none()
+    if row is None or not (access is None or access.sees(row.owner)):
+        raise PromptNotFoundError(f"there is no soft prompt {name!r}")
+    if to_change and not (access is None or access.changes(row.owner)):
+        raise PromptForbiddenError(
+            f"the soft prompt {name!r} is shared, and may be used but not changed with this key"
+        )
+    return Prompt(row.id, row.name, row.last_version, row.owner)
+
+
+def claimed(connection: sa.Connection, name: str, owner: str) -> Prompt | None:
+    """A name that an owner may publish under, whether it has versions or not; None if there never was such a name.
+
+    Raises:
+        PromptConflictError: If the name is, or was, another owner's.
+    """
+    row = connection.execute(sa.select(prompts).where(prompts.c.name == name)).one_or_none()
+    if row is None:
+        return None
+    if row.owner != owner:
+        hint = "" if row.owner else " by a shared soft prompt: its versions are published as shared ones"
+        raise PromptConflictError(f"the name {name!r} is taken{hint}")
+    return Prompt(row.id, row.name, row.last_version, row.owner)
+
+
+def version_of(connection: sa.Connection, prompt: Prompt, version: int) -> PromptVersion:
+    """One version of a name; PromptNotFoundError if there is none."""
+    query = sa.select(versions).where(versions.c.prompt_id == prompt.id, versions.c.version == version, live)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise PromptNotFoundError(f"soft prompt {prompt.name!r} has no version {version}")
+    return records.versions_of(connection, [row], {prompt.id: prompt})[0]
+
+
+def has_version(connection: sa.Connection, prompt: Prompt, version: int) -> bool:
+    """Whether a name has a version."""
+    query = sa.select(versions.c.id).where(versions.c.prompt_id == prompt.id, versions.c.version == version, live)
+    return connection.execute(query).one_or_none() is not None
+
+
+def require_version(connection: sa.Connection, prompt: Prompt, version: int) -> None:
+    """Raise PromptNotFoundError if a name has no such version."""
+    if not has_version(connection, prompt, version):
+        raise PromptNotFoundError(f"soft prompt {prompt.name!r} has no version {version}")
+
+
+def pointed(connection: sa.Connection, prompt: Prompt, alias: str) -> int | None:
+    """What an alias points at; None if there is no such alias."""
+    query = sa.select(aliases.c.version).where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
+    found: int | None = connection.execute(query).scalar_one_or_none()
+    return found
+
+
+def expect(connection: sa.Connection, prompt: Prompt, alias: str, expected: int | None) -> None:
+    """Raise PromptConflictError if an alias is not where it is expected; None expects nothing."""
+    if expected is None:
+        return
+    found = pointed(connection, prompt, alias)
+    if found != expected:
+        raise PromptConflictError(
+            f"alias {alias!r} of {prompt.name!r} points at {found or 'nothing'}, not at {expected}"
+        )
+
+
+def earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[int]:
+    """What an alias found at before, oldest first, without the promotions that were rolled back."""
+    query = (
+        sa.select(history.c.action, history.c.version)
+        .where(
+            history.c.name == name,
+            sa.or_(history.c.alias == alias, history.c.action == HistoryAction.DELETE_PROMPT.value),
+        )
+        .order_by(history.c.id)
+    )
+    found: list[int] = []
+    for action, version in connection.execute(query):
+        if action == HistoryAction.PROMOTE:
+            found.append(version)
+        elif action == HistoryAction.ROLLBACK:
+            while found and found[-1] != version:
+                found.pop()
+        else:  # the alias was removed
+            found.clear()
+    return found[:-1]

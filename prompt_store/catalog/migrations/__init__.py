@@ -1,0 +1,1 @@
+"""Alembic's migrations of the catalog; ``prompt_store.catalog.database`` runs them when a store is opened."""

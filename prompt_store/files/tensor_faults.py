@@ -1,0 +1,56 @@
+"""What can be wrong with one tensor's values, and how faults of the weights file are put."""
+
+from __future__ import annotations
+
+from prompt_store.errors import Fault
+from prompt_store.files.numerics import count_non_finite, count_overflows
+from prompt_store.types import ROWS_TENSOR, WEIGHTS_FILE, TensorData
+
+SERVED_DTYPES = ("F32", "F16", "BF16")
+
+
+def weights_fault(code: str, message: str, tensor: str = ROWS_TENSOR) -> Fault:
+    """A fault of a tensor; the message goes on after the tensor's name."""
+    return Fault(code, f"{WEIGHTS_FILE}: {tensor} {message}", WEIGHTS_FILE, tensor)
+
+
+def value_faults(name: str, tensor: TensorData, dtype: str, *, allow_float64: bool) -> list[Fault]:
+    """Faults of a tensor's dtype and values.
+
+    Args:
+        name: The tensor's name.
+        tensor: Of any dtype and shape.
+        dtype: What its values will be rounded to: ``float32``, ``bfloat16`` or ``float16``.
+        allow_float64: Whether F64 is taken.
+    """
+    if tensor.dtype not in SERVED_DTYPES and not (allow_float64 and tensor.dtype == "F64"):
+        return [_dtype_fault(name, tensor.dtype)]
+    faults = []
+    count, first = count_non_finite(tensor)
+    if count:
+        message = f"has {count} NaN or infinite values, {_place(tensor, first)}"
+        faults.append(weights_fault("non_finite_values", message, name))
+    count, first = count_overflows(tensor, dtype)
+    if count:
+        message = f"has {count} values beyond the range of the serving dtype {dtype}, {_place(tensor, first)}"
+        faults.append(weights_fault("dtype_overflow", message, name))
+    return faults
+
+
+def shown_number(value: int | None) -> str:
+    """A number as a message quotes it; Python refuses to print integers beyond 4,300 digits."""
+    return str(value) if value is not None and value < 10**18 else "a huge number"
+
+
+def _dtype_fault(name: str, dtype: str) -> Fault:
+    served = f"{', '.join(SERVED_DTYPES)} are taken"
+    if dtype == "F64":
+        message = f"has dtype F64, which no model is served in: re-save as float32; {served}"
+    else:
+        message = f"has dtype {dtype}; {served}"
+    return weights_fault("unsupported_dtype", message, name)
+
+
+def _place(tensor: TensorData, index: int) -> str:
+    width = tensor.shape[-1] if tensor.shape else 1
+    return f"the first at row {index // width}, column {index % width}"

@@ -1,0 +1,261 @@
+"""Whether an uploaded soft prompt can be served by the resident base. Every fault is reported, not the first alone.
+
+The codes are stable; programs may switch on them.
+
+==============================  ====================================================================================
+code                            what is wrong
+==============================  ====================================================================================
+``config_too_large``            the configuration is over 1 MiB
+``invalid_json``                the configuration is not strict JSON: encoding, syntax, a key twice, NaN, depth
+``missing_field``               a field that serving needs is absent or null
+``invalid_field``               a field has the wrong type or is out of range
+``unsupported_peft_type``       not one of PEFT's prompt-learning methods, such as LORA
+``unsupported_task_type``       another task than CAUSAL_LM or, where the method has it, SEQ_CLS
+``task_type_conflict``          the uploader names another task than the configuration does
+``unsupported_submodules``      ``num_transformer_submodules`` is not 1 (an encoder-decoder prompt)
+``inconsistent_token_dim``      ``token_dim`` is not the width of the rows that it describes
+``base_model_mismatch``         trained on another base, where the server insists on its own
+``pickle_file``                 the weights are a torch.save file
+``invalid_safetensors``         the weights are not a well-formed safetensors file, or are cut short
+``header_too_large``            the safetensors header is over 1 MiB
+``missing_tensor``              no ``prompt_embeddings``, no task factors (multitask), no head (SEQ_CLS)
+``unexpected_tensor``           there is another tensor, which PEFT would load over the frozen base
+``several_heads``               the file holds both ``base_model.score`` and ``base_model.classifier``
+``unsupported_dtype``           a tensor is not F32, F16 or BF16 (or F64, where that is allowed)
+``shape_mismatch``              a tensor has not the shape that the base, or another tensor, asks of it
+``layer_count_mismatch``        a key/value prefix for another number of layers
+``num_virtual_tokens_mismatch`` the file has another number of rows than the configuration says
+``num_tasks_mismatch``          the multitask factors are for another number of tasks than the configuration says
+``num_ranks_mismatch``          the multitask factors have another rank than the configuration says
+``context_exceeded``            no room is left for one token of text and one new token
+``non_finite_values``           NaN or infinity
+``dtype_overflow``              values, or a task's products, that become infinite in the serving dtype
+==============================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from prompt_store.errors import Fault, InvalidPromptError
+from prompt_store.files import formats
+from prompt_store.files.base_names import model_name
+from prompt_store.files.foreign_tensors import foreign_faults, what_it_holds
+from prompt_store.files.head_validation import head_faults
+from prompt_store.files.multitask import factor_faults, product_faults
+from prompt_store.files.tensor_faults import shown_number, value_faults, weights_fault
+from prompt_store.files.tensors import read_tensors
+from prompt_store.types import (
+    CONFIG_FILE,
+    HEAD_TENSOR_PATTERN,
+    ROWS_TENSOR,
+    TASK_COLS_TENSOR,
+    TASK_ROWS_TENSOR,
+    WEIGHTS_FILE,
+    BaseModelSpec,
+    PeftType,
+    SoftPrompt,
+    TaskType,
+    TensorData,
+)
+
+
+def validate(
+    config_bytes: bytes,
+    weights: bytes | Path,
+    base: BaseModelSpec,
+    *,
+    require_same_base: bool,
+    allow_float64: bool = False,
+    task_type: TaskType | None = None,
+) -> SoftPrompt:
+    """Read a soft prompt's two files and check that the base can serve it.
+
+    Of weights that are given by their path, no more than a few MiB are in this process's own memory at a time.
+
+    Args:
+        config_bytes: ``adapter_config.json``.
+        weights: ``adapter_model.safetensors``: its bytes or its path.
+        base: The resident model.
+        require_same_base: Refuse a prompt whose configuration names another base.
+        allow_float64: Take F64 tensors whose values the serving dtype can hold. They lose precision when served,
+            so that this is for the operator to decide.
+        task_type: What the uploader says that it was trained for. It stands in for a task that the configuration
+            does not name, where nothing in the files speaks against it.
+
+    Returns:
+        The soft prompt; its ``overrides`` say what was accepted on somebody's word.
+
+    Raises:
+        InvalidPromptError: With all faults of both files.
+        OSError: If the path cannot be read.
+    """
+    faults: list[Fault] = []
+    config: Mapping[str, object] = {}
+    tensors: Mapping[str, TensorData] = {}
+    overrides: dict[str, object] = {}
+    try:
+        config = formats.read_config(config_bytes)
+        faults += formats.config_faults(config, task_type)
+        other_base = _base_faults(config, base)
+        if require_same_base:
+            faults += other_base
+        elif other_base:
+            overrides["allow_other_base"] = True
+        if task_type is not None and config.get("task_type") is None:
+            overrides["task_type"] = task_type.value
+    except InvalidPromptError as error:
+        faults += error.faults
+    if formats.is_other_method(config):  # its tensors are in their place in another kind of adapter
+        raise InvalidPromptError(faults)
+    try:
+        tensors = read_tensors(weights)
+        described = {**config, "task_type": overrides.get("task_type", config.get("task_type"))}
+        faults += _tensor_faults(described, tensors, base, allow_float64=allow_float64)
+    except InvalidPromptError as error:
+        faults += error.faults
+    if faults:
+        raise InvalidPromptError(faults)
+    return formats.to_soft_prompt(config, tensors, overrides=overrides)
+
+
+def _base_faults(config: Mapping[str, object], base: BaseModelSpec) -> list[Fault]:
+    """Names match by the model's own name: the same checkpoint may be a hub id here and a directory there.
+
+    A configuration that names no base cannot be held against it.
+    """
+    key = "base_model_name_or_path"
+    name = config.get(key)
+    ours = {model_name(known) for known in (base.name, *base.other_names)} - {""}
+    if not isinstance(name, str) or not name.strip() or model_name(name) in ours:
+        return []
+    message = (
+        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r}. If that is "
+        "the same model under another name, upload with allow_other_base=true (prelude push --allow-other-base)"
+    )
+    return [Fault("base_model_mismatch", message, CONFIG_FILE, key)]
+
+
+def _tensor_faults(
+    config: Mapping[str, object], tensors: Mapping[str, TensorData], base: BaseModelSpec, *, allow_float64: bool
+) -> list[Fault]:
+    is_multitask = config.get("peft_type") == PeftType.MULTITASK_PROMPT_TUNING
+    has_head = config.get("task_type") == TaskType.SEQ_CLS
+    faults = _name_faults(config, tensors)
+    heads = {name: tensor for name, tensor in tensors.items() if HEAD_TENSOR_PATTERN.fullmatch(name)}
+    names = [
+        ROWS_TENSOR,
+        *((TASK_COLS_TENSOR, TASK_ROWS_TENSOR) if is_multitask else ()),
+        *(heads if has_head else ()),
+    ]
+    for name in names:
+        if name in tensors:
+            # PEFT multiplies the factors in float32: of them, only the products are rounded to the serving dtype.
+            dtype = "float32" if is_multitask and name not in heads else base.dtype
+            faults += value_faults(name, tensors[name], dtype, allow_float64=allow_float64)
+    if ROWS_TENSOR in tensors:
+        faults += _row_faults(config, tensors[ROWS_TENSOR], base)
+    if is_multitask:
+        faults += factor_faults(config, tensors)
+    if has_head:
+        faults += head_faults(heads, base)
+    if is_multitask and not faults:
+        faults += product_faults(tensors, base)
+    return faults
+
+
+def _row_faults(config: Mapping[str, object], rows: TensorData, base: BaseModelSpec) -> list[Fault]:
+    if len(rows.shape) != 2:
+        message = f"has shape {list(rows.shape)}; [num_virtual_tokens, width] is needed"
+        return [weights_fault("shape_mismatch", message)]
+    num_rows, width = rows.shape
+    faults = []
+    peft_type = formats.known_peft_type(config)
+    if peft_type is not None:
+        find = _key_value_faults if peft_type.is_key_values else _embedding_faults
+        faults += find(config, width, base)
+    return faults + _length_faults(config, num_rows, base)
+
+
+def _name_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]) -> list[Fault]:
+    """Tensors that have no place in the file.
+
+    Where the configuration does not say what the prompt is, another fault refuses it, and what some soft prompt may
+    hold is let pass.
+    """
+    extra = tensors.keys() - {ROWS_TENSOR}
+    if formats.known_peft_type(config) in (None, PeftType.MULTITASK_PROMPT_TUNING):
+        extra -= {TASK_COLS_TENSOR, TASK_ROWS_TENSOR}
+    if config.get("task_type") != TaskType.CAUSAL_LM:
+        extra = {name for name in extra if not HEAD_TENSOR_PATTERN.fullmatch(name)}
+    faults = foreign_faults(extra, tensors)
+    if ROWS_TENSOR not in tensors:
+        guess = what_it_holds(tensors)
+        faults.append(weights_fault("missing_tensor", f"is missing: {guess}" if guess else "is missing"))
+    return faults
+
+
+def _embedding_faults(config: Mapping[str, object], width: int, base: BaseModelSpec) -> list[Fault]:
+    faults = []
+    if width != base.embedding_width:
+        message = f"rows have width {width}; the embeddings of {base.name!r} have width {base.embedding_width}"
+        faults.append(weights_fault("shape_mismatch", message))
+    token_dim = formats.positive_integer(config, "token_dim")
+    if token_dim not in (None, width):
+        message = (
+            f"{CONFIG_FILE}: token_dim is {shown_number(token_dim)}; the rows in {WEIGHTS_FILE} have width {width}"
+        )
+        faults.append(Fault("inconsistent_token_dim", message, CONFIG_FILE, "token_dim"))
+    return faults
+
+
+def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelSpec) -> list[Fault]:
+    """Tell a prefix for another number of layers from one for other heads; the width alone may hide either.
+
+    A row holds ``num_layers * 2 * num_kv_heads * head_dim`` values, so that 4 layers of width 8 and 2 of width 16
+    look alike: where the configuration states its layers, they decide. ``token_dim`` and ``num_attention_heads`` are
+    not checked, because PEFT replaces them by the base's own.
+    """
+    layer_width = 2 * base.num_kv_heads * base.head_dim
+    stated = formats.positive_integer(config, "num_layers")
+    num_layers = stated
+    if num_layers is None:
+        num_layers = width // layer_width if width % layer_width == 0 and width else base.num_layers
+    layout = (
+        f"{base.name!r} takes {base.key_values_width} "
+        f"({base.num_layers} layers x 2 x {base.num_kv_heads} key/value heads x head_dim {base.head_dim})"
+    )
+    faults = []
+    if num_layers != base.num_layers:
+        message = (
+            f"is a prefix for {shown_number(num_layers)} layers and {base.name!r} has {base.num_layers}: "
+            f"rows have width {width}; {layout}"
+        )
+        faults.append(weights_fault("layer_count_mismatch", message))
+    if width != num_layers * layer_width:
+        per_layer = ""
+        if num_layers <= width:
+            per_layer = (
+                f", {width / (2 * num_layers):g} for the keys of each layer where {layer_width // 2} are needed"
+            )
+        message = f"rows have width {width}{per_layer}: trained for other key/value heads or hidden size; {layout}"
+        faults.append(weights_fault("shape_mismatch", message))
+    return faults
+
+
+def _length_faults(config: Mapping[str, object], num_rows: int, base: BaseModelSpec) -> list[Fault]:
+    faults = []
+    stated = formats.positive_integer(config, "num_virtual_tokens")
+    if num_rows == 0:
+        faults.append(weights_fault("shape_mismatch", "has no rows; a soft prompt has at least 1 virtual token"))
+    if stated not in (None, num_rows):
+        message = f"has {num_rows} rows; {CONFIG_FILE} says num_virtual_tokens {shown_number(stated)}"
+        faults.append(weights_fault("num_virtual_tokens_mismatch", message))
+    if num_rows + 2 > base.max_model_len:
+        message = (
+            f"takes {num_rows} positions of the {base.max_model_len} that {base.name!r} has (max_model_len); "
+            "at least 2 have to be left, for text and for a new token"
+        )
+        faults.append(weights_fault("context_exceeded", message))
+    return faults

@@ -1,1 +1,0 @@
-"""Alembic's migrations of the catalog; ``prompt_store.database`` runs them when a store is opened."""

@@ -1,0 +1,318 @@
+"""``/v1/classify``: texts to labels, by a soft prompt's own head or by scoring labels as continuations."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends
+from msgspec import UNSET, UnsetType
+from pydantic import Field, PlainValidator, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from prompt_store.files.formats import read_config
+from prompt_store.types import CONFIG_FILE, LeasedPrompt
+from server.api.classification.classification import Classification, Label, Verdict, Wanted, check_inputs, classifying
+from server.api.generation.bodies import MAX_TIMEOUT_SECONDS, Prompts
+from server.api.generation.call import shorter
+from server.api.generation.known_fields import CLASSIFY, refuse_unsupported
+from server.api.generation.routes import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
+from server.api.http.disconnect import ClientDisconnected, unless_disconnected
+from server.api.inference.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
+from server.api.inference.entry import Entry, entered
+from server.api.inference.request_record import begin_record
+from server.api.inference.responses import Usage
+from server.api.inference.target import Target
+from server.api.keys.callers import caller_of
+from server.api.request_body import check_unicode
+from server.api.services import Services, ServicesDep, require_json, require_ready
+from server.continuations import Context
+from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
+from server.errors import InvalidRequestError
+
+router = APIRouter(
+    prefix="/v1", tags=["classification"], dependencies=[Depends(require_ready), Depends(require_json)]
+)
+
+MAX_LABELS = 256
+MAX_LABEL_CHARS = 1024
+
+
+_LabelList = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]],
+    Field(min_length=1, max_length=MAX_LABELS, json_schema_extra={"uniqueItems": True}),
+]
+
+
+def _labels(value: object) -> list[str]:
+    if isinstance(value, list) and not 0 < len(value) <= MAX_LABELS:
+        raise ValueError(f"should have 1 to {MAX_LABELS} labels, not {len(value)}")
+    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+        raise ValueError("should be a list of strings")
+    if not all(0 < len(label) <= MAX_LABEL_CHARS for label in value):
+        raise ValueError(f"should hold strings of 1 to {MAX_LABEL_CHARS} characters")
+    if len(set(value)) != len(value):
+        raise ValueError("should not hold a label twice")
+    check_unicode(value)
+    return value
+
+
+class ClassifyBody(EnsembleBody):
+    """``POST /v1/classify``."""
+
+    task_id: int | None = Field(None, ge=0, lt=2**63, description="Which task of a multitask prompt, from 0.")
+    input: Annotated[Prompts, Field(description="One text or several, as strings or token ids.")]
+    labels: Annotated[
+        list[str] | None,
+        PlainValidator(_labels, json_schema_input_type=_LabelList),
+        Field(
+            description="What to choose from, each with the space or line end before it, if it has one: it is scored "
+            "as the text's continuation. Not for soft prompts with a head (SEQ_CLS); needed for all others."
+        ),
+    ] = None
+    add_special_tokens: bool = Field(True, description="Whether texts begin as the tokenizer begins them.")
+    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower is more urgent, and goes first.")
+    timeout: float | None = Field(
+        None, gt=0.0, le=MAX_TIMEOUT_SECONDS, description="Seconds in which it has to begin to run, or it fails."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            refuse_unsupported(value, CLASSIFY)
+        return value
+
+
+class MemberLabel(msgspec.Struct, kw_only=True):
+    """What one soft prompt of an ensemble says of an input.
+
+    Attributes:
+        model: ``NAME@VERSION``, or the base's name.
+        label: The likeliest label.
+        probability: Its probability.
+    """
+
+    model: str
+    label: str
+    probability: float
+
+
+class Classified(msgspec.Struct, kw_only=True):
+    """One input's label.
+
+    Attributes:
+        index: Which input.
+        label: The likeliest label.
+        probability: Its probability.
+        num_classes: How many labels there are.
+        probs: The probabilities of all labels in order, as vLLM tells them.
+        probabilities: The same by label.
+        logprobs: Where one soft prompt scored labels: the log-probability of each as the text's continuation.
+        logits: Where one head decided: what it gave each label.
+        votes: Of an ensemble: how many members hold each label to be the likeliest.
+        members: Of an ensemble: what each of them says.
+    """
+
+    index: int
+    label: str
+    probability: float
+    num_classes: int
+    probs: list[float]
+    probabilities: dict[str, float]
+    logprobs: dict[str, float] | UnsetType = UNSET
+    logits: dict[str, float] | UnsetType = UNSET
+    votes: dict[str, int] | UnsetType = UNSET
+    members: list[MemberLabel] | UnsetType = UNSET
+
+
+class ClassifyReply(msgspec.Struct, kw_only=True):
+    """The answer of ``/v1/classify``."""
+
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+
+@router.post("/classify", response_class=Response)
+async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
+    """Find the label of one text or several."""
+    arrival = time.monotonic()
+    record = begin_record(request, services, model=body.model_text, text=lambda: body.input)
+    targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
+
+    timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
+
+    async def answer() -> tuple[bytes, dict[str, str]]:
+        with entered(
+            services,
+            request,
+            body.input,
+            field="input",
+            count=len(targets) * len(body.input) * len(body.labels or [None]),
+            count_field="input",
+            num_members=len(targets),
+            num_new_tokens=len(targets) * len(body.input) * len(body.labels or ()),
+            timeout=timeout,
+            priority=body.priority,
+        ) as entry:
+            return await classified(entry)
+
+    async def classified(entry: Entry) -> tuple[bytes, dict[str, str]]:
+        inputs, labels = await _tokenize(services, body)
+        wanted = Wanted(
+            inputs=inputs,
+            labels=labels,
+            task_id=body.task_id,
+            priority=body.priority,
+            timeout=timeout,
+        )
+        async with classifying(
+            services, targets, wanted, entry=entry, arrival=arrival, record=record
+        ) as classification:
+            names = [body.labels or await _label_names(services, prompt) for prompt in classification.leased]
+            _check_same_labels(names, targets)
+            await classification.run()
+            reply = ClassifyReply(
+                id=f"classify-{uuid.uuid4().hex}",
+                created=int(time.time()),
+                model=body.model_text or services.base_name,
+                data=_data(body, names, classification, services.base_name),
+                usage=classification.usage,
+            )
+            served_by = classification.served_by
+            headers = {SERVED_BY_HEADER: served_by} if served_by else {}
+            return msgspec.json.encode(reply), headers
+
+    try:
+        encoded, headers = await unless_disconnected(request.receive, answer())
+    except ClientDisconnected:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(encoded, headers=headers, media_type="application/json")
+
+
+def _data(
+    body: ClassifyBody, names: list[list[str]], classification: Classification, base_name: str
+) -> list[Classified]:
+    """One entry for each input."""
+    of_inputs = list(zip(*classification.verdicts, strict=True))
+    if not body.is_ensemble:
+        return [
+            _classified(index, names[0], verdict, is_by_head=body.labels is None)
+            for index, (verdict,) in enumerate(of_inputs)
+        ]
+    members = [name_of(prompt) or base_name for prompt in classification.leased]
+    return [_combined(index, names, members, verdicts, body.combine) for index, verdicts in enumerate(of_inputs)]
+
+
+def _check_same_labels(names: list[list[str]], targets: Sequence[Target]) -> None:
+    """Heads of an ensemble have the same labels; their order may be another."""
+    for own, target in zip(names, targets, strict=True):
+        if set(own) != set(names[0]):
+            raise InvalidRequestError(
+                f"{target.param}: the heads of the soft prompts do not have the same labels", param=target.param
+            )
+
+
+def _combined(
+    index: int, names: list[list[str]], members: list[str], verdicts: Sequence[Verdict], how: Combine
+) -> Classified:
+    """An ensemble's answer, in the first member's order of labels."""
+    labels = names[0]
+    by_label = [
+        dict(zip(own, verdict.probabilities, strict=True)) for own, verdict in zip(names, verdicts, strict=True)
+    ]
+    decision = decide([[probs[label] for label in labels] for probs in by_label], how)
+    return Classified(
+        index=index,
+        label=labels[decision.best],
+        probability=decision.probabilities[decision.best],
+        num_classes=len(labels),
+        probs=decision.probabilities,
+        probabilities=dict(zip(labels, decision.probabilities, strict=True)),
+        votes=dict(zip(labels, decision.votes, strict=True)),
+        members=[
+            MemberLabel(model=member, label=own[verdict.best], probability=verdict.probabilities[verdict.best])
+            for member, own, verdict in zip(members, names, verdicts, strict=True)
+        ],
+    )
+
+
+def _classified(index: int, names: list[str], verdict: Verdict, *, is_by_head: bool) -> Classified:
+    probs = verdict.probabilities
+    scores = dict(zip(names, verdict.scores, strict=True))
+    return Classified(
+        index=index,
+        label=names[verdict.best],
+        probability=probs[verdict.best],
+        num_classes=len(names),
+        probs=probs,
+        probabilities=dict(zip(names, probs, strict=True)),
+        logprobs=UNSET if is_by_head else scores,
+        logits=scores if is_by_head else UNSET,
+    )
+
+
+async def _tokenize(services: Services, body: ClassifyBody) -> tuple[list[list[int]], list[Label] | None]:
+    """The inputs' tokens, and those of the labels behind each input."""
+    tokenizer, names = services.tokenizer, body.labels
+    inputs = await tokenize_prompts(services, body.input, add_special_tokens=body.add_special_tokens, field="input")
+    check_inputs(inputs, vocab_size=services.engine.model.vocab_size)
+    if names is None:
+        return inputs, None
+    labels = [Label(name, []) for name in names]
+    for index, (text, token_ids) in enumerate(zip(body.input, inputs, strict=True)):
+        context = Context(token_ids, text if isinstance(text, str) else None)
+        inputs[index], found = await tokenizer.encode_labels(
+            context, names, add_special_tokens=body.add_special_tokens
+        )
+        _check_different(names, found)
+        for label, own in zip(labels, found, strict=True):
+            label.token_ids.append(own)
+    return inputs, labels
+
+
+def _check_different(names: Sequence[str], found: Sequence[Sequence[int]]) -> None:
+    known: dict[tuple[int, ...], str] = {}
+    for name, token_ids in zip(names, found, strict=True):
+        if not token_ids:
+            raise InvalidRequestError(f"labels: {name[:64]!r} has no tokens", param="labels")
+        other = known.setdefault(tuple(token_ids), name)
+        if other != name:
+            raise InvalidRequestError(f"labels: {other[:64]!r} and {name[:64]!r} are the same tokens", param="labels")
+
+
+async def _label_names(services: Services, leased: LeasedPrompt | None) -> list[str]:
+    """What a head's labels are called: by the metadata, or by the configuration that came with the head."""
+    if leased is None or leased.version.num_labels is None:
+        raise TypeError("only a soft prompt with a head has labels of its own")
+    version, num_labels = leased.version, leased.version.num_labels
+    names = head_label_names(version.metadata, num_labels)
+    if names is None:
+        store = services.store
+        data = await store.call(store.store.read_file, version.name, version.version, CONFIG_FILE)
+        names = head_label_names(read_config(data), num_labels)
+    return names or [f"LABEL_{index}" for index in range(num_labels)]
+
+
+def head_label_names(source: Mapping[str, object], num_labels: int) -> list[str] | None:
+    """Names of a head's labels in a JSON object: ``labels`` (a list), or transformers' ``id2label``.
+
+    Returns:
+        As many different names as there are labels, or None where the object does not hold that.
+    """
+    names = source.get("labels")
+    by_id = source.get("id2label")
+    if names is None and isinstance(by_id, Mapping):
+        names = [by_id.get(str(index)) for index in range(num_labels)]
+    if not isinstance(names, list) or len(names) != num_labels:
+        return None
+    texts = [name for name in names if isinstance(name, str) and name]
+    return texts if len(set(texts)) == num_labels else None

@@ -1,0 +1,346 @@
+"""The bodies of the generation requests. What a client may send is decided here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field, PlainValidator, PrivateAttr, model_validator
+
+from server.api.generation.known_fields import CHAT, COMPLETIONS, EVERYWHERE, Refused, refuse_unsupported
+from server.api.generation.template_options import TemplateOptions
+from server.api.generation.tool_calls import (
+    CLOSING,
+    OPENING,
+    HermesReader,
+    MakeReader,
+    NamedCallReader,
+    RequiredCallReader,
+)
+from server.api.generation.tools import (
+    MAX_TOOLS,
+    Messages,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    check_choice,
+    forced_constraint,
+    shown_tools,
+)
+from server.api.inference.ensemble import EnsembleBody
+from server.api.request_body import RequestBody, check_unicode
+from server.api.structured.guided import GuidedBody
+from server.api.structured.structured_outputs import ResponseFormat, StructuredOutputs
+from server.engine.constraints import Constraint
+from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
+from server.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_TIMEOUT_SECONDS = 86400.0
+MAX_LOGIT_BIAS_TOKENS = 1024
+MAX_CHOICES = 128
+MAX_PROMPTS = 16_384
+MAX_TOP_LOGPROBS = 20
+MAX_TOKEN_ID_DIGITS = 18
+MAX_ECHOED_LOGPROBS = 1_000_000
+"""Numbers that the logprobs of one request's echoed prompts may hold: they are kept until it is answered."""
+
+DEFAULT_COMPLETION_TOKENS = 16
+_INT64 = 2**63
+
+
+def _prompts(value: object) -> list[str] | list[list[int]]:
+    """Bring the four forms of ``prompt`` to a list of texts or a list of token-id lists."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError("should be a string, a list of strings, a list of token ids, or a list of such lists")
+    if not value:
+        raise ValueError("should not be empty")
+    if not _is_token_id(value[0]) and len(value) > MAX_PROMPTS:
+        raise ValueError(f"should have at most {MAX_PROMPTS} texts, not {len(value)}")
+    if "" in value or [] in value:
+        raise ValueError("should not be empty")
+    if all(isinstance(item, str) for item in value):
+        check_unicode(value)
+        return value
+    if all(_is_token_id(item) for item in value):
+        return [value]
+    if all(isinstance(item, list) and all(_is_token_id(token) for token in item) for item in value):
+        return value
+    raise ValueError("should hold only strings, only token ids (integers from 0), or only lists of token ids")
+
+
+def _is_token_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < _INT64
+
+
+def _stop(value: object) -> list[str]:
+    """One stop string or a list of them, as a list."""
+    stop = [value] if isinstance(value, str) else value
+    if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(f"should have at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
+    if not isinstance(stop, list) or not all(isinstance(item, str) for item in stop):
+        raise ValueError("should be a string or a list of strings")
+    if not all(0 < len(item) <= MAX_STOP_STRING_CHARS for item in stop):
+        raise ValueError(f"should hold strings of 1 to {MAX_STOP_STRING_CHARS} characters")
+    check_unicode(stop)
+    return stop
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    """Biases by token id: JSON's keys are strings."""
+    if not isinstance(value, dict):
+        raise ValueError("should be an object of token ids and biases")
+    if len(value) > MAX_LOGIT_BIAS_TOKENS:
+        raise ValueError(f"should have at most {MAX_LOGIT_BIAS_TOKENS} tokens, not {len(value)}")
+    bias: dict[int, float] = {}
+    for key, item in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_ID_DIGITS):
+            raise ValueError("should have token ids as keys, such as '50256'")
+        if isinstance(item, bool) or not isinstance(item, int | float) or not -100 <= item <= 100:
+            raise ValueError("should have biases from -100 to 100")
+        bias[int(key)] = float(item)
+    return bias
+
+
+Prompts = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str])]
+LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
+TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+
+
+class StreamOptions(RequestBody):
+    """What a stream reports besides text."""
+
+    include_usage: bool = Field(False, description="One more chunk at the end, with the usage and no choices.")
+    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk.")
+
+
+class GenerationBody(GuidedBody):
+    """What completions and chat completions have in common."""
+
+    unsupported: ClassVar[Mapping[str, Refused]] = EVERYWHERE
+    """Fields of other servers that are refused by name."""
+
+    task_id: int | None = Field(None, ge=0, lt=_INT64, description="Which task of a multitask prompt, from 0.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(1.0, ge=0.0, le=2.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=-1, lt=_INT64, description="0 and -1 keep all tokens.")
+    min_p: float = Field(0.0, ge=0.0, le=1.0, description="Share of the likeliest token's probability.")
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
+    logit_bias: LogitBias = Field({})
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    max_tokens: int | None = Field(None, ge=1, lt=_INT64)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Takes the place of max_tokens.")
+    min_tokens: int = Field(0, ge=0, lt=_INT64)
+    response_format: ResponseFormat | None = Field(None, description="OpenAI's way to demand JSON.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's way to demand any structure.")
+    stop: Stop = Field([])
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower is more urgent, and goes first.")
+    timeout: float | None = Field(
+        None,
+        gt=0.0,
+        le=MAX_TIMEOUT_SECONDS,
+        description="Seconds in which it has to begin to run, or it fails.",
+    )
+    return_token_ids: bool = Field(False, description="Adds `token_ids` and `prompt_token_ids` to each choice.")
+    _constraint: tuple[str, Constraint] | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            refuse_unsupported(value, cls.unsupported)
+        return value
+
+    @model_validator(mode="after")
+    def _check_that_one_structure_is_asked(self) -> Self:
+        demands = self.guided_constraints
+        if self.structured_outputs is not None and self.structured_outputs.constraint is not None:
+            demands.insert(0, ("structured_outputs", self.structured_outputs.constraint))
+        if self.response_format is not None and self.response_format.constraint is not None:
+            demands.insert(0, ("response_format", self.response_format.constraint))
+        if len(demands) > 1:
+            first, second = demands[0][0], demands[1][0]
+            raise InvalidRequestError(f"{second}: not together with {first}", param=second)
+        self._constraint = demands[0] if demands else None
+        return self
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options: only a stream takes them", param="stream_options")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to be; None for any."""
+        return None if self._constraint is None else self._constraint[1]
+
+    @property
+    def constraint_field(self) -> str | None:
+        """The field that demands it."""
+        return None if self._constraint is None else self._constraint[0]
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def token_limit(self) -> int | None:
+        """The new tokens asked for, or None for the endpoint's default."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def shown_special_tokens(self) -> Collection[str]:
+        """Special tokens that are text whatever ``skip_special_tokens`` says."""
+        return ()
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether choices begin with their prompt."""
+        return False
+
+    @property
+    def text_field(self) -> str:
+        """The field that the text is from."""
+        return "prompt"
+
+
+class CompletionBody(EnsembleBody, GenerationBody):
+    """``POST /v1/completions``."""
+
+    unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **COMPLETIONS}
+
+    prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0, lt=_INT64, description="0 only with `echo`: nothing new, only scores.")
+    echo: bool = Field(False, description="Choices, and their logprobs, begin with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="So many likeliest tokens for each one."
+    )
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_that_something_is_asked(self) -> Self:
+        if self.token_limit == 0 and not self.echo:
+            raise InvalidRequestError("max_tokens: 0 is only allowed with echo", param="max_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ensemble(self) -> Self:
+        if not self.is_ensemble:
+            return self
+        if self.combine == "mean":
+            if self.echo and self.logprobs is not None:
+                raise InvalidRequestError("echo: with logprobs, not with several soft prompts", param="echo")
+            return self
+        for name, asked in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):
+            if asked:
+                raise InvalidRequestError(
+                    f'{name}: not where several soft prompts vote; "ensemble": "mean" allows it', param=name
+                )
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each one; None for no logprobs at all."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """Whether choices begin with their prompt."""
+        return self.echo
+
+
+class ChatBody(TemplateOptions, GenerationBody):
+    """``POST /v1/chat/completions``."""
+
+    unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **CHAT}
+
+    model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
+    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
+    messages: Messages
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")
+    add_special_tokens: bool = Field(False, description="Chat templates write the special tokens themselves.")
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: ToolChoice | None = Field(None, description="`auto` where there are tools.")
+    parallel_tool_calls: bool = Field(True, description="Whether an answer may have several calls.")
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        check_choice(self.tools, self.tool_choice)
+        forced = forced_constraint(self.tools, self.tool_choice)
+        if forced is not None:
+            if self._constraint is not None:
+                field = self._constraint[0]
+                raise InvalidRequestError(
+                    f"tool_choice: a forced call leaves no room for {field}", param="tool_choice"
+                )
+            self._constraint = ("tools", forced)
+        return self
+
+    @property
+    def text_field(self) -> str:
+        """The field that the text is from."""
+        return "messages"
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools as chat templates take them; none where the model may not call any."""
+        return [] if self.tool_choice == "none" else shown_tools(self.tools)
+
+    @property
+    def shown_special_tokens(self) -> Collection[str]:
+        """What calls are read by, where the model may make some; it is special tokens for some models."""
+        return (OPENING, CLOSING) if self.tools and self.tool_choice in (None, "auto") else ()
+
+    @property
+    def make_reader(self) -> MakeReader | None:
+        """What reads calls out of the answer's text; None where there can be none."""
+        if isinstance(self.tool_choice, NamedTool):
+            return partial(NamedCallReader, self.tool_choice.function.name)
+        if self.tool_choice == "required":
+            return RequiredCallReader
+        if not self.tools or self.tool_choice == "none":
+            return None
+        names = frozenset(tool.function.name for tool in self.tools)
+        return partial(HermesReader, names, allows_several=self.parallel_tool_calls)
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs: only with logprobs set to true", param="top_logprobs")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None

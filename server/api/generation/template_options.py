@@ -1,0 +1,84 @@
+"""What a client may say about how a conversation is written out by the model's chat template."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from prompt_store.files.strict_json import check_depth
+from server.api.request_body import RequestBody, check_unicode
+from server.errors import InvalidRequestError
+
+MAX_TEMPLATE_CHARS = 32 * 1024
+"""Of ``chat_template_kwargs`` or ``documents`` as JSON."""
+
+MAX_TEMPLATE_DEPTH = 64
+MAX_DOCUMENTS = 128
+
+RESERVED = frozenset(
+    {
+        # What the request says elsewhere, or may not say.
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "tokenizer_kwargs", "sanitize_control_tokens"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    }
+)
+"""Names that transformers' ``apply_chat_template`` has for itself."""
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+def _bounded(value: Any) -> Any:
+    check_depth(value, MAX_TEMPLATE_DEPTH)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise ValueError(f"should have at most {MAX_TEMPLATE_CHARS} characters as JSON")
+    check_unicode([text])
+    return value
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(RESERVED & value.keys()):
+        raise ValueError(f"should not set {taken[0]!r}: that is not the template's own")
+    return value
+
+
+class TemplateOptions(RequestBody):
+    """Fields of vLLM, and OpenAI's effort, that reach the chat template."""
+
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the template begins an answer; by default it does, unless the last is continued."
+    )
+    continue_final_message: bool = Field(False, description="Leave the last message open, and go on writing it.")
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_bounded), AfterValidator(_variables)] = Field(
+        {}, description="Variables for the template, such as `enable_thinking`."
+    )
+    documents: Annotated[list[dict[str, Any]], AfterValidator(_bounded)] = Field(
+        [], max_length=MAX_DOCUMENTS, description="Texts for templates that show some, each with `title` and `text`."
+    )
+    reasoning_effort: Effort | None = Field(None, description="For templates of models that reason.")
+
+    @model_validator(mode="after")
+    def _check_how_it_ends(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequestError(
+                "add_generation_prompt: not together with continue_final_message", param="add_generation_prompt"
+            )
+        return self
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' ``apply_chat_template``."""
+        begins = not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+        options: dict[str, Any] = {"add_generation_prompt": begins}
+        if self.continue_final_message:
+            options["continue_final_message"] = True
+        if self.documents:
+            options["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            # As vLLM does: templates know one of the two.
+            options["reasoning_effort"] = self.reasoning_effort
+            options["enable_thinking"] = self.reasoning_effort != "none"
+        return options | self.chat_template_kwargs

@@ -1,0 +1,322 @@
+"""Tools and the messages that speak of them: OpenAI's shapes, and what a forced choice holds the answer to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator, model_validator
+
+from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant
+from server.api.json_budget import num_values
+from server.api.request_body import RequestBody, check_unicode, half_pair_in
+from server.api.structured.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
+from server.api.structured.schema_numbers import VALUE_KEYWORDS, subschemas
+from server.api.structured.structured_outputs import Schema, schema_constraint
+from server.engine.constraints import Constraint
+from server.errors import InvalidRequestError, UnsupportedError
+
+MAX_TOOLS = 128
+MAX_TOOL_CALLS = 128
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+"""Text parts of one message."""
+
+MAX_CALLS_IN_ALL = 4096
+"""Calls of all messages of a conversation."""
+
+MAX_ARGUMENT_CHARS = 1024 * 1024
+"""Arguments of all calls together, as JSON."""
+
+MAX_ARGUMENT_VALUES = 32_768
+"""Values in them."""
+
+_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _chat_text(value: object) -> str:
+    """A message's content: a string, or text parts that are joined by line ends as they stand."""
+    if isinstance(value, str):
+        check_unicode([value])
+        return value
+    if not isinstance(value, list):
+        raise ValueError("should be a string or a list of text parts")
+    if len(value) > MAX_PARTS:
+        raise ValueError(f"should have at most {MAX_PARTS} text parts, not {len(value)}")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("should hold only text parts: {'type': 'text', 'text': '...'}")
+        texts.append(part["text"])
+    check_unicode(texts)
+    return "\n".join(texts)
+
+
+def _arguments(value: object) -> dict[str, Any]:
+    """A call's arguments, for the chat template, which writes them in its own way: JSON in a string, or an object."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        arguments = json.loads(text or "{}", parse_constant=refuse_constant, parse_float=finite_float)
+        check_depth(arguments, MAX_SCHEMA_DEPTH)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("should be a JSON object, or a string that holds one") from error
+    if not isinstance(arguments, dict):
+        raise ValueError("should be a JSON object, or a string that holds one")
+    if half_pair_in(arguments) is not None:
+        raise ValueError("should be Unicode: its JSON has half of a surrogate pair")
+    return arguments
+
+
+ChatText = Annotated[str, PlainValidator(_chat_text, json_schema_input_type=str | list[dict[str, str]])]
+
+
+class FunctionCall(RequestBody):
+    """What the model called."""
+
+    name: str = Field(pattern=_NAME)
+    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
+
+
+class ToolCall(RequestBody):
+    """One call in an assistant's message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(RequestBody):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="Who speaks; `developer` is OpenAI's newer word for `system`."
+    )
+    name: str | None = None
+    tool_calls: list[ToolCall] = Field(
+        [], max_length=MAX_TOOL_CALLS, fail_fast=True, description="Of the assistant only."
+    )
+    content: ChatText | None = Field(
+        None, validate_default=True, description="May be absent from messages of the assistant and of tools."
+    )
+    reasoning: str | None = Field(None, description="What the assistant thought, for templates that show it.")
+    reasoning_content: str | None = Field(None, description="The same, by its older name.")
+    tool_call_id: str | None = Field(
+        None, validate_default=True, description="Which call a message of role `tool` answers."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_templates_have_no_place_for(cls, value: object) -> object:
+        if isinstance(value, dict):
+            for name, instead in (("function_call", "tool_calls"), ("audio", "content")):
+                if value.get(name) is not None:
+                    param = f"messages.{name}"
+                    raise UnsupportedError(f"{param}: this server does not take it; send {instead}", param=param)
+        return value
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _check_who_calls(cls, value: list[ToolCall], info: ValidationInfo) -> list[ToolCall]:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("should only be in messages of the assistant")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _check_that_something_is_said(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("role") not in ("assistant", "tool"):
+            raise ValueError("should be a string or a list of text parts")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _check_what_is_answered(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is not None) != (info.data.get("role") == "tool"):
+            raise ValueError("should be in messages of role tool, and in no others")
+        return value
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        role = "system" if self.role == "developer" else self.role
+        turn: dict[str, Any] = {"role": role, "content": self.content or ""}
+        thought = self.reasoning if self.reasoning is not None else self.reasoning_content
+        if thought is not None:
+            turn["reasoning"] = turn["reasoning_content"] = thought
+        if self.tool_calls:
+            turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            turn["name"] = self.name
+        return turn
+
+
+def _messages(value: object) -> object:
+    """Bound a conversation before any of its messages is looked at."""
+    if not isinstance(value, list):
+        return value
+    if not value:
+        raise ValueError("should not be empty")
+    if len(value) > MAX_MESSAGES:
+        raise ValueError(f"should have at most {MAX_MESSAGES} messages, not {len(value)}")
+    calls = [
+        call
+        for message in value
+        if isinstance(message, dict) and isinstance(message.get("tool_calls"), list)
+        for call in message["tool_calls"]
+    ]
+    if len(calls) > MAX_CALLS_IN_ALL:
+        raise ValueError(f"should have at most {MAX_CALLS_IN_ALL} calls together, not {len(calls)}")
+    functions = [
+        call["function"] for call in calls if isinstance(call, dict) and isinstance(call.get("function"), dict)
+    ]
+    arguments = [text for function in functions if isinstance(text := function.get("arguments"), str)]
+    num_chars = sum(map(len, arguments))
+    if num_chars > MAX_ARGUMENT_CHARS:
+        raise ValueError(
+            f"should have at most {MAX_ARGUMENT_CHARS} characters of arguments together, not {num_chars}"
+        )
+    if num_values(",".join(arguments).encode(errors="replace"), MAX_ARGUMENT_VALUES) > MAX_ARGUMENT_VALUES:
+        raise ValueError(f"should have at most {MAX_ARGUMENT_VALUES} values in arguments together")
+    return value
+
+
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_messages)
+]
+
+
+class Function(RequestBody):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=_NAME)
+    description: str | None = Field(None, max_length=MAX_CONSTRAINT_CHARS)
+    parameters: Schema = _NO_PARAMETERS
+    strict: bool = Field(False, description="Refuse what cannot be enforced, instead of leaving it out.")
+
+
+class Tool(RequestBody):
+    """A tool; all are functions."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(RequestBody):
+    """A function by its name."""
+
+    name: str = Field(pattern=_NAME)
+
+
+class NamedTool(RequestBody):
+    """The one tool that the model has to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def shown_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as chat templates take them."""
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
+
+
+def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
+    """Hold a tool choice against the tools.
+
+    Raises:
+        InvalidRequestError: If two tools have one name, or the choice forces one that there is not.
+    """
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise InvalidRequestError("tools: two functions have the same name", param="tools")
+    if not tools and choice not in (None, "none", "auto"):
+        raise InvalidRequestError("tool_choice: there are no tools to choose from", param="tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise InvalidRequestError(f"tool_choice: {choice.function.name!r} is none of the tools", param="tool_choice")
+
+
+def forced_constraint(tools: Sequence[Tool], choice: ToolChoice | None) -> Constraint | None:
+    """What a choice holds the answer to: a named function's arguments, or one call of any; None where it is free.
+
+    Raises:
+        InvalidRequestError: If the tools together are too long for it.
+    """
+    if isinstance(choice, NamedTool):
+        function = next(tool.function for tool in tools if tool.function.name == choice.function.name)
+        return schema_constraint(function.parameters, is_strict=function.strict)
+    if choice != "required":
+        return None
+    functions = [tool.function for tool in tools]
+    schema = {
+        "anyOf": [_call_schema(function.name) for function in functions],
+        "$defs": {
+            function.name: _embedded(function.parameters, f"prelude://tool{index}/schema")
+            for index, function in enumerate(functions)
+        },
+    }
+    _check_identifiers(functions)
+    if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
+        raise InvalidRequestError(
+            f"tools: with tool_choice 'required', they may have {MAX_CONSTRAINT_CHARS} characters together",
+            param="tools",
+        )
+    return schema_constraint(schema, is_strict=all(function.strict for function in functions))
+
+
+def _call_schema(name: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _embedded(schema: dict[str, Any], uri: str) -> dict[str, Any]:
+    """A schema as a resource of its own inside another, so that its references and anchors mean what they meant.
+
+    Args:
+        schema: Of bounded depth.
+        uri: Its name there, in place of its own: two functions may have the same.
+    """
+    own = schema.get("$id")
+    old = own.removesuffix("#") if isinstance(own, str) else ""
+    moved = _renamed(schema, old, uri) if old else schema
+    return {**moved, "$id": uri}
+
+
+def _renamed(node: Any, old: str, new: str) -> Any:
+    """A schema whose references to one resource lead to another."""
+    if isinstance(node, list):
+        return [_renamed(item, old, new) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    moved = {key: item if key in VALUE_KEYWORDS else _renamed(item, old, new) for key, item in node.items()}
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference.partition("#")[0] == old:
+        moved["$ref"] = new + reference[len(old) :]
+    return moved
+
+
+def _check_identifiers(functions: Sequence[Function]) -> None:
+    """Look for two schemas inside different functions that have one absolute ``$id`` and are not the same.
+
+    Raises:
+        InvalidRequestError: If there are.
+    """
+    known: dict[str, Any] = {}
+    for function in functions:
+        for node in subschemas(function.parameters):
+            name = node.get("$id")
+            if node is function.parameters or not isinstance(name, str) or ":" not in name:
+                continue
+            if known.setdefault(name, node) != node:
+                raise InvalidRequestError(
+                    f"tools: with tool_choice 'required', two schemas have the $id {name[:100]!r}", param="tools"
+                )

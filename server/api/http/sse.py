@@ -1,0 +1,145 @@
+"""Server-sent events: one response class that streams chunks, notices the client going, and reports late errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from server.api.errors import ErrorReply
+from server.api.http.disconnect import ClientDisconnected, unless_disconnected
+
+DONE = b"data: [DONE]\n\n"
+
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients skip: it keeps proxies from taking a long wait for a dead connection."""
+
+KEEP_ALIVE_SECONDS = 15.0
+"""Silence after which a comment is sent."""
+
+_encoder = msgspec.json.Encoder()
+
+
+def event(payload: msgspec.Struct) -> bytes:
+    """One event with a JSON payload."""
+    return b"data: " + _encoder.encode(payload) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they come; the response begins with the first of them, or after a long wait for it.
+
+    An error before that propagates to the exception handlers and becomes an ordinary error response. An error
+    after it becomes one last event. A client that disconnects closes ``events`` at once.
+
+    What a client does not read waits in the connection's buffer (64 KiB) and the kernel's; when they are full, events
+    are not taken from the engine's queue, which holds no more than the tokens that the request may have. So nothing
+    grows without bound, and after ``stall_seconds`` all of it is given up.
+
+    Args:
+        events: Encoded events.
+        late_headers: More headers, asked for when the response begins.
+        on_error: What the client is told of an error after that.
+        stall_seconds: How long a client may leave full buffers unread before its work ends as if it had gone.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        late_headers: Callable[[], Mapping[str, str]] = dict,
+        on_error: Callable[[Exception], ErrorReply],
+        stall_seconds: float,
+    ) -> None:
+        # Not Response.__init__: that sets the length of an empty body.
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events = events
+        self._late_headers = late_headers
+        self._on_error = on_error
+        self._stall_seconds = stall_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream the events, until they end or the client goes."""
+        try:
+            await unless_disconnected(receive, self._write(send))
+        except ClientDisconnected:
+            return  # nobody is left to answer
+
+    async def _write(self, send: Send) -> None:
+        wire = _Wire(send, self._start, self._stall_seconds)
+        writing = asyncio.create_task(self._send_all(wire))
+        watching = asyncio.create_task(wire.watch())
+        try:
+            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                raise ClientDisconnected
+            writing.result()
+        finally:
+            for task in (writing, watching):
+                task.cancel()
+            await asyncio.gather(writing, watching, return_exceptions=True)
+
+    async def _send_all(self, wire: _Wire) -> None:
+        try:
+            async with aclosing(self._events) as events:
+                async for chunk in events:
+                    await wire.send(chunk)
+        except Exception as error:
+            if not wire.started:
+                raise
+            await wire.send(b"data: " + self._on_error(error).body + b"\n\n")
+        await wire.send(b"", more=False)
+
+    def _start(self) -> Message:
+        self.headers.update(self._late_headers())
+        return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+
+
+class _Wire:
+    """The way to one client: begins the response, and knows when something went over it last.
+
+    Attributes:
+        started: Whether the response has begun.
+    """
+
+    def __init__(self, send: Send, start: Callable[[], Message], stall_seconds: float) -> None:
+        self.started = False
+        self._send = send
+        self._start = start
+        self._stall_seconds = stall_seconds
+        self._clock = asyncio.get_running_loop().time
+        self._last = self._clock()
+        self._is_sending = False
+        self._turn = asyncio.Lock()
+
+    async def send(self, chunk: bytes, *, more: bool = True) -> None:
+        """Send a part of the body; waits while the client does not read."""
+        async with self._turn:
+            self._last = self._clock()
+            self._is_sending = True
+            if not self.started:
+                self.started = True
+                await self._send(self._start())
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+            self._is_sending = False
+            self._last = self._clock()
+
+    async def watch(self) -> None:
+        """Break silences; returns when the client has stopped reading."""
+        while True:
+            await asyncio.sleep(min(KEEP_ALIVE_SECONDS, self._stall_seconds) / 2)
+            silent = self._clock() - self._last
+            if self._is_sending:
+                if silent >= self._stall_seconds:
+                    return
+            elif silent >= KEEP_ALIVE_SECONDS / 2:
+                with suppress(TimeoutError):  # a buffer that has just filled is seen in the next round
+                    async with asyncio.timeout(self._stall_seconds):
+                        await self.send(KEEP_ALIVE)

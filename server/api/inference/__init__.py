@@ -1,0 +1,1 @@
+"""The life of a request that the engine answers."""

@@ -1,0 +1,195 @@
+"""One input, several soft prompts, one answer: which ones a request names, and how their answers are combined.
+
+The idea is prompt ensembling, a section of Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt
+Tuning": prompts that were trained on the same task vote, at the price of one model in memory and one batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PlainValidator, model_validator
+
+from prompt_store.types import Access, LeasedPrompt
+from server.api.inference.leases import lease_of
+from server.api.inference.target import Target, resolve
+from server.api.request_body import RequestBody, check_unicode
+from server.api.services import Services
+from server.errors import InvalidRequestError
+
+MAX_MEMBERS = 16
+
+Combine = Literal["vote", "mean"]
+
+_NameList = Annotated[list[str], Field(min_length=2, max_length=MAX_MEMBERS, json_schema_extra={"uniqueItems": True})]
+
+
+def _names(value: object) -> list[str]:
+    if isinstance(value, list) and not 2 <= len(value) <= MAX_MEMBERS:
+        raise ValueError(f"should name 2 to {MAX_MEMBERS} soft prompts, not {len(value)}")
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError("should be a list of strings")
+    if len(set(value)) != len(value):
+        raise ValueError("should not name a soft prompt twice")
+    check_unicode(value)
+    return value
+
+
+def _model(value: object) -> str | list[str]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("should be a string, or a list of strings for an ensemble")
+    return _names(value)
+
+
+class EnsembleBody(RequestBody):
+    """What a request names that one soft prompt may answer, or several together."""
+
+    model: Annotated[
+        str | list[str] | None,
+        PlainValidator(_model, json_schema_input_type=str | _NameList),
+        Field(description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...]; several make an ensemble."),
+    ] = None
+    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
+    prompt_ids: Annotated[
+        list[str] | None,
+        PlainValidator(_names, json_schema_input_type=_NameList),
+        Field(description="The soft prompts of an ensemble, where `model` is the base or absent."),
+    ] = None
+    ensemble: Combine | None = Field(None, description="How an ensemble's answers become one; `vote` by default.")
+
+    @model_validator(mode="after")
+    def _check_members(self) -> Self:
+        several = [name for name in ("model", "prompt_ids") if isinstance(getattr(self, name), list)]
+        if len(several) == 2:
+            raise InvalidRequestError("prompt_ids: model names several soft prompts already", param="prompt_ids")
+        if several and self.prompt_id is not None:
+            raise InvalidRequestError(f"prompt_id: {several[0]} names the soft prompts already", param="prompt_id")
+        if self.ensemble is not None and not several:
+            raise InvalidRequestError(
+                "ensemble: there is one answer only: name the soft prompts by a list in model, or by prompt_ids",
+                param="ensemble",
+            )
+        return self
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether several soft prompts are asked."""
+        return isinstance(self.model, list) or self.prompt_ids is not None
+
+    @property
+    def combine(self) -> Combine:
+        """How their answers become one."""
+        return self.ensemble or "vote"
+
+    @property
+    def model_text(self) -> str | None:
+        """The field ``model`` in one text, several names with commas between."""
+        return ",".join(self.model) if isinstance(self.model, list) else self.model
+
+
+def targets_of(body: EnsembleBody, *, base_name: str, access: Access) -> list[Target]:
+    """What a request wants to be answered by: one target, or each member of its ensemble.
+
+    Raises:
+        ModelNotFoundError: If a name in ``model`` cannot be the name of anything.
+        InvalidRequestError: If an id is not well formed, or two fields name a soft prompt.
+    """
+    if isinstance(body.model, list):
+        return [resolve(name, None, base_name=base_name, access=access) for name in body.model]
+    if body.prompt_ids is None:
+        return [resolve(body.model, body.prompt_id, base_name=base_name, access=access)]
+    return [
+        resolve(body.model, name, base_name=base_name, access=access, param="prompt_ids") for name in body.prompt_ids
+    ]
+
+
+@asynccontextmanager
+async def leases_of(services: Services, targets: Sequence[Target]) -> AsyncIterator[list[LeasedPrompt | None]]:
+    """A lease on what each target means now, until the block ends; None for the bare base.
+
+    Raises:
+        NotFoundError: If there is no such soft prompt; the others' leases are given back.
+        InvalidRequestError: If two of them are the same version.
+    """
+    async with AsyncExitStack() as stack:
+        leased = [await stack.enter_async_context(lease_of(services, target)) for target in targets]
+        check_different(targets, leased)
+        yield leased
+
+
+def check_different(targets: Sequence[Target], leased: Sequence[LeasedPrompt | None]) -> None:
+    """Refuse an ensemble that would count one version twice, whatever names it was given.
+
+    Raises:
+        InvalidRequestError: Naming the field and the version.
+    """
+    names = [name_of(prompt) for prompt in leased]
+    for target, name in zip(targets, names, strict=True):
+        if names.count(name) > 1:
+            what = "the base model" if name is None else name
+            raise InvalidRequestError(f"{target.param}: {what} is named twice", param=target.param)
+
+
+def name_of(leased: LeasedPrompt | None) -> str | None:
+    """``NAME@VERSION``, or None for the bare base."""
+    return None if leased is None else f"{leased.version.name}@{leased.version.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What an ensemble says of one input.
+
+    Attributes:
+        best: Index of the label.
+        probabilities: Of each label, the mean of the members' probabilities.
+        votes: How many members hold each label to be the likeliest.
+    """
+
+    best: int
+    probabilities: list[float]
+    votes: list[int]
+
+
+def decide(probabilities: Sequence[Sequence[float]], how: Combine) -> Decision:
+    """Combine the members' probabilities of the same labels in the same order.
+
+    By ``mean`` the label with the highest mean probability wins, the first of equals. By ``vote`` the one that most
+    members hold to be the likeliest, each with one vote for the first of its equals; between as many votes the mean
+    decides.
+    """
+    count = len(probabilities[0])
+    means = [sum(column) / len(probabilities) for column in zip(*probabilities, strict=True)]
+    votes = [0] * count
+    for row in probabilities:
+        votes[max(range(count), key=row.__getitem__)] += 1
+    if how == "mean":
+        best = max(range(count), key=means.__getitem__)
+    else:
+        best = max(range(count), key=lambda index: (votes[index], means[index]))
+    return Decision(best, means, votes)
+
+
+def elect(texts: Sequence[str], likelihoods: Sequence[float]) -> tuple[int, Counter[str]]:
+    """Which member's whole text the most of them gave.
+
+    Args:
+        texts: What each member wrote.
+        likelihoods: Mean log-probability of the tokens of each.
+
+    Returns:
+        Index of the first member that gave the winning text, and the votes by text. Of texts with as many votes the
+        one wins whose givers were surer of it in the mean; of equals the first.
+    """
+    votes = Counter(texts)
+
+    def rank(text: str) -> tuple[int, float]:
+        own = [likelihood for given, likelihood in zip(texts, likelihoods, strict=True) if given == text]
+        return votes[text], sum(own) / len(own)
+
+    return texts.index(max(votes, key=rank)), votes

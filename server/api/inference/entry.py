@@ -1,0 +1,213 @@
+"""The way in for whatever costs something: a key's limits, a place, the size of the work. Nothing is done before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.admission import Permits
+from server.api.errors import describe
+from server.api.keys.callers import Caller, caller_of
+from server.api.keys.limits import Allowance
+from server.api.operations import takes_tokens
+from server.api.services import Services
+from server.errors import ContextLengthError, PayloadTooLargeError, RateLimitError
+from server.fair_work import Work, current_work, working_for
+from server.metrics import Metrics
+
+MOST_CHARS_PER_TOKEN = 128
+"""Of one text: some vocabularies have tokens of so many spaces, and none has longer ones that a text is made of."""
+
+CHARS_PER_TOKEN = 8
+"""Of all texts of a request together; more than texts have."""
+
+_LIKELY_CHARS_PER_TOKEN = 6
+
+_REFUSALS_OF_OURS = frozenset({429, 503})
+
+
+class LimitsMiddleware:
+    """Holds keys to their limits before anything of a body is read, and says for whom everything is done.
+
+    Args:
+        app: The rest of the application.
+        metrics: Where errors are counted.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one request in."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        caller = caller_of(Request(scope))
+        with ExitStack() as stack:
+            work = stack.enter_context(working_for(caller.tenant))
+            takes = takes_tokens(scope["method"], scope["path"])
+            if takes is not None:
+                try:
+                    allowance = stack.enter_context(caller.limiter.admitted(takes_tokens=takes))
+                except RateLimitError as error:
+                    reply = describe(error, request_id=scope["state"]["request_id"])
+                    self._metrics.count_error(reply.code)
+                    scope["state"]["record"].error = reply.code
+                    await reply.response()(scope, receive, send)
+                    return
+                stack.callback(lambda: allowance.settle(work.num_tokens))
+                scope["state"]["allowance"] = allowance
+                send = _noting_refusals(allowance, work, send)
+            await self._app(scope, receive, send)
+
+
+def _noting_refusals(allowance: Allowance, work: Work, send: Send) -> Send:
+    """A request that the server refuses for its own sake, and did nothing for, does not count."""
+
+    async def noting_send(message: Message) -> None:
+        if (
+            message["type"] == "http.response.start"
+            and message["status"] in _REFUSALS_OF_OURS
+            and not work.num_tokens
+        ):
+            allowance.forget_request()
+        await send(message)
+
+    return noting_send
+
+
+def allowance_of(request: Request) -> Allowance:
+    """What a request may take of its key's limits."""
+    allowance = request.state.allowance
+    if not isinstance(allowance, Allowance):
+        raise TypeError("the state of a request holds something else than its allowance")
+    return allowance
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a request that was let in holds.
+
+    Attributes:
+        caller: Whose it is.
+        allowance: What it takes of its key's limits.
+        permits: Its places, one for each sequence.
+    """
+
+    caller: Caller
+    allowance: Allowance
+    permits: Permits
+
+    def reserve(self, num_tokens: int) -> None:
+        """Take the tokens that it may come to, now that they are known.
+
+        Raises:
+            RateLimitError: If the key does not have so many; what was tokenised is paid for.
+        """
+        self.allowance.reserve(num_tokens, done=current_work().num_tokens)
+
+
+@contextmanager
+def entered(
+    services: Services,
+    request: Request,
+    prompts: Sequence[str] | Sequence[list[int]],
+    *,
+    field: str,
+    count: int,
+    count_field: str,
+    num_members: int,
+    num_new_tokens: int,
+    timeout: float | None,
+    priority: int,
+) -> Iterator[Entry]:
+    """Let a request for the model in until the block ends, or refuse it, before its texts are looked at.
+
+    Args:
+        services: The server.
+        request: The request.
+        prompts: Its texts, or their tokens.
+        field: The field that they are from.
+        count: Sequences that it asks for.
+        count_field: The field that asks for so many.
+        num_members: How often each text is read.
+        num_new_tokens: New tokens that all sequences may come to at least.
+        timeout: Seconds in which it has to begin; None is no limit.
+        priority: Negative is more urgent.
+
+    Raises:
+        ContextLengthError: If a text is longer than any that fits the context.
+        PayloadTooLargeError: If all texts together are.
+        RateLimitError: If the caller's key does not have as many tokens as it needs at least, or likely.
+        InvalidRequestError: If it asks for more sequences than the server ever takes.
+        OverloadedError: If the server is full.
+        WaitTimeoutError: If its turn would come too late.
+    """
+    caller = caller_of(request)
+    admission = services.admission
+    admission.check(caller.tenant, timeout, priority=priority)
+    check_size(services, prompts, field=field)
+    allowance = allowance_of(request)
+    least = sum(1 if isinstance(prompt, str) else len(prompt) for prompt in prompts)
+    likely = sum(
+        len(prompt) // _LIKELY_CHARS_PER_TOKEN if isinstance(prompt, str) else len(prompt) for prompt in prompts
+    )
+    allowance.require(least * num_members + num_new_tokens, likely * num_members + num_new_tokens)
+    with admission.permits(count, tenant=caller.tenant, param=count_field) as permits:
+        try:
+            yield Entry(caller, allowance, permits)
+        finally:
+            allowance.settle(current_work().num_tokens)
+
+
+@contextmanager
+def entered_for_text(services: Services, request: Request, num_chars: int, *, num_tokens: int = 0) -> Iterator[None]:
+    """Let a request in that turns text into tokens, or back, and asks the engine nothing.
+
+    Args:
+        services: The server.
+        request: The request.
+        num_chars: Of its texts together.
+        num_tokens: Of its tokens.
+
+    Raises:
+        RateLimitError: If the caller's key likely does not have the tokens.
+        OverloadedError: If the server is full.
+    """
+    allowance = allowance_of(request)
+    allowance.require(num_tokens, num_tokens + num_chars // _LIKELY_CHARS_PER_TOKEN)
+    with services.admission.permits(1, tenant=caller_of(request).tenant, waits=False):
+        try:
+            yield
+        finally:
+            allowance.settle(max(num_tokens, current_work().num_tokens))
+
+
+def check_size(services: Services, prompts: Sequence[str] | Sequence[list[int]], *, field: str) -> None:
+    """Bound the texts of a request by what could be computed at most, before any of them is tokenised.
+
+    Raises:
+        ContextLengthError: If a text is longer than any that fits the context.
+        PayloadTooLargeError: If all texts together are longer than those of as many sequences as run at once.
+    """
+    context = services.engine.model.max_model_len
+    most = MOST_CHARS_PER_TOKEN * context
+    sizes = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+    if max(sizes, default=0) > most:
+        raise ContextLengthError(
+            f"{field}: the model's context is {context} tokens, and a text of {max(sizes)} characters has more; "
+            f"at most {most} characters are taken",
+            param=field,
+        )
+    most_in_all = max(most, CHARS_PER_TOKEN * context * services.settings.engine.max_num_seqs)
+    if sum(sizes) > most_in_all:
+        raise PayloadTooLargeError(
+            f"{field}: the texts have {sum(sizes)} characters together, and at most {most_in_all} are taken at once: "
+            "send them in several requests",
+            param=field,
+        )

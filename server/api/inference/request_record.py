@@ -1,0 +1,166 @@
+"""What is known of one request when it has ended: a line in the log, a span in a trace."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+
+from starlette.requests import Request
+
+from server.api.inference.responses import Usage
+from server.api.operations import OPEN_PATHS
+from server.api.services import Services
+from server.logs import FIELDS
+
+logger = logging.getLogger(__name__)
+
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}
+"""What machines ask all day long: logged at the level DEBUG."""
+
+OPERATIONS = {
+    "/v1/completions": "text_completion",
+    "/v1/chat/completions": "chat",
+    "/v1/classify": "classify",
+}
+"""What is asked of the model, by path, in the words of OpenTelemetry's ``gen_ai.operation.name``."""
+
+MAX_MODEL_CHARS = 256
+"""How much of the field ``model`` is kept: longer is no name of anything, and may be as long as a body."""
+
+MAX_LOGGED_CHARS = 10_000
+"""How much of one text ``--log-prompts`` shows."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRecord:
+    """One request. What does not apply to it, or was not reached, is None.
+
+    Attributes:
+        request_id: Its X-Request-ID.
+        method: HTTP's.
+        path: As it was sent, without the query.
+        tenant: Whose key it came with; None where there are no keys.
+        status: The response's; None where the client went before it began.
+        error: The ``code`` of the error reply.
+        operation: ``text_completion``, ``chat`` or ``classify``.
+        model: The beginning of the field ``model`` as it was sent, or the base's name.
+        prompt: The soft prompt's name.
+        version: The version that served it.
+        outcome: Of an admitted request: stop, length, abort or error, as in the metrics.
+        prompt_tokens: Text tokens of all prompts.
+        cached_tokens: Those of them that were found in the prefix cache.
+        virtual_tokens: The soft prompt's positions before all prompts.
+        completion_tokens: New tokens of all choices.
+        queue_seconds: From the first sequence's arrival at the engine to its first blocks.
+        prefill_seconds: From there to its first new token.
+        first_token_seconds: From the request's arrival to its first new token.
+        decode_seconds: From its first new token to its last.
+        total_seconds: From the request's head to the end of the response.
+        input: The prompts or messages, where ``--log-prompts`` asks for them.
+        traceparent: The trace that the client belongs to, as W3C's Trace Context writes it.
+        first_output: When the engine's first output for it came, by the monotonic clock.
+        started: When its head had come, by the monotonic clock.
+        started_at: The same in Unix seconds.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    tenant: str | None = None
+    status: int | None = None
+    error: str | None = None
+    operation: str | None = None
+    model: str | None = None
+    prompt: str | None = None
+    version: int | None = None
+    outcome: str | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    virtual_tokens: int | None = None
+    completion_tokens: int | None = None
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
+    first_token_seconds: float | None = None
+    decode_seconds: float | None = None
+    total_seconds: float | None = None
+    input: object = None
+    traceparent: str | None = None
+    first_output: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+
+    def end(self, outcome: str, usage: Usage) -> None:
+        """Note what has come of an admitted request."""
+        self.outcome = outcome
+        self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        self.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        self.virtual_tokens = usage.prompt_tokens_details.virtual_tokens
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """What is known, for a log line; seconds to the microsecond."""
+        known = {name: getattr(self, name) for name in _LOGGED}
+        return {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in known.items()
+            if value is not None
+        }
+
+
+_MOMENTS = {"first_output", "started", "started_at"}
+_LOGGED = tuple(item.name for item in fields(RequestRecord) if item.name not in _MOMENTS)
+
+
+def record_of(request: Request) -> RequestRecord:
+    """The record of a request that came through the middleware."""
+    record = request.state.record
+    if not isinstance(record, RequestRecord):
+        raise TypeError("the state of a request holds something else than its record")
+    return record
+
+
+def begin_record(
+    request: Request, services: Services, *, model: str | None, text: Callable[[], object]
+) -> RequestRecord:
+    """The record of a request for the model, with what it asks for.
+
+    Args:
+        request: The request.
+        services: Whose base it asks, and whether texts are logged.
+        model: Its field ``model``.
+        text: Makes its prompts or messages; only called where they are logged.
+    """
+    record = record_of(request)
+    record.operation = OPERATIONS[request.scope["path"]]
+    record.model = (model or services.base_name)[:MAX_MODEL_CHARS]
+    if services.settings.http.log_prompts:
+        record.input = logged_input(text())
+    return record
+
+
+def log_request(record: RequestRecord) -> None:
+    """Log a request that has ended: one line."""
+    level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
+    logger.log(
+        level,
+        "%s %s %s in %.3f s, request %s",
+        record.method,
+        record.path,
+        record.status or "without an answer",
+        record.total_seconds or 0.0,
+        record.request_id,
+        extra={FIELDS: record.fields},
+    )
+
+
+def logged_input(value: object) -> object:
+    """Prompts or messages as they are logged: long texts and lists of tokens are cut."""
+    if isinstance(value, str):
+        return value[:MAX_LOGGED_CHARS]
+    if isinstance(value, Mapping):
+        return {key: logged_input(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [logged_input(item) for item in value[:MAX_LOGGED_CHARS]]
+    return value

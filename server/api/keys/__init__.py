@@ -1,0 +1,1 @@
+"""Who calls, with which scopes and limits."""

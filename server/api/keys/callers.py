@@ -1,0 +1,66 @@
+"""Who asks: the tenant and the scopes of the API key that a request came with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from prompt_store.types import SHARED, Access
+from server.api.keys.limits import KeyLimiter, Limits
+
+
+class Scope(StrEnum):
+    """What a key may do."""
+
+    GENERATE = "generate"
+    PROMPTS_READ = "prompts:read"
+    PROMPTS_WRITE = "prompts:write"
+    ADMIN = "admin"
+
+
+ALL_SCOPES = frozenset(Scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever sent a request.
+
+    Attributes:
+        name: What the key is called in records, which does not give it away; None where there are no keys.
+        tenant: Whose soft prompts, cached texts and turns it shares; ``SHARED`` where there are no keys.
+        scopes: What it may do.
+        limiter: Holds the key to its limits.
+    """
+
+    name: str | None
+    tenant: str
+    scopes: frozenset[Scope]
+    limiter: KeyLimiter = field(default_factory=lambda: KeyLimiter(Limits()), compare=False)
+
+    @property
+    def access(self) -> Access:
+        """Which soft prompts it sees and changes."""
+        return Access(self.tenant, may_change_shared=Scope.ADMIN in self.scopes)
+
+
+ANYBODY = Caller(None, SHARED, ALL_SCOPES)
+"""Every caller of a server without keys."""
+
+
+def caller_of(request: Request) -> Caller:
+    """Whose request it is."""
+    caller = getattr(request.state, "caller", ANYBODY)
+    if not isinstance(caller, Caller):
+        raise TypeError("the state of a request holds something else than a caller")
+    return caller
+
+
+async def _caller(request: Request) -> Caller:
+    return caller_of(request)
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]

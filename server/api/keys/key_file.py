@@ -1,0 +1,166 @@
+"""API keys as operators write them: one a line, or with tenant, scopes and limits in TOML or JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from prompt_store.types import check_name
+from server.api.keys.callers import ALL_SCOPES, Caller, Scope
+from server.api.keys.limits import KeyLimiter, Limits
+from server.errors import ConfigurationError
+
+_HASHED = "sha256:"
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+_RANDOM_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key that the server takes.
+
+    Attributes:
+        digest: Its sha256, 32 bytes.
+        caller: Who comes with it.
+    """
+
+    digest: bytes
+    caller: Caller
+
+
+_Limit = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    key: str
+    scopes: list[Scope]
+    tenant: str | None = None
+    requests_per_minute: _Limit | None = None
+    tokens_per_minute: _Limit | None = None
+    max_concurrency: _Limit | None = None
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    keys: list[_Entry]
+
+
+def new_key() -> tuple[str, str]:
+    """A random key of 256 bits, and the ``sha256:HEX`` that a key file may hold in its place."""
+    key = f"prelude-{secrets.token_urlsafe(_RANDOM_BYTES)}"
+    return key, _HASHED + hashlib.sha256(key.encode()).hexdigest()
+
+
+def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str]) -> str:
+    """What a key file has to hold: an entry of TOML where the key is not to do everything as itself, else a line.
+
+    Args:
+        digest: ``sha256:HEX``.
+        tenant: Whose key it is, or None for a tenant of its own.
+        scopes: What it may do; without any it may do everything.
+
+    Raises:
+        ConfigurationError: If tenant or a scope is not well formed.
+    """
+    if tenant is None and not scopes:
+        return digest
+    lines = ["[[keys]]", f'key = "{digest}"', f"scopes = {json.dumps(list(scopes or Scope))}"]
+    if tenant is not None:
+        lines.append(f"tenant = {json.dumps(tenant)}")
+    entry = "\n".join(lines)
+    try:
+        _parse_entries(entry, is_toml=True)
+    except ValueError as error:
+        raise ConfigurationError(f"such a key would not be taken: {error}") from error
+    return entry
+
+
+def read_keys(path: Path) -> list[Key]:
+    """Read a key file: TOML or JSON where its name ends so, else one key a line.
+
+    Empty lines and lines that start with ``#`` are skipped. A key on a line has all scopes and a tenant of its own.
+
+    Raises:
+        ConfigurationError: If the file cannot be read, is not well formed, or holds no key; names line or entry.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the API key file {path} cannot be read: {error}") from error
+    try:
+        if path.suffix in {".toml", ".json"}:
+            found = _parse_entries(text, is_toml=path.suffix == ".toml")
+        else:
+            lines = ((f"line {number}", line.strip()) for number, line in enumerate(text.splitlines(), 1))
+            found = parse_plain((place, line) for place, line in lines if line and not line.startswith("#"))
+    except ValueError as error:
+        raise ConfigurationError(f"the API key file {path} is not used: {error}") from error
+    if not found:
+        raise ConfigurationError(f"the API key file {path} holds no key")
+    return found
+
+
+def parse_plain(keys: Iterable[tuple[str, str]]) -> list[Key]:
+    """Keys, or their ``sha256:HEX``, that may do everything, each with a tenant of its own.
+
+    Args:
+        keys: Each with the place that it comes from.
+
+    Raises:
+        ValueError: If one is not well formed, or comes twice; names the place.
+    """
+    return _without_doubles((place, _key(place, text, None, ALL_SCOPES, Limits())) for place, text in keys)
+
+
+def _parse_entries(text: str, *, is_toml: bool) -> list[Key]:
+    try:
+        file = msgspec.toml.decode(text, type=_File) if is_toml else msgspec.json.decode(text, type=_File)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    return _without_doubles(
+        (f"keys[{index}]", _entry(f"keys[{index}]", item)) for index, item in enumerate(file.keys)
+    )
+
+
+def _entry(place: str, entry: _Entry) -> Key:
+    if not entry.scopes:
+        raise ValueError(f"{place}.scopes: names none of {', '.join(Scope)}")
+    if entry.tenant is not None:
+        try:
+            check_name(entry.tenant, "tenant")
+        except ValueError as error:
+            raise ValueError(f"{place}.{error}") from error
+    limits = Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.max_concurrency)
+    return _key(f"{place}.key", entry.key, entry.tenant, frozenset(entry.scopes), limits)
+
+
+def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], limits: Limits) -> Key:
+    """No part of the key itself may come into an error: errors are logged."""
+    if text.startswith(_HASHED):
+        if not _HEX_DIGEST.fullmatch(text.removeprefix(_HASHED)):
+            raise ValueError(f"{place}: after {_HASHED} there have to be 64 hexadecimal digits in lower case")
+        digest = bytes.fromhex(text.removeprefix(_HASHED))
+    else:
+        if not text or text != text.strip() or not text.isprintable():
+            raise ValueError(f"{place}: a key is not empty, and has no control characters or spaces around it")
+        digest = hashlib.sha256(text.encode()).digest()
+    name = f"key-{digest.hex()[:12]}"
+    return Key(digest, Caller(name, tenant or name, scopes, KeyLimiter(limits)))
+
+
+def _without_doubles(keys: Iterable[tuple[str, Key]]) -> list[Key]:
+    places: dict[bytes, str] = {}
+    found = []
+    for place, key in keys:
+        if key.digest in places:
+            raise ValueError(f"{place}: the same key is at {places[key.digest]}")
+        places[key.digest] = place
+        found.append(key)
+    return found

@@ -1,0 +1,178 @@
+"""API keys at work: loaded from file and settings, compared in constant time, read again when the file changes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from server.api.keys.callers import Caller
+from server.api.keys.key_file import Key, parse_plain, read_keys
+from server.config import HttpSettings
+from server.errors import AuthenticationError, ConfigurationError
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+"""How often the key file is looked at."""
+
+_Signature = tuple[int, int, int] | None
+
+
+class ApiKeys:
+    """The keys that the server takes. Only their sha256 digests are held.
+
+    Args:
+        keys: At least one.
+    """
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        self._keys = tuple(keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def check(self, authorization: str | None) -> Caller:
+        """Check the value of an ``Authorization`` header, its bytes decoded as Latin-1 (which ASGI does).
+
+        Returns:
+            Who comes with the key.
+
+        Raises:
+            AuthenticationError: If it holds none of the keys.
+        """
+        if not authorization:
+            raise AuthenticationError("this server needs an API key: send 'Authorization: Bearer KEY'")
+        scheme, _, text = authorization.partition(" ")
+        digest = hashlib.sha256(text.strip().encode("latin-1")).digest()
+        # Every digest is compared, so that the time does not tell which key came close.
+        matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
+        if scheme.lower() != "bearer" or not matches:
+            raise AuthenticationError("the API key is not valid")
+        return matches[0].caller
+
+    def replace(self, keys: Sequence[Key]) -> None:
+        """Take these keys from the next request on; requests under way go on.
+
+        A key whose limits are as they were keeps what it has used of them.
+        """
+        limiters = {key.digest: key.caller.limiter for key in self._keys}
+
+        def with_old_limiter(key: Key) -> Key:
+            old = limiters.get(key.digest)
+            if old is None or old.limits != key.caller.limiter.limits:
+                return key
+            return replace(key, caller=replace(key.caller, limiter=old))
+
+        self._keys = tuple(map(with_old_limiter, keys))
+
+
+class KeyReloader:
+    """Reads the key file again when it has changed, or on request. Keys that cannot be used leave the old ones.
+
+    Args:
+        http: The settings that name the file.
+        keys: Where the new keys go.
+        metrics: Counts the attempts.
+    """
+
+    def __init__(self, http: HttpSettings, keys: ApiKeys, metrics: Metrics) -> None:
+        self._http = http
+        self._keys = keys
+        self._metrics = metrics
+        self._asked = asyncio.Event()
+        self._signature = _signature(http.api_key_file)
+
+    def ask(self) -> None:
+        """Read the file soon, whether it has changed or not; called on the event loop."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Look after the file until it is cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), POLL_SECONDS)
+            is_asked = self._asked.is_set()
+            self._asked.clear()
+            # Taken before the file is read: what is written meanwhile is found at the next look.
+            signature = await asyncio.to_thread(_signature, self._http.api_key_file)
+            if is_asked or signature != self._signature:
+                self._signature = signature
+                await self._reload()
+
+    async def _reload(self) -> None:
+        try:
+            keys = await asyncio.to_thread(collect_keys, self._http)
+        except ConfigurationError as error:
+            self._metrics.count_key_reload("failure")
+            logger.error("the API keys stay as they were: %s", error)
+            return
+        self._keys.replace(keys)
+        self._metrics.count_key_reload("success")
+        logger.info("%d API keys were read again", len(keys))
+
+
+def collect_keys(http: HttpSettings) -> list[Key]:
+    """All keys of the settings: those of the file and those given directly.
+
+    Raises:
+        ConfigurationError: If file or keys are not usable, or a key is in both.
+    """
+    found = [] if http.api_key_file is None else read_keys(http.api_key_file)
+    try:
+        given = parse_plain((f"api_keys[{index}]", key) for index, key in enumerate(http.api_keys))
+    except ValueError as error:
+        raise ConfigurationError(f"the API keys cannot be used: {error}") from error
+    digests = {key.digest for key in found}
+    for index, key in enumerate(given):
+        if key.digest in digests:
+            raise ConfigurationError(f"api_keys[{index}] is in the API key file {http.api_key_file} too")
+    return found + given
+
+
+def load_keys(http: HttpSettings) -> ApiKeys | None:
+    """The server's keys, or None where everybody who can connect is served.
+
+    Raises:
+        ConfigurationError: If the keys are not usable, or there are none, the host is not loopback and
+            ``allow_open`` is not set.
+    """
+    keys = collect_keys(http)
+    if keys:
+        return ApiKeys(keys)
+    if not is_loopback(http.host):
+        if not http.allow_open:
+            raise ConfigurationError(
+                f"host {http.host!r} can be reached from other machines: give --api-key-file or PRELUDE_API_KEYS, "
+                "bind 127.0.0.1, or say --allow-open"
+            )
+        logger.warning("OPEN SERVER: whoever can reach %s may use, replace and delete everything", http.host)
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to ``host``. A name other than ``localhost`` is not trusted to be."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _signature(path: Path | None) -> _Signature:
+    """What changes with the file; None where it cannot be seen."""
+    if path is None:
+        return None
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size

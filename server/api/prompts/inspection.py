@@ -1,0 +1,140 @@
+"""``/v1/prompts/{id}/inspect``: what a soft prompt looks like beside the model."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import AfterValidator, BaseModel, Field
+
+from prompt_store.types import PromptVersion, check_name
+from server.api.inference.logprobs import shown_token
+from server.api.keys.callers import CallerDep
+from server.api.prompts.routes import PromptId, ref_of
+from server.api.services import ServicesDep, Tokenizer, require_ready
+from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
+from server.engine.types import Inspection, NormRange
+
+router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"], dependencies=[Depends(require_ready)])
+
+MAX_NEAREST = 20
+
+
+class NearToken(BaseModel):
+    """One token of the vocabulary."""
+
+    token_id: int
+    text: str
+    similarity: float = Field(description="Cosine of the angle to the token's input embedding, -1 to 1.")
+
+
+class VirtualTokenBody(BaseModel):
+    """One virtual token."""
+
+    index: int
+    norm: float
+    nearest: list[NearToken] = Field(description="Best first.")
+
+
+class VocabularyBody(BaseModel):
+    """The model's own input embeddings, as its layers get them."""
+
+    norm_mean: float
+    norm_std: float
+
+
+class NormsBody(BaseModel):
+    """Euclidean norms over the virtual tokens and heads of a layer."""
+
+    mean: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, norms: NormRange) -> NormsBody:
+        """The engine's numbers as the API shows them."""
+        return cls(mean=norms.mean, min=norms.min, max=norms.max)
+
+
+class LayerBody(BaseModel):
+    """One layer of a key/value prefix."""
+
+    index: int
+    keys: NormsBody
+    values: NormsBody
+
+
+class InspectionBody(BaseModel):
+    """A soft prompt made of embeddings has ``tokens`` and ``vocabulary``; one of keys and values has ``layers``."""
+
+    object: str = "prompt.inspection"
+    id: str
+    version: int
+    peft_type: str
+    num_virtual_tokens: int
+    task_id: int | None
+    tokens: list[VirtualTokenBody] | None
+    vocabulary: VocabularyBody | None
+    layers: list[LayerBody] | None
+
+    @classmethod
+    def of(
+        cls, version: PromptVersion, task_id: int | None, inspection: Inspection, tokenizer: Tokenizer
+    ) -> InspectionBody:
+        """The engine's findings with the tokens' texts."""
+        texts = {
+            token_id: shown_token(tokenizer.token_bytes(token_id))
+            for token_id in {token_id for row in inspection.rows for token_id, _ in row.nearest}
+        }
+        is_key_values = version.peft_type.is_key_values
+        tokens = [
+            VirtualTokenBody(
+                index=index,
+                norm=row.norm,
+                nearest=[
+                    NearToken(token_id=token_id, text=texts[token_id], similarity=similarity)
+                    for token_id, similarity in row.nearest
+                ],
+            )
+            for index, row in enumerate(inspection.rows)
+        ]
+        layers = [
+            LayerBody(index=index, keys=NormsBody.of(layer.keys), values=NormsBody.of(layer.values))
+            for index, layer in enumerate(inspection.layers)
+        ]
+        vocabulary = None
+        if inspection.vocabulary_norm_mean is not None and inspection.vocabulary_norm_std is not None:
+            vocabulary = VocabularyBody(
+                norm_mean=inspection.vocabulary_norm_mean, norm_std=inspection.vocabulary_norm_std
+            )
+        return cls(
+            id=version.name,
+            version=version.version,
+            peft_type=version.peft_type.value,
+            num_virtual_tokens=version.num_virtual_tokens,
+            task_id=task_id,
+            tokens=None if is_key_values else tokens,
+            vocabulary=vocabulary,
+            layers=layers if is_key_values else None,
+        )
+
+
+@router.get("/{id}/inspect")
+async def inspect_prompt(
+    name: PromptId,
+    services: ServicesDep,
+    caller: CallerDep,
+    version: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
+    alias: Annotated[str | None, AfterValidator(lambda text: text and check_name(text, "alias"))] = None,
+    task_id: Annotated[int | None, Query(ge=0, lt=2**63, description="Needed for a multitask prompt.")] = None,
+    top_k: Annotated[int, Query(ge=1, le=MAX_NEAREST, description="Near tokens for each virtual one.")] = 5,
+) -> InspectionBody:
+    """Norms of a version (of the alias latest, where none is named), and the tokens that its rows are near to."""
+    with services.admission.permits(1, tenant=caller.tenant, waits=False):
+        async with services.store.lease(ref_of(name, version, alias), caller.access) as leased:
+            check_task(leased.version, task_id)
+            source = soft_prompt_source(leased, task_id)
+            found = await services.engine.inspect(source, num_nearest=top_k)
+        # Thousands of tokens may have to be decoded.
+        return await asyncio.to_thread(InspectionBody.of, leased.version, task_id, found, services.tokenizer)

@@ -1,0 +1,99 @@
+"""``/v1/models``: the base and the soft prompts, as models that a client can name."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
+
+from prompt_store.types import PromptVersion
+from server.api.generation.sampling_defaults import default_fields
+from server.api.inference.leases import version_of
+from server.api.inference.target import resolve
+from server.api.keys.callers import CallerDep
+from server.api.services import Services, ServicesDep, require_ready
+
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_ready)])
+
+_PAGE = 200
+
+
+class ModelCard(BaseModel):
+    """One thing that ``model`` may name.
+
+    Attributes:
+        id: The name to send.
+        object: Always ``model``.
+        created: When it was published, or the server started; Unix seconds.
+        owned_by: Always ``prelude``.
+        root: The base model.
+        parent: The base model of a soft prompt; null for the base itself.
+        max_model_len: Positions of one sequence, virtual tokens included.
+        max_num_seqs: Sequences that the server runs at once, of all models together.
+        max_waiting: Sequences that may wait beyond those.
+        default_sampling_params: What the checkpoint sets where a request does not, by the names of its fields.
+    """
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "prelude"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+    max_num_seqs: int
+    max_waiting: int
+    default_sampling_params: dict[str, float | int | list[str]] = Field(
+        description="What the checkpoint sets where a request does not, by the names of a request's fields."
+    )
+
+
+class ModelList(BaseModel):
+    """Everything that ``model`` may name, by its bare name."""
+
+    object: str = "list"
+    data: list[ModelCard]
+
+
+@router.get("")
+async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
+    """List the base, then every soft prompt by its bare name."""
+    cards = [_base_card(services)]
+    after: str | None = None
+    has_more = True
+    while has_more:
+        summaries, has_more = await services.store.call(
+            services.store.store.list_prompts, limit=_PAGE, after=after, access=caller.access
+        )
+        cards += [_prompt_card(services, summary.name, summary.latest) for summary in summaries]
+        after = summaries[-1].name if summaries else None
+    return ModelList(data=cards)
+
+
+@router.get("/{model_id:path}")
+async def get_model(model_id: str, services: ServicesDep, caller: CallerDep) -> ModelCard:
+    """One of them, by any name that a request may use."""
+    target = resolve(model_id, None, base_name=services.base_name, access=caller.access)
+    version = await version_of(services, target)
+    return _base_card(services) if version is None else _prompt_card(services, model_id, version)
+
+
+def _base_card(services: Services) -> ModelCard:
+    return _card(services, services.base_name, created=services.created, parent=None)
+
+
+def _prompt_card(services: Services, model_id: str, version: PromptVersion) -> ModelCard:
+    return _card(services, model_id, created=int(version.created_at.timestamp()), parent=services.base_name)
+
+
+def _card(services: Services, model_id: str, *, created: int, parent: str | None) -> ModelCard:
+    settings = services.settings
+    return ModelCard(
+        id=model_id,
+        created=created,
+        root=services.base_name,
+        parent=parent,
+        max_model_len=services.engine.model.max_model_len,
+        max_num_seqs=settings.engine.max_num_seqs,
+        max_waiting=settings.http.max_waiting,
+        default_sampling_params=default_fields(services.engine.model.generation_defaults),
+    )

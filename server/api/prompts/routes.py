@@ -1,0 +1,369 @@
+"""The routes of soft prompts: upload, look up, point aliases, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query
+from pydantic import AfterValidator
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from prompt_store.checking import check_upload
+from prompt_store.errors import PromptStoreError
+from prompt_store.types import (
+    CONFIG_FILE,
+    DEFAULT_ALIAS,
+    SHARED,
+    WEIGHTS_FILE,
+    PromptRef,
+    PromptSummary,
+    PromptVersion,
+    TaskType,
+    check_name,
+)
+from server.api.http.multipart import UploadParser, bounded, discard_rest, gathered
+from server.api.keys.callers import Caller, CallerDep
+from server.api.prompts.bodies import (
+    AliasBody,
+    AliasReply,
+    Deleted,
+    HistoryBody,
+    HistoryList,
+    PromptBody,
+    PromptList,
+    RollbackBody,
+    VersionBody,
+    VersionList,
+    WarmBody,
+    WarmReply,
+)
+from server.api.prompts.probing import probe
+from server.api.services import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
+from server.api.soft_prompts.async_store import StoreThreads
+from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, PermissionDeniedError, ServerError
+
+router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
+
+_UPLOAD_SLACK_BYTES = 8 * 1024 * 1024
+"""What an upload may hold besides its weights: the configuration, text fields and boundaries."""
+
+
+def _name(text: str) -> str:
+    return check_name(text, "name")
+
+
+def _alias(text: str) -> str:
+    return check_name(text, "alias")
+
+
+PromptId = Annotated[str, Path(alias="id"), AfterValidator(_name)]
+Alias = Annotated[str, AfterValidator(_alias)]
+VersionNumber = Annotated[int, Path(ge=1, lt=2**63)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Before = Annotated[int | None, Query(ge=1, lt=2**63)]
+
+
+class _LeasedWeights(FileResponse):
+    """A weights file straight from the store's directory, leased while it is sent: it may be too large for memory."""
+
+    def __init__(self, threads: StoreThreads, ref: PromptRef, caller: Caller, *, sha256: str) -> None:
+        super().__init__("", headers=_file_headers(WEIGHTS_FILE, sha256), media_type="application/octet-stream")
+        self._threads = threads
+        self._ref = ref
+        self._access = caller.access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file, or the part of it that was asked for."""
+
+        async def send_or_raise(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                raise HTTPException(message["status"], "the Range header asks for no part of this file")
+            await send(message)
+
+        async with self._threads.lease(self._ref, self._access) as leased:
+            self.path = leased.weights_path
+            await super().__call__(scope, receive, send_or_raise)
+
+
+def ref_of(name: str, version: int | None, alias: str | None) -> PromptRef:
+    """The version or the alias that a request names; the alias latest where it names neither.
+
+    Raises:
+        InvalidRequestError: If it names both.
+    """
+    if version is not None and alias is not None:
+        raise InvalidRequestError("version: name a version or an alias, not both", param="version")
+    if version is not None:
+        return PromptRef(name, version=version, alias=None)
+    return PromptRef(name, alias=alias or DEFAULT_ALIAS)
+
+
+def _version_body(services: Services, version: PromptVersion) -> VersionBody:
+    return VersionBody.of(version, pinned=services.warmer.is_pinned(version))
+
+
+def _prompt_body(services: Services, summary: PromptSummary) -> PromptBody:
+    return PromptBody.of(summary, pinned=services.warmer.pinned_versions(summary.name))
+
+
+def _file_headers(filename: str, sha256: str) -> dict[str, str]:
+    return {"etag": f'"{sha256}"', "content-disposition": f'attachment; filename="{filename}"'}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=VersionBody,
+    responses={200: {"model": VersionBody, "description": "The same bytes are a version already"}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["id", "files"],
+                        "properties": {
+                            "id": {"type": "string"},
+                            "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                            "alias": {"type": "string"},
+                            "shared": {"type": "boolean", "description": "For every tenant; needs the scope admin."},
+                            "allow_other_base": {
+                                "type": "boolean",
+                                "description": "Take it although it names another base model than the served one.",
+                            },
+                            "task_type": {
+                                "type": "string",
+                                "enum": list(TaskType),
+                                "description": "What it was trained for, where adapter_config.json does not say.",
+                            },
+                            "description": {"type": "string"},
+                            "tags": {"type": "array", "items": {"type": "string"}},
+                            "metadata": {"type": "string", "description": "A JSON object"},
+                            "lineage": {
+                                "type": "string",
+                                "description": "A JSON object: training_run, parent (NAME@VERSION), dataset_digest, "
+                                "scores (numbers by name)",
+                            },
+                        },
+                    }
+                }
+            },
+        }
+    },
+)
+async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
+    """Publish a PEFT directory's two files as the next version of a name; 200 where that version exists already."""
+    services.require_ready()  # for the model has to try it
+    base = services.base_spec
+    limit = services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise PayloadTooLargeError(f"the upload is over the limit of {limit} bytes")
+    threads, store = services.store, services.store.store
+    with store.upload() as upload:  # makes and removes a directory; its files are written in the pool
+        parser = UploadParser(request.headers.get("content-type", ""), upload.open)
+        stream = request.stream()
+        try:
+            async for data in gathered(bounded(stream, limit)):
+                await threads.call(parser.feed, data)
+            fields = parser.fields()
+            if fields.shared and not caller.access.changes(SHARED):
+                raise PermissionDeniedError("shared: this needs an API key with the scope admin", scopes=["admin"])
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except (ServerError, PromptStoreError):
+            await discard_rest(stream)
+            raise
+        checked = await threads.call(
+            check_upload,
+            upload,
+            base,
+            require_same_base=not (services.settings.store.allow_other_base or fields.allow_other_base),
+            allow_float64=services.settings.store.allow_float64,
+            task_type=fields.task_type,
+        )
+        await probe(services, checked, upload.path(WEIGHTS_FILE), caller)
+        try:
+            version, created = await threads.call(
+                store.publish,
+                upload,
+                name=fields.name,
+                base=base,
+                checked=checked,
+                alias=fields.alias,
+                description=fields.description,
+                tags=fields.tags,
+                metadata=fields.metadata,
+                lineage=fields.lineage,
+                actor=caller.name,
+                owner=SHARED if fields.shared else caller.tenant,
+                reserved_names=(services.base_name,),
+            )
+        except ValueError as error:  # its form was checked already; it is the base's own name
+            raise InvalidRequestError(f"id: {error}", param="id") from error
+    services.warmer.promoted(fields.name, fields.alias)
+    body = _version_body(services, version).model_dump(mode="json")
+    return JSONResponse(body, 201 if created else 200)
+
+
+@router.get("")
+async def list_prompts(
+    services: ServicesDep,
+    caller: CallerDep,
+    limit: Limit = 20,
+    after: Annotated[str | None, AfterValidator(lambda name: name and _name(name))] = None,
+    tag: Annotated[str | None, AfterValidator(lambda tag: tag and check_name(tag, "tag"))] = None,
+) -> PromptList:
+    """A page of soft prompts, by name."""
+    store = services.store.store
+    summaries, has_more = await services.store.call(
+        store.list_prompts, limit=limit, after=after, tag=tag, access=caller.access
+    )
+    data = [_prompt_body(services, summary) for summary in summaries]
+    return PromptList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
+
+
+@router.get("/{id}")
+async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> PromptBody:
+    """One soft prompt."""
+    return _prompt_body(services, await services.store.call(services.store.store.get_prompt, name, caller.access))
+
+
+@router.delete("/{id}")
+async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> Deleted:
+    """Delete all versions and aliases of a name; requests under way keep theirs until they end."""
+    await services.store.call(services.store.store.delete_prompt, name, actor=caller.name, access=caller.access)
+    await services.warmer.forget(name)
+    return Deleted(id=name, object="prompt")
+
+
+@router.get("/{id}/versions")
+async def list_versions(
+    name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
+) -> VersionList:
+    """A page of a name's versions, newest first, those below ``before``."""
+    store = services.store.store
+    versions, has_more = await services.store.call(
+        store.list_versions, name, limit=limit, before=before, access=caller.access
+    )
+    data = [_version_body(services, version) for version in versions]
+    return VersionList(data=data, has_more=has_more, last_id=data[-1].version if data else None)
+
+
+@router.get("/{id}/history")
+async def list_history(
+    name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
+) -> HistoryList:
+    """A page of what was done to a name, newest first; it outlives the name."""
+    store = services.store.store
+    entries, has_more = await services.store.call(
+        store.list_history, name, limit=limit, before=before, access=caller.access
+    )
+    data = [HistoryBody.of(entry) for entry in entries]
+    return HistoryList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
+
+
+@router.get("/{id}/versions/{version}")
+async def get_version(
+    name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep
+) -> VersionBody:
+    """One version."""
+    ref = PromptRef(name, version=version, alias=None)
+    return _version_body(services, await services.store.call(services.store.store.resolve, ref, caller.access))
+
+
+@router.get("/{id}/versions/{version}/files/{filename}", response_class=Response)
+async def get_file(
+    name: PromptId, version: VersionNumber, filename: str, services: ServicesDep, caller: CallerDep
+) -> Response:
+    """One file of a version, byte for byte as it was uploaded."""
+    threads, ref = services.store, PromptRef(name, version=version, alias=None)
+    found = await threads.call(threads.store.resolve, ref, caller.access)
+    file = found.file(filename)
+    if file is None:
+        raise NotFoundError(f"a version has {CONFIG_FILE} and {WEIGHTS_FILE}, and no file {filename[:100]!r}")
+    if filename == WEIGHTS_FILE:
+        return _LeasedWeights(threads, ref, caller, sha256=file.sha256)
+    data = await threads.call(threads.store.read_file, name, version, filename, caller.access)
+    return Response(data, headers=_file_headers(filename, file.sha256), media_type="application/json")
+
+
+@router.delete("/{id}/versions/{version}")
+async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep) -> Deleted:
+    """Delete one version; requests under way keep it until they end."""
+    await services.store.call(
+        services.store.store.delete_version, name, version, actor=caller.name, access=caller.access
+    )
+    await services.warmer.forget(name, version)
+    return Deleted(id=f"{name}@{version}", object="prompt.version")
+
+
+@router.put("/{id}/aliases/{alias}", dependencies=[Depends(require_json)])
+async def set_alias(
+    name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, caller: CallerDep
+) -> AliasReply:
+    """Point an alias at a version."""
+    await services.store.call(
+        services.store.store.set_alias,
+        name,
+        alias,
+        body.version,
+        expected_version=body.expected_version,
+        actor=caller.name,
+        access=caller.access,
+    )
+    services.warmer.promoted(name, alias)
+    return AliasReply(id=name, alias=alias, version=body.version)
+
+
+@router.post("/{id}/aliases/{alias}/rollback", dependencies=[Depends(require_json)])
+async def rollback(
+    name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, caller: CallerDep
+) -> AliasReply:
+    """Point an alias back at what it pointed at before its newest promotion; again, and it goes one further back."""
+    version = await services.store.call(
+        services.store.store.rollback,
+        name,
+        alias,
+        expected_version=body.expected_version,
+        actor=caller.name,
+        access=caller.access,
+    )
+    services.warmer.promoted(name, alias)
+    return AliasReply(id=name, alias=alias, version=version)
+
+
+@router.post("/{id}/warm", dependencies=[Depends(require_ready), Depends(require_json_or_nothing)])
+async def warm_prompt(
+    name: PromptId, services: ServicesDep, caller: CallerDep, body: WarmBody | None = None
+) -> WarmReply:
+    """Bring a soft prompt onto the device before its first request, and pin it or end its pin."""
+    body = body or WarmBody.model_validate({})
+    ref = ref_of(name, body.version, body.alias)
+    # It waits for files more than for its turn, so it tells nothing of how long a turn takes.
+    with services.admission.permits(1, tenant=caller.tenant, waits=False):
+        found = await services.store.call(services.store.store.resolve, ref, caller.access)
+        if body.pin is not None and not caller.access.changes(found.owner):
+            raise PermissionDeniedError("pin: of a shared soft prompt, this needs the scope admin", scopes=["admin"])
+        if body.pin is False:
+            version = await services.warmer.unpin(ref, task_id=body.task_id)
+            pinned = services.warmer.is_pinned(version)
+            return WarmReply(id=name, version=version.version, task_ids=None, pinned=pinned, seconds=0.0)
+        warmed = await services.warmer.warm(ref, task_id=body.task_id, pin=bool(body.pin))
+    return WarmReply(
+        id=name,
+        version=warmed.version.version,
+        task_ids=None if warmed.task_ids is None else list(warmed.task_ids),
+        pinned=services.warmer.is_pinned(warmed.version),
+        seconds=warmed.seconds,
+    )
+
+
+@router.delete("/{id}/aliases/{alias}")
+async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, caller: CallerDep) -> Deleted:
+    """Delete an alias; its version stays."""
+    await services.store.call(services.store.store.delete_alias, name, alias, actor=caller.name, access=caller.access)
+    return Deleted(id=f"{name}@{alias}", object="prompt.alias")

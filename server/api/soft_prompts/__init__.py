@@ -1,0 +1,1 @@
+"""Soft prompts between the store and the engine."""

@@ -1,0 +1,1 @@
+"""What an answer is held to: schemas, grammars, choices, patterns."""

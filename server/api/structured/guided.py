@@ -1,0 +1,54 @@
+"""``guided_*``: the names that vLLM had for ``structured_outputs``, which clients still send."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from server.api.request_body import RequestBody
+from server.api.structured.structured_outputs import MAX_CHOICE_STRINGS, SchemaOrText, StructuredOutputs
+from server.engine.constraints import Constraint
+from server.errors import InvalidRequestError
+
+GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+"""Each one's name in ``structured_outputs``."""
+
+
+class GuidedBody(RequestBody):
+    """Structured output by its older names."""
+
+    guided_json: Annotated[SchemaOrText | None, BeforeValidator(lambda value: None if value == "" else value)] = (
+        Field(None, description="As `structured_outputs.json`.")
+    )
+    guided_regex: str | None = Field(None, description="As `structured_outputs.regex`.")
+    guided_choice: Annotated[list[str] | None, Field(max_length=MAX_CHOICE_STRINGS)] = Field(
+        None, description="As `structured_outputs.choice`."
+    )
+    guided_grammar: str | None = Field(None, description="As `structured_outputs.grammar`.")
+
+    @property
+    def guided_constraints(self) -> list[tuple[str, Constraint]]:
+        """What is demanded, and by which field.
+
+        Raises:
+            InvalidRequestError: If it is not what ``structured_outputs`` would take.
+        """
+        found = []
+        for name, key in GUIDED.items():
+            value = getattr(self, name)
+            if value is None or value in ("", []):  # clients with a field for each send those that are not filled in
+                continue
+            try:
+                constraint = StructuredOutputs.model_validate({key: value}).constraint
+            except ValidationError as error:
+                message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+                raise InvalidRequestError(f"{name}: {message}", param=name) from error
+            if constraint is not None:
+                found.append((name, constraint))
+        return found

@@ -1,0 +1,136 @@
+"""``response_format`` and ``structured_outputs``: what a client may demand of a text, and its bounds.
+
+Whether a constraint can be compiled is the engine's to find out, in its own time. What is checked here takes none:
+shapes, sizes, depths, and the few things that no limit of the compiler holds back.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, PlainValidator, model_validator
+
+from prompt_store.files.strict_json import finite_float, refuse_constant
+from server.api.request_body import RequestBody, half_pair_in
+from server.api.structured.closed_schemas import closed
+from server.api.structured.schema_checks import MAX_CONSTRAINT_CHARS, check_grammar, check_schema, text_of
+from server.engine.constraints import Constraint, ConstraintKind
+from server.errors import UnsupportedError
+
+MAX_CHOICE_STRINGS = 1024
+MAX_CHOICE_CHARS = 1024
+MAX_REGEX_CHARS = 8192
+
+
+def schema_constraint(schema: dict[str, Any], *, is_strict: bool) -> Constraint:
+    """The constraint to what satisfies a schema; without ``is_strict`` as far as it can be enforced.
+
+    Objects have the properties that they name and no others, where the schema does not speak of others.
+    """
+    return Constraint(kind=ConstraintKind.JSON_SCHEMA, text=text_of(closed(schema)), is_lenient=not is_strict)
+
+
+def _schema(value: object) -> dict[str, Any]:
+    """A schema as an object, or as its JSON."""
+    if isinstance(value, str):
+        if len(value) > MAX_CONSTRAINT_CHARS:
+            raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters")
+        try:
+            value = json.loads(value, parse_constant=refuse_constant, parse_float=finite_float)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("should be a JSON schema: an object, or a string that holds one") from error
+    if not isinstance(value, dict):
+        raise ValueError("should be a JSON schema: an object, or a string that holds one")
+    if half_pair_in(value) is not None:
+        raise ValueError("should be Unicode: its JSON has half of a surrogate pair")
+    return check_schema(value)
+
+
+def _choice(value: list[str]) -> list[str]:
+    if not all(0 < len(item) <= MAX_CHOICE_CHARS for item in value):
+        raise ValueError(f"should hold strings of 1 to {MAX_CHOICE_CHARS} characters")
+    if sum(map(len, value)) > MAX_CONSTRAINT_CHARS:
+        raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters together")
+    return value
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(check_schema)]
+SchemaOrText = Annotated[dict[str, Any], PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)]
+
+
+class JsonSchemaFormat(RequestBody):
+    """OpenAI's wrapping of a schema."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    schema_: Schema = Field(alias="schema")
+    strict: bool = Field(False, description="Refuse what cannot be enforced, instead of leaving it out.")
+
+
+class ResponseFormat(RequestBody):
+    """OpenAI's way to demand JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_that_the_schema_is_where_it_belongs(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema is needed with the type json_schema, and with no other")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to be; None for any."""
+        if self.json_schema is not None:
+            return schema_constraint(self.json_schema.schema_, is_strict=self.json_schema.strict)
+        return Constraint(kind=ConstraintKind.JSON_OBJECT) if self.type == "json_object" else None
+
+
+class StructuredOutputs(RequestBody):
+    """vLLM's way to demand any structure: one of these."""
+
+    choice: Annotated[
+        list[str] | None,
+        Field(min_length=1, max_length=MAX_CHOICE_STRINGS, fail_fast=True),
+        AfterValidator(_choice),
+    ] = None
+    regex: str | None = Field(
+        None, min_length=1, max_length=MAX_REGEX_CHARS, description="Rust's syntax; the whole text has to match."
+    )
+    json_: SchemaOrText | None = Field(None, alias="json", description="A JSON schema, as an object or as text.")
+    json_object: bool = Field(False, description="Any JSON object.")
+    grammar: Annotated[
+        str | None,
+        Field(min_length=1, max_length=MAX_CONSTRAINT_CHARS, description="llguidance's dialect of Lark."),
+        AfterValidator(check_grammar),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        for name in ("structural_tag", "whitespace_pattern"):
+            if isinstance(value, dict) and value.get(name) is not None:
+                param = f"structured_outputs.{name}"
+                raise UnsupportedError(f"{param}: this server does not support it; leave it out", param=param)
+        return value
+
+    @model_validator(mode="after")
+    def _check_that_there_is_one(self) -> Self:
+        given = [self.choice, self.regex, self.json_, self.grammar, self.json_object or None]
+        if len(given) - given.count(None) > 1:
+            raise ValueError("should have one of choice, regex, json, json_object and grammar, not several")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to be; None for any."""
+        if self.choice is not None:
+            return Constraint(kind=ConstraintKind.CHOICE, text=json.dumps(self.choice))
+        if self.regex is not None:
+            return Constraint(kind=ConstraintKind.REGEX, text=self.regex)
+        if self.json_ is not None:
+            return schema_constraint(self.json_, is_strict=True)
+        if self.grammar is not None:
+            return Constraint(kind=ConstraintKind.GRAMMAR, text=self.grammar)
+        return Constraint(kind=ConstraintKind.JSON_OBJECT) if self.json_object else None

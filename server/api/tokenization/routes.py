@@ -1,0 +1,160 @@
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's shapes: what the evaluation harness asks for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Self
+
+import msgspec
+from fastapi import APIRouter, Depends
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.generation.bodies import TokenId
+from server.api.generation.known_fields import CHAT, EVERYWHERE, refuse_unsupported
+from server.api.generation.template_options import TemplateOptions
+from server.api.generation.tools import MAX_TOOLS, Messages, Tool, shown_tools
+from server.api.inference.entry import entered_for_text
+from server.api.inference.leases import version_of
+from server.api.inference.target import resolve
+from server.api.inference.token_ids import check_token_ids
+from server.api.json_budget import MOST_TOKENS
+from server.api.keys.callers import Caller, CallerDep
+from server.api.request_body import RequestBody, check_unicode
+from server.api.services import Services, ServicesDep, require_json, require_ready
+from server.errors import InvalidRequestError
+
+router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
+
+MAX_TEXT_CHARS = 1_000_000
+MAX_TOKENS = MOST_TOKENS
+
+UNSUPPORTED = {"chat_template": CHAT["chat_template"], "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"]}
+
+
+def _text(value: str) -> str:
+    check_unicode([value])
+    return value
+
+
+class TokenizeBody(TemplateOptions):
+    """``POST /tokenize``: a text, or a conversation as the model's chat template writes it."""
+
+    model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
+    prompt_id: str | None = Field(None, description="As for a completion.")
+    prompt: Annotated[str, AfterValidator(_text)] | None = Field(
+        None, max_length=MAX_TEXT_CHARS, examples=["My invoice is wrong"]
+    )
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="By default true for `prompt`, and false for `messages`, whose template writes its own."
+    )
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Of the conversation, for the template.")
+    return_token_strs: bool = Field(False, description="Adds the vocabulary's own text of each token.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            refuse_unsupported(value, UNSUPPORTED)
+        return value
+
+    @model_validator(mode="after")
+    def _check_that_there_is_one_text(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("prompt: send either prompt or messages", param="prompt")
+        return self
+
+
+class TokenizeReply(BaseModel):
+    """The tokens of a text; virtual tokens of soft prompts are not among them."""
+
+    count: int
+    max_model_len: int = Field(description="Positions of one sequence, virtual tokens included.")
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeBody(RequestBody):
+    """``POST /detokenize``: tokens to text, special tokens shown."""
+
+    model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
+    prompt_id: str | None = Field(None, description="As for a completion.")
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]])]
+
+
+class DetokenizeReply(BaseModel):
+    """The text of some tokens."""
+
+    prompt: str
+
+
+class TokenizerInfoReply(BaseModel):
+    """What the tokenizer's own configuration says, other keys among it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    model_max_length: int = Field(description="Positions of one sequence on this server.")
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
+@router.post("/tokenize", dependencies=[Depends(require_json)], response_model=TokenizeReply)
+async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
+    """Text to token ids, as a completion or a chat completion would see it."""
+    num_chars = len(body.prompt or "") + sum(len(message.content or "") for message in body.messages or ())
+    if num_chars > MAX_TEXT_CHARS:
+        raise InvalidRequestError(f"messages: more than {MAX_TEXT_CHARS} characters are not taken", param="messages")
+    with entered_for_text(services, request, num_chars):
+        await _check_model(services, caller, body.model, body.prompt_id)
+        tokenizer = services.tokenizer
+        if body.messages is not None:
+            if not tokenizer.has_chat_template:
+                raise InvalidRequestError("this model has no chat template: send prompt", param="messages")
+            text = await tokenizer.render_chat(
+                [message.turn for message in body.messages],
+                tools=shown_tools(body.tools),
+                options=body.template_options,
+            )
+            add_special_tokens = bool(body.add_special_tokens)
+        else:
+            text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
+        (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
+        token_strs = await asyncio.to_thread(tokenizer.token_strings, tokens) if body.return_token_strs else None
+    # There may be a million of tokens, which pydantic would look at one by one.
+    reply = {
+        "count": len(tokens),
+        "max_model_len": services.engine.model.max_model_len,
+        "tokens": tokens,
+        "token_strs": token_strs,
+    }
+    encoded = await asyncio.to_thread(msgspec.json.encode, reply)
+    return Response(encoded, media_type="application/json")
+
+
+@router.post("/detokenize", dependencies=[Depends(require_json)])
+async def detokenize(
+    body: DetokenizeBody, request: Request, services: ServicesDep, caller: CallerDep
+) -> DetokenizeReply:
+    """Token ids to text."""
+    with entered_for_text(services, request, 0, num_tokens=len(body.tokens)):
+        await _check_model(services, caller, body.model, body.prompt_id)
+        check_token_ids(body.tokens, vocab_size=services.engine.model.vocab_size, param="tokens")
+        text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return DetokenizeReply(prompt=text)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(services: ServicesDep) -> TokenizerInfoReply:
+    """The tokenizer's configuration: its special tokens and the chat template."""
+    info = {**services.tokenizer.info, "model_max_length": services.engine.model.max_model_len}
+    return TokenizerInfoReply.model_validate(info)
+
+
+async def _check_model(services: Services, caller: Caller, model: str | None, prompt_id: str | None) -> None:
+    await version_of(services, resolve(model, prompt_id, base_name=services.base_name, access=caller.access))

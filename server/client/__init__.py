@@ -1,0 +1,1 @@
+"""What runs beside a server and speaks HTTP to it."""

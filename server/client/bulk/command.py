@@ -1,0 +1,213 @@
+"""``prelude run``: its arguments, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+
+from prompt_store.files.strict_json import refuse_constant
+from server.client.bulk.asking import Asking
+from server.client.bulk.connecting import find_answerer, sequences_at_once
+from server.client.bulk.connections import connected
+from server.client.bulk.job import Finished, Job
+from server.client.bulk.job import run as run_job
+from server.client.bulk.journal import Journal, JournalError
+from server.client.bulk.rows import FileIdentity, identify
+from server.client.bulk.sending import Pace
+from server.client.bulk.summary import progress_bar
+from server.client.commands import DEFAULT_URL, EXIT_CODES, ApiKey, ExitStatus, Json, TaskId, Url, serving, status_of
+from server.client.http import ClientError
+
+app = typer.Typer(add_completion=False)
+
+_PACE = Pace()
+
+_INTERRUPTED = 130
+"""As shells tell of a process that SIGINT ended."""
+
+_ENDS = f"{EXIT_CODES} Of run also: 4 some rows are errors; 130 stopped by a signal, and the same command goes on."
+
+_OWN_FIELDS = frozenset(
+    {"model", "prompt_id", "prompt_ids", "task_id", "prompt", "input", "messages", "labels", "stream", "n"}
+)
+"""Fields of a body that the command writes itself, or that leave a row with more than one answer."""
+
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", ",": ","}
+
+Concurrency = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sequences at the server at once; by default twice its --max-num-seqs."),
+]
+RowsPerRequest = Annotated[int, typer.Option(min=1, max=1024, help="Rows that share a request.")]
+Patience = Annotated[float, typer.Option(min=0.0, help="Seconds without any answer after which it gives up.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")]
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    r"""Labels with commas between; ``\n``, ``\t``, ``\,`` and ``\\`` stand for what they stand for elsewhere.
+
+    Raises:
+        typer.BadParameter: If one is empty, is there twice, or has another escape.
+    """
+    labels, label = [], ""
+    for piece in re.findall(r"\\.?|,|[^\\,]+", text, re.DOTALL):
+        if piece == ",":
+            labels.append(label)
+            label = ""
+        elif piece.startswith("\\"):
+            if piece[1:] not in _ESCAPES:
+                raise typer.BadParameter(f"{piece!r} is no escape; there are \\n, \\t, \\, and \\\\")
+            label += _ESCAPES[piece[1:]]
+        else:
+            label += piece
+    labels.append(label)
+    if not all(labels):
+        raise typer.BadParameter("a label is empty")
+    if len(set(labels)) < len(labels):
+        raise typer.BadParameter("a label is there twice")
+    return tuple(labels)
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """More fields of the body, as a JSON object.
+
+    Raises:
+        typer.BadParameter: If it is none, or holds a field that the command writes itself.
+    """
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter("should be a JSON object")
+    for name in sorted(_OWN_FIELDS & value.keys()):
+        raise typer.BadParameter(f"{name} is not for this option")
+    return value
+
+
+def check_characters(**given: Any) -> None:
+    """Hold what was given to what UTF-8, and so a request, can carry: a shell hands over any bytes.
+
+    Raises:
+        typer.BadParameter: With the name of the first that it cannot.
+    """
+    for name, value in given.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter(f"{name} holds what is no character of UTF-8") from error
+
+
+@app.command("run", epilog=_ENDS)
+def run(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@VERSION or NAME@ALIAS, or the base model.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines: the rows.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", dir_okay=False, help="JSON Lines: rows and answers.")],
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help=r"Classify into these; \n and \, stand for themselves.")
+    ] = None,
+    classify: Annotated[
+        bool | None,
+        typer.Option("--classify/--generate", help="Whether a head classifies; by default if there is one."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="New tokens of a row.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends a text; may be given several times.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    options: Annotated[str | None, typer.Option(metavar="JSON", help="More fields of each request.")] = None,
+    task_id: TaskId = None,
+    concurrency: Concurrency = None,
+    rows_per_request: RowsPerRequest = _PACE.rows_per_request,
+    patience: Patience = _PACE.patience,
+    timeout: Timeout = _PACE.timeout,
+    max_errors: Annotated[int | None, typer.Option(min=0, help="Stop when more rows than this are errors.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, and overwrite what is there.")] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Answer every row of a file, in order; started again it goes on where it was stopped."""
+    body = _body(max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=stop or None, seed=seed)
+    body |= {} if options is None else parse_options(options)
+    label_set = () if labels is None else parse_labels(labels)
+    if label_set and classify is False:
+        raise typer.BadParameter("--labels classifies, and --generate does not")
+    check_characters(NAME=name, labels=label_set, stop=stop, options=body)
+    with serving(url, api_key, as_json=as_json) as client:
+        try:
+            if source.exists() and not source.is_file():
+                raise typer.BadParameter(f"{source} is no file: the rows are read more than once")
+            found = identify(source)
+            if output.exists() and output.samefile(source):
+                raise typer.BadParameter("IN and OUT are the same file")
+            asked = {"name": name, "labels": label_set, "classify": classify, "task_id": task_id, "options": body}
+            with Journal(output, _identity(found, asked), restart=restart) as journal:
+                if journal.is_new:
+                    answerer = find_answerer(client, name)
+                    by_head = not label_set and (answerer.has_head if classify is None else classify)
+                    journal.remember({"model": answerer.model, "by_head": by_head})
+                notes = journal.notes
+                asking = Asking(
+                    model=notes["model"], labels=label_set, by_head=notes["by_head"], task_id=task_id, options=body
+                )
+                pace = Pace(
+                    concurrency=concurrency or sequences_at_once(client, notes["model"]),
+                    rows_per_request=rows_per_request,
+                    patience=patience,
+                    timeout=timeout,
+                )
+                job = Job(source=source, num_rows=found.num_rows, asking=asking, pace=pace, max_errors=max_errors)
+                finished = uvloop.run(_run(job, url, api_key, journal))
+        except JournalError as error:
+            raise ClientError(str(error)) from error
+        except OSError as error:
+            raise ClientError(f"{error.filename or source}: {error.strerror or error}") from error
+        _end(finished, as_json=as_json)
+
+
+async def _run(job: Job, url: str, api_key: str | None, journal: Journal) -> Finished:
+    async with connected(url, api_key) as http:
+        with progress_bar("rows", job.num_rows, journal.progress.num_rows) as on_rows:
+            return await run_job(job, http, journal, on_rows)
+
+
+def _body(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _identity(found: FileIdentity, asked: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input": found.sha256, **asked}
+
+
+def _end(finished: Finished, *, as_json: bool) -> None:
+    """Tell what came of a run, and end as it ended."""
+    summary = finished.summary
+    if as_json:
+        typer.echo(json.dumps(summary.as_json))
+    else:
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        for line in summary.lines:
+            console.print(line)
+    if finished.reason:
+        typer.echo(f"prelude: {' '.join(finished.reason.split())}; the same command goes on from here", err=True)
+    if summary.state == "complete":
+        status = ExitStatus.INVALID if summary.errors else ExitStatus.OK
+    elif finished.failure is not None:
+        failure = finished.failure
+        status = status_of(ClientError(str(failure), status=failure.status, code=failure.code))
+        if failure.code == "timeout":
+            status = ExitStatus.UNAVAILABLE
+    else:
+        status = ExitStatus.INVALID
+    if summary.state == "interrupted":
+        raise typer.Exit(_INTERRUPTED)
+    if status:
+        raise typer.Exit(status)

@@ -1,0 +1,320 @@
+"""The client commands: what a person or a script asks of a running server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef, TaskType, check_name
+from server.client import tables
+from server.client.http import ClientError, OnBytes, PreludeClient
+from server.client.peft_directory import is_archive
+
+app = typer.Typer(add_completion=False)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+_PROGRESS_BYTES = 8 * 1024 * 1024
+"""Smaller files are there before a bar could be read."""
+
+
+class ExitStatus(IntEnum):
+    """How a client command ends."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    INVALID = 4
+    CONFLICT = 5
+    NOT_AUTHORISED = 6
+    UNAVAILABLE = 7
+
+
+_BY_HTTP_STATUS = {
+    400: ExitStatus.INVALID,
+    401: ExitStatus.NOT_AUTHORISED,
+    403: ExitStatus.NOT_AUTHORISED,
+    404: ExitStatus.NOT_FOUND,
+    409: ExitStatus.CONFLICT,
+    413: ExitStatus.INVALID,
+    415: ExitStatus.INVALID,
+    429: ExitStatus.UNAVAILABLE,
+    502: ExitStatus.UNAVAILABLE,
+    503: ExitStatus.UNAVAILABLE,
+    504: ExitStatus.UNAVAILABLE,
+}
+
+_BY_CODE = {"unreachable": ExitStatus.UNAVAILABLE, "usage": ExitStatus.USAGE}
+"""Of errors without an answer."""
+
+EXIT_CODES = (
+    "Exit codes: 0 ok; 1 anything else; 2 usage; 3 not found; 4 refused as invalid; 5 conflict; 6 not authorised; "
+    "7 the server cannot be reached or is not ready."
+)
+
+Url = Annotated[str, typer.Option(envvar="PRELUDE_URL", help="Where the server is.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="PRELUDE_API_KEY", help="Sent with every request.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the API's JSON and nothing else.")]
+Target = Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt: NAME, NAME@VERSION or NAME@ALIAS.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt.")]
+Alias = Annotated[str, typer.Option(metavar="ALIAS", help="Which alias.")]
+Expect = Annotated[
+    int | None, typer.Option(min=1, metavar="V", help="Only if the alias points at this version now, else 5.")
+]
+TaskId = Annotated[int | None, typer.Option(min=0, help="Which task of a multitask prompt, from 0.")]
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return app.command(name, epilog=EXIT_CODES)
+
+
+@_command("push")
+def push(
+    directory: Annotated[Path, typer.Argument(help="A directory that PEFT saved.", exists=True)],
+    name: Annotated[str, typer.Option("--id", help="The soft prompt's name.")],
+    alias: Annotated[str | None, typer.Option(help="The alias to move, instead of latest.")] = None,
+    description: Annotated[str | None, typer.Option(help="Free text.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A word to list by; may be given several times.")] = None,
+    metadata: Annotated[str | None, typer.Option(metavar="JSON", help="An object of your own.")] = None,
+    lineage: Annotated[
+        str | None, typer.Option(metavar="JSON", help="An object: training_run, parent, dataset_digest, scores.")
+    ] = None,
+    shared: Annotated[bool, typer.Option("--shared", help="For every tenant; takes the scope admin.")] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Although it names another base model than the served one.")
+    ] = False,
+    task_type: Annotated[
+        TaskType | None, typer.Option(help="What it was trained for, where its configuration does not say.")
+    ] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Upload a PEFT directory as the next version of a soft prompt."""
+    if not directory.is_dir():
+        what = "an archive: unpack it, and give" if is_archive(directory) else "a file: give"
+        raise typer.BadParameter(f"{directory} is {what} the directory that PEFT's save_pretrained() wrote")
+    sizes = [path.stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE) if (path := directory / file).is_file()]
+    with serving(url, api_key, as_json=as_json) as client, _progress("sending", sum(sizes)) as on_bytes:
+        version, created = client.push(
+            directory,
+            name=name,
+            alias=alias,
+            description=description,
+            tags=tag or (),
+            metadata=metadata,
+            lineage=lineage,
+            shared=shared,
+            allow_other_base=allow_other_base,
+            task_type=task_type,
+            on_bytes=on_bytes,
+        )
+    known = "" if created else " (the same bytes were there already)"
+    answer(version, as_json, f"{version['id']}@{version['version']}{known}")
+
+
+@_command("pull")
+def pull(
+    target: Target,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made where there is none.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are different.")] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Download a version's files, byte for byte as they were uploaded, and verify their digests."""
+    ref = _ref(target)
+    with serving(url, api_key, as_json=as_json) as client:
+        version = client.version(ref)
+        with _progress("receiving", version["size"]) as on_bytes:
+            client.pull(version, directory, force=force, on_bytes=on_bytes)
+    answer(version, as_json, f"{version['id']}@{version['version']} is in {directory}")
+
+
+@_command("list")
+def list_(
+    tag: Annotated[str | None, typer.Option(help="Only those whose version has this tag.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """List the soft prompts."""
+    with serving(url, api_key, as_json=as_json) as client:
+        # One more than asked for tells whether there are more.
+        found = list(client.prompts(tag=tag, limit=None if limit is None else limit + 1))
+    data = found[:limit]
+    page = {
+        "object": "list",
+        "data": data,
+        "has_more": len(found) > len(data),
+        "last_id": data[-1]["id"] if data else None,
+    }
+    answer(page, as_json, tables.prompts(data))
+
+
+@_command("show")
+def show(
+    target: Target,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Versions, and changes, at most.")] = 20,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Show a soft prompt with its aliases, versions and history, or one version of it."""
+    ref = _ref(target)
+    with serving(url, api_key, as_json=as_json) as client:
+        if "@" in target:
+            version = client.version(ref)
+            answer(version, as_json, *tables.version(version))
+            return
+        prompt = client.prompt(ref.name)
+        versions, history = client.versions(ref.name, limit=limit), client.history(ref.name, limit=limit)
+    shown = {"prompt": prompt, "versions": versions, "history": history}
+    answer(shown, as_json, *tables.prompt(prompt, versions, history))
+
+
+@_command("rollback")
+def rollback(
+    name: Name,
+    alias: Alias = DEFAULT_ALIAS,
+    expect: Expect = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Point an alias back at what it pointed at before its newest promotion."""
+    checked(name, "name")
+    checked(alias, "alias")
+    with serving(url, api_key, as_json=as_json) as client:
+        reply = client.rollback(name, alias, expected=expect)
+    answer(reply, as_json, f"{name}@{alias} is version {reply['version']}")
+
+
+@_command("rm")
+def rm(
+    target: Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt, or NAME@VERSION for one version.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete a soft prompt, or one of its versions; on a terminal it asks before a whole name goes."""
+    ref = _ref(target)
+    if ref.version is None and "@" in target:
+        raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
+    if ref.version is None and not yes and sys.stdin.isatty():
+        typer.confirm(f"Delete {ref.name} with all its versions and aliases?", abort=True, err=True)
+    with serving(url, api_key, as_json=as_json) as client:
+        deleted = client.remove(ref.name, ref.version)
+    answer(deleted, as_json, f"deleted {target}")
+
+
+@_command("inspect")
+def inspect(
+    target: Target,
+    top_k: Annotated[int | None, typer.Option(min=1, max=20, help="Near tokens for each virtual one.")] = None,
+    task_id: TaskId = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Compare a soft prompt with the model: norms, and the vocabulary tokens that its rows are near to."""
+    ref = _ref(target)
+    with serving(url, api_key, as_json=as_json) as client:
+        found = client.inspect(ref, top_k=top_k, task_id=task_id)
+    answer(found, as_json, *tables.inspection(found))
+
+
+@_command("warm")
+def warm(
+    target: Target,
+    pin: Annotated[
+        bool | None,
+        typer.Option("--pin/--unpin", help="Keep it at hand until --unpin, or end that; unpinning loads nothing."),
+    ] = None,
+    task_id: TaskId = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Bring a soft prompt onto the device before its first request."""
+    ref = _ref(target)
+    with serving(url, api_key, as_json=as_json) as client:
+        reply = client.warm(ref, task_id=task_id, pin=pin)
+    what = "is not pinned" if pin is False else f"is warm after {reply['seconds']:.3f} s"
+    if pin is not False and reply["pinned"]:
+        what += ", and pinned"
+    answer(reply, as_json, f"{reply['id']}@{reply['version']} {what}")
+
+
+def status_of(error: ClientError) -> ExitStatus:
+    """How a command ends that failed."""
+    if error.status is None:
+        return _BY_CODE.get(error.code, ExitStatus.FAILED)
+    return _BY_HTTP_STATUS.get(error.status, ExitStatus.FAILED)
+
+
+@contextmanager
+def serving(url: str, api_key: str | None, *, as_json: bool) -> Iterator[PreludeClient]:
+    """A client; an error ends the command with its status, in one line, or one for each fault of refused files."""
+    try:
+        with PreludeClient(url, api_key=api_key) as client:
+            yield client
+    except ClientError as error:
+        if as_json:
+            typer.echo(json.dumps(error.body))
+        lines = [f"{code}: {message}" for code, message in error.faults] or [str(error)]
+        for line in lines:
+            typer.echo(f"prelude: {tables.clean(' '.join(line.split()))}", err=True)
+        raise typer.Exit(status_of(error)) from error
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[OnBytes]:
+    """A bar on the standard error, where that is a terminal and there is enough to wait for."""
+    if total < _PROGRESS_BYTES or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def answer(value: dict[str, Any], as_json: bool, *shown: Table | str) -> None:
+    """Print what the API said, or what is made of it for people."""
+    if as_json:
+        typer.echo(json.dumps(value))
+    else:
+        tables.show(*shown)
+
+
+def _ref(target: str) -> PromptRef:
+    try:
+        return PromptRef.parse(target)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def checked(text: str, what: str) -> None:
+    """Hold a name or an alias to its form.
+
+    Raises:
+        typer.BadParameter: If it is not well formed.
+    """
+    try:
+        check_name(text, what)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -1,0 +1,162 @@
+"""Examples to requests, and answers to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.client.bulk.asking import Asking
+from server.client.bulk.connections import Poster
+from server.client.bulk.rows import Form, Row
+from server.client.bulk.sending import Outcome, Pace, Sender
+from server.client.bulk.summary import OnRows
+from server.client.evaluation.scores import Scores, exact_match, of_labels
+from server.datasets import Conversation, Example, LabelledText, PromptCompletion
+
+DEFAULT_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    """What is scored.
+
+    Attributes:
+        name: How it is called in reports.
+        model: The field ``model`` of its requests.
+        has_head: Whether it classifies by a head of its own.
+        text_prompt: Words that stand before each text, or around it where they hold ``{}``; None for none.
+        has_tasks: Whether rows' ``task_id`` is sent.
+        separator: Stands between a text and its label where labels are scored, as in training.
+    """
+
+    name: str
+    model: str
+    has_head: bool = False
+    text_prompt: str | None = None
+    has_tasks: bool = False
+    separator: str = "\n"
+
+    def prompted(self, text: str) -> str:
+        """A text as this contestant gets it."""
+        if self.text_prompt is None:
+            return text
+        return self.text_prompt.replace("{}", text) if "{}" in self.text_prompt else self.text_prompt + text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How rows are asked and compared.
+
+    Attributes:
+        max_tokens: New tokens of one answer.
+        stop: Strings that end one.
+    """
+
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    stop: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a contestant said of each example, and how right that is.
+
+    Attributes:
+        scores: How right.
+        first_error: What the server said of the first row without an answer; None where all have one.
+    """
+
+    scores: Scores
+    first_error: str | None
+
+
+async def score(
+    examples: Sequence[Example],
+    contestant: Contestant,
+    rules: Rules,
+    http: Poster,
+    pace: Pace,
+    on_rows: OnRows,
+) -> Answers:
+    """Ask a contestant for every example and compare.
+
+    Args:
+        examples: All of one form, at least one.
+        contestant: Who is asked.
+        rules: How.
+        http: The server.
+        pace: How much at once.
+        on_rows: Told how many more rows have been answered, and how many errors there are.
+
+    Raises:
+        SendingError: If the server does not answer, or refuses everything.
+    """
+    labels = sorted({example.label for example in examples if isinstance(example, LabelledText)})
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": rules.max_tokens}
+    options |= {"stop": list(rules.stop)} if rules.stop else {}
+    asking = Asking(
+        model=contestant.model,
+        labels=[] if contestant.has_head else [contestant.separator + label for label in labels],
+        by_head=contestant.has_head and bool(labels),
+        options=options,
+    )
+    sender = Sender(http, asking, pace)
+    answers: list[str | None] = []
+    num_errors, first_error = 0, None
+    async for outcomes in sender.outcomes(_rows(examples, contestant)):
+        for outcome in outcomes:
+            answers.append(_answer(outcome))
+            if outcome.error is not None:
+                num_errors += 1
+                first_error = first_error or f"line {outcome.row.line}: {outcome.error['message']}"
+        on_rows(len(outcomes), num_errors)
+    if labels:
+        expected = [example.label for example in examples if isinstance(example, LabelledText)]
+        if not contestant.has_head:
+            answers = [None if answer is None else answer.removeprefix(contestant.separator) for answer in answers]
+        return Answers(of_labels(expected, answers, labels), first_error)
+    return Answers(exact_match([_expected(example) for example in examples], answers), first_error)
+
+
+def _rows(examples: Sequence[Example], contestant: Contestant) -> Iterator[Row]:
+    for index, example in enumerate(examples):
+        form, content = _content(example, contestant)
+        fields: dict[str, Any] = {form: content}
+        if contestant.has_tasks and example.task_id is not None:
+            fields["task_id"] = example.task_id
+        size = len(content) if isinstance(content, str) else sum(len(turn["content"]) for turn in content)
+        yield Row(index, example.line or index + 1, fields, form, num_bytes=size)
+
+
+def _content(example: Example, contestant: Contestant) -> tuple[Form, Any]:
+    match example:
+        case LabelledText():
+            return "text", contestant.prompted(example.text)
+        case PromptCompletion():
+            return "prompt", contestant.prompted(example.prompt)
+        case Conversation():
+            turns = [{"role": turn.role, "content": turn.content} for turn in example.messages[:-1]]
+            if contestant.text_prompt is not None:
+                turns.insert(0, {"role": "system", "content": contestant.text_prompt})
+            return "messages", turns
+
+
+def _expected(example: Example) -> str:
+    match example:
+        case Conversation():
+            return example.messages[-1].content
+        case PromptCompletion():
+            return example.completion
+        case LabelledText():
+            return example.label
+
+
+def _answer(outcome: Outcome) -> str | None:
+    response = outcome.response
+    if response is None:
+        return None
+    if "label" in response:
+        return str(response["label"])
+    if "message" in response:
+        return str(response["message"].get("content") or "")
+    return str(response["text"])

@@ -1,0 +1,416 @@
+"""The command line's HTTP client."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef
+from server.client.peft_directory import what_is_wrong
+
+_PAGE = 200
+_TIMEOUT_SECONDS = 60.0
+_ENGINE_SECONDS = 600.0
+"""For what the engine does, of which a multitask prompt may need a good deal."""
+_CHUNK_BYTES = 1024 * 1024
+
+_HOW_TO_START = "Start a server by prelude demo or prelude serve --model M, or say where one is: --url or PRELUDE_URL"
+_GIVE_KEY = "Give a key: --api-key or PRELUDE_API_KEY"
+_OTHER_KEY = "The key that was sent is from --api-key or PRELUDE_API_KEY"
+
+OnBytes = Callable[[int], None]
+"""Told how many more bytes of files have been sent or received."""
+
+
+class ClientError(Exception):
+    """The server refused, or could not be reached, or a file here stands in the way; the text is one line for people.
+
+    Attributes:
+        status: The HTTP status, or None where no answer came.
+        code: The server's ``error.code``; ``unreachable``, ``usage`` or ``local`` where it did not answer.
+        faults: (code, message) of every fault of refused files, else empty.
+        body: The error in the API's shape: the server's own where it sent one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str = "local",
+        body: Mapping[str, Any] | None = None,
+        faults: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        message = " ".join(message.split())
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.faults = tuple(faults)
+        self.body = body or {"error": {"message": message, "type": "client_error", "param": None, "code": code}}
+
+
+class _Counted:
+    """A file that tells how much of it has been read; everything else is the file's own."""
+
+    def __init__(self, file: IO[bytes], on_bytes: OnBytes) -> None:
+        self._file = file
+        self._on_bytes = on_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        """Read, and tell."""
+        data = self._file.read(size)
+        self._on_bytes(len(data))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class PreludeClient:
+    """Talks to one server. Every method raises ClientError if the server refuses or cannot be reached.
+
+    Args:
+        url: Where it is, such as ``http://127.0.0.1:8000``.
+        api_key: Sent with every request, if given.
+
+    Raises:
+        ClientError: If the URL is none of http or https, or no header can carry the key.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+        self._url = str(server_url(url)).rstrip("/")
+        self._has_key = bool(api_key)
+        self._http = httpx.Client(headers=key_headers(api_key), timeout=_TIMEOUT_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    # Files
+
+    def push(
+        self,
+        directory: Path,
+        *,
+        name: str,
+        alias: str | None = None,
+        description: str | None = None,
+        tags: Sequence[str] = (),
+        metadata: str | None = None,
+        lineage: str | None = None,
+        shared: bool = False,
+        allow_other_base: bool = False,
+        task_type: str | None = None,
+        on_bytes: OnBytes = lambda _: None,
+    ) -> tuple[dict[str, Any], bool]:
+        """Upload a PEFT directory, streamed from the disk; returns the version, and whether it is new.
+
+        Args:
+            directory: Where the two files are.
+            name: The soft prompt's name.
+            alias: The alias to move, instead of latest.
+            description: Free text.
+            tags: Words to list by.
+            metadata: A JSON object, as text.
+            lineage: A JSON object, as text.
+            shared: For every tenant, which takes a key with the scope admin.
+            allow_other_base: Although it names another base than the served one.
+            task_type: What it was trained for, where its configuration does not say.
+            on_bytes: Told of the files' bytes as they are sent.
+
+        Raises:
+            ClientError: Also if a file is missing.
+        """
+        texts = {"alias": alias, "description": description, "metadata": metadata, "lineage": lineage}
+        texts["task_type"] = task_type
+        data: dict[str, Any] = {"id": name, "tags": list(tags)}
+        data |= {key: "true" for key, is_on in (("shared", shared), ("allow_other_base", allow_other_base)) if is_on}
+        data |= {key: text for key, text in texts.items() if text is not None}
+        with ExitStack() as stack:
+            files = []
+            for filename in (CONFIG_FILE, WEIGHTS_FILE):
+                try:
+                    opened = stack.enter_context((directory / filename).open("rb"))
+                except FileNotFoundError as error:
+                    raise _not_an_adapter(directory) from error
+                except OSError as error:
+                    raise _local(directory / filename, error) from error
+                files.append(("files", (filename, _Counted(opened, on_bytes), "application/octet-stream")))
+            response = self._send("POST", "/v1/prompts", data=data, files=files)
+        return _object(response), response.status_code == httpx.codes.CREATED
+
+    def pull(
+        self,
+        version: Mapping[str, Any],
+        directory: Path,
+        *,
+        force: bool = False,
+        on_bytes: OnBytes = lambda _: None,
+    ) -> None:
+        """Download a version's files, byte for byte as they were uploaded; all of them, or none.
+
+        A file that is there already and is the same is left alone.
+
+        Args:
+            version: The server's record of it.
+            directory: Where to; made where there is none.
+            force: Replace files that are different.
+            on_bytes: Told of the files' bytes as they come.
+
+        Raises:
+            ClientError: Also if a different file is there, the disk cannot be written, or what came is not what the
+                record says.
+        """
+        files = {file["filename"]: file for file in version["files"]}
+        # Known names only: a name from a server must not choose a path here.
+        wanted = {directory / name: files[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in files}
+        parts: dict[Path, Path] = {}
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            missing = {path: file for path, file in wanted.items() if not _is_same(path, file["sha256"])}
+            different = [str(path) for path in missing if path.exists()]
+            if different and not force:
+                raise ClientError(f"{' and '.join(different)} would be overwritten by other content: give --force")
+            for path, file in missing.items():
+                parts[path] = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+                self._download(version, file, parts[path], on_bytes)
+            for path, part in parts.items():
+                part.replace(path)
+        except OSError as error:
+            raise _local(error.filename or directory, error) from error
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+
+    # Looking
+
+    def prompts(self, *, tag: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """All soft prompts with a tag, page by page; at most ``limit``."""
+        params: dict[str, str | int] = {"tag": tag} if tag is not None else {}
+        while limit is None or limit > 0:
+            params["limit"] = _PAGE if limit is None else min(limit, _PAGE)
+            page = _object(self._send("GET", "/v1/prompts", params=params))
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            params["after"] = page["last_id"]
+            limit = None if limit is None else limit - len(page["data"])
+
+    def prompt(self, name: str) -> dict[str, Any]:
+        """A soft prompt with its aliases."""
+        return _object(self._send("GET", f"/v1/prompts/{name}"))
+
+    def version(self, ref: PromptRef) -> dict[str, Any]:
+        """The version that a reference means now."""
+        number = ref.version
+        if number is None:
+            alias = ref.alias or DEFAULT_ALIAS
+            number = self.prompt(ref.name)["aliases"].get(alias)
+            if number is None:
+                raise ClientError(
+                    f"the soft prompt {ref.name!r} has no alias {alias!r}", status=404, code="prompt_not_found"
+                )
+        return _object(self._send("GET", f"/v1/prompts/{ref.name}/versions/{number}"))
+
+    def model(self, name: str) -> dict[str, Any]:
+        """What a request's ``model`` may name: the base, or a soft prompt."""
+        return _object(self._send("GET", f"/v1/models/{quote(name)}"))
+
+    def versions(self, name: str, *, limit: int) -> dict[str, Any]:
+        """The newest versions of a name."""
+        return _object(self._send("GET", f"/v1/prompts/{name}/versions", params={"limit": limit}))
+
+    def history(self, name: str, *, limit: int) -> dict[str, Any]:
+        """The newest changes of a name."""
+        return _object(self._send("GET", f"/v1/prompts/{name}/history", params={"limit": limit}))
+
+    def inspect(self, ref: PromptRef, *, top_k: int | None, task_id: int | None) -> dict[str, Any]:
+        """Norms and near tokens of a soft prompt."""
+        params = _without_nones(version=ref.version, alias=ref.alias, top_k=top_k, task_id=task_id)
+        path = f"/v1/prompts/{ref.name}/inspect"
+        return _object(self._send("GET", path, params=params, timeout=_ENGINE_SECONDS))
+
+    # Asking
+
+    def models(self) -> list[dict[str, Any]]:
+        """Everything that ``model`` may name; the base first."""
+        models: list[dict[str, Any]] = _object(self._send("GET", "/v1/models"))["data"]
+        return models
+
+    def tokenize(self, body: Mapping[str, Any]) -> list[int]:
+        """The token ids of a text (``prompt``) or of a conversation (``messages``), as a request would have them."""
+        token_ids: list[int] = _object(self._send("POST", "/tokenize", json=body))["tokens"]
+        return token_ids
+
+    def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A completion, not streamed."""
+        return _object(self._send("POST", "/v1/completions", json=body, timeout=_ENGINE_SECONDS))
+
+    # Changing
+
+    def set_alias(self, name: str, alias: str, version: int, *, expected: int | None) -> dict[str, Any]:
+        """Point an alias at a version."""
+        body = _without_nones(version=version, expected_version=expected)
+        return _object(self._send("PUT", f"/v1/prompts/{name}/aliases/{alias}", json=body))
+
+    def rollback(self, name: str, alias: str, *, expected: int | None) -> dict[str, Any]:
+        """Point an alias back at what it pointed at before."""
+        body = _without_nones(expected_version=expected)
+        return _object(self._send("POST", f"/v1/prompts/{name}/aliases/{alias}/rollback", json=body))
+
+    def warm(self, ref: PromptRef, *, task_id: int | None, pin: bool | None) -> dict[str, Any]:
+        """Bring a soft prompt onto the device, and pin it or end its pin."""
+        body = _without_nones(version=ref.version, alias=ref.alias, task_id=task_id, pin=pin)
+        return _object(self._send("POST", f"/v1/prompts/{ref.name}/warm", json=body, timeout=_ENGINE_SECONDS))
+
+    def remove(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Delete one version, or all of a name."""
+        path = f"/v1/prompts/{name}" if version is None else f"/v1/prompts/{name}/versions/{version}"
+        return _object(self._send("DELETE", path))
+
+    # Inside
+
+    def _download(self, version: Mapping[str, Any], file: Mapping[str, Any], part: Path, on_bytes: OnBytes) -> None:
+        path = f"/v1/prompts/{version['id']}/versions/{version['version']}/files/{file['filename']}"
+        digest = hashlib.sha256()
+        try:
+            with part.open("xb") as opened, self._http.stream("GET", self._url + path) as response:
+                if not response.is_success:
+                    response.read()
+                    raise self._refusal(response)
+                for chunk in response.iter_bytes(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    opened.write(chunk)
+                    on_bytes(len(chunk))
+                opened.flush()
+                os.fsync(opened.fileno())
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+        if digest.hexdigest() != file["sha256"]:
+            raise ClientError(
+                f"what came as {file['filename']} is not what the server's record says: "
+                f"sha256 {digest.hexdigest()}, not {file['sha256']}"
+            )
+
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, self._url + path, **arguments)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+        if response.is_success:
+            return response
+        raise self._refusal(response)
+
+    def _unreachable(self, error: Exception) -> ClientError:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            reason += f". {_HOW_TO_START}"
+        return ClientError(f"{self._url} cannot be reached: {reason}", code="unreachable")
+
+    def _refusal(self, response: httpx.Response) -> ClientError:
+        try:
+            body = response.json()
+            error = body["error"]
+            message, code = str(error["message"]), str(error["code"])
+            details = error.get("details") if code == "invalid_prompt" else None
+            faults = [(str(fault["code"]), str(fault["message"])) for fault in details or ()]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return _stranger(response)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            message = f"{message.rstrip('.')}. {_OTHER_KEY if self._has_key else _GIVE_KEY}"
+        elif response.status_code == httpx.codes.FORBIDDEN and self._has_key:
+            message = f"{message.rstrip('.')}. {_OTHER_KEY}"
+        return ClientError(message, status=response.status_code, code=code, body=body, faults=faults)
+
+
+def server_url(text: str) -> httpx.URL:
+    """Read ``--url``: where a server is, without OpenAI's ``/v1`` at its end.
+
+    Raises:
+        ClientError: If it is no URL of http or https.
+    """
+    example = "write it as http://HOST:PORT"
+    try:
+        url = httpx.URL(text.strip().rstrip("/").removesuffix("/v1").rstrip("/"))
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise ClientError(f"--url {text[:200]!r} is no URL ({error}): {example}", code="usage") from error
+    if url.scheme not in ("http", "https") or not _is_host(url.raw_host) or not 0 < (url.port or 80) < 65536:
+        raise ClientError(f"--url {text[:200]!r} is no URL of http or https: {example}", code="usage")
+    if url.query or url.fragment:
+        raise ClientError(f"--url {text[:200]!r} has more than an address: {example}", code="usage")
+    return url
+
+
+def _is_host(raw: bytes) -> bool:
+    """Whether a name or an address can be looked up; the system's own lookup raises strange errors for others."""
+    labels = raw.removesuffix(b".").split(b".")
+    return b":" in raw or all(0 < len(label) < 64 and b"%" not in label for label in labels)
+
+
+def key_headers(api_key: str | None) -> dict[str, str]:
+    """The headers that a key is sent in.
+
+    Raises:
+        ClientError: If no header can carry it.
+    """
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ClientError("the API key has a character that no header can carry")
+    return {"authorization": f"Bearer {api_key}"}
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a success; anything else did not come from a Prelude server."""
+    try:
+        value = response.json()
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise _stranger(response)
+    return value
+
+
+def _stranger(response: httpx.Response) -> ClientError:
+    message = f"{response.url} answered {response.status_code} {response.reason_phrase}: is this a Prelude server?"
+    if response.has_redirect_location:
+        message += f" It points to {response.headers['location'][:200]!r}: give its address as --url"
+    elif response.status_code in (httpx.codes.BAD_GATEWAY, httpx.codes.GATEWAY_TIMEOUT):
+        message += " A proxy in front of it does not reach it"
+    status = None if response.is_success else response.status_code
+    return ClientError(message, status=status, code="not_prelude")
+
+
+def _not_an_adapter(directory: Path) -> ClientError:
+    try:
+        return ClientError(what_is_wrong(directory))
+    except OSError as error:
+        return _local(error.filename or directory, error)
+
+
+def _local(path: object, error: OSError) -> ClientError:
+    return ClientError(f"{path}: {error.strerror or error}")
+
+
+def _is_same(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def _without_nones(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

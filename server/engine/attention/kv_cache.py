@@ -1,0 +1,152 @@
+"""The key/value tensors and their sizing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.engine.attention.transfers import queue_copy, to_device
+
+CPU_DEFAULT_FRACTION = 0.4
+CUDA_DEFAULT_FRACTION = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """The shape of one model's keys and values.
+
+    Attributes:
+        num_layers: Layers that hold keys and values.
+        num_kv_heads: Key/value heads of each.
+        head_dim: Width of a head.
+        block_size: Positions in a block.
+        dtype: Element type.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of every layer, in blocks.
+
+    Attributes:
+        tensor: [2 (keys, values), layers, blocks and the spare one, block_size, kv_heads, head_dim].
+        spare_block: A block more, which is given to nobody: rows that only fill up a batch write there.
+    """
+
+    def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
+        self.spec = spec
+        self.num_blocks = self.spare_block = num_blocks
+        # Zeros need not be there, but writing them takes all of the memory at once, so that none is missing later.
+        self.tensor = torch.zeros(
+            (2, spec.num_layers, num_blocks + 1, spec.block_size, spec.num_kv_heads, spec.head_dim),
+            dtype=spec.dtype,
+            device=device,
+        )
+        shape = (2, spec.num_layers, (num_blocks + 1) * spec.block_size, spec.num_kv_heads, spec.head_dim)
+        self._slots = self.tensor.view(shape)
+        self._layers = [(self._slots[0, layer], self._slots[1, layer]) for layer in range(spec.num_layers)]
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer by slot, each [blocks * block_size, kv_heads, head_dim], the spare block's last.
+
+        Slot ``block * block_size + i`` is position i of that block.
+        """
+        return self._layers[index]
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks of every layer, each from its first to its second id."""
+        if copies:
+            source, destination = to_device(copies, self.tensor.device).unbind(1)
+            self.tensor[:, :, destination] = self.tensor[:, :, source]
+
+    def fill(self, blocks: Sequence[int], rows: torch.Tensor) -> None:
+        """Write a key/value prefix into blocks.
+
+        Args:
+            blocks: As many as its tokens need.
+            rows: [tokens, layers * 2 * kv_heads * head_dim], in PEFT's order: per token K0 V0 K1 V1 ... with keys
+                as the cache holds them, positions and norms applied (peft.tuners.prefix_tuning).
+        """
+        spec = self.spec
+        num_tokens = rows.shape[0]
+        key_values = (
+            queue_copy(rows, self.tensor.device)
+            .to(self.tensor)
+            .view(num_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
+        )
+        starts = to_device(blocks, self.tensor.device) * spec.block_size
+        slots = (starts[:, None] + torch.arange(spec.block_size, device=starts.device)).flatten()[:num_tokens]
+        self._slots[:, :, slots] = key_values.permute(2, 1, 0, 3, 4)
+
+    def are_finite(self, blocks: Sequence[int]) -> torch.Tensor:
+        """Whether all layers' keys and values at each position of some blocks are finite: [blocks, block_size].
+
+        Nothing waits for the device.
+        """
+        gathered = self.tensor.index_select(2, to_device(blocks, self.tensor.device))
+        # The largest of a NaN and anything is NaN, which is not less than infinity.
+        return gathered.abs_().amax(dim=(0, 1, 4, 5)) < torch.inf
+
+
+def num_blocks_for(
+    spec: KVCacheSpec, device: torch.device, *, memory: int | None, max_model_len: int, max_num_seqs: int
+) -> int:
+    """How many blocks to hold.
+
+    Args:
+        spec: The shape of a block.
+        device: Where the blocks lie; the model is already there.
+        memory: Bytes to use; None takes a share of what is free, but no more than ``max_num_seqs`` sequences of
+            ``max_model_len`` positions and as many soft prompts could use.
+        max_model_len: Positions of one sequence.
+        max_num_seqs: Sequences that run at once.
+
+    Raises:
+        ValueError: If not even one sequence of ``max_model_len`` positions fits, saying how much is missing.
+    """
+    blocks_per_seq = -(-max_model_len // spec.block_size) + 1
+    if memory is None:
+        free, fraction = free_memory(device)
+        num_blocks = min(int(free * fraction) // spec.block_bytes, 2 * max_num_seqs * blocks_per_seq)
+        what = f"{fraction:.0%} of the {free / 2**20:.0f} MiB that are free"
+    else:
+        num_blocks = memory // spec.block_bytes
+        what = f"the {memory / 2**20:.0f} MiB of --kv-cache-memory"
+    if num_blocks < blocks_per_seq:
+        missing = (blocks_per_seq - num_blocks) * spec.block_bytes
+        raise ValueError(
+            f"one sequence of {max_model_len} positions needs {blocks_per_seq * spec.block_bytes / 2**20:.1f} MiB of "
+            f"keys and values; {what} are {missing / 2**20:.1f} MiB too few: "
+            "raise --kv-cache-memory or lower --max-model-len"
+        )
+    return num_blocks
+
+
+def free_memory(device: torch.device) -> tuple[int, float]:
+    """Bytes that are free on a device, and the share of them that keys and values take by default."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], CUDA_DEFAULT_FRACTION
+    return _available_host_memory(), CPU_DEFAULT_FRACTION
+
+
+def _available_host_memory() -> int:
+    """MemAvailable, or what the control group still allows where that is less (containers)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available

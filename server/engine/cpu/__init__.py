@@ -1,0 +1,1 @@
+"""What only CPUs use: Numba, LLVM and oneDNN."""

@@ -1,0 +1,367 @@
+"""Parts of a decoder's layers, done in fewer passes over memory on the CPU.
+
+The model stays transformers' own: single modules of it are replaced by ones that compute the same. Queries, keys and
+values come from one product, gates and ups from one, and what is between products is one kernel each. What may be
+replaced is decided by what a module does, not by its model's name: attention and MLPs whose code is that of Llama's
+in the installed transformers, norms that give what the formula gives. Everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import logging
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+
+from server.engine.attention.backend import AttentionBackend, AttentionCall, no_mask, unregister
+from server.engine.cpu import row_kernels
+from server.engine.cpu.cpu_attention import CPUBackend, HeadNorms, Positions
+from server.engine.cpu.packed_linear import PackedLinear, replace_modules, stacked
+from server.errors import EngineStartError
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+
+_ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
+    row_kernels.SILU: nn.functional.silu,
+    row_kernels.GELU_TANH: lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+class Workspace:
+    """Room for the rows between products, which all layers use in turn: what is left there is soon overwritten.
+
+    Args:
+        dtype: Of the rows.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._whole: dict[int, torch.Tensor] = {}
+        self._parts: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def rows(self, num_rows: int, width: int) -> torch.Tensor:
+        """[1, num_rows, width] of anything; the same memory for the same width."""
+        part = self._parts.get(width)
+        if part is None or part[0] != num_rows:
+            whole = self._whole.get(width)
+            if whole is None or whole.shape[1] < num_rows:
+                whole = self._whole[width] = torch.zeros(1, num_rows, width, dtype=self._dtype)
+            part = self._parts[width] = num_rows, whole[:, :num_rows]
+        return part[1]
+
+
+class FusedRMSNorm(nn.Module):
+    """A norm over the last dimension.
+
+    Args:
+        weight: [width], as it is multiplied by.
+        eps: Added to the mean square.
+        rounds_first: As in ``row_kernels.rms_norm``.
+    """
+
+    def __init__(self, weight: torch.Tensor, eps: float, *, rounds_first: bool) -> None:
+        super().__init__()
+        self.factors = weight.detach().float().numpy()
+        self.eps = eps
+        self.rounds_first = rounds_first
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., width] to the same."""
+        rows = rows.contiguous()
+        out = torch.empty_like(rows)
+        row_kernels.rms_norm(rows, self.factors, self.eps, self.rounds_first, out)
+        return out
+
+
+class FusedMLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))``.
+
+    Args:
+        mlp: What it stands for.
+        activation: As in ``row_kernels.gate``.
+        workspace: Shared with other modules.
+    """
+
+    def __init__(self, mlp: Any, activation: int, workspace: Workspace) -> None:
+        super().__init__()
+        self.gate_up_proj = PackedLinear(stacked([mlp.gate_proj, mlp.up_proj]))
+        self.down_proj = PackedLinear(mlp.down_proj)
+        self._activation = activation
+        self._workspace = workspace
+        # Without the calls of modules, which cost more than what is between the products of a few rows.
+        self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[1, rows, hidden] to the same."""
+        projected = self._gate_up(rows)
+        out = self._workspace.rows(projected.shape[1], self.down_proj.in_features)
+        row_kernels.gate(projected, self._activation, out)
+        return self._down(out)
+
+
+class FusedAttention(nn.Module):
+    """Attention of Llama's form, over paged keys and values.
+
+    Args:
+        attention: What it stands for; the norms of its heads, where it has them, are fused already.
+        call: What it hands to the attention interface besides queries, keys and values.
+        workspace: Shared with other modules.
+    """
+
+    _backend: CPUBackend
+
+    def __init__(self, attention: Any, call: AttentionCall, workspace: Workspace) -> None:
+        super().__init__()
+        self.layer_idx: int = attention.layer_idx
+        self._call = call
+        self._num_heads: int = attention.q_proj.out_features // attention.head_dim
+        self.qkv_proj = PackedLinear(stacked([attention.q_proj, attention.k_proj, attention.v_proj]))
+        self.o_proj = PackedLinear(attention.o_proj)
+        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self._norms = HeadNorms()
+        if query_norm is not None and key_norm is not None:
+            self._norms = HeadNorms(query_norm.factors, key_norm.factors, query_norm.eps, query_norm.rounds_first)
+        self._workspace = workspace
+        self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
+
+    def bind(self, backend: CPUBackend) -> None:
+        """Tell it where its keys and values are; has to be done before the first pass."""
+        self._backend = backend
+        self._layer = backend.layer(self.layer_idx, self._call, self._num_heads, self._norms)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Positions, **_others: object
+    ) -> tuple[torch.Tensor, None]:
+        """[1, rows, hidden] to the same, rotated by the positions; the result is the caller's own."""
+        projected = self._qkv(hidden_states)
+        out = self._workspace.rows(projected.shape[1], self.o_proj.in_features)
+        self._backend.rotate_and_attend(projected, position_embeddings, self._layer, out)
+        return self._o(out), None
+
+
+class FusedLayer:
+    """The forward pass of a decoder layer of Llama's code, whose parts are all fused.
+
+    Args:
+        layer: The decoder layer.
+        workspace: Shared with other modules.
+    """
+
+    def __init__(self, layer: Any, workspace: Workspace) -> None:
+        self._attend, self._mlp = layer.self_attn.forward, layer.mlp.forward
+        self._norms = [
+            (norm.factors, norm.eps, norm.rounds_first)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        self._width = len(layer.input_layernorm.factors)
+        self._workspace = workspace
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: Positions, **_others: object) -> torch.Tensor:
+        """[1, rows, hidden], which is left as it is, to the same."""
+        hidden_states = hidden_states.contiguous()
+        normed = self._workspace.rows(hidden_states.shape[1], self._width)
+        row_kernels.rms_norm(hidden_states, *self._norms[0], normed)
+        total, _ = self._attend(normed, position_embeddings)
+        # Sums are written over what the products made.
+        row_kernels.add_and_norm(hidden_states, total, *self._norms[1], normed)
+        out: torch.Tensor = self._mlp(normed)
+        row_kernels.add(total, out)
+        return out
+
+
+def fuse_layers(model: PreTrainedModel) -> int:
+    """Replace what can be replaced; returns the number of modules.
+
+    Args:
+        model: On the CPU, in float32 or bfloat16, with plain linear layers.
+    """
+    if not row_kernels.can_compile(model.device, model.dtype):
+        return 0
+    workspace = Workspace(model.dtype)
+    replaced = replace_modules(model, _fused_norm)
+    replaced += replace_modules(model, lambda module: _fused_mlp(module, workspace))
+    calls = _recorded_calls(model)
+    replaced += replace_modules(model, lambda module: _fused_attention(module, calls, workspace))
+    return replaced + sum(_fuse_layer(module, workspace) for module in model.modules())
+
+
+def bind(model: nn.Module, backend: AttentionBackend) -> None:
+    """Tell fused attention where its keys and values are.
+
+    Raises:
+        EngineStartError: If the backend is of another kind than the one that it needs.
+    """
+    for module in model.modules():
+        if isinstance(module, FusedAttention):
+            if not isinstance(backend, CPUBackend):
+                raise EngineStartError(f"fused attention does not work over {type(backend).__name__}")
+            module.bind(backend)
+
+
+def _fused_norm(module: Any) -> nn.Module | None:
+    """The same norm in one pass, if one of the formulas in use gives what the module gives."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if "RMSNorm" not in type(module).__name__ or eps is None or [*module.state_dict()] != ["weight"]:
+        return None
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in _PROBE_TOLERANCE:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    # Small rows too, for which eps counts.
+    rows = torch.randn(4, len(weight), generator=generator) * torch.tensor([[1e-4], [1e-2], [1.0], [30.0]])
+    rows = rows.to(weight.dtype)
+    with torch.inference_mode():
+        wanted = module(rows).float()
+        candidates = [
+            FusedRMSNorm(weight, eps, rounds_first=True),
+            FusedRMSNorm(weight, eps, rounds_first=False),
+            FusedRMSNorm(1.0 + weight.float(), eps, rounds_first=False),  # Gemma
+        ]
+        errors = [(candidate(rows).float() - wanted).abs().max().item() for candidate in candidates]
+    best = min(range(len(candidates)), key=errors.__getitem__)
+    allowed = _PROBE_TOLERANCE[weight.dtype] * wanted.abs().max().item()
+    return candidates[best] if errors[best] <= allowed else None
+
+
+def _fused_mlp(module: Any, workspace: Workspace) -> nn.Module | None:
+    if {name for name, _ in module.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    if not _are_plain(module, "gate_proj", "up_proj", "down_proj") or _code(type(module)) != _code(LlamaMLP):
+        return None
+    grid = torch.linspace(-12.0, 12.0, 997)
+    for activation, function in _ACTIVATIONS.items():
+        if torch.allclose(module.act_fn(grid), function(grid), rtol=1e-5, atol=1e-6):
+            return FusedMLP(module, activation, workspace)
+    return None
+
+
+def _fused_attention(module: Any, calls: Mapping[nn.Module, AttentionCall], workspace: Workspace) -> nn.Module | None:
+    children = dict(module.named_children())
+    norms = children.keys() - _PROJECTIONS
+    if (
+        not children.keys() >= _PROJECTIONS
+        or norms not in (set(), _HEAD_NORMS)
+        or any(True for _ in module.parameters(recurse=False))
+    ):
+        return None
+    if not _are_plain(module, *_PROJECTIONS) or module not in calls:
+        return None
+    if not all(isinstance(children[n], FusedRMSNorm) and len(children[n].factors) == module.head_dim for n in norms):
+        return None
+    own, known = sys.modules[type(module).__module__], sys.modules[LlamaAttention.__module__]
+    for name in ("apply_rotary_pos_emb", "rotate_half"):
+        if _code(getattr(own, name, None)) != _code(getattr(known, name)):
+            return None
+    if _code(type(module)) != _code(LlamaAttention):
+        return None
+    return FusedAttention(module, calls[module], workspace)
+
+
+def _fuse_layer(module: Any, workspace: Workspace) -> bool:
+    """Give a decoder layer of Llama's code another forward pass; the rest of it stays."""
+    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+    if {name for name, _ in module.named_children()} != parts:
+        return False
+    own = (module.input_layernorm, module.post_attention_layernorm, module.self_attn, module.mlp)
+    kinds = (FusedRMSNorm, FusedRMSNorm, FusedAttention, FusedMLP)
+    if not all(isinstance(part, kind) for part, kind in zip(own, kinds, strict=True)):
+        return False
+    if _code(type(module)) != _code(LlamaDecoderLayer):
+        return False
+    module.forward = FusedLayer(module, workspace).forward
+    return True
+
+
+def _are_plain(module: nn.Module, *names: str) -> bool:
+    """Whether these are linear layers as torch has them, of the dtypes that can be packed."""
+    linears = [getattr(module, name) for name in names]
+    return all(type(linear) is nn.Linear and linear.weight.dtype in _PROBE_TOLERANCE for linear in linears)
+
+
+def _recorded_calls(model: PreTrainedModel) -> Mapping[nn.Module, AttentionCall]:
+    """What each attention module hands to the attention interface; empty if it uses none.
+
+    By modules that may be let go of.
+    """
+    calls: WeakKeyDictionary[nn.Module, AttentionCall] = WeakKeyDictionary()
+    name = f"prelude_recorder_{next(_recorder_numbers)}"
+    implementation = model.config._attn_implementation  # noqa: SLF001 - it has no public name
+
+    def record(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **given: Any
+    ) -> tuple[torch.Tensor, None]:
+        calls[module] = AttentionCall.of(query, **given)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register(name, record)
+    AttentionMaskInterface.register(name, no_mask)
+    try:
+        model.set_attn_implementation(name)
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    except Exception:
+        logger.debug("attention was not fused", exc_info=True)
+        calls.clear()
+    finally:
+        model.set_attn_implementation(implementation)
+        unregister(name)
+    return calls
+
+
+_recorder_numbers = itertools.count()
+
+
+class _Simplified(ast.NodeTransformer):
+    """Code without what ``AttentionCall`` records and ``FusedAttention`` knows: how it is called, norms of heads."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        called = ast.unparse(node.func)
+        if called in {"self.q_norm", "self.k_norm"}:
+            return node.args[0]
+        if called == "attention_interface":
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg is None]
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        self.generic_visit(node)
+        return None if ast.unparse(node.targets[0]) == ast.unparse(node.value) else node
+
+
+def _code(thing: Any) -> str | None:
+    """What a function, or a class's ``forward``, says, without annotations, defaults and comments."""
+    function: Any = getattr(thing, "forward", None) if inspect.isclass(thing) else thing
+    return _code_of(function)
+
+
+@cache
+def _code_of(function: Any) -> str | None:
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    arguments = [argument.arg for argument in definition.args.args]
+    body = [_Simplified().visit(statement) for statement in definition.body]
+    told = [ast.unparse(statement) for statement in body if statement is not None and not _is_text(statement)]
+    return "\n".join([repr(arguments), *told])
+
+
+def _is_text(statement: ast.AST) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -1,0 +1,1 @@
+"""The frozen model, and what is computed with it."""

@@ -1,0 +1,252 @@
+"""Soft prompts in host memory, on their way from the store's files to key/value blocks."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from queue import Empty, SimpleQueue
+
+import torch
+from safetensors import safe_open
+
+from prompt_store.blobs.blobs import LOAD_SECONDS_BOUNDS
+from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
+from server.engine.model.classification_head import Head, read_head
+from server.engine.types import HostTierStats, SoftPromptSource
+
+
+class SoftPromptLoadError(Exception):
+    """A soft prompt's file cannot be read, or does not hold what its record says."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    source: SoftPromptSource
+    ref_count: int = 0
+    rows: torch.Tensor | None = None
+    head: Head | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what has been read."""
+        return (0 if self.rows is None else self.rows.nbytes) + (0 if self.head is None else self.head.nbytes)
+
+
+class SoftPromptLoader:
+    """Reads soft prompts in a thread of its own and keeps them in host memory.
+
+    What a living sequence or a pin refers to stays; the rest is kept up to a budget, least recently used out first.
+    All methods but ``read`` are called from the engine's thread; only the reading happens elsewhere.
+
+    Args:
+        embedding_width: Columns of a soft prompt made of embeddings.
+        key_values_width: Columns of one made of keys and values.
+        head_width: Columns of a classification head.
+        dtype: The serving dtype; rows are cast to it when read, as PEFT casts them at use.
+        budget_bytes: Host memory for soft prompts that nobody refers to.
+        on_loaded: Called from the reading thread after each file, to wake the engine.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_width: int,
+        key_values_width: int,
+        head_width: int,
+        dtype: torch.dtype,
+        budget_bytes: int,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._widths = {False: embedding_width, True: key_values_width}
+        self._head_width = head_width
+        self._dtype = dtype
+        self._budget = budget_bytes
+        self._on_loaded = on_loaded
+        self._entries: dict[str, _Entry] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()
+        self._idle_bytes = 0
+        self._pinned: dict[str, SoftPromptSource] = {}
+        self._resident_bytes = 0
+        self._num_resident = 0
+        self._hits = 0
+        self._misses = 0
+        self._evictions = 0
+        self._load_seconds = 0.0
+        self._buckets = [0] * len(LOAD_SECONDS_BOUNDS)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-loader")
+        self._done: SimpleQueue[tuple[str, Future[tuple[torch.Tensor, Head | None, float]]]] = SimpleQueue()
+
+    @property
+    def stats(self) -> HostTierStats:
+        """What is held now, and what has been done so far."""
+        return HostTierStats(
+            resident=self._num_resident,
+            resident_bytes=self._resident_bytes,
+            hits=self._hits,
+            misses=self._misses,
+            loads=sum(self._buckets),
+            evictions=self._evictions,
+            load_seconds_sum=self._load_seconds,
+            load_seconds_buckets=tuple(zip(LOAD_SECONDS_BOUNDS, accumulate(self._buckets), strict=True)),
+        )
+
+    def acquire(self, source: SoftPromptSource) -> bool:
+        """Refer to a soft prompt, and start reading it where nobody has.
+
+        Returns:
+            Whether its rows are in memory already; otherwise ``take_loaded`` will tell.
+        """
+        if source.identity in self._entries:
+            self._hits += 1
+        else:
+            self._misses += 1
+        return self._refer(source)
+
+    def release(self, source: SoftPromptSource) -> None:
+        """Give back one reference."""
+        entry = self._entries[source.identity]
+        entry.ref_count -= 1
+        if entry.ref_count == 0 and entry.rows is not None:
+            self._make_idle(source.identity, entry)
+
+    def pin(self, source: SoftPromptSource) -> None:
+        """Keep a soft prompt in memory until ``unpin``, reading it where nobody has; twice is the same as once.
+
+        A file that cannot be read ends the pin: ``take_loaded`` tells.
+        """
+        if source.identity not in self._pinned:
+            self._pinned[source.identity] = source
+            self._refer(source)
+
+    def unpin(self, source: SoftPromptSource) -> None:
+        """End a pin, if there is one."""
+        if self._pinned.pop(source.identity, None) is not None:
+            self.release(source)
+
+    def rows(self, source: SoftPromptSource) -> torch.Tensor:
+        """A loaded soft prompt: [num_virtual_tokens, embedding or key/value width], serving dtype, on the host."""
+        rows = self._entries[source.identity].rows
+        if rows is None:
+            raise AssertionError(f"soft prompt {source.identity} is not loaded")
+        return rows
+
+    def head(self, source: SoftPromptSource) -> Head:
+        """The classification head that was loaded with a soft prompt."""
+        head = self._entries[source.identity].head
+        if head is None:
+            raise AssertionError(f"soft prompt {source.identity} has no head")
+        return head
+
+    def take_loaded(self) -> list[tuple[str, str | None]]:
+        """Identities whose reading has ended since the last call, each with what went wrong or None."""
+        ended: list[tuple[str, str | None]] = []
+        while True:
+            try:
+                identity, future = self._done.get_nowait()
+            except Empty:
+                return ended
+            error = future.exception()
+            if error is not None:
+                del self._entries[identity]
+                self._pinned.pop(identity, None)
+                ended.append((identity, str(error)))
+                continue
+            entry = self._entries[identity]
+            entry.rows, entry.head, seconds = future.result()
+            self._num_resident += 1
+            self._resident_bytes += entry.nbytes
+            self._load_seconds += seconds
+            self._buckets[bisect_left(LOAD_SECONDS_BOUNDS, seconds)] += 1
+            if entry.ref_count == 0:  # everybody who wanted it has gone meanwhile
+                self._make_idle(identity, entry)
+            ended.append((identity, None))
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _refer(self, source: SoftPromptSource) -> bool:
+        entry = self._entries.get(source.identity)
+        if entry is None:
+            entry = self._entries[source.identity] = _Entry(source)
+            future = self._executor.submit(self._timed_read, source)
+            future.add_done_callback(lambda done: self._announce(source.identity, done))
+        elif entry.ref_count == 0 and entry.rows is not None:
+            del self._idle[source.identity]
+            self._idle_bytes -= entry.nbytes
+        entry.ref_count += 1
+        return entry.rows is not None
+
+    def _announce(self, identity: str, future: Future[tuple[torch.Tensor, Head | None, float]]) -> None:
+        self._done.put((identity, future))
+        self._on_loaded()
+
+    def _make_idle(self, identity: str, entry: _Entry) -> None:
+        self._idle[identity] = None
+        self._idle_bytes += entry.nbytes
+        while self._idle_bytes > self._budget:
+            oldest, _ = self._idle.popitem(last=False)
+            size = self._entries.pop(oldest).nbytes
+            self._idle_bytes -= size
+            self._resident_bytes -= size
+            self._num_resident -= 1
+            self._evictions += 1
+
+    def _timed_read(self, source: SoftPromptSource) -> tuple[torch.Tensor, Head | None, float]:
+        started = time.perf_counter()
+        rows = self.read(source)
+        head = None
+        if source.num_labels is not None:
+            try:
+                head = read_head(source.path, num_labels=source.num_labels, width=self._head_width)
+            except Exception as error:
+                raise SoftPromptLoadError(f"the head of {source.digest[:12]} cannot be read: {error}") from error
+        return rows, head, time.perf_counter() - started
+
+    def read(self, source: SoftPromptSource) -> torch.Tensor:
+        """Read a soft prompt's file; from any thread, and nothing is kept.
+
+        All that is computed is computed in float32, and F64 passes through it, because PEFT's encoders hold float32
+        whatever the file holds.
+
+        Returns:
+            The rows in the serving dtype: [num_virtual_tokens, embedding or key/value width].
+
+        Raises:
+            SoftPromptLoadError: If the file cannot be read, or does not hold what its record says.
+        """
+        try:
+            with safe_open(source.path, framework="pt") as file:
+                rows: torch.Tensor = file.get_tensor(ROWS_TENSOR)
+                is_multitask = TASK_COLS_TENSOR in file.keys()  # noqa: SIM118 - the file is no mapping
+                if is_multitask != (source.task_id is not None):
+                    raise SoftPromptLoadError("a multitask prompt needs a task id, and no other prompt takes one")
+                factors = [
+                    file.get_slice(name)[source.task_id : source.task_id + 1]
+                    for name in (TASK_COLS_TENSOR, TASK_ROWS_TENSOR)
+                    if source.task_id is not None
+                ]
+        except Exception as error:
+            raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} cannot be read: {error}") from error
+        expected = (source.num_virtual_tokens, self._widths[source.is_key_values])
+        if tuple(rows.shape) != expected:
+            raise SoftPromptLoadError(
+                f"soft prompt {source.digest[:12]} has shape {tuple(rows.shape)}; this model needs {expected}"
+            )
+        if factors:
+            if not all(len(factor) == 1 for factor in factors):
+                raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} has no task {source.task_id}")
+            cols, task_rows = (factor.float() for factor in factors)
+            rows = rows.float() * torch.matmul(cols, task_rows)[0]
+        elif rows.dtype == torch.float64:
+            rows = rows.float()
+        rows = rows.to(self._dtype)
+        if not rows.isfinite().all():  # as its upload was, in the dtype that was served then
+            dtype = str(self._dtype).removeprefix("torch.")
+            raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} holds a value that is not finite in {dtype}")
+        return rows

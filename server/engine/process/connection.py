@@ -1,0 +1,224 @@
+"""One engine process, from its start to its end, as the API process holds it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Protocol
+
+import msgspec
+
+from server.config import EngineSettings
+from server.engine.messages import (
+    FRAME_HEADER_BYTES,
+    FromEngine,
+    Ready,
+    Start,
+    StartFailed,
+    ToEngine,
+    encode_frame,
+    from_engine_decoder,
+)
+from server.engine.types import ModelInfo
+from server.errors import EngineDeadError, EngineStartError
+from server.logs import variables as log_variables
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0
+
+SPIN_COUNT = "3000"
+"""Turns (some 10 us) that torch's OpenMP threads wait actively before they sleep; libgomp's own are milliseconds.
+
+Where the API process or anybody else needs one of the cores, a thread that spins keeps the one it waits for from
+running; ``benchmarks/spinning.py`` shows by how much.
+"""
+
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Makes torch ask for pages of 2 MiB: blocks lie all over the cache, and finding each one's pages takes as long as
+reading it."""
+
+
+PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Where torch and oneDNN keep what they have compiled for a product: some 0.5 MiB for each number of rows and layer's
+shape, and 1,024 of them by default."""
+
+MOST_PRODUCTS = "384"
+"""For five shapes all numbers of rows of decodes, and the last of prefills."""
+
+
+class EngineConnection(Protocol):
+    """An engine process that has loaded its model; tests put a fake in its place."""
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        ...
+
+    @property
+    def model(self) -> ModelInfo:
+        """What it has loaded."""
+        ...
+
+    def send(self, message: ToEngine) -> None:
+        """Send a message; nothing happens when the process has ended."""
+        ...
+
+    async def receive(self) -> FromEngine:
+        """The next message.
+
+        Raises:
+            EngineDeadError: If the process has ended, or is not understood.
+        """
+        ...
+
+    def kill(self) -> None:
+        """End the process at once, and ``receive`` with it."""
+        ...
+
+    async def close(self) -> str:
+        """Wait for the process's end, for some seconds before it is killed; returns how it ended."""
+        ...
+
+
+class ProcessConnection:
+    """An ``EngineConnection`` to ``server.engine.process.main``; made by ``launch``."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        model: ModelInfo,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._model = model
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    @property
+    def model(self) -> ModelInfo:
+        """What it has loaded."""
+        return self._model
+
+    def send(self, message: ToEngine) -> None:
+        """Send a message; see ``EngineConnection.send``."""
+        if not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    async def receive(self) -> FromEngine:
+        """The next message; see ``EngineConnection.receive``."""
+        try:
+            return from_engine_decoder.decode(await _read_frame(self._reader))
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise EngineDeadError("the engine process ended") from error
+        except msgspec.DecodeError as error:
+            logger.exception("the engine process sent what cannot be read")
+            raise EngineDeadError("the engine process is not understood") from error
+
+    def kill(self) -> None:
+        """End the process at once; see ``EngineConnection.kill``."""
+        _kill(self._process)
+        self._writer.transport.abort()
+
+    async def close(self) -> str:
+        """Wait for the process's end; see ``EngineConnection.close``."""
+        self._writer.close()
+        return await _end(self._process)
+
+
+async def launch(settings: EngineSettings) -> EngineConnection:
+    """Start a process and wait for its model. Cancelled, or failed, it leaves no process behind.
+
+    Raises:
+        EngineStartError: If the process cannot serve with these settings.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "server.engine.process.main",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=environment(),
+            )
+        except OSError as error:
+            ours.close()
+            raise EngineStartError(f"the engine process cannot be started: {error}") from error
+        except BaseException:
+            ours.close()
+            raise
+    writer: asyncio.StreamWriter | None = None
+    try:
+        reader, writer = await asyncio.open_connection(sock=ours)
+        writer.write(encode_frame(Start(settings)))
+        first = from_engine_decoder.decode(await _read_frame(reader))
+        if isinstance(first, StartFailed):
+            raise EngineStartError(first.message)
+        if not isinstance(first, Ready):
+            raise EngineStartError(f"the engine process began with {type(first).__name__}")
+    except (asyncio.IncompleteReadError, ConnectionError) as error:
+        ended = await _end(process)
+        raise EngineStartError(f"the engine process {ended} while it started") from error
+    except BaseException as error:
+        if not isinstance(error, EngineStartError):
+            _kill(process)
+        if writer is not None:
+            writer.close()
+        await _end(process)
+        raise
+    return ProcessConnection(process, reader, writer, first.model)
+
+
+def environment() -> dict[str, str]:
+    """The process's environment: it logs as this one does; what the operator has said of threads and memory stays."""
+    chosen = {HUGE_PAGES: "1", **dict.fromkeys(PRODUCT_CACHES, MOST_PRODUCTS)}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        chosen["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return {**chosen, **os.environ, **log_variables()}
+
+
+async def _end(process: asyncio.subprocess.Process) -> str:
+    """Wait for a process's end, killing it where that takes too long; returns how it ended."""
+    try:
+        await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    except TimeoutError:
+        logger.warning("the engine process %d does not stop by itself and is killed", process.pid)
+        _kill(process)
+        with contextlib.suppress(TimeoutError):  # in the kernel, a dead device may hold even a killed process
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    return _how_it_ended(process.returncode)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+
+
+def _how_it_ended(status: int | None) -> str:
+    if status is None:
+        return "cannot be killed"
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> bytes:
+    header = await reader.readexactly(FRAME_HEADER_BYTES)
+    return await reader.readexactly(int.from_bytes(header, "big"))

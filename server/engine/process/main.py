@@ -1,0 +1,165 @@
+"""The engine's own process: a step loop between two queues.
+
+Run as ``python -m server.engine.process.main FD``, where FD is one end of a socket pair. A thread reads messages
+into the inbox and another writes outputs from the outbox, so the step loop waits for nobody. When the other end
+closes, the process ends: it never outlives the server that started it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from queue import Empty, SimpleQueue
+
+from transformers.utils.logging import disable_progress_bar
+
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import (
+    FRAME_HEADER_BYTES,
+    MAX_FRAME_BYTES,
+    AbortRequest,
+    AddRequest,
+    FromEngine,
+    Inspect,
+    Pin,
+    Ready,
+    Shutdown,
+    Start,
+    StartFailed,
+    StepOutputs,
+    ToEngine,
+    Unpin,
+    encode_frame,
+    to_engine_decoder,
+)
+from server.engine.types import TokenOutput
+from server.errors import EngineStartError
+from server.logs import configure_from_variables
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Feeds one engine from a socket.
+
+    Args:
+        connection: A stream socket whose other end speaks ``server.engine.messages``.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._inbox: SimpleQueue[ToEngine | None] = SimpleQueue()
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit status."""
+        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+        writer = threading.Thread(target=self._write, name="engine-writer")
+        writer.start()
+        try:
+            first = self._inbox.get()
+            if not isinstance(first, Start):
+                return 0
+            try:
+                # None in the inbox wakes the loop; what has been loaded is taken by the next step.
+                engine = LLMEngine(first.settings, on_loaded=lambda: self._inbox.put(None))
+            except EngineStartError as error:
+                self._send(StartFailed(error.message))
+                return 1
+            self._send(Ready(engine.model))
+            self._loop(engine)
+            engine.close()
+            return 0
+        finally:
+            self._outbox.put(None)
+            writer.join(timeout=5)
+
+    def _loop(self, engine: LLMEngine) -> None:
+        num_received = 0
+        while True:
+            outputs: list[TokenOutput] = []
+            message = None
+            if not engine.has_work:
+                message = self._wait(engine.idle_seconds)
+                if message is None:  # nobody outside knows that a step begins, and it may not end
+                    self._send(StepOutputs([], engine.stats, num_received, has_work=True))
+            while True:
+                num_received += message is not None
+                if isinstance(message, Shutdown):
+                    return
+                if isinstance(message, AddRequest):
+                    outputs += engine.add(message)
+                elif isinstance(message, AbortRequest):
+                    outputs += engine.abort(message.request_id)
+                elif isinstance(message, Pin | Unpin):
+                    engine.pin(message)
+                elif isinstance(message, Inspect):
+                    engine.inspect(message, self._send)
+                try:
+                    message = self._inbox.get_nowait()
+                except Empty:
+                    break
+            outputs += engine.step()
+            self._send(StepOutputs(outputs, engine.stats, num_received, engine.has_work))
+
+    def _wait(self, seconds: float | None) -> ToEngine | None:
+        try:
+            return self._inbox.get(timeout=seconds)
+        except Empty:
+            return None
+
+    def _send(self, message: FromEngine) -> None:
+        # Encoded here, for the statistics are a live object that the next step changes.
+        self._outbox.put(encode_frame(message))
+
+    def _read(self) -> None:
+        try:
+            while (header := self._receive(FRAME_HEADER_BYTES)) is not None:
+                length = int.from_bytes(header, "big")
+                body = self._receive(length) if length <= MAX_FRAME_BYTES else None
+                if body is None:
+                    break
+                self._inbox.put(to_engine_decoder.decode(body))
+        finally:
+            self._inbox.put(Shutdown())
+
+    def _receive(self, length: int) -> bytes | None:
+        buffer = bytearray()
+        while len(buffer) < length:
+            try:
+                part = self._connection.recv(min(length - len(buffer), 1 << 20))
+            except ConnectionError:
+                return None
+            if not part:
+                return None
+            buffer += part
+        return bytes(buffer)
+
+    def _write(self) -> None:
+        while (frame := self._outbox.get()) is not None:
+            try:
+                self._connection.sendall(frame)
+            except OSError:
+                return  # the other end is gone; the reading thread ends the loop
+
+
+def main() -> None:
+    """Entry point of the process."""
+    configure_from_variables("engine")
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Ctrl-C reaches the whole terminal; the server decides when its engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    status = EngineLoop(connection).run()
+    logging.shutdown()
+    # Everything is closed. Python would still take torch's and transformers' modules apart, which takes a second in
+    # which the server waits for this process to end.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Grammars are compiled elsewhere first, where what they cost can be limited."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, suppress
+
+import msgspec
+
+from server.engine.sampling.grammar_check import GrammarError
+from server.engine.sampling.trial_process import MEMORY_BYTES, NOTHING, Trial, Verdict, Vocabulary, encode, receive
+
+
+class TooSlowError(Exception):
+    """A grammar takes more processor time than it may."""
+
+
+class CancelledTrialError(Exception):
+    """The trial was ended because nothing waits for it any more."""
+
+
+class GrammarTrials:
+    """One process that tries grammars out, one at a time; started with the first, and again when it has ended.
+
+    ``try_out`` is called from one thread, ``cancel`` and ``close`` from any.
+
+    Args:
+        vocabulary: What the process makes its tokenizer from.
+        memory_bytes: Memory that a grammar may take.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._vocabulary = vocabulary
+        self._memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._is_running = False
+        self._is_cancelled = False
+        self._is_closed = False
+
+    def prepare(self) -> None:
+        """Called before ``try_out``: from here on, ``cancel`` is meant for the next grammar."""
+        with self._lock:
+            self._is_cancelled = False
+
+    def try_out(self, lark: str, cpu_seconds: float) -> int:
+        """Compile a grammar there; returns the bytes that it takes, compiled.
+
+        Raises:
+            GrammarError: If it cannot be used, takes too much memory, or cannot be tried out.
+            TooSlowError: If it takes more than ``cpu_seconds``.
+            CancelledTrialError: If it was cancelled.
+        """
+        for _ in range(2):  # a process that ended while it was idle tells nothing of the grammar
+            body = self._exchange(encode(Trial(lark, cpu_seconds, self._memory_bytes)))
+            if self._is_cancelled or self._is_closed:
+                raise CancelledTrialError
+            if body is not None:
+                return self._bytes_of(msgspec.msgpack.decode(body, type=Verdict))
+            self.release()
+        raise GrammarError("the process that tries grammars out ended, twice, while it had this one")
+
+    def cancel(self) -> None:
+        """End what is being tried out, or is about to be."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._is_running and self._connection is not None:
+                self._end_if_cancelled(self._connection)
+
+    def close(self) -> None:
+        """End the process; what is being tried out is cancelled."""
+        with self._lock:
+            self._is_closed = True
+            if self._process is not None:
+                self._process.kill()  # its end wakes the thread that waits for it
+
+    def release(self) -> None:
+        """Give back the process and the connection, from the thread of ``try_out``."""
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+            if self._connection is not None:
+                self._connection.close()
+            self._process = self._connection = None
+
+    def _exchange(self, frame: bytes) -> bytes | None:
+        """Send a grammar and wait for what comes of it; None where the process has ended."""
+        with self._lock:
+            if self._is_closed or self._is_cancelled:
+                return None
+            connection = self._connection
+            if connection is None:
+                frame = encode(self._vocabulary) + frame
+                try:
+                    connection = self._connection = self._start()
+                except OSError as error:
+                    raise GrammarError(f"a process to try it out cannot be started: {error.strerror}") from error
+        try:
+            connection.sendall(frame)
+            with self._lock:
+                self._is_running = True
+                self._end_if_cancelled(connection)
+            return receive(connection)
+        except OSError:
+            return None
+        finally:
+            with self._lock:
+                self._is_running = False
+
+    def _end_if_cancelled(self, connection: socket.socket) -> None:
+        if self._is_cancelled:
+            with suppress(OSError):  # the process has ended, and with it the trial
+                connection.sendall(NOTHING)
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs, ExitStack() as stack:
+            stack.callback(ours.close)
+            command = [sys.executable, "-m", "server.engine.sampling.trial_process", str(theirs.fileno())]
+            self._process = subprocess.Popen(  # noqa: S603 (our own module, with our own interpreter)
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+            stack.pop_all()
+        return ours
+
+    def _bytes_of(self, verdict: Verdict) -> int:
+        """The memory that a grammar takes; raises what a bad one is refused with."""
+        if verdict.killed_by in (signal.SIGPROF, signal.SIGKILL):
+            raise TooSlowError
+        if verdict.killed_by is not None:
+            limit = self._memory_bytes >> 20
+            raise GrammarError(f"it takes more than {limit} MiB of memory to compile: make it smaller")
+        if verdict.error is not None:
+            raise GrammarError(verdict.error)
+        return verdict.num_bytes

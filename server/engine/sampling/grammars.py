@@ -1,0 +1,487 @@
+"""Structured output: which tokens a sequence may choose next, so that its text follows a grammar.
+
+llguidance keeps the grammars and says what may follow. Constraints come from outside, and some of them are bombs, so
+llguidance's own limits are not all that holds them:
+
+- Each is compiled in another process first (``grammar_trials``), which is killed when that takes too much time or
+  memory; only what passed is compiled here, in a thread with a deep stack, for the compiler recurses through rules.
+- Compiling has two lanes. What takes longer than a moment begins anew in the slow one, so that it stands before no
+  grammar that does not; in both, tenants take turns.
+- The processor time of masks is charged to each sequence, and what spends too much of it fails alone.
+- No text is forced in advance (``no_forcing``), since a grammar of a few characters can force a text of many
+  thousand, which would be tokenised within a step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from queue import Empty, SimpleQueue
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, regex_to_lark
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from server.engine.attention.transfers import queue_copy, to_device
+from server.engine.constraints import Constraint, ConstraintKind, TokenMatcher
+from server.engine.sampling.grammar_check import STACK_BYTES, GrammarError, compile_grammar, error_of
+from server.engine.sampling.grammar_queue import GrammarQueue
+from server.engine.sampling.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
+from server.engine.sampling.trial_process import Vocabulary, make_tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_COMPILED = 64
+"""Compiled grammars that are kept for later sequences; one takes up to 40 MB, and seldom more than one."""
+
+MAX_COMPILED_BYTES = 256 * 1024 * 1024
+"""Memory of those, as they were when they were compiled. Each grows by 10 to 40 MB at most while it is followed."""
+
+MAX_REFUSED = 64
+"""Constraints that took too long to compile and are remembered, so that each is tried once."""
+
+MAX_WAITING = 256
+"""Different constraints of one tenant that wait to be compiled."""
+
+MAX_WAITING_SLOW = 32
+"""Of those that have been found to take long."""
+
+QUICK_SECONDS, SLOW_SECONDS = 0.05, 3.0
+"""Processor time in which a grammar has to be compiled, in each lane. Most take 0.001, schemas of 64 KiB 0.2."""
+
+BURST_SECONDS, TOKEN_SECONDS = 0.5, 0.002
+"""Processor time that one sequence's masks may take: the first for all of it, the second more for each token. A mask
+seldom takes more than 0.001; ambiguous grammars take longer with each token, up to a second."""
+
+METERED_SECONDS = 0.01
+"""A step's masks that take longer than this are looked at one by one in the next."""
+
+TOO_SLOW = f"it takes more than {SLOW_SECONDS:g} seconds of processor time to compile: make it smaller"
+TOO_MANY_SLOW = (
+    f"it takes long to compile, and {MAX_WAITING_SLOW} such structures of this client wait already; try again later"
+)
+TOO_COSTLY = "it takes too long to find which tokens it allows: make it simpler and less ambiguous"
+
+_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written as Python's ``json.dumps`` does: where white space is free, small models do not stop writing it."""
+
+_END = "<|prelude-end-of-grammar|>"
+
+_REGEX_SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")
+
+
+class TooManyGrammarsError(Exception):
+    """A tenant has as many constraints waiting to be compiled as it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarVocabulary:
+    """The model's tokens as grammars see them.
+
+    Attributes:
+        lowlevel: llguidance's tokenizer.
+        hidden_end: The token that stands for the end in a model without one; no sequence may have it.
+        source: What another process makes the same tokenizer from.
+    """
+
+    lowlevel: LLTokenizer
+    hidden_end: int | None
+    source: Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A grammar that sequences get copies of, and the memory that it took."""
+
+    matcher: Matcher
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What has come of compiling a constraint: one of these."""
+
+    constraint: Constraint
+    compiled: _Compiled | None = None
+    error: str | None = None
+
+
+class Matcher:
+    """Where one sequence stands in its grammar.
+
+    Args:
+        lowlevel: llguidance's matcher, which is this sequence's own.
+        vocabulary: What it was compiled with.
+    """
+
+    def __init__(self, lowlevel: LLMatcher, vocabulary: GrammarVocabulary) -> None:
+        self.lowlevel = lowlevel
+        self.vocabulary = vocabulary
+        self._seconds_left = BURST_SECONDS
+
+    def advance(self, token_id: int) -> None:
+        """Take the sequence's next token."""
+        begun = time.thread_time()
+        self.lowlevel.consume_token(token_id)
+        self.charge(time.thread_time() - begun - TOKEN_SECONDS)
+
+    def charge(self, seconds: float) -> None:
+        """Take processor time off what the sequence may use; with none left it has failed, for good."""
+        if self._seconds_left > 0:
+            self._seconds_left = min(self._seconds_left - seconds, BURST_SECONDS)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text may end here."""
+        return self.error is None and self.lowlevel.is_accepting()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing may follow but the end."""
+        return self.lowlevel.is_stopped()
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed any further; None while it can."""
+        return TOO_COSTLY if self._seconds_left <= 0 else error_of(self.lowlevel)
+
+
+class TokenMasks:
+    """Which tokens may come next, for many sequences at once.
+
+    llguidance computes many masks in parallel, without saying what each took. When that was long, the next masks are
+    computed one by one and charged to their sequences, for as long as one of them takes long.
+    """
+
+    def __init__(self) -> None:
+        self._is_metered = False
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()
+
+    def allowed(self, matchers: SequenceOf[TokenMatcher], vocab_size: int, device: torch.device) -> torch.Tensor:
+        """Tokens that may come next: [matchers, vocab_size] of bool, on the device.
+
+        A row has none where its grammar is complete and the model has no end of sequence, where no token can go on,
+        and where the grammar has failed, which its ``error`` tells.
+
+        Args:
+            matchers: At least one ``Matcher``, all of one compiler.
+            vocab_size: Width of the logits.
+            device: Where they are.
+        """
+        vocabulary: GrammarVocabulary = matchers[0].vocabulary
+        bitmask = allocate_token_bitmask(len(matchers), vocabulary.lowlevel.vocab_size)
+        if self._is_metered or len(matchers) == 1:
+            self._is_metered = self._fill_metered(matchers, bitmask)
+        else:
+            begun = time.perf_counter()
+            rows: list[tuple[LLMatcher, int]] = [(matcher.lowlevel, row) for row, matcher in enumerate(matchers)]
+            fill_next_token_bitmask_par(self._executor, rows, bitmask)
+            self._is_metered = time.perf_counter() - begun > METERED_SECONDS
+        for row, matcher in enumerate(matchers):
+            if matcher.error is not None:  # llguidance allows the end there
+                bitmask[row] = 0
+        # One bit a token crosses to the device.
+        packed = queue_copy(torch.from_numpy(bitmask.view(np.uint8)), device)
+        bits = packed[:, :, None] & to_device([1, 2, 4, 8, 16, 32, 64, 128], device, torch.uint8)
+        allowed = bits.flatten(1)[:, :vocab_size] != 0
+        if vocabulary.hidden_end is not None:
+            allowed[:, vocabulary.hidden_end :] = False  # nothing of the tokenizer's is behind it
+        return allowed
+
+    @staticmethod
+    def _fill_metered(matchers: SequenceOf[TokenMatcher], bitmask: npt.NDArray[np.int32]) -> bool:
+        """Compute masks one by one, charging each; returns whether one of them took long."""
+        longest = 0.0
+        for row, matcher in enumerate(matchers):
+            if matcher.error is None:
+                begun = time.thread_time()
+                fill_next_token_bitmask(matcher.lowlevel, bitmask, row)
+                seconds = time.thread_time() - begun
+                matcher.charge(seconds)
+                longest = max(longest, seconds)
+        return longest > TOKEN_SECONDS
+
+
+class _Lane:
+    """One compiling thread, with what waits for it.
+
+    Args:
+        cpu_seconds: Processor time in which a grammar has to be compiled.
+    """
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self.cpu_seconds = cpu_seconds
+        self.queue = GrammarQueue()
+        self.current: Constraint | None = None
+        self.trials: GrammarTrials | None = None
+        self.thread: threading.Thread | None = None
+
+
+class GrammarCompiler:
+    """Compiles constraints beside the steps and gives each sequence a matcher of its own.
+
+    Identical constraints are compiled once; the least recently used are forgotten first. All methods are called from
+    the engine's thread; only the compiling happens elsewhere.
+
+    Args:
+        load_tokenizer: Loads the model's tokenizer; called once, from a compiling thread, when the first constraint
+            comes. It may raise OSError or ValueError.
+        vocab_size: Width of the logits.
+        eos_token_ids: The model's ends of sequence.
+        on_compiled: Called from a compiling thread after each grammar, to wake the engine.
+    """
+
+    def __init__(
+        self,
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        *,
+        vocab_size: int,
+        eos_token_ids: SequenceOf[int],
+        on_compiled: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._load_tokenizer = load_tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._on_compiled = on_compiled
+        self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
+        self._refused: OrderedDict[Constraint, str] = OrderedDict()
+        self._compiling: dict[Constraint, str] = {}
+        self._done: SimpleQueue[_Outcome] = SimpleQueue()
+        self._vocabulary: GrammarVocabulary | None = None
+        self._vocabulary_lock = threading.Lock()
+        self._quick, self._slow = _Lane(QUICK_SECONDS), _Lane(SLOW_SECONDS)
+        self._changed = threading.Condition()
+        """Guards the lanes; notified when one of them has something to do."""
+        self._is_closed = False
+
+    def matcher(self, constraint: Constraint, tenant: str = "") -> Matcher | None:
+        """A new sequence's matcher, or None where the grammar is being compiled; ``take_compiled`` will tell.
+
+        Raises:
+            TooManyGrammarsError: If too many of the tenant's constraints are being compiled already.
+        """
+        known = self._compiled.get(constraint)
+        if known is not None:
+            self._compiled.move_to_end(constraint)
+            return Matcher(known.matcher.lowlevel.deep_copy(), known.matcher.vocabulary)
+        if constraint in self._compiling:
+            return None
+        if sum(owner == tenant for owner in self._compiling.values()) >= MAX_WAITING:
+            raise TooManyGrammarsError(
+                f"{MAX_WAITING} different structures of this client are being compiled already; try again later"
+            )
+        self._compiling[constraint] = tenant
+        error = self._refused.get(constraint)
+        if error is not None:
+            self._refused.move_to_end(constraint)
+            self._announce(_Outcome(constraint, error=error))
+        else:
+            self._enqueue(self._quick, constraint, tenant)
+        return None
+
+    def take_compiled(self) -> list[tuple[Constraint, str | None]]:
+        """Constraints whose compiling has ended since the last call, each with what is wrong with it or None.
+
+        Those that are right have matchers at least until the next call.
+        """
+        while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
+            self._compiled.popitem(last=False)
+        ended: list[tuple[Constraint, str | None]] = []
+        while True:
+            try:
+                outcome = self._done.get_nowait()
+            except Empty:
+                return ended
+            self._compiling.pop(outcome.constraint, None)
+            if outcome.compiled is not None:
+                self._compiled[outcome.constraint] = outcome.compiled
+            elif outcome.error == TOO_SLOW:
+                self._refused[outcome.constraint] = TOO_SLOW
+                while len(self._refused) > MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            ended.append((outcome.constraint, outcome.error))
+
+    def forget(self, constraint: Constraint) -> None:
+        """Compile it anew for the next sequence: the automaton that its matchers share has reached a limit."""
+        self._compiled.pop(constraint, None)
+
+    def abandon(self, constraint: Constraint) -> None:
+        """No sequence waits for this constraint any more: stop compiling it."""
+        if self._compiling.pop(constraint, None) is None:
+            return
+        with self._changed:
+            for lane in (self._quick, self._slow):
+                lane.queue.discard(constraint)
+                if lane.current == constraint and lane.trials is not None:
+                    lane.trials.cancel()
+
+    def close(self) -> None:
+        """End the compiling threads and their processes."""
+        with self._changed:
+            self._is_closed = True
+            for lane in (self._quick, self._slow):
+                if lane.trials is not None:
+                    lane.trials.close()
+            self._changed.notify_all()
+        for lane in (self._quick, self._slow):
+            if lane.thread is not None:
+                lane.thread.join()
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(compiled.num_bytes for compiled in self._compiled.values())
+
+    def _enqueue(self, lane: _Lane, constraint: Constraint, tenant: str) -> None:
+        with self._changed:
+            lane.queue.add(constraint, tenant)
+            if lane.thread is None:
+                lane.thread = threading.Thread(target=self._work, args=(lane,), name="grammar-compiler")
+                # The stack size is a setting of the process, for threads that are started from here on.
+                usual = threading.stack_size(STACK_BYTES)
+                try:
+                    lane.thread.start()
+                finally:
+                    threading.stack_size(usual)
+            self._changed.notify_all()
+
+    def _announce(self, outcome: _Outcome) -> None:
+        self._done.put(outcome)
+        self._on_compiled()
+
+    def _work(self, lane: _Lane) -> None:
+        """Compile what waits in a lane, until the end; the body of its thread."""
+        while (turn := self._next(lane)) is not None:
+            outcome = self._compile(lane, *turn)
+            with self._changed:
+                lane.current = None
+            if outcome is not None:
+                self._announce(outcome)
+        if lane.trials is not None:
+            lane.trials.release()
+
+    def _next(self, lane: _Lane) -> tuple[Constraint, str] | None:
+        """Wait for a lane's next constraint and its tenant; None at the end."""
+        with self._changed:
+            while True:
+                if self._is_closed:
+                    return None
+                turn = lane.queue.take()
+                if turn is not None:
+                    lane.current = turn[0]
+                    if lane.trials is not None:
+                        lane.trials.prepare()
+                    return turn
+                self._changed.wait()
+
+    def _compile(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
+        """Compile a constraint, in a compiling thread; None where it goes on in the slow lane, or was abandoned."""
+        try:
+            vocabulary = self._load_vocabulary()
+            if lane.trials is None:
+                with self._changed:
+                    lane.trials = GrammarTrials(vocabulary.source)
+                    if self._is_closed:
+                        return None
+            lark = lark_of(constraint)
+            num_bytes = lane.trials.try_out(lark, lane.cpu_seconds)
+            matcher = Matcher(compile_grammar(vocabulary.lowlevel, lark), vocabulary)
+        except CancelledTrialError:
+            return None
+        except TooSlowError:
+            return self._be_slow(lane, constraint, tenant)
+        except GrammarError as error:
+            return _Outcome(constraint, error=str(error))
+        except BaseException as error:  # llguidance's panics are no Exception; a waiting sequence has to end
+            logger.exception("a grammar could not be compiled")
+            return _Outcome(constraint, error=f"it cannot be compiled: {type(error).__name__}")
+        return _Outcome(constraint, compiled=_Compiled(matcher, num_bytes))
+
+    def _be_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
+        if lane is self._slow:
+            return _Outcome(constraint, error=TOO_SLOW)
+        if self._slow.queue.count(tenant) >= MAX_WAITING_SLOW:
+            return _Outcome(constraint, error=TOO_MANY_SLOW)
+        self._enqueue(self._slow, constraint, tenant)
+        return None
+
+    def _load_vocabulary(self) -> GrammarVocabulary:
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._make_vocabulary()
+            return self._vocabulary
+
+    def _make_vocabulary(self) -> GrammarVocabulary:
+        try:
+            tokenizer = self._load_tokenizer()
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise GrammarError(f"the model's tokenizer cannot be loaded: {error}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise GrammarError(
+                f"structured output needs a fast tokenizer, and the model's is a {type(tokenizer).__name__}"
+            )
+        known = min(len(tokenizer), self._vocab_size)
+        ends = [token_id for token_id in self._eos_token_ids if token_id < known]
+        hidden_end = None
+        if not ends:  # llguidance needs one
+            tokenizer.add_tokens([AddedToken(_END, special=True)], special_tokens=True)
+            hidden_end = tokenizer.get_vocab()[_END]
+            ends = [hidden_end]
+        backend = copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        source = Vocabulary(backend.to_str(), max(len(tokenizer), self._vocab_size), ends)
+        return GrammarVocabulary(make_tokenizer(source), hidden_end, source)
+
+
+def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, for ``GrammarCompiler``; code that came with the model is never run."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        model, revision=revision, trust_remote_code=False
+    )
+    return tokenizer
+
+
+def lark_of(constraint: Constraint) -> str:
+    """A constraint as llguidance's dialect of Lark.
+
+    Raises:
+        GrammarError: If its text is not what its kind says.
+    """
+    text = constraint.text
+    match constraint.kind:
+        case ConstraintKind.GRAMMAR:
+            body = text
+        case ConstraintKind.REGEX:
+            body = f"start: /{regex_to_lark(text)}/"
+        case ConstraintKind.CHOICE:
+            choices = "|".join(_REGEX_SPECIAL.sub(r"\\\1", choice) for choice in json.loads(text))
+            body = f"start: /{regex_to_lark(choices, '')}/"
+        case ConstraintKind.JSON_OBJECT:
+            body = _json_grammar({"type": "object"}, is_lenient=False)
+        case ConstraintKind.JSON_SCHEMA:
+            schema = json.loads(text)
+            if not isinstance(schema, dict):
+                raise GrammarError("a JSON schema has to be an object")
+            body = _json_grammar(schema, is_lenient=constraint.is_lenient)
+    return f'{body}\n%llguidance {{"no_forcing": true}}\n'
+
+
+def _json_grammar(schema: dict[str, object], *, is_lenient: bool) -> str:
+    # Lenient: what llguidance does not know is left out, and oneOf is taken for anyOf.
+    options = {**_LAYOUT, "lenient": is_lenient, "coerce_one_of": is_lenient}
+    return f"start: %json {json.dumps({**schema, 'x-guidance': options})}"

@@ -1,0 +1,229 @@
+"""Compiles grammars to see what they cost, each in a forked process that is killed when it costs too much.
+
+Run as ``python -m server.engine.sampling.trial_process FD``, where FD is one end of a socket pair. The first message
+on it is the tokenizer, the others are grammars, one at a time. Processor time and memory of a child are limited by
+the kernel, because llguidance cannot be interrupted. The process ends when the other end of the connection closes.
+
+Nothing here starts a thread before it forks, and torch is not imported: a fork takes a millisecond.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from llguidance import LLMatcher, LLTokenizer
+
+from server.engine.sampling.grammar_check import STACK_BYTES, GrammarError, compile_grammar
+
+MEMORY_BYTES = 256 * 1024 * 1024
+"""What a grammar may take beyond the process as it is. Few take more than 30 MB."""
+
+_WALL_FACTOR, _WALL_SECONDS = 20, 30
+"""A child that waits instead of computing is ended, too; a busy machine gives it a part of a processor only."""
+
+_HEADER_BYTES = 4
+
+NOTHING = bytes(_HEADER_BYTES)
+"""An empty frame."""
+
+
+class Vocabulary(msgspec.Struct, array_like=True):
+    """What a tokenizer is made from.
+
+    Attributes:
+        tokenizer: The fast tokenizer as JSON.
+        size: Tokens, at least as many as the logits have columns.
+        ends: Ends of sequence.
+    """
+
+    tokenizer: str
+    size: int
+    ends: list[int]
+
+
+class Trial(msgspec.Struct, array_like=True):
+    """A grammar to compile.
+
+    Attributes:
+        lark: Its text.
+        cpu_seconds: Processor time that it may take.
+        memory_bytes: Memory that it may take, beyond the process as it is.
+    """
+
+    lark: str
+    cpu_seconds: float
+    memory_bytes: int = MEMORY_BYTES
+
+
+class Verdict(msgspec.Struct, array_like=True):
+    """What came of it.
+
+    Attributes:
+        error: What is wrong with the grammar; None where it was compiled or where the child was killed.
+        num_bytes: Memory that it takes, compiled.
+        killed_by: The signal that ended the child; None where it ended well.
+    """
+
+    error: str | None = None
+    num_bytes: int = 0
+    killed_by: int | None = None
+
+
+def make_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
+    """Llguidance's tokenizer; equal wherever it is made."""
+    return LLTokenizer(vocabulary.tokenizer, n_vocab=vocabulary.size, eos_token=vocabulary.ends)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """A message as a frame."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(_HEADER_BYTES, "big") + body
+
+
+def receive(connection: socket.socket) -> bytes | None:
+    """The body of the next frame; None where the other end has closed."""
+    header = _receive_exactly(connection, _HEADER_BYTES)
+    return None if header is None else _receive_exactly(connection, int.from_bytes(header, "big"))
+
+
+def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
+    buffer = bytearray()
+    while len(buffer) < length:
+        try:
+            part = connection.recv(min(length - len(buffer), 1 << 20))
+        except ConnectionError:
+            return None
+        if not part:
+            return None
+        buffer += part
+    return bytes(buffer)
+
+
+class _Child:
+    """A forked process that compiles one grammar.
+
+    Args:
+        tokenizer: The model's tokens.
+        trial: The grammar.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, trial: Trial) -> None:
+        self.pipe, writer = os.pipe()
+        self.deadline = time.monotonic() + _WALL_FACTOR * trial.cpu_seconds + _WALL_SECONDS
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.close(self.pipe)
+                _try_out(tokenizer, trial, writer)
+                status = 0
+            finally:
+                os._exit(status)  # also after llguidance's panics, which are no Exception
+        os.close(writer)
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def verdict(self) -> Verdict:
+        """What it wrote; blocks until it has ended, which it has once its pipe is readable."""
+        with os.fdopen(self.pipe, "rb") as reader:
+            written = reader.read()
+        _, status = os.waitpid(self.pid, 0)
+        if written:
+            return msgspec.msgpack.decode(written, type=Verdict)
+        return Verdict(killed_by=os.WTERMSIG(status) if os.WIFSIGNALED(status) else signal.SIGABRT)
+
+
+def _try_out(tokenizer: LLTokenizer, trial: Trial, writer: int) -> None:
+    """Compile a grammar within limits, in the child."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 2)  # what Rust says when it cannot go on; the verdict says it in words
+    room = _memory()[0] + STACK_BYTES + trial.memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    verdict = Verdict(killed_by=signal.SIGABRT)
+
+    def work() -> None:
+        nonlocal verdict
+        # Once without the grammar, so that what the first one touches is not counted.
+        LLMatcher(tokenizer, 'start: "a"', log_level=0).compute_bitmask()
+        before = _memory()[1]
+        signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)  # SIGPROF ends the process
+        try:
+            compiled = compile_grammar(tokenizer, trial.lark)
+        except GrammarError as error:
+            verdict = Verdict(error=str(error))
+        else:
+            verdict = Verdict(num_bytes=max(0, _memory()[1] - before))
+            del compiled
+
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    with os.fdopen(writer, "wb") as out:
+        out.write(msgspec.msgpack.encode(verdict))
+
+
+def _memory() -> tuple[int, int]:
+    """Address space and resident memory of this process, in bytes."""
+    size, resident = Path("/proc/self/statm").read_text().split()[:2]
+    return int(size) * resource.getpagesize(), int(resident) * resource.getpagesize()
+
+
+def serve(connection: socket.socket) -> None:
+    """Try out one grammar after the other until the connection closes.
+
+    Args:
+        connection: A stream socket. An empty frame ends the grammar that is being compiled.
+    """
+    body = receive(connection)
+    if body is None:
+        return
+    vocabulary = msgspec.msgpack.decode(body, type=Vocabulary)
+    tokenizer = make_tokenizer(vocabulary)
+    while (body := receive(connection)) is not None:
+        if body:  # else it was to end a grammar that had ended already
+            child = _Child(tokenizer, msgspec.msgpack.decode(body, type=Trial))
+            is_open = _wait(child, connection)
+            verdict = child.verdict()
+            if not is_open:
+                return
+            connection.sendall(encode(verdict))
+
+
+def _wait(child: _Child, connection: socket.socket) -> bool:
+    """Wait for a child's end, or bring it about; returns whether the connection is still open."""
+    poll = select.poll()
+    poll.register(child.pipe, select.POLLIN)
+    poll.register(connection, select.POLLIN)
+    ready = [fd for fd, _ in poll.poll(max(0.0, child.deadline - time.monotonic()) * 1000)]
+    if child.pipe in ready:
+        return True
+    child.kill()
+    return connection.fileno() not in ready or receive(connection) is not None
+
+
+def main() -> None:
+    """Entry point of the process."""
+    # Ctrl-C reaches the whole terminal; the engine decides when this ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    with socket.socket(fileno=int(sys.argv[1])) as connection, suppress(ConnectionError):
+        serve(connection)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+"""Who owns which key/value block. Pure logic: no torch, no clock, no randomness.
+
+Every block is in exactly one of these states:
+
+- *free*: holds nothing worth keeping;
+- *used*: some sequence refers to it (``ref_count`` > 0), alone or shared;
+- *idle*: nobody refers to it, but it holds a cached prefix that the next sequence may want;
+- part of a *soft prompt's run*, which is used or idle as a whole.
+
+Idle things are given up in least-recently-used order when free blocks run out: a text block alone, a soft
+prompt's run all at once, for half a soft prompt serves nobody.
+
+The identity of a block is a chain of hashes over everything before it: tenant salt, identity of the soft
+prompt (its content digest, and the task where it has several), then the text's tokens block by block. A name
+is never part of it, so a re-upload under an old name can not reach old keys. The hash is cryptographic
+(BLAKE2b, 128 bits), because a tenant chooses the tokens and must not be able to construct a collision with
+another's.
+
+A soft prompt's own blocks are shared by all tenants: they are found by content, so whoever can tell that they are
+warm has those bytes; and what is warmed before its first request would otherwise be warm for nobody who sends a key.
+The text after it is never shared between tenants, a text that begins in its partial last block included.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from server.engine.scheduling.sequence import Sequence
+from server.engine.types import SoftPromptSource
+
+HASH_BYTES = 16
+
+
+@dataclass(slots=True)
+class SoftPromptRun:
+    """The blocks of one soft prompt on the device.
+
+    Attributes:
+        source: The soft prompt that fills it.
+        blocks: Block ids in order; the last is full only where the block size divides the virtual tokens.
+        num_computed: Virtual tokens whose keys and values are written.
+        ref_count: Sequences that use it or wait for it.
+    """
+
+    source: SoftPromptSource
+    blocks: list[int]
+    num_computed: int = 0
+    ref_count: int = 0
+
+    @property
+    def key(self) -> str:
+        """What it holds: the soft prompt's identity."""
+        return self.source.identity
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether every virtual token's keys and values are written."""
+        return self.num_computed == self.source.num_virtual_tokens
+
+    def spoil(self) -> None:
+        """Have its blocks given up with the last reference: what is written in them is not to be used."""
+        self.num_computed = 0
+
+
+@dataclass(slots=True)
+class Admission:
+    """What ``BlockManager.admit`` gave a sequence.
+
+    Attributes:
+        num_cached_tokens: Text tokens whose keys and values were found.
+        copy: (source block, destination block) of the soft prompt's partial last block, if one has to be copied.
+    """
+
+    num_cached_tokens: int
+    copy: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class BlockStats:
+    """Counters since the start.
+
+    Attributes:
+        queries: Text tokens looked up.
+        hits: Text tokens found.
+        run_hits: Soft prompts asked for that were in blocks, filled or being filled.
+        run_loads: Soft prompts asked for that were not, and were given blocks.
+        run_evictions: Soft prompts whose blocks were given up.
+    """
+
+    queries: int = 0
+    hits: int = 0
+    run_hits: int = 0
+    run_loads: int = 0
+    run_evictions: int = 0
+
+
+@dataclass(slots=True)
+class _Block:
+    ref_count: int = 0
+    block_hash: bytes | None = None
+
+
+@dataclass(slots=True)
+class BlockManager:
+    """Block tables, reference counts and prefix hashes.
+
+    Args:
+        num_blocks: Blocks of the key/value cache.
+        block_size: Positions in a block.
+        enable_prefix_caching: Whether full blocks of text are kept for later sequences.
+    """
+
+    num_blocks: int
+    block_size: int
+    enable_prefix_caching: bool = True
+    stats: BlockStats = field(default_factory=BlockStats, init=False)
+    _blocks: list[_Block] = field(init=False, repr=False)
+    _free: list[int] = field(init=False, repr=False)
+    _by_hash: dict[bytes, int] = field(default_factory=dict, init=False, repr=False)
+    _runs: dict[str, SoftPromptRun] = field(default_factory=dict, init=False, repr=False)
+    _idle: OrderedDict[int | str, int] = field(default_factory=OrderedDict, init=False, repr=False)
+    """Oldest first; the value is the number of blocks that giving it up would free."""
+    _num_idle_blocks: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 1 or self.block_size < 1:
+            raise ValueError("a block manager needs at least one block of at least one position")
+        self._blocks = [_Block() for _ in range(self.num_blocks)]
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+
+    # What there is
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be taken now: free ones and idle ones."""
+        return len(self._free) + self._num_idle_blocks
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that hold an idle prefix."""
+        return self._num_idle_blocks
+
+    @property
+    def runs(self) -> dict[str, SoftPromptRun]:
+        """Soft prompts on the device, filled or being filled."""
+        return self._runs
+
+    @property
+    def findable(self) -> Collection[int]:
+        """Blocks of text that the next sequence may find."""
+        return self._by_hash.values()
+
+    def blocks_for(self, num_positions: int) -> int:
+        """Blocks that hold so many positions."""
+        return -(-num_positions // self.block_size)
+
+    def blocks_to_finish(self, source: SoftPromptSource | None, num_positions: int) -> int:
+        """Blocks that one sequence needs when it is alone: its own, and its soft prompt's partial last block."""
+        partial = source is not None and source.num_virtual_tokens % self.block_size != 0
+        return self.blocks_for(num_positions) + int(partial)
+
+    # Soft prompts
+
+    def acquire_run(self, source: SoftPromptSource) -> SoftPromptRun | None:
+        """Refer to a soft prompt's blocks, taking blocks for it where it has none yet.
+
+        Returns:
+            The run, which the caller has to fill when it is not filled; None when there are too few blocks.
+        """
+        key = source.identity
+        run = self._runs.get(key)
+        if run is None:
+            needed = self.blocks_for(source.num_virtual_tokens)
+            if needed > self.num_available:
+                return None
+            run = SoftPromptRun(source, [self._take() for _ in range(needed)])
+            self._runs[key] = run
+            self.stats.run_loads += 1
+        else:
+            self.stats.run_hits += 1
+            if run.ref_count == 0:
+                self._num_idle_blocks -= self._idle.pop(key)
+        run.ref_count += 1
+        return run
+
+    def release_run(self, run: SoftPromptRun) -> None:
+        """Give back one reference; the run becomes idle with the last, or is dropped if it was never filled."""
+        if run.ref_count < 1:
+            raise AssertionError(f"soft prompt {run.key} released more often than acquired")
+        run.ref_count -= 1
+        if run.ref_count == 0:
+            if run.is_filled:
+                self._make_idle(run.key, len(run.blocks))
+            else:
+                del self._runs[run.key]
+                self._free.extend(run.blocks)
+
+    # Sequences
+
+    def admit(self, seq: Sequence, run: SoftPromptRun | None, headroom: int = 0) -> Admission | None:
+        """Give a waiting sequence blocks for all its tokens, starting from the longest cached prefix.
+
+        Sets ``block_table``, ``block_hashes`` and ``num_computed``. The caller holds a reference to ``run``.
+
+        Args:
+            seq: A sequence without blocks.
+            run: Its soft prompt's run, filled; None where it has no soft prompt.
+            headroom: Blocks that have to stay available for others.
+
+        Returns:
+            What was found and what has to be copied, or None (and nothing changed) when blocks are short.
+        """
+        n = seq.num_virtual_tokens
+        shared, partial = divmod(n, self.block_size)
+        matched, hashes = self._match(seq, shared)
+        num_cached = max(0, (shared + len(matched)) * self.block_size - n) if matched else 0
+        num_new = self.blocks_for(seq.num_positions) - shared - len(matched)
+        # A matched block that is idle stops being available once it is referred to.
+        num_revived = sum(1 for block in matched if self._blocks[block].ref_count == 0)
+        if num_new + num_revived + headroom > self.num_available:
+            return None
+        for block in matched:
+            self._refer(block)
+        fresh = [self._take_used() for _ in range(num_new)]
+        copy = (run.blocks[shared], fresh[0]) if run is not None and partial and not matched else None
+        seq.block_table = [*(run.blocks[:shared] if run is not None else ()), *matched, *fresh]
+        seq.block_hashes = hashes
+        seq.num_computed = n + num_cached
+        self.stats.queries += len(seq.token_ids)
+        self.stats.hits += num_cached
+        return Admission(num_cached, copy)
+
+    def admit_all(
+        self, members: Iterable[tuple[Sequence, SoftPromptRun | None]], headroom: int = 0
+    ) -> list[Admission] | None:
+        """``admit`` of several sequences, all or none.
+
+        Returns:
+            What each was given, in order, or None (and nothing changed) when blocks are short for one of them.
+        """
+        queries, hits = self.stats.queries, self.stats.hits
+        admissions: list[Admission] = []
+        admitted: list[Sequence] = []
+        for seq, run in members:
+            admission = self.admit(seq, run, headroom)
+            if admission is None:
+                for other in admitted:
+                    self.free(other)
+                self.stats.queries, self.stats.hits = queries, hits
+                return None
+            admissions.append(admission)
+            admitted.append(seq)
+        return admissions
+
+    def extend(self, seq: Sequence, num_positions: int) -> bool:
+        """Give a sequence the blocks that its first ``num_positions`` positions need.
+
+        Returns:
+            False, and nothing changed, when blocks are short.
+        """
+        num_new = self.blocks_for(num_positions) - len(seq.block_table)
+        if num_new > self.num_available:
+            return False
+        for _ in range(num_new):
+            seq.block_table.append(self._take_used())
+        return True
+
+    def register(self, seq: Sequence, num_positions: int) -> list[int]:
+        """Make the sequence's full blocks findable, up to ``num_positions`` positions.
+
+        May be called when those positions are scheduled: in each layer of a forward pass all keys and values are
+        written before any is read, so a follower in the same step reads what is written beside it. Whatever comes
+        out not finite has to be withdrawn before the next step is scheduled.
+
+        Returns:
+            Indices in the block table of those that can be found from now on.
+        """
+        registered: list[int] = []
+        if not self.enable_prefix_caching:
+            return registered
+        shared = seq.num_virtual_tokens // self.block_size
+        parent = seq.block_hashes[-1] if seq.block_hashes else self._seed(seq)
+        for index in range(shared + len(seq.block_hashes), num_positions // self.block_size):
+            parent = self._hash(seq, index, parent)
+            seq.block_hashes.append(parent)
+            if parent not in self._by_hash:
+                block = seq.block_table[index]
+                self._by_hash[parent] = block
+                self._blocks[block].block_hash = parent
+                registered.append(index)
+        return registered
+
+    def withdraw(self, block_ids: Iterable[int]) -> None:
+        """Let used blocks be found no more; they are free as soon as nobody refers to them."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.block_hash is not None:
+                del self._by_hash[block.block_hash]
+                block.block_hash = None
+
+    def unregister(self, seq: Sequence, num_positions: int) -> None:
+        """Undo ``register`` for the blocks that are full only with positions from ``num_positions`` on."""
+        shared = seq.num_virtual_tokens // self.block_size
+        num_kept = max(0, num_positions // self.block_size - shared)
+        for index in range(num_kept, len(seq.block_hashes)):
+            block_id, block_hash = seq.block_table[shared + index], seq.block_hashes[index]
+            if self._by_hash.get(block_hash) == block_id:
+                del self._by_hash[block_hash]
+                self._blocks[block_id].block_hash = None
+        del seq.block_hashes[num_kept:]
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all blocks of a sequence, except its soft prompt's (see ``release_run``)."""
+        shared = seq.num_virtual_tokens // self.block_size
+        # The end of a text is the least likely part of it to be asked for again, so it becomes idle first.
+        for block_id in reversed(seq.block_table[shared:]):
+            block = self._blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                if block.block_hash is None:
+                    self._free.append(block_id)
+                else:
+                    self._make_idle(block_id, 1)
+        seq.block_table = []
+        seq.block_hashes = []
+        seq.num_computed = 0
+
+    # Inside
+
+    def _seed(self, seq: Sequence) -> bytes:
+        identity = seq.soft_prompt.identity if seq.soft_prompt else ""
+        return blake2b(f"{len(seq.salt)}:{seq.salt}:{identity}".encode(), digest_size=HASH_BYTES).digest()
+
+    def _hash(self, seq: Sequence, index: int, parent: bytes) -> bytes:
+        # A block that starts inside the soft prompt holds fewer text tokens; the seed tells what the others are.
+        start = max(0, index * self.block_size - seq.num_virtual_tokens)
+        stop = (index + 1) * self.block_size - seq.num_virtual_tokens
+        return blake2b(parent + array("q", seq.token_ids[start:stop]).tobytes(), digest_size=HASH_BYTES).digest()
+
+    def _match(self, seq: Sequence, shared: int) -> tuple[list[int], list[bytes]]:
+        matched: list[int] = []
+        hashes: list[bytes] = []
+        if self.enable_prefix_caching:
+            seed = self._seed(seq)
+            for index in range(shared, seq.num_skippable // self.block_size):
+                seed = self._hash(seq, index, seed)
+                block = self._by_hash.get(seed)
+                if block is None:
+                    break
+                matched.append(block)
+                hashes.append(seed)
+        return matched, hashes
+
+    def _refer(self, block_id: int) -> None:
+        block = self._blocks[block_id]
+        if block.ref_count == 0:
+            self._num_idle_blocks -= self._idle.pop(block_id)
+        block.ref_count += 1
+
+    def _make_idle(self, key: int | str, num_blocks: int) -> None:
+        self._idle[key] = num_blocks
+        self._num_idle_blocks += num_blocks
+
+    def _take_used(self) -> int:
+        block_id = self._take()
+        self._blocks[block_id].ref_count = 1
+        return block_id
+
+    def _take(self) -> int:
+        if not self._free:
+            key, num_blocks = self._idle.popitem(last=False)
+            self._num_idle_blocks -= num_blocks
+            if isinstance(key, str):
+                self._free.extend(reversed(self._runs.pop(key).blocks))
+                self.stats.run_evictions += 1
+            else:
+                block = self._blocks[key]
+                if block.block_hash is not None:
+                    del self._by_hash[block.block_hash]
+                    block.block_hash = None
+                self._free.append(key)
+        return self._free.pop()
+
+    # For tests and for idle moments
+
+    def check_integrity(self, sequences: list[tuple[Sequence, SoftPromptRun | None]]) -> None:
+        """Hold every structure against every other, given all sequences that have blocks or hold a run.
+
+        Raises:
+            AssertionError: If a block is lost, owned twice, or counted wrongly; a fault of this module.
+        """
+        ref_counts: dict[int, int] = {}
+        run_refs: dict[str, int] = {}
+        for seq, run in sequences:
+            shared = seq.num_virtual_tokens // self.block_size if seq.block_table else 0
+            if run is not None:
+                run_refs[run.key] = run_refs.get(run.key, 0) + 1
+                _expect(self._runs.get(run.key) is run, f"{seq.request_id} holds an evicted soft prompt")
+                _expect(seq.block_table[:shared] == run.blocks[:shared], f"{seq.request_id} left its soft prompt")
+            for block_id in seq.block_table[shared:]:
+                ref_counts[block_id] = ref_counts.get(block_id, 0) + 1
+        owners: dict[int, str] = {}
+
+        def own(block_id: int, owner: str) -> None:
+            _expect(block_id not in owners, f"block {block_id} is {owners.get(block_id)} and {owner}")
+            owners[block_id] = owner
+
+        for block_id in self._free:
+            own(block_id, "free")
+            _expect(self._blocks[block_id].block_hash is None, f"free block {block_id} is still cached")
+        for key in self._idle:
+            if isinstance(key, int):
+                own(key, "idle")
+                _expect(self._blocks[key].block_hash is not None, f"idle block {key} holds nothing")
+        for run in self._runs.values():
+            for block_id in run.blocks:
+                own(block_id, f"of soft prompt {run.key}")
+            _expect(run.ref_count == run_refs.get(run.key, 0), f"soft prompt {run.key} is counted wrongly")
+            _expect((run.ref_count == 0) == (run.key in self._idle), f"soft prompt {run.key} is idle and used")
+        for block_id, count in ref_counts.items():
+            own(block_id, "used")
+            _expect(self._blocks[block_id].ref_count == count, f"block {block_id} is counted wrongly")
+        _expect(len(owners) == self.num_blocks, f"{self.num_blocks - len(owners)} blocks are lost")
+        _expect(self._num_idle_blocks == sum(self._idle.values()), "idle blocks are counted wrongly")
+        for block_hash, block_id in self._by_hash.items():
+            _expect(self._blocks[block_id].block_hash == block_hash, f"block {block_id} is found by a wrong hash")
+
+
+def _expect(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)

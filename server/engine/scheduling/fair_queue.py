@@ -1,0 +1,301 @@
+"""Whose turn it is among the waiting sequences. A pure data structure: no torch, no clock, no randomness.
+
+Three rules, from the outside in:
+
+1. *Priority classes.* The most urgent class that has waiting sequences goes first, so an urgent sequence passes all
+   others. To keep that from lasting for ever, each class counts the tokens that are served before it while it waits.
+   At ``aging_tokens`` its next sequence is promoted: it goes first, and is of the most urgent class from then on.
+2. *Tenants* of a class share by deficit round robin (Shreedhar and Varghese, 1995): each turn gives a tenant
+   ``quantum`` tokens, and it sends sequences while its savings cover their cost.
+3. *Soft prompts* of a tenant share that tenant's turns in the same way. Tenants come first, or a tenant could
+   multiply its share by using many soft prompts.
+
+A sequence's cost is its text and the new tokens that it asks for. Virtual tokens are left out: they are computed
+once for everybody. What a sequence reserves is charged, not what it turns out to use, because the charge has to be
+known before it runs.
+
+The bounds, all in tokens of cost, where q is the quantum and L the largest cost of one sequence. They are held by
+tests/engine/test_fair_queue.py.
+
+- Within a tenant of p active soft prompts, a sequence that has C tokens of its own soft prompt up to its own end
+  waits for less than ``I = (p - 1) * (C + q + L)`` tokens of the tenant's other soft prompts.
+- Within a class of t active tenants it waits for less than ``(t - 1) * (C + I + q + L)`` tokens of other tenants.
+  Neither depends on how many sequences the others have waiting, nor on how many soft prompts the other tenants use.
+- Where k classes wait, each has a sequence served before ``aging_tokens + k * L`` tokens of others are.
+
+Sequences that had their turn before (preempted, or waiting for their soft prompt) go before their class without a
+second charge; there are at most as many as may run.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from itertools import chain
+from typing import Generic, Protocol, TypeVar
+
+from server.engine.scheduling.sequence import Sequence
+from server.engine.types import MIN_PRIORITY
+
+
+class _Member(Protocol):
+    deficit: int
+
+    def head_cost(self) -> int:
+        """Tokens of what it would send next."""
+        ...
+
+
+M = TypeVar("M", bound=_Member)
+
+
+class _Ring(Generic[M]):
+    """Deficit round robin over members that all have something to send; the first has the turn."""
+
+    def __init__(self, quantum: int) -> None:
+        self.members: OrderedDict[str, M] = OrderedDict()
+        self._quantum = quantum
+
+    def add(self, key: str, member: M) -> None:
+        self.members[key] = member
+        if len(self.members) == 1:
+            self._begin_turn()
+
+    def discard(self, key: str) -> None:
+        had_turn = next(iter(self.members)) == key
+        del self.members[key]
+        if had_turn and self.members:
+            self._begin_turn()
+
+    def current(self) -> M:
+        """The member that sends next. The same one until something is sent or removed."""
+        num_passed = 0
+        while (member := self._first()).deficit < member.head_cost():
+            self.members.move_to_end(next(iter(self.members)))
+            self._begin_turn()
+            num_passed += 1
+            if num_passed == len(self.members):
+                self._skip_rounds()
+        return member
+
+    def _first(self) -> M:
+        return next(iter(self.members.values()))
+
+    def _begin_turn(self) -> None:
+        self._first().deficit += self._quantum
+
+    def _skip_rounds(self) -> None:
+        """Give at once what all rounds would in which nobody can send, so that a tiny quantum costs no time."""
+        missing = min(member.head_cost() - member.deficit for member in self.members.values())
+        rounds = max(0, -(-missing // self._quantum) - 1)
+        for member in self.members.values():
+            member.deficit += rounds * self._quantum
+
+
+class _Flow:
+    """The sequences of one soft prompt of one tenant, in order of arrival."""
+
+    def __init__(self) -> None:
+        self.deficit = 0
+        self.seqs: deque[Sequence] = deque()
+
+    def head_cost(self) -> int:
+        return self.seqs[0].cost
+
+
+class _Tenant:
+    """One tenant's soft prompts that have something waiting."""
+
+    def __init__(self, quantum: int) -> None:
+        self.deficit = 0
+        self.flows: _Ring[_Flow] = _Ring(quantum)
+
+    def head_cost(self) -> int:
+        return self.flows.current().head_cost()
+
+
+class _Class:
+    """Waiting sequences of one urgency.
+
+    Attributes:
+        passed_over: Tokens served from other classes since this one had a sequence served, or began to wait.
+        num_taken: Sequences that were taken and neither served nor put back.
+        returned: Sequences that had their turn before, by turn.
+        tenants: All others.
+    """
+
+    def __init__(self, quantum: int) -> None:
+        self.passed_over = 0
+        self.num_taken = 0
+        self.returned: list[Sequence] = []
+        self.tenants: _Ring[_Tenant] = _Ring(quantum)
+        self._quantum = quantum
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self.returned or self.tenants.members)
+
+    def push(self, seq: Sequence) -> None:
+        tenant = self.tenants.members.get(seq.salt)
+        flow = tenant.flows.members.get(seq.flow) if tenant else None
+        if flow is None:
+            flow = _Flow()
+            flow.seqs.append(seq)
+            if tenant is None:
+                tenant = _Tenant(self._quantum)
+                tenant.flows.add(seq.flow, flow)
+                self.tenants.add(seq.salt, tenant)
+            else:
+                tenant.flows.add(seq.flow, flow)
+        else:
+            flow.seqs.append(seq)
+
+    def take(self) -> Sequence:
+        if self.returned:
+            return self.returned.pop(0)
+        tenant = self.tenants.current()
+        flow = tenant.flows.current()
+        seq = flow.seqs[0]
+        tenant.deficit -= seq.cost
+        flow.deficit -= seq.cost
+        self.remove(seq)
+        return seq
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a sequence out of wherever it waits; what becomes empty loses its turn and its savings."""
+        if seq.turn is not None:
+            self.returned.remove(seq)
+            return
+        tenant = self.tenants.members[seq.salt]
+        flow = tenant.flows.members[seq.flow]
+        flow.seqs.remove(seq)
+        if not flow.seqs:
+            tenant.flows.discard(seq.flow)
+        if not tenant.flows.members:
+            self.tenants.discard(seq.salt)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.returned
+        for tenant in self.tenants.members.values():
+            yield from chain.from_iterable(flow.seqs for flow in tenant.flows.members.values())
+
+
+class FairQueue:
+    """Waiting sequences in the order in which they get their turns; see the module for the order and its bounds.
+
+    ``take`` hands out one sequence; each is then either ``serve``d or ``put_back``. Sequences are pushed and removed
+    only while none is taken. Iterating gives every waiting sequence, in no order that means anything.
+
+    Args:
+        quantum: Tokens that a turn is worth, at least 1. Smaller is fairer over short times.
+        aging_tokens: Tokens that may pass a less urgent class before one of its sequences is promoted, at least 1.
+
+    Raises:
+        ValueError: If either is less than 1.
+    """
+
+    def __init__(self, *, quantum: int, aging_tokens: int) -> None:
+        if quantum < 1 or aging_tokens < 1:
+            raise ValueError(f"quantum {quantum} and aging_tokens {aging_tokens} have to be at least 1")
+        self._quantum = quantum
+        self._aging_tokens = aging_tokens
+        self._classes: dict[int, _Class] = {}
+        self._num_waiting = 0
+        self._num_turns = 0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return chain.from_iterable(self._classes.values())
+
+    @property
+    def returned(self) -> list[Sequence]:
+        """Waiting sequences that had their turn before."""
+        return [seq for group in self._classes.values() for seq in group.returned]
+
+    def push(self, seq: Sequence) -> None:
+        """A new sequence begins to wait, behind those of its tenant and soft prompt."""
+        self._class(seq.urgency).push(seq)
+        self._num_waiting += 1
+
+    def resume(self, seq: Sequence) -> None:
+        """A sequence that was served waits again, before its class and in its old place among such."""
+        insort(self._class(seq.urgency).returned, seq, key=_turn)
+        self._num_waiting += 1
+
+    def take(self) -> Sequence | None:
+        """The sequence whose turn it is, or None when none waits. Sets ``turn``, and ``urgency`` on promotion."""
+        waiting = [(rank, group) for rank, group in self._classes.items() if group.has_waiting]
+        if not waiting:
+            return None
+        due = [(-group.passed_over, rank) for rank, group in waiting if group.passed_over >= self._aging_tokens]
+        rank = min(due)[1] if due else min(rank for rank, _ in waiting)
+        group = self._classes[rank]
+        seq = group.take()
+        if due:
+            group.passed_over = 0
+            seq.urgency = MIN_PRIORITY
+            self._drop_if_empty(rank)
+        if seq.turn is None:
+            seq.turn = self._num_turns
+            self._num_turns += 1
+        self._class(seq.urgency).num_taken += 1
+        self._num_waiting -= 1
+        return seq
+
+    def put_back(self, seq: Sequence) -> None:
+        """A taken sequence could not be served now; nobody behind it was served in its place."""
+        self._classes[seq.urgency].num_taken -= 1
+        self.resume(seq)
+
+    def serve(self, seq: Sequence) -> None:
+        """A taken sequence is served; every other class that waits was passed over by its tokens."""
+        for rank, group in self._classes.items():
+            group.passed_over = 0 if rank == seq.urgency else group.passed_over + seq.cost
+        self._classes[seq.urgency].num_taken -= 1
+        self._drop_if_empty(seq.urgency)
+
+    def remove(self, seq: Sequence) -> None:
+        """A waiting sequence ends."""
+        self._classes[seq.urgency].remove(seq)
+        self._drop_if_empty(seq.urgency)
+        self._num_waiting -= 1
+
+    def check_integrity(self) -> None:
+        """Hold the counts against what waits.
+
+        Raises:
+            AssertionError: If they disagree; a fault of this module.
+        """
+        if self._num_waiting != sum(1 for _ in self):
+            raise AssertionError("waiting sequences are counted wrongly")
+        for rank, group in self._classes.items():
+            if group.num_taken or not group.has_waiting:
+                raise AssertionError(f"class {rank} is kept for nothing")
+            if any(seq.urgency != rank for seq in group):
+                raise AssertionError(f"a sequence of another urgency waits in class {rank}")
+            turns = [_turn(seq) for seq in group.returned]
+            if turns != sorted(set(turns)):
+                raise AssertionError(f"returned sequences of class {rank} are out of order: {turns}")
+            for tenant in group.tenants.members.values():
+                if not tenant.flows.members or not all(flow.seqs for flow in tenant.flows.members.values()):
+                    raise AssertionError("a turn is kept for nobody")
+
+    def _class(self, rank: int) -> _Class:
+        group = self._classes.get(rank)
+        if group is None:
+            group = self._classes[rank] = _Class(self._quantum)
+        return group
+
+    def _drop_if_empty(self, rank: int) -> None:
+        group = self._classes[rank]
+        if not group.has_waiting and not group.num_taken:
+            del self._classes[rank]
+
+
+def _turn(seq: Sequence) -> int:
+    if seq.turn is None:
+        raise AssertionError(f"{seq.request_id} had no turn yet")
+    return seq.turn

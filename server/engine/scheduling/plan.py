@@ -1,0 +1,70 @@
+"""What one step does: which positions of which sequences it computes. Plain data: no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.engine.scheduling.block_manager import SoftPromptRun
+from server.engine.scheduling.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive positions of one sequence, or of one soft prompt being filled, that a step computes.
+
+    Attributes:
+        block_table: Where keys and values of its positions lie.
+        start: First position to compute.
+        num_tokens: Positions to compute.
+        seq: The sequence, or None for a soft prompt.
+        run: The soft prompt being filled, or None.
+        shared: Indices in the block table of what others may use from now on: the blocks that the step completes, or
+            those of the soft prompt that it writes to. They have to come out finite.
+    """
+
+    block_table: list[int]
+    start: int
+    num_tokens: int
+    seq: Sequence | None = None
+    run: SoftPromptRun | None = None
+    shared: list[int] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        """The position after the last one to compute."""
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last position's logits choose a new token."""
+        return self.seq is not None and self.stop == self.seq.num_positions
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: first the fills, then the copies, then one forward pass over the chunks.
+
+    Attributes:
+        key_value_fills: Soft prompts whose keys and values are copied into their blocks.
+        block_copies: (source, destination) blocks: partial last blocks of soft prompts.
+        chunks: What the forward pass computes; decodes first.
+    """
+
+    key_value_fills: list[SoftPromptRun] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.chunks and not self.key_value_fills
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that the forward pass computes."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_distinct_prompts(self) -> int:
+        """Different soft prompts (or tasks of one) that stand before the chunks' sequences."""
+        return len({chunk.seq.soft_prompt.identity for chunk in self.chunks if chunk.seq and chunk.seq.soft_prompt})
