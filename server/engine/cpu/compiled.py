@@ -1,8 +1,4 @@
-"""What the kernels that Numba compiles have in common: how they are compiled, elements, and exp.
-
-Numba keeps a compiled kernel for as long as the kernel's own file is the same. Whoever changes what kernels take from
-here or from ``vector_code`` deletes ``server/engine/__pycache__``.
-"""
+"""What the kernels that Numba compiles have in common: how they are compiled, elements, and exp."""
 
 from __future__ import annotations
 
@@ -18,8 +14,13 @@ from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import config
 from numba.extending import intrinsic, overload
 
+from server.engine.cpu.kernel_cache import kernel_cache
+
 _intrinsic: Any = intrinsic  # what it makes is called by compiled code alone, without the context
 
+_KERNEL_CACHE = kernel_cache()
+if _KERNEL_CACHE is not None:
+    config.CACHE_DIR = str(_KERNEL_CACHE)  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # torch's own pool; another would fight it for the cores
 
 # Sums may be taken in any order, and fused; but NaN has to stay NaN, for that is how an overflow is found.
@@ -51,10 +52,8 @@ def compiled(**options: Any) -> Callable[[Any], Any]:
     """Compile with Numba, and keep the result on disk for the next start where there is a place for it."""
 
     def decorate(function: Any) -> Any:
-        try:
-            return njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # neither this file's folder nor the user's cache can be written
-            return njit(fastmath=_FAST, nogil=True, error_model="numpy", **options)(function)
+        keeps = _KERNEL_CACHE is not None
+        return njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=keeps, **options)(function)
 
     return decorate
 

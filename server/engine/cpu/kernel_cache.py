@@ -1,0 +1,62 @@
+"""Where compiled kernels are kept between starts.
+
+Numba files a compiled kernel under the kernel's own source file, and does not see a change in another file that the
+kernel takes code from. So the folder is named by a hash over all sources of this package: any change compiles anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from hashlib import blake2b
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+PREFIX = "kernels-"
+
+MAX_FOLDERS = 4
+"""Folders kept in one place, the current one included: other checkouts and versions may share it."""
+
+
+def kernel_cache(sources: Path = SOURCES) -> Path | None:
+    """The folder for kernels compiled from these sources; None if no place for it can be written.
+
+    The places, in this order: ``NUMBA_CACHE_DIR``, ``__pycache__`` beside the sources, the user's cache folder.
+    Folders of other sources beyond the newest few are deleted.
+    """
+    name = PREFIX + source_digest(sources)
+    configured = os.environ.get("NUMBA_CACHE_DIR")
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    places = [Path(configured)] if configured else [sources / "__pycache__", user_cache / "prelude"]
+    for place in places:
+        folder = place / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK | os.X_OK):
+            _prune(place, folder)
+            return folder
+    return None
+
+
+def source_digest(sources: Path) -> str:
+    """A hash over the names and contents of a folder's Python files, 16 hexadecimal digits."""
+    digest = blake2b(digest_size=8)
+    for path in sorted(sources.glob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def _prune(place: Path, current: Path) -> None:
+    """Delete the folders that were used least recently; a process that still uses one compiles its kernels again."""
+    ages: list[tuple[float, Path]] = []
+    for folder in place.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # deleted by another start meanwhile
+            ages.append((folder.stat().st_mtime, folder))
+    for _, folder in sorted(ages, reverse=True)[MAX_FOLDERS:]:
+        if folder != current:
+            shutil.rmtree(folder, ignore_errors=True)
