@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.client.bulk import sending
 from server.client.bulk.asking import CHAT, CLASSIFY, COMPLETIONS, Asking
-from server.client.bulk.connections import ClientPoster
+from server.client.bulk.poster import NoAnswerError, Response
 from server.client.bulk.rows import Row
 from server.client.bulk.sending import Outcome, Pace, Sender, SendingError
 
@@ -26,7 +25,20 @@ def text_rows(count: int, **fields: Any) -> list[Row]:
     return [Row(index, index + 1, {"text": f"t{index}", **fields}, "text", num_bytes=20) for index in range(count)]
 
 
-Refuse = Callable[[dict[str, Any]], httpx.Response | Exception | None]
+Refuse = Callable[[dict[str, Any]], Response | Exception | None]
+Answer = Callable[[str, dict[str, Any]], Awaitable[Response]]
+
+
+class FakePoster:
+    """Hands each request to a function."""
+
+    base_url = "http://test"
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    async def post(self, path: str, content: bytes) -> Response:
+        return await self._answer(path, json.loads(content))
 
 
 class Server:
@@ -38,9 +50,7 @@ class Server:
         self.in_flight = self.most_in_flight = 0
         self.random = random.Random(0)
 
-    async def answer(self, request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content)
-        path = request.url.path
+    async def answer(self, path: str, body: dict[str, Any]) -> Response:
         self.bodies.append((path, body))
         texts = body.get("input") or body.get("prompt") or [body.get("messages")]
         self.in_flight += len(texts)
@@ -71,19 +81,17 @@ class Server:
                 {"index": index, "text": f"{text}!", "finish_reason": "stop"} for index, text in enumerate(texts)
             ]
             reply["choices"].reverse()
-        return httpx.Response(200, json=reply, headers={"x-prelude-prompt": f"{body['model']}@1"})
+        return Response(200, {"x-prelude-prompt": f"{body['model']}@1"}, json.dumps(reply).encode())
 
     async def all(self, rows: list[Row], asking: Asking | None = None, **pace: Any) -> list[Outcome]:
-        transport = httpx.MockTransport(self.answer)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            self.sender = Sender(ClientPoster(http), asking or Asking(model="a"), Pace(**pace))
-            return [outcome async for given in self.sender.outcomes(iter(rows)) for outcome in given]
+        self.sender = Sender(FakePoster(self.answer), asking or Asking(model="a"), Pace(**pace))
+        return [outcome async for given in self.sender.outcomes(iter(rows)) for outcome in given]
 
 
-def refusal(status: int, code: str = "c", **headers: str) -> httpx.Response:
+def refusal(status: int, code: str = "c", **headers: str) -> Response:
     error = {"error": {"message": f"m{status}", "type": "t", "param": None, "code": code}}
-    return httpx.Response(
-        status, json=error, headers={name.replace("_", "-"): text for name, text in headers.items()}
+    return Response(
+        status, {name.replace("_", "-"): text for name, text in headers.items()}, json.dumps(error).encode()
     )
 
 
@@ -109,15 +117,13 @@ async def test_a_mixture_goes_by_what_each_row_names():
     rows += [Row(5, 6, {"prompt": "y", "model": "m"}, "prompt"), Row(6, 7, {"prompt": "z"}, "prompt")]
     server = Server()
 
-    async def answer(request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content)
+    async def answer(path: str, body: dict[str, Any]) -> Response:
         body.setdefault("model", body.get("prompt_id"))
-        return await server.answer(httpx.Request("POST", request.url, json=body))
+        return await server.answer(path, body)
 
     asking = Asking(model="a", task_id=1, options={"max_tokens": 2})
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(ClientPoster(http), asking, Pace())
-        outcomes = [outcome async for given in sender.outcomes(iter(rows)) for outcome in given]
+    sender = Sender(FakePoster(answer), asking, Pace())
+    outcomes = [outcome async for given in sender.outcomes(iter(rows)) for outcome in given]
     assert [outcome.response["model"] for outcome in outcomes] == [
         "p0@1",
         "p1@1",
@@ -160,13 +166,12 @@ async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded():
             yield row
 
     given_out = 0
-    async with httpx.AsyncClient(transport=httpx.MockTransport(server.answer), base_url="http://test") as http:
-        sender = Sender(
-            ClientPoster(http), Asking(model="a", labels=["x", "y"]), Pace(concurrency=32, rows_per_request=8)
-        )
-        async for given_rows in sender.outcomes(rows()):
-            given_out += len(given_rows)
-            assert read - given_out <= 4 * 32 // 2
+    sender = Sender(
+        FakePoster(server.answer), Asking(model="a", labels=["x", "y"]), Pace(concurrency=32, rows_per_request=8)
+    )
+    async for given_rows in sender.outcomes(rows()):
+        given_out += len(given_rows)
+        assert read - given_out <= 4 * 32 // 2
     assert given_out == 2000
     assert server.most_in_flight <= 16  # of two sequences each
 
@@ -174,7 +179,7 @@ async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded():
 @settings(max_examples=30, deadline=None)
 @given(bad=st.sets(st.integers(0, 39)), faults=st.sets(st.integers(0, 39)), per=st.integers(1, 40))
 def test_every_row_has_its_own_outcome_whatever_is_wrong_with_others(bad, faults, per):
-    def refuse(body: dict[str, Any]) -> httpx.Response | None:
+    def refuse(body: dict[str, Any]) -> Response | None:
         return refusal(400) if bad & {int(text[1:]) for text in body["prompt"]} else None
 
     rows = [Row(row.index, row.line, {}, fault="wrong") if row.index in faults else row for row in text_rows(40)]
@@ -205,9 +210,8 @@ async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_t
         (refusal(429, "overloaded", retry_after_ms="1"), "overloaded"),
         (refusal(503, "engine_restarting"), "engine_restarting"),
         (refusal(500, "request_failed"), "request_failed"),
-        (httpx.Response(502, text="<html>"), "not_prelude"),
-        (httpx.ReadError("reset"), "unreachable"),
-        (httpx.ConnectTimeout("slow"), "unreachable"),
+        (Response(502, {}, b"<html>"), "not_prelude"),
+        (NoAnswerError("reset"), "unreachable"),
     ],
 )
 async def test_what_may_pass_is_tried_again(refused, reason):
@@ -246,56 +250,53 @@ async def test_what_every_row_would_be_told_ends_it(status):
 
 async def test_silence_ends_it_after_a_while():
     with pytest.raises(SendingError, match="no answer for 0.02 s; the last one tried: .* cannot be reached: off"):
-        await Server(lambda _: httpx.ConnectError("off")).all(text_rows(4), patience=0.02)
+        await Server(lambda _: NoAnswerError("off")).all(text_rows(4), patience=0.02)
 
 
 async def test_an_answer_that_takes_too_long_is_asked_again():
     server = Server()
     slow = [True]
 
-    async def answer(request: httpx.Request) -> httpx.Response:
+    async def answer(path: str, body: dict[str, Any]) -> Response:
         if slow:
             slow.pop()
             await asyncio.sleep(30)
-        return await server.answer(request)
+        return await server.answer(path, body)
 
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(ClientPoster(http), Asking(model="a"), Pace(timeout=0.05))
-        outcomes = [outcome async for given in sender.outcomes(iter(text_rows(1))) for outcome in given]
+    sender = Sender(FakePoster(answer), Asking(model="a"), Pace(timeout=0.05))
+    outcomes = [outcome async for given in sender.outcomes(iter(text_rows(1))) for outcome in given]
     assert outcomes[0].error is None
     assert sender.tally.retries == {"timeout": 1}
 
 
 @pytest.mark.parametrize("reply", ["<html>", "[]", '{"choices": []}', '{"choices": [{"index": 0}], "usage": {}}'])
 async def test_what_is_no_prelude_server_is_told(reply):
-    async def answer(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, text=reply)
+    async def answer(_path: str, _body: dict[str, Any]) -> Response:
+        return Response(200, {}, reply.encode())
 
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(ClientPoster(http), Asking(model="a"), Pace())
-        with pytest.raises(SendingError) as failed:
-            async for _ in sender.outcomes(iter(text_rows(1))):
-                pass
+    sender = Sender(FakePoster(answer), Asking(model="a"), Pace())
+    with pytest.raises(SendingError) as failed:
+        async for _ in sender.outcomes(iter(text_rows(1))):
+            pass
     assert failed.value.code == "not_prelude"
 
 
 async def test_closing_it_ends_the_requests():
     ended = []
 
-    async def answer(request: httpx.Request) -> httpx.Response:
+    async def answer(_path: str, body: dict[str, Any]) -> Response:
         try:
             await asyncio.sleep(30)
         finally:
-            ended.append(request)
+            ended.append(body)
         raise AssertionError
 
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        sender = Sender(ClientPoster(http), Asking(model="a"), Pace(rows_per_request=2))
-        task = asyncio.create_task(anext(sender.outcomes(iter(text_rows(6)))))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+    sender = Sender(FakePoster(answer), Asking(model="a"), Pace(rows_per_request=2))
+    task = asyncio.create_task(anext(sender.outcomes(iter(text_rows(6)))))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert len(ended) == 3
 
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from prompt_store.files.strict_json import refuse_constant
 from server.client.bulk.asking import Asking
 from server.client.bulk.connecting import find_answerer, sequences_at_once
-from server.client.bulk.connections import connected
 from server.client.bulk.job import Finished, Job
 from server.client.bulk.job import run as run_job
 from server.client.bulk.journal import Journal, JournalError
+from server.client.bulk.poster import connected
 from server.client.bulk.rows import FileIdentity, identify
 from server.client.bulk.sending import Pace
 from server.client.bulk.summary import progress_bar

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from server.client.bulk.asking import Asking
-from server.client.bulk.connections import Poster
 from server.client.bulk.journal import Journal
+from server.client.bulk.poster import Poster
 from server.client.bulk.rows import RESERVED, read_rows
 from server.client.bulk.sending import Outcome, Pace, Sender, SendingError
 from server.client.bulk.summary import OnRows, State, Stopwatch, Summary

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.client.bulk.asking import Asking, BatchKey, is_shared, responses
-from server.client.bulk.connections import NoAnswerError, Poster, Response
+from server.client.bulk.poster import NoAnswerError, Poster, Response
 from server.client.bulk.reorder import ReorderBuffer
 from server.client.bulk.rows import Row
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.client.bulk.asking import Asking
-from server.client.bulk.connections import Poster
+from server.client.bulk.poster import Poster
 from server.client.bulk.rows import Form, Row
 from server.client.bulk.sending import Outcome, Pace, Sender
 from server.client.bulk.summary import OnRows

@@ -15,7 +15,7 @@ import uvloop
 from prompt_store.types import DEFAULT_ALIAS, PromptRef
 from server.client.bulk.command import Concurrency, check_characters
 from server.client.bulk.connecting import find_answerer, sequences_at_once
-from server.client.bulk.connections import connected
+from server.client.bulk.poster import connected
 from server.client.bulk.sending import Pace, SendingError
 from server.client.bulk.summary import progress_bar
 from server.client.commands import (

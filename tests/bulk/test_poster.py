@@ -7,15 +7,12 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.client.bulk import connections as module
-from server.client.bulk.connections import ClientPoster, Connections, NoAnswerError, Response, connected
+from server.client.bulk.poster import NoAnswerError, Response, connected
 from server.client.http import ClientError
 
 pytestmark = pytest.mark.anyio
@@ -86,9 +83,9 @@ async def test_as_many_connections_as_requests_at_once_and_each_is_used_again() 
     assert server.num_connections == 50
     head = server.heads[0]
     assert head.startswith(b"POST /under/v1/x HTTP/1.1\r\n")
-    for line in (b"\r\nauthorization: Bearer key\r\n", b"\r\ncontent-type: application/json\r\n"):
-        assert line in head
-    assert f"\r\nhost: {url.removeprefix('http://')}\r\n".encode() in head
+    for line in (b"\r\nauthorization: bearer key\r\n", b"\r\ncontent-type: application/json\r\n"):
+        assert line in head.lower()
+    assert f"\r\nhost: {url.removeprefix('http://')}\r\n".encode() in head.lower()
 
 
 @settings(max_examples=40, deadline=None)
@@ -141,28 +138,13 @@ async def test_a_connection_that_the_server_closes_between_two_requests_is_repla
     assert len(server.heads) == 5
 
 
-async def test_a_kept_connection_that_dies_under_a_request_is_replaced_once() -> None:
-    async def answer(_: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
-        if len(server.heads) > 1:  # all but the first request: as if it had been closed when this one was on its way
-            writer.transport.abort()
-        else:
-            writer.write(reply(body))
-
-    server = Server(answer)
-    async with server.running() as url, connected(url, None) as http:
-        await http.post("/", b"0")
-        with pytest.raises(NoAnswerError):
-            await http.post("/", b"1")
-    assert len(server.heads) == 3  # on the kept one, and on a new one
-
-
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", "ended before the answer did"),
-        (b"HTTP/1.1 200 OK\r\ncontent-le", "ended before the answer did"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n", "ended before the answer did"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", "not completed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-le", "closed the connection before it answered"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "closed the connection before it answered"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "Bad status line"),
     ],
 )
 async def test_what_is_no_whole_answer(sent: bytes, reason: str) -> None:
@@ -174,19 +156,6 @@ async def test_what_is_no_whole_answer(sent: bytes, reason: str) -> None:
     async with Server(answer).running() as url, connected(url, None) as http:
         with pytest.raises(NoAnswerError, match=reason):
             await http.post("/", b"{}")
-
-
-async def test_what_comes_unasked_is_never_taken_for_an_answer() -> None:
-    async def answer(_: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.write(reply(body))
-        await writer.drain()
-        await asyncio.sleep(0.02)
-        writer.write(reply(b"unasked"))
-
-    async with Server(answer).running() as url, connected(url, None) as http:
-        assert (await http.post("/", b"first")).content == b"first"
-        await asyncio.sleep(0.05)
-        assert (await http.post("/", b"second")).content == b"second"
 
 
 async def test_a_cancelled_request_ends_at_the_server_too() -> None:
@@ -208,17 +177,6 @@ async def test_nobody_listens() -> None:
             await http.post("/", b"{}")
 
 
-async def test_nobody_answers_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(*_: object, **__: object) -> None:
-        await asyncio.sleep(30)
-
-    monkeypatch.setattr(module, "_CONNECT_SECONDS", 0.02)
-    monkeypatch.setattr(module.asyncio, "get_running_loop", lambda: SimpleNamespace(create_connection=never))
-    async with connected("http://127.0.0.1:1", None) as http:
-        with pytest.raises(NoAnswerError, match=r"no connection within 0.02 s"):
-            await http.post("/", b"{}")
-
-
 async def test_over_tls_and_a_certificate_that_nobody_vouches_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +185,7 @@ async def test_over_tls_and_a_certificate_that_nobody_vouches_for(
     context.load_cert_chain(certificate)
     async with Server(echo).running(context) as url:
         async with connected(url, None) as http:
-            with pytest.raises(NoAnswerError, match=r"TLS: .*"):
+            with pytest.raises(NoAnswerError, match="certificate verify failed"):
                 await http.post("/", b"{}")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         async with connected(url, None) as http:
@@ -266,26 +224,17 @@ def make_certificate(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("variables", "url", "is_own"),
-    [
-        ({}, "http://host", True),
-        ({"HTTP_PROXY": "http://proxy:1"}, "http://host", False),
-        ({"HTTP_PROXY": "http://proxy:1"}, "https://host", True),
-        ({"ALL_PROXY": "http://proxy:1", "NO_PROXY": "other,host"}, "https://host", True),
-        ({}, "http://name:word@host", False),
-    ],
-)
-async def test_proxies_and_passwords_in_urls_are_left_to_httpx(
-    variables: dict[str, str], url: str, is_own: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    async with connected(url, None) as http:
-        assert isinstance(http, Connections if is_own else ClientPoster)
+async def test_a_user_and_password_in_the_url_are_sent() -> None:
+    server = Server(echo)
+    async with server.running() as url, connected(url.replace("//", "//name:word@"), None) as http:
+        await http.post("/", b"{}")
+    assert b"\r\nauthorization: basic bmftztp3b3jk\r\n" in server.heads[0].lower()
+
+
+async def test_a_user_and_a_key_are_one_too_many() -> None:
+    with pytest.raises(ClientError, match="takes no API key"):
+        async with connected("http://name:word@host", "key"):
+            pass
 
 
 async def test_a_request_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,15 +247,6 @@ async def test_a_request_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> Non
             assert (await http.post("/v1/x", b"{}")).content == b"{}"
     assert server.heads[0].startswith(b"POST http://prelude.example/v1/x HTTP/1.1")
     assert b"authorization: bearer key" in server.heads[0].lower()
-
-
-async def test_httpx_tells_why_there_is_no_answer() -> None:
-    def fail(_: httpx.Request) -> httpx.Response:
-        raise httpx.ReadError("reset")
-
-    async with httpx.AsyncClient(transport=httpx.MockTransport(fail), base_url="http://test") as client:
-        with pytest.raises(NoAnswerError, match="reset"):
-            await ClientPoster(client).post("/", b"{}")
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port"])
