@@ -12,13 +12,17 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralConfig,
+    MistralDecoderLayer,
+    MistralMLP,
+)
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
 
 from server.config import EngineSettings
@@ -56,7 +60,7 @@ def fused_kinds(model: nn.Module) -> dict[str, int]:
         (Gemma2Config(**UNTIED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
         (Gemma3TextConfig(**UNTIED, **MIXED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
         # No rotation in one layer; norms over all heads; another rotation; nothing of the kind.
-        (FAMILIES["smollm3"](), {"FusedMLP": 3, "FusedRMSNorm": 7}),
+        (FAMILIES["smollm3"](), {"FusedAttention": 2, "FusedMLP": 3, "FusedRMSNorm": 7}),
         (FAMILIES["olmo2"](), {"FusedMLP": 3, "FusedRMSNorm": 13}),
         (FAMILIES["cohere"](), {"FusedMLP": 3}),
         (FAMILIES["opt"](), {}),
@@ -93,32 +97,77 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
     assert fused_layers._fused_norm(nn.LayerNorm(48)) is None
 
 
-def test_an_mlp_of_another_activation_or_code_is_left_alone() -> None:
-    class Halved(LlamaMLP):
+def test_an_mlp_of_another_activation_or_formula_is_left_alone() -> None:
+    class Halved(MistralMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) / 2
 
-    config = LlamaConfig(**UNTIED)
-    assert fused_layers._fused_mlp(LlamaMLP(config), Workspace(torch.float32)) is not None
-    assert fused_layers._fused_mlp(Halved(config), Workspace(torch.float32)) is None
-    config.hidden_act = "relu"
-    assert fused_layers._fused_mlp(LlamaMLP(config), Workspace(torch.float32)) is None
+    class Clamped(MistralMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).clamp(-100.0, 100.0)
+
+    model = build(MistralConfig(**UNTIED))
+    for layer, kind in zip(model.model.layers, (Halved, Clamped, MistralMLP), strict=True):
+        layer.mlp.__class__ = kind
+    fuse_layers(model)
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["Halved", "Clamped", "FusedMLP"]
+    relu = build(MistralConfig(**UNTIED, hidden_act="relu"))
+    fuse_layers(relu)
+    assert "FusedMLP" not in fused_kinds(relu)
 
 
-def test_attention_of_other_code_or_weights_is_left_alone() -> None:
-    class Scaled(LlamaAttention):
+def test_attention_of_another_formula_or_other_weights_is_left_alone() -> None:
+    class Scaled(MistralAttention):
         def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> object:
             return super().forward(hidden_states * 2, *arguments, **others)
+
+    class ClampedFarAway(MistralAttention):
+        """As some models do, by the value (OLMo) or by the position (Llama 4): nothing happens near 0."""
+
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> object:
+            return super().forward(hidden_states.clamp(-50.0, 50.0), *arguments, **others)
+
+    class ScaledFarAway(MistralAttention):
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> object:
+            far = (others["position_ids"] > 100)[..., None]
+            return super().forward(torch.where(far, hidden_states * 1.5, hidden_states), *arguments, **others)
 
     class Quantised(nn.Linear):
         pass
 
+    for kind in (Scaled, ClampedFarAway, ScaledFarAway):
+        model = build(MistralConfig(**UNTIED))
+        layers = model.model.layers
+        layers[0].self_attn.__class__ = kind
+        layers[1].self_attn.k_proj.__class__ = Quantised
+        fuse_layers(model)
+        names = [type(layer.self_attn).__name__ for layer in layers]
+        assert names == [kind.__name__, "MistralAttention", "FusedAttention"]
+
+
+def test_a_layer_of_another_formula_keeps_its_own_pass() -> None:
+    class Residual(MistralDecoderLayer):
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> torch.Tensor:
+            return super().forward(hidden_states, *arguments, **others) * 0.5
+
     model = build(MistralConfig(**UNTIED))
-    layers = model.model.layers
-    layers[0].self_attn.__class__ = type("Scaled", (Scaled,), {"__module__": LlamaAttention.__module__})
-    layers[1].self_attn.k_proj.__class__ = Quantised
+    model.model.layers[1].__class__ = Residual
     fuse_layers(model)
-    assert [type(layer.self_attn).__name__ for layer in layers] == ["Scaled", "MistralAttention", "FusedAttention"]
+    assert ["forward" in vars(layer) for layer in model.model.layers] == [True, False, True]
+
+
+def test_a_model_that_cannot_be_probed_keeps_its_attention_and_is_as_it_was() -> None:
+    model = build(MistralConfig(**UNTIED))
+    implementation = model.config._attn_implementation
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no")
+
+    handle = model.model.layers[2].register_forward_pre_hook(fail)
+    fuse_layers(model)
+    handle.remove()
+    assert fused_kinds(model) == {"FusedRMSNorm": 7}
+    assert model.config._attn_implementation == implementation
 
 
 def test_where_nothing_can_be_compiled_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

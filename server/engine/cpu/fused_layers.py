@@ -2,39 +2,24 @@
 
 The model stays transformers' own: single modules of it are replaced by ones that compute the same. Queries, keys and
 values come from one product, gates and ups from one, and what is between products is one kernel each. What may be
-replaced is decided by what a module does, not by its model's name: attention and MLPs whose code is that of Llama's
-in the installed transformers, norms that give what the formula gives. Everything else stays as it is.
+replaced is decided by what a module gives, not by its name (``layer_probe``). Everything else stays as it is.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
-import logging
-import sys
-import textwrap
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+from transformers import PreTrainedModel
 
-from server.engine.attention.backend import AttentionBackend, AttentionCall, no_mask, unregister
+from server.engine.attention.backend import AttentionBackend, AttentionCall
 from server.engine.cpu import row_kernels
 from server.engine.cpu.cpu_attention import CPUBackend, HeadNorms, Positions
+from server.engine.cpu.layer_probe import HEAD_NORMS, PROJECTIONS, TOLERANCE, Verdict, probe
 from server.engine.cpu.packed_linear import PackedLinear, replace_modules, stacked
 from server.errors import EngineStartError
-
-logger = logging.getLogger(__name__)
-
-_PROBE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
 
 _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
     row_kernels.SILU: nn.functional.silu,
@@ -193,11 +178,11 @@ def fuse_layers(model: PreTrainedModel) -> int:
     if not row_kernels.can_compile(model.device, model.dtype):
         return 0
     workspace = Workspace(model.dtype)
+    verdict = probe(model)
     replaced = replace_modules(model, _fused_norm)
-    replaced += replace_modules(model, lambda module: _fused_mlp(module, workspace))
-    calls = _recorded_calls(model)
-    replaced += replace_modules(model, lambda module: _fused_attention(module, calls, workspace))
-    return replaced + sum(_fuse_layer(module, workspace) for module in model.modules())
+    replaced += replace_modules(model, lambda module: _fused_mlp(module, verdict, workspace))
+    replaced += replace_modules(model, lambda module: _fused_attention(module, verdict, workspace))
+    return replaced + sum(_fuse_layer(module, verdict, workspace) for module in model.modules())
 
 
 def bind(model: nn.Module, backend: AttentionBackend) -> None:
@@ -219,7 +204,7 @@ def _fused_norm(module: Any) -> nn.Module | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or eps is None or [*module.state_dict()] != ["weight"]:
         return None
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in _PROBE_TOLERANCE:
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in TOLERANCE:
         return None
     generator = torch.Generator().manual_seed(0)
     # Small rows too, for which eps counts.
@@ -234,14 +219,12 @@ def _fused_norm(module: Any) -> nn.Module | None:
         ]
         errors = [(candidate(rows).float() - wanted).abs().max().item() for candidate in candidates]
     best = min(range(len(candidates)), key=errors.__getitem__)
-    allowed = _PROBE_TOLERANCE[weight.dtype] * wanted.abs().max().item()
+    allowed = TOLERANCE[weight.dtype] * wanted.abs().max().item()
     return candidates[best] if errors[best] <= allowed else None
 
 
-def _fused_mlp(module: Any, workspace: Workspace) -> nn.Module | None:
-    if {name for name, _ in module.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        return None
-    if not _are_plain(module, "gate_proj", "up_proj", "down_proj") or _code(type(module)) != _code(LlamaMLP):
+def _fused_mlp(module: Any, verdict: Verdict, workspace: Workspace) -> nn.Module | None:
+    if module not in verdict.mlps or not _are_plain(module, "gate_proj", "up_proj", "down_proj"):
         return None
     grid = torch.linspace(-12.0, 12.0, 997)
     for activation, function in _ACTIVATIONS.items():
@@ -250,38 +233,30 @@ def _fused_mlp(module: Any, workspace: Workspace) -> nn.Module | None:
     return None
 
 
-def _fused_attention(module: Any, calls: Mapping[nn.Module, AttentionCall], workspace: Workspace) -> nn.Module | None:
-    children = dict(module.named_children())
-    norms = children.keys() - _PROJECTIONS
+def _fused_attention(module: Any, verdict: Verdict, workspace: Workspace) -> nn.Module | None:
     if (
-        not children.keys() >= _PROJECTIONS
-        or norms not in (set(), _HEAD_NORMS)
+        module not in verdict.attention
+        or not _are_plain(module, *PROJECTIONS)
         or any(True for _ in module.parameters(recurse=False))
     ):
         return None
-    if not _are_plain(module, *_PROJECTIONS) or module not in calls:
+    norms = [getattr(module, name) for name in HEAD_NORMS if hasattr(module, name)]
+    if not all(isinstance(norm, FusedRMSNorm) and len(norm.factors) == module.head_dim for norm in norms):
         return None
-    if not all(isinstance(children[n], FusedRMSNorm) and len(children[n].factors) == module.head_dim for n in norms):
-        return None
-    own, known = sys.modules[type(module).__module__], sys.modules[LlamaAttention.__module__]
-    for name in ("apply_rotary_pos_emb", "rotate_half"):
-        if _code(getattr(own, name, None)) != _code(getattr(known, name)):
-            return None
-    if _code(type(module)) != _code(LlamaAttention):
-        return None
-    return FusedAttention(module, calls[module], workspace)
+    return FusedAttention(module, verdict.attention[module], workspace)
 
 
-def _fuse_layer(module: Any, workspace: Workspace) -> bool:
-    """Give a decoder layer of Llama's code another forward pass; the rest of it stays."""
-    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-    if {name for name, _ in module.named_children()} != parts:
+def _fuse_layer(module: Any, verdict: Verdict, workspace: Workspace) -> bool:
+    """Give a decoder layer whose parts are all fused another forward pass; the rest of it stays."""
+    kinds = {
+        "input_layernorm": FusedRMSNorm,
+        "post_attention_layernorm": FusedRMSNorm,
+        "self_attn": FusedAttention,
+        "mlp": FusedMLP,
+    }
+    if module not in verdict.layers:
         return False
-    own = (module.input_layernorm, module.post_attention_layernorm, module.self_attn, module.mlp)
-    kinds = (FusedRMSNorm, FusedRMSNorm, FusedAttention, FusedMLP)
-    if not all(isinstance(part, kind) for part, kind in zip(own, kinds, strict=True)):
-        return False
-    if _code(type(module)) != _code(LlamaDecoderLayer):
+    if not all(isinstance(getattr(module, name), kind) for name, kind in kinds.items()):
         return False
     module.forward = FusedLayer(module, workspace).forward
     return True
@@ -290,78 +265,4 @@ def _fuse_layer(module: Any, workspace: Workspace) -> bool:
 def _are_plain(module: nn.Module, *names: str) -> bool:
     """Whether these are linear layers as torch has them, of the dtypes that can be packed."""
     linears = [getattr(module, name) for name in names]
-    return all(type(linear) is nn.Linear and linear.weight.dtype in _PROBE_TOLERANCE for linear in linears)
-
-
-def _recorded_calls(model: PreTrainedModel) -> Mapping[nn.Module, AttentionCall]:
-    """What each attention module hands to the attention interface; empty if it uses none.
-
-    By modules that may be let go of.
-    """
-    calls: WeakKeyDictionary[nn.Module, AttentionCall] = WeakKeyDictionary()
-    name = f"prelude_recorder_{next(_recorder_numbers)}"
-    implementation = model.config._attn_implementation  # noqa: SLF001 - it has no public name
-
-    def record(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **given: Any
-    ) -> tuple[torch.Tensor, None]:
-        calls[module] = AttentionCall.of(query, **given)
-        return query.transpose(1, 2), None
-
-    AttentionInterface.register(name, record)
-    AttentionMaskInterface.register(name, no_mask)
-    try:
-        model.set_attn_implementation(name)
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    except Exception:
-        logger.debug("attention was not fused", exc_info=True)
-        calls.clear()
-    finally:
-        model.set_attn_implementation(implementation)
-        unregister(name)
-    return calls
-
-
-_recorder_numbers = itertools.count()
-
-
-class _Simplified(ast.NodeTransformer):
-    """Code without what ``AttentionCall`` records and ``FusedAttention`` knows: how it is called, norms of heads."""
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        called = ast.unparse(node.func)
-        if called in {"self.q_norm", "self.k_norm"}:
-            return node.args[0]
-        if called == "attention_interface":
-            node.keywords = [keyword for keyword in node.keywords if keyword.arg is None]
-        return node
-
-    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-        self.generic_visit(node)
-        return None if ast.unparse(node.targets[0]) == ast.unparse(node.value) else node
-
-
-def _code(thing: Any) -> str | None:
-    """What a function, or a class's ``forward``, says, without annotations, defaults and comments."""
-    function: Any = getattr(thing, "forward", None) if inspect.isclass(thing) else thing
-    return _code_of(function)
-
-
-@cache
-def _code_of(function: Any) -> str | None:
-    try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    if not isinstance(definition, ast.FunctionDef):
-        return None
-    arguments = [argument.arg for argument in definition.args.args]
-    body = [_Simplified().visit(statement) for statement in definition.body]
-    told = [ast.unparse(statement) for statement in body if statement is not None and not _is_text(statement)]
-    return "\n".join([repr(arguments), *told])
-
-
-def _is_text(statement: ast.AST) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return all(type(linear) is nn.Linear and linear.weight.dtype in TOLERANCE for linear in linears)
