@@ -94,7 +94,10 @@ async def serve_large(make_app, settings):
     """A client of a server that takes bodies of 8 MiB."""
     app = make_app(replace(settings, http=replace(settings.http, max_body_bytes=8 * 1024 * 1024)))
     transport = httpx.ASGITransport(app)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
+    ):
         while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
             await asyncio.sleep(0.001)
         yield http

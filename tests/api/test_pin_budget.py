@@ -216,7 +216,7 @@ async def test_the_operators_pins_are_kept_and_leave_less_to_others(
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://t") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         await until(lambda: engine.alive and services.lifecycle.phase.value == "serving")
         for seed, name in enumerate(("p", "q", "r")):

@@ -123,7 +123,7 @@ async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(make_app,
     app = make_app(settings)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
     ):
         while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
             await asyncio.sleep(0.001)
