@@ -129,7 +129,8 @@ class Client:
         length = self._rng.randint(*NEW_TOKENS)
         body = {"model": task, "prompt": text, "max_tokens": length, "ignore_eos": True, "temperature": 0}
         encoded = json.dumps(body).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Type: application/json\r\nConnection: close\r\n"
         return f"{head}Content-Length: {len(encoded)}\r\n\r\n".encode() + encoded
 
     async def ask(self) -> tuple[int, bool]:
