@@ -252,7 +252,7 @@ def test_soft_prompts_found_and_not_found_are_counted() -> None:
     assert (blocks.stats.run_hits, blocks.stats.run_loads) == (2, 1)
 
 
-def test_blocks_that_were_not_written_are_withdrawn_and_no_others() -> None:
+def test_blocks_that_were_not_written_are_unregistered_and_no_others() -> None:
     blocks = BlockManager(20, 4)
     text = list(range(13))
     first, twin, later = sequence(text, name="first"), sequence(text, name="twin"), sequence(text, name="later")
@@ -261,8 +261,8 @@ def test_blocks_that_were_not_written_are_withdrawn_and_no_others() -> None:
     blocks.register(first, 6)
     blocks.register(first, 13)
     blocks.register(twin, 13)
-    blocks.withdraw(twin, 0)  # whose blocks were never the ones that are found
-    blocks.withdraw(first, 6)
+    blocks.unregister(twin, 0)  # whose blocks were never the ones that are found
+    blocks.unregister(first, 6)
     assert blocks.admit(later, None).num_cached_tokens == 4
     assert later.block_table[0] == first.block_table[0]
     blocks.check_integrity([(first, None), (twin, None), (later, None)])
@@ -274,7 +274,7 @@ def test_blocks_that_were_not_written_are_withdrawn_and_no_others() -> None:
     blocks.check_integrity([])
 
 
-def test_withdrawing_behind_a_soft_prompt_counts_its_positions() -> None:
+def test_unregistering_behind_a_soft_prompt_counts_its_positions() -> None:
     blocks = BlockManager(20, 4)
     soft_prompt = source(6)
     run = filled_run(blocks, soft_prompt)
@@ -282,8 +282,8 @@ def test_withdrawing_behind_a_soft_prompt_counts_its_positions() -> None:
     blocks.admit(seq, run)
     blocks.register(seq, 17)
     assert len(seq.block_hashes) == 3
-    blocks.withdraw(seq, 9)
+    blocks.unregister(seq, 9)
     assert len(seq.block_hashes) == 1
-    blocks.withdraw(seq, 6)
+    blocks.unregister(seq, 6)
     assert seq.block_hashes == []
     blocks.check_integrity([(seq, run)])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -40,18 +37,3 @@ def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(
     assert {name: environment[name] for name in expected} == expected
     told = {"PRELUDE_LOG_LEVEL", "PRELUDE_LOG_FORMAT"}  # as the server logs
     assert environment.keys() - told == (os.environ.keys() | expected.keys()) - told
-
-
-def test_without_a_folder_to_write_to_the_kernel_is_compiled_at_each_start(tmp_path: Path) -> None:
-    """Containers run from read-only file systems."""
-    source = Path(__file__).parents[2] / "server" / "engine" / "decode_kernel.py"
-    copy = tmp_path / "kernel_copy.py"
-    copy.write_text(source.read_text())
-    script = (
-        "import numba.core.caching as caching\n"
-        "caching._CacheLocator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError('read-only'))\n"
-        "import kernel_copy\n"
-        "print(type(kernel_copy.attend_rows._cache).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "NullCache"

@@ -85,3 +85,18 @@ def test_without_a_place_that_can_be_written_nothing_is_kept(tmp_path: Path, mon
     found = module.kernel_cache(sources)
     assert found is not None
     assert found.parent == tmp_path / "home" / "prelude"
+
+
+def test_without_a_place_kernels_are_compiled_at_each_start(tmp_path: Path) -> None:
+    """Containers may run from read-only file systems."""
+    file = tmp_path / "file"
+    file.touch()
+    program = "from server.engine.cpu import row_kernels; print(type(row_kernels._norm_row._cache).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(file)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "NullCache"
