@@ -119,7 +119,6 @@ COMPLETIONS: dict[str, Refused] = {
     # As many candidates as choices leave nothing to select.
     "best_of": Refused((1,), "send n", "n"),
     "suffix": Refused(),
-    "messages": Refused(instead="use /v1/chat/completions"),
     "tools": Refused(instead="use /v1/chat/completions"),
     "functions": Refused(instead="use /v1/chat/completions"),
     "tool_choice": Refused(("none", "auto"), "use /v1/chat/completions"),
@@ -136,7 +135,6 @@ CHAT: dict[str, Refused] = {
     # As many candidates as choices leave nothing to select.
     "best_of": Refused((1,), "send n", "n"),
     "suffix": Refused(instead="use /v1/completions"),
-    "prompt": Refused(instead="send messages"),
     "echo": Refused((False,), "send continue_final_message"),
     # The template comes from the model only: a template from a client is a program.
     "chat_template": Refused(instead="send chat_template_kwargs"),
@@ -158,7 +156,6 @@ CHAT: dict[str, Refused] = {
 """Refused by chat alone."""
 
 CLASSIFY: dict[str, Refused] = {
-    "messages": Refused(instead="send input"),
     "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"],
     "activation": Refused((True,)),
     "use_activation": Refused((True,)),
