@@ -438,6 +438,10 @@ def test_without_obstore_the_extra_is_named(open_blobs: Open, monkeypatch: pytes
 
 
 def test_the_module_can_be_imported_without_obstore() -> None:
-    code = "import sys; sys.modules['obstore'] = None; from prompt_store.blobs import object_store as o; print(o.has_obstore)"
+    code = (
+        "import sys; sys.modules['obstore'] = None\n"
+        "from prompt_store.blobs import object_store\n"
+        "print(object_store.has_obstore)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
