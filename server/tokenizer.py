@@ -191,7 +191,7 @@ class Tokenizer:
                 )
             return text
 
-        return await self._threads.run(work, size=sum(len(str(turn.get("content", ""))) for turn in turns))
+        return await self._threads.run(work, size=_num_chars([*turns, *tools]))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Token ids to text.
@@ -278,6 +278,17 @@ class Tokenizer:
     def close(self) -> None:
         """End the threads."""
         self._threads.close()
+
+
+def _num_chars(value: object) -> int:
+    """The characters of all strings in a JSON value; a template may write any of them."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(str(key)) + _num_chars(item) for key, item in value.items())
+    if isinstance(value, Sequence):
+        return sum(map(_num_chars, value))
+    return 0
 
 
 def _words_of(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
@@ -145,6 +145,38 @@ async def test_a_template_that_shows_tools(byte_level: Tokenizer) -> None:
     )
     assert await byte_level.render_chat(TURNS, tools=TOOLS, needs_tools=True) == "xweather"
     assert await byte_level.render_chat(TURNS) == "x"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("turns", "tools"),
+    [
+        ([{"role": "user", "content": "x" * SHORT_CHARS}], []),
+        ([*TURNS, {"role": "assistant", "content": "", "reasoning": "x" * SHORT_CHARS}], []),
+        ([*TURNS, {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"x" * SHORT_CHARS: [1]}}]}], []),
+        (TURNS, [{"type": "function", "function": {"name": "f", "description": "x" * SHORT_CHARS}}]),
+    ],
+    ids=["content", "reasoning", "arguments", "tools"],
+)
+async def test_a_long_conversation_is_long_work_wherever_its_text_is(
+    byte_level: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    turns: list[dict[str, object]],
+    tools: list[dict[str, object]],
+) -> None:
+    sizes: list[int] = []
+    run = byte_level._threads.run
+
+    async def recording(function: Callable[[], str], *, size: int) -> str:
+        sizes.append(size)
+        return await run(function, size=size)
+
+    monkeypatch.setattr(byte_level._threads, "run", recording)
+    byte_level._tokenizer.chat_template = "{{ messages[0].content }}"
+    await byte_level.render_chat(TURNS)
+    await byte_level.render_chat(turns, tools=tools)
+    assert sizes[0] < 100
+    assert sizes[1] > SHORT_CHARS
 
 
 @pytest.mark.anyio

@@ -211,6 +211,26 @@ async def test_messages_to_tokenise_are_bounded_together(client, no_work, monkey
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
+async def test_what_a_template_adds_to_messages_is_bounded_too(client, tokenizer, monkeypatch):
+    async def encode(*_: object, **__: object) -> None:
+        raise AssertionError("a text that is too long was tokenised")
+
+    monkeypatch.setattr("server.api.tokenization.routes.MAX_TEXT_CHARS", 100)
+    tools = [
+        {"type": "function", "function": {"name": "f" * 60}},
+        {"type": "function", "function": {"name": "g" * 60}},
+    ]
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": tools}
+    assert (
+        await client.post("/tokenize", json=body | {"tools": tools[:1]}, headers=bearer("free"))
+    ).status_code == 200
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    response = await client.post("/tokenize", json=body, headers=bearer("free"))
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert "at most 100 are allowed" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

@@ -121,6 +121,11 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
                 tools=shown_tools(body.tools),
                 options=body.template_options,
             )
+            if len(text) > MAX_TEXT_CHARS:  # tools, reasoning and calls are in it too
+                raise InvalidRequestError(
+                    f"messages: the template writes {len(text)} characters; at most {MAX_TEXT_CHARS} are allowed",
+                    param="messages",
+                )
             add_special_tokens = bool(body.add_special_tokens)
         else:
             text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
