@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from server.engine.model import environment as variables
 from server.engine.process import connection
 
 CHOSEN = {
-    "GOMP_SPINCOUNT": connection.SPIN_COUNT,
-    connection.HUGE_PAGES: "1",
-    **dict.fromkeys(connection.PRODUCT_CACHES, connection.MOST_PRODUCTS),
+    "GOMP_SPINCOUNT": variables.SPIN_COUNT,
+    variables.HUGE_PAGES: "1",
+    **dict.fromkeys(variables.PRODUCT_CACHES, variables.MOST_PRODUCTS),
 }
 
 
@@ -24,8 +25,8 @@ CHOSEN = {
         ({}, set()),
         ({"GOMP_SPINCOUNT": "7"}, set()),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT"}),
-        ({connection.HUGE_PAGES: "0"}, set()),
-        ({connection.PRODUCT_CACHES[1]: "1024"}, set()),
+        ({variables.HUGE_PAGES: "0"}, set()),
+        ({variables.PRODUCT_CACHES[1]: "1024"}, set()),
     ],
 )
 def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(
@@ -44,14 +45,9 @@ def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(
 
 def test_without_a_folder_to_write_to_the_kernel_is_compiled_at_each_start(tmp_path: Path) -> None:
     """Containers run from read-only file systems."""
-    source = Path(__file__).parents[2] / "server" / "engine" / "decode_kernel.py"
-    copy = tmp_path / "kernel_copy.py"
-    copy.write_text(source.read_text())
-    script = (
-        "import numba.core.caching as caching\n"
-        "caching._CacheLocator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError('read-only'))\n"
-        "import kernel_copy\n"
-        "print(type(kernel_copy.attend_rows._cache).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (tmp_path / "file").touch()
+    script = "from server.engine.cpu.decode_kernel import attend_rows; print(type(attend_rows._cache).__name__)"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "folder")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "NullCache"
