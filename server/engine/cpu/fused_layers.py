@@ -60,7 +60,7 @@ class FusedRMSNorm(nn.Module):
         rounds_first: As in ``row_kernels.rms_norm``.
 
     Attributes:
-        original: The norm that it stands for, in a list, which is no part of the model.
+        original: The norm that it replaces, in a list, so that torch does not take it for a part of the model.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float, *, rounds_first: bool) -> None:
@@ -79,11 +79,11 @@ class FusedRMSNorm(nn.Module):
 
 
 class _Emptied:
-    """A module that a fused one stands for, without the weights of its linear layers. It is no part of the model.
+    """A module that a fused one replaces, without the weights of its linear layers. It is no part of the model.
 
     Args:
-        module: Its linear layers are let go of, those of the names in ``packed``.
-        packed: For each packed product of the fused module the layers that are in it.
+        module: The module. Its linear layers named in ``packed`` are released.
+        packed: For each packed product of the fused module, the names of the layers in it.
     """
 
     def __init__(self, module: Any, packed: dict[str, list[str]]) -> None:
@@ -106,7 +106,7 @@ class FusedMLP(nn.Module):
     """``down(activation(gate(x)) * up(x))``.
 
     Args:
-        mlp: What it stands for, which is left without weights.
+        mlp: The module that it replaces, which is left without weights.
         activation: As in ``row_kernels.gate``.
         workspace: Shared with other modules.
     """
@@ -129,7 +129,7 @@ class FusedMLP(nn.Module):
         return self._down(out)
 
     def restored(self) -> nn.Module:
-        """The module that it stands for, with its weights again."""
+        """The module that it replaces, with its weights."""
         return self._original.filled_from(self)
 
 
@@ -137,8 +137,8 @@ class FusedAttention(nn.Module):
     """Attention of Llama's form, over paged keys and values.
 
     Args:
-        attention: What it stands for, which is left without weights; the norms of its heads, where it has them, are
-            fused already.
+        attention: The module that it replaces, which is left without weights; the norms of its heads, where it has
+            them, are fused already.
         call: What it hands to the attention interface besides queries, keys and values.
         workspace: Shared with other modules.
     """
@@ -175,7 +175,7 @@ class FusedAttention(nn.Module):
         return self._o(out), None
 
     def restored(self) -> nn.Module:
-        """The module that it stands for, with its weights again; the norms of its heads stay fused."""
+        """The module that it replaces, with its weights; the norms of its heads stay fused."""
         return self._original.filled_from(self)
 
 
@@ -228,7 +228,8 @@ def fuse_layers(model: PreTrainedModel) -> int:
 def unfuse_layers(model: PreTrainedModel) -> None:
     """Undo ``fuse_layers``: the model's own modules with bit-equal weights, and no products packed in them.
 
-    Weights are unpacked one module after another, and the packed ones let go of, so none is in memory twice.
+    Weights are unpacked one module after another, and each packed one is released, so a model is never in memory
+    twice.
     """
     for module in model.modules():
         if isinstance(getattr(vars(module).get("forward"), "__self__", None), FusedLayer):

@@ -67,7 +67,7 @@ class ModelRunner:
         self.cache = self._make_cache(settings, max_model_len)
         self._buffers = DecodeBuffers(settings.max_num_seqs, -(-max_model_len // settings.block_size), self.cache)
         num_heads = config_value(config, "num_attention_heads") or shape.num_kv_heads
-        self.paged_model = self._paged_model(check, num_heads, unfuse)
+        self.paged_model = self._connect(check, num_heads, unfuse)
         self.backend = self.paged_model.backend
         self._graphs = None if settings.enforce_eager else self._record_decodes(check)
         eos_token_ids = eos_token_ids_of(config, self.model.generation_config)
@@ -164,8 +164,8 @@ class ModelRunner:
             raise EngineStartError(str(error)) from error
         return KVCache(self.cache_spec, num_blocks, self.device)
 
-    def _paged_model(self, check: ExactnessCheck, num_heads: int, unfuse: Callable[[], None] | None) -> PagedModel:
-        """The model over the first backend that serves it exactly; with its own layers if fused ones do not."""
+    def _connect(self, check: ExactnessCheck, num_heads: int, unfuse: Callable[[], None] | None) -> PagedModel:
+        """Find the first backend that serves the model exactly; its own layers replace fused ones that do not."""
         if unfuse is not None:
             try:
                 return self._attach(self.platform.backends[0], check, num_heads)
