@@ -73,7 +73,7 @@ wheel:
 check-wheel: wheel
 	rm -rf build/wheel
 	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cpu]"
 	cd / && $(CURDIR)/build/wheel/bin/prelude demo --exit
 
 # What docker-compose.yml reads; what is there already is kept.

@@ -22,7 +22,7 @@ _PRODUCTS = """
 import time, torch
 from torch import nn
 from server.engine.cpu.packed_linear import PackedLinear, can_pack
-dtype = torch.bfloat16 if can_pack(torch.device("cpu"), torch.bfloat16) else torch.float32
+dtype = torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
 x, product = torch.randn(64, 576, dtype=dtype), PackedLinear(nn.Linear(576, 960, dtype=dtype))
 taken = 0.0
 with torch.inference_mode():

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -30,10 +29,9 @@ from safetensors.torch import save_file
 from prompt_store.types import ROWS_TENSOR, WEIGHTS_FILE
 from server.config import EngineSettings
 from server.demo.tour import MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
-from server.engine.attention.backend import SDPABackend
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.model import model_runner
+from server.engine.model.platform import CPUPlatform, Platform
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 
 TASKS = ("sentiment", "intent", "extract")
@@ -232,10 +230,8 @@ def running(backend: str, block_size: int) -> Iterator[LLMEngine]:
         backend: ``compiled`` or ``torch``: whose attention.
         block_size: Positions in a block.
     """
+    platform = Platform(torch.device("cpu")) if backend == "torch" else CPUPlatform()
     with ExitStack() as stack:
-        if backend == "torch":
-            stack.enter_context(patch.object(model_runner, "backend_makers", lambda _device: [SDPABackend]))
-            stack.enter_context(patch.object(model_runner, "can_pack", lambda *_: False))
         engine = LLMEngine(
             EngineSettings(
                 model=str(MODEL_DIRECTORY),
@@ -246,7 +242,8 @@ def running(backend: str, block_size: int) -> Iterator[LLMEngine]:
                 max_num_seqs=12,
                 max_num_batched_tokens=400,
                 num_threads=torch.get_num_threads(),
-            )
+            ),
+            platform=platform,
         )
         stack.callback(engine.close)
         yield engine

@@ -12,6 +12,7 @@ from server.engine.device_faults import is_device_fault
 from server.engine.messages import AddRequest, Inspect, Inspected, Pin, Unpin
 from server.engine.model.inspection import Inspector
 from server.engine.model.model_runner import ModelRunner
+from server.engine.model.platform import Platform
 from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.sampling.grammar_check import NO_WAY_ON
 from server.engine.sampling.grammars import TOO_MANY_SLOW, GrammarCompiler, TooManyGrammarsError, load_tokenizer
@@ -46,15 +47,21 @@ class LLMEngine:
         settings: The model and its limits.
         on_loaded: Called from another thread when a soft prompt has been read or a grammar compiled, so that a
             sleeping loop wakes.
+        platform: The device; None chooses it from the settings.
 
     Raises:
         EngineStartError: If the model cannot be served with these settings.
     """
 
-    def __init__(self, settings: EngineSettings, on_loaded: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        on_loaded: Callable[[], None] = lambda: None,
+        platform: Platform | None = None,
+    ) -> None:
         self._settings = settings
         try:
-            self.runner = ModelRunner(settings)
+            self.runner = ModelRunner(settings, platform)
         except EngineStartError:
             raise
         except Exception as error:  # of a model that nobody has tried: its reason in words, and no traceback

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import stat
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from server.cli import FLAGS
 from tests.docker.tools import DOCKER, ROOT, run
 
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
+KERNELS = dict(zip(DOCKERFILES, [("cuda", "TRITON_CACHE_DIR"), ("cpu", "NUMBA_CACHE_DIR")], strict=True))
+"""The extra that each image installs, and where its compiled kernels are kept."""
 PROFILES = [(), ("gpu",), ("replicas",), ("gpu", "replicas")]
 SERVERS = ("server", "server-gpu", "replica-1", "replica-2")
 FILES = [
@@ -102,8 +105,8 @@ def test_the_last_stage_holds_no_tools_and_is_not_root(path: Path) -> None:
 def test_everything_that_is_written_goes_to_a_volume_or_tmp(path: Path) -> None:
     found, stage = variables(path), last_stage(path)
     (volumes,) = [yaml.safe_load(rest) for name, rest in stage if name == "VOLUME"]
-    places = ("HOME", "HF_HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "PRELUDE_STORE", "PRELUDE_CACHE")
-    for name in places:
+    places = ("HOME", "HF_HOME", "XDG_CACHE_HOME", "PRELUDE_STORE", "PRELUDE_CACHE")
+    for name in (*places, KERNELS[path][1]):
         assert any(Path(found[name]).is_relative_to(volume) for volume in [*volumes, "/tmp"]), name  # noqa: S108
     assert found["PYTHONDONTWRITEBYTECODE"] == "1"
 
@@ -124,7 +127,21 @@ def test_the_two_files_say_the_same_where_they_can() -> None:
     cuda, cpu = (last_stage(path) for path in DOCKERFILES)
     assert [name for name, _ in cuda] == [name for name, _ in cpu]
     for (name, one), (_, other) in zip(cuda, cpu, strict=True):
-        assert name in {"FROM", "RUN"} or one == other
+        assert name in {"FROM", "RUN", "ENV"} or one == other
+    of_both = [
+        {name: value for name, value in variables(path).items() if name != KERNELS[path][1]} for path in DOCKERFILES
+    ]
+    assert of_both[0] == of_both[1]
+
+
+def test_each_image_has_the_kernels_of_its_device_alone() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [requirement for name in ("cpu", "cuda") for requirement in declared["optional-dependencies"][name]]
+    assert {re.split(r"\W", requirement)[0] for requirement in needed} == {"llvmlite", "numba", "triton"}
+    assert not set(needed) & set(declared["dependencies"])
+    for path, (extra, _) in KERNELS.items():
+        (installed,) = re.findall(r"\.whl\)\[([a-z,]+)\]", path.read_text())
+        assert {"cpu", "cuda"} & set(installed.split(",")) == {extra}
 
 
 @pytest.mark.parametrize("profiles", PROFILES, ids=lambda profiles: "+".join(profiles) or "none")

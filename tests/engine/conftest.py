@@ -9,6 +9,7 @@ import torch
 
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
+from server.engine.model.platform import Platform
 from tests.engine.harness import Family
 from tests.engine.harness import make_family as harness_make_family
 
@@ -43,9 +44,10 @@ def llama(make_family: Callable[[str], Family]) -> Family:
 def make_engine() -> Iterator[Callable[..., LLMEngine]]:
     engines: list[LLMEngine] = []
 
-    def make(family: Family, **settings: object) -> LLMEngine:
+    def make(family: Family, platform: Platform | None = None, **settings: object) -> LLMEngine:
         defaults = {"dtype": "float32", "kv_cache_memory": 4 * 2**20}
-        engine = LLMEngine(EngineSettings(model=str(family.path), **{**defaults, **settings}))
+        options = EngineSettings(model=str(family.path), **{**defaults, **settings})
+        engine = LLMEngine(options, platform=platform)
         engines.append(engine)
         return engine
 

@@ -6,12 +6,13 @@ import os
 
 import pytest
 
+from server.engine.model import environment as variables
 from server.engine.process import connection
 
 CHOSEN = {
-    "GOMP_SPINCOUNT": connection.SPIN_COUNT,
-    connection.HUGE_PAGES: "1",
-    **dict.fromkeys(connection.PRODUCT_CACHES, connection.MOST_PRODUCTS),
+    "GOMP_SPINCOUNT": variables.SPIN_COUNT,
+    variables.HUGE_PAGES: "1",
+    **dict.fromkeys(variables.PRODUCT_CACHES, variables.MOST_PRODUCTS),
 }
 
 
@@ -21,8 +22,8 @@ CHOSEN = {
         ({}, set()),
         ({"GOMP_SPINCOUNT": "7"}, set()),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT"}),
-        ({connection.HUGE_PAGES: "0"}, set()),
-        ({connection.PRODUCT_CACHES[1]: "1024"}, set()),
+        ({variables.HUGE_PAGES: "0"}, set()),
+        ({variables.PRODUCT_CACHES[1]: "1024"}, set()),
     ],
 )
 def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(

@@ -16,11 +16,12 @@ from server.engine.attention.backend import AttentionBackend, SDPABackend
 from server.engine.attention.decode_batch import DecodeBatch, DecodeBuffers, DecodeGraphs, batch_sizes
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec
 from server.engine.llm_engine import LLMEngine
-from server.engine.model import exactness, model_runner
+from server.engine.model import exactness
 from server.errors import EngineStartError
 from tests.engine.families import FAMILIES
 from tests.engine.harness import PEFT_CONFIGS, Family, add, greedy, make_family, random_text, run, tokens
-from tests.engine.triton import triton_attention
+from tests.engine.platforms import PlainPlatform
+from tests.engine.triton import DEVICE, triton_attention
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 5
@@ -46,17 +47,6 @@ class Recordable(SDPABackend):
     """Quicker here than the interpreter, where it does not matter whose attention is replayed."""
 
     is_capturable = True
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Engines are served as on CUDA: by Triton's kernels, with the model's own layers, decodes replayed."""
-    made = Recorder()
-    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [triton_attention.TritonBackend])
-    monkeypatch.setattr(model_runner, "can_pack", lambda *_: False)
-    monkeypatch.setattr(exactness, "PROBE_KEYS", 48)  # the interpreter is slow
-    monkeypatch.setattr(model_runner, "make_recorder", lambda _device: made)
-    return made
 
 
 def make_cache(block_size: int = 4, num_blocks: int = 40) -> KVCache:
@@ -143,10 +133,17 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Famil
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_replayed_decodes_are_those_of_peft(
-    name: str, family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine], recorder: Recorder
+    name: str,
+    family_of: Callable[[str], Family],
+    make_engine: Callable[..., LLMEngine],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """As on CUDA: by Triton's kernels, with the model's own layers."""
+    monkeypatch.setattr(exactness, "PROBE_KEYS", 48)  # the interpreter is slow
+    recorder = Recorder()
+    platform = PlainPlatform([triton_attention.TritonBackend], recorder, DEVICE)
     family, rng = family_of(name), random.Random(name)
-    engine = make_engine(family, max_num_seqs=3, block_size=4, max_model_len=64)
+    engine = make_engine(family, platform, max_num_seqs=3, block_size=4, max_model_len=64)
     assert engine.runner._graphs is not None
     recorder.replays = 0
     want = {}
@@ -159,11 +156,9 @@ def test_replayed_decodes_are_those_of_peft(
     assert recorder.replays >= MAX_TOKENS - 2
 
 
-def test_eager_engines_record_nothing(
-    llama: Family, make_engine: Callable[..., LLMEngine], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [Recordable])
-    engine = make_engine(llama, max_num_seqs=2, enforce_eager=True)
+def test_eager_engines_record_nothing(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    recorder = Recorder()
+    engine = make_engine(llama, PlainPlatform([Recordable], recorder), max_num_seqs=2, enforce_eager=True)
     assert engine.runner._graphs is None
     assert recorder.replays == 0
 
@@ -171,16 +166,12 @@ def test_eager_engines_record_nothing(
 def test_steps_that_cannot_be_recorded_are_launched(
     llama: Family,
     make_engine: Callable[..., LLMEngine],
-    recorder: Recorder,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(_function: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(model_runner, "make_recorder", lambda _device: fail)
-    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [Recordable])
-    engine = make_engine(llama, max_num_seqs=2)
+    engine = make_engine(llama, PlainPlatform([Recordable], fail), max_num_seqs=2)
     assert "not replayed from CUDA graphs" in caplog.text
     assert "when stream is capturing" in caplog.text
     add(engine, "one", [1, 2, 3], greedy(5))
@@ -190,17 +181,13 @@ def test_steps_that_cannot_be_recorded_are_launched(
 def test_replays_that_give_something_else_are_not_used(
     llama: Family,
     make_engine: Callable[..., LLMEngine],
-    recorder: Recorder,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def record(function: Callable[[], None]) -> Callable[[], None]:
         function()
         return lambda: None  # as a graph that reads other tensors than those that are written
 
-    monkeypatch.setattr(model_runner, "make_recorder", lambda _device: record)
-    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [Recordable])
-    engine = make_engine(llama, max_num_seqs=2)
+    engine = make_engine(llama, PlainPlatform([Recordable], record), max_num_seqs=2)
     assert engine.runner._graphs is None
     assert "its logits differ" in caplog.text
 
@@ -208,7 +195,6 @@ def test_replays_that_give_something_else_are_not_used(
 def test_another_backend_serves_where_the_first_cannot(
     llama: Family,
     make_engine: Callable[..., LLMEngine],
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Wrong(SDPABackend):
@@ -218,14 +204,11 @@ def test_another_backend_serves_where_the_first_cannot(
     def missing(_cache: KVCache) -> AttentionBackend:
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(model_runner, "can_pack", lambda *_: False)
-    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [missing, Wrong, SDPABackend])
-    engine = make_engine(llama)
+    engine = make_engine(llama, PlainPlatform([missing, Wrong, SDPABackend]))
     assert type(engine.runner.backend) is SDPABackend
     assert "No module named 'triton'" in caplog.text
     assert "its logits differ" in caplog.text
     add(engine, "one", [1, 2, 3], greedy(5))
     assert tokens(run(engine)["one"]) == llama.expected(None, [1, 2, 3], 5)
-    monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [missing, Wrong])
     with pytest.raises(EngineStartError, match="its logits differ"):
-        make_engine(llama)
+        make_engine(llama, PlainPlatform([missing, Wrong]))

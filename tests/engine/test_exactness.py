@@ -29,8 +29,8 @@ from server.engine import llm_engine
 from server.engine.attention.kv_cache import KVCache
 from server.engine.llm_engine import LLMEngine
 from server.engine.model.exactness import ExactnessCheck
-from server.engine.model.model_runner import ModelRunner
 from server.engine.model.model_shape import KeyValueShape, config_value, key_value_shape, num_embeddings
+from server.engine.model.paged_model import PagedModel
 from server.errors import EngineStartError
 from tests.engine.families import UNTIED
 from tests.engine.harness import (
@@ -142,15 +142,15 @@ def test_wrong_keys_and_values_of_soft_prompts_are_found(llama: Family, monkeypa
 def test_each_kind_in_the_mixed_batch_is_compared(
     first_row: int, num_rows: int, what: str, llama: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = ModelRunner._forward
+    forward = PagedModel.forward
 
-    def spoil(runner: ModelRunner, spans: object, inputs: dict[str, torch.Tensor], rows: range) -> torch.Tensor:
-        logits = forward(runner, spans, inputs, rows)
+    def spoil(model: PagedModel, spans: object, inputs: dict[str, torch.Tensor], rows: range) -> torch.Tensor:
+        logits = forward(model, spans, inputs, rows)
         if "inputs_embeds" in inputs:
             logits[first_row : first_row + num_rows] *= 1.2
         return logits
 
-    monkeypatch.setattr(ModelRunner, "_forward", spoil)
+    monkeypatch.setattr(PagedModel, "forward", spoil)
     with pytest.raises(EngineStartError, match=f"{what} differ from its own"):
         start(llama.path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -30,9 +33,18 @@ from server.engine.attention.backend import SDPABackend, make_metadata
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec
 from server.engine.cpu import fused_layers
 from server.engine.cpu.cpu_attention import CPUBackend
-from server.engine.cpu.fused_layers import FusedAttention, FusedMLP, FusedRMSNorm, Workspace, bind, fuse_layers
+from server.engine.cpu.fused_layers import (
+    FusedAttention,
+    FusedMLP,
+    FusedRMSNorm,
+    Workspace,
+    bind,
+    fuse_layers,
+    unfuse_layers,
+)
+from server.engine.cpu.packed_linear import PackedLinear, can_pack
 from server.engine.llm_engine import LLMEngine
-from server.engine.model import model_runner
+from server.engine.model.platform import CPUPlatform
 from server.errors import EngineStartError
 from tests.engine.families import FAMILIES, MIXED, UNTIED
 
@@ -171,7 +183,7 @@ def test_a_model_that_cannot_be_probed_keeps_its_attention_and_is_as_it_was() ->
 
 
 def test_where_nothing_can_be_compiled_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_layers.row_kernels, "can_compile", lambda _device, _dtype: False)
+    monkeypatch.setattr(fused_layers.row_kernels, "can_compile", lambda _dtype: False)
     model = build(MistralConfig(**UNTIED))
     assert fuse_layers(model) == 0
     assert fused_kinds(model) == {}
@@ -181,16 +193,68 @@ def test_a_model_that_differs_when_fused_is_served_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     build(MistralConfig(**UNTIED)).save_pretrained(tmp_path)
-
-    def fuse_wrongly(model: nn.Module) -> int:
-        model.lm_head.weight.mul_(1.5)
-        return 1
-
-    monkeypatch.setattr(model_runner, "fuse_layers", fuse_wrongly)
-    engine = LLMEngine(EngineSettings(model=str(tmp_path), dtype="float32", kv_cache_memory=2**22))
+    forward, loads = FusedMLP.forward, []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(FusedMLP, "forward", lambda mlp, rows: forward(mlp, rows) * 1.5)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))
+    options = EngineSettings(model=str(tmp_path), dtype="float32", kv_cache_memory=2**22)
+    engine = LLMEngine(options, platform=CPUPlatform())
     engine.close()
     assert "layers are not fused" in caplog.text
     assert "differ from its own" in caplog.text
+    assert type(engine.runner.backend) is CPUBackend
+    assert fused_kinds(engine.runner.model) == {}
+    assert isinstance(engine.runner.model.model.layers[0].self_attn.k_proj, PackedLinear)
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(**UNTIED, head_dim=16),
+        Qwen2Config(**UNTIED),  # with biases
+        Gemma3TextConfig(**UNTIED, **MIXED, head_dim=16),
+        FAMILIES["smollm3"](),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_is_its_own_again_to_the_last_bit_when_fusing_is_undone(
+    config: PreTrainedConfig, dtype: torch.dtype
+) -> None:
+    if not can_pack(dtype):
+        pytest.skip(f"oneDNN cannot pack {dtype} here")
+    model = build(config, dtype)
+    ids = torch.arange(12)[None]
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits
+    assert fuse_layers(model) > 0
+    unfuse_layers(model)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert not any("forward" in vars(module) for module in model.modules())
+    again = model.state_dict()
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
+
+
+def test_a_fused_model_keeps_no_second_copy_of_its_weights() -> None:
+    model = build(MistralConfig(**UNTIED))
+    layer = model.model.layers[0]
+    linears = [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.down_proj]
+    gone = [weakref.ref(linear.weight) for linear in linears]
+    del layer, linears
+    fuse_layers(model)
+    gc.collect()
+    assert [weight() for weight in gone] == [None] * 4
+    packed = [weakref.ref(module) for module in model.modules() if isinstance(module, PackedLinear)]
+    unfuse_layers(model)
+    gc.collect()
+    assert packed
+    assert all(module() is None for module in packed)
 
 
 def test_where_attention_alone_cannot_be_compiled_layers_are_not_fused_either(

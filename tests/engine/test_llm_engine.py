@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
-from server.engine.model import model_runner
+from server.engine.model.platform import CPUPlatform
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from server.errors import EngineStartError
 from tests.engine.harness import CONTEXT, VOCABULARY, Family, add, greedy, random_text, run, tokens
@@ -223,14 +223,15 @@ def test_impossible_settings_are_refused(settings: dict[str, object], message: s
     ],
 )
 def test_auto_serves_what_the_processor_is_fast_at(
-    checkpoint: str, has_fast_bfloat16: bool, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: str, has_fast_bfloat16: bool, served: str, tmp_path: Path
 ) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, checkpoint)).save_pretrained(tmp_path)
-    monkeypatch.setattr(model_runner, "has_fast_bfloat16", lambda: has_fast_bfloat16)
-    engine = LLMEngine(EngineSettings(model=str(tmp_path), device="cpu", max_model_len=64))
+    platform = CPUPlatform()
+    platform.has_fast_bfloat16 = has_fast_bfloat16
+    engine = LLMEngine(EngineSettings(model=str(tmp_path), max_model_len=64), platform=platform)
     assert engine.model.dtype == served
     engine.close()
 

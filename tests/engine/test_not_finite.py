@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.engine.attention.backend import SDPABackend
 from server.engine.llm_engine import NOT_FINITE_SOFT_PROMPT, NOT_FINITE_TEXT, LLMEngine
-from server.engine.model import model_runner
+from server.engine.model.platform import CPUPlatform, Platform
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, TokenOutput
 from tests.engine.harness import VOCABULARY, Family, add, greedy, random_text, run, tokens
+from tests.engine.platforms import PlainPlatform
 
 RNG = random.Random(8)
 NAN_TOKEN = VOCABULARY - 1
@@ -38,11 +38,8 @@ def rows_file(path: Path, rows: torch.Tensor, *, is_key_values: bool = False) ->
 
 
 @pytest.fixture(params=["compiled", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(model_runner, "backend_makers", lambda _device: [SDPABackend])
-        monkeypatch.setattr(model_runner, "can_pack", lambda *_: False)
-    return request.param
+def platform(request: pytest.FixtureRequest) -> Platform:
+    return PlainPlatform() if request.param == "torch" else CPUPlatform()
 
 
 def poison_a_token(engine: LLMEngine) -> None:
@@ -99,11 +96,11 @@ def test_embeddings_that_overflow_end_their_requests_and_leave_nothing(
 def test_a_text_that_is_not_finite_ends_with_those_that_follow_it(
     place: int,
     max_num_batched_tokens: int,
-    backend: str,
+    platform: Platform,
     llama: Family,
     make_engine: Callable[..., LLMEngine],
 ) -> None:
-    engine = make_engine(llama, block_size=4, max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens)
+    engine = make_engine(llama, platform, block_size=4, max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens)
     poison_a_token(engine)
     text = healthy_text(70)
     text[place] = NAN_TOKEN
@@ -127,9 +124,9 @@ def test_a_text_that_is_not_finite_ends_with_those_that_follow_it(
 
 
 def test_blocks_that_poison_has_filled_are_as_good_as_new(
-    backend: str, llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
+    platform: Platform, llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
-    engine = make_engine(llama, block_size=16, kv_cache_memory=200_000, max_num_seqs=4)
+    engine = make_engine(llama, platform, block_size=16, kv_cache_memory=200_000, max_num_seqs=4)
     asks = [(None, healthy_text(100)), ("prefix_13", healthy_text(60)), ("p_tuning_7", healthy_text(33))]
     want = [llama.expected(name, text, 6) for name, text in asks]
     width = SHAPES["llama"][1]
@@ -150,9 +147,9 @@ def test_blocks_that_poison_has_filled_are_as_good_as_new(
 
 
 def test_a_partial_block_is_copied_with_whatever_is_behind_the_soft_prompt(
-    backend: str, llama: Family, make_engine: Callable[..., LLMEngine]
+    platform: Platform, llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
-    engine = make_engine(llama, block_size=16)
+    engine = make_engine(llama, platform, block_size=16)
     engine.runner.cache.tensor.fill_(torch.nan)
     for name in ("prompt_tuning_20", "prefix_13", "p_tuning_7"):
         for turn in range(2):
@@ -192,12 +189,12 @@ SCORED = {"seed": 5, "top_p": 0.9, "logprobs": 2, "prompt_logprobs": 1, "prompt_
 
 @pytest.mark.parametrize("params", [{"seed": 5}, SCORED])
 def test_who_was_misled_is_computed_again_with_the_same_random_numbers(
-    params: dict[str, object], backend: str, llama: Family, make_engine: Callable[..., LLMEngine]
+    params: dict[str, object], platform: Platform, llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
-    engine = make_engine(llama, block_size=4)
+    engine = make_engine(llama, platform, block_size=4)
     add(engine, "alone", TEXT, SamplingParams(max_tokens=6, **params))
     alone = run(engine)["alone"]
-    engine = make_engine(llama, block_size=4)
+    engine = make_engine(llama, platform, block_size=4)
     poison_a_token(engine)
     add(engine, "bad", [*TEXT, NAN_TOKEN], greedy(5))
     add(engine, "misled", TEXT, SamplingParams(max_tokens=6, **params))

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from server.engine.cpu import packed_linear
-from server.engine.cpu.packed_linear import PackedLinear, can_pack, pack_linears, replace_modules
+from server.engine.cpu.packed_linear import PackedLinear, can_pack, pack_linears, replace_modules, stacked
 
-CPU = torch.device("cpu")
 PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 DTYPES = [
-    pytest.param(dtype, marks=pytest.mark.skipif(not can_pack(CPU, dtype), reason=f"oneDNN cannot pack {dtype} here"))
+    pytest.param(dtype, marks=pytest.mark.skipif(not can_pack(dtype), reason=f"oneDNN cannot pack {dtype} here"))
     for dtype in PRECISION
 ]
 
@@ -32,6 +31,22 @@ def test_products_are_those_of_linear(rows: int, bias: bool, dtype: torch.dtype)
     assert got.shape == (1, rows, 80)
     assert got.dtype is dtype
     torch.testing.assert_close(got.double(), exact, rtol=PRECISION[dtype], atol=PRECISION[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False)])
+def test_weights_are_unpacked_to_the_last_bit(biases: tuple[bool, bool], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    linears = [nn.Linear(37, size, bias=bias, dtype=dtype) for size, bias in zip((53, 11), biases, strict=True)]
+    unpacked = PackedLinear(stacked(linears)).unpacked([53, 11])
+    for linear, again in zip(linears, unpacked, strict=True):
+        assert type(again) is nn.Linear
+        assert not again.weight.requires_grad
+        assert torch.equal(again.weight, linear.weight)
+        assert (again.bias is None) == (not any(biases))
+        if again.bias is not None:
+            expected = torch.zeros_like(again.bias) if linear.bias is None else linear.bias
+            assert torch.equal(again.bias, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,8 +94,7 @@ def test_modules_are_let_go_of_as_they_are_replaced_and_their_parts_left_alone()
 
 
 def test_what_gains_nothing_is_left_alone() -> None:
-    assert not can_pack(CPU, torch.float16)
-    assert not can_pack(torch.device("meta"), torch.bfloat16)
+    assert not can_pack(torch.float16)
 
 
 def test_a_processor_without_the_instructions_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,5 +103,5 @@ def test_a_processor_without_the_instructions_packs_nothing(monkeypatch: pytest.
 
     can_pack.cache_clear()
     monkeypatch.setattr(packed_linear, "_reorder", refuse)
-    assert not can_pack(CPU, torch.bfloat16)
+    assert not can_pack(torch.bfloat16)
     can_pack.cache_clear()

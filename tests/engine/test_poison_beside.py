@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from scripts import soak_poison
 from server.config import EngineSettings
-from server.engine.attention.backend import SDPABackend
 from server.engine.llm_engine import LLMEngine
-from server.engine.model import exactness, model_runner
+from server.engine.model import exactness
 from server.engine.model.model_runner import ModelRunner
+from server.engine.model.platform import Platform
 from tests.engine.harness import Family
+from tests.engine.platforms import PlainPlatform
 
 POISONS = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e30]
 Make = Callable[[str], Family]
@@ -35,7 +36,7 @@ def runners(make_family: Make) -> Iterator[Runners]:
         def get(name: str, backend: str, dtype: str, block_size: int) -> ModelRunner:
             key = name, backend, dtype, block_size
             if key not in made:
-                with served_by(backend):
+                with platform_with(backend) as platform:
                     options = EngineSettings(
                         model=str(make_family(name).path),
                         dtype=dtype,
@@ -44,7 +45,7 @@ def runners(make_family: Make) -> Iterator[Runners]:
                         max_num_seqs=8,
                         enforce_eager=True,
                     )
-                    engine = LLMEngine(options)
+                    engine = LLMEngine(options, platform=platform)
                 stack.callback(engine.close)
                 made[key] = engine.runner
             return made[key]
@@ -53,18 +54,17 @@ def runners(make_family: Make) -> Iterator[Runners]:
 
 
 @contextmanager
-def served_by(backend: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        if backend != "compiled":
-            kind: Any = SDPABackend
-            if backend == "triton":
-                from tests.engine.triton import triton_attention
+def platform_with(backend: str) -> Iterator[Platform | None]:
+    """The platform whose engine attends by this backend; the machine's own for the compiled kernels."""
+    if backend == "compiled":
+        yield None
+    elif backend == "triton":
+        from tests.engine.triton import DEVICE, triton_attention
 
-                kind = triton_attention.TritonBackend
-            stack.enter_context(patch.object(model_runner, "backend_makers", lambda _device: [kind]))
-            stack.enter_context(patch.object(model_runner, "can_pack", lambda *_: False))
-            stack.enter_context(patch.object(exactness, "PROBE_KEYS", 48))  # the interpreter is slow
-        yield
+        with patch.object(exactness, "PROBE_KEYS", 48):  # the interpreter is slow
+            yield PlainPlatform([triton_attention.TritonBackend], device=DEVICE)
+    else:
+        yield PlainPlatform()
 
 
 @st.composite
@@ -116,18 +116,20 @@ def logits_of_healthy(runner: ModelRunner, batch: dict[str, Any], poison: float 
         embeds.append(rows.to(dtype))
         healthy_rows += range(row, row + count) if kind == "healthy" else []
         row += count
-    results = [runner._forward(spans, {"inputs_embeds": torch.cat(embeds)[None]}, range(row))[healthy_rows]]
+    results = [
+        runner.paged_model.forward(spans, {"inputs_embeds": torch.cat(embeds)[None]}, range(row))[healthy_rows]
+    ]
     decoding = [index for index, (kind, *_) in enumerate(seqs) if kind == "healthy"]
     ids = [7 + index for index in range(len(seqs))]
     positions = [start + count for _, start, count in seqs]
-    results.append(runner._launch_decodes(ids, positions, tables, len(seqs))[decoding])
+    results.append(runner.paged_model.launch_decodes(ids, positions, tables, len(seqs))[decoding])
     # The poisoned are gone; their blocks, shortest first, are those of a text.
     left = sorted((table for table, (kind, *_) in zip(tables, seqs, strict=True) if kind != "healthy"), key=len)
     blocks = [block for table in left for block in table]
     if blocks:
         length = max(1, len(blocks) * size - size // 2)
         text = torch.randint(0, 190, (1, length), generator=generator)
-        results.append(runner._forward([(blocks, 0, length)], {"input_ids": text}, range(length)))
+        results.append(runner.paged_model.forward([(blocks, 0, length)], {"input_ids": text}, range(length)))
     return [result.clone() for result in results]
 
 

@@ -15,7 +15,7 @@ from server.config import EngineSettings
 from server.engine.attention.backend import SDPABackend
 from server.engine.cuda.triton_attention import TritonBackend
 from server.engine.llm_engine import LLMEngine
-from server.engine.model import model_runner
+from server.engine.model.platform import CUDAPlatform
 from tests.engine.families import FAMILIES
 from tests.engine.harness import (
     CONFIGS,
@@ -172,16 +172,16 @@ def test_memory_is_taken_at_the_start_and_given_back(family_of: Callable[[str], 
 def test_torch_s_attention_serves_where_the_kernels_fail(
     family_of: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Failing(TritonBackend):
         def attend(self, *_: object) -> torch.Tensor:
             raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(model_runner, "TritonBackend", Failing)
+    platform = CUDAPlatform()
+    platform.backends = (Failing, SDPABackend)
     family = family_of("mistral")
-    engine = make_engine(family, device="cuda")
+    engine = make_engine(family, platform)
     assert type(engine.runner.backend) is SDPABackend
     assert "torch's own attention serves this model" in caplog.text
     assert answers(engine, family, {"one": (None, [1, 2, 3])}, 5) == {"one": family.expected(None, [1, 2, 3], 5)}

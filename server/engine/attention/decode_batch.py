@@ -20,6 +20,7 @@ import torch
 
 from server.engine.attention.backend import AttentionMetadata, Rows
 from server.engine.attention.kv_cache import KVCache
+from server.engine.attention.transfers import pins
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,10 @@ class DecodeBuffers:
         device = cache.tensor.device
         self.max_rows = max_rows
         self._block_size, self._spare = cache.spec.block_size, cache.spare_block
-        host = torch.zeros(3 + max_blocks, max_rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        host = torch.zeros(3 + max_blocks, max_rows, dtype=torch.int64, pin_memory=pins(device))
         self._host, self._numbers = host, host.numpy()
         self._device = host.to(device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event() if pins(device) else None  # type: ignore[no-untyped-call]
         self._tables: list[list[int]] = [[] for _ in range(max_rows)]
 
     def batch(self, size: int, width: int | None = None) -> DecodeBatch:
@@ -182,33 +183,6 @@ class _Pass:
 
     def __call__(self) -> None:
         self.logits.copy_(self.forward(self.batch))
-
-
-class CUDARecorder:
-    """Records CUDA graphs that share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """As ``Recorder`` says; the function is run once before, since kernels are compiled in their first run.
-
-        Raises:
-            RuntimeError: If the function does what cannot be recorded, such as waiting for the device.
-        """
-        function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads do not matter to what this one records.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
-        replay: Callable[[], None] = graph.replay
-        return replay
-
-
-def make_recorder(device: torch.device) -> Recorder | None:
-    """What records passes on a device; None where nothing does."""
-    return CUDARecorder() if device.type == "cuda" else None
 
 
 def batch_sizes(max_rows: int) -> list[int]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from server.engine.attention.transfers import queue_copy, to_device
-
-CPU_DEFAULT_FRACTION = 0.4
-CUDA_DEFAULT_FRACTION = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +98,20 @@ class KVCache:
 
 
 def num_blocks_for(
-    spec: KVCacheSpec, device: torch.device, *, memory: int | None, max_model_len: int, max_num_seqs: int
+    spec: KVCacheSpec,
+    *,
+    memory: int | None,
+    free_memory: Callable[[], tuple[int, float]],
+    max_model_len: int,
+    max_num_seqs: int,
 ) -> int:
     """How many blocks to hold.
 
     Args:
         spec: The shape of a block.
-        device: Where the blocks lie; the model is already there.
         memory: Bytes to use; None takes a share of what is free, but no more than ``max_num_seqs`` sequences of
             ``max_model_len`` positions and as many soft prompts could use.
+        free_memory: Bytes that are free where the blocks lie, and the share to take; the model is already there.
         max_model_len: Positions of one sequence.
         max_num_seqs: Sequences that run at once.
 
@@ -119,7 +120,7 @@ def num_blocks_for(
     """
     blocks_per_seq = -(-max_model_len // spec.block_size) + 1
     if memory is None:
-        free, fraction = free_memory(device)
+        free, fraction = free_memory()
         num_blocks = min(int(free * fraction) // spec.block_bytes, 2 * max_num_seqs * blocks_per_seq)
         what = f"{fraction:.0%} of the {free / 2**20:.0f} MiB that are free"
     else:
@@ -133,20 +134,3 @@ def num_blocks_for(
             "raise --kv-cache-memory or lower --max-model-len"
         )
     return num_blocks
-
-
-def free_memory(device: torch.device) -> tuple[int, float]:
-    """Bytes that are free on a device, and the share of them that keys and values take by default."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], CUDA_DEFAULT_FRACTION
-    return _available_host_memory(), CPU_DEFAULT_FRACTION
-
-
-def _available_host_memory() -> int:
-    """MemAvailable, or what the control group still allows where that is less (containers)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text())))
-    return available

@@ -15,7 +15,7 @@ import torch
 
 from server.engine.attention.backend import AttentionBackend, AttentionCall, AttentionMetadata, Rows, SDPABackend
 from server.engine.attention.kv_cache import KVCache
-from server.engine.cpu.compiled import elements, set_num_threads
+from server.engine.cpu.compiled import KINDS, elements, set_num_threads
 from server.engine.cpu.decode_kernel import (
     attend_rows,
     attend_rows_in_parallel,
@@ -230,8 +230,8 @@ class CPUBackend(SDPABackend):
 
 
 def make_backend(cache: KVCache) -> AttentionBackend:
-    """The fastest backend for the cache's device and dtype."""
-    if cache.tensor.device.type != "cpu" or cache.spec.dtype not in {torch.float32, torch.bfloat16}:
+    """The fastest backend for the cache's dtype."""
+    if cache.spec.dtype not in KINDS:
         return SDPABackend(cache)
     backend = CPUBackend(cache)
     try:

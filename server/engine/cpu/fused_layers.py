@@ -7,6 +7,7 @@ replaced is decided by what a module gives, not by its name (``layer_probe``). E
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,9 @@ class FusedRMSNorm(nn.Module):
         weight: [width], as it is multiplied by.
         eps: Added to the mean square.
         rounds_first: As in ``row_kernels.rms_norm``.
+
+    Attributes:
+        original: The norm that it replaces, in a list, so that torch does not take it for a part of the model.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float, *, rounds_first: bool) -> None:
@@ -64,6 +68,7 @@ class FusedRMSNorm(nn.Module):
         self.factors = weight.detach().float().numpy()
         self.eps = eps
         self.rounds_first = rounds_first
+        self.original: list[nn.Module] = []
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., width] to the same."""
@@ -73,11 +78,35 @@ class FusedRMSNorm(nn.Module):
         return out
 
 
+class _Emptied:
+    """A module that a fused one replaces, without the weights of its linear layers. It is no part of the model.
+
+    Args:
+        module: The module. Its linear layers named in ``packed`` are released.
+        packed: For each packed product of the fused module, the names of the layers in it.
+    """
+
+    def __init__(self, module: Any, packed: dict[str, list[str]]) -> None:
+        self._module = module
+        self._packed = packed
+        self._sizes = {name: [getattr(module, part).out_features for part in parts] for name, parts in packed.items()}
+        for name in itertools.chain(*packed.values()):
+            setattr(module, name, nn.Identity())
+
+    def filled_from(self, fused: Any) -> nn.Module:
+        """The module with its layers, whose weights are unpacked from the fused one's products."""
+        for name, parts in self._packed.items():
+            for part, linear in zip(parts, getattr(fused, name).unpacked(self._sizes[name]), strict=True):
+                setattr(self._module, part, linear)
+        module: nn.Module = self._module
+        return module
+
+
 class FusedMLP(nn.Module):
     """``down(activation(gate(x)) * up(x))``.
 
     Args:
-        mlp: What it stands for.
+        mlp: The module that it replaces, which is left without weights.
         activation: As in ``row_kernels.gate``.
         workspace: Shared with other modules.
     """
@@ -86,6 +115,7 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = PackedLinear(stacked([mlp.gate_proj, mlp.up_proj]))
         self.down_proj = PackedLinear(mlp.down_proj)
+        self._original = _Emptied(mlp, {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]})
         self._activation = activation
         self._workspace = workspace
         # Without the calls of modules, which cost more than what is between the products of a few rows.
@@ -98,12 +128,17 @@ class FusedMLP(nn.Module):
         row_kernels.gate(projected, self._activation, out)
         return self._down(out)
 
+    def restored(self) -> nn.Module:
+        """The module that it replaces, with its weights."""
+        return self._original.filled_from(self)
+
 
 class FusedAttention(nn.Module):
     """Attention of Llama's form, over paged keys and values.
 
     Args:
-        attention: What it stands for; the norms of its heads, where it has them, are fused already.
+        attention: The module that it replaces, which is left without weights; the norms of its heads, where it has
+            them, are fused already.
         call: What it hands to the attention interface besides queries, keys and values.
         workspace: Shared with other modules.
     """
@@ -117,6 +152,7 @@ class FusedAttention(nn.Module):
         self._num_heads: int = attention.q_proj.out_features // attention.head_dim
         self.qkv_proj = PackedLinear(stacked([attention.q_proj, attention.k_proj, attention.v_proj]))
         self.o_proj = PackedLinear(attention.o_proj)
+        self._original = _Emptied(attention, {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]})
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._norms = HeadNorms()
         if query_norm is not None and key_norm is not None:
@@ -137,6 +173,10 @@ class FusedAttention(nn.Module):
         out = self._workspace.rows(projected.shape[1], self.o_proj.in_features)
         self._backend.rotate_and_attend(projected, position_embeddings, self._layer, out)
         return self._o(out), None
+
+    def restored(self) -> nn.Module:
+        """The module that it replaces, with its weights; the norms of its heads stay fused."""
+        return self._original.filled_from(self)
 
 
 class FusedLayer:
@@ -175,7 +215,7 @@ def fuse_layers(model: PreTrainedModel) -> int:
     Args:
         model: On the CPU, in float32 or bfloat16, with plain linear layers.
     """
-    if not row_kernels.can_compile(model.device, model.dtype):
+    if not row_kernels.can_compile(model.dtype):
         return 0
     workspace = Workspace(model.dtype)
     verdict = probe(model)
@@ -183,6 +223,21 @@ def fuse_layers(model: PreTrainedModel) -> int:
     replaced += replace_modules(model, lambda module: _fused_mlp(module, verdict, workspace))
     replaced += replace_modules(model, lambda module: _fused_attention(module, verdict, workspace))
     return replaced + sum(_fuse_layer(module, verdict, workspace) for module in model.modules())
+
+
+def unfuse_layers(model: PreTrainedModel) -> None:
+    """Undo ``fuse_layers``: the model's own modules with bit-equal weights, and no products packed in them.
+
+    Weights are unpacked one module after another, and each packed one is released, so a model is never in memory
+    twice.
+    """
+    for module in model.modules():
+        if isinstance(getattr(vars(module).get("forward"), "__self__", None), FusedLayer):
+            del module.forward
+    replace_modules(
+        model, lambda module: module.restored() if isinstance(module, FusedAttention | FusedMLP) else None
+    )
+    replace_modules(model, lambda module: module.original[0] if isinstance(module, FusedRMSNorm) else None)
 
 
 def bind(model: nn.Module, backend: AttentionBackend) -> None:
@@ -220,7 +275,10 @@ def _fused_norm(module: Any) -> nn.Module | None:
         errors = [(candidate(rows).float() - wanted).abs().max().item() for candidate in candidates]
     best = min(range(len(candidates)), key=errors.__getitem__)
     allowed = TOLERANCE[weight.dtype] * wanted.abs().max().item()
-    return candidates[best] if errors[best] <= allowed else None
+    if errors[best] > allowed:
+        return None
+    candidates[best].original.append(module)
+    return candidates[best]
 
 
 def _fused_mlp(module: Any, verdict: Verdict, workspace: Workspace) -> nn.Module | None:

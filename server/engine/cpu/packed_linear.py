@@ -40,30 +40,44 @@ class PackedLinear(nn.Module):
         product: torch.Tensor = _product(rows, self._weight, self.bias, "none", [], "")
         return product
 
+    def unpacked(self, sizes: Sequence[int]) -> list[nn.Linear]:
+        """The opposite of ``PackedLinear(stacked(linears))``: plain layers with bit-equal weights.
+
+        Args:
+            sizes: Output features of each.
+        """
+        weights = torch.split(self._weight.to_dense(), list(sizes))
+        bias: torch.Tensor | None = self.bias
+        biases = [None] * len(weights) if bias is None else torch.split(bias, list(sizes))
+        return [_plain(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
 
 def stacked(linears: Sequence[nn.Linear]) -> nn.Linear:
     """Linear layers of the same input as one, whose output is theirs side by side."""
-    first = linears[0]
-    with torch.device("meta"):
-        one = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), dtype=first.weight.dtype)
-    one.weight = _frozen([linear.weight for linear in linears])
+    weight = torch.cat([linear.weight for linear in linears])
     biases: list[torch.Tensor | None] = [linear.bias for linear in linears]
-    if any(bias is not None for bias in biases):
-        nothing = [linear.weight.new_zeros(linear.out_features) for linear in linears]
-        one.bias = _frozen([zeros if bias is None else bias for bias, zeros in zip(biases, nothing, strict=True)])
-    else:
-        one.register_parameter("bias", None)
-    return one
+    if all(bias is None for bias in biases):
+        return _plain(weight, None)
+    nothing = [linear.weight.new_zeros(linear.out_features) for linear in linears]
+    return _plain(
+        weight, torch.cat([zeros if bias is None else bias for bias, zeros in zip(biases, nothing, strict=True)])
+    )
 
 
-def _frozen(parts: Sequence[torch.Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.cat(list(parts)), requires_grad=False)
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A frozen layer of a weight [out_features, in_features], which is not copied."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 @cache
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
     """Whether this machine's oneDNN has such products: for bfloat16 it depends on the processor's instructions."""
-    if device.type != "cpu" or dtype not in {torch.float32, torch.bfloat16} or _reorder is None or _product is None:
+    if dtype not in {torch.float32, torch.bfloat16} or _reorder is None or _product is None:
         return False
     try:
         PackedLinear(nn.Linear(16, 16, dtype=dtype))(torch.zeros(1, 16, dtype=dtype))

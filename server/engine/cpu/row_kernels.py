@@ -116,9 +116,9 @@ def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels serve tensors of this kind on this machine, ready to be called."""
-    if device.type != "cpu" or dtype not in KINDS:
+def can_compile(dtype: torch.dtype) -> bool:
+    """Whether the kernels serve this dtype on this machine, ready to be called."""
+    if dtype not in KINDS:
         return False
     try:
         compile_for(dtype)

@@ -1,1 +1,1 @@
-"""What only GPUs use: Triton kernels."""
+"""What only GPUs use: Triton kernels and CUDA graphs."""

@@ -41,24 +41,22 @@ class TritonBackend(AttentionBackend):
 
     Args:
         cache: Keys and values on a CUDA device; anywhere in Triton's interpreter.
+        num_processors: Multiprocessors of the GPU.
 
     Raises:
         ImportError: If there is no Triton.
     """
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, num_processors: int = 4) -> None:
         self._kernels = load_kernels()
         super().__init__(cache)
-        spec, device = cache.spec, cache.tensor.device
+        spec = cache.spec
         self._dims = max(16, _power_of_two(spec.head_dim))
         # Tiles of keys and of values have to fit into shared memory, twice where they are fetched ahead.
         tile_bytes = 64 * self._dims * spec.dtype.itemsize
         self._tile_keys = 64 if tile_bytes <= 2**14 else 32
         self._chunk_lanes = LANES_OF_CHUNK if tile_bytes <= 2**14 else LANES_OF_CHUNK // 2
         self._options = {"num_warps": 4, "num_stages": 2 if tile_bytes <= 2**15 else 1}
-        num_processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        )
         self._num_programs = num_processors * PROGRAMS_PER_PROCESSOR
 
     @property

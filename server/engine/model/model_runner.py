@@ -1,4 +1,4 @@
-"""The frozen model: loading it, checking that paged attention serves it exactly, and running one step."""
+"""The frozen model with its cache: whether paged attention serves it exactly, and running one step."""
 
 from __future__ import annotations
 
@@ -6,31 +6,19 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 
 from server.config import EngineSettings
-from server.engine.attention.backend import AttentionBackend, AttentionMetadata, SDPABackend, make_metadata
-from server.engine.attention.decode_batch import MAX_ROWS, DecodeBatch, DecodeBuffers, DecodeGraphs, make_recorder
+from server.engine.attention.decode_batch import MAX_ROWS, DecodeBuffers, DecodeGraphs
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.attention.transfers import queue_copy, to_device
-from server.engine.cpu.compiled import set_num_threads
-from server.engine.cpu.cpu_attention import make_backend
-from server.engine.cpu.fused_layers import bind, fuse_layers
-from server.engine.cpu.packed_linear import can_pack, has_fast_bfloat16, pack_linears
-from server.engine.cuda.triton_attention import TritonBackend
 from server.engine.model.classification_head import head_logits
-from server.engine.model.exactness import PROBE_TOLERANCE, ExactnessCheck, check_kernels
+from server.engine.model.exactness import PROBE_TOLERANCE, ExactnessCheck
 from server.engine.model.generation_config import read_generation_config
+from server.engine.model.loading import eos_token_ids_of, load_model, max_model_len_of
 from server.engine.model.model_shape import config_value
+from server.engine.model.paged_model import PagedModel
+from server.engine.model.platform import MakeBackend, Platform, choose_platform
 from server.engine.model.prompt_scoring import PromptScorer
 from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.sampling.ensembles import merge_ensembles
@@ -50,6 +38,7 @@ class ModelRunner:
 
     Args:
         settings: What to load, and how much memory it may take.
+        platform: The device; None chooses it from the settings.
 
     Attributes:
         info: What was loaded.
@@ -60,45 +49,53 @@ class ModelRunner:
         EngineStartError: If the model cannot be loaded or served exactly, or memory is short.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self.device = _device(settings.device)
-        self._graphs: DecodeGraphs | None = None
-        if self.device.type == "cpu":
-            set_num_threads(settings.num_threads or torch.get_num_threads())
-        elif settings.num_threads is not None:
-            torch.set_num_threads(settings.num_threads)
-        try:
-            config = self._start(settings, fuses=True)
-        except _FusedModelError as error:
-            logger.warning("layers are not fused, for fused: %s", error)
-            config = self._start(settings, fuses=False)
-        eos_token_ids = _eos_token_ids(config, self.model.generation_config)
-        max_model_len = _max_model_len(settings.max_model_len, config)
+    def __init__(self, settings: EngineSettings, platform: Platform | None = None) -> None:
+        self.platform = platform or choose_platform(settings.device)
+        self.device = self.platform.device
+        self.platform.set_num_threads(settings.num_threads)
+        self.model, config = load_model(settings, self.platform)
+        self.dtype: torch.dtype = self.model.dtype
+        max_model_len = max_model_len_of(settings.max_model_len, config)
+        has_experts = any(config_value(config, name) for name in EXPERT_COUNTS)
+        # What the model computes alone, before anything of it is replaced.
+        check = ExactnessCheck(self.model, config, max_model_len, has_experts=has_experts)
+        shape = check.shape
+        unfuse = self.platform.prepare(self.model)
+        self.cache_spec = KVCacheSpec(
+            shape.num_layers, shape.num_kv_heads, shape.head_dim, settings.block_size, self.dtype
+        )
+        self.cache = self._make_cache(settings, max_model_len)
+        self._buffers = DecodeBuffers(settings.max_num_seqs, -(-max_model_len // settings.block_size), self.cache)
+        num_heads = config_value(config, "num_attention_heads") or shape.num_kv_heads
+        self.paged_model = self._connect(check, num_heads, unfuse)
+        self.backend = self.paged_model.backend
+        self._graphs = None if settings.enforce_eager else self._record_decodes(check)
+        eos_token_ids = eos_token_ids_of(config, self.model.generation_config)
         generation = read_generation_config(
             self.model.generation_config if settings.generation_config == "auto" else None,
-            vocab_size=self._vocab_size,
+            vocab_size=check.vocab_size,
             max_model_len=max_model_len,
             eos_token_ids=eos_token_ids,
         )
         generation.log()
-        self.sampler = Sampler(eos_token_ids, generation.rules)
-        self._scorer = PromptScorer(self.model)
+        self.sampler = Sampler(eos_token_ids, generation.rules, self.platform.largest)
         self.embed_tokens: nn.Module = self.model.get_input_embeddings()
+        self._scorer = PromptScorer(self.model)
         with torch.inference_mode():
             ids = torch.arange(min(4, settings.block_size), device=self.device)
             self._scorer.check(
-                lambda: self._forward([([0], 0, len(ids))], {"input_ids": ids[None]}, range(len(ids))),
+                lambda: self.paged_model.forward([([0], 0, len(ids))], {"input_ids": ids[None]}, range(len(ids))),
                 PROBE_TOLERANCE[self.dtype],
             )
         self.info = ModelInfo(
             architecture=type(self.model).__name__,
             dtype=str(self.dtype).removeprefix("torch."),
-            device=self.device.type,
+            device=self.platform.name,
             embedding_width=int(self.embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]),
-            num_layers=self.cache_spec.num_layers,
-            num_kv_heads=self.cache_spec.num_kv_heads,
-            head_dim=self.cache_spec.head_dim,
-            vocab_size=self._vocab_size,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=check.vocab_size,
             max_model_len=max_model_len,
             block_size=settings.block_size,
             num_blocks=self.cache.num_blocks,
@@ -154,82 +151,65 @@ class ModelRunner:
         self._graphs = None
         self.backend.close()
 
-    def _start(self, settings: EngineSettings, *, fuses: bool) -> PreTrainedConfig:
-        """Load the model, make its cache, and check that they give what the model gives by itself."""
-        self.model, config = _load(settings, self.device)
-        self.dtype: torch.dtype = self.model.dtype
-        max_model_len = _max_model_len(settings.max_model_len, config)
-        has_experts = any(config_value(config, name) for name in EXPERT_COUNTS)
-        check = ExactnessCheck(self.model, config, max_model_len, has_experts=has_experts)
-        self._vocab_size = check.vocab_size
-        num_fused = 0
-        if can_pack(self.device, self.dtype):
-            num_fused = fuse_layers(self.model) if fuses else 0
-            pack_linears(self.model)
-        self.cache_spec = KVCacheSpec(
-            num_layers=check.shape.num_layers,
-            num_kv_heads=check.shape.num_kv_heads,
-            head_dim=check.shape.head_dim,
-            block_size=settings.block_size,
-            dtype=self.dtype,
-        )
+    def _make_cache(self, settings: EngineSettings, max_model_len: int) -> KVCache:
         try:
             num_blocks = num_blocks_for(
                 self.cache_spec,
-                self.device,
                 memory=settings.kv_cache_memory,
+                free_memory=self.platform.free_memory,
                 max_model_len=max_model_len,
                 max_num_seqs=settings.max_num_seqs,
             )
         except ValueError as error:
             raise EngineStartError(str(error)) from error
-        self.cache = KVCache(self.cache_spec, num_blocks, self.device)
-        num_table_blocks = -(-max_model_len // settings.block_size)
-        self._buffers = DecodeBuffers(settings.max_num_seqs, num_table_blocks, self.cache)
-        num_heads = config_value(config, "num_attention_heads") or check.shape.num_kv_heads
-        makers = backend_makers(self.device)
-        for make in makers:
-            try:
-                self._attach(make, check, num_heads)
-                break
-            except EngineStartError as error:
-                if num_fused:
-                    raise _FusedModelError(str(error)) from error
-                if make is makers[-1]:
-                    raise
-                logger.warning("torch's own attention serves this model, which is slower, for: %s", error)
-        self._graphs = None if settings.enforce_eager else self._record_decodes(check)
-        return config
+        return KVCache(self.cache_spec, num_blocks, self.device)
 
-    def _attach(self, make: Callable[[KVCache], AttentionBackend], check: ExactnessCheck, num_heads: int) -> None:
+    def _connect(self, check: ExactnessCheck, num_heads: int, unfuse: Callable[[], None] | None) -> PagedModel:
+        """Find the first backend that serves the model exactly; its own layers replace fused ones that do not."""
+        if unfuse is not None:
+            try:
+                return self._attach(self.platform.backends[0], check, num_heads)
+            except EngineStartError as error:
+                logger.warning("layers are not fused, for fused: %s", error)
+                unfuse()
+        *others, last = self.platform.backends
+        for make in others:
+            try:
+                return self._attach(make, check, num_heads)
+            except EngineStartError as error:
+                logger.warning("torch's own attention serves this model, which is slower, for: %s", error)
+        return self._attach(last, check, num_heads)
+
+    def _attach(self, make: MakeBackend, check: ExactnessCheck, num_heads: int) -> PagedModel:
         """Switch the model to a backend, and check what they give together."""
         try:
-            self.backend = make(self.cache)
+            backend = make(self.cache)
         except ImportError as error:
-            raise EngineStartError(f"{make.__name__} cannot be imported: {error}") from error
-        self.model.set_attn_implementation(self.backend.name)
+            raise EngineStartError(f"the attention kernels cannot be imported: {error}") from error
+        self.model.set_attn_implementation(backend.name)
+        paged = PagedModel(self.model, backend, self._buffers)
         try:
-            bind(self.model, self.backend)
+            self.platform.bind(self.model, backend)
             with torch.inference_mode():
                 block_size, num_blocks = self.cache_spec.block_size, self.cache.num_blocks
-                check.run(self._forward, num_blocks=num_blocks, block_size=block_size, layers=self.backend.layers)
-                check.run_soft_prompts(self._forward, self.cache)
-                check.run_decodes(self._launch_decodes, [min(2, self._buffers.max_rows)])
-                if isinstance(self.backend, TritonBackend):
-                    check_kernels(self.backend, num_heads)
+                check.run(paged.forward, num_blocks=num_blocks, block_size=block_size, layers=backend.layers)
+                check.run_soft_prompts(paged.forward, self.cache)
+                check.run_decodes(paged.launch_decodes, [min(2, self._buffers.max_rows)])
+                self.platform.check_kernels(backend, num_heads)
         except EngineStartError:
-            self.backend.close()
+            backend.close()
             raise
+        return paged
 
     def _record_decodes(self, check: ExactnessCheck) -> DecodeGraphs | None:
         """Record decode steps where the device and the backend can; None where they cannot, or the model cannot."""
-        record = make_recorder(self.device)
+        record = self.platform.recorder()
         if record is None or not self.backend.is_capturable:
             return None
         max_rows = min(self._buffers.max_rows, MAX_ROWS)
         try:
             with torch.inference_mode():
-                graphs = DecodeGraphs(self._decode, self._buffers, max_rows, record)
+                graphs = DecodeGraphs(self.paged_model.forward_decodes, self._buffers, max_rows, record)
                 check.run_decodes(graphs.run, graphs.sizes)
         except Exception as error:  # whatever in the model cannot be recorded, each step can be launched
             reason = f"{type(error).__name__}: {error}"
@@ -269,13 +249,7 @@ class ModelRunner:
         positions, tables = [chunk.start for chunk in chunks], [chunk.block_table for chunk in chunks]
         if self._graphs is not None and len(chunks) <= self._graphs.sizes[-1]:
             return self._graphs.run(token_ids, positions, tables)
-        return self._launch_decodes(token_ids, positions, tables, len(chunks))
-
-    def _launch_decodes(
-        self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], size: int
-    ) -> torch.Tensor:
-        width = self._buffers.fill(token_ids, positions, tables, size)
-        return self._decode(self._buffers.batch(size, width))[: len(token_ids)]
+        return self.paged_model.launch_decodes(token_ids, positions, tables, len(chunks))
 
     def _launch(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> torch.Tensor:
         """Logits [chunks that sample, vocabulary] of any step; of its last row if none does."""
@@ -287,7 +261,7 @@ class ModelRunner:
                 last_rows.append(row - 1)
         spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
         # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
-        return self._forward(spans, self._inputs(chunks, soft_prompts), last_rows or [row - 1])
+        return self.paged_model.forward(spans, self._inputs(chunks, soft_prompts), last_rows or [row - 1])
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
         """Token ids [1, rows], or embeddings [1, rows, width] where soft prompts' rows stand among them."""
@@ -322,124 +296,6 @@ class ModelRunner:
         try:
             # A copy, for some models scale what they are given in place.
             inputs = {"inputs_embeds": rows[None].clone()}
-            return self._forward([(chunk.block_table, position, 1)], inputs, [0])
+            return self.paged_model.forward([(chunk.block_table, position, 1)], inputs, [0])
         finally:
             self.cache.tensor[:, :, block] = kept
-
-    def _forward(
-        self,
-        spans: Sequence[tuple[Sequence[int], int, int]],
-        inputs: dict[str, torch.Tensor],
-        logit_rows: Sequence[int],
-    ) -> torch.Tensor:
-        """Logits [len(logit_rows), vocabulary] of one flat batch."""
-        metadata = make_metadata(spans, self.cache_spec.block_size, self.device)
-        positions = torch.cat([rows.query_positions.flatten() for rows in metadata.groups])
-        return self._pass(metadata, positions[None], **inputs, logits_to_keep=to_device(logit_rows, self.device))
-
-    def _decode(self, batch: DecodeBatch) -> torch.Tensor:
-        """Logits [rows, vocabulary] of all rows of a batch of decodes."""
-        return self._pass(batch.metadata, batch.position_ids, input_ids=batch.input_ids)
-
-    def _pass(self, metadata: AttentionMetadata, position_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        self.backend.begin(metadata)
-        try:
-            logits: torch.Tensor = self.model(**inputs, position_ids=position_ids, use_cache=False).logits
-        finally:
-            self.backend.end()
-        return logits[0]
-
-
-class _FusedModelError(Exception):
-    """The model with fused layers is not what it was without."""
-
-
-def backend_makers(device: torch.device) -> list[Callable[[KVCache], AttentionBackend]]:
-    """The backends for a device, the fastest first; the others are for models that it cannot serve."""
-    return [TritonBackend, SDPABackend] if device.type == "cuda" else [make_backend]
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise EngineStartError("--device cuda: torch finds no CUDA device")
-    return torch.device(wanted)
-
-
-def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedConfig]:
-    model: PreTrainedModel
-    loaded: dict[str, set[str]]
-    try:
-        config = AutoConfig.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=False)
-        _check_is_causal(config)
-        dtype: torch.dtype | str = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        if dtype == "auto" and device.type == "cpu" and not _is_fast(config.dtype):
-            dtype = torch.float32
-        model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            settings.model,
-            revision=settings.revision,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,  # not said, transformers asks on the terminal, and takes a yes
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
-    except SafetensorError as error:
-        raise EngineStartError(
-            f"cannot load the model {settings.model!r}: a weights file is damaged or cut short ({error})"
-        ) from error
-    missing = sorted(loaded["missing_keys"])
-    if missing:  # transformers makes up random ones
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise EngineStartError(
-            f"cannot load the model {settings.model!r}: its checkpoint has no weights for {missing[0]}{more}, which "
-            f"{type(model).__name__} needs"
-        )
-    if device.type == "cpu" and not _is_fast(model.dtype):
-        logger.warning("this CPU has no fast products of %s; --dtype float32 would be faster", model.dtype)
-    module: nn.Module = model
-    module.to(device).eval().requires_grad_(False)
-    return model, config.get_text_config(decoder=True)
-
-
-def _check_is_causal(config: PreTrainedConfig) -> None:
-    """Refuse what transformers has no decoder for that reads nothing but its own text.
-
-    Raises:
-        ValueError: If that is so.
-    """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"transformers has no causal language model of the type {config.model_type!r}")
-    if config.is_encoder_decoder:
-        raise ValueError(f"models of the type {config.model_type!r} have an encoder beside their decoder")
-
-
-def _is_fast(dtype: torch.dtype | None) -> bool:
-    """Whether CPUs have fast products of a checkpoint's dtype: none of float16, and only some of bfloat16."""
-    return dtype is not torch.float16 and (dtype is not torch.bfloat16 or has_fast_bfloat16())
-
-
-def _max_model_len(wanted: int | None, config: PreTrainedConfig) -> int:
-    own = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope" and own is not None:
-        # Beyond it transformers rotates the whole batch by other frequencies, other sequences' rows among them.
-        own = min(own, int(rope.get("original_max_position_embeddings") or own))
-    if wanted is None:
-        if own is None:
-            raise EngineStartError("the model does not say how long its context is: give --max-model-len")
-        return int(own)
-    if own is not None and wanted > own:
-        raise EngineStartError(f"--max-model-len {wanted} is more than the model's limit of {own} positions")
-    return wanted
-
-
-def _eos_token_ids(config: PreTrainedConfig, generation_config: GenerationConfig | None) -> tuple[int, ...]:
-    eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(config, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

@@ -24,6 +24,7 @@ from server.engine.messages import (
     encode_frame,
     from_engine_decoder,
 )
+from server.engine.model.environment import threads_and_memory
 from server.engine.types import ModelInfo
 from server.errors import EngineDeadError, EngineStartError
 from server.logs import variables as log_variables
@@ -31,25 +32,6 @@ from server.logs import variables as log_variables
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
-
-SPIN_COUNT = "3000"
-"""Turns (some 10 us) that torch's OpenMP threads wait actively before they sleep; libgomp's own are milliseconds.
-
-Where the API process or anybody else needs one of the cores, a thread that spins keeps the one it waits for from
-running; ``benchmarks/spinning.py`` shows by how much.
-"""
-
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Makes torch ask for pages of 2 MiB: blocks lie all over the cache, and finding each one's pages takes as long as
-reading it."""
-
-
-PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-"""Where torch and oneDNN keep what they have compiled for a product: some 0.5 MiB for each number of rows and layer's
-shape, and 1,024 of them by default."""
-
-MOST_PRODUCTS = "384"
-"""For five shapes all numbers of rows of decodes, and the last of prefills."""
 
 
 class EngineConnection(Protocol):
@@ -184,11 +166,8 @@ async def launch(settings: EngineSettings) -> EngineConnection:
 
 
 def environment() -> dict[str, str]:
-    """The process's environment: it logs as this one does; what the operator has said of threads and memory stays."""
-    chosen = {HUGE_PAGES: "1", **dict.fromkeys(PRODUCT_CACHES, MOST_PRODUCTS)}
-    if "OMP_WAIT_POLICY" not in os.environ:
-        chosen["GOMP_SPINCOUNT"] = SPIN_COUNT
-    return {**chosen, **os.environ, **log_variables()}
+    """The process's environment: it logs as this one does; the operator's settings of threads and memory stay."""
+    return {**os.environ, **threads_and_memory(os.environ), **log_variables()}
 
 
 async def _end(process: asyncio.subprocess.Process) -> str:

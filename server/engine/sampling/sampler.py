@@ -8,13 +8,12 @@ arithmetic are those of its ``generate``; the other penalties are OpenAI's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 
 import torch
 
 from server.engine.attention.transfers import queue_copy, to_device
-from server.engine.cpu import row_kernels
 from server.engine.generation_defaults import NO_RULES, TokenRules
 from server.engine.sampling.grammars import TokenMasks
 from server.engine.sampling.logprobs import packed_logprobs, unpacked_logprobs
@@ -30,8 +29,17 @@ NO_TOKEN = -2
 
 _LEAST, _LARGEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
+Largest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Logits [rows, vocabulary] to each row's largest, NaN if there is any, and its token: [rows] each."""
+
 Places = SequenceOf[tuple[int, int]]
 """(row, token) pairs."""
+
+
+def torch_largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Largest`` by torch's own operation."""
+    best = torch.max(logits, dim=-1)
+    return best.values, best.indices
 
 
 class Sampler:
@@ -44,9 +52,13 @@ class Sampler:
     Args:
         eos_token_ids: The model's ends of sequence, which ``min_tokens`` puts off.
         rules: What the checkpoint says of every text.
+        largest: The device's way to the largest logits.
     """
 
-    def __init__(self, eos_token_ids: SequenceOf[int] = (), rules: TokenRules = NO_RULES) -> None:
+    def __init__(
+        self, eos_token_ids: SequenceOf[int] = (), rules: TokenRules = NO_RULES, largest: Largest = torch_largest
+    ) -> None:
+        self._largest = largest
         self._eos_token_ids = tuple(eos_token_ids)
         self._rules = RuleMasks(rules, self._eos_token_ids)
         self._masks = TokenMasks()
@@ -83,7 +95,7 @@ class Sampler:
 
     def _tokens(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """A token id for each row, or NOT_FINITE or NO_TOKEN, on the device."""
-        best, tokens = _largest(logits)
+        best, tokens = self._largest(logits)
         # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
         # and with it what its seed gives, is its own.
         has_rules = not self._rules.is_empty
@@ -178,14 +190,6 @@ class Sampler:
         # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures[:, None]
         return torch.softmax(scores, dim=-1), draws, index
-
-
-def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's largest logit, NaN if there is any, and its token."""
-    if row_kernels.can_compile(logits.device, logits.dtype):
-        return row_kernels.largest(logits.contiguous())
-    best = torch.max(logits, dim=-1)
-    return best.values, best.indices
 
 
 def _forbid(scores: torch.Tensor, places: Places) -> None:

@@ -1,0 +1,113 @@
+"""Loading a checkpoint, and what its configuration says of texts."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from server.config import EngineSettings
+from server.engine.model.platform import Platform
+from server.errors import EngineStartError
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """Load a checkpoint onto the platform's device, in the best dtype where the settings name none.
+
+    Returns:
+        The frozen model, and the configuration of its text model.
+
+    Raises:
+        EngineStartError: If that cannot be done.
+    """
+    model: PreTrainedModel
+    loaded: dict[str, set[str]]
+    try:
+        config = AutoConfig.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=False)
+        _check_is_causal(config)
+        dtype: torch.dtype | str = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        best = platform.best_dtype(config.dtype)
+        if dtype == "auto" and best is not None and best is not config.dtype:
+            dtype = best
+        model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            settings.model,
+            revision=settings.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,  # not said, transformers asks on the terminal, and takes a yes
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
+    except SafetensorError as error:
+        raise EngineStartError(
+            f"cannot load the model {settings.model!r}: a weights file is damaged or cut short ({error})"
+        ) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers makes up random ones
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise EngineStartError(
+            f"cannot load the model {settings.model!r}: its checkpoint has no weights for {missing[0]}{more}, which "
+            f"{type(model).__name__} needs"
+        )
+    best = platform.best_dtype(model.dtype)
+    if best is not model.dtype:
+        name = str(best).removeprefix("torch.")
+        logger.warning("this CPU has no fast products of %s; --dtype %s would be faster", model.dtype, name)
+    module: nn.Module = model
+    module.to(platform.device).eval().requires_grad_(False)
+    return model, config.get_text_config(decoder=True)
+
+
+def _check_is_causal(config: PreTrainedConfig) -> None:
+    """Refuse what transformers has no decoder for that reads nothing but its own text.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"transformers has no causal language model of the type {config.model_type!r}")
+    if config.is_encoder_decoder:
+        raise ValueError(f"models of the type {config.model_type!r} have an encoder beside their decoder")
+
+
+def max_model_len_of(configured: int | None, config: PreTrainedConfig) -> int:
+    """Positions of a sequence: as configured, or the model's own limit.
+
+    Raises:
+        EngineStartError: If that is more than the model's limit, or neither is known.
+    """
+    own = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and own is not None:
+        # Beyond it transformers rotates the whole batch by other frequencies, other sequences' rows among them.
+        own = min(own, int(rope.get("original_max_position_embeddings") or own))
+    if configured is None:
+        if own is None:
+            raise EngineStartError("the model does not say how long its context is: give --max-model-len")
+        return int(own)
+    if own is not None and configured > own:
+        raise EngineStartError(f"--max-model-len {configured} is more than the model's limit of {own} positions")
+    return configured
+
+
+def eos_token_ids_of(config: PreTrainedConfig, generation_config: GenerationConfig | None) -> tuple[int, ...]:
+    """The model's ends of sequence: the generation configuration's before the model's own."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

@@ -1,0 +1,73 @@
+"""Forward passes of a model over paged keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.attention.backend import AttentionBackend, AttentionMetadata, make_metadata
+from server.engine.attention.decode_batch import DecodeBatch, DecodeBuffers
+from server.engine.attention.transfers import to_device
+from server.engine.model.exactness import Span
+
+
+class PagedModel:
+    """A model whose attention goes through one backend.
+
+    Args:
+        model: Switched to the backend already.
+        backend: Reads and writes the cache.
+        buffers: Where decodes are laid out.
+
+    Attributes:
+        backend: As given.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: AttentionBackend, buffers: DecodeBuffers) -> None:
+        self.backend = backend
+        self._model = model
+        self._buffers = buffers
+        self._block_size = backend.cache.spec.block_size
+        self._device = backend.cache.tensor.device
+
+    def forward(
+        self, spans: Sequence[Span], inputs: dict[str, torch.Tensor], logit_rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits [len(logit_rows), vocabulary] of one flat batch.
+
+        Args:
+            spans: As for ``make_metadata``.
+            inputs: Token ids [1, rows] or embeddings [1, rows, width], by the model's name for them.
+            logit_rows: Rows whose logits are computed.
+        """
+        metadata = make_metadata(spans, self._block_size, self._device)
+        positions = torch.cat([rows.query_positions.flatten() for rows in metadata.groups])
+        return self._pass(metadata, positions[None], **inputs, logits_to_keep=to_device(logit_rows, self._device))
+
+    def forward_decodes(self, batch: DecodeBatch) -> torch.Tensor:
+        """Logits [rows, vocabulary] of all rows of a batch of decodes."""
+        return self._pass(batch.metadata, batch.position_ids, input_ids=batch.input_ids)
+
+    def launch_decodes(
+        self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], size: int
+    ) -> torch.Tensor:
+        """Logits [tokens, vocabulary] of decodes, launched one operation after another.
+
+        Args:
+            token_ids: The token of each row.
+            positions: Its position.
+            tables: Its sequence's blocks.
+            size: Rows of the batch, at least as many as there are tokens.
+        """
+        width = self._buffers.fill(token_ids, positions, tables, size)
+        return self.forward_decodes(self._buffers.batch(size, width))[: len(token_ids)]
+
+    def _pass(self, metadata: AttentionMetadata, position_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        self.backend.begin(metadata)
+        try:
+            logits: torch.Tensor = self._model(**inputs, position_ids=position_ids, use_cache=False).logits
+        finally:
+            self.backend.end()
+        return logits[0]

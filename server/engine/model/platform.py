@@ -1,0 +1,237 @@
+"""Everything that depends on the device, chosen once.
+
+The folders ``cpu`` and ``cuda`` are imported here only, and only when their platform is made: Numba need not be
+installed on a GPU machine, nor Triton on a CPU. Variables that have to be set before torch is imported are in
+``environment``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.attention.backend import AttentionBackend, SDPABackend
+from server.engine.attention.decode_batch import Recorder
+from server.engine.attention.kv_cache import KVCache
+from server.engine.model.exactness import check_kernels
+from server.engine.sampling.sampler import Largest, torch_largest
+from server.errors import EngineStartError
+
+logger = logging.getLogger(__name__)
+
+MakeBackend = Callable[[KVCache], AttentionBackend]
+
+CPU_DEFAULT_FRACTION = 0.4
+CUDA_DEFAULT_FRACTION = 0.9
+
+NUMBA = {"numba", "llvmlite"}
+"""Packages of the extra ``cpu``."""
+
+
+class Platform:
+    """A device served by torch's own operations; subclasses know faster ones.
+
+    Args:
+        device: Where the model and its cache are.
+        backends: Attention backends, the fastest first; the next one serves a model that the one before cannot.
+
+    Attributes:
+        device: As given.
+        backends: As given.
+        largest: Each row's largest logit and its token, as ``torch_largest``.
+    """
+
+    def __init__(self, device: torch.device, backends: Sequence[MakeBackend] = (SDPABackend,)) -> None:
+        self.device = device
+        self.backends = tuple(backends)
+        self.largest: Largest = torch_largest
+
+    @property
+    def name(self) -> str:
+        """The kind of device, by torch's name."""
+        return self.device.type
+
+    def set_num_threads(self, number: int | None) -> None:
+        """Set the threads of operations on the host; None leaves torch's choice."""
+        if number is not None:
+            torch.set_num_threads(number)
+
+    def best_dtype(self, checkpoint: torch.dtype | None) -> torch.dtype | None:
+        """The dtype in which a checkpoint's dtype is served fastest; None, which is unknown, stays None."""
+        return checkpoint
+
+    def free_memory(self) -> tuple[int, float]:
+        """Bytes that are free, and the share of them that keys and values take by default."""
+        return _available_host_memory(), CPU_DEFAULT_FRACTION
+
+    def prepare(self, model: PreTrainedModel) -> Callable[[], None] | None:
+        """Replace modules of a loaded model by faster ones.
+
+        Returns:
+            A function that brings back the model's own layers, for a model that is served wrongly without them; None
+            if they are all in place.
+        """
+        del model
+        return None
+
+    def bind(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
+        """Connect the modules that ``prepare`` has put into a model with its attention backend.
+
+        Raises:
+            EngineStartError: If they do not work over this backend.
+        """
+
+    def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
+        """Check what the model's own short texts do not exercise of a backend.
+
+        Args:
+            backend: Through which the model has run.
+            num_heads: Query heads of a layer.
+
+        Raises:
+            EngineStartError: If it computes something else than plain attention, or fails.
+        """
+
+    def recorder(self) -> Recorder | None:
+        """What records decode steps, to replay them; None where they are launched one by one."""
+        return None
+
+
+class CPUPlatform(Platform):
+    """CPUs: kernels compiled by Numba, fused layers, products packed by oneDNN.
+
+    Without Numba torch's own attention and layers serve, and a warning says so.
+
+    Attributes:
+        has_fast_bfloat16: Whether the processor multiplies bfloat16 faster than float32.
+    """
+
+    def __init__(self) -> None:
+        from server.engine.cpu.packed_linear import can_pack, has_fast_bfloat16, pack_linears
+
+        super().__init__(torch.device("cpu"))
+        self.has_fast_bfloat16 = has_fast_bfloat16()
+        self._can_pack = can_pack
+        self._pack_linears = pack_linears
+        self._has_kernels = False
+        try:
+            from server.engine.cpu.compiled import set_num_threads
+            from server.engine.cpu.cpu_attention import make_backend
+            from server.engine.cpu.fused_layers import bind, fuse_layers, unfuse_layers
+            from server.engine.cpu.row_kernels import can_compile, largest
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in NUMBA:
+                raise
+            logger.warning(
+                "Numba is not installed: torch's own attention and layers serve, which is slower; "
+                "pip install 'prelude-server[cpu]'"
+            )
+            return
+        self._has_kernels = True
+        self.backends = (make_backend,)
+        self._set_num_threads, self._bind = set_num_threads, bind
+        self._fuse_layers, self._unfuse_layers = fuse_layers, unfuse_layers
+        self._can_compile, self._compiled_largest = can_compile, largest
+        self.largest = self._largest
+
+    def set_num_threads(self, number: int | None) -> None:
+        """Set the threads of torch and of the compiled kernels, which share one pool."""
+        if self._has_kernels:
+            self._set_num_threads(number or torch.get_num_threads())
+        else:
+            super().set_num_threads(number)
+
+    def best_dtype(self, checkpoint: torch.dtype | None) -> torch.dtype | None:
+        """float32 for what CPUs have no fast products of: float16, and on some of them bfloat16."""
+        is_slow = checkpoint is torch.float16 or (checkpoint is torch.bfloat16 and not self.has_fast_bfloat16)
+        return torch.float32 if is_slow else checkpoint
+
+    def prepare(self, model: PreTrainedModel) -> Callable[[], None] | None:
+        """Fuse the layers that have a known form, and pack every product that is left; see the base class.
+
+        The way back keeps no second copy of the weights: they are unpacked, one module after another.
+        """
+        if not self._can_pack(model.dtype):
+            return None
+        num_fused = self._fuse_layers(model) if self._has_kernels else 0
+        self._pack_linears(model)
+
+        def unfuse() -> None:
+            self._unfuse_layers(model)
+            self._pack_linears(model)
+
+        return unfuse if num_fused else None
+
+    def bind(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
+        """Connect fused attention with the keys and values; see the base class."""
+        if self._has_kernels:
+            self._bind(model, backend)
+
+    def _largest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._can_compile(logits.dtype):
+            return self._compiled_largest(logits.contiguous())
+        return torch_largest(logits)
+
+
+class CUDAPlatform(Platform):
+    """NVIDIA GPUs: Triton kernels and CUDA graphs.
+
+    Args:
+        device: The GPU.
+
+    Raises:
+        EngineStartError: If torch finds no CUDA device.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise EngineStartError("--device cuda: torch finds no CUDA device")
+        from server.engine.cuda.graphs import CUDARecorder
+        from server.engine.cuda.triton_attention import TritonBackend
+
+        device = device or torch.device("cuda")
+        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+        super().__init__(device, (partial(TritonBackend, num_processors=num_processors), SDPABackend))
+        self._recorder = CUDARecorder
+
+    def free_memory(self) -> tuple[int, float]:
+        """Of the GPU; see the base class."""
+        return torch.cuda.mem_get_info(self.device)[0], CUDA_DEFAULT_FRACTION
+
+    def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
+        """Compare compiled kernels with torch's attention over many keys; see the base class."""
+        if type(backend) is not SDPABackend:
+            check_kernels(backend, num_heads)
+
+    def recorder(self) -> Recorder:
+        """CUDA graphs."""
+        return self._recorder()
+
+
+def choose_platform(device: str) -> Platform:
+    """The platform of a device.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
+
+    Raises:
+        EngineStartError: If the device is not there.
+    """
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return CUDAPlatform()
+    return CPUPlatform()
+
+
+def _available_host_memory() -> int:
+    """MemAvailable, or what the control group still allows where that is less (containers)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available

@@ -1,0 +1,34 @@
+"""Platforms for tests, which are handed to an engine in place of the machine's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from server.engine.attention.backend import AttentionBackend, SDPABackend
+from server.engine.attention.decode_batch import Recorder
+from server.engine.model.exactness import check_kernels
+from server.engine.model.platform import MakeBackend, Platform
+
+HOST = torch.device("cpu")
+
+
+class PlainPlatform(Platform):
+    """The model's own layers over given attention backends, with decodes recorded by a given recorder."""
+
+    def __init__(
+        self,
+        backends: Sequence[MakeBackend] = (SDPABackend,),
+        recorder: Recorder | None = None,
+        device: torch.device = HOST,
+    ) -> None:
+        super().__init__(device, backends)
+        self._recorder = recorder
+
+    def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
+        if type(backend) is not SDPABackend:
+            check_kernels(backend, num_heads)
+
+    def recorder(self) -> Recorder | None:
+        return self._recorder
