@@ -139,7 +139,7 @@ class PromptStore:
             base: The resident model, which it has to fit.
             require_same_base: Refuse a configuration that names another base.
             allow_float64: Take float64 files, whose rows the serving dtype can hold.
-            task_type: What it was trained for, where its configuration does not say.
+            task_type: Task type, if the adapter's configuration does not state it.
             alias: What to point at it; None leaves the aliases alone.
             description: Free text.
             tags: Words to list by.

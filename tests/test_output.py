@@ -38,7 +38,7 @@ def test_key_is_labelled_for_people(monkeypatch):
     monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     result = CliRunner().invoke(cli.app, ["key"])
-    assert result.stderr.startswith("the key, shown only now: prelude-")
+    assert result.stderr.startswith("API key (not shown again): prelude-")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")

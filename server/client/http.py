@@ -121,14 +121,14 @@ class PreludeClient:
         Args:
             directory: Where the two files are.
             name: The soft prompt's name.
-            alias: The alias to move, instead of latest.
+            alias: Alias to move, instead of latest.
             description: Free text.
             tags: Words to list by.
             metadata: A JSON object, as text.
             lineage: A JSON object, as text.
             shared: For every tenant, which takes a key with the scope admin.
             allow_other_base: Although it names another base than the served one.
-            task_type: What it was trained for, where its configuration does not say.
+            task_type: Task type, if the adapter's configuration does not state it.
             on_bytes: Told of the files' bytes as they are sent.
 
         Raises:
@@ -166,8 +166,8 @@ class PreludeClient:
 
         Args:
             version: The server's record of it.
-            directory: Where to; made where there is none.
-            force: Replace files that are different.
+            directory: Target directory; created if missing.
+            force: Overwrite files that differ.
             on_bytes: Told of the files' bytes as they come.
 
         Raises:

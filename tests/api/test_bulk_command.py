@@ -258,7 +258,7 @@ def test_a_signal_leaves_what_can_be_gone_on_from(live, engine, bulk, tmp_path, 
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert b"stopped by SIGINT; the same command goes on from here" in stderr
+    assert b"stopped by SIGINT; run the same command to resume" in stderr
     summary = json.loads(stdout)
     assert summary["state"] == "interrupted"
     assert 8 < summary["rows_done"] < 400

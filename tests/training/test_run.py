@@ -352,7 +352,7 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_virtual_tokens": 0}, "it has to be 1 or more"),
+        ({"num_virtual_tokens": 0}, "it must be at least 1"),
         ({"method": Method.CARTRIDGE, "num_virtual_tokens": 1}, "nothing could be trained"),
         ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "does not go with p_tuning_v2"),
         ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot begin at a text"),
