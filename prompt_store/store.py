@@ -162,7 +162,7 @@ class PromptStore:
         """
         check_name(name, "name")
         if name in reserved_names:
-            raise ValueError(f"name {name!r} is taken by the base model")
+            raise ValueError(f"name {name!r} is the name of the base model")
         if alias is not None:
             check_name(alias, "alias")
         for tag in tags:
@@ -340,7 +340,7 @@ class PromptStore:
             finally:
                 self._blobs.unpin(file.sha256)
         if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise CorruptBlobError(f"{filename} of {name}@{version} is not what was uploaded")
+            raise CorruptBlobError(f"{filename} of {name}@{version} does not match its digest")
         return data
 
     def totals(self) -> StoreTotals:
@@ -433,7 +433,7 @@ class PromptStore:
                 except BlobsGoneError:
                     seconds = self._collector.grace_seconds
                     raise StoreUnavailableError(
-                        f"the upload took longer than {seconds:.0f} s and was given up; send it again"
+                        f"the upload took longer than {seconds:.0f} s and was cancelled; send it again"
                     ) from None
 
     def _lease(self, version: PromptVersion) -> LeasedPrompt:

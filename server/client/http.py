@@ -183,7 +183,7 @@ class PreludeClient:
             missing = {path: file for path, file in wanted.items() if not _is_same(path, file["sha256"])}
             different = [str(path) for path in missing if path.exists()]
             if different and not force:
-                raise ClientError(f"{' and '.join(different)} would be overwritten by other content: give --force")
+                raise ClientError(f"{' and '.join(different)} would be overwritten; use --force")
             for path, file in missing.items():
                 parts[path] = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
                 self._download(version, file, parts[path], on_bytes)
@@ -340,17 +340,17 @@ def server_url(text: str) -> httpx.URL:
     """Read ``--url``: where a server is, without OpenAI's ``/v1`` at its end.
 
     Raises:
-        ClientError: If it is no URL of http or https.
+        ClientError: If it is not an http or https URL.
     """
     example = "write it as http://HOST:PORT"
     try:
         url = httpx.URL(text.strip().rstrip("/").removesuffix("/v1").rstrip("/"))
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise ClientError(f"--url {text[:200]!r} is no URL ({error}): {example}", code="usage") from error
+        raise ClientError(f"--url {text[:200]!r} is not a URL ({error}): {example}", code="usage") from error
     if url.scheme not in ("http", "https") or not _is_host(url.raw_host) or not 0 < (url.port or 80) < 65536:
-        raise ClientError(f"--url {text[:200]!r} is no URL of http or https: {example}", code="usage")
+        raise ClientError(f"--url {text[:200]!r} is not an http or https URL: {example}", code="usage")
     if url.query or url.fragment:
-        raise ClientError(f"--url {text[:200]!r} has more than an address: {example}", code="usage")
+        raise ClientError(f"--url {text[:200]!r} must be only an address: {example}", code="usage")
     return url
 
 
@@ -369,7 +369,7 @@ def key_headers(api_key: str | None) -> dict[str, str]:
     if not api_key:
         return {}
     if not (api_key.isascii() and api_key.isprintable()):
-        raise ClientError("the API key has a character that no header can carry")
+        raise ClientError("the API key contains a character that is not allowed in a header")
     return {"authorization": f"Bearer {api_key}"}
 
 

@@ -218,12 +218,12 @@ def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
         (["none", "{in}", "{out}"], 3, "'none' does not exist"),
         (["Not/There", "{in}", "{out}"], 3, "does not exist"),
         (["tiny", "{in}", "{out}", "--url", "http://127.0.0.1:1"], 7, "cannot be reached"),
-        (["tiny", "{in}", "{out}", "--api-key", "é"], 1, "no header can carry"),
+        (["tiny", "{in}", "{out}", "--api-key", "é"], 1, "is not allowed in a header"),
         (["tiny", "{in}", "{in}"], 2, "same file"),
         (["tiny", "{in}.no", "{out}"], 1, "in.jsonl.no: No such file"),
         (["tiny", "{in}", "{out}/no"], 1, "No such file"),
         (["tiny", "{in}", "{out}", "--labels", "a,,b"], 2, "a label is empty"),
-        (["tiny", "{in}", "{out}", "--labels", "a", "--generate"], 2, "--generate does not"),
+        (["tiny", "{in}", "{out}", "--labels", "a", "--generate"], 2, "--labels and --generate cannot be combined"),
         (["tiny", "{in}", "{out}", "--options", "{"], 2, "not JSON"),
         (["tiny", "{in}", "{out}", "--options", "[]"], 2, "JSON object"),
         (["tiny", "{in}", "{out}", "--options", "[" * 100_000], 2, "not JSON"),
@@ -231,7 +231,7 @@ def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
         (["tiny", "{in}", "{out}", "--labels", "a,\udcff"], 2, "labels holds what is no character"),
         (["\udcff", "{in}", "{out}"], 2, "NAME holds what is no character"),
         (["tiny", "/dev/null", "{out}"], 2, "/dev/null is no file"),
-        (["tiny", "{in}", "{out}", "--options", '{"n": 2}'], 2, "n is not for this option"),
+        (["tiny", "{in}", "{out}", "--options", '{"n": 2}'], 2, "n cannot be set by this option"),
     ],
 )
 def test_what_cannot_begin(live, tmp_path, arguments, status, reason):

@@ -91,7 +91,7 @@ def test_another_run_is_refused_until_restart(tmp_path):
 def test_a_file_of_somebody_else_is_left_alone(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("mine")
-    with pytest.raises(JournalError, match="is there already"):
+    with pytest.raises(JournalError, match="exists already"):
         Journal(path, IDENTITY)
     assert path.read_text() == "mine"
 
@@ -101,7 +101,7 @@ def test_a_state_that_cannot_be_read(tmp_path, state):
     path = tmp_path / "out.jsonl"
     write(path, 0, 1)
     path.with_name("out.jsonl.state").write_text(state)
-    with pytest.raises(JournalError, match="not what this version of the command writes"):
+    with pytest.raises(JournalError, match="was written by another version of this command"):
         Journal(path, IDENTITY)
     write(path, 0, 2, restart=True)
     assert json.loads(path.with_name("out.jsonl.state").read_text())["identity"] == IDENTITY

@@ -421,7 +421,7 @@ def test_a_server_that_stalls_is_given_up(
 
 @pytest.mark.parametrize("url", ["http://example.org/x", "/a/folder", "s3://", "file://not-local/x"])
 def test_other_urls_are_refused(url: str, open_blobs: Open) -> None:
-    with pytest.raises(PromptStoreError, match="is not an object store|can not be opened"):
+    with pytest.raises(PromptStoreError, match="is not an object store|cannot be opened"):
         open_blobs(url)
 
 

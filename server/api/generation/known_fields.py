@@ -213,7 +213,7 @@ def refuse_unsupported(body: Mapping[str, Any], refused: Mapping[str, Refused]) 
             continue
         if how.same_as is not None and _same(asked, body.get(how.same_as)):
             continue
-        raise UnsupportedError(f"{name}: this server does not support it; {how.instead}", param=name)
+        raise UnsupportedError(f"{name}: not supported by this server; {how.instead}", param=name)
 
 
 def _same(asked: Any, no_op: Any) -> bool:

@@ -70,7 +70,7 @@ class ModelRunner:
         try:
             config = self._start(settings, fuses=True)
         except _FusedModelError as error:
-            logger.warning("layers are not fused, for fused: %s", error)
+            logger.warning("layers are not fused: %s", error)
             config = self._start(settings, fuses=False)
         eos_token_ids = _eos_token_ids(config, self.model.generation_config)
         max_model_len = _max_model_len(settings.max_model_len, config)
@@ -197,7 +197,7 @@ class ModelRunner:
                     raise _FusedModelError(str(error)) from error
                 if make is makers[-1]:
                     raise
-                logger.warning("torch's own attention serves this model, which is slower, for: %s", error)
+                logger.warning("using torch's attention for this model, which is slower: %s", error)
         self._graphs = None if settings.enforce_eager else self._record_decodes(check)
         return config
 
@@ -233,9 +233,9 @@ class ModelRunner:
                 check.run_decodes(graphs.run, graphs.sizes)
         except Exception as error:  # whatever in the model cannot be recorded, each step can be launched
             reason = f"{type(error).__name__}: {error}"
-            logger.warning("decode steps are not replayed from CUDA graphs, which is slower, for: %s", reason)
+            logger.warning("decode steps do not use CUDA graphs, which is slower: %s", reason)
             return None
-        logger.info("decode steps of up to %d sequences are replayed from CUDA graphs", max_rows)
+        logger.info("decode steps of up to %d sequences use CUDA graphs", max_rows)
         return graphs
 
     def _check_shared(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
@@ -388,7 +388,7 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
     except SafetensorError as error:
         raise EngineStartError(
-            f"cannot load the model {settings.model!r}: a weights file is damaged or cut short ({error})"
+            f"cannot load the model {settings.model!r}: a weights file is damaged or truncated ({error})"
         ) from error
     missing = sorted(loaded["missing_keys"])
     if missing:  # transformers makes up random ones
@@ -398,7 +398,7 @@ def _load(settings: EngineSettings, device: torch.device) -> tuple[PreTrainedMod
             f"{type(model).__name__} needs"
         )
     if device.type == "cpu" and not _is_fast(model.dtype):
-        logger.warning("this CPU has no fast products of %s; --dtype float32 would be faster", model.dtype)
+        logger.warning("this CPU is slow at %s; --dtype float32 would be faster", model.dtype)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     return model, config.get_text_config(decoder=True)
@@ -429,7 +429,9 @@ def _max_model_len(wanted: int | None, config: PreTrainedConfig) -> int:
         own = min(own, int(rope.get("original_max_position_embeddings") or own))
     if wanted is None:
         if own is None:
-            raise EngineStartError("the model does not say how long its context is: give --max-model-len")
+            raise EngineStartError(
+                "the model's configuration does not state its context length: give --max-model-len"
+            )
         return int(own)
     if own is not None and wanted > own:
         raise EngineStartError(f"--max-model-len {wanted} is more than the model's limit of {own} positions")
