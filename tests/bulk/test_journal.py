@@ -77,7 +77,7 @@ def test_another_run_is_refused_until_restart(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 3)
     before = path.read_bytes()
-    with pytest.raises(JournalError, match=r"asked otherwise \(input, labels\)"):
+    with pytest.raises(JournalError, match=r"with different settings \(input, labels\)"):
         Journal(path, IDENTITY | {"input": "beef", "labels": []})
     assert path.read_bytes() == before
     with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal:
@@ -159,7 +159,7 @@ def test_syncs_are_due_after_a_while(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_disk_that_takes_no_more_is_told_with_what_to_do(tmp_path):
-    reason = r"No space left on device; .* the same command goes on"
+    reason = r"No space left on device; run the same command to resume"
     with pytest.raises(JournalError, match=reason), Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         journal.remember({"model": "a@1"})
         with Path("/dev/full").open("wb") as full:

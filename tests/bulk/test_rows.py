@@ -58,8 +58,8 @@ def test_blank_lines_and_a_mark_are_no_rows(path):
         (b"[" * 100_000, "nested too deeply"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": "a", "text": "b"}', "'text' appears twice"),
-        (b"{}", "this has none of them"),
-        (b'{"text": "a", "prompt": "b"}', "this has prompt and text"),
+        (b"{}", "this row has none of them"),
+        (b'{"text": "a", "prompt": "b"}', "this row has prompt and text"),
         (b'{"text": ""}', "text: should be a string, and not empty"),
         (b'{"prompt": 1}', "prompt: should be a string"),
         (b'{"messages": []}', "messages: should be a list"),
@@ -68,8 +68,8 @@ def test_blank_lines_and_a_mark_are_no_rows(path):
         (b'{"text": "a", "prompt_id": ""}', "prompt_id: should be a string"),
         (b'{"text": "a", "prompt_id": "x", "model": "y"}', "model already names a soft prompt"),
         (b'{"text": "a", "task_id": true}', "task_id: should be an integer"),
-        (b'{"text": "a", "response": 1}', "'response' is what the output is written to"),
-        (b'{"text": "a", "error": 1}', "'error' is what the output is written to"),
+        (b'{"text": "a", "response": 1}', "'response' is reserved for the output"),
+        (b'{"text": "a", "error": 1}', "'error' is reserved for the output"),
     ],
 )
 def test_what_is_wrong_is_told_and_stops_no_other(path, line, reason):

@@ -186,7 +186,7 @@ def test_aliases_move_only_from_where_they_are_expected(catalog: Catalog) -> Non
     assert resolve(catalog, "p@prod") == 2
     with pytest.raises(PromptNotFoundError, match="no version 9"):
         catalog.set_alias("p", "prod", 9, None)
-    with pytest.raises(PromptNotFoundError, match="no soft prompt 'q'"):
+    with pytest.raises(PromptNotFoundError, match="soft prompt 'q' does not exist"):
         catalog.set_alias("q", "prod", 1, None)
     catalog.delete_alias("p", "prod")
     with pytest.raises(PromptNotFoundError, match="no alias 'prod'"):

@@ -26,5 +26,5 @@ def test_the_check_notices(tmp_path: Path) -> None:
         crash_store.check(folder, lost, {})
     (folder / "blobs" / "ab").mkdir(exist_ok=True)
     (folder / "blobs" / "ab" / "ab01").touch()
-    with pytest.raises(AssertionError, match="unreferenced blobs"):
+    with pytest.raises(AssertionError, match="blobs without a name"):
         crash_store.check(folder, states, {})

@@ -100,10 +100,10 @@ def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
         (
             "SEQ_CLS",
             "base_model.score.modules_to_save.default.weight",
-            "PEFT saves the trained one as base_model.score.",
+            "it saves the trained head as base_model.score.",
         ),
-        ("SEQ_CLS", "score.weight", "PEFT saves the trained one as base_model.score.weight"),
-        ("SEQ_CLS", "base_model.model.classifier.bias", "PEFT saves the trained one as base_model.classifier.bias"),
+        ("SEQ_CLS", "score.weight", "it saves the trained head as base_model.score.weight"),
+        ("SEQ_CLS", "base_model.model.classifier.bias", "it saves the trained head as base_model.classifier.bias"),
         ("SEQ_CLS", "base_model.score.original_module.weight", "it is the untrained head; leave it out"),
         ("CAUSAL_LM", "base_model.score.weight", "a classification head requires the task type SEQ_CLS"),
         ("CAUSAL_LM", "base_model.norm.weight", "it would replace weights of the shared base model"),

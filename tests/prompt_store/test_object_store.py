@@ -143,7 +143,7 @@ def test_a_damaged_object_is_put_aside_and_healed_by_putting_it_again(
     put(blobs, tmp_path)
     blobs._cache.drop(DIGEST)
     obstore.put(blobs._store, KEY, damage)
-    with pytest.raises(CorruptBlobError, match="not what was stored") as caught:
+    with pytest.raises(CorruptBlobError, match="does not match its digest") as caught:
         blobs.fetch(DIGEST, len(DATA))
     assert not isinstance(caught.value, BlobNotFoundError)
     (aside,) = keys(blobs, "quarantine")
@@ -439,7 +439,8 @@ def test_without_obstore_the_extra_is_named(open_blobs: Open, monkeypatch: pytes
 
 def test_the_module_can_be_imported_without_obstore() -> None:
     code = (
-        "import sys; sys.modules['obstore'] = None; from prompt_store import object_store as o; print(o.has_obstore)"
+        "import sys; sys.modules['obstore'] = None; "
+        "from prompt_store.blobs import object_store as o; print(o.has_obstore)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

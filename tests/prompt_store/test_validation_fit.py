@@ -227,7 +227,15 @@ def test_weights_are_judged_even_where_the_configuration_cannot_be_read():
 def test_the_table_of_codes_is_complete():
     documented = set(re.findall(r"^``(\w+)`` ", validation.__doc__, re.MULTILINE))
     used = set()
-    for module in ("validation", "formats", "tensors", "tensor_faults", "multitask", "heads", "foreign_tensors"):
+    for module in (
+        "validation",
+        "formats",
+        "tensors",
+        "tensor_faults",
+        "multitask",
+        "head_validation",
+        "foreign_tensors",
+    ):
         source = (validation.Path(validation.__file__).parent / f"{module}.py").read_text()
         used |= set(re.findall(r"(?:[Ff]ault|_invalid)\(\s*\"(\w+)\"", source))
     assert used == documented

@@ -130,15 +130,15 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
                             "id": {"type": "string"},
                             "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                             "alias": {"type": "string"},
-                            "shared": {"type": "boolean", "description": "For every tenant; needs the scope admin."},
+                            "shared": {"type": "boolean", "description": "Share it with all tenants; needs the scope admin."},
                             "allow_other_base": {
                                 "type": "boolean",
-                                "description": "Take it although it names another base model than the served one.",
+                                "description": "Accept files that name another base model.",
                             },
                             "task_type": {
                                 "type": "string",
                                 "enum": list(TaskType),
-                                "description": "What it was trained for, where adapter_config.json does not say.",
+                                "description": "Task type, if adapter_config.json does not state it.",
                             },
                             "description": {"type": "string"},
                             "tags": {"type": "array", "items": {"type": "string"}},
