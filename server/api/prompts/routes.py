@@ -130,7 +130,10 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
                             "id": {"type": "string"},
                             "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                             "alias": {"type": "string"},
-                            "shared": {"type": "boolean", "description": "Share it with all tenants; needs the scope admin."},
+                            "shared": {
+                                "type": "boolean",
+                                "description": "Share it with all tenants; needs the scope admin.",
+                            },
                             "allow_other_base": {
                                 "type": "boolean",
                                 "description": "Accept files that name another base model.",
