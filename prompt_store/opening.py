@@ -51,8 +51,7 @@ def open_store(
     is_remote = "://" in str(location)
     if is_remote and catalog_url is None:
         raise PromptStoreError(
-            f"the store {location} needs a catalog of its own: give postgresql://... (replicas can share it) "
-            "or sqlite:///PATH"
+            f"the store {location} needs --catalog: give postgresql://... (replicas can share it) or sqlite:///PATH"
         )
     if is_remote and cache_path is None:
         raise PromptStoreError(f"the store {location} needs a directory for local copies")
@@ -61,7 +60,7 @@ def open_store(
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PromptStoreError(f"the directory {folder} cannot be made: {error.strerror}") from error
+            raise PromptStoreError(f"the directory {folder} cannot be created: {error.strerror}") from error
         url = catalog_url or sa.URL.create("sqlite", database=str(folder / CATALOG_FILE)).render_as_string()
         lock = _lock(url)
         if lock is not None:

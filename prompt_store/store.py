@@ -139,7 +139,7 @@ class PromptStore:
             base: The resident model, which it has to fit.
             require_same_base: Refuse a configuration that names another base.
             allow_float64: Take float64 files, whose rows the serving dtype can hold.
-            task_type: What it was trained for, where its configuration does not say.
+            task_type: Task type, if the adapter's configuration does not state it.
             alias: What to point at it; None leaves the aliases alone.
             description: Free text.
             tags: Words to list by.
@@ -162,7 +162,7 @@ class PromptStore:
         """
         check_name(name, "name")
         if name in reserved_names:
-            raise ValueError(f"name {name!r} is taken by the base model")
+            raise ValueError(f"name {name!r} is the name of the base model")
         if alias is not None:
             check_name(alias, "alias")
         for tag in tags:
@@ -340,7 +340,7 @@ class PromptStore:
             finally:
                 self._blobs.unpin(file.sha256)
         if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise CorruptBlobError(f"{filename} of {name}@{version} is not what was uploaded")
+            raise CorruptBlobError(f"{filename} of {name}@{version} does not match its digest")
         return data
 
     def totals(self) -> StoreTotals:
@@ -433,7 +433,7 @@ class PromptStore:
                 except BlobsGoneError:
                     seconds = self._collector.grace_seconds
                     raise StoreUnavailableError(
-                        f"the upload took longer than {seconds:.0f} s and was given up; send it again"
+                        f"the upload took longer than {seconds:.0f} s and was cancelled; send it again"
                     ) from None
 
     def _lease(self, version: PromptVersion) -> LeasedPrompt:

@@ -195,7 +195,7 @@ class PromptRef:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file of a version, byte for byte as it was uploaded.
+    """Download a file of a version, exactly as it was uploaded.
 
     Attributes:
         filename: ``adapter_config.json`` or ``adapter_model.safetensors``.
@@ -232,7 +232,7 @@ class Lineage:
             ValueError: If it is not an object, or a field is unknown or has the wrong type.
         """
         if not isinstance(value, Mapping):
-            raise ValueError("lineage has to be a JSON object")
+            raise ValueError("lineage must be a JSON object")
         unknown = sorted(map(str, value.keys() - {"training_run", "parent", "dataset_digest", "scores"}))
         if unknown:
             raise ValueError(
@@ -242,13 +242,13 @@ class Lineage:
         for key in ("training_run", "parent", "dataset_digest"):
             text = value.get(key)
             if text is not None and not (isinstance(text, str) and 0 < len(text) <= MAX_LINEAGE_CHARS):
-                raise ValueError(f"lineage.{key} has to be a string of 1 to {MAX_LINEAGE_CHARS} characters")
+                raise ValueError(f"lineage.{key} must be a string of 1 to {MAX_LINEAGE_CHARS} characters")
             texts[key] = text
         if texts["parent"] is not None and PromptRef.parse(texts["parent"]).version is None:
-            raise ValueError("lineage.parent has to name a version: NAME@VERSION")
+            raise ValueError("lineage.parent must name a version: NAME@VERSION")
         scores = value.get("scores") or {}
         if not isinstance(scores, Mapping) or len(scores) > MAX_SCORES:
-            raise ValueError(f"lineage.scores has to be an object of at most {MAX_SCORES} numbers")
+            raise ValueError(f"lineage.scores must be an object of at most {MAX_SCORES} numbers")
         for key, score in scores.items():
             is_number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= MAX_SCORE
             if not is_number or not 0 < len(key) <= MAX_LINEAGE_CHARS:
@@ -442,5 +442,5 @@ def check_name(text: str, what: str) -> str:
             f"{what} {text[:64]!r} is not valid: 1 to 128 of a-z, 0-9, '.', '_', '-', starting with a letter or digit"
         )
     if what == "alias" and text.isdigit():
-        raise ValueError(f"alias {text!r} is not valid: an alias of digits only would read as a version")
+        raise ValueError(f"alias {text!r} is not valid: an alias of digits only would be read as a version")
     return text

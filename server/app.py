@@ -145,7 +145,7 @@ def create_app(
     middleware.append(Middleware(AdmissionMiddleware, services=services))
     app = FastAPI(
         title="Prelude",
-        description="One frozen model, many soft prompts, one batch. OpenAI's API where OpenAI has one.",
+        description="One frozen model with many soft prompts in one batch, over an OpenAI-compatible API.",
         lifespan=lambda _: _lifespan(
             services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics), tracer=tracer
         ),
@@ -227,7 +227,7 @@ class PreludeServer(uvicorn.Server):
         """Finish what runs while the door still answers, then close it."""
         self._services.lifecycle.drain()
         logger.info(
-            "draining: new requests are refused; %d sequences may finish, for up to %g s",
+            "draining: refusing new requests; %d sequences have up to %g s to finish",
             self._services.admission.num_in_use,
             self._drain_seconds,
         )
@@ -246,7 +246,7 @@ class PreludeServer(uvicorn.Server):
         """After a second signal, end what runs with an error, and soon thereafter every connection."""
         while not self._hurries:  # noqa: ASYNC110 - set by a signal handler, which may only set a flag
             await asyncio.sleep(_POLL_SECONDS)
-        logger.warning("a second signal: what still runs is cut off")
+        logger.warning("second signal: ending running requests")
         await self._services.engine.drain(0)
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         for connection in list(self.server_state.connections):
@@ -298,7 +298,7 @@ def run(settings: Settings) -> None:
     with closing(bind(settings.http)) as bound:
         app = create_app(settings)
         keep_what_is_loaded()
-        logger.info("loading %s; %s answers meanwhile", settings.engine.model, url_of(bound))
+        logger.info("loading %s; listening on %s", settings.engine.model, url_of(bound))
         PreludeServer(app, settings).run(sockets=[bound])
     failure = lifecycle_of(app).failure
     if failure is not None:
@@ -396,7 +396,7 @@ async def _start(services: Services) -> None:
         services.lifecycle.fail(EngineStartError(f"{type(error).__name__}: {error}"))
     else:
         services.lifecycle.serve()
-        logger.info("%s serves", services.base_name)
+        logger.info("%s is ready", services.base_name)
 
 
 async def _load_tokenizer(services: Services) -> None:

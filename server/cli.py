@@ -1,4 +1,4 @@
-"""The ``prelude`` command: ``serve`` and ``demo`` with their flags, beside the client commands."""
+"""The ``prelude`` command: ``serve``, ``demo`` and ``key``, and the client commands."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ app = typer.Typer(
 logger = logging.getLogger(__name__)
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-"""What a disk or a device answers that takes no more; a closed pipe is typer's to end quietly."""
+"""Errors of a full or failed output device. A closed pipe is handled by typer."""
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -58,15 +58,15 @@ _SIZE = re.compile(r"(\d+)\s*([kmg]i?b)?", re.IGNORECASE)
 
 
 def parse_bytes(text: str | int) -> int:
-    """Read a size: plain bytes, or a number with KB, MB, GB (powers of 1000) or KiB, MiB, GiB (powers of 1024).
+    """Parse a size: bytes, or a number with KB, MB, GB (powers of 1000) or KiB, MiB, GiB (powers of 1024).
 
     Raises:
-        typer.BadParameter: If it is none of these, or zero.
+        typer.BadParameter: If the text has another form or the size is zero.
     """
     match = _SIZE.fullmatch(str(text).strip())
     size = int(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0
     if size == 0:
-        raise typer.BadParameter(f"{text!r} is not a size: write bytes, or a number with KiB, MiB or GiB")
+        raise typer.BadParameter(f"{text!r} is not a size: give bytes, or a number with KiB, MiB or GiB")
     return size
 
 
@@ -75,12 +75,12 @@ class _Flag:
     """One of serve's flags: a field of the settings tree.
 
     Attributes:
-        section: The dataclass that holds the field; it also has the default.
-        field: The field.
-        type: What the command line parses.
+        section: The dataclass that holds the field and its default.
+        field: The field's name.
+        type: The type that the command line parses.
         help: One line.
-        options: More of typer's options, such as bounds.
-        name: The flag, where it is not the field's name.
+        options: Further options for typer, such as bounds.
+        name: The flag's name if it differs from the field's.
     """
 
     section: type
@@ -92,12 +92,12 @@ class _Flag:
 
     @property
     def variable(self) -> str:
-        """The environment variable that sets it too."""
+        """The environment variable for this flag."""
         return f"PRELUDE_{self.name.upper()}"
 
     @property
     def default(self) -> Any:
-        """The settings' own default; required where there is none."""
+        """The field's default; ``...`` if the flag is required."""
         field = next(field for field in fields(self.section) if field.name == self.field)
         return ... if field.default is MISSING else field.default
 
@@ -116,10 +116,10 @@ def _flag(section: type, field: str, type_: Any, text: str, *, name: str | None 
 
 
 def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Read soft prompts as requests name them, with commas between.
+    """Parse comma-separated references to soft prompts.
 
     Raises:
-        typer.BadParameter: If one is not well formed.
+        typer.BadParameter: If one is malformed.
     """
     if isinstance(text, tuple):
         return text
@@ -133,12 +133,12 @@ def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def parse_keys(text: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Read API keys with commas between."""
+    """Parse comma-separated API keys."""
     return text if isinstance(text, tuple) else tuple(key for part in text.split(",") if (key := part.strip()))
 
 
 def parse_list(text: str) -> tuple[str, ...]:
-    """Read one or more values with commas between, of a flag that may be given several times."""
+    """Parse the comma-separated values of a repeatable flag."""
     return tuple(value for part in text.split(",") if (value := part.strip()))
 
 
@@ -147,40 +147,53 @@ _KEYS: dict[str, Any] = {"parser": parse_keys, "metavar": "KEY,..."}
 _BYTES: dict[str, Any] = {"parser": parse_bytes, "metavar": "BYTES"}
 
 FLAGS = (
-    _flag(EngineSettings, "model", str, "A hub id, or a directory that transformers can load."),
-    _flag(EngineSettings, "revision", str | None, "The hub revision of the model."),
-    _flag(Settings, "served_model_name", str | None, "The model's name in the API; by default its id or directory."),
-    _flag(EngineSettings, "device", Device, "Where the model runs; auto takes CUDA where there is one."),
+    _flag(EngineSettings, "model", str, "Hub id, or a directory that transformers can load."),
+    _flag(EngineSettings, "revision", str | None, "Hub revision of the model."),
+    _flag(
+        Settings,
+        "served_model_name",
+        str | None,
+        "Name of the model in the API; default: its hub id or directory name.",
+    ),
+    _flag(EngineSettings, "device", Device, "Device to run the model on; auto uses CUDA if available."),
     _flag(
         EngineSettings,
         "dtype",
         DType,
-        "The serving dtype; auto takes the checkpoint's where the device is fast at it.",
+        "Serving dtype; auto uses the checkpoint's if the device is fast at it.",
     ),
     _flag(HttpSettings, "host", str, "Address to bind; anything but loopback needs keys."),
-    _flag(HttpSettings, "port", int, "TCP port; 0 takes a free one.", min=0, max=65535),
+    _flag(HttpSettings, "port", int, "TCP port; 0 picks a free one.", min=0, max=65535),
     _flag(
-        StoreSettings, "location", str, "Where soft prompts are: a directory, or s3://, gs:// or az://.", name="store"
+        StoreSettings,
+        "location",
+        str,
+        "Where soft prompts are stored: a directory, or s3://, gs:// or az://.",
+        name="store",
     ),
     _flag(
         StoreSettings,
         "catalog_url",
         str | None,
-        "Names and versions: postgresql://... or sqlite:///PATH; by default SQLite in the store's directory.",
+        "Database of names and versions: postgresql://... or sqlite:///PATH; default: SQLite in the store.",
         name="catalog",
     ),
-    _flag(StoreSettings, "cache_path", Path, "Directory for copies of an object store's files.", name="cache"),
-    _flag(StoreSettings, "cache_bytes", int, "What those copies may take.", **_BYTES),
-    _flag(StoreSettings, "max_upload_bytes", int, "Largest file of an upload.", **_BYTES),
-    _flag(StoreSettings, "allow_other_base", bool, "Take soft prompts that name another base model."),
-    _flag(StoreSettings, "allow_float64", bool, "Take float64 soft prompts, rounded to the serving dtype."),
-    _flag(StoreSettings, "preload", tuple, "Soft prompts to bring onto the device at the start.", **_NAMES),
-    _flag(StoreSettings, "pin", tuple, "Soft prompts to preload and to keep in host memory.", **_NAMES),
+    _flag(StoreSettings, "cache_path", Path, "Directory for local copies of an object store's files.", name="cache"),
+    _flag(StoreSettings, "cache_bytes", int, "Maximum size of the local copies.", **_BYTES),
+    _flag(StoreSettings, "max_upload_bytes", int, "Maximum size of one uploaded file.", **_BYTES),
+    _flag(
+        StoreSettings, "allow_other_base", bool, "Accept soft prompts whose configuration names another base model."
+    ),
+    _flag(
+        StoreSettings, "allow_float64", bool, "Accept float64 soft prompts; they are rounded to the serving dtype."
+    ),
+    _flag(StoreSettings, "preload", tuple, "Soft prompts to load onto the device at startup.", **_NAMES),
+    _flag(StoreSettings, "pin", tuple, "Soft prompts to preload and to keep in host memory at all times.", **_NAMES),
     _flag(
         StoreSettings,
         "pinned_bytes",
         int | None,
-        "Host memory for all pins; by default as much as for soft prompts.",
+        "Host memory for all pins; default: the same as --soft-prompt-host-memory.",
         name="pinned_memory",
         **_BYTES,
     ),
@@ -188,64 +201,72 @@ FLAGS = (
         StoreSettings,
         "tenant_pinned_bytes",
         int | None,
-        "Host memory for one tenant's pins; by default half of that.",
+        "Host memory for the pins of one tenant; default: half of --pinned-memory.",
         name="pinned_memory_per_tenant",
         **_BYTES,
     ),
-    _flag(EngineSettings, "max_model_len", int | None, "Positions of one sequence, virtual tokens included.", min=1),
-    _flag(EngineSettings, "max_num_seqs", int, "Sequences that run in one step.", min=1),
-    _flag(EngineSettings, "max_num_batched_tokens", int, "Tokens computed in one step.", min=1),
-    _flag(EngineSettings, "block_size", int, "Positions in one key/value block.", min=1),
+    _flag(
+        EngineSettings, "max_model_len", int | None, "Maximum length of a sequence, virtual tokens included.", min=1
+    ),
+    _flag(EngineSettings, "max_num_seqs", int, "Maximum number of sequences in one step.", min=1),
+    _flag(EngineSettings, "max_num_batched_tokens", int, "Maximum number of tokens computed in one step.", min=1),
+    _flag(EngineSettings, "block_size", int, "Number of positions in one key/value block.", min=1),
     _flag(
         EngineSettings,
         "kv_cache_memory",
         int | None,
-        "Memory for keys and values; by default what is free.",
+        "Memory for keys and values; default: most of the free memory.",
         **_BYTES,
     ),
     _flag(
         EngineSettings,
         "soft_prompt_host_bytes",
         int,
-        "Host memory for soft prompts that nobody uses at the moment.",
+        "Host memory that caches soft prompts between requests.",
         name="soft_prompt_host_memory",
         **_BYTES,
     ),
     _flag(
-        EngineSettings, "enable_prefix_caching", bool, "Keep the blocks of texts for others with the same opening."
+        EngineSettings,
+        "enable_prefix_caching",
+        bool,
+        "Reuse the keys and values of a text's beginning for later texts that begin alike.",
     ),
-    _flag(EngineSettings, "num_threads", int | None, "CPU threads of the model; by default every core.", min=1),
+    _flag(EngineSettings, "num_threads", int | None, "CPU threads for the model; default: all cores.", min=1),
     _flag(
         EngineSettings,
         "generation_config",
         GenerationConfigUse,
-        "Take defaults of requests from the checkpoint's generation_config.json, or none of them.",
+        "auto: take request defaults from the checkpoint's generation_config.json; none: ignore them.",
     ),
-    _flag(EngineSettings, "enforce_eager", bool, "Do not replay decodes from CUDA graphs."),
+    _flag(EngineSettings, "enforce_eager", bool, "Do not use CUDA graphs for decode steps."),
     _flag(
         EngineSettings,
         "step_timeout",
         float,
-        "Seconds until a stuck step's process is replaced; 0 is never.",
+        "Seconds before a hung step is killed and the engine restarted; 0: never.",
         min=0.0,
     ),
     _flag(
-        HttpSettings, "api_key_file", Path | None, "Keys, one a line, or *.toml or *.json with tenants and scopes."
+        HttpSettings,
+        "api_key_file",
+        Path | None,
+        "File of API keys: one per line, or *.toml or *.json with tenants and scopes.",
     ),
     _flag(
         HttpSettings,
         "api_keys",
         tuple,
-        "Keys without a file; as a variable, a process list does not show them.",
+        "API keys without a file; set the variable to hide them from process lists.",
         **_KEYS,
     ),
-    _flag(HttpSettings, "allow_open", bool, "Serve everybody, without keys, on an address that others reach."),
-    _flag(HttpSettings, "open_metrics", bool, "Serve /metrics without a key, for what scrapes it and has none."),
+    _flag(HttpSettings, "allow_open", bool, "Serve without API keys on an address that other machines can reach."),
+    _flag(HttpSettings, "open_metrics", bool, "Serve /metrics without an API key."),
     _flag(
         HttpSettings,
         "allow_origin",
         list[Any],
-        "An origin whose pages may use the server; may be given several times.",
+        "Web origin whose pages may call the server; repeatable.",
         parser=parse_list,
         metavar="URL",
     ),
@@ -253,28 +274,44 @@ FLAGS = (
         HttpSettings,
         "allowed_host",
         list[Any],
-        "Another name for the server in requests; may be given several times.",
+        "Additional host name accepted in the Host header; repeatable.",
         parser=parse_list,
         metavar="NAME",
     ),
-    _flag(HttpSettings, "max_waiting", int, "Sequences that may wait for a place before the answer is 429.", min=0),
     _flag(
-        HttpSettings, "max_wait_seconds", float, "Wait for a place before the answer is 503; 0 is no limit.", min=0.0
+        HttpSettings, "max_waiting", int, "Maximum number of waiting sequences; more are answered with 429.", min=0
     ),
-    _flag(HttpSettings, "max_body_bytes", int, "Largest JSON body.", **_BYTES),
-    _flag(HttpSettings, "max_connections", int, "Connections that may be open at once.", min=1),
-    _flag(HttpSettings, "max_head_bytes", int, "Largest request line and headers.", **_BYTES),
-    _flag(HttpSettings, "head_timeout", float, "Seconds for a request's line and headers to come.", min=0.1),
-    _flag(HttpSettings, "body_timeout", float, "Seconds to wait for a body; 4 KiB of it give one back.", min=0.1),
-    _flag(HttpSettings, "stall_timeout", float, "Seconds that an answer may lie unread.", min=0.1),
-    _flag(HttpSettings, "drain_seconds", float, "How long running requests may finish after SIGTERM.", min=0.0),
-    _flag(HttpSettings, "metrics_top_prompts", int, "Soft prompts with a metric label of their own.", min=0),
-    _flag(Settings, "log_level", LogLevel, "How much is logged, to the standard error."),
-    _flag(Settings, "log_format", LogFormat, "Lines of text, or one JSON object a line."),
-    _flag(HttpSettings, "log_prompts", bool, "Log each request's prompts or messages, too."),
-    _flag(Settings, "otlp_traces_endpoint", str | None, "Collector of traces by OTLP over HTTP; no text is sent."),
+    _flag(HttpSettings, "max_wait_seconds", float, "Maximum time in the queue before a 503; 0: no limit.", min=0.0),
+    _flag(HttpSettings, "max_body_bytes", int, "Maximum size of a JSON body.", **_BYTES),
+    _flag(HttpSettings, "max_connections", int, "Maximum number of open connections.", min=1),
+    _flag(HttpSettings, "max_head_bytes", int, "Maximum size of the request line and headers.", **_BYTES),
+    _flag(HttpSettings, "head_timeout", float, "Seconds to wait for the request line and headers.", min=0.1),
+    _flag(
+        HttpSettings,
+        "body_timeout",
+        float,
+        "Seconds to wait for a request body; extended by one second per 4 KiB received.",
+        min=0.1,
+    ),
+    _flag(
+        HttpSettings,
+        "stall_timeout",
+        float,
+        "Seconds before a client that does not read its response is disconnected.",
+        min=0.1,
+    ),
+    _flag(
+        HttpSettings, "drain_seconds", float, "Seconds that running requests have to finish after SIGTERM.", min=0.0
+    ),
+    _flag(HttpSettings, "metrics_top_prompts", int, "Number of soft prompts with a separate metric label.", min=0),
+    _flag(Settings, "log_level", LogLevel, "Minimum level of log lines; they go to standard error."),
+    _flag(Settings, "log_format", LogFormat, "text for people, or json for one JSON object per line."),
+    _flag(HttpSettings, "log_prompts", bool, "Include each request's prompts or messages in the log."),
+    _flag(
+        Settings, "otlp_traces_endpoint", str | None, "URL to send OTLP traces to, over HTTP; they contain no text."
+    ),
 )
-"""Every flag of ``serve``. Names come from the fields, defaults from the settings."""
+"""All flags of ``serve``."""
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
@@ -282,7 +319,7 @@ def settings_from(values: dict[str, Any]) -> Settings:
     by_section: dict[type, dict[str, Any]] = {}
     for flag in FLAGS:
         value = values[flag.name]
-        if isinstance(value, list):  # a flag that may be given several times, each time with several values
+        if isinstance(value, list):  # a repeatable flag, each occurrence with several values
             value = tuple(item for part in value for item in part)
         by_section.setdefault(flag.section, {})[flag.field] = value
     return Settings(
@@ -294,7 +331,7 @@ def settings_from(values: dict[str, Any]) -> Settings:
 
 
 def _with_flags(flags: tuple[_Flag, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's ``**values`` by one parameter for each flag: typer reads signatures."""
+    """Replace a command's ``**values`` by one parameter per flag, because typer reads signatures."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -309,7 +346,7 @@ def _with_flags(flags: tuple[_Flag, ...]) -> Callable[[Callable[..., None]], Cal
 
 @contextmanager
 def _errors_on_one_line(log_format: LogFormat = "text") -> Iterator[None]:
-    """End with status 1 and one line where the operator is told what is wrong."""
+    """Report an error in one line and exit with status 1."""
     try:
         yield
     except (ServerError, PromptStoreError) as error:
@@ -322,7 +359,7 @@ def _errors_on_one_line(log_format: LogFormat = "text") -> Iterator[None]:
 
 
 def _is_default(context: typer.Context, name: str) -> bool:
-    """Whether a flag came neither from the command line nor from its variable."""
+    """Whether a flag was set neither on the command line nor by its variable."""
     source = context.get_parameter_source(name)
     return source is None or source.name.startswith("DEFAULT")
 
@@ -331,7 +368,7 @@ def _is_default(context: typer.Context, name: str) -> bool:
 @_with_flags(FLAGS)
 def serve(**values: Any) -> None:
     """Serve a model and its soft prompts until SIGTERM or Ctrl-C."""
-    # Not at the top: it brings transformers, which takes seconds that the client commands need not wait.
+    # Imported here because it loads transformers, which takes seconds; client commands do not need it.
     from server.app import run  # noqa: PLC0415
 
     logs.configure(values["log_level"], values["log_format"])
@@ -343,16 +380,16 @@ def serve(**values: Any) -> None:
 @_with_flags(tuple(flag for flag in FLAGS if flag.name not in {"model", "revision"}))
 def demo(
     context: typer.Context,
-    exit_: Annotated[bool, typer.Option("--exit", help="Stop after the tour; status 0 if all of it worked.")] = False,
+    exit_: Annotated[bool, typer.Option("--exit", help="Exit after the tour; status 0 if it succeeded.")] = False,
     **values: Any,
 ) -> None:
-    """Serve the embedded model and its soft prompts, tour them, and print what to try."""
-    from server.demo import tour  # noqa: PLC0415 - as in serve
+    """Serve the embedded model and its soft prompts, run a tour of them, and print commands to try."""
+    from server.demo import tour  # noqa: PLC0415 - slow to import, like server.app
 
     if _is_default(context, "store"):
         values["store"] = None
     values["served_model_name"] = values["served_model_name"] or tour.MODEL_NAME
-    # The tour is what people look at; whoever asks for a log gets all of it.
+    # Show only the tour, unless a log was requested.
     is_quiet = _is_default(context, "log_level") and _is_default(context, "log_format")
     logs.configure("WARNING" if is_quiet else values["log_level"], values["log_format"])
     with _errors_on_one_line(values["log_format"]), tour.store_directory(values["store"]) as store:
@@ -363,21 +400,19 @@ def demo(
 
 @app.command()
 def key(
-    tenant: Annotated[
-        str | None, typer.Option(help="Whose key it is; by default it has a tenant of its own.")
-    ] = None,
-    scope: Annotated[list[str] | None, typer.Option(help="What it may do; may be given several times.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant of the key; default: a separate tenant.")] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="Permission of the key; repeatable.")] = None,
 ) -> None:
-    """Make a random API key: its hash for a key file on standard output, the key alone on standard error."""
-    # Not at the top: starlette takes time that the client commands need not wait.
+    """Create a random API key: print its hash (for a key file) to standard output, the key to standard error."""
+    # Imported here because starlette is slow to import and client commands do not need it.
     from server.api.keys.key_file import describe_key, new_key  # noqa: PLC0415
 
     secret, digest = new_key()
     with _errors_on_one_line():
         line = describe_key(digest, tenant=tenant, scopes=scope or [])
     typer.echo(line)
-    # Labelled for people only: what a file gets is the key, as PRELUDE_API_KEY takes it.
-    typer.echo(f"the key, shown only now: {secret}" if sys.stderr.isatty() else secret, err=True)
+    # Labelled on a terminal only: a file gets the bare key, as PRELUDE_API_KEY expects it.
+    typer.echo(f"API key (not shown again): {secret}" if sys.stderr.isatty() else secret, err=True)
 
 
 for module in (commands, bulk, evaluation, training):
@@ -393,7 +428,7 @@ def main() -> None:
             raise
         with suppress(OSError):
             typer.echo(f"prelude: {error.filename or 'the output'} cannot be written: {error.strerror}", err=True)
-        # What is left in the buffers would fail once more when the interpreter ends.
+        # Buffered output would fail again when the interpreter exits.
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -89,7 +89,7 @@ class HttpSettings:
 
     Attributes:
         host: Address to bind; anything but loopback needs keys, or ``allow_open``.
-        port: TCP port; 0 takes a free one.
+        port: TCP port; 0 picks a free one.
         api_key_file: The keys: one a line, or TOML or JSON with tenants and scopes (docs/security.md). Without keys
             everybody who can connect is served.
         api_keys: Keys that need no file; each may do everything.

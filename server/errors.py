@@ -1,31 +1,31 @@
-"""What the server can answer with instead of a result.
+"""The errors of the server.
 
 ServerError
-├── ConfigurationError       the settings cannot be used; told to the operator at start-up
-├── InvalidRequestError      the request is wrong; names the field
-│   ├── ContextLengthError   the text, the soft prompt and the new tokens do not fit the context
-│   ├── PayloadTooLargeError the body is over its limit
-│   └── MediaTypeError       the body is not of a type that the path takes
-├── AuthenticationError      no key, or an unknown one
-├── PermissionDeniedError    the key may not do this
+├── ConfigurationError       the settings are invalid; reported at startup
+├── InvalidRequestError      the request is invalid; names the field
+│   ├── ContextLengthError   text, soft prompt and new tokens exceed the context
+│   ├── PayloadTooLargeError the body exceeds its size limit
+│   └── MediaTypeError       the body's content type is not supported
+├── AuthenticationError      the API key is missing or unknown
+├── PermissionDeniedError    the API key lacks a scope
 ├── CrossOriginError         a web page of another origin sent the request
-├── MisdirectedRequestError  the request's Host is none of this server's names
-├── RateLimitError           the key is over one of its limits
-├── PinBudgetError           pinned soft prompts would take more host memory than they may
+├── MisdirectedRequestError  the Host header names another server
+├── RateLimitError           the API key exceeds one of its limits
+├── PinBudgetError           pinned soft prompts would exceed their host memory
 ├── NotFoundError
 │   ├── ModelNotFoundError
 │   └── SoftPromptNotFoundError
-├── UnsupportedError         a known field whose feature this server does not have
+├── UnsupportedError         a known field that this server does not support
 ├── EngineError
 │   ├── EngineNotReadyError  still loading, or draining
-│   │   └── EngineRestartingError  the engine process ended, and another is being started
+│   │   └── EngineRestartingError  the engine process ended and is being restarted
 │   ├── EngineDeadError      the engine process ended while the request was in flight
-│   ├── OverloadedError      no admission permit is free
-│   ├── WaitTimeoutError     the request was admitted, and did not begin to run within its timeout
-│   ├── ConstraintError      the engine cannot hold the text to what the request demands of it
-│   ├── RequestRefusedError  the request asks for what the engine can never do
-│   └── RequestFailedError   the engine could not finish this one request
-│       └── NotFiniteError   the model computed NaN or an infinity for it
+│   ├── OverloadedError      the server is full
+│   ├── WaitTimeoutError     the request timed out in the queue
+│   ├── ConstraintError      the engine cannot satisfy the request's constraint
+│   ├── RequestRefusedError  the engine can never serve the request
+│   └── RequestFailedError   the engine failed on this request
+│       └── NotFiniteError   the model computed NaN or infinity
 └── EngineStartError         the engine cannot start: wrong model, too little memory
 """
 
@@ -35,12 +35,12 @@ from collections.abc import Sequence
 
 
 class ServerError(Exception):
-    """Base of all errors that a client or an operator is told about.
+    """Base of all errors that are reported to clients or operators.
 
     Attributes:
         message: For people.
-        param: The request's field at fault, if there is one.
-        retry_after: Seconds after which the same request may be answered, where that is known.
+        param: The request field that caused the error, if any.
+        retry_after: Seconds after which a retry may succeed, if known.
     """
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
@@ -78,7 +78,7 @@ class PermissionDeniedError(ServerError):
     """The key that was sent may not do this.
 
     Attributes:
-        scopes: What it would have to have, one of them.
+        scopes: The required scopes, one of which is enough.
     """
 
     def __init__(self, message: str, *, scopes: Sequence[str] = ()) -> None:
@@ -98,7 +98,7 @@ class RateLimitError(ServerError):
     """The key that was sent is over one of its limits.
 
     Attributes:
-        is_hopeless: Whether the same request will always be.
+        is_hopeless: Whether the same request can never succeed.
     """
 
     def __init__(self, message: str, *, retry_after: float, is_hopeless: bool = False) -> None:

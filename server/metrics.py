@@ -1,4 +1,4 @@
-"""Every Prometheus name of the server, in one place. Base units; labels of bounded number."""
+"""All Prometheus metrics of the server. Base units; every label has a bounded number of values."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from server.top_names import TopNames
 PREFIX = "prelude_"
 
 BASE_LABEL = "-"
-"""The ``prompt`` label of requests to the bare base; no soft prompt's name can start with a dash."""
+"""The ``prompt`` label of requests to the base model; no soft prompt's name starts with a dash."""
 
 OTHER_LABEL = "other"
-"""The ``prompt`` label that all soft prompts share but the N most used now, and one that is named so itself."""
+"""The ``prompt`` label of all soft prompts except the N most used, and of one named ``other``."""
 
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -41,12 +41,12 @@ _PHASE_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """What the store holds and how it is.
+    """The state of the store.
 
     Attributes:
-        totals: How much there is.
-        tiers: What each tier of its blobs holds and has done.
-        is_catalog_available: Whether names and versions can be looked up and changed now.
+        totals: Number of names and versions.
+        tiers: Size and counters of each blob tier.
+        is_catalog_available: Whether the catalog is reachable.
     """
 
     totals: StoreTotals = field(default_factory=StoreTotals)
@@ -55,12 +55,12 @@ class StoreState:
 
 
 class Metrics:
-    """The measurements of one application, in a registry of its own.
+    """The metrics of one application, in a separate registry.
 
     Args:
-        read_stats: The engine's newest state.
-        read_store: How the store is; called at each scrape, outside the event loop.
-        top_prompts: Soft prompts that get a ``prompt`` label of their own: those that are used the most now.
+        read_stats: Returns the engine's newest state.
+        read_store: Returns the state of the store; called at each scrape, outside the event loop.
+        top_prompts: Number of soft prompts with a separate ``prompt`` label: the most used ones.
     """
 
     def __init__(
@@ -69,24 +69,23 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._labelled = TopNames(top_prompts)
         self._outcomes: dict[str, set[str]] = {}
-        """By label: the outcomes that there are series of."""
+        """The outcomes that have a time series, by label."""
         self._requests = Counter(
             f"{PREFIX}requests",
-            "Admitted requests that have ended, by soft prompt ('-' is the bare base, the most used now have their "
-            "own, 'other' are the rest) and outcome: "
-            "stop, length (some choice was cut off), abort (the client went away) or error.",
+            "Finished requests, by soft prompt ('-': base model; 'other': all but the most used) and outcome: "
+            "stop, length (a choice reached max_tokens), abort (client disconnected) or error.",
             ["prompt", "outcome"],
             registry=self._registry,
         )
         self._errors = Counter(
             f"{PREFIX}request_errors",
-            "Error replies, by the code that the client got.",
+            "Error responses, by error code.",
             ["code"],
             registry=self._registry,
         )
         self._key_reloads = Counter(
             f"{PREFIX}api_key_reloads",
-            "Times that the API key file was read again, by outcome: success, or failure (the old keys stay).",
+            "Reloads of the API key file, by outcome: success, or failure (the old keys remain).",
             ["outcome"],
             registry=self._registry,
         )
@@ -94,25 +93,25 @@ class Metrics:
             self._key_reloads.labels(outcome)
         self._first_token = Histogram(
             f"{PREFIX}time_to_first_token_seconds",
-            "From a request's arrival to its first new token.",
+            "Time from a request's arrival to its first new token.",
             registry=self._registry,
             buckets=_FIRST_TOKEN_BUCKETS,
         )
         self._inter_token = Histogram(
             f"{PREFIX}inter_token_latency_seconds",
-            "Between one new token of a sequence and the next.",
+            "Time between consecutive new tokens of a sequence.",
             registry=self._registry,
             buckets=_INTER_TOKEN_BUCKETS,
         )
         self._request = Histogram(
             f"{PREFIX}e2e_request_latency_seconds",
-            "From a request's arrival to its last new token, for requests that ran to their end.",
+            "Time from a request's arrival to its last new token, for completed requests.",
             registry=self._registry,
             buckets=_REQUEST_BUCKETS,
         )
-        self._queue_time = self._request_time("queue", "From a sequence's arrival at the engine to its first blocks.")
-        self._prefill_time = self._request_time("prefill", "From a sequence's first blocks to its first new token.")
-        self._decode_time = self._request_time("decode", "From a sequence's first new token to its last.")
+        self._queue_time = self._request_time("queue", "Time a sequence spent in the queue.")
+        self._prefill_time = self._request_time("prefill", "Time from a sequence's start to its first new token.")
+        self._decode_time = self._request_time("decode", "Time from a sequence's first new token to its last.")
         self._registry.register(_ScrapeCollector(read_stats, read_store))
 
     def count_request(self, prompt_name: str | None, outcome: str) -> None:
@@ -122,7 +121,7 @@ class Metrics:
         self._requests.labels(label, outcome).inc()
 
     def count_error(self, code: str) -> None:
-        """A client was answered with an error."""
+        """Count an error response."""
         self._errors.labels(code).inc()
 
     def count_key_reload(self, outcome: str) -> None:
@@ -166,15 +165,14 @@ class Metrics:
             return OTHER_LABEL
         replaced = self._labelled.use(name)
         if replaced is not None:
-            # Its series end, as those of a process that has ended. Were they added to ``other``, the rate of that
-            # would show requests of long ago once more.
+            # Remove its series. Adding them to ``other`` would show old requests as a jump in its rate.
             for outcome in self._outcomes.pop(replaced, ()):
                 self._requests.remove(replaced, outcome)
         return name if self._labelled.holds(name) else OTHER_LABEL
 
 
 class _ScrapeCollector(Collector):
-    """Metrics whose values others keep: read when they are asked for."""
+    """Metrics whose values are read from the engine and the store at each scrape."""
 
     def __init__(self, read_stats: Callable[[], EngineStats], read_store: Callable[[], StoreState]) -> None:
         self._read_stats = read_stats
@@ -182,61 +180,63 @@ class _ScrapeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats, store = self._read_stats(), self._read_store()
-        yield _gauge("num_requests_running", "Sequences that take part in steps.", stats.num_running)
-        yield _gauge("num_requests_waiting", "Sequences that wait for blocks or a place.", stats.num_waiting)
+        yield _gauge("num_requests_running", "Running sequences.", stats.num_running)
+        yield _gauge("num_requests_waiting", "Sequences waiting for key/value blocks or a slot.", stats.num_waiting)
         yield _gauge(
             "kv_cache_usage_ratio",
-            "Share of the key/value blocks that sequences refer to, 0 to 1.",
+            "Share of key/value blocks in use by sequences, 0 to 1.",
             stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0,
         )
         yield _gauge(
-            "kv_cache_idle_prefix_blocks", "Blocks that hold only an idle, reusable prefix.", stats.num_cached_blocks
+            "kv_cache_idle_prefix_blocks",
+            "Key/value blocks that hold only an idle, reusable prefix.",
+            stats.num_cached_blocks,
         )
-        yield _gauge("kv_cache_blocks", "Key/value blocks in all.", stats.num_blocks)
-        yield _gauge("kv_cache_block_size_tokens", "Tokens that a key/value block holds.", stats.block_size)
-        yield _counter("num_preemptions", "Sequences whose blocks were taken back.", stats.num_preemptions)
-        yield _counter(
-            "request_timeouts", "Sequences that did not begin to run within their timeout.", stats.num_timeouts
-        )
+        yield _gauge("kv_cache_blocks", "Total number of key/value blocks.", stats.num_blocks)
+        yield _gauge("kv_cache_block_size_tokens", "Number of tokens per key/value block.", stats.block_size)
+        yield _counter("num_preemptions", "Preemptions of running sequences.", stats.num_preemptions)
+        yield _counter("request_timeouts", "Sequences that timed out in the queue.", stats.num_timeouts)
         yield _counter(
             "prefix_cache_queries", "Text tokens looked up in the prefix cache.", stats.prefix_cache_queries
         )
         yield _counter("prefix_cache_hits", "Text tokens found in the prefix cache.", stats.prefix_cache_hits)
-        yield _counter("prompt_tokens", "Text tokens of admitted prompts.", stats.prompt_tokens)
-        yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
+        yield _counter("prompt_tokens", "Text tokens of admitted requests.", stats.prompt_tokens)
+        yield _counter("generation_tokens", "Generated tokens.", stats.generation_tokens)
         yield _counter("virtual_tokens", "Virtual tokens of admitted sequences.", stats.virtual_tokens)
         yield _counter("engine_steps", "Forward passes.", stats.steps)
-        yield _counter("engine_restarts", "Times that the engine's process was replaced.", stats.restarts)
+        yield _counter("engine_restarts", "Restarts of the engine process.", stats.restarts)
         yield _counter(
             "engine_step_timeouts",
-            "Times that the engine's process was killed for a step that did not end.",
+            "Engine processes killed because a step hung.",
             stats.step_timeouts,
         )
-        yield _histogram("step_seconds", "Wall times of steps.", STEP_SECONDS_BOUNDS, stats.step_seconds)
-        yield _histogram("batch_size", "Sequences in a step.", BATCH_SIZE_BOUNDS, stats.batch_size)
-        yield _histogram("batch_tokens", "Tokens computed in a step.", BATCH_TOKENS_BOUNDS, stats.batch_tokens)
+        yield _histogram("step_seconds", "Wall-clock time of a step.", STEP_SECONDS_BOUNDS, stats.step_seconds)
+        yield _histogram("batch_size", "Number of sequences in a step.", BATCH_SIZE_BOUNDS, stats.batch_size)
+        yield _histogram(
+            "batch_tokens", "Number of tokens computed in a step.", BATCH_TOKENS_BOUNDS, stats.batch_tokens
+        )
         yield _histogram(
             "batch_distinct_prompts",
-            "Distinct soft prompts in a step.",
+            "Number of distinct soft prompts in a step.",
             DISTINCT_PROMPTS_BOUNDS,
             stats.batch_distinct_prompts,
         )
         yield _gauge(
             "batch_distinct_prompts_max",
-            "The most distinct soft prompts that any one step has mixed since the engine started.",
+            "Maximum number of distinct soft prompts in one step since the engine started.",
             stats.max_batch_distinct_prompts,
         )
-        yield _gauge("soft_prompts_registered", "Names in the store.", store.totals.num_prompts)
-        yield _gauge("soft_prompt_versions", "Versions in the store, of all names.", store.totals.num_versions)
+        yield _gauge("soft_prompts_registered", "Number of soft prompts in the store.", store.totals.num_prompts)
+        yield _gauge("soft_prompt_versions", "Number of versions in the store.", store.totals.num_versions)
         yield _gauge(
             "catalog_available",
-            "1 while names and versions can be looked up and changed; while 0, what is known already is served.",
+            "1 if the catalog is reachable; 0 if only cached names and versions are served.",
             float(store.is_catalog_available),
         )
         yield from _tiers(stats, store)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing, so that registering does not read the store."""
+        """Return nothing, so that registering does not read the store."""
         return ()
 
 
@@ -258,11 +258,13 @@ def _histogram(name: str, text: str, bounds: Iterable[float], distribution: Dist
 
 
 def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
-    """Where soft prompts are: device (key/value blocks), host (memory), disk (local files), object_store."""
+    """Metrics per tier: device (key/value blocks), host (memory), disk (local files), object_store."""
     numbers = GaugeMetricFamily(
-        f"{PREFIX}soft_prompt_resident", "Soft prompts held in a tier (on disk: files).", labels=["tier"]
+        f"{PREFIX}soft_prompt_resident", "Soft prompts stored in a tier (disk: number of files).", labels=["tier"]
     )
-    sizes = GaugeMetricFamily(f"{PREFIX}soft_prompt_resident_bytes", "Their size in bytes.", labels=["tier"])
+    sizes = GaugeMetricFamily(
+        f"{PREFIX}soft_prompt_resident_bytes", "Size of the soft prompts in a tier, in bytes.", labels=["tier"]
+    )
     host = stats.host
     held = [
         ("device", stats.soft_prompts_resident, stats.soft_prompt_bytes),
@@ -281,11 +283,11 @@ def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
         "misses": (stats.soft_prompt_misses, host.misses),
     }
     for name, text in (
-        ("loads", "Times one was brought into (device, host) or read from a tier."),
-        ("evictions", "Times one was dropped from a tier for room."),
-        ("hits", "Uses that a tier could answer."),
-        ("misses", "Uses that a tier could not answer."),
-        ("corrupt", "Stored files that were not what was uploaded, and were put aside."),
+        ("loads", "Soft prompts loaded into a tier (device, host) or read from it (others)."),
+        ("evictions", "Soft prompts evicted from a tier."),
+        ("hits", "Lookups found in a tier."),
+        ("misses", "Lookups not found in a tier."),
+        ("corrupt", "Stored files that were damaged and quarantined."),
     ):
         counter = CounterMetricFamily(f"{PREFIX}soft_prompt_{name}", text, labels=["tier"])
         for label, value in zip(("device", "host"), engine.get(name, ()), strict=False):
@@ -295,7 +297,7 @@ def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
         yield counter
     seconds = HistogramMetricFamily(
         f"{PREFIX}soft_prompt_load_seconds",
-        "How long one load into host, or from another tier, took.",
+        "Duration of one load into host memory, or from another tier.",
         labels=["tier"],
     )
     if host.load_seconds_buckets:  # else the engine has not begun

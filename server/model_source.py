@@ -68,7 +68,7 @@ def locate(model: str, revision: str | None = None) -> str:
             f"the model {model!r} is a file: give the directory that holds it and {_MODEL_CONFIG}"
         )
     if _is_path(model):
-        raise ConfigurationError(f"the model {model!r} is not there: no such directory")
+        raise ConfigurationError(f"the model {model!r} does not exist: no such directory")
     return _on_the_hub(model, revision)
 
 
@@ -100,7 +100,7 @@ def _on_the_hub(model: str, revision: str | None) -> str:
         cached = try_to_load_from_cache(model, _MODEL_CONFIG, revision=revision)
     except HFValidationError as error:
         raise ConfigurationError(
-            f"the model {model[:200]!r} is no directory here, and no hub id (owner/name)"
+            f"the model {model[:200]!r} is neither a directory nor a hub id (owner/name)"
         ) from error
     found = Path(cached).parent if isinstance(cached, str) else None
     named = f"{model!r}" if revision is None else f"{model!r} (revision {revision!r})"
@@ -108,38 +108,32 @@ def _on_the_hub(model: str, revision: str | None) -> str:
         if found is not None:
             return model
         raise ConfigurationError(
-            f"there is no model {named}: no such directory, and it is not in the hub's cache "
-            f"({constants.HF_HUB_CACHE}). Give a directory, or unset HF_HUB_OFFLINE to have it looked for"
+            f"the model {named} does not exist: no such directory, and it is not in the hub's cache "
+            f"({constants.HF_HUB_CACHE}). Give a directory, or unset HF_HUB_OFFLINE to look it up"
         )
     try:
         _ask_hub(hf_hub_url(model, _MODEL_CONFIG, revision=revision))
     except GatedRepoError as error:
         if found is not None:
-            logger.warning(
-                "the model %s is gated, and this account may not read it: its cached copy is loaded", named
-            )
+            logger.warning("the model %s is gated and this account may not read it; loading the cached copy", named)
             return str(found)
-        raise ConfigurationError(f"the model {named} is gated: {_LOG_IN} as somebody who may read it") from error
+        raise ConfigurationError(f"the model {named} is gated: {_LOG_IN} with an account that may read it") from error
     except RevisionNotFoundError as error:
         raise ConfigurationError(f"the model {model!r} has no revision {revision!r}") from error
     except EntryNotFoundError as error:
-        raise ConfigurationError(
-            f"{named} has no {_MODEL_CONFIG}: it is no model that transformers can load"
-        ) from error
+        raise ConfigurationError(f"{named} has no {_MODEL_CONFIG}: transformers cannot load it") from error
     except RepositoryNotFoundError as error:
         raise ConfigurationError(
-            f"there is no model {named}: no such directory, and {constants.ENDPOINT} does not know it or does not "
-            f"show it. Check the spelling, give a directory, or {_LOG_IN}"
+            f"the model {named} does not exist: no such directory, and {constants.ENDPOINT} does not have it or "
+            f"hides it. Check the spelling, give a directory, or {_LOG_IN}"
         ) from error
     except _UnreachableError as error:
         if found is None:
             raise ConfigurationError(
-                f"there is no model {named}: no such directory, not in the hub's cache, and {constants.ENDPOINT} "
-                f"cannot be reached ({error}). Give a directory, or check the network"
+                f"the model {named} does not exist: no such directory, not in the hub's cache, and "
+                f"{constants.ENDPOINT} cannot be reached ({error}). Give a directory, or check the network"
             ) from error
-        logger.warning(
-            "%s cannot be reached (%s): %s is loaded from the hub's cache", constants.ENDPOINT, error, model
-        )
+        logger.warning("%s cannot be reached (%s); loading %s from the hub's cache", constants.ENDPOINT, error, model)
         return str(found)
     return model
 

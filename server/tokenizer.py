@@ -39,7 +39,7 @@ _CHARS_PER_TOKEN = 6
 """More than most texts have."""
 
 _TORN_TOKENS = 64
-"""So many tokens fewer may the end of a text's beginning have where the text goes on."""
+"""How many tokens a truncated prefix may differ by at its end from the same prefix inside the full text."""
 
 
 class Tokenizer:
@@ -185,8 +185,8 @@ class Tokenizer:
                 raise InvalidRequestError(_words_of(error), param="messages") from error
             if not shows_tools:
                 raise InvalidRequestError(
-                    "tools: this model's chat template does not show tools, so the model would not know of them; "
-                    "only tool_choice 'required' or a named function work without that",
+                    "tools: this model's chat template does not support tools; "
+                    "use tool_choice 'required' or a named function",
                     param="tools",
                 )
             return text

@@ -73,7 +73,7 @@ def test_flags_that_may_be_given_several_times(started, words, variables):
 def test_an_origin_or_a_host_that_is_none_is_one_line(tmp_path, flag, value):
     result = runner.invoke(app, ["serve", "--model", "m", "--port", "0", "--store", str(tmp_path / "s"), flag, value])
     assert result.exit_code == 1
-    assert result.stderr.strip().splitlines()[-1].startswith(f"prelude: {flag} '{value}' is no ")
+    assert result.stderr.strip().splitlines()[-1].startswith(f"prelude: {flag} '{value}' is not a")
     assert not (tmp_path / "s").exists()
 
 

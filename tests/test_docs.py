@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_every_metric_is_documented_with_its_type_labels_and_help() -> None:
 
 
 def test_every_test_that_security_names_is_there() -> None:
-    rows = (ROOT / "docs" / "security.md").read_text().split("## What others were open to")[1].split("\n## ")[0]
+    rows = (ROOT / "docs" / "security.md").read_text().split("## Known attacks")[1].split("\n## ")[0]
     rows = [line for line in rows.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| class"))]
     assert rows
     for row in rows:
@@ -117,6 +118,38 @@ def test_readme_names_files_that_exist() -> None:
     assert names
     existing = {path.name for folder in ("server", "prompt_store") for path in (ROOT / folder).rglob("*.py")}
     assert names <= existing
+
+
+def names_in(file: Path) -> set[str]:
+    """Functions and classes of a module, and methods as ``Class.method``."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if hasattr(part, "name")}
+    return names
+
+
+def test_architecture_names_functions_that_exist() -> None:
+    text = " ".join((ROOT / "docs" / "architecture.md").read_text().split())
+    named = re.findall(r"((?:`[\w.]+`(?:, | or | and )?)+) \(`([\w/]+\.py)`\)", text)
+    assert len(named) == text.count(".py`)"), "each file follows the functions that it holds"
+    for functions, file in named:
+        known = names_in(ROOT / file)
+        for function in re.findall(r"`([\w.]+)`", functions):
+            assert function in known, f"{file} has no {function}"
+
+
+def test_architecture_tells_each_path_in_at_most_ten_steps() -> None:
+    _, *paths = re.split(r"^## ", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert [path.splitlines()[0] for path in paths] == [
+        "A request, from the route to the first token",
+        "An upload, from the route to the catalog",
+        "A soft prompt, from the blob to its blocks",
+    ]
+    for path in paths:
+        assert 1 <= len(re.findall(r"^\d+\. ", path, re.MULTILINE)) <= 10
 
 
 def test_no_file_is_too_long() -> None:

@@ -1,4 +1,4 @@
-"""Short versions of the fault scripts; the long ones and their figures are in docs/operations.md."""
+"""Short versions of the fault scripts; the results of the long ones are in benchmarks/faults.md."""
 
 from __future__ import annotations
 

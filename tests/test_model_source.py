@@ -97,11 +97,11 @@ def test_a_model_on_the_hub(hub):
 @pytest.mark.parametrize(
     ("status", "code", "words"),
     [
-        (404, "RepoNotFound", "there is no model 'org/name'"),
+        (404, "RepoNotFound", "the model 'org/name' does not exist"),
         (401, "RepoNotFound", "or log in (hf auth login, or HF_TOKEN)"),
         (403, "GatedRepo", "is gated: log in"),
         (404, "RevisionNotFound", "has no revision 'v9'"),
-        (404, "EntryNotFound", "no model that transformers can load"),
+        (404, "EntryNotFound", "transformers cannot load it"),
         (500, "", "cannot be reached"),
         (503, "", "cannot be reached"),
         (429, "", "cannot be reached"),
@@ -121,21 +121,21 @@ def test_a_hub_that_does_not_answer(hub, monkeypatch):
 
 def test_a_hub_that_is_not_there(nowhere):
     text = refused("org/name")
-    for part in ("there is no model 'org/name'", "http://127.0.0.1:9 cannot be reached", "Give a directory"):
+    for part in ("the model 'org/name' does not exist", "http://127.0.0.1:9 cannot be reached", "Give a directory"):
         assert part in text
 
 
 def test_without_the_hub_its_cache_is_served(nowhere, tmp_path, caplog):
     snapshot = cache(tmp_path)
     assert locate("org/name") == str(snapshot)
-    assert "is loaded from the hub's cache" in caplog.text
+    assert "loading org/name from the hub's cache" in caplog.text
 
 
 def test_a_gated_model_that_was_fetched_before_is_served(hub, tmp_path, caplog):
     snapshot = cache(tmp_path)
     hub.status, hub.headers_sent = 403, {"X-Error-Code": "GatedRepo"}
     assert locate("org/name") == str(snapshot)
-    assert "its cached copy is loaded" in caplog.text
+    assert "loading the cached copy" in caplog.text
 
 
 def test_offline_the_cache_alone_is_looked_at(hub, monkeypatch, tmp_path):
@@ -171,11 +171,11 @@ def test_paths_that_are_not_there(hub, model):
     [
         ("", "is empty"),
         (" ", "is empty"),
-        ("org name", "no hub id (owner/name)"),
-        ("org/na--me", "no hub id"),
-        ("schön", "no hub id"),
+        ("org name", "nor a hub id (owner/name)"),
+        ("org/na--me", "nor a hub id"),
+        ("schön", "nor a hub id"),
         ("x" * 300, "cannot be read"),
-        ("nul\0", "no hub id"),
+        ("nul\0", "nor a hub id"),
     ],
 )
 def test_what_is_no_name_of_a_model(hub, model, words):
@@ -192,7 +192,7 @@ def test_serve_ends_before_anything_is_loaded(nowhere, tmp_path):
     line = ["serve", "--model", "org/name", "--port", "0", "--store", str(tmp_path / "store")]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 1
-    assert "prelude: there is no model 'org/name'" in result.stderr
+    assert "prelude: the model 'org/name' does not exist" in result.stderr
     assert not (tmp_path / "store").exists()
 
 
@@ -202,5 +202,5 @@ def test_train_ends_before_anything_is_loaded(nowhere, tmp_path):
     line = ["train", "--model", "org/name", "--data", str(data), "--id", "x", "--run-dir", str(tmp_path / "run")]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 1
-    assert "there is no model 'org/name'" in result.stderr
+    assert "the model 'org/name' does not exist" in result.stderr
     assert not (tmp_path / "run").exists()

@@ -38,7 +38,7 @@ def test_key_is_labelled_for_people(monkeypatch):
     monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     result = CliRunner().invoke(cli.app, ["key"])
-    assert result.stderr.startswith("the key, shown only now: prelude-")
+    assert result.stderr.startswith("API key (not shown again): prelude-")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
@@ -132,4 +132,4 @@ def test_demo_with_json_logs_json_and_nothing_else(tmp_path):
     assert {"INFO"} <= {line["level"] for line in lines}
     assert any(line["message"] == "prelude-demo serves" for line in lines)
     assert not any(line["logger"].startswith("http") for line in lines), "the tour's own requests are not logged"
-    assert "answers are the held-out ones" in told.stdout
+    assert "answers match the held-out ones" in told.stdout

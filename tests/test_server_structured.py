@@ -185,7 +185,7 @@ def test_the_embedded_template_shows_no_tools_and_forced_calls_work_all_the_same
         openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as sdk,
     ):
         ask = {"model": BASE, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 80}
-        with pytest.raises(openai.BadRequestError, match="does not show tools") as error:
+        with pytest.raises(openai.BadRequestError, match="does not support tools") as error:
             sdk.chat.completions.create(**ask)
         assert error.value.param == "tools"
         assert sdk.chat.completions.create(**ask, tool_choice="required").choices[0].message.tool_calls

@@ -182,7 +182,7 @@ async def test_a_long_conversation_is_long_work_wherever_its_text_is(
 @pytest.mark.anyio
 async def test_a_template_that_shows_none_is_refused_where_it_has_to(byte_level: Tokenizer) -> None:
     byte_level._tokenizer.chat_template = "{{ messages[0].content }}"
-    with pytest.raises(InvalidRequestError, match="does not show tools") as error:
+    with pytest.raises(InvalidRequestError, match="does not support tools") as error:
         await byte_level.render_chat(TURNS, tools=TOOLS, needs_tools=True)
     assert error.value.param == "tools"
     assert await byte_level.render_chat(TURNS, tools=TOOLS) == "x"

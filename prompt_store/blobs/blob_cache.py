@@ -54,7 +54,9 @@ class BlobCache:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock_file.close()
-            raise PromptStoreError(f"the cache {path} is in use by another process; give each its own") from None
+            raise PromptStoreError(
+                f"the cache {path} is in use by another process; use a separate cache per server"
+            ) from None
         try:
             shutil.rmtree(self._incoming, ignore_errors=True)
             self._incoming.mkdir(exist_ok=True)

@@ -286,9 +286,11 @@ class BlobDirectory(BlobStore):
         try:
             is_there = self._blobs.stat().st_ino == self._inode
         except OSError as error:
-            raise StoreUnavailableError(f"the directory {self._blobs} cannot be used now: {error}") from error
+            raise StoreUnavailableError(f"the directory {self._blobs} is not available: {error}") from error
         if not is_there:
-            raise StoreUnavailableError(f"the directory {self._blobs} is another one than before: is it mounted?")
+            raise StoreUnavailableError(
+                f"the directory {self._blobs} is not the same directory as before: is it mounted?"
+            )
 
     def _is_whole_and_synced(self, digest: str, size: int) -> bool:
         try:

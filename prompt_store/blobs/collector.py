@@ -129,9 +129,9 @@ class Collector:
             self.collect()
             self._is_owed = False
         except (StoreUnavailableError, OSError) as error:
-            logger.warning("blobs without a name could not be collected: %s", error)
+            logger.warning("unreferenced blobs could not be collected: %s", error)
         except Exception:
-            logger.exception("blobs without a name could not be collected")
+            logger.exception("unreferenced blobs could not be collected")
 
     def _collect_now_and_then(self) -> None:
         while not self._stopping.wait(max(self.grace_seconds / 4, 1.0)):

@@ -122,9 +122,9 @@ class ObjectBlobs(BlobStore):
                     )
                     stored = obstore.head(self._store, _key(digest))["size"]
             except BlobNotFoundError as error:
-                raise StoreUnavailableError(f"the object store does not keep what it is given: {error}") from error
+                raise StoreUnavailableError(f"the object store does not store data correctly: {error}") from error
             if stored != size:
-                raise StoreUnavailableError(f"the object store kept {stored} bytes of blob {digest} for {size}")
+                raise StoreUnavailableError(f"the object store stored {stored} of the {size} bytes of blob {digest}")
             with self._lock:
                 self._damaged.discard(digest)
         try:
@@ -199,7 +199,7 @@ class ObjectBlobs(BlobStore):
         with self._lock:
             self._damaged.add(digest)
         self._put_aside(digest, e_tag)
-        raise CorruptBlobError(f"blob {digest} in the object store is not what was stored")
+        raise CorruptBlobError(f"blob {digest} in the object store does not match its digest")
 
     def _download(self, file: Path, digest: str, size: int) -> tuple[str | None, bool]:
         """(entity tag of the object, whether the file now holds the blob). Never writes more than ``size`` bytes."""
@@ -234,9 +234,9 @@ class ObjectBlobs(BlobStore):
                 if obstore.head(self._store, key)["e_tag"] == e_tag:
                     self._delete_object(key)
         except PromptStoreError as error:
-            logger.error("blob %s is damaged in the object store, and stays where it is: %s", digest, error)
+            logger.error("blob %s is damaged in the object store and could not be moved: %s", digest, error)
         else:
-            logger.error("blob %s was damaged in the object store; it is now at %s", digest, aside)
+            logger.error("blob %s was damaged in the object store and was moved to %s", digest, aside)
 
     def _delete_object(self, key: str) -> None:
         try:
@@ -275,7 +275,7 @@ _MAX_PARTS_AT_ONCE = 4
 def _open(url: str, client_options: Mapping[str, object], retry_config: Mapping[str, object]) -> ObjectStore:
     scheme = urlsplit(url).scheme
     if scheme not in _SCHEMES:
-        raise PromptStoreError(f"{url} is not an object store: it begins with none of {', '.join(_SCHEMES)}")
+        raise PromptStoreError(f"{url} is not an object store: the supported schemes are {', '.join(_SCHEMES)}")
     options: dict[str, Any] = {}
     if scheme == "file":
         options = {"mkdir": True}
@@ -287,7 +287,7 @@ def _open(url: str, client_options: Mapping[str, object], retry_config: Mapping[
     try:
         return from_url(url, **options)
     except (BaseError, ValueError, OSError) as error:
-        raise PromptStoreError(f"{url} can not be opened: {str(error).partition(chr(10))[0][:500]}") from error
+        raise PromptStoreError(f"{url} cannot be opened: {str(error).partition(chr(10))[0][:500]}") from error
 
 
 def _key(digest: str) -> str:

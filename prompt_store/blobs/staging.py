@@ -73,7 +73,7 @@ class StagedFile:
         """Name, digest and size.
 
         Raises:
-            InvalidPromptError: If it was not written to its end and closed.
+            InvalidPromptError: If it is incomplete and closed.
         """
         self.check_complete()
         return StoredFile(self.path.name, self._sha256.hexdigest(), self.size)
@@ -92,7 +92,7 @@ class StagedFile:
             self._file.write(data)
         except OSError as error:
             self.discard()
-            raise StoreUnavailableError(f"{self.path.name} cannot be written now: {error.strerror}") from error
+            raise StoreUnavailableError(f"{self.path.name} cannot be written: {error.strerror}") from error
         except BaseException:
             self.discard()
             raise
@@ -108,7 +108,7 @@ class StagedFile:
                 self._file.close()
             except OSError as error:
                 self.discard()
-                raise StoreUnavailableError(f"{self.path.name} cannot be written now: {error.strerror}") from error
+                raise StoreUnavailableError(f"{self.path.name} cannot be written: {error.strerror}") from error
             self.is_complete = True
 
     def discard(self) -> None:
@@ -117,10 +117,10 @@ class StagedFile:
             self._file.close()
 
     def check_complete(self) -> None:
-        """Raise InvalidPromptError if the file was not written to its end and closed."""
+        """Raise InvalidPromptError if the file is incomplete and closed."""
         if not self.is_complete:
             name = self.path.name
-            raise InvalidPromptError([Fault("incomplete_file", f"{name} was not written to its end", name)])
+            raise InvalidPromptError([Fault("incomplete_file", f"{name} is incomplete", name)])
 
     def __enter__(self) -> StagedFile:
         return self
@@ -154,12 +154,12 @@ class Upload:
             message = f"{filename[:128]!r} is not taken; a soft prompt is {' and '.join(FILENAMES)}, and nothing else"
             raise InvalidPromptError([Fault("unexpected_file", message, filename[:128])])
         if filename in self.files:
-            raise InvalidPromptError([Fault("duplicate_file", f"{filename} is there twice", filename)])
+            raise InvalidPromptError([Fault("duplicate_file", f"{filename} was sent twice", filename)])
         try:
             most = min(self._max_bytes, MAX_CONFIG_BYTES) if filename == CONFIG_FILE else self._max_bytes
             self.files[filename] = StagedFile(self._folder / filename, most)
         except OSError as error:
-            raise StoreUnavailableError(f"{filename} cannot be written now: {error.strerror}") from error
+            raise StoreUnavailableError(f"{filename} cannot be written: {error.strerror}") from error
         return self.files[filename]
 
     def path(self, filename: str) -> Path:

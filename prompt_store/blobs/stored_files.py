@@ -16,14 +16,14 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailableError(f"the store's disk cannot be used now: {error}") from error
+        raise StoreUnavailableError(f"the store's disk is not available: {error}") from error
 
 
 def weights_of(version: PromptVersion) -> StoredFile:
     """The weights of a version; CorruptBlobError if it has none."""
     file = version.file(WEIGHTS_FILE)
     if file is None:
-        raise CorruptBlobError(f"{version.name}@{version.version} was recorded without weights")
+        raise CorruptBlobError(f"{version.name}@{version.version} has no weights")
     return file
 
 

@@ -138,7 +138,7 @@ class Catalog:
             rows = connection.execute(query.order_by(history.c.id.desc()).limit(limit + 1)).all()
             owner = connection.execute(sa.select(prompts.c.owner).where(prompts.c.name == name)).scalar_one_or_none()
             if owner is None or not (access is None or access.sees(owner)):
-                raise PromptNotFoundError(f"there is no soft prompt {name!r}, and never was")
+                raise PromptNotFoundError(f"soft prompt {name!r} does not exist")
             return [records.history_entry(row) for row in rows[:limit]], len(rows) > limit
 
     def check_owner(self, name: str, owner: str) -> None:

@@ -56,7 +56,7 @@ class Database:
             self._engine = sa.create_engine(parsed, creator=self._connect_sqlite)
             sa.event.listen(self._engine, "connect", _configure_sqlite)
         else:
-            raise PromptStoreError(f"the catalog can be sqlite:///PATH or postgresql://..., not {str(parsed)!r}")
+            raise PromptStoreError(f"the catalog must be sqlite:///PATH or postgresql://..., not {str(parsed)!r}")
         try:
             self._upgrade()
         except sa.exc.DatabaseError as error:  # what is there is no catalog, or this user may not use it
@@ -173,7 +173,9 @@ class Listener:
                     pass
             except Exception as error:
                 reason = " ".join(str(error).split())
-                raise StoreUnavailableError(f"the catalog {self._database} broke off: {reason}") from error
+                raise StoreUnavailableError(
+                    f"the connection to the catalog {self._database} was lost: {reason}"
+                ) from error
 
     def scalar(self, query: sa.Select[Any]) -> Any:
         """The one value of a query.

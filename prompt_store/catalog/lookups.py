@@ -24,11 +24,9 @@ def find(connection: sa.Connection, name: str, access: Access | None, *, to_chan
     query = sa.select(prompts).where(prompts.c.name == name, prompts.c.num_versions > 0)
     row = connection.execute(query).one_or_none()
     if row is None or not (access is None or access.sees(row.owner)):
-        raise PromptNotFoundError(f"there is no soft prompt {name!r}")
+        raise PromptNotFoundError(f"soft prompt {name!r} does not exist")
     if to_change and not (access is None or access.changes(row.owner)):
-        raise PromptForbiddenError(
-            f"the soft prompt {name!r} is shared, and may be used but not changed with this key"
-        )
+        raise PromptForbiddenError(f"the soft prompt {name!r} is shared; this key may use it but not change it")
     return Prompt(row.id, row.name, row.last_version, row.owner)
 
 

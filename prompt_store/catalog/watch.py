@@ -108,7 +108,7 @@ class CatalogWatch:
         revision = int(listener.scalar(sa.select(state.c.revision)))
         seen = self._status
         if not seen.is_available:
-            logger.warning("the catalog is back after %.0f s", time.time() - seen.since)
+            logger.warning("the catalog is reachable again after %.0f s", time.time() - seen.since)
             seen = self._status = CatalogStatus(True, None, time.time(), seen.revision)
         if revision != seen.revision:
             # A smaller one is another database, restored from a backup perhaps: nothing known is sure then.
@@ -119,5 +119,5 @@ class CatalogWatch:
     def _lost(self, error: StoreUnavailableError) -> None:
         seen = self._status
         if seen.is_available:
-            logger.warning("%s; what is known already is served on", error)
+            logger.warning("%s; continuing with cached names and versions", error)
             self._status = CatalogStatus(False, str(error), time.time(), seen.revision)

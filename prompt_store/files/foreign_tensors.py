@@ -36,14 +36,14 @@ def foreign_faults(foreign: Collection[str], tensors: Mapping[str, TensorData]) 
     faults += [
         Fault(
             "unexpected_tensor",
-            f"{WEIGHTS_FILE}: tensor {name[:100]!a} does not belong in this soft prompt: {_why(name)}",
+            f"{WEIGHTS_FILE}: tensor {name[:100]!a} is not part of a soft prompt: {_why(name)}",
             WEIGHTS_FILE,
             name[:100],
         )
         for name in others[:_MAX_NAMED]
     ]
     if len(others) > _MAX_NAMED:
-        message = f"{WEIGHTS_FILE}: {len(others) - _MAX_NAMED} more tensors do not belong in this soft prompt"
+        message = f"{WEIGHTS_FILE}: {len(others) - _MAX_NAMED} more tensors are not part of a soft prompt"
         faults.append(Fault("unexpected_tensor", message, WEIGHTS_FILE))
     return faults
 
@@ -51,24 +51,24 @@ def foreign_faults(foreign: Collection[str], tensors: Mapping[str, TensorData]) 
 def what_it_holds(names: Collection[str]) -> str | None:
     """What a file without a soft prompt's rows seems to be, as the end of a sentence; None if there is no guess."""
     if any(".lora_" in name for name in names):
-        return "the file holds the tensors of a LoRA, which is no soft prompt"
+        return "the file contains LoRA tensors, not a soft prompt"
     if any(name.startswith(("prompt_encoder.", "base_model.prompt_encoder.")) for name in names):
-        return "the file holds a training state; PEFT's save_pretrained() writes what is served"
+        return "the file contains a training state; upload the files that PEFT's save_pretrained() writes"
     if any(re.search(r"(^|\.)(layers|h|blocks)\.0\.", name) for name in names):
-        return "the file holds the weights of a whole model"
+        return "the file contains the weights of a whole model"
     return None
 
 
 def _why(name: str) -> str:
     head = _HEAD.fullmatch(name)
     if head is None:
-        return "PEFT would load it over weights of the base, which all share"
+        return "it would replace weights of the shared base model"
     if head["untrained"]:
-        return "it is the head as it was before training; leave it out"
+        return "it is the untrained head; leave it out"
     right = f"base_model.{head['module']}.{head['part']}"
     if name == right:
-        return f"a classification head comes with the task type {TaskType.SEQ_CLS} alone"
-    return f"it is a head by a name that PEFT does not load; PEFT saves the trained one as {right}"
+        return f"a classification head requires the task type {TaskType.SEQ_CLS}"
+    return f"PEFT does not load a head of this name; it saves the trained head as {right}"
 
 
 def _is_embedding(name: str, tensor: TensorData) -> bool:
@@ -79,8 +79,8 @@ def _embeddings_fault(copies: list[str], tensors: Mapping[str, TensorData]) -> F
     named = " and ".join(ascii(name[:100]) for name in copies[:_MAX_NAMED])
     rows = " and ".join(str(count) for count in sorted({tensors[name].shape[0] for name in copies})[:_MAX_NAMED])
     message = (
-        f"{WEIGHTS_FILE}: {named} would replace the base's embeddings, which all share. PEFT saves such copies (here "
-        f"of {rows} rows) where tokens were added or the embeddings resized before training. Save the soft prompt "
+        f"{WEIGHTS_FILE}: {named} would replace the embeddings of the shared base model. PEFT saves copies (here "
+        f"of {rows} rows) if tokens were added or the embeddings resized before training. Save the soft prompt "
         "without them: model.save_pretrained(DIRECTORY, save_embedding_layers=False); added tokens are then unknown"
     )
     return Fault("unexpected_tensor", message, WEIGHTS_FILE, copies[0][:100])

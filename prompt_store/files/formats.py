@@ -102,7 +102,7 @@ def read_config(data: bytes) -> dict[str, object]:
         InvalidPromptError: With the fault ``config_too_large`` or ``invalid_json``.
     """
     if len(data) > MAX_CONFIG_BYTES:
-        raise _invalid("config_too_large", f"{len(data)} bytes; at most {MAX_CONFIG_BYTES} are taken")
+        raise _invalid("config_too_large", f"{len(data)} bytes; the limit is {MAX_CONFIG_BYTES}")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -175,7 +175,7 @@ def _peft_type_faults(config: Mapping[str, object]) -> list[Fault]:
             reason += ": this is the configuration of a whole model, not of an adapter"
         return [_fault("missing_field", f"{reason}; {supported}", "peft_type")]
     if not isinstance(value, str):
-        return [_fault("invalid_field", f"peft_type has to be a string, not {_shown(value)}", "peft_type")]
+        return [_fault("invalid_field", f"peft_type must be a string, not {_shown(value)}", "peft_type")]
     if value in PeftType.__members__:
         return []
     message = f"peft_type {_shown(value)} {why_not_served(value)}; {supported}"
@@ -185,7 +185,7 @@ def _peft_type_faults(config: Mapping[str, object]) -> list[Fault]:
 def _task_type_faults(config: Mapping[str, object]) -> list[Fault]:
     value = config.get("task_type")
     if value is not None and not isinstance(value, str):
-        return [_fault("invalid_field", f"task_type has to be a string, not {_shown(value)}", "task_type")]
+        return [_fault("invalid_field", f"task_type must be a string, not {_shown(value)}", "task_type")]
     served = list(TaskType)
     if config.get("peft_type") == PeftType.CPT:
         served = [TaskType.CAUSAL_LM]
@@ -195,7 +195,7 @@ def _task_type_faults(config: Mapping[str, object]) -> list[Fault]:
         found, reason = "missing or null", f"{_TRAINED_WITHOUT_TASK}. {_SAY_THE_TASK}"
     else:
         found, reason = value, _CPT_WITH_HEAD if value == TaskType.SEQ_CLS else _TRAINED_FOR_OTHER_TASK
-    message = f"task_type has to be {' or '.join(served)}, not {_shown(found)}: {reason}"
+    message = f"task_type must be {' or '.join(served)}, not {_shown(found)}: {reason}"
     return [_fault("unsupported_task_type", message, "task_type")]
 
 
@@ -210,7 +210,7 @@ def _said_task_faults(config: Mapping[str, object], said: TaskType) -> list[Faul
     if value is not None:
         if value == said:
             return _task_type_faults(config)
-        message = f"task_type is {_shown(value)}, and the upload says {said}"
+        message = f"task_type is {_shown(value)}, but the upload says {said}"
         return [_fault("task_type_conflict", message, "task_type")]
     faults = []
     if said is TaskType.SEQ_CLS and config.get("peft_type") == PeftType.CPT:
@@ -219,12 +219,12 @@ def _said_task_faults(config: Mapping[str, object], said: TaskType) -> list[Faul
     trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     task = _task_of_class(trained)
     if task is not None and task != said:
-        message = f"auto_mapping says that it was trained on a {_shown(trained)}, and the upload says {said}"
+        message = f"auto_mapping says that it was trained on a {_shown(trained)}, but the upload says {said}"
         faults.append(_fault("task_type_conflict", message, "auto_mapping"))
     saved = config.get("modules_to_save")
     heads = [name for name in _HEAD_MODULES if isinstance(saved, list) and name in saved]
     if heads and said is TaskType.CAUSAL_LM:
-        message = f"modules_to_save names a classification head ({heads[0]}), and the upload says {said}"
+        message = f"modules_to_save names a classification head ({heads[0]}), but the upload says {said}"
         faults.append(_fault("task_type_conflict", message, "modules_to_save"))
     return faults
 
@@ -256,7 +256,7 @@ def _integer_fault(config: Mapping[str, object], key: str) -> list[Fault]:
     value = config.get(key)
     if value is None or positive_integer(config, key) is not None:
         return []
-    return [_fault("invalid_field", f"{key} has to be an integer of at least 1, not {_shown(value)}", key)]
+    return [_fault("invalid_field", f"{key} must be an integer of at least 1, not {_shown(value)}", key)]
 
 
 def _submodule_faults(config: Mapping[str, object]) -> list[Fault]:
@@ -273,9 +273,7 @@ def _base_name_faults(config: Mapping[str, object]) -> list[Fault]:
     value = config.get(key)
     if value is None or (isinstance(value, str) and len(value) <= MAX_BASE_NAME_CHARS and value.isprintable()):
         return []
-    return [
-        _fault("invalid_field", f"{key} has to be null or at most {MAX_BASE_NAME_CHARS} printable characters", key)
-    ]
+    return [_fault("invalid_field", f"{key} must be null or at most {MAX_BASE_NAME_CHARS} printable characters", key)]
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -37,5 +37,5 @@ def why_not_served(peft_type: str) -> str:
     if what is not None:
         return f"is {what}, not a soft prompt"
     if peft_type.upper() in PeftType.__members__:
-        return f"is not spelt as PEFT writes it ({peft_type.upper()})"
-    return "is no method that this server knows"
+        return f"is not spelled as in PEFT ({peft_type.upper()})"
+    return "is not a method that this server supports"

@@ -88,13 +88,11 @@ def _check_opening(opening: bytes, size: int) -> None:
     if header_bytes > size - _LENGTH_BYTES:
         raise _invalid(
             "invalid_safetensors",
-            f"not a valid safetensors file, or cut short: its header claims {header_bytes} bytes "
+            f"not a valid safetensors file, or truncated: its header claims {header_bytes} bytes "
             f"and the whole file has {size}",
         )
     if header_bytes > MAX_HEADER_BYTES:
-        raise _invalid(
-            "header_too_large", f"its header has {header_bytes} bytes; at most {MAX_HEADER_BYTES} are taken"
-        )
+        raise _invalid("header_too_large", f"its header has {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}")
 
 
 def _map_tensors(path: Path, mapped: memoryview, data_start: int) -> dict[str, TensorData]:

@@ -131,7 +131,7 @@ def _base_faults(config: Mapping[str, object], base: BaseModelSpec) -> list[Faul
     if not isinstance(name, str) or not name.strip() or model_name(name) in ours:
         return []
     message = (
-        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r}. If that is "
+        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r}. If this is "
         "the same model under another name, upload with allow_other_base=true (prelude push --allow-other-base)"
     )
     return [Fault("base_model_mismatch", message, CONFIG_FILE, key)]
@@ -223,13 +223,13 @@ def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelS
     if num_layers is None:
         num_layers = width // layer_width if width % layer_width == 0 and width else base.num_layers
     layout = (
-        f"{base.name!r} takes {base.key_values_width} "
+        f"{base.name!r} needs {base.key_values_width} "
         f"({base.num_layers} layers x 2 x {base.num_kv_heads} key/value heads x head_dim {base.head_dim})"
     )
     faults = []
     if num_layers != base.num_layers:
         message = (
-            f"is a prefix for {shown_number(num_layers)} layers and {base.name!r} has {base.num_layers}: "
+            f"is a prefix for {shown_number(num_layers)} layers, but {base.name!r} has {base.num_layers}: "
             f"rows have width {width}; {layout}"
         )
         faults.append(weights_fault("layer_count_mismatch", message))
@@ -255,7 +255,7 @@ def _length_faults(config: Mapping[str, object], num_rows: int, base: BaseModelS
     if num_rows + 2 > base.max_model_len:
         message = (
             f"takes {num_rows} positions of the {base.max_model_len} that {base.name!r} has (max_model_len); "
-            "at least 2 have to be left, for text and for a new token"
+            "at least 2 must remain, for text and a new token"
         )
         faults.append(weights_fault("context_exceeded", message))
     return faults

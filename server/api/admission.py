@@ -147,23 +147,23 @@ class Admission:
         retry_after = self.retry_after(tenant)
         if self.num_in_use >= self.capacity:
             raise OverloadedError(
-                f"the server is full: all of its {self.capacity} places are taken", retry_after=retry_after
+                f"the server is full: all {self.capacity} places are taken", retry_after=retry_after
             )
         raise WaitTimeoutError(
-            f"the request would wait about {self.expected_wait(tenant):.1f} seconds for its turn, and {timeout:g} "
-            "are allowed; try again later",
+            f"the request would wait about {self.expected_wait(tenant):.1f} seconds in the queue, longer than its "
+            f"timeout of {timeout:g} seconds; try again later",
             retry_after=retry_after,
         )
 
     def check_count(self, count: int, *, param: str) -> None:
-        """See whether so many sequences could ever be admitted together.
+        """Check that this number of sequences can be admitted together.
 
         Raises:
             InvalidRequestError: If not.
         """
         if count > self.capacity:
             raise InvalidRequestError(
-                f"{param}: {count} sequences are more than the {self.capacity} that this server takes at once",
+                f"{param}: {count} sequences are more than this server's capacity of {self.capacity}",
                 param=param,
             )
 
@@ -204,7 +204,7 @@ class Admission:
         self.check_count(count, param=param)
         if self.num_in_use + count > self.capacity:
             raise OverloadedError(
-                f"the server is full: {self.num_in_use} of {self.capacity} places are taken and {count} asked for",
+                f"the server is full: {self.num_in_use} of {self.capacity} places are taken and {count} are needed",
                 retry_after=self.retry_after(tenant),
             )
         self.num_in_use += count

@@ -1,4 +1,4 @@
-"""The one table from exceptions to HTTP, and OpenAI's error shape for everything that is not a result."""
+"""The table from exceptions to HTTP, and error responses in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from server.logs import FIELDS
 logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 32
-"""Faults of a body that are told: a long list of wrong items would make an answer longer than itself."""
+"""Maximum number of faults reported, so that a long list of wrong items does not make a longer response."""
 
 _REQUEST_ERROR = "invalid_request_error"
 _SERVER_ERROR = "server_error"
@@ -63,14 +63,14 @@ _UNAVAILABLE = "service_unavailable_error"
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How one class of exceptions is answered.
+    """The response to one class of exceptions.
 
     Attributes:
         status: HTTP status.
         type: OpenAI's ``error.type``.
         code: OpenAI's ``error.code``.
-        headers: Headers that go with it.
-        is_public: Whether the exception's own text is for the client.
+        headers: Headers of the response.
+        is_public: Whether the client gets the exception's message.
     """
 
     status: int
@@ -98,7 +98,7 @@ _TABLE: dict[type[Exception], _Row] = {
     PromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
     PromptConflictError: _Row(409, "conflict_error", "conflict", {"x-should-retry": "false"}),
     PinBudgetError: _Row(409, "conflict_error", "pin_budget_exceeded", {"x-should-retry": "false"}),
-    # What is left of a body that is too large is not read, so the connection cannot carry another request.
+    # The rest of a body that is too large is not read, so the connection has to be closed.
     PayloadTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     PromptTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),
     MediaTypeError: _Row(415, _REQUEST_ERROR, "unsupported_media_type"),
@@ -134,24 +134,24 @@ _HTTP_CODES = {
 }
 
 _PUBLIC_TEXT = {
-    "internal_error": "the server failed to handle this request; its log has the reason under this X-Request-ID",
-    "store_unavailable": "the prompt store cannot be reached now; what it is asked for is not lost: try again",
-    "corrupt_prompt": "the stored soft prompt is damaged and cannot be used; upload it again",
+    "internal_error": "internal error; see the server's log for this X-Request-ID",
+    "store_unavailable": "the prompt store is temporarily unavailable; try again",
+    "corrupt_prompt": "the stored soft prompt is damaged; upload it again",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """An error as a client gets it: as a response of its own, or as one event of a stream.
+    """An error as sent to a client: as a response, or as one event of a stream.
 
     Attributes:
-        status: HTTP status, where it is a response of its own.
+        status: HTTP status, if it is a response.
         type: OpenAI's ``error.type``.
-        code: Stable word for programs.
+        code: Stable error code.
         message: For people.
-        param: The request's field at fault, if there is one.
-        details: Every fault found, where there can be several.
-        headers: Headers that go with the response.
+        param: The request field that caused the error, if any.
+        details: All faults found, for errors that can have several.
+        headers: Headers of the response.
     """
 
     status: int
@@ -176,12 +176,12 @@ class ErrorReply:
         return json.dumps({"error": error}).encode()
 
     def response(self) -> Response:
-        """The error as a response of its own."""
+        """The error as a response."""
         return Response(self.body, self.status, dict(self.headers), media_type="application/json")
 
 
 def describe(error: Exception, *, request_id: str) -> ErrorReply:
-    """Look an exception up in the table; what is not in it is a bug, logged here and hidden from the client."""
+    """Look an exception up in the table. Unknown exceptions are bugs: they are logged, and hidden from the client."""
     if isinstance(error, RequestValidationError):
         return _describe_validation(error)
     if isinstance(error, HTTPException):
@@ -201,19 +201,19 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
 
 
 _AT_THE_DOOR = {
-    HTTPStatus.BAD_REQUEST: "this is no HTTP/1.1 request",
-    HTTPStatus.REQUEST_TIMEOUT: "the request did not come in time",
-    HTTPStatus.TOO_MANY_REQUESTS: "too many requests wait on one connection for the answer to another",
+    HTTPStatus.BAD_REQUEST: "this is not an HTTP/1.1 request",
+    HTTPStatus.REQUEST_TIMEOUT: "the request was not received in time",
+    HTTPStatus.TOO_MANY_REQUESTS: "too many pipelined requests on one connection",
     HTTPStatus.REQUEST_URI_TOO_LONG: "the request's target is too long",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request's headers are too many or too long",
-    HTTPStatus.NOT_IMPLEMENTED: "the body's transfer coding is not understood",
+    HTTPStatus.NOT_IMPLEMENTED: "the body's transfer coding is not supported",
     HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: "this server speaks HTTP/1.1 and HTTP/1.0",
     HTTPStatus.SERVICE_UNAVAILABLE: "too many connections are open; try again later",
 }
 
 
 def describe_status(status: HTTPStatus, reason: str | None = None) -> ErrorReply:
-    """What a client is told whose request has not even begun; the reason may be more exact than the status."""
+    """The reply for a request rejected before it was parsed."""
     is_full = status is HTTPStatus.SERVICE_UNAVAILABLE
     kind, code = (_UNAVAILABLE, "too_many_connections") if is_full else (_REQUEST_ERROR, _HTTP_CODES[status.value])
     headers = {"retry-after": "1"} if is_full else {}
@@ -233,7 +233,7 @@ def _own_headers(error: Exception) -> Mapping[str, str]:
 
 
 def _describe_http(error: HTTPException) -> ErrorReply:
-    """What Starlette and FastAPI raise themselves: unknown paths, wrong methods, unreadable bodies."""
+    """Errors raised by Starlette and FastAPI: unknown paths, wrong methods, unreadable bodies."""
     type_ = _REQUEST_ERROR if error.status_code < 500 else _SERVER_ERROR
     code = _HTTP_CODES.get(error.status_code, "http_error")
     return ErrorReply(error.status_code, type_, code, error.detail, headers=error.headers or {})
@@ -251,7 +251,7 @@ def _describe_validation(error: RequestValidationError) -> ErrorReply:
 
 
 def _fault(item: Mapping[str, object]) -> dict[str, str | None]:
-    """One of pydantic's errors, without the input: that may be long, and need not be representable in JSON."""
+    """One of pydantic's errors without the input, which may be long or not representable in JSON."""
     kind, message, loc = str(item["type"]), str(item["msg"]), item["loc"]
     if kind == "json_invalid":
         return {"code": kind, "message": "the body is not valid JSON", "field": None}
@@ -261,7 +261,7 @@ def _fault(item: Mapping[str, object]) -> dict[str, str | None]:
 
 
 def field_path(loc: Sequence[str | int]) -> str | None:
-    """OpenAI's way to name a nested field, such as ``messages[0].content``; None for the whole body."""
+    """The path of a nested field in OpenAI's notation, e.g. ``messages[0].content``; None for the whole body."""
     path = ""
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part

@@ -158,7 +158,9 @@ class BodyTimeoutMiddleware:
                 async with asyncio.timeout(max(left, 0.0)):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, "the body did not come in time", headers={"connection": "close"}) from None
+                raise HTTPException(
+                    408, "the request body was not received in time", headers={"connection": "close"}
+                ) from None
             # What came quickly buys no longer silence later: that would hold its memory for as long.
             left += len(message.get("body", b"")) / MIN_BODY_RATE - (time.monotonic() - began)
             left = min(left, self._seconds)

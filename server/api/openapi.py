@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI knows, and what it cannot know: statuses, streams, errors and examples."""
+"""The OpenAPI document: FastAPI's, completed with statuses, streams, errors and examples."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _REF = "#/components/schemas/{name}"
 ERROR_SCHEMAS: dict[str, Any] = {
     "Error": {
         "title": "Error",
-        "description": "Every answer that is not a result, in OpenAI's shape.",
+        "description": "An error response in OpenAI's format.",
         "type": "object",
         "required": ["error"],
         "properties": {
             "error": {
                 "type": "object",
-                "description": "What went wrong.",
+                "description": "The error.",
                 "required": ["message", "type", "param", "code"],
                 "properties": {
-                    "message": {"type": "string", "description": "For people."},
-                    "type": {"type": "string", "description": "OpenAI's class of errors."},
-                    "param": {"type": ["string", "null"], "description": "The request's field at fault."},
-                    "code": {"type": "string", "description": "A stable word for programs."},
+                    "message": {"type": "string", "description": "Message in plain text."},
+                    "type": {"type": "string", "description": "Error type, as in OpenAI's API."},
+                    "param": {"type": ["string", "null"], "description": "The request field that caused the error."},
+                    "code": {"type": "string", "description": "Stable error code."},
                     "details": {
                         "type": "array",
-                        "description": "Every fault, where there can be several.",
+                        "description": "All faults, for errors that can have several.",
                         "items": {"type": "object"},
                     },
                 },
@@ -43,17 +43,17 @@ ERROR_SCHEMAS: dict[str, Any] = {
 }
 
 STATUSES = {
-    400: "The request or the soft prompt's file is wrong; `param` or `details` tell where.",
-    401: "No API key, or an unknown one (where the server asks for keys).",
-    403: "The API key may not do this, or a page of another origin sent it.",
-    404: "There is no such model, soft prompt, version, alias or file.",
-    409: "What is there now forbids it; trying again does not help.",
-    408: "The body did not come in time.",
-    413: "The body is too large.",
-    415: "The body is not of the type that this path takes.",
-    416: "The Range header asks for what the file does not have.",
-    429: "The server is full; `Retry-After` tells when to try again.",
-    503: "The server is loading, restarting, draining or overloaded; `Retry-After` tells when to try again.",
+    400: "The request or an uploaded file is invalid; see `param` or `details`.",
+    401: "The API key is missing or invalid.",
+    403: "The API key lacks a scope, or the request came from a web page of another origin.",
+    404: "The model, soft prompt, version, alias or file does not exist.",
+    409: "The request conflicts with the current state; do not retry.",
+    408: "The request body was not received in time.",
+    413: "The request body is too large.",
+    415: "The content type of the body is not supported.",
+    416: "The requested range is outside the file.",
+    429: "The server is full or the API key is over a limit; retry after `Retry-After` seconds.",
+    503: "The server is loading, restarting, draining or overloaded; retry after `Retry-After` seconds.",
 }
 
 _GENERATION = ("/v1/completions", "/v1/chat/completions", "/v1/classify")
@@ -79,11 +79,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "/v1/prompts/{id}/aliases/{alias}/rollback": {},
     "/v1/prompts/{id}/warm": {"pin": False},
 }
-"""A body for each path that takes JSON; with the soft prompts of the demo, each of them is answered."""
+"""An example body for each path that takes JSON; all are valid for the demo's soft prompts."""
 
 
 def describe_api(app: FastAPI) -> dict[str, Any]:
-    """The document, made once for an application."""
+    """The document; built once per application."""
     if app.openapi_schema is None:
         app.openapi_schema = _describe(app)
     return app.openapi_schema
@@ -102,7 +102,11 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         schemas.pop(name, None)
     schemas |= {name: schema | {"title": name} for name, schema in replies.items()} | ERROR_SCHEMAS
     components["securitySchemes"] = {
-        "key": {"type": "http", "scheme": "bearer", "description": "Where the server was started with keys."}
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "Required if the server was started with API keys.",
+        }
     }
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
@@ -138,7 +142,7 @@ def _describe_operation(method: str, path: str, operation: dict[str, Any]) -> No
     if content is not None and "200" in responses:
         responses["200"]["content"] = content
     if path == _FILE:
-        responses["206"] = {"description": "The part that `Range` asked for.", "content": content}
+        responses["206"] = {"description": "The requested range.", "content": content}
 
 
 def _statuses(method: str, path: str, operation: dict[str, Any]) -> set[int]:
@@ -166,7 +170,7 @@ def _statuses(method: str, path: str, operation: dict[str, Any]) -> set[int]:
 
 
 def _content(path: str) -> dict[str, Any] | None:
-    """What a success holds, where FastAPI does not know."""
+    """The content of a successful response, if FastAPI does not know it."""
 
     def json_of(name: str) -> dict[str, Any]:
         return {"application/json": {"schema": {"$ref": _REF.format(name=name)}}}
@@ -178,8 +182,8 @@ def _content(path: str) -> dict[str, Any] | None:
         }
         data = {
             "type": "string",
-            "description": f"{name} as JSON, one a chunk, and [DONE] at the end; after the first event an error is "
-            "one event with Error, and the last.",
+            "description": f"{name} as JSON, one per chunk, then [DONE]. An error after the first event is sent "
+            "as a last event with Error.",
             "anyOf": [{"const": "[DONE]"}, payload],
         }
         return {

@@ -1,4 +1,4 @@
-"""Which scope a path needs: the one table, and nothing that is not in it is served to anybody."""
+"""The scopes that each path needs. Paths that are not in this table are not served."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCOPES: dict[tuple[str, str], frozenset[Scope]] = {
     ("PUT", "/v1/prompts/{id}/aliases/{alias}"): _WRITE,
     ("DELETE", "/v1/prompts/{id}/aliases/{alias}"): _WRITE,
     ("POST", "/v1/prompts/{id}/aliases/{alias}/rollback"): _WRITE,
-    # It tells of all tenants: which soft prompts there are, and how much each is used.
+    # Admin only, because it shows the soft prompts of all tenants and their use.
     ("GET", "/metrics"): _ADMIN,
     ("HEAD", "/metrics"): _ADMIN,
     **{
@@ -49,7 +49,7 @@ SCOPES: dict[tuple[str, str], frozenset[Scope]] = {
         for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
     },
 }
-"""One of these scopes is needed, where there are any, by method and path."""
+"""By method and path: the scopes of which one is needed; none if empty."""
 
 LIMITED: dict[tuple[str, str], bool] = {
     ("POST", "/v1/completions"): True,
@@ -61,7 +61,7 @@ LIMITED: dict[tuple[str, str], bool] = {
     ("GET", "/v1/prompts/{id}/inspect"): False,
     ("POST", "/v1/prompts/{id}/warm"): False,
 }
-"""What counts against a key's limits, because much may be done for it; and whether it takes tokens, too."""
+"""Routes that count against a key's limits, and whether they count against its token limit."""
 
 _LIMITED_PATTERNS = [
     (method, compile_path(path)[0], takes_tokens) for (method, path), takes_tokens in LIMITED.items()
@@ -71,7 +71,7 @@ _PATTERNS = [(compile_path(path)[0], method, needed) for (method, path), needed 
 
 
 def takes_tokens(method: str, path: str) -> bool | None:
-    """Whether a request takes tokens of its key's limits; None where it does not count against them at all."""
+    """Whether a request counts against its key's token limit; None if it counts against no limit."""
     for known, pattern, found in _LIMITED_PATTERNS:
         if known == method and pattern.match(path):
             return found
@@ -82,8 +82,8 @@ def check_access(caller: Caller, method: str, path: str) -> None:
     """Return if a caller may use a path.
 
     Raises:
-        PermissionDeniedError: If the key has none of the scopes that it takes.
-        HTTPException: 404 or 405 for what is not in the table, whether or not there is a route.
+        PermissionDeniedError: If the key has none of the required scopes.
+        HTTPException: 404 or 405 for paths and methods that are not in the table.
     """
     known = {known: needed for pattern, known, needed in _PATTERNS if pattern.match(path)}
     if not known:
@@ -93,4 +93,4 @@ def check_access(caller: Caller, method: str, path: str) -> None:
     needed = known[method]
     if needed and not needed & caller.scopes:
         words = " or ".join(sorted(needed))
-        raise PermissionDeniedError(f"this needs an API key with the scope {words}", scopes=sorted(needed))
+        raise PermissionDeniedError(f"this requires an API key with the scope {words}", scopes=sorted(needed))

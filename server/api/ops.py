@@ -16,14 +16,14 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/live")
 async def live() -> dict[str, str]:
-    """The process answers HTTP; the model may still be loading."""
+    """Liveness: the process answers HTTP, even while the model is loading."""
     return {"status": "live"}
 
 
 @router.get("/health")
 @router.get("/ready")
 async def ready(services: ServicesDep) -> dict[str, str]:
-    """New requests are taken; 503 with the reason while they are not.
+    """Readiness: 200 if requests are accepted, otherwise 503 with the reason.
 
     While the store's catalog is away the server goes on with what it knows, and says so here.
     """
@@ -38,7 +38,7 @@ async def ready(services: ServicesDep) -> dict[str, str]:
 @router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request, services: ServicesDep) -> Response:
-    """Prometheus' text format, or OpenMetrics where ``Accept`` asks for it."""
+    """Metrics in Prometheus' text format, or OpenMetrics if requested by ``Accept``."""
     # Rendering counts what the store holds, which reads the disk.
     body, content_type = await asyncio.to_thread(services.metrics.render, request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type})

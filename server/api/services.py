@@ -244,7 +244,7 @@ class Services:
                 if not self.engine.is_ready:
                     raise EngineDeadError("the engine process has ended")
                 if self.warmer.is_restoring:
-                    raise EngineRestartingError("engine restarting: soft prompts are being brought back")
+                    raise EngineRestartingError("engine restarting: soft prompts are being reloaded")
 
 
 async def get_services(request: Request) -> Services:
@@ -276,7 +276,7 @@ async def require_json(request: Request) -> None:
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise MediaTypeError("the body has to be JSON, with 'Content-Type: application/json'")
+        raise MediaTypeError("the body must be JSON, with 'Content-Type: application/json'")
     # Both are at hand: FastAPI has read the body before it asks its dependencies.
     if may_have_halves(await request.body()):
         loc = half_pair_in(await request.json())

@@ -1,4 +1,4 @@
-"""The client commands: what a person or a script asks of a running server."""
+"""The client commands: they call a running server over HTTP."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ app = typer.Typer(add_completion=False)
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 _PROGRESS_BYTES = 8 * 1024 * 1024
-"""Smaller files are there before a bar could be read."""
+"""Smaller files need no progress bar."""
 
 
 class ExitStatus(IntEnum):
-    """How a client command ends."""
+    """Exit statuses of the client commands."""
 
     OK = 0
     FAILED = 1
@@ -56,23 +56,24 @@ _BY_HTTP_STATUS = {
 }
 
 _BY_CODE = {"unreachable": ExitStatus.UNAVAILABLE, "usage": ExitStatus.USAGE}
-"""Of errors without an answer."""
+"""Exit status of errors without an HTTP response."""
 
 EXIT_CODES = (
-    "Exit codes: 0 ok; 1 anything else; 2 usage; 3 not found; 4 refused as invalid; 5 conflict; 6 not authorised; "
-    "7 the server cannot be reached or is not ready."
+    "Exit codes: 0 ok; 1 anything else; 2 usage; 3 not found; 4 invalid; 5 conflict; 6 not authorised; "
+    "7 the server is unreachable or not ready."
 )
 
-Url = Annotated[str, typer.Option(envvar="PRELUDE_URL", help="Where the server is.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="PRELUDE_API_KEY", help="Sent with every request.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the API's JSON and nothing else.")]
+Url = Annotated[str, typer.Option(envvar="PRELUDE_URL", help="URL of the server.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="PRELUDE_API_KEY", help="API key, sent with every request.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only the API's JSON.")]
 Target = Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt: NAME, NAME@VERSION or NAME@ALIAS.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt.")]
-Alias = Annotated[str, typer.Option(metavar="ALIAS", help="Which alias.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a soft prompt.")]
+Alias = Annotated[str, typer.Option(metavar="ALIAS", help="The alias.")]
 Expect = Annotated[
-    int | None, typer.Option(min=1, metavar="V", help="Only if the alias points at this version now, else 5.")
+    int | None,
+    typer.Option(min=1, metavar="V", help="Only if the alias points at this version; otherwise exit with 5."),
 ]
-TaskId = Annotated[int | None, typer.Option(min=0, help="Which task of a multitask prompt, from 0.")]
+TaskId = Annotated[int | None, typer.Option(min=0, help="Task id of a multitask prompt, from 0.")]
 
 
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -81,21 +82,24 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 @_command("push")
 def push(
-    directory: Annotated[Path, typer.Argument(help="A directory that PEFT saved.", exists=True)],
-    name: Annotated[str, typer.Option("--id", help="The soft prompt's name.")],
-    alias: Annotated[str | None, typer.Option(help="The alias to move, instead of latest.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Directory saved by PEFT.", exists=True)],
+    name: Annotated[str, typer.Option("--id", help="Name of the soft prompt.")],
+    alias: Annotated[str | None, typer.Option(help="Alias to move, instead of latest.")] = None,
     description: Annotated[str | None, typer.Option(help="Free text.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A word to list by; may be given several times.")] = None,
-    metadata: Annotated[str | None, typer.Option(metavar="JSON", help="An object of your own.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag to filter by in `list`; repeatable.")] = None,
+    metadata: Annotated[str | None, typer.Option(metavar="JSON", help="JSON object with any content.")] = None,
     lineage: Annotated[
-        str | None, typer.Option(metavar="JSON", help="An object: training_run, parent, dataset_digest, scores.")
+        str | None,
+        typer.Option(metavar="JSON", help="JSON object with training_run, parent, dataset_digest or scores."),
     ] = None,
-    shared: Annotated[bool, typer.Option("--shared", help="For every tenant; takes the scope admin.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Share it with all tenants; needs the scope admin.")
+    ] = False,
     allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Although it names another base model than the served one.")
+        bool, typer.Option("--allow-other-base", help="Accept files that name another base model.")
     ] = False,
     task_type: Annotated[
-        TaskType | None, typer.Option(help="What it was trained for, where its configuration does not say.")
+        TaskType | None, typer.Option(help="Task type, if the adapter's configuration does not state it.")
     ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
@@ -104,7 +108,7 @@ def push(
     """Upload a PEFT directory as the next version of a soft prompt."""
     if not directory.is_dir():
         what = "an archive: unpack it, and give" if is_archive(directory) else "a file: give"
-        raise typer.BadParameter(f"{directory} is {what} the directory that PEFT's save_pretrained() wrote")
+        raise typer.BadParameter(f"{directory} is {what} the directory that save_pretrained() wrote")
     sizes = [path.stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE) if (path := directory / file).is_file()]
     with serving(url, api_key, as_json=as_json) as client, _progress("sending", sum(sizes)) as on_bytes:
         version, created = client.push(
@@ -120,15 +124,15 @@ def push(
             task_type=task_type,
             on_bytes=on_bytes,
         )
-    known = "" if created else " (the same bytes were there already)"
+    known = "" if created else " (unchanged: this version has the same bytes)"
     answer(version, as_json, f"{version['id']}@{version['version']}{known}")
 
 
 @_command("pull")
 def pull(
     target: Target,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made where there is none.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are different.")] = False,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Target directory; created if missing.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that differ.")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -144,15 +148,15 @@ def pull(
 
 @_command("list")
 def list_(
-    tag: Annotated[str | None, typer.Option(help="Only those whose version has this tag.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")] = None,
+    tag: Annotated[str | None, typer.Option(help="List only soft prompts with this tag.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number to list; default: all.")] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """List the soft prompts."""
     with serving(url, api_key, as_json=as_json) as client:
-        # One more than asked for tells whether there are more.
+        # One more than requested, to know whether there are more.
         found = list(client.prompts(tag=tag, limit=None if limit is None else limit + 1))
     data = found[:limit]
     page = {
@@ -167,12 +171,14 @@ def list_(
 @_command("show")
 def show(
     target: Target,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Versions, and changes, at most.")] = 20,
+    limit: Annotated[
+        int, typer.Option(min=1, max=1000, help="Maximum number of versions and of history entries.")
+    ] = 20,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Show a soft prompt with its aliases, versions and history, or one version of it."""
+    """Show a soft prompt with its aliases, versions and history, or one version."""
     ref = _ref(target)
     with serving(url, api_key, as_json=as_json) as client:
         if "@" in target:
@@ -194,7 +200,7 @@ def rollback(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Point an alias back at what it pointed at before its newest promotion."""
+    """Point an alias back at the version before its last promotion."""
     checked(name, "name")
     checked(alias, "alias")
     with serving(url, api_key, as_json=as_json) as client:
@@ -205,12 +211,12 @@ def rollback(
 @_command("rm")
 def rm(
     target: Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt, or NAME@VERSION for one version.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Delete a soft prompt, or one of its versions; on a terminal it asks before a whole name goes."""
+    """Delete a soft prompt or one version; on a terminal, confirm before deleting all versions."""
     ref = _ref(target)
     if ref.version is None and "@" in target:
         raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
@@ -224,13 +230,15 @@ def rm(
 @_command("inspect")
 def inspect(
     target: Target,
-    top_k: Annotated[int | None, typer.Option(min=1, max=20, help="Near tokens for each virtual one.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, max=20, help="Number of nearest tokens to show per virtual token.")
+    ] = None,
     task_id: TaskId = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Compare a soft prompt with the model: norms, and the vocabulary tokens that its rows are near to."""
+    """Compare a soft prompt with the model: norms, and the vocabulary tokens nearest to its rows."""
     ref = _ref(target)
     with serving(url, api_key, as_json=as_json) as client:
         found = client.inspect(ref, top_k=top_k, task_id=task_id)
@@ -242,14 +250,16 @@ def warm(
     target: Target,
     pin: Annotated[
         bool | None,
-        typer.Option("--pin/--unpin", help="Keep it at hand until --unpin, or end that; unpinning loads nothing."),
+        typer.Option(
+            "--pin/--unpin", help="Keep it in memory until --unpin, or release it; unpinning loads nothing."
+        ),
     ] = None,
     task_id: TaskId = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Bring a soft prompt onto the device before its first request."""
+    """Load a soft prompt onto the device before its first request."""
     ref = _ref(target)
     with serving(url, api_key, as_json=as_json) as client:
         reply = client.warm(ref, task_id=task_id, pin=pin)
@@ -260,7 +270,7 @@ def warm(
 
 
 def status_of(error: ClientError) -> ExitStatus:
-    """How a command ends that failed."""
+    """The exit status for an error."""
     if error.status is None:
         return _BY_CODE.get(error.code, ExitStatus.FAILED)
     return _BY_HTTP_STATUS.get(error.status, ExitStatus.FAILED)
@@ -268,7 +278,7 @@ def status_of(error: ClientError) -> ExitStatus:
 
 @contextmanager
 def serving(url: str, api_key: str | None, *, as_json: bool) -> Iterator[PreludeClient]:
-    """A client; an error ends the command with its status, in one line, or one for each fault of refused files."""
+    """Yield a client. An error is printed in one line, or one per fault of refused files, and ends the command."""
     try:
         with PreludeClient(url, api_key=api_key) as client:
             yield client
@@ -283,7 +293,7 @@ def serving(url: str, api_key: str | None, *, as_json: bool) -> Iterator[Prelude
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[OnBytes]:
-    """A bar on the standard error, where that is a terminal and there is enough to wait for."""
+    """A progress bar on standard error, if that is a terminal and the transfer is large."""
     if total < _PROGRESS_BYTES or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -294,7 +304,7 @@ def _progress(what: str, total: int) -> Iterator[OnBytes]:
 
 
 def answer(value: dict[str, Any], as_json: bool, *shown: Table | str) -> None:
-    """Print what the API said, or what is made of it for people."""
+    """Print the API's JSON, or tables made from it."""
     if as_json:
         typer.echo(json.dumps(value))
     else:
@@ -309,10 +319,10 @@ def _ref(target: str) -> PromptRef:
 
 
 def checked(text: str, what: str) -> None:
-    """Hold a name or an alias to its form.
+    """Check the syntax of a name or an alias.
 
     Raises:
-        typer.BadParameter: If it is not well formed.
+        typer.BadParameter: If it is malformed.
     """
     try:
         check_name(text, what)

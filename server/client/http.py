@@ -121,14 +121,14 @@ class PreludeClient:
         Args:
             directory: Where the two files are.
             name: The soft prompt's name.
-            alias: The alias to move, instead of latest.
+            alias: Alias to move, instead of latest.
             description: Free text.
             tags: Words to list by.
             metadata: A JSON object, as text.
             lineage: A JSON object, as text.
             shared: For every tenant, which takes a key with the scope admin.
             allow_other_base: Although it names another base than the served one.
-            task_type: What it was trained for, where its configuration does not say.
+            task_type: Task type, if the adapter's configuration does not state it.
             on_bytes: Told of the files' bytes as they are sent.
 
         Raises:
@@ -166,8 +166,8 @@ class PreludeClient:
 
         Args:
             version: The server's record of it.
-            directory: Where to; made where there is none.
-            force: Replace files that are different.
+            directory: Target directory; created if missing.
+            force: Overwrite files that differ.
             on_bytes: Told of the files' bytes as they come.
 
         Raises:
@@ -183,7 +183,7 @@ class PreludeClient:
             missing = {path: file for path, file in wanted.items() if not _is_same(path, file["sha256"])}
             different = [str(path) for path in missing if path.exists()]
             if different and not force:
-                raise ClientError(f"{' and '.join(different)} would be overwritten by other content: give --force")
+                raise ClientError(f"{' and '.join(different)} would be overwritten; use --force")
             for path, file in missing.items():
                 parts[path] = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
                 self._download(version, file, parts[path], on_bytes)
@@ -340,17 +340,17 @@ def server_url(text: str) -> httpx.URL:
     """Read ``--url``: where a server is, without OpenAI's ``/v1`` at its end.
 
     Raises:
-        ClientError: If it is no URL of http or https.
+        ClientError: If it is not an http or https URL.
     """
     example = "write it as http://HOST:PORT"
     try:
         url = httpx.URL(text.strip().rstrip("/").removesuffix("/v1").rstrip("/"))
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise ClientError(f"--url {text[:200]!r} is no URL ({error}): {example}", code="usage") from error
+        raise ClientError(f"--url {text[:200]!r} is not a URL ({error}): {example}", code="usage") from error
     if url.scheme not in ("http", "https") or not _is_host(url.raw_host) or not 0 < (url.port or 80) < 65536:
-        raise ClientError(f"--url {text[:200]!r} is no URL of http or https: {example}", code="usage")
+        raise ClientError(f"--url {text[:200]!r} is not an http or https URL: {example}", code="usage")
     if url.query or url.fragment:
-        raise ClientError(f"--url {text[:200]!r} has more than an address: {example}", code="usage")
+        raise ClientError(f"--url {text[:200]!r} must be only an address: {example}", code="usage")
     return url
 
 
@@ -369,7 +369,7 @@ def key_headers(api_key: str | None) -> dict[str, str]:
     if not api_key:
         return {}
     if not (api_key.isascii() and api_key.isprintable()):
-        raise ClientError("the API key has a character that no header can carry")
+        raise ClientError("the API key contains a character that is not allowed in a header")
     return {"authorization": f"Bearer {api_key}"}
 
 

@@ -169,13 +169,13 @@ def _tour(url: str, settings: Settings, serving: threading.Thread, console: Cons
             )
     names = [directory.name for directory in directories]
     questions = _questions(names)
-    console.print(f"\nAsking {len(questions)} questions at once …\n")
+    console.print(f"\nSending {len(questions)} requests at once …\n")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     answers, num_distinct = asyncio.run(_burst(url, base_name, questions, headers))
     console.print(_table(answers))
     expected = [answer for answer in answers if answer.question.expected is not None]
     num_right = sum(answer.text.strip() == answer.question.expected for answer in expected)
-    console.print(f"\n{num_right} of {len(expected)} answers are the held-out ones, to the letter.")
+    console.print(f"\n{num_right} of {len(expected)} answers match the held-out ones exactly.")
     console.print(f"[bold]{num_distinct}[/] distinct soft prompts shared one forward pass.\n")
     _print_commands(url, base_name, questions, console, has_key=key is not None)
 

@@ -288,7 +288,7 @@ class LLMEngine:
         Returns:
             What could be computed of it, what that gave, and the last outputs of those that ended.
         """
-        logger.error("a step failed; its parts are computed one by one", exc_info=error)
+        logger.error("a step failed; computing its parts one by one", exc_info=error)
         try:
             if is_device_fault(error):
                 raise error
@@ -301,7 +301,7 @@ class LLMEngine:
                 is_fatal=is_device_fault,
             )
         except Exception as fault:
-            logger.exception("the device failed; all sequences end and the cache is emptied")
+            logger.exception("the device failed; all sequences are ended and the cache is cleared")
             return StepPlan(), StepOutput([]), self._fail_all(_reason(fault))
         self.scheduler.undo(retry.undone)
         ended = []
@@ -314,7 +314,7 @@ class LLMEngine:
         put_off = [seq for seq in retry.unserved if seq.finish_reason is None]
         for seq in put_off:
             self.scheduler.put_off(seq)
-        logger.warning("%d sequences ended by it, %d are computed again", len(ended), len(put_off))
+        logger.warning("%d sequences failed, %d are recomputed", len(ended), len(put_off))
         return retry.plan, retry.output, ended
 
     def _postprocess(self, plan: StepPlan, step: StepOutput) -> list[TokenOutput]:
@@ -432,7 +432,7 @@ class LLMEngine:
             self._let_go(seq)
             self._abandon_grammar(seq)
             self._stats.num_timeouts += 1
-            message = f"the request waited {now - seq.arrival:.1f} seconds without its turn coming; try again later"
+            message = f"the request timed out after {now - seq.arrival:.1f} seconds in the queue; try again later"
             outputs.append(TokenOutput(seq.request_id, [], FinishReason.TIMEOUT, error=message))
         return outputs
 

@@ -132,5 +132,5 @@ def encode_frame(message: ToEngine | FromEngine) -> bytes:
     """
     body = encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+        raise ValueError(f"a message of {len(body)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
     return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body

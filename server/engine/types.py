@@ -58,7 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         classify: Whether the soft prompt's own head reads the text's last hidden state.
         seed: Seeds this sequence's own random numbers; None draws them from the operating system.
         stop_token_ids: Tokens that end the sequence (the tokenizer's end-of-sequence ids come with the model).
-        ignore_eos: Whether end-of-sequence tokens are ordinary ones.
+        ignore_eos: Whether to continue after end-of-sequence tokens.
         constraint: What the text has to be; it ends where nothing more may follow, whatever ``min_tokens`` and
             ``ignore_eos`` say.
     """
@@ -230,15 +230,15 @@ class EngineStats(msgspec.Struct, kw_only=True):
     Attributes:
         num_running: Sequences that hold blocks and take part in steps.
         num_waiting: Sequences that wait for blocks, for a place, for their soft prompt's file or for their grammar.
-        num_blocks: Key/value blocks in all.
+        num_blocks: Total number of key/value blocks.
         block_size: Tokens that a block holds.
         num_used_blocks: Blocks that some sequence refers to.
-        num_cached_blocks: Blocks that hold only an idle, reusable prefix.
+        num_cached_blocks: Key/value blocks that hold only an idle, reusable prefix.
         num_preemptions: Sequences whose blocks were taken back, to be computed again.
         num_timeouts: Sequences that ended because they had not run by their deadline.
         prefix_cache_queries: Text tokens looked up in the prefix cache.
         prefix_cache_hits: Text tokens found there.
-        prompt_tokens: Text tokens of admitted prompts.
+        prompt_tokens: Text tokens of admitted requests.
         generation_tokens: Tokens generated.
         virtual_tokens: Virtual tokens of admitted sequences.
         soft_prompts_resident: Soft prompts whose keys and values are on the device.

@@ -1,4 +1,4 @@
-"""``prelude train``: its options, what it shows, and how it ends."""
+"""``prelude train``: its options, output and exit status."""
 
 from __future__ import annotations
 
@@ -29,73 +29,96 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 EXTRA = ("accelerate", "peft")
-"""What training needs beyond what serving does; ``pip install 'prelude-server[train]'`` brings it."""
+"""Packages that only training needs; ``pip install 'prelude-server[train]'`` installs them."""
 
 _INTERRUPTED = 130
-"""What shells make of a process that SIGINT ended."""
+"""The status that shells report for a process ended by SIGINT."""
 
 
 @app.command("train", epilog=EXIT_CODES)
 def train(
     model: Annotated[
-        str, typer.Option(help="A hub id, a directory that transformers can load, or 'demo': the embedded model.")
+        str, typer.Option(help="Hub id, directory that transformers can load, or 'demo' for the embedded model.")
     ],
-    data: Annotated[Path, typer.Option(help="JSON Lines of {prompt, completion}, {text, label} or {messages}.")],
-    name: Annotated[str, typer.Option("--id", help="The soft prompt's name.")],
-    method: Annotated[Method, typer.Option(help="How to train.")] = Method.PROMPT_TUNING,
-    num_virtual_tokens: Annotated[int, typer.Option(min=1, help="Rows of the soft prompt.")] = 20,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Held-out examples; without them a share of the data is held out.")
-    ] = None,
-    eval_fraction: Annotated[float, typer.Option(min=0.0, max=0.5, help="That share; 0 measures nothing.")] = 0.1,
-    description: Annotated[str | None, typer.Option(help="The task in words; kept with the version.")] = None,
+    data: Annotated[
+        Path, typer.Option(help="Examples, in JSON Lines: {prompt, completion}, {text, label} or {messages}.")
+    ],
+    name: Annotated[str, typer.Option("--id", help="Name of the soft prompt.")],
+    method: Annotated[Method, typer.Option(help="Training method.")] = Method.PROMPT_TUNING,
+    num_virtual_tokens: Annotated[int, typer.Option(min=1, help="Number of virtual tokens.")] = 20,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out examples; default: a share of the data.")] = None,
+    eval_fraction: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share of the data to hold out; 0: no evaluation.")
+    ] = 0.1,
+    description: Annotated[str | None, typer.Option(help="Description of the task; stored with the version.")] = None,
     init_text: Annotated[
-        str | None, typer.Option(help="Text to begin at; by default the description, the labels or the data.")
+        str | None, typer.Option(help="Text to initialise from; default: the description, the labels or the data.")
     ] = None,
     separator: Annotated[
-        str, typer.Option(help="Between a text and its label; \\n and \\t are read as in JSON.")
+        str, typer.Option(help="Separator between a text and its label; \\n and \\t are escapes.")
     ] = "\\n",
-    revision: Annotated[str | None, typer.Option(help="The hub revision of the model.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of initialisation, order and split.")] = 0,
-    epochs: Annotated[float, typer.Option(min=0.001, help="Passes over the data.")] = 20.0,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Peak; by default the method's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples of one pass.")] = 16,
-    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Passes of one step.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of initialisation, order and split.")] = 0,
+    epochs: Annotated[float, typer.Option(min=0.001, help="Number of passes over the data.")] = 20.0,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of optimizer steps, instead of epochs.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Peak learning rate; default: depends on the method.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 16,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 1,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time; not for keys and values.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Use less memory and more time; not for prefix_tuning, p_tuning_v2 and cartridge.",
+        ),
     ] = False,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = 0.0,
-    warmup_ratio: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of steps with a rising rate.")] = 0.1,
-    eval_steps: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
-    patience: Annotated[int, typer.Option(min=0, help="Evaluations without a gain until it stops; 0: never.")] = 5,
-    monitor: Annotated[Monitor, typer.Option(help="What a gain is measured by.")] = "loss",
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.0,
+    warmup_ratio: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the steps used for warm-up.")] = 0.1,
+    eval_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations; default: 20 evaluations in all.")
+    ] = None,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Evaluations without improvement before training stops; 0: never.")
+    ] = 5,
+    monitor: Annotated[Monitor, typer.Option(help="Measure of improvement.")] = "loss",
     encoder_hidden_size: Annotated[
-        int | None, typer.Option(min=1, help="Width of the network of p_tuning and p_tuning_v2.")
+        int | None, typer.Option(min=1, help="Width of the encoder of p_tuning and p_tuning_v2.")
     ] = None,
-    num_frozen_tokens: Annotated[int, typer.Option(min=0, help="First rows of a cartridge that stay.")] = 1,
+    num_frozen_tokens: Annotated[
+        int, typer.Option(min=0, help="Number of first tokens of a cartridge that are not trained.")
+    ] = 1,
     cpt_epsilon: Annotated[
-        float, typer.Option(min=0.0, help="How far CPT lets a row go, in mean norms of the embeddings.")
+        float, typer.Option(min=0.0, help="Maximum change of a row by CPT, in mean norms of the embeddings.")
     ] = 1.0,
-    num_ranks: Annotated[int, typer.Option(min=1, help="Rank of each task's matrix of a multitask prompt.")] = 1,
-    device: Annotated[Device, typer.Option(help="Where to train; auto takes CUDA where there is one.")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="Of the frozen model; the soft prompt is float32.")] = "auto",
+    num_ranks: Annotated[int, typer.Option(min=1, help="Rank of each task's matrix, for multitask.")] = 1,
+    device: Annotated[Device, typer.Option(help="Device to train on; auto uses CUDA if available.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="Dtype of the frozen model; the soft prompt is float32.")] = "auto",
     base_name: Annotated[
-        str | None, typer.Option(help="What the saved configuration calls the base; by default the server's name.")
+        str | None, typer.Option(help="Name of the base in the saved configuration; default: the server's name.")
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where all of it is kept; by default runs/ID.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
-    push: Annotated[bool, typer.Option("--push", help="Publish it, once the server answers as PEFT does.")] = False,
-    alias: Annotated[str, typer.Option(help="The alias that a push moves.")] = DEFAULT_ALIAS,
-    golden_prompts: Annotated[int, typer.Option(min=1, max=64, help="Texts that are held against PEFT.")] = 4,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Directory for checkpoints and the result; default: runs/ID.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the run directory.")] = False,
+    push: Annotated[
+        bool, typer.Option("--push", help="Publish the result after checking that the server answers as PEFT does.")
+    ] = False,
+    alias: Annotated[str, typer.Option(help="Alias that --push moves.")] = DEFAULT_ALIAS,
+    golden_prompts: Annotated[
+        int, typer.Option(min=1, max=64, help="Number of texts to compare with PEFT before publishing.")
+    ] = 4,
     golden_tolerance: Annotated[
-        float | None, typer.Option(min=0.0, help="Nats that a log-probability may be off; by default measured.")
+        float | None,
+        typer.Option(min=0.0, help="Maximum difference of a log-probability in nats; default: measured."),
     ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Train a soft prompt from labelled examples, and publish it."""
+    """Train a soft prompt on labelled examples, and publish it."""
     settings = TrainSettings(
         model=model,
         data=data,
@@ -144,8 +167,8 @@ def train(
 
 
 def _run(settings: TrainSettings, api_key: str | None) -> dict[str, Any]:
-    """Check what needs no model library, then bring these in."""
-    # Not at the top: ``prelude --help`` need not wait for rules of data, and torch takes seconds.
+    """Check settings and data before importing the model libraries."""
+    # Imported here because torch takes seconds to import.
     from server.training.corpus import load_corpus  # noqa: PLC0415
 
     settings.check()
@@ -154,14 +177,14 @@ def _run(settings: TrainSettings, api_key: str | None) -> dict[str, Any]:
         raise SettingsError(f"training needs {' and '.join(missing)}: pip install 'prelude-server[train]'")
     from server.training.run import Reporter, quiet_libraries, train  # noqa: PLC0415
 
-    with quiet_libraries(), _shown() as (tell, say):
+    with quiet_libraries(), _shown() as (report, say):
         warn = lambda text: say(f"warning: {text}")  # noqa: E731 - one line, used once
-        return train(settings, Reporter(say, warn, tell), api_key=api_key)
+        return train(settings, Reporter(say, warn, report), api_key=api_key)
 
 
 @contextmanager
 def _shown() -> Iterator[tuple[Callable[[Where], None], Callable[[str], None]]]:
-    """A bar on the standard error where that is a terminal, else a line for each evaluation."""
+    """A progress bar on standard error if that is a terminal, otherwise one line per evaluation."""
     console = Console(stderr=True, highlight=False)
 
     def say(text: str) -> None:
@@ -173,21 +196,21 @@ def _shown() -> Iterator[tuple[Callable[[Where], None], Callable[[str], None]]]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=None)
-        yield lambda at: progress.update(task, completed=at.step, total=at.num_steps, description=_told(at)), say
+        yield lambda at: progress.update(task, completed=at.step, total=at.num_steps, description=_described(at)), say
 
 
 def _lines(say: Callable[[str], None]) -> Callable[[Where], None]:
     seen: list[Any] = [None]
 
-    def tell(where: Where) -> None:
+    def report(where: Where) -> None:
         if where.held_out is not seen[0]:
             seen[0] = where.held_out
-            say(f"step {where.step} of {where.num_steps}: {_told(where)}")
+            say(f"step {where.step} of {where.num_steps}: {_described(where)}")
 
-    return tell
+    return report
 
 
-def _told(where: Where) -> str:
+def _described(where: Where) -> str:
     text = f"loss {where.loss:.4f}"
     if where.held_out is not None:
         text += f", held out: loss {where.held_out.loss:.4f}, accuracy {where.held_out.accuracy:.3f}"
@@ -196,21 +219,23 @@ def _told(where: Where) -> str:
 
 @contextmanager
 def _errors(*, as_json: bool) -> Iterator[None]:
-    """End with a status, and a line for each fault, where something is wrong."""
+    """Report errors, one line per fault, and exit with their status."""
     try:
         yield
     except (ServerError, ClientError) as error:
         status, code = _status(error)
         if as_json:
             body = error.body if isinstance(error, ClientError) else None
-            told = {"message": str(error), "type": "training_error", "param": None, "code": code}
-            typer.echo(json.dumps(body or {"error": told}))
+            described = {"message": str(error), "type": "training_error", "param": None, "code": code}
+            typer.echo(json.dumps(body or {"error": described}))
         lines = [f"{code}: {text}" for code, text in error.faults] if isinstance(error, ClientError) else []
         for line in lines or str(error).splitlines():
             typer.echo(f"prelude: {tables.clean(line)}", err=True)
         raise typer.Exit(status) from error
     except KeyboardInterrupt as error:
-        typer.echo("prelude: stopped; the same command with --resume goes on from the last evaluation", err=True)
+        typer.echo(
+            "prelude: stopped; run the same command with --resume to continue from the last evaluation", err=True
+        )
         raise typer.Exit(_INTERRUPTED) from error
 
 

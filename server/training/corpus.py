@@ -129,9 +129,9 @@ def _split(examples: list[Example], settings: TrainSettings) -> tuple[list[Examp
 def _check_tasks(path: Path, examples: Sequence[Example], method: Method) -> None:
     has_tasks = examples[0].task_id is not None
     if method is Method.MULTITASK and not has_tasks:
-        raise DatasetError(path, [(0, "the rows have no task_id, which the method multitask learns by")])
+        raise DatasetError(path, [(0, "the rows have no task_id, which the method multitask requires")])
     if method is not Method.MULTITASK and has_tasks:
-        raise DatasetError(path, [(0, f"the rows have a task_id, which the method {method} does not know")])
+        raise DatasetError(path, [(0, f"the rows have a task_id, which the method {method} does not support")])
     if has_tasks:
         known = {example.task_id for example in examples if example.task_id is not None}
         if missing := sorted(set(range(min(max(known), 10_000))) - known):

@@ -104,7 +104,7 @@ class Publication:
             theirs, ours = self._client.tokenize(body), encoder.encode(example).prompt_ids
             if theirs != ours:
                 raise TrainingError(
-                    f"the server {self._settings.url} runs {self.base_name!r}, which is another model than "
+                    f"the server {self._settings.url} runs {self.base_name!r}, which is a different model from "
                     f"{self._settings.model!r}: it makes {len(theirs)} tokens of line {example.line}'s text and "
                     f"{theirs[:8]} of its beginning, where ours are {len(ours)} and {ours[:8]}"
                 )

@@ -343,7 +343,7 @@ def _max_tokens(config: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(limit := getattr(text, name, None), int):
             return limit
-    raise TrainingError("the model's configuration does not tell how long its context is")
+    raise TrainingError("the model's configuration does not state its context length")
 
 
 def _eos_token_ids(path: str, config: Any, revision: str | None) -> tuple[int, ...]:
@@ -360,7 +360,7 @@ def _eos_token_ids(path: str, config: Any, revision: str | None) -> tuple[int, .
 
 def _device(settings: TrainSettings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device is cuda, and there is no CUDA device here")
+        raise SettingsError("device is cuda, but no CUDA device was found")
     return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

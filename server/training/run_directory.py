@@ -81,7 +81,7 @@ class RunDirectory:
             else:
                 if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                     raise RunDirectoryError(
-                        f"{self.path} is not empty: choose another --run-dir, or go on with its run by --resume"
+                        f"{self.path} is not empty: choose another --run-dir, or use --resume to continue its run"
                     )
                 self.write("settings.json", settings)
             try:
@@ -143,11 +143,11 @@ class RunDirectory:
     def _check_same(self, settings: dict[str, Any]) -> None:
         before = self.read("settings.json")
         if before is None:
-            raise RunDirectoryError(f"{self.path} holds no run to go on with")
+            raise RunDirectoryError(f"{self.path} contains no run to resume")
         ours, theirs = settings["settings"] | settings["digests"], before["settings"] | before["digests"]
         changed = sorted(
             key for key in (ours | theirs).keys() - NOT_OF_THE_RESULT if ours.get(key) != theirs.get(key)
         )
         if changed:
             told = ", ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in changed[:3])
-            raise RunDirectoryError(f"{self.path} holds another run: {told}")
+            raise RunDirectoryError(f"{self.path} contains a run with other settings: {told}")

@@ -1,4 +1,4 @@
-"""What a training is told, and what each method takes where it is not told."""
+"""The settings of a training, and the defaults of each method."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ DType = Literal["auto", "float32", "bfloat16"]
 Monitor = Literal["loss", "accuracy"]
 
 DEFAULT_ALIAS = "candidate"
-"""The alias that a push moves: what was just trained has to prove itself before it is ``latest``."""
+"""The alias that a push moves; a new version is promoted to ``latest`` separately."""
 
 MAX_DESCRIPTION_CHARS = 4096
-"""What the server takes; it should not be refused when all is done."""
+"""The server's limit, checked before the training."""
 
 NOT_OF_THE_RESULT = frozenset({"run_dir", "resume", "push", "url", "alias", "golden_prompts", "golden_tolerance"})
-"""Settings that change nothing about what is trained: a run may be resumed with others."""
+"""Settings that may differ when a run is resumed: they do not affect the result."""
 
 
 class Method(StrEnum):
-    """How a soft prompt is trained; P-tuning v2 is PEFT's prefix tuning with a projection."""
+    """Training methods; P-tuning v2 is PEFT's prefix tuning with a projection."""
 
     PROMPT_TUNING = "prompt_tuning"
     P_TUNING = "p_tuning"
@@ -47,7 +47,7 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a method takes where nothing is given; docs/training.md says why, with the measurements.
+    """Defaults of a method; docs/training.md gives the reasons and measurements.
 
     Attributes:
         learning_rate: Peak rate of AdamW, in the units of what is trained.
@@ -167,25 +167,27 @@ class TrainSettings:
         return DEFAULTS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
 
     def check(self) -> None:
-        """Look at what the settings can tell by themselves.
+        """Check the settings without the data or the model.
 
         Raises:
-            SettingsError: If some do not go together.
+            SettingsError: If settings conflict.
         """
         if self.num_virtual_tokens < 1:
-            raise SettingsError(f"num_virtual_tokens is {self.num_virtual_tokens}; it has to be 1 or more")
+            raise SettingsError(f"num_virtual_tokens is {self.num_virtual_tokens}; it must be at least 1")
         if self.method is Method.CARTRIDGE and self.num_virtual_tokens <= self.num_frozen_tokens:
             raise SettingsError(
                 f"num_virtual_tokens is {self.num_virtual_tokens}: a cartridge with {self.num_frozen_tokens} frozen "
-                "tokens needs more, or nothing could be trained"
+                "tokens needs more, or nothing would be trained"
             )
         if self.gradient_checkpointing and self.method.is_key_values:
             raise SettingsError(
-                f"gradient_checkpointing does not go with {self.method}: transformers then drops the cache, which "
-                "is where its keys and values are"
+                f"gradient_checkpointing cannot be used with {self.method}: transformers then drops the cache, which "
+                "holds the trained keys and values"
             )
         if self.init_text is not None and not self.method.starts_from_text:
-            raise SettingsError(f"init_text: {self.method} cannot begin at a text: it trains a network's weights")
+            raise SettingsError(
+                f"init_text: {self.method} cannot be initialised from a text: it trains a network's weights"
+            )
         if self.description is not None and len(self.description) > MAX_DESCRIPTION_CHARS:
             raise SettingsError(
                 f"description has {len(self.description)} characters; at most {MAX_DESCRIPTION_CHARS}"
@@ -194,5 +196,5 @@ class TrainSettings:
             raise SettingsError("init_text is empty")
 
     def to_json(self) -> dict[str, Any]:
-        """Every setting as JSON has it."""
+        """The settings as JSON values."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

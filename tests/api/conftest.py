@@ -138,7 +138,7 @@ class FakeEngine(FakeProbes):
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if not self.is_ready:
-            raise EngineNotReadyError("the engine takes no requests now")
+            raise EngineNotReadyError("the engine does not accept requests now")
         self.requests.append(request)
         ending = "abort"
         try:
@@ -183,7 +183,7 @@ class FakeEngine(FakeProbes):
 
     async def prepare(self, soft_prompt: SoftPromptSource) -> None:
         if not self.is_ready:
-            raise EngineNotReadyError("the engine takes no requests now")
+            raise EngineNotReadyError("the engine does not accept requests now")
         await asyncio.sleep(self.step_seconds)
         if self.prepare_failure is not None:
             raise self.prepare_failure

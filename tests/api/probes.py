@@ -29,7 +29,7 @@ class FakeProbes:
         max_wait: float | None = None,
     ) -> None:
         if not self.is_ready:
-            raise EngineNotReadyError("the engine takes no requests now")
+            raise EngineNotReadyError("the engine does not accept requests now")
         assert Path(soft_prompt.path).exists()  # noqa: ASYNC240 - it lies in memory
         self.probed.append((soft_prompt, token_ids, max_tokens, salt, max_wait))
         if soft_prompt.task_id in self.probe_failures:

@@ -217,12 +217,12 @@ def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
         (["none", "{in}", "{out}"], 3, "'none' does not exist"),
         (["Not/There", "{in}", "{out}"], 3, "does not exist"),
         (["tiny", "{in}", "{out}", "--url", "http://127.0.0.1:1"], 7, "cannot be reached"),
-        (["tiny", "{in}", "{out}", "--api-key", "é"], 1, "no header can carry"),
+        (["tiny", "{in}", "{out}", "--api-key", "é"], 1, "is not allowed in a header"),
         (["tiny", "{in}", "{in}"], 2, "same file"),
         (["tiny", "{in}.no", "{out}"], 1, "in.jsonl.no: No such file"),
         (["tiny", "{in}", "{out}/no"], 1, "No such file"),
         (["tiny", "{in}", "{out}", "--labels", "a,,b"], 2, "a label is empty"),
-        (["tiny", "{in}", "{out}", "--labels", "a", "--generate"], 2, "--generate does not"),
+        (["tiny", "{in}", "{out}", "--labels", "a", "--generate"], 2, "--labels and --generate cannot be combined"),
         (["tiny", "{in}", "{out}", "--options", "{"], 2, "not JSON"),
         (["tiny", "{in}", "{out}", "--options", "[]"], 2, "JSON object"),
         (["tiny", "{in}", "{out}", "--options", "[" * 100_000], 2, "not JSON"),
@@ -230,7 +230,7 @@ def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
         (["tiny", "{in}", "{out}", "--labels", "a,\udcff"], 2, "labels holds what is no character"),
         (["\udcff", "{in}", "{out}"], 2, "NAME holds what is no character"),
         (["tiny", "/dev/null", "{out}"], 2, "/dev/null is no file"),
-        (["tiny", "{in}", "{out}", "--options", '{"n": 2}'], 2, "n is not for this option"),
+        (["tiny", "{in}", "{out}", "--options", '{"n": 2}'], 2, "n cannot be set by this option"),
     ],
 )
 def test_what_cannot_begin(live, tmp_path, arguments, status, reason):
@@ -257,7 +257,7 @@ def test_a_signal_leaves_what_can_be_gone_on_from(live, engine, bulk, tmp_path, 
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert b"stopped by SIGINT; the same command goes on from here" in stderr
+    assert b"stopped by SIGINT; run the same command to resume" in stderr
     summary = json.loads(stdout)
     assert summary["state"] == "interrupted"
     assert 8 < summary["rows_done"] < 400

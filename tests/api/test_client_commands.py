@@ -64,7 +64,10 @@ def two(ok, peft_directory):
 def test_push_list_remove(prelude, peft_directory):
     first = str(peft_directory("sentiment"))
     assert prelude("push", first, "--id", "sentiment").stdout == "sentiment@1\n"
-    assert prelude("push", first, "--id", "sentiment").stdout == "sentiment@1 (the same bytes were there already)\n"
+    assert (
+        prelude("push", first, "--id", "sentiment").stdout
+        == "sentiment@1 (unchanged: this version has the same bytes)\n"
+    )
     second = str(peft_directory("sentiment", seed=1))
     assert prelude("push", second, "--id", "sentiment", "--alias", "canary").stdout == "sentiment@2\n"
     listing = prelude("list").stdout.splitlines()

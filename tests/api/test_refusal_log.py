@@ -29,7 +29,7 @@ def test_a_line_tells_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
         },
         {"error": "b", "reason": "no answer"},
     ]
-    assert caplog.records[0].getMessage() == "refused at the door: a, status 431, client 1.2.3.4, request r"
+    assert caplog.records[0].getMessage() == "refused: a, status 431, client 1.2.3.4, request r"
 
 
 def test_a_flood_is_so_many_lines_a_second_and_none_of_it_is_hidden(caplog: pytest.LogCaptureFixture) -> None:

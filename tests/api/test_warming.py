@@ -351,7 +351,7 @@ async def test_a_restarted_engine_gets_everything_back(
         engine.outage, engine.step_seconds = None, 0.02
         engine.on_restarted()
         response = await http.get("/ready")
-        assert (response.status_code, "brought back" in response.text) == (503, True)
+        assert (response.status_code, "reloaded" in response.text) == (503, True)
         await ready(http)
         assert {source.digest for source in engine.prepared} == lost
         assert await pinned(http, "three") == [1]

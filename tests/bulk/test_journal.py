@@ -77,7 +77,7 @@ def test_another_run_is_refused_until_restart(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 3)
     before = path.read_bytes()
-    with pytest.raises(JournalError, match=r"asked otherwise \(input, labels\)"):
+    with pytest.raises(JournalError, match=r"with different settings \(input, labels\)"):
         Journal(path, IDENTITY | {"input": "beef", "labels": []})
     assert path.read_bytes() == before
     with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal:
@@ -91,7 +91,7 @@ def test_another_run_is_refused_until_restart(tmp_path):
 def test_a_file_of_somebody_else_is_left_alone(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("mine")
-    with pytest.raises(JournalError, match="is there already"):
+    with pytest.raises(JournalError, match="exists already"):
         Journal(path, IDENTITY)
     assert path.read_text() == "mine"
 
@@ -101,7 +101,7 @@ def test_a_state_that_cannot_be_read(tmp_path, state):
     path = tmp_path / "out.jsonl"
     write(path, 0, 1)
     path.with_name("out.jsonl.state").write_text(state)
-    with pytest.raises(JournalError, match="not what this version of the command writes"):
+    with pytest.raises(JournalError, match="was written by another version of this command"):
         Journal(path, IDENTITY)
     write(path, 0, 2, restart=True)
     assert json.loads(path.with_name("out.jsonl.state").read_text())["identity"] == IDENTITY
@@ -159,7 +159,7 @@ def test_syncs_are_due_after_a_while(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_disk_that_takes_no_more_is_told_with_what_to_do(tmp_path):
-    reason = r"No space left on device; .* the same command goes on"
+    reason = r"No space left on device; run the same command to resume"
     with pytest.raises(JournalError, match=reason), Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         journal.remember({"model": "a@1"})
         with Path("/dev/full").open("wb") as full:

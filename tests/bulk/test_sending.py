@@ -249,7 +249,7 @@ async def test_what_every_row_would_be_told_ends_it(status):
 
 
 async def test_silence_ends_it_after_a_while():
-    with pytest.raises(SendingError, match="no answer for 0.02 s; the last one tried: .* cannot be reached: off"):
+    with pytest.raises(SendingError, match="no response for 0.02 s; last error: .* cannot be reached: off"):
         await Server(lambda _: NoAnswerError("off")).all(text_rows(4), patience=0.02)
 
 

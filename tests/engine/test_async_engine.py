@@ -201,7 +201,7 @@ async def test_what_does_not_run_in_time_fails_and_the_others_go_on(llama: Famil
         assert first.queue_seconds is not None
         assert first.prefill_seconds is not None
         assert min(first.queue_seconds, first.prefill_seconds) >= 0
-        with pytest.raises(WaitTimeoutError, match="without its turn coming"):
+        with pytest.raises(WaitTimeoutError, match="in the queue"):
             await collect(engine, GenerateRequest("late", TEXT, greedy(2), timeout=0.001))
         second = await anext(stream)
         assert second.queue_seconds is None

@@ -172,7 +172,7 @@ def test_steps_that_cannot_be_recorded_are_launched(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     engine = make_engine(llama, PlainPlatform([Recordable], fail), max_num_seqs=2)
-    assert "not replayed from CUDA graphs" in caplog.text
+    assert "do not use CUDA graphs" in caplog.text
     assert "when stream is capturing" in caplog.text
     add(engine, "one", [1, 2, 3], greedy(5))
     assert tokens(run(engine)["one"]) == llama.expected(None, [1, 2, 3], 5)

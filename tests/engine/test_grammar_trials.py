@@ -93,7 +93,7 @@ def test_a_process_that_has_ended_is_started_again(trials: GrammarTrials) -> Non
 
 def test_a_process_that_cannot_work_is_an_error(trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_trials.sys, "executable", "/bin/false")
-    with pytest.raises(GrammarError, match="ended, twice"):
+    with pytest.raises(GrammarError, match="crashed twice"):
         trials.try_out('start: "a"', 10)
     monkeypatch.setattr(grammar_trials.sys, "executable", "/nonexistent")
     with pytest.raises(GrammarError, match="cannot be started"):

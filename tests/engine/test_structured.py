@@ -107,7 +107,7 @@ def test_what_each_kind_takes(
         ("regex", "((" * 200 + "a" + "))" * 200, "nest"),
         ("regex", "é", NO_WAY_ON),  # no token of this tokenizer can write it
         ("json_schema", '{"type": "strin"}', "strin"),
-        ("json_schema", "[]", "has to be an object"),
+        ("json_schema", "[]", "must be an object"),
         ("json_schema", '{"type": "string", "minLength": 5, "maxLength": 2}', "minLength"),
         ("json_schema", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
         ("json_schema", '{"$ref": "https://example.com/schema"}', "does not fetch"),

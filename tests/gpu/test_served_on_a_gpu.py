@@ -183,5 +183,5 @@ def test_torch_s_attention_serves_where_the_kernels_fail(
     family = family_of("mistral")
     engine = make_engine(family, platform)
     assert type(engine.runner.backend) is SDPABackend
-    assert "torch's own attention serves this model" in caplog.text
+    assert "using torch's attention for this model" in caplog.text
     assert answers(engine, family, {"one": (None, [1, 2, 3])}, 5) == {"one": family.expected(None, [1, 2, 3], 5)}

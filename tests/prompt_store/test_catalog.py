@@ -186,7 +186,7 @@ def test_aliases_move_only_from_where_they_are_expected(catalog: Catalog) -> Non
     assert resolve(catalog, "p@prod") == 2
     with pytest.raises(PromptNotFoundError, match="no version 9"):
         catalog.set_alias("p", "prod", 9, None)
-    with pytest.raises(PromptNotFoundError, match="no soft prompt 'q'"):
+    with pytest.raises(PromptNotFoundError, match="soft prompt 'q' does not exist"):
         catalog.set_alias("q", "prod", 1, None)
     catalog.delete_alias("p", "prod")
     with pytest.raises(PromptNotFoundError, match="no alias 'prod'"):
@@ -261,7 +261,7 @@ def test_history_tells_who_did_what_and_outlives_the_name(catalog: Catalog) -> N
         (HistoryAction.PROMOTE, "latest", 1, None, None),
         (HistoryAction.PUBLISH, None, 1, None, None),
     ]
-    with pytest.raises(PromptNotFoundError, match="never was"):
+    with pytest.raises(PromptNotFoundError, match="does not exist"):
         catalog.list_history("q", 10, None)
 
 
@@ -346,7 +346,7 @@ def test_newer_schema_and_other_databases_are_refused(url: str) -> None:
     engine.dispose()
     with pytest.raises(PromptStoreError, match="newer release"):
         Database(url)
-    for other, reason in (("mysql://host/db", "can be sqlite"), ("sqlite://", "can be sqlite"), ("?", "be read")):
+    for other, reason in (("mysql://host/db", "must be sqlite"), ("sqlite://", "must be sqlite"), ("?", "be read")):
         with pytest.raises(PromptStoreError, match=reason):
             Database(other)
 

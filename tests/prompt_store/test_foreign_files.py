@@ -100,13 +100,13 @@ def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
         (
             "SEQ_CLS",
             "base_model.score.modules_to_save.default.weight",
-            "PEFT saves the trained one as base_model.score.",
+            "it saves the trained head as base_model.score.",
         ),
-        ("SEQ_CLS", "score.weight", "PEFT saves the trained one as base_model.score.weight"),
-        ("SEQ_CLS", "base_model.model.classifier.bias", "PEFT saves the trained one as base_model.classifier.bias"),
-        ("SEQ_CLS", "base_model.score.original_module.weight", "the head as it was before training; leave it out"),
-        ("CAUSAL_LM", "base_model.score.weight", "a classification head comes with the task type SEQ_CLS alone"),
-        ("CAUSAL_LM", "base_model.norm.weight", "PEFT would load it over weights of the base, which all share"),
+        ("SEQ_CLS", "score.weight", "it saves the trained head as base_model.score.weight"),
+        ("SEQ_CLS", "base_model.model.classifier.bias", "it saves the trained head as base_model.classifier.bias"),
+        ("SEQ_CLS", "base_model.score.original_module.weight", "it is the untrained head; leave it out"),
+        ("CAUSAL_LM", "base_model.score.weight", "a classification head requires the task type SEQ_CLS"),
+        ("CAUSAL_LM", "base_model.norm.weight", "it would replace weights of the shared base model"),
     ],
 )
 def test_a_head_by_another_name_is_told_its_name(task, name, words):
@@ -126,7 +126,7 @@ def test_a_lora_is_told_that_it_is_one_and_nothing_else(model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "guess"),
     [
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "tensors of a LoRA"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "LoRA tensors"),
         ("prompt_encoder.default.embedding.weight", "a training state"),
         ("model.layers.0.mlp.up_proj.weight", "weights of a whole model"),
         ("transformer.h.0.attn.c_attn.weight", "weights of a whole model"),

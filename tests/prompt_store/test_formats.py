@@ -138,8 +138,8 @@ def test_field_faults(changes, code, field):
         ("LORA", "'LORA' is an adapter that changes the model's weights, not a soft prompt;"),
         ("IA3", "'IA3' is an adapter that scales the model's activations, not a soft prompt;"),
         ("ADAPTION_PROMPT", "gated attention of its own"),
-        ("prompt_tuning", "is not spelt as PEFT writes it (PROMPT_TUNING);"),
-        ("NO_SUCH", "'NO_SUCH' is no method that this server knows;"),
+        ("prompt_tuning", "is not spelled as in PEFT (PROMPT_TUNING);"),
+        ("NO_SUCH", "'NO_SUCH' is not a method that this server supports;"),
     ],
 )
 def test_other_methods_are_named_and_explained(peft_type, reason):
@@ -168,7 +168,7 @@ def test_every_method_of_peft_is_served_or_explained():
 )
 def test_other_tasks_are_named_and_explained(task_type, reason):
     (fault,) = config_faults(config_of(task_type=task_type))
-    assert f"task_type has to be CAUSAL_LM or SEQ_CLS, {reason}" in fault.message
+    assert f"task_type must be CAUSAL_LM or SEQ_CLS, {reason}" in fault.message
 
 
 def test_fields_of_other_methods_do_not_matter():

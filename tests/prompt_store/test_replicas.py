@@ -178,10 +178,10 @@ def test_a_catalog_that_hangs_is_noticed(
 
 
 def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
-    with pytest.raises(PromptStoreError, match="needs a catalog of its own"):
+    with pytest.raises(PromptStoreError, match="needs --catalog"):
         open_store("s3://bucket/prefix", cache_path=tmp_path)
     with pytest.raises(PromptStoreError, match="needs a directory for local copies"):
         open_store("s3://bucket/prefix", catalog_url=f"sqlite:///{tmp_path}/c.sqlite3")
     (tmp_path / "file").touch()
-    with pytest.raises(PromptStoreError, match="cannot be made"):
+    with pytest.raises(PromptStoreError, match="cannot be created"):
         open_store(tmp_path / "file" / "store")

@@ -45,7 +45,7 @@ def test_a_file_that_is_not_closed_is_not_read_as_empty(staging: Staging) -> Non
         file = upload.open(CONFIG)
         file.write(b"abc")
         for use in (lambda: upload.read(CONFIG), lambda: upload.path(CONFIG), lambda: file.stored):
-            with pytest.raises(InvalidPromptError, match="adapter_config.json was not written to its end") as caught:
+            with pytest.raises(InvalidPromptError, match="adapter_config.json is incomplete") as caught:
                 use()
             assert caught.value.faults[0].code == "incomplete_file"
         file.close()
@@ -58,7 +58,7 @@ def test_a_file_whose_writing_broke_off_never_becomes_complete(staging: Staging)
             file.write(b"abc")
             raise RuntimeError
         file.close()
-        with pytest.raises(InvalidPromptError, match="not written to its end"):
+        with pytest.raises(InvalidPromptError, match="incomplete"):
             upload.path(CONFIG)
 
 
@@ -69,7 +69,7 @@ def test_missing_unexpected_and_duplicate_files_are_refused(staging: Staging) ->
         with pytest.raises(InvalidPromptError, match="nothing else"):
             upload.open("../x")
         upload.open(CONFIG)
-        with pytest.raises(InvalidPromptError, match="there twice"):
+        with pytest.raises(InvalidPromptError, match="sent twice"):
             upload.open(CONFIG)
 
 
@@ -80,7 +80,7 @@ def test_a_file_over_the_limit_is_refused_and_stays_so(staging: Staging) -> None
         with pytest.raises(PromptTooLargeError, match="larger than the 3 bytes"):
             file.write(b"d")
         file.close()
-        with pytest.raises(InvalidPromptError, match="not written to its end"):
+        with pytest.raises(InvalidPromptError, match="incomplete"):
             upload.read(WEIGHTS)
 
 

@@ -85,7 +85,7 @@ def test_files_come_back_byte_for_byte(store: PromptStore, publish: Callable, pe
         ({"name": "Bad Name"}, "name 'Bad Name' is not valid"),
         ({"alias": "7"}, "read as a version"),
         ({"tags": ["a b"]}, "tag 'a b' is not valid"),
-        ({"name": "base", "reserved_names": {"base"}}, "taken by the base model"),
+        ({"name": "base", "reserved_names": {"base"}}, "the name of the base model"),
     ],
 )
 def test_bad_names(

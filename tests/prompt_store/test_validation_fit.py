@@ -79,7 +79,7 @@ def test_layers_and_heads_of_a_prefix_are_told_apart(num_layers, width, want):
 
 def test_messages_on_a_prefix_say_where_the_numbers_come_from():
     (layers,) = faults(PREFIX | {"num_layers": 3}, ones(3, 96))
-    assert "for 3 layers and 'org/tiny' has 2" in layers.message
+    assert "for 3 layers, but 'org/tiny' has 2" in layers.message
     assert "width 96" in layers.message
     assert "64 (2 layers x 2 x 2 key/value heads x head_dim 8)" in layers.message
     (heads,) = faults(PREFIX | {"num_layers": 2}, ones(3, 128))

@@ -90,9 +90,9 @@ def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatc
         (["--method", "lora"], "'lora' is not one of"),
         (["--num-virtual-tokens", "0"], "--num-virtual-tokens"),
         (["--num-virtual-tokens", "96"], "the context has 96 positions in all"),
-        (["--method", "cartridge", "--num-virtual-tokens", "1"], "nothing could be trained"),
+        (["--method", "cartridge", "--num-virtual-tokens", "1"], "nothing would be trained"),
         (["--method", "prefix_tuning", "--gradient-checkpointing"], "does not go with prefix_tuning"),
-        (["--method", "p_tuning", "--init-text", "a"], "cannot begin at a text"),
+        (["--method", "p_tuning", "--init-text", "a"], "cannot be initialised from a text"),
         (["--id", "Not A Name"], "Not A Name"),
         (["--alias", "12"], "12"),
         (["--monitor", "f1"], "'f1' is not one of"),
@@ -121,7 +121,7 @@ def test_a_model_that_is_not_there(prelude_train, tmp_path):
     result = prelude_train(model=str(tmp_path / "none"))
 
     assert result.exit_code == ExitStatus.FAILED
-    assert "is not there: no such directory" in result.stderr
+    assert "does not exist: no such directory" in result.stderr
     assert "Traceback" not in result.output
 
 
@@ -142,7 +142,7 @@ def test_an_interrupted_training_says_how_to_go_on(prelude_train, monkeypatch):
     result = prelude_train()
 
     assert result.exit_code == 130
-    assert "the same command with --resume goes on" in result.stderr
+    assert "run the same command with --resume to continue" in result.stderr
 
 
 def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, curves, monkeypatch, tmp_path):

@@ -190,7 +190,7 @@ def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(push, tmp_
     result = push("--id", "tokens", model=str(other))
 
     assert result.exit_code == ExitStatus.FAILED
-    assert "which is another model than" in result.stderr
+    assert "which is a different model from" in result.stderr
 
 
 def test_a_server_that_is_not_there_is_told_before_a_model_loads(prelude_train, monkeypatch, tmp_path):

@@ -302,12 +302,12 @@ def test_a_run_that_is_done_is_not_done_again(settings, trained, heard):
 
 def test_a_run_directory_is_not_shared(settings, trained, tmp_path):
     directory = RunDirectory(tmp_path / "run")
-    with pytest.raises(RunDirectoryError, match="holds no run to go on with"):
+    with pytest.raises(RunDirectoryError, match="contains no run to resume"):
         trained(settings(resume=True))
     trained(settings())
     with pytest.raises(RunDirectoryError, match="is not empty: choose another"):
         trained(settings())
-    with pytest.raises(RunDirectoryError, match=r"holds another run: seed was 0 and is 5"):
+    with pytest.raises(RunDirectoryError, match=r"contains a run with other settings: seed was 0 and is 5"):
         trained(settings(resume=True, seed=5))
     record = json.loads((tmp_path / "run" / "settings.json").read_text())
     with (
@@ -321,7 +321,7 @@ def test_changed_data_is_another_run(settings, trained, data):
     trained(settings())
     data.write_text(data.read_text() + '{"text": "new", "label": "call"}\n')
 
-    with pytest.raises(RunDirectoryError, match="holds another run: data was '[0-9a-f]{64}' and is"):
+    with pytest.raises(RunDirectoryError, match="contains a run with other settings: data was '[0-9a-f]{64}' and is"):
         trained(settings(resume=True))
 
 
@@ -345,15 +345,15 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
         trained(settings(model=str(tmp_path)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for _ in range(2):  # what failed before the first step leaves the directory free
-        with pytest.raises(SettingsError, match="there is no CUDA device"):
+        with pytest.raises(SettingsError, match="no CUDA device was found"):
             trained(settings(device="cuda"))
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_virtual_tokens": 0}, "it has to be 1 or more"),
-        ({"method": Method.CARTRIDGE, "num_virtual_tokens": 1}, "nothing could be trained"),
+        ({"num_virtual_tokens": 0}, "it must be at least 1"),
+        ({"method": Method.CARTRIDGE, "num_virtual_tokens": 1}, "nothing would be trained"),
         ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "does not go with p_tuning_v2"),
         ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot begin at a text"),
         ({"init_text": "  "}, "init_text is empty"),

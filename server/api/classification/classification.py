@@ -184,7 +184,7 @@ class Classification:
                     has_begun = True
                     self.permits.begin()
                     if event.finish_reason is FinishReason.ABORT:
-                        raise EngineNotReadyError("the server is shutting down and cut the request off")
+                        raise EngineNotReadyError("the server is shutting down and ended the request")
                     if event.queue_seconds is not None and event.prefill_seconds is not None:
                         self.services.metrics.observe_phases(event.queue_seconds, event.prefill_seconds)
                         if self.record.queue_seconds is None:
@@ -283,7 +283,7 @@ def _check_kinds(targets: Sequence[Target], versions: Sequence[PromptVersion | N
     if any(heads) and not all(heads):
         param = targets[heads.index(False)].param
         raise InvalidRequestError(
-            f"{param}: an ensemble has soft prompts of one kind, and some of these have a head and some have none",
+            f"{param}: the soft prompts of an ensemble must all have a head, or none of them",
             param=param,
         )
 
@@ -292,7 +292,7 @@ def _check_labels(version: PromptVersion | None, labels: list[Label] | None) -> 
     has_head = _has_head(version)
     if version is not None and has_head and labels is not None:
         raise InvalidRequestError(
-            f"labels: the soft prompt {version.name}@{version.version} has a head of its own with "
+            f"labels: the soft prompt {version.name}@{version.version} has a head with "
             f"{version.num_labels} labels; leave them out",
             param="labels",
         )
@@ -311,7 +311,7 @@ def check_inputs(inputs: Sequence[Sequence[int]], *, vocab_size: int) -> None:
     """
     for text in inputs:
         if not text:
-            raise InvalidRequestError("input: there is no text: at least one token is needed", param="input")
+            raise InvalidRequestError("input: the text is empty; at least one token is required", param="input")
         check_token_ids(text, vocab_size=vocab_size, param="input")
 
 

@@ -56,7 +56,7 @@ def _labels(value: object) -> list[str]:
     if not all(0 < len(label) <= MAX_LABEL_CHARS for label in value):
         raise ValueError(f"should hold strings of 1 to {MAX_LABEL_CHARS} characters")
     if len(set(value)) != len(value):
-        raise ValueError("should not hold a label twice")
+        raise ValueError("should not contain a label twice")
     check_unicode(value)
     return value
 
@@ -64,20 +64,23 @@ def _labels(value: object) -> list[str]:
 class ClassifyBody(EnsembleBody):
     """``POST /v1/classify``."""
 
-    task_id: int | None = Field(None, ge=0, lt=2**63, description="Which task of a multitask prompt, from 0.")
-    input: Annotated[Prompts, Field(description="One text or several, as strings or token ids.")]
+    task_id: int | None = Field(None, ge=0, lt=2**63, description="Task id of a multitask prompt, from 0.")
+    input: Annotated[Prompts, Field(description="One or more texts, as strings or token ids.")]
     labels: Annotated[
         list[str] | None,
         PlainValidator(_labels, json_schema_input_type=_LabelList),
         Field(
-            description="What to choose from, each with the space or line end before it, if it has one: it is scored "
-            "as the text's continuation. Not for soft prompts with a head (SEQ_CLS); needed for all others."
+            description="Labels to choose from. Each is scored as a continuation of the text, so include a leading "
+            "space or line end. Not allowed for soft prompts with a head (SEQ_CLS), required for all others."
         ),
     ] = None
-    add_special_tokens: bool = Field(True, description="Whether texts begin as the tokenizer begins them.")
-    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower is more urgent, and goes first.")
+    add_special_tokens: bool = Field(True, description="Whether to add the tokenizer's special tokens.")
+    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")
     timeout: float | None = Field(
-        None, gt=0.0, le=MAX_TIMEOUT_SECONDS, description="Seconds in which it has to begin to run, or it fails."
+        None,
+        gt=0.0,
+        le=MAX_TIMEOUT_SECONDS,
+        description="Maximum time in the queue, in seconds; then the request fails.",
     )
 
     @model_validator(mode="before")
@@ -143,7 +146,7 @@ class ClassifyReply(msgspec.Struct, kw_only=True):
 
 @router.post("/classify", response_class=Response)
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
-    """Find the label of one text or several."""
+    """Classify one or more texts."""
     arrival = time.monotonic()
     record = begin_record(request, services, model=body.model_text, text=lambda: body.input)
     targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)

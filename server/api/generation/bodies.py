@@ -1,4 +1,4 @@
-"""The bodies of the generation requests. What a client may send is decided here and nowhere else."""
+"""The request bodies of the generation routes, with their validation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MAX_PROMPTS = 16_384
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_ID_DIGITS = 18
 MAX_ECHOED_LOGPROBS = 1_000_000
-"""Numbers that the logprobs of one request's echoed prompts may hold: they are kept until it is answered."""
+"""Maximum number of log-probabilities of one request's echoed prompts; they are held in memory until the response."""
 
 DEFAULT_COMPLETION_TOKENS = 16
 _INT64 = 2**63
@@ -117,49 +117,51 @@ TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 
 
 class StreamOptions(RequestBody):
-    """What a stream reports besides text."""
+    """Options of a stream."""
 
-    include_usage: bool = Field(False, description="One more chunk at the end, with the usage and no choices.")
-    continuous_usage_stats: bool = Field(False, description="The usage so far in every chunk.")
+    include_usage: bool = Field(False, description="Send a last chunk with the usage and no choices.")
+    continuous_usage_stats: bool = Field(False, description="Include the usage so far in every chunk.")
 
 
 class GenerationBody(GuidedBody):
-    """What completions and chat completions have in common."""
+    """Fields that completions and chat completions share."""
 
     unsupported: ClassVar[Mapping[str, Refused]] = EVERYWHERE
-    """Fields of other servers that are refused by name."""
+    """Known fields of other servers that are rejected."""
 
-    task_id: int | None = Field(None, ge=0, lt=_INT64, description="Which task of a multitask prompt, from 0.")
+    task_id: int | None = Field(None, ge=0, lt=_INT64, description="Task id of a multitask prompt, from 0.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = Field(1.0, ge=0.0, le=2.0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=-1, lt=_INT64, description="0 and -1 keep all tokens.")
-    min_p: float = Field(0.0, ge=0.0, le=1.0, description="Share of the likeliest token's probability.")
+    top_k: int = Field(
+        0, ge=-1, lt=_INT64, description="Sample from this number of most likely tokens; 0 or -1: all."
+    )
+    min_p: float = Field(0.0, ge=0.0, le=1.0, description="Drop tokens below this share of the highest probability.")
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
     logit_bias: LogitBias = Field({})
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices per prompt.")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     max_tokens: int | None = Field(None, ge=1, lt=_INT64)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Takes the place of max_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Newer name of `max_tokens`.")
     min_tokens: int = Field(0, ge=0, lt=_INT64)
-    response_format: ResponseFormat | None = Field(None, description="OpenAI's way to demand JSON.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's way to demand any structure.")
+    response_format: ResponseFormat | None = Field(None, description="Structured output, in OpenAI's format.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Structured output, in vLLM's format.")
     stop: Stop = Field([])
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower is more urgent, and goes first.")
+    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")
     timeout: float | None = Field(
         None,
         gt=0.0,
         le=MAX_TIMEOUT_SECONDS,
-        description="Seconds in which it has to begin to run, or it fails.",
+        description="Maximum time in the queue, in seconds; then the request fails.",
     )
-    return_token_ids: bool = Field(False, description="Adds `token_ids` and `prompt_token_ids` to each choice.")
+    return_token_ids: bool = Field(False, description="Add `token_ids` and `prompt_token_ids` to each choice.")
     _constraint: tuple[str, Constraint] | None = PrivateAttr(None)
 
     @model_validator(mode="before")
@@ -178,24 +180,24 @@ class GenerationBody(GuidedBody):
             demands.insert(0, ("response_format", self.response_format.constraint))
         if len(demands) > 1:
             first, second = demands[0][0], demands[1][0]
-            raise InvalidRequestError(f"{second}: not together with {first}", param=second)
+            raise InvalidRequestError(f"{second}: cannot be combined with {first}", param=second)
         self._constraint = demands[0] if demands else None
         return self
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError("stream_options: only a stream takes them", param="stream_options")
+            raise InvalidRequestError("stream_options: only allowed with stream", param="stream_options")
         return self
 
     @property
     def constraint(self) -> Constraint | None:
-        """What the text has to be; None for any."""
+        """The structure that the text must have; None for any."""
         return None if self._constraint is None else self._constraint[1]
 
     @property
     def constraint_field(self) -> str | None:
-        """The field that demands it."""
+        """The field that requires the structure."""
         return None if self._constraint is None else self._constraint[0]
 
     @property
@@ -210,17 +212,17 @@ class GenerationBody(GuidedBody):
 
     @property
     def token_limit(self) -> int | None:
-        """The new tokens asked for, or None for the endpoint's default."""
+        """The requested number of new tokens; None for the endpoint's default."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
     def shown_special_tokens(self) -> Collection[str]:
-        """Special tokens that are text whatever ``skip_special_tokens`` says."""
+        """Special tokens that are always kept in the text, even with ``skip_special_tokens``."""
         return ()
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
+        """Number of most likely tokens to return per new token; None for no logprobs."""
         return None
 
     @property
@@ -240,10 +242,12 @@ class CompletionBody(EnsembleBody, GenerationBody):
     unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **COMPLETIONS}
 
     prompt: Prompts
-    max_tokens: int | None = Field(None, ge=0, lt=_INT64, description="0 only with `echo`: nothing new, only scores.")
-    echo: bool = Field(False, description="Choices, and their logprobs, begin with the prompt.")
+    max_tokens: int | None = Field(
+        None, ge=0, lt=_INT64, description="Maximum number of new tokens; 0 requires `echo`."
+    )
+    echo: bool = Field(False, description="Start the text and logprobs of each choice with the prompt.")
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="So many likeliest tokens for each one."
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="Number of most likely tokens to return per token."
     )
     add_special_tokens: bool = True
 
@@ -259,18 +263,20 @@ class CompletionBody(EnsembleBody, GenerationBody):
             return self
         if self.combine == "mean":
             if self.echo and self.logprobs is not None:
-                raise InvalidRequestError("echo: with logprobs, not with several soft prompts", param="echo")
+                raise InvalidRequestError(
+                    "echo: with logprobs, cannot be combined with several soft prompts", param="echo"
+                )
             return self
         for name, asked in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):
             if asked:
                 raise InvalidRequestError(
-                    f'{name}: not where several soft prompts vote; "ensemble": "mean" allows it', param=name
+                    f'{name}: not allowed when several soft prompts vote; use "ensemble": "mean"', param=name
                 )
         return self
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told beside each one; None for no logprobs at all."""
+        """Number of most likely tokens to return per token; None for no logprobs."""
         return self.logprobs
 
     @property
@@ -284,15 +290,17 @@ class ChatBody(TemplateOptions, GenerationBody):
 
     unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **CHAT}
 
-    model: str | None = Field(None, description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
-    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
+    model: str | None = Field(None, description="The base model, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
+    prompt_id: str | None = Field(None, description="A soft prompt, if `model` is the base model or absent.")
     messages: Messages
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")
-    add_special_tokens: bool = Field(False, description="Chat templates write the special tokens themselves.")
+    add_special_tokens: bool = Field(
+        False, description="Add special tokens; most chat templates already contain them."
+    )
     tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
-    tool_choice: ToolChoice | None = Field(None, description="`auto` where there are tools.")
-    parallel_tool_calls: bool = Field(True, description="Whether an answer may have several calls.")
+    tool_choice: ToolChoice | None = Field(None, description="Default: `auto` if there are tools.")
+    parallel_tool_calls: bool = Field(True, description="Whether an answer may contain several calls.")
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
@@ -314,17 +322,17 @@ class ChatBody(TemplateOptions, GenerationBody):
 
     @property
     def shown_tools(self) -> list[dict[str, Any]]:
-        """The tools as chat templates take them; none where the model may not call any."""
+        """The tools as chat templates expect them; empty if the model may not call any."""
         return [] if self.tool_choice == "none" else shown_tools(self.tools)
 
     @property
     def shown_special_tokens(self) -> Collection[str]:
-        """What calls are read by, where the model may make some; it is special tokens for some models."""
+        """The tags that mark tool calls, if the model may make some; special tokens for some models."""
         return (OPENING, CLOSING) if self.tools and self.tool_choice in (None, "auto") else ()
 
     @property
     def make_reader(self) -> MakeReader | None:
-        """What reads calls out of the answer's text; None where there can be none."""
+        """The parser of tool calls in the answer's text; None if no calls are possible."""
         if isinstance(self.tool_choice, NamedTool):
             return partial(NamedCallReader, self.tool_choice.function.name)
         if self.tool_choice == "required":
@@ -337,10 +345,10 @@ class ChatBody(TemplateOptions, GenerationBody):
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise InvalidRequestError("top_logprobs: only with logprobs set to true", param="top_logprobs")
+            raise InvalidRequestError("top_logprobs: requires logprobs: true", param="top_logprobs")
         return self
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told beside each new one; None for no logprobs at all."""
+        """Number of most likely tokens to return per new token; None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None

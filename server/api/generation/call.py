@@ -182,7 +182,7 @@ class Generation:
                         self._permits.begin(len(self.leased))
                     newest = self._observe(index, event, newest)
                     if event.finish_reason is FinishReason.ABORT:
-                        raise EngineNotReadyError("the server is shutting down and cut the request off")
+                        raise EngineNotReadyError("the server is shutting down and ended the request")
                     text_ids = event.token_ids
                     if event.stop_token_id is not None and not body.include_stop_str_in_output:
                         text_ids = text_ids[:-1]
@@ -334,7 +334,7 @@ async def admitted(
         body = with_defaults(body, defaults, room=min(max_tokens))
         if body.min_tokens > min(max_tokens):
             raise InvalidRequestError(
-                f"min_tokens: {body.min_tokens} is more than the {min(max_tokens)} new tokens there may be",
+                f"min_tokens: {body.min_tokens} is more than the maximum of {min(max_tokens)} new tokens",
                 param="min_tokens",
             )
         most = services.settings.engine.max_num_seqs
@@ -387,7 +387,7 @@ def _check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size:
     for prompt in prompts:
         if not prompt:
             raise InvalidRequestError(
-                f"{body.text_field}: there is no text: at least one token is needed", param=body.text_field
+                f"{body.text_field}: the text is empty; at least one token is required", param=body.text_field
             )
         check_token_ids(prompt, vocab_size=vocab_size, param=body.text_field)
     check_token_ids(body.stop_token_ids, vocab_size=vocab_size, param="stop_token_ids")

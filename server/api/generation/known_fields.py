@@ -106,9 +106,9 @@ EVERYWHERE: dict[str, Refused] = {
     "prompt_embeds": Refused(instead="upload a soft prompt"),
     "apply_format": Refused((False,)),
     # The Python client's word for fields beside the others.
-    "extra_body": Refused(instead="send its fields beside the others"),
+    "extra_body": Refused(instead="send its fields at the top level"),
     # Between servers.
-    "cache_salt": Refused(instead="use a key of a tenant of its own: tenants share no cache"),
+    "cache_salt": Refused(instead="use a key of a separate tenant: tenants do not share the cache"),
     "kv_transfer_params": Refused(),
     "ec_transfer_params": Refused(),
     "vllm_xargs": Refused(),
@@ -143,10 +143,10 @@ CHAT: dict[str, Refused] = {
     # Of completions and classifications: ignored, the answer would be the bare base's.
     "prompt_ids": Refused(instead="use /v1/completions"),
     "ensemble": Refused(instead="use /v1/completions"),
-    "modalities": Refused((["text"],), "only text is written here"),
-    "audio": Refused(instead="only text is written here"),
+    "modalities": Refused((["text"],), "only text is supported"),
+    "audio": Refused(instead="only text is supported"),
     "web_search_options": Refused(instead=_TOOLS),
-    "verbosity": Refused(("medium",), "say it in the text"),
+    "verbosity": Refused(("medium",), "describe it in the prompt"),
     "enable_thinking": Refused(instead="send chat_template_kwargs"),
     "thinking": Refused(instead="send chat_template_kwargs"),
     "include_reasoning": Refused((True,)),
@@ -164,9 +164,9 @@ CLASSIFY: dict[str, Refused] = {
 """Refused by classifications."""
 
 _OPENAI_BOOKKEEPING = "OpenAI's own bookkeeping"
-_SPEED = "may change how fast the answer comes, never what it is"
+_SPEED = "affects only the speed of the answer"
 _RENDERED = "of vLLM's render endpoints, and ignored by vLLM elsewhere"
-_MEDIA = "speaks of pictures and sound, which are refused where they stand"
+_MEDIA = "for images and audio, which are rejected"
 
 IGNORED: dict[str, str] = {
     "user": _OPENAI_BOOKKEEPING,
@@ -181,15 +181,15 @@ IGNORED: dict[str, str] = {
     "stream_interval": _SPEED,
     "keep_alive": _SPEED,
     "guided_decoding_backend": _SPEED,
-    "request_id": "the answer has an id of this server's; send the header X-Request-ID",
+    "request_id": "the server sets the id; send the header X-Request-ID",
     "session_id": _SPEED,
     "truncation_side": "only with truncate_prompt_tokens, which is refused",
-    "spaces_between_special_tokens": "of tokenizers written in Python; the fast ones put no spaces there",
+    "spaces_between_special_tokens": "only for tokenizers written in Python",
     "media_io_kwargs": _MEDIA,
     "mm_processor_kwargs": _MEDIA,
     "return_token_offsets": _RENDERED,
     "return_mm_kwargs": _RENDERED,
-    "routed_experts_prompt_start": "where data begins that this server does not return",
+    "routed_experts_prompt_start": "refers to data that this server does not return",
 }
 """Ignored by both, and why that changes no answer."""
 
@@ -210,7 +210,7 @@ def refuse_unsupported(body: Mapping[str, Any], refused: Mapping[str, Refused]) 
             continue
         if how.same_as is not None and _same(asked, body.get(how.same_as)):
             continue
-        raise UnsupportedError(f"{name}: this server does not support it; {how.instead}", param=name)
+        raise UnsupportedError(f"{name}: not supported by this server; {how.instead}", param=name)
 
 
 def _same(asked: Any, no_op: Any) -> bool:

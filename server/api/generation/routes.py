@@ -163,7 +163,7 @@ async def tokenize_prompts(
 
 @router.post("/completions", response_class=Response)
 async def create_completion(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
-    """Continue one text or several, given as text or as token ids."""
+    """Complete one or more prompts, given as text or token ids."""
     arrival = time.monotonic()
 
     async def tokenize() -> list[list[int]]:
@@ -210,11 +210,11 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
 
 @router.post("/chat/completions", response_class=Response)
 async def create_chat_completion(body: ChatBody, request: Request, services: ServicesDep) -> Response:
-    """Answer a conversation, written by the model's own chat template."""
+    """Answer a conversation formatted by the model's chat template."""
     arrival = time.monotonic()
     if not services.tokenizer.has_chat_template:
         raise InvalidRequestError(
-            "this model has no chat template: use /v1/completions, or serve a model that was made to chat",
+            "this model has no chat template: use /v1/completions, or serve a chat model",
             param="messages",
         )
 

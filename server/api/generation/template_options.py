@@ -41,7 +41,7 @@ def _bounded(value: Any) -> Any:
 
 def _variables(value: dict[str, Any]) -> dict[str, Any]:
     if taken := sorted(RESERVED & value.keys()):
-        raise ValueError(f"should not set {taken[0]!r}: that is not the template's own")
+        raise ValueError(f"should not set {taken[0]!r}: it is not a variable of the template")
     return value
 
 
@@ -49,22 +49,26 @@ class TemplateOptions(RequestBody):
     """Fields of vLLM, and OpenAI's effort, that reach the chat template."""
 
     add_generation_prompt: bool | None = Field(
-        None, description="Whether the template begins an answer; by default it does, unless the last is continued."
+        None, description="Whether the template starts an answer; default: true unless `continue_final_message`."
     )
-    continue_final_message: bool = Field(False, description="Leave the last message open, and go on writing it.")
+    continue_final_message: bool = Field(
+        False, description="Continue the last message instead of starting a new one."
+    )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_bounded), AfterValidator(_variables)] = Field(
         {}, description="Variables for the template, such as `enable_thinking`."
     )
     documents: Annotated[list[dict[str, Any]], AfterValidator(_bounded)] = Field(
-        [], max_length=MAX_DOCUMENTS, description="Texts for templates that show some, each with `title` and `text`."
+        [],
+        max_length=MAX_DOCUMENTS,
+        description="Documents for templates that use them, each with `title` and `text`.",
     )
-    reasoning_effort: Effort | None = Field(None, description="For templates of models that reason.")
+    reasoning_effort: Effort | None = Field(None, description="Reasoning effort, passed to the template.")
 
     @model_validator(mode="after")
     def _check_how_it_ends(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
-                "add_generation_prompt: not together with continue_final_message", param="add_generation_prompt"
+                "add_generation_prompt: cannot be combined with continue_final_message", param="add_generation_prompt"
             )
         return self
 

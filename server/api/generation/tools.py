@@ -91,19 +91,19 @@ class ChatMessage(RequestBody):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="Who speaks; `developer` is OpenAI's newer word for `system`."
+        description="Role of the author; `developer` is the same as `system`."
     )
     name: str | None = None
     tool_calls: list[ToolCall] = Field(
-        [], max_length=MAX_TOOL_CALLS, fail_fast=True, description="Of the assistant only."
+        [], max_length=MAX_TOOL_CALLS, fail_fast=True, description="Tool calls of an assistant message."
     )
     content: ChatText | None = Field(
-        None, validate_default=True, description="May be absent from messages of the assistant and of tools."
+        None, validate_default=True, description="Text of the message; optional for the roles assistant and tool."
     )
-    reasoning: str | None = Field(None, description="What the assistant thought, for templates that show it.")
-    reasoning_content: str | None = Field(None, description="The same, by its older name.")
+    reasoning: str | None = Field(None, description="Reasoning of the assistant, passed to the template.")
+    reasoning_content: str | None = Field(None, description="Older name of `reasoning`.")
     tool_call_id: str | None = Field(
-        None, validate_default=True, description="Which call a message of role `tool` answers."
+        None, validate_default=True, description="Id of the call that a message of role `tool` answers."
     )
 
     @model_validator(mode="before")
@@ -113,14 +113,14 @@ class ChatMessage(RequestBody):
             for name, instead in (("function_call", "tool_calls"), ("audio", "content")):
                 if value.get(name) is not None:
                     param = f"messages.{name}"
-                    raise UnsupportedError(f"{param}: this server does not take it; send {instead}", param=param)
+                    raise UnsupportedError(f"{param}: not supported by this server; send {instead}", param=param)
         return value
 
     @field_validator("tool_calls")
     @classmethod
     def _check_who_calls(cls, value: list[ToolCall], info: ValidationInfo) -> list[ToolCall]:
         if value and info.data.get("role") != "assistant":
-            raise ValueError("should only be in messages of the assistant")
+            raise ValueError("is only allowed in assistant messages")
         return value
 
     @field_validator("content")
@@ -134,7 +134,7 @@ class ChatMessage(RequestBody):
     @classmethod
     def _check_what_is_answered(cls, value: str | None, info: ValidationInfo) -> str | None:
         if (value is not None) != (info.data.get("role") == "tool"):
-            raise ValueError("should be in messages of role tool, and in no others")
+            raise ValueError("is required in messages of role tool, and only there")
         return value
 
     @property
@@ -195,7 +195,9 @@ class Function(RequestBody):
     name: str = Field(pattern=_NAME)
     description: str | None = Field(None, max_length=MAX_CONSTRAINT_CHARS)
     parameters: Schema = _NO_PARAMETERS
-    strict: bool = Field(False, description="Refuse what cannot be enforced, instead of leaving it out.")
+    strict: bool = Field(
+        False, description="Reject schema keywords that cannot be enforced instead of ignoring them."
+    )
 
 
 class Tool(RequestBody):
@@ -236,9 +238,11 @@ def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
     if len(set(names)) < len(names):
         raise InvalidRequestError("tools: two functions have the same name", param="tools")
     if not tools and choice not in (None, "none", "auto"):
-        raise InvalidRequestError("tool_choice: there are no tools to choose from", param="tool_choice")
+        raise InvalidRequestError("tool_choice: requires tools", param="tool_choice")
     if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise InvalidRequestError(f"tool_choice: {choice.function.name!r} is none of the tools", param="tool_choice")
+        raise InvalidRequestError(
+            f"tool_choice: {choice.function.name!r} is not one of the tools", param="tool_choice"
+        )
 
 
 def forced_constraint(tools: Sequence[Tool], choice: ToolChoice | None) -> Constraint | None:
@@ -263,7 +267,7 @@ def forced_constraint(tools: Sequence[Tool], choice: ToolChoice | None) -> Const
     _check_identifiers(functions)
     if len(text_of(schema)) > MAX_CONSTRAINT_CHARS:
         raise InvalidRequestError(
-            f"tools: with tool_choice 'required', they may have {MAX_CONSTRAINT_CHARS} characters together",
+            f"tools: with tool_choice 'required', at most {MAX_CONSTRAINT_CHARS} characters together",
             param="tools",
         )
     return schema_constraint(schema, is_strict=all(function.strict for function in functions))

@@ -124,7 +124,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._head_bytes > self.limits.max_head_bytes:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         elif self._excess_bytes > self.limits.max_head_bytes:
-            self._refuse(HTTPStatus.BAD_REQUEST, "the body is little beside what it is wrapped in")
+            self._refuse(HTTPStatus.BAD_REQUEST, "the body's chunks are too small")
 
     def _parse(self, data: bytes) -> None:
         while True:

@@ -44,7 +44,7 @@ def check_head(method: bytes, version: str, headers: Headers) -> None:
     if version not in {"1.0", "1.1"}:
         raise HeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
     if method == b"CONNECT":  # what follows is no request, whatever its length is said to be
-        raise HeadError(HTTPStatus.BAD_REQUEST, "this server is no proxy")
+        raise HeadError(HTTPStatus.BAD_REQUEST, "this server is not a proxy")
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1:
         raise HeadError(HTTPStatus.BAD_REQUEST, "the request has more than one Host header")

@@ -103,7 +103,9 @@ def _read(name: str) -> str:
     if address is not None:
         return str(address)
     if _NAME.fullmatch(plain) is None:
-        raise ConfigurationError(f"--allowed-host {name!r} is no name or address: give it without scheme and port")
+        raise ConfigurationError(
+            f"--allowed-host {name!r} is not a host name or address: give it without scheme and port"
+        )
     return plain
 
 

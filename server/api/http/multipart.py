@@ -92,7 +92,7 @@ class UploadParser:
         media_type, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if media_type != b"multipart/form-data" or not boundary:
-            raise MediaTypeError("the body has to be multipart/form-data, with fields 'id' and 'files'")
+            raise MediaTypeError("the body must be multipart/form-data, with fields 'id' and 'files'")
         callbacks: MultipartCallbacks = {
             "on_part_begin": self._begin_part,
             "on_part_data": self._take_data,
@@ -140,7 +140,7 @@ class UploadParser:
         if not self._is_complete:
             raise InvalidRequestError("the multipart body ends before its last boundary")
         if not self._texts.get("id"):
-            raise InvalidRequestError("id: the soft prompt needs a name", param="id")
+            raise InvalidRequestError("id: the name of the soft prompt is missing", param="id")
         description = self._single("description")
         if len(description) > MAX_DESCRIPTION_CHARS:
             raise InvalidRequestError(
@@ -148,7 +148,7 @@ class UploadParser:
                 param="description",
             )
         if "\0" in description:  # which PostgreSQL cannot hold
-            raise InvalidRequestError("description: a NUL character is not taken", param="description")
+            raise InvalidRequestError("description: NUL characters are not allowed", param="description")
         return UploadFields(
             name=_checked(self._single("id"), "name", param="id"),
             alias=_checked(self._single("alias") or DEFAULT_ALIAS, "alias", param="alias"),
@@ -170,7 +170,7 @@ class UploadParser:
     def _switch(self, field: str) -> bool:
         text = self._single(field)
         if text not in ("", "true", "false"):
-            raise InvalidRequestError(f"{field}: has to be true or false, not {text[:100]!r}", param=field)
+            raise InvalidRequestError(f"{field}: must be true or false, not {text[:100]!r}", param=field)
         return text == "true"
 
     def _tags(self) -> tuple[str, ...]:
@@ -192,14 +192,14 @@ class UploadParser:
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{field}: not valid JSON: {error}", param=field) from error
         if not isinstance(value, dict):
-            raise InvalidRequestError(f"{field}: has to be a JSON object", param=field)
+            raise InvalidRequestError(f"{field}: must be a JSON object", param=field)
         return value
 
     def _task_type(self) -> TaskType | None:
         text = self._single("task_type")
         if text and text not in TaskType.__members__:
             raise InvalidRequestError(
-                f"task_type: has to be {' or '.join(TaskType)}, not {text[:100]!r}", param="task_type"
+                f"task_type: must be {' or '.join(TaskType)}, not {text[:100]!r}", param="task_type"
             )
         return TaskType(text) if text else None
 
@@ -247,8 +247,8 @@ class UploadParser:
             )
         if filename not in FILENAMES:
             raise InvalidRequestError(
-                f"{FILES_FIELD}: {filename[:100]!r} is not taken; an upload holds {' and '.join(FILENAMES)}, "
-                "no archives and nothing else",
+                f"{FILES_FIELD}: {filename[:100]!r} is not accepted; an upload has {' and '.join(FILENAMES)}, "
+                "without archives or other files",
                 param=FILES_FIELD,
             )
         if filename in self._seen_files:
@@ -262,7 +262,7 @@ class UploadParser:
             return
         if len(self._text) + end - start > MAX_FIELD_BYTES:
             raise InvalidRequestError(
-                f"{self._field[:100]}: over the limit of {MAX_FIELD_BYTES} bytes", param=self._field[:100]
+                f"{self._field[:100]}: exceeds the limit of {MAX_FIELD_BYTES} bytes", param=self._field[:100]
             )
         self._text += data[start:end]
 
@@ -292,7 +292,7 @@ async def bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncIterator[byt
     async for chunk in stream:
         received += len(chunk)
         if received > limit:
-            raise PayloadTooLargeError(f"the upload is over the limit of {limit} bytes")
+            raise PayloadTooLargeError(f"the upload exceeds the limit of {limit} bytes")
         yield chunk
 
 

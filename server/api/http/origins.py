@@ -157,7 +157,7 @@ def _read(url: str) -> str:
     match = _ORIGIN.fullmatch(origin)
     if match is None:
         raise ConfigurationError(
-            f"--allow-origin {url!r} is no origin: write scheme://host or scheme://host:port, such as "
+            f"--allow-origin {url!r} is not an origin: give scheme://host or scheme://host:port, such as "
             "http://localhost:3000"
         )
     scheme, host, port = match.groups()

@@ -67,7 +67,7 @@ class RefusalLog:
             "omitted": self._omitted.pop(refusal.code, None),
         }
         logger.info(
-            "refused at the door: %s, status %s, client %s, request %s",
+            "refused: %s, status %s, client %s, request %s",
             refusal.code,
             refusal.status or "none",
             refusal.client or "unknown",

@@ -53,26 +53,28 @@ class EnsembleBody(RequestBody):
     model: Annotated[
         str | list[str] | None,
         PlainValidator(_model, json_schema_input_type=str | _NameList),
-        Field(description="The base, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...]; several make an ensemble."),
+        Field(
+            description="The base model, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...]; a list is an ensemble."
+        ),
     ] = None
-    prompt_id: str | None = Field(None, description="A soft prompt, where `model` is the base or absent.")
+    prompt_id: str | None = Field(None, description="A soft prompt, if `model` is the base model or absent.")
     prompt_ids: Annotated[
         list[str] | None,
         PlainValidator(_names, json_schema_input_type=_NameList),
-        Field(description="The soft prompts of an ensemble, where `model` is the base or absent."),
+        Field(description="The soft prompts of an ensemble, if `model` is the base model or absent."),
     ] = None
-    ensemble: Combine | None = Field(None, description="How an ensemble's answers become one; `vote` by default.")
+    ensemble: Combine | None = Field(None, description="How to combine an ensemble's answers; default: `vote`.")
 
     @model_validator(mode="after")
     def _check_members(self) -> Self:
         several = [name for name in ("model", "prompt_ids") if isinstance(getattr(self, name), list)]
         if len(several) == 2:
-            raise InvalidRequestError("prompt_ids: model names several soft prompts already", param="prompt_ids")
+            raise InvalidRequestError("prompt_ids: cannot be combined with a list in model", param="prompt_ids")
         if several and self.prompt_id is not None:
-            raise InvalidRequestError(f"prompt_id: {several[0]} names the soft prompts already", param="prompt_id")
+            raise InvalidRequestError(f"prompt_id: cannot be combined with {several[0]}", param="prompt_id")
         if self.ensemble is not None and not several:
             raise InvalidRequestError(
-                "ensemble: there is one answer only: name the soft prompts by a list in model, or by prompt_ids",
+                "ensemble: requires several soft prompts: give a list in model, or prompt_ids",
                 param="ensemble",
             )
         return self

@@ -200,14 +200,14 @@ def check_size(services: Services, prompts: Sequence[str] | Sequence[list[int]],
     sizes = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
     if max(sizes, default=0) > most:
         raise ContextLengthError(
-            f"{field}: the model's context is {context} tokens, and a text of {max(sizes)} characters has more; "
-            f"at most {most} characters are taken",
+            f"{field}: the model's context is {context} tokens, and a text of {max(sizes)} characters is longer; "
+            f"at most {most} characters are allowed",
             param=field,
         )
     most_in_all = max(most, CHARS_PER_TOKEN * context * services.settings.engine.max_num_seqs)
     if sum(sizes) > most_in_all:
         raise PayloadTooLargeError(
-            f"{field}: the texts have {sum(sizes)} characters together, and at most {most_in_all} are taken at once: "
-            "send them in several requests",
+            f"{field}: the texts have {sum(sizes)} characters together, and at most {most_in_all} are allowed: "
+            "send several requests",
             param=field,
         )

@@ -7,10 +7,10 @@ from msgspec import UNSET, UnsetType
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """Where the prompt's positions came from.
+    """How the positions of the prompt were computed.
 
     Attributes:
-        cached_tokens: Text tokens whose keys and values a cached prefix saved.
+        cached_tokens: Text tokens found in the prefix cache.
         virtual_tokens: Positions that soft prompts took; not part of ``prompt_tokens``.
     """
 
@@ -19,7 +19,7 @@ class PromptTokensDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Tokens of a request, over all its choices."""
+    """Token counts of a request, over all its choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -28,7 +28,7 @@ class Usage(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    r"""How likely each token of a text was: OpenAI's arrays, one entry a token.
+    r"""Log-probabilities of the tokens of a text: OpenAI's arrays, one entry per token.
 
     Attributes:
         tokens: What each token shows by itself; ``bytes:\xe2`` and the like for a part of a character.
@@ -44,7 +44,7 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class TopLogprob(msgspec.Struct):
-    """A token that was likely."""
+    """One of the most likely tokens."""
 
     token: str
     logprob: float
@@ -52,7 +52,7 @@ class TopLogprob(msgspec.Struct):
 
 
 class ChatTokenLogprob(msgspec.Struct):
-    """A token of the answer, and those that were likely there."""
+    """A token of the answer, and the most likely tokens at its position."""
 
     token: str
     logprob: float
@@ -61,14 +61,14 @@ class ChatTokenLogprob(msgspec.Struct):
 
 
 class ChatLogprobs(msgspec.Struct):
-    """How likely each token of an answer was."""
+    """Log-probabilities of the tokens of an answer."""
 
     content: list[ChatTokenLogprob]
     refusal: None = None
 
 
 class MemberText(msgspec.Struct, kw_only=True):
-    """What one soft prompt of an ensemble wrote.
+    """The text of one soft prompt of an ensemble.
 
     Attributes:
         model: ``NAME@VERSION``, or the base's name.
@@ -82,7 +82,7 @@ class MemberText(msgspec.Struct, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One text, or a piece of it in a stream.
+    """One generated text, or a part of it in a stream.
 
     Attributes:
         votes: Of an ensemble: how many members wrote each text.
@@ -100,7 +100,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """The answer of ``/v1/completions``, and each chunk of its stream."""
+    """The response of ``/v1/completions``, and each chunk of its stream."""
 
     id: str
     object: str = "text_completion"
@@ -111,14 +111,14 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class CalledFunction(msgspec.Struct):
-    """A function's name and arguments, which are JSON in a string."""
+    """A function's name and its arguments as a JSON string."""
 
     name: str
     arguments: str
 
 
 class AnsweredCall(msgspec.Struct, kw_only=True):
-    """A call that the assistant makes."""
+    """A tool call of the assistant."""
 
     id: str
     type: str = "function"
@@ -126,7 +126,7 @@ class AnsweredCall(msgspec.Struct, kw_only=True):
 
 
 class ChatAnswer(msgspec.Struct, kw_only=True):
-    """The assistant's message; its content is null where it is nothing but calls."""
+    """The assistant's message; its content is null if it consists of tool calls only."""
 
     role: str = "assistant"
     content: str | None
@@ -135,7 +135,7 @@ class ChatAnswer(msgspec.Struct, kw_only=True):
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
-    """One answer."""
+    """One choice of a chat completion."""
 
     index: int
     message: ChatAnswer
@@ -146,7 +146,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
-    """The answer of ``/v1/chat/completions``."""
+    """The response of ``/v1/chat/completions``."""
 
     id: str
     object: str = "chat.completion"
@@ -157,14 +157,14 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class FunctionDelta(msgspec.Struct, kw_only=True):
-    """The name in a call's first piece, arguments in all."""
+    """The name (in a call's first part) and a part of the arguments."""
 
     name: str | UnsetType = UNSET
     arguments: str
 
 
 class CallDelta(msgspec.Struct, kw_only=True):
-    """What a chunk adds to one call."""
+    """The part of a tool call in one chunk."""
 
     index: int
     id: str | UnsetType = UNSET
@@ -173,7 +173,7 @@ class CallDelta(msgspec.Struct, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
-    """What a chunk adds to the assistant's message."""
+    """The part of the assistant's message in one chunk."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -181,7 +181,7 @@ class ChatDelta(msgspec.Struct, kw_only=True):
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
-    """One answer's part of a chunk."""
+    """The part of one choice in a chunk."""
 
     index: int
     delta: ChatDelta

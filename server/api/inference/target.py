@@ -61,7 +61,7 @@ def resolve(
         raise _model_not_found(model) from error
     if prompt_id is not None:
         raise InvalidRequestError(
-            f"{param}: model {model[:200]!r} names a soft prompt already; send model {base_name!r} with {param}",
+            f"{param}: model {model[:200]!r} already names a soft prompt; send model {base_name!r} with {param}",
             param=param,
         )
     return Target(model, access, ref)
@@ -69,6 +69,6 @@ def resolve(
 
 def _model_not_found(model: str) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"the model {model[:200]!r} does not exist: it is neither the base model nor a soft prompt of this server",
+        f"the model {model[:200]!r} does not exist: it is neither the base model nor a known soft prompt",
         param="model",
     )

@@ -78,7 +78,7 @@ def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str]) -> s
     try:
         _parse_entries(entry, is_toml=True)
     except ValueError as error:
-        raise ConfigurationError(f"such a key would not be taken: {error}") from error
+        raise ConfigurationError(f"the key is not valid: {error}") from error
     return entry
 
 
@@ -101,9 +101,9 @@ def read_keys(path: Path) -> list[Key]:
             lines = ((f"line {number}", line.strip()) for number, line in enumerate(text.splitlines(), 1))
             found = parse_plain((place, line) for place, line in lines if line and not line.startswith("#"))
     except ValueError as error:
-        raise ConfigurationError(f"the API key file {path} is not used: {error}") from error
+        raise ConfigurationError(f"the API key file {path} is not valid: {error}") from error
     if not found:
-        raise ConfigurationError(f"the API key file {path} holds no key")
+        raise ConfigurationError(f"the API key file {path} contains no key")
     return found
 
 
@@ -131,7 +131,7 @@ def _parse_entries(text: str, *, is_toml: bool) -> list[Key]:
 
 def _entry(place: str, entry: _Entry) -> Key:
     if not entry.scopes:
-        raise ValueError(f"{place}.scopes: names none of {', '.join(Scope)}")
+        raise ValueError(f"{place}.scopes: must contain some of {', '.join(Scope)}")
     if entry.tenant is not None:
         try:
             check_name(entry.tenant, "tenant")
@@ -145,11 +145,13 @@ def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], li
     """No part of the key itself may come into an error: errors are logged."""
     if text.startswith(_HASHED):
         if not _HEX_DIGEST.fullmatch(text.removeprefix(_HASHED)):
-            raise ValueError(f"{place}: after {_HASHED} there have to be 64 hexadecimal digits in lower case")
+            raise ValueError(f"{place}: after {_HASHED} 64 lower-case hexadecimal digits are expected")
         digest = bytes.fromhex(text.removeprefix(_HASHED))
     else:
         if not text or text != text.strip() or not text.isprintable():
-            raise ValueError(f"{place}: a key is not empty, and has no control characters or spaces around it")
+            raise ValueError(
+                f"{place}: a key must not be empty, contain control characters, or start or end with a space"
+            )
         digest = hashlib.sha256(text.encode()).digest()
     name = f"key-{digest.hex()[:12]}"
     return Key(digest, Caller(name, tenant or name, scopes, KeyLimiter(limits)))
@@ -160,7 +162,7 @@ def _without_doubles(keys: Iterable[tuple[str, Key]]) -> list[Key]:
     found = []
     for place, key in keys:
         if key.digest in places:
-            raise ValueError(f"{place}: the same key is at {places[key.digest]}")
+            raise ValueError(f"{place}: the same key appears at {places[key.digest]}")
         places[key.digest] = place
         found.append(key)
     return found

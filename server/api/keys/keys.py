@@ -49,7 +49,7 @@ class ApiKeys:
             AuthenticationError: If it holds none of the keys.
         """
         if not authorization:
-            raise AuthenticationError("this server needs an API key: send 'Authorization: Bearer KEY'")
+            raise AuthenticationError("an API key is required: send 'Authorization: Bearer KEY'")
         scheme, _, text = authorization.partition(" ")
         digest = hashlib.sha256(text.strip().encode("latin-1")).digest()
         # Every digest is compared, so that the time does not tell which key came close.
@@ -112,11 +112,11 @@ class KeyReloader:
             keys = await asyncio.to_thread(collect_keys, self._http)
         except ConfigurationError as error:
             self._metrics.count_key_reload("failure")
-            logger.error("the API keys stay as they were: %s", error)
+            logger.error("the API keys were not reloaded: %s", error)
             return
         self._keys.replace(keys)
         self._metrics.count_key_reload("success")
-        logger.info("%d API keys were read again", len(keys))
+        logger.info("%d API keys were reloaded", len(keys))
 
 
 def collect_keys(http: HttpSettings) -> list[Key]:
@@ -133,7 +133,7 @@ def collect_keys(http: HttpSettings) -> list[Key]:
     digests = {key.digest for key in found}
     for index, key in enumerate(given):
         if key.digest in digests:
-            raise ConfigurationError(f"api_keys[{index}] is in the API key file {http.api_key_file} too")
+            raise ConfigurationError(f"api_keys[{index}] also appears in the API key file {http.api_key_file}")
     return found + given
 
 
@@ -151,9 +151,9 @@ def load_keys(http: HttpSettings) -> ApiKeys | None:
         if not http.allow_open:
             raise ConfigurationError(
                 f"host {http.host!r} can be reached from other machines: give --api-key-file or PRELUDE_API_KEYS, "
-                "bind 127.0.0.1, or say --allow-open"
+                "bind 127.0.0.1, or use --allow-open"
             )
-        logger.warning("OPEN SERVER: whoever can reach %s may use, replace and delete everything", http.host)
+        logger.warning("OPEN SERVER: anyone who can reach %s may use, replace and delete everything", http.host)
     return None
 
 

@@ -1,4 +1,4 @@
-"""What the routes of soft prompts take and answer."""
+"""Request and response bodies of the soft prompt routes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.api.request_body import RequestBody
 
 
 class FileBody(BaseModel):
-    """One stored file; ``size`` is in bytes."""
+    """A stored file; ``size`` is in bytes."""
 
     filename: str
     sha256: str
@@ -19,39 +19,37 @@ class FileBody(BaseModel):
 
 
 class VersionBody(BaseModel):
-    """One immutable version of a soft prompt."""
+    """An immutable version of a soft prompt."""
 
     object: str = "prompt.version"
     id: str = Field(description="The soft prompt's name.")
     version: int
-    digest: str = Field(description="sha256 over the version's files.")
+    digest: str = Field(description="SHA-256 over the version's files.")
     peft_type: str
     task_type: str
     num_virtual_tokens: int
     dtype: str
     base_model_name_or_path: str | None
     files: list[FileBody]
-    size: int = Field(description="Bytes of all files.")
-    created_at: int = Field(description="Unix seconds.")
+    size: int = Field(description="Total size of the files, in bytes.")
+    created_at: int = Field(description="Unix time in seconds.")
     description: str
     tags: list[str]
     metadata: dict[str, Any]
-    lineage: dict[str, Any] = Field(
-        description="training_run, parent, dataset_digest, scores; what is known of them."
-    )
+    lineage: dict[str, Any] = Field(description="Known values of training_run, parent, dataset_digest and scores.")
     overrides: dict[str, Any] = Field(
-        description="What was accepted beyond the word of its files: allow_other_base (true) where they name another "
-        "base than the served one, task_type where they name none."
+        description="Overrides given at upload: allow_other_base (true) if the files name another base model, "
+        "task_type if they name none."
     )
-    created_by: str | None = Field(description="Which API key published it.")
-    num_tasks: int | None = Field(description="Tasks of a multitask prompt, of which a request names one.")
-    num_labels: int | None = Field(description="Labels of its classification head.")
-    shared: bool = Field(description="Whether every tenant may use it.")
-    pinned: bool = Field(description="Whether this server keeps it at hand.")
+    created_by: str | None = Field(description="API key that published the version.")
+    num_tasks: int | None = Field(description="Number of tasks of a multitask prompt.")
+    num_labels: int | None = Field(description="Number of labels of the classification head.")
+    shared: bool = Field(description="Whether it is shared with all tenants.")
+    pinned: bool = Field(description="Whether it is pinned on this server.")
 
     @classmethod
     def of(cls, version: PromptVersion, *, pinned: bool) -> VersionBody:
-        """The catalog's record as the API shows it."""
+        """Convert the catalog's record."""
         return cls(
             id=version.name,
             version=version.version,
@@ -78,18 +76,18 @@ class VersionBody(BaseModel):
 
 
 class PromptBody(BaseModel):
-    """A soft prompt: its aliases and the version that its bare name means."""
+    """A soft prompt with its aliases and its latest version."""
 
     object: str = "prompt"
     id: str
     aliases: dict[str, int]
     num_versions: int
-    pinned: list[int] = Field(description="The versions that this server keeps at hand.")
+    pinned: list[int] = Field(description="Versions pinned on this server.")
     latest: VersionBody
 
     @classmethod
     def of(cls, summary: PromptSummary, *, pinned: list[int]) -> PromptBody:
-        """The catalog's summary as the API shows it."""
+        """Convert the catalog's summary."""
         return cls(
             id=summary.name,
             aliases=dict(summary.aliases),
@@ -109,7 +107,7 @@ class PromptList(BaseModel):
 
 
 class VersionList(BaseModel):
-    """A page of one soft prompt's versions, newest first; ``last_id`` is the next page's ``before``."""
+    """A page of a soft prompt's versions, newest first; ``last_id`` is the next page's ``before``."""
 
     object: str = "list"
     data: list[VersionBody]
@@ -118,23 +116,25 @@ class VersionList(BaseModel):
 
 
 class HistoryBody(BaseModel):
-    """One change of one soft prompt."""
+    """One change of a soft prompt."""
 
     object: str = "prompt.change"
     id: int
     action: str = Field(
         description="publish, promote, rollback, delete_alias, delete_version or delete_prompt; an upload that moves "
-        "an alias is a publish and a promote."
+        "an alias adds a publish and a promote."
     )
     alias: str | None
-    version: int | None = Field(description="What was published or deleted, or what the alias points at since.")
-    previous_version: int | None = Field(description="What the alias pointed at before.")
-    actor: str | None = Field(description="Which API key did it.")
-    created_at: int = Field(description="Unix seconds.")
+    version: int | None = Field(
+        description="The version that was published or deleted, or that the alias points at now."
+    )
+    previous_version: int | None = Field(description="The version that the alias pointed at before.")
+    actor: str | None = Field(description="API key that made the change.")
+    created_at: int = Field(description="Unix time in seconds.")
 
     @classmethod
     def of(cls, entry: HistoryEntry) -> HistoryBody:
-        """The catalog's record as the API shows it."""
+        """Convert the catalog's record."""
         return cls(
             id=entry.id,
             action=entry.action.value,
@@ -147,7 +147,7 @@ class HistoryBody(BaseModel):
 
 
 class HistoryList(BaseModel):
-    """A page of one soft prompt's history, newest first; ``last_id`` is the next page's ``before``."""
+    """A page of a soft prompt's history, newest first; ``last_id`` is the next page's ``before``."""
 
     object: str = "list"
     data: list[HistoryBody]
@@ -156,45 +156,51 @@ class HistoryList(BaseModel):
 
 
 class AliasBody(RequestBody):
-    """Where an alias is to point."""
+    """The version that an alias should point at."""
 
     version: int = Field(ge=1, lt=2**63)
-    expected_version: int | None = Field(None, ge=1, lt=2**63, description="409 unless the alias points there now.")
+    expected_version: int | None = Field(
+        None, ge=1, lt=2**63, description="Fail with 409 unless the alias points at this version."
+    )
 
 
 class RollbackBody(RequestBody):
-    """Which state a rollback is meant for."""
+    """The condition of a rollback."""
 
-    expected_version: int | None = Field(None, ge=1, lt=2**63, description="409 unless the alias points there now.")
+    expected_version: int | None = Field(
+        None, ge=1, lt=2**63, description="Fail with 409 unless the alias points at this version."
+    )
 
 
 class WarmBody(RequestBody):
-    """Which soft prompt to bring onto the device; by default what the alias latest means."""
+    """The version to load onto the device; default: the alias latest."""
 
     version: int | None = Field(None, ge=1, lt=2**63)
     alias: Annotated[str, AfterValidator(lambda text: check_name(text, "alias"))] | None = None
-    task_id: int | None = Field(None, ge=0, lt=2**63, description="One task of a multitask prompt; by default all.")
+    task_id: int | None = Field(
+        None, ge=0, lt=2**63, description="Task id of a multitask prompt; default: all tasks."
+    )
     pin: bool | None = Field(
         None,
-        description="true keeps its files on this machine and its rows in host memory, until false, its deletion or "
-        "a restart; a pin by alias (latest, where none is named) moves with the alias. false ends the pin and brings "
-        "nothing onto the device.",
+        description="true: keep the files on local disk and the rows in host memory until unpinned, deleted or "
+        "restarted; a pin by alias (default: latest) follows the alias. false: release the pin and load "
+        "nothing.",
     )
 
 
 class WarmReply(BaseModel):
-    """What is on the device now."""
+    """The version that was loaded onto the device."""
 
     object: str = "prompt.warmed"
     id: str
     version: int
-    task_ids: list[int] | None = Field(description="The tasks of a multitask prompt.")
+    task_ids: list[int] | None = Field(description="Task ids of a multitask prompt.")
     pinned: bool
-    seconds: float = Field(description="How long it took; 0 where a pin was ended.")
+    seconds: float = Field(description="Duration in seconds; 0 if a pin was released.")
 
 
 class AliasReply(BaseModel):
-    """Where an alias points."""
+    """The version that an alias points at."""
 
     object: str = "prompt.alias"
     id: str
@@ -203,7 +209,7 @@ class AliasReply(BaseModel):
 
 
 class Deleted(BaseModel):
-    """What was deleted."""
+    """The deleted object."""
 
     id: str
     object: str

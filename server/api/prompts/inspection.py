@@ -34,7 +34,7 @@ class VirtualTokenBody(BaseModel):
 
     index: int
     norm: float
-    nearest: list[NearToken] = Field(description="Best first.")
+    nearest: list[NearToken] = Field(description="Nearest tokens, best first.")
 
 
 class VocabularyBody(BaseModel):
@@ -127,8 +127,12 @@ async def inspect_prompt(
     caller: CallerDep,
     version: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
     alias: Annotated[str | None, AfterValidator(lambda text: text and check_name(text, "alias"))] = None,
-    task_id: Annotated[int | None, Query(ge=0, lt=2**63, description="Needed for a multitask prompt.")] = None,
-    top_k: Annotated[int, Query(ge=1, le=MAX_NEAREST, description="Near tokens for each virtual one.")] = 5,
+    task_id: Annotated[
+        int | None, Query(ge=0, lt=2**63, description="Task id; required for a multitask prompt.")
+    ] = None,
+    top_k: Annotated[
+        int, Query(ge=1, le=MAX_NEAREST, description="Number of nearest tokens to show per virtual token.")
+    ] = 5,
 ) -> InspectionBody:
     """Norms of a version (of the alias latest, where none is named), and the tokens that its rows are near to."""
     with services.admission.permits(1, tenant=caller.tenant, waits=False):

@@ -28,7 +28,7 @@ class ModelCard(BaseModel):
         root: The base model.
         parent: The base model of a soft prompt; null for the base itself.
         max_model_len: Positions of one sequence, virtual tokens included.
-        max_num_seqs: Sequences that the server runs at once, of all models together.
+        max_num_seqs: Maximum number of sequences that run at once, over all models.
         max_waiting: Sequences that may wait beyond those.
         default_sampling_params: What the checkpoint sets where a request does not, by the names of its fields.
     """
@@ -43,7 +43,7 @@ class ModelCard(BaseModel):
     max_num_seqs: int
     max_waiting: int
     default_sampling_params: dict[str, float | int | list[str]] = Field(
-        description="What the checkpoint sets where a request does not, by the names of a request's fields."
+        description="Default values of request fields, set by the checkpoint."
     )
 
 
@@ -56,7 +56,7 @@ class ModelList(BaseModel):
 
 @router.get("")
 async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
-    """List the base, then every soft prompt by its bare name."""
+    """List the base model and all soft prompts."""
     cards = [_base_card(services)]
     after: str | None = None
     has_more = True
@@ -71,7 +71,7 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
 
 @router.get("/{model_id:path}")
 async def get_model(model_id: str, services: ServicesDep, caller: CallerDep) -> ModelCard:
-    """One of them, by any name that a request may use."""
+    """Get a model by any name that requests may use."""
     target = resolve(model_id, None, base_name=services.base_name, access=caller.access)
     version = await version_of(services, target)
     return _base_card(services) if version is None else _prompt_card(services, model_id, version)

@@ -80,7 +80,7 @@ class _LeasedWeights(FileResponse):
 
         async def send_or_raise(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                raise HTTPException(message["status"], "the Range header asks for no part of this file")
+                raise HTTPException(message["status"], "the requested range is outside the file")
             await send(message)
 
         async with self._threads.lease(self._ref, self._access) as leased:
@@ -95,7 +95,7 @@ def ref_of(name: str, version: int | None, alias: str | None) -> PromptRef:
         InvalidRequestError: If it names both.
     """
     if version is not None and alias is not None:
-        raise InvalidRequestError("version: name a version or an alias, not both", param="version")
+        raise InvalidRequestError("version: give a version or an alias, not both", param="version")
     if version is not None:
         return PromptRef(name, version=version, alias=None)
     return PromptRef(name, alias=alias or DEFAULT_ALIAS)
@@ -117,7 +117,7 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
     "",
     status_code=201,
     response_model=VersionBody,
-    responses={200: {"model": VersionBody, "description": "The same bytes are a version already"}},
+    responses={200: {"model": VersionBody, "description": "A version with the same files exists already"}},
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -130,15 +130,18 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
                             "id": {"type": "string"},
                             "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                             "alias": {"type": "string"},
-                            "shared": {"type": "boolean", "description": "For every tenant; needs the scope admin."},
+                            "shared": {
+                                "type": "boolean",
+                                "description": "Share it with all tenants; needs the scope admin.",
+                            },
                             "allow_other_base": {
                                 "type": "boolean",
-                                "description": "Take it although it names another base model than the served one.",
+                                "description": "Accept files that name another base model.",
                             },
                             "task_type": {
                                 "type": "string",
                                 "enum": list(TaskType),
-                                "description": "What it was trained for, where adapter_config.json does not say.",
+                                "description": "Task type, if adapter_config.json does not state it.",
                             },
                             "description": {"type": "string"},
                             "tags": {"type": "array", "items": {"type": "string"}},
@@ -156,12 +159,12 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
     },
 )
 async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
-    """Publish a PEFT directory's two files as the next version of a name; 200 where that version exists already."""
+    """Upload the two files of a PEFT directory as the next version of a soft prompt."""
     services.require_ready()  # for the model has to try it
     base = services.base_spec
     limit = services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
     if int(request.headers.get("content-length", 0)) > limit:
-        raise PayloadTooLargeError(f"the upload is over the limit of {limit} bytes")
+        raise PayloadTooLargeError(f"the upload exceeds the limit of {limit} bytes")
     threads, store = services.store, services.store.store
     with store.upload() as upload:  # makes and removes a directory; its files are written in the pool
         parser = UploadParser(request.headers.get("content-type", ""), upload.open)
@@ -171,7 +174,7 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
                 await threads.call(parser.feed, data)
             fields = parser.fields()
             if fields.shared and not caller.access.changes(SHARED):
-                raise PermissionDeniedError("shared: this needs an API key with the scope admin", scopes=["admin"])
+                raise PermissionDeniedError("shared: requires an API key with the scope admin", scopes=["admin"])
         except ClientDisconnect:
             return Response(status_code=499)
         except (ServerError, PromptStoreError):
@@ -228,13 +231,13 @@ async def list_prompts(
 
 @router.get("/{id}")
 async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> PromptBody:
-    """One soft prompt."""
+    """Get a soft prompt."""
     return _prompt_body(services, await services.store.call(services.store.store.get_prompt, name, caller.access))
 
 
 @router.delete("/{id}")
 async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> Deleted:
-    """Delete all versions and aliases of a name; requests under way keep theirs until they end."""
+    """Delete a soft prompt with all versions and aliases. Running requests finish with their version."""
     await services.store.call(services.store.store.delete_prompt, name, actor=caller.name, access=caller.access)
     await services.warmer.forget(name)
     return Deleted(id=name, object="prompt")
@@ -244,7 +247,7 @@ async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep
 async def list_versions(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> VersionList:
-    """A page of a name's versions, newest first, those below ``before``."""
+    """List the versions of a soft prompt, newest first."""
     store = services.store.store
     versions, has_more = await services.store.call(
         store.list_versions, name, limit=limit, before=before, access=caller.access
@@ -257,7 +260,7 @@ async def list_versions(
 async def list_history(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> HistoryList:
-    """A page of what was done to a name, newest first; it outlives the name."""
+    """List the changes of a soft prompt, newest first. The history remains after deletion."""
     store = services.store.store
     entries, has_more = await services.store.call(
         store.list_history, name, limit=limit, before=before, access=caller.access
@@ -270,7 +273,7 @@ async def list_history(
 async def get_version(
     name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep
 ) -> VersionBody:
-    """One version."""
+    """Get a version."""
     ref = PromptRef(name, version=version, alias=None)
     return _version_body(services, await services.store.call(services.store.store.resolve, ref, caller.access))
 
@@ -279,12 +282,12 @@ async def get_version(
 async def get_file(
     name: PromptId, version: VersionNumber, filename: str, services: ServicesDep, caller: CallerDep
 ) -> Response:
-    """One file of a version, byte for byte as it was uploaded."""
+    """Download a file of a version, exactly as it was uploaded."""
     threads, ref = services.store, PromptRef(name, version=version, alias=None)
     found = await threads.call(threads.store.resolve, ref, caller.access)
     file = found.file(filename)
     if file is None:
-        raise NotFoundError(f"a version has {CONFIG_FILE} and {WEIGHTS_FILE}, and no file {filename[:100]!r}")
+        raise NotFoundError(f"a version has only {CONFIG_FILE} and {WEIGHTS_FILE}, not {filename[:100]!r}")
     if filename == WEIGHTS_FILE:
         return _LeasedWeights(threads, ref, caller, sha256=file.sha256)
     data = await threads.call(threads.store.read_file, name, version, filename, caller.access)
@@ -293,7 +296,7 @@ async def get_file(
 
 @router.delete("/{id}/versions/{version}")
 async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep) -> Deleted:
-    """Delete one version; requests under way keep it until they end."""
+    """Delete a version. Running requests finish with it."""
     await services.store.call(
         services.store.store.delete_version, name, version, actor=caller.name, access=caller.access
     )
@@ -323,7 +326,7 @@ async def set_alias(
 async def rollback(
     name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
-    """Point an alias back at what it pointed at before its newest promotion; again, and it goes one further back."""
+    """Point an alias back at the version before its last promotion; repeat to go further back."""
     version = await services.store.call(
         services.store.store.rollback,
         name,
@@ -340,14 +343,16 @@ async def rollback(
 async def warm_prompt(
     name: PromptId, services: ServicesDep, caller: CallerDep, body: WarmBody | None = None
 ) -> WarmReply:
-    """Bring a soft prompt onto the device before its first request, and pin it or end its pin."""
+    """Load a soft prompt onto the device before its first request; optionally pin or unpin it."""
     body = body or WarmBody.model_validate({})
     ref = ref_of(name, body.version, body.alias)
     # It waits for files more than for its turn, so it tells nothing of how long a turn takes.
     with services.admission.permits(1, tenant=caller.tenant, waits=False):
         found = await services.store.call(services.store.store.resolve, ref, caller.access)
         if body.pin is not None and not caller.access.changes(found.owner):
-            raise PermissionDeniedError("pin: of a shared soft prompt, this needs the scope admin", scopes=["admin"])
+            raise PermissionDeniedError(
+                "pin: pinning a shared soft prompt requires the scope admin", scopes=["admin"]
+            )
         if body.pin is False:
             version = await services.warmer.unpin(ref, task_id=body.task_id)
             pinned = services.warmer.is_pinned(version)
@@ -364,6 +369,6 @@ async def warm_prompt(
 
 @router.delete("/{id}/aliases/{alias}")
 async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, caller: CallerDep) -> Deleted:
-    """Delete an alias; its version stays."""
+    """Delete an alias; the version remains."""
     await services.store.call(services.store.store.delete_alias, name, alias, actor=caller.name, access=caller.access)
     return Deleted(id=f"{name}@{alias}", object="prompt.alias")

@@ -35,7 +35,7 @@ def check_task(version: PromptVersion | None, task_id: int | None) -> None:
             return
         named = "the base model" if version is None else f"the soft prompt {version.name}@{version.version}"
         raise InvalidRequestError(
-            f"task_id: only a multitask soft prompt takes one, and {named} is none", param="task_id"
+            f"task_id: only allowed for multitask soft prompts; {named} is not one", param="task_id"
         )
     if task_id is None or task_id >= num_tasks:
         problem = "has to say which task is meant" if task_id is None else f"is {task_id}, and there is no such task"

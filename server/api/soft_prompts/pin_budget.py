@@ -86,13 +86,13 @@ class PinBudget:
         if new_own > 0 and used + new_own > self._tenant_bytes:
             raise PinBudgetError(
                 f"pin: {size} bytes of host memory are needed, and the tenant's pins hold {used} of the "
-                f"{self._tenant_bytes} that they may (--pinned-memory-per-tenant): end another pin first",
+                f"{self._tenant_bytes} that they may (--pinned-memory-per-tenant): release another pin first",
                 param="pin",
             )
         if new_in_all > 0 and self._used_in_all + new_in_all > self._total_bytes:
             raise PinBudgetError(
-                f"pin: {size} bytes of host memory are needed, and all pins of this server together may hold "
-                f"{self._total_bytes} (--pinned-memory), of which too few are free",
+                f"pin: {size} bytes of host memory are needed, and the limit for all pins of this server is "
+                f"{self._total_bytes} (--pinned-memory); too little of it is free",
                 param="pin",
             )
 

@@ -265,7 +265,7 @@ class Warmer:
                 except PromptNotFoundError:
                     await self._end(name, version)
                 except PromptStoreError as error:
-                    logger.warning("whether %s is still there is not known: %s", _ref(name, version), error)
+                    logger.warning("cannot check whether %s still exists: %s", _ref(name, version), error)
 
     async def _try_to_warm(self, ref: PromptRef, task_id: int | None, pin: bool, *, is_operators: bool) -> None:
         try:

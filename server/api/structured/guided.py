@@ -24,13 +24,13 @@ class GuidedBody(RequestBody):
     """Structured output by its older names."""
 
     guided_json: Annotated[SchemaOrText | None, BeforeValidator(lambda value: None if value == "" else value)] = (
-        Field(None, description="As `structured_outputs.json`.")
+        Field(None, description="Same as `structured_outputs.json`.")
     )
-    guided_regex: str | None = Field(None, description="As `structured_outputs.regex`.")
+    guided_regex: str | None = Field(None, description="Same as `structured_outputs.regex`.")
     guided_choice: Annotated[list[str] | None, Field(max_length=MAX_CHOICE_STRINGS)] = Field(
-        None, description="As `structured_outputs.choice`."
+        None, description="Same as `structured_outputs.choice`."
     )
-    guided_grammar: str | None = Field(None, description="As `structured_outputs.grammar`.")
+    guided_grammar: str | None = Field(None, description="Same as `structured_outputs.grammar`.")
 
     @property
     def guided_constraints(self) -> list[tuple[str, Constraint]]:

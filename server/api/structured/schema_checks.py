@@ -55,7 +55,7 @@ def check_grammar(text: str) -> str:
         ValueError: If it sets options, or has a schema that ``check_schema`` refuses.
     """
     if _OPTIONS in text:
-        raise ValueError(f"should not have {_OPTIONS!r} in it")
+        raise ValueError(f"should not contain {_OPTIONS!r}")
     start = text.find(_SCHEMA)
     while start >= 0:
         start += len(_SCHEMA)
@@ -63,7 +63,7 @@ def check_grammar(text: str) -> str:
         try:
             check_schema(schema if isinstance(schema, dict) else {"const": schema})
         except ValueError as error:
-            raise ValueError(f"has a JSON schema that is not taken: it {error}") from error
+            raise ValueError(f"has an unsupported JSON schema: it {error}") from error
         start = text.find(_SCHEMA, start)
     return text
 

@@ -43,17 +43,17 @@ def check_numbers(schema: dict[str, Any]) -> None:
         for key in _EXCLUSIVE:
             value = node.get(key)
             if _is_number(value) and not (-_EXACT < value < _EXACT and _is_read(value)):
-                raise ValueError(f"should have an {key} of at most 15 digits: beyond that, floats skip numbers")
+                raise ValueError(f"should have an {key} of at most 15 digits: larger numbers are not exact as floats")
         for key in VALUE_KEYWORDS:
             if not all(map(_is_exact_value, _numbers(node.get(key)))):
                 raise ValueError(
-                    f"should have no numbers of more than 15 digits in its {key} but what 64-bit floats hold exactly"
+                    f"should have numbers of at most 15 digits in its {key}, or ones that 64-bit floats hold exactly"
                 )
         whole = _with_parts(node)
         if _loses_its_zero(whole, "exclusiveMinimum", 1) or _loses_its_zero(whole, "exclusiveMaximum", -1):
             raise ValueError(
-                "should not have an exclusive bound of 0 with the other less than 1 away, which cannot be enforced: "
-                "give a minimum or maximum instead"
+                "should not combine an exclusive bound of 0 with another bound less than 1 away, which cannot be "
+                "enforced: give a minimum or maximum instead"
             )
 
 

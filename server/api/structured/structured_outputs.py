@@ -64,11 +64,13 @@ class JsonSchemaFormat(RequestBody):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     schema_: Schema = Field(alias="schema")
-    strict: bool = Field(False, description="Refuse what cannot be enforced, instead of leaving it out.")
+    strict: bool = Field(
+        False, description="Reject schema keywords that cannot be enforced instead of ignoring them."
+    )
 
 
 class ResponseFormat(RequestBody):
-    """OpenAI's way to demand JSON."""
+    """Structured output, in OpenAI's format."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -76,12 +78,12 @@ class ResponseFormat(RequestBody):
     @model_validator(mode="after")
     def _check_that_the_schema_is_where_it_belongs(self) -> Self:
         if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise ValueError("json_schema is needed with the type json_schema, and with no other")
+            raise ValueError("json_schema is required with type json_schema, and not allowed otherwise")
         return self
 
     @property
     def constraint(self) -> Constraint | None:
-        """What the text has to be; None for any."""
+        """The structure that the text must have; None for any."""
         if self.json_schema is not None:
             return schema_constraint(self.json_schema.schema_, is_strict=self.json_schema.strict)
         return Constraint(kind=ConstraintKind.JSON_OBJECT) if self.type == "json_object" else None
@@ -96,13 +98,16 @@ class StructuredOutputs(RequestBody):
         AfterValidator(_choice),
     ] = None
     regex: str | None = Field(
-        None, min_length=1, max_length=MAX_REGEX_CHARS, description="Rust's syntax; the whole text has to match."
+        None,
+        min_length=1,
+        max_length=MAX_REGEX_CHARS,
+        description="Regular expression in Rust's syntax; it must match the whole text.",
     )
-    json_: SchemaOrText | None = Field(None, alias="json", description="A JSON schema, as an object or as text.")
-    json_object: bool = Field(False, description="Any JSON object.")
+    json_: SchemaOrText | None = Field(None, alias="json", description="JSON schema, as an object or a string.")
+    json_object: bool = Field(False, description="Allow any JSON object.")
     grammar: Annotated[
         str | None,
-        Field(min_length=1, max_length=MAX_CONSTRAINT_CHARS, description="llguidance's dialect of Lark."),
+        Field(min_length=1, max_length=MAX_CONSTRAINT_CHARS, description="Grammar in llguidance's Lark syntax."),
         AfterValidator(check_grammar),
     ] = None
 
@@ -112,19 +117,19 @@ class StructuredOutputs(RequestBody):
         for name in ("structural_tag", "whitespace_pattern"):
             if isinstance(value, dict) and value.get(name) is not None:
                 param = f"structured_outputs.{name}"
-                raise UnsupportedError(f"{param}: this server does not support it; leave it out", param=param)
+                raise UnsupportedError(f"{param}: not supported by this server; leave it out", param=param)
         return value
 
     @model_validator(mode="after")
     def _check_that_there_is_one(self) -> Self:
         given = [self.choice, self.regex, self.json_, self.grammar, self.json_object or None]
         if len(given) - given.count(None) > 1:
-            raise ValueError("should have one of choice, regex, json, json_object and grammar, not several")
+            raise ValueError("should have only one of choice, regex, json, json_object and grammar")
         return self
 
     @property
     def constraint(self) -> Constraint | None:
-        """What the text has to be; None for any."""
+        """The structure that the text must have; None for any."""
         if self.choice is not None:
             return Constraint(kind=ConstraintKind.CHOICE, text=json.dumps(self.choice))
         if self.regex is not None:

@@ -39,19 +39,21 @@ def _text(value: str) -> str:
 
 
 class TokenizeBody(TemplateOptions):
-    """``POST /tokenize``: a text, or a conversation as the model's chat template writes it."""
+    """``POST /tokenize``: a text, or a conversation to format with the model's chat template."""
 
-    model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
-    prompt_id: str | None = Field(None, description="As for a completion.")
+    model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
+    prompt_id: str | None = Field(None, description="As in completions.")
     prompt: Annotated[str, AfterValidator(_text)] | None = Field(
         None, max_length=MAX_TEXT_CHARS, examples=["My invoice is wrong"]
     )
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
-        None, description="By default true for `prompt`, and false for `messages`, whose template writes its own."
+        None, description="Add special tokens; default: true for `prompt`, false for `messages`."
     )
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Of the conversation, for the template.")
-    return_token_strs: bool = Field(False, description="Adds the vocabulary's own text of each token.")
+    tools: list[Tool] = Field(
+        [], max_length=MAX_TOOLS, description="Tools of the conversation, passed to the template."
+    )
+    return_token_strs: bool = Field(False, description="Return the vocabulary entry of each token.")
 
     @model_validator(mode="before")
     @classmethod
@@ -71,7 +73,7 @@ class TokenizeReply(BaseModel):
     """The tokens of a text; virtual tokens of soft prompts are not among them."""
 
     count: int
-    max_model_len: int = Field(description="Positions of one sequence, virtual tokens included.")
+    max_model_len: int = Field(description="Maximum length of a sequence, virtual tokens included.")
     tokens: list[int]
     token_strs: list[str] | None = None
 
@@ -79,8 +81,8 @@ class TokenizeReply(BaseModel):
 class DetokenizeBody(RequestBody):
     """``POST /detokenize``: tokens to text, special tokens shown."""
 
-    model: str | None = Field(None, description="As for a completion; all of them share one tokenizer.")
-    prompt_id: str | None = Field(None, description="As for a completion.")
+    model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
+    prompt_id: str | None = Field(None, description="As in completions.")
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]])]
 
 
@@ -96,7 +98,7 @@ class TokenizerInfoReply(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     tokenizer_class: str
-    model_max_length: int = Field(description="Positions of one sequence on this server.")
+    model_max_length: int = Field(description="Maximum length of a sequence on this server.")
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
@@ -106,10 +108,10 @@ class TokenizerInfoReply(BaseModel):
 
 @router.post("/tokenize", dependencies=[Depends(require_json)], response_model=TokenizeReply)
 async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
-    """Text to token ids, as a completion or a chat completion would see it."""
+    """Convert text to token ids, as completions and chat completions do."""
     num_chars = len(body.prompt or "") + sum(len(message.content or "") for message in body.messages or ())
     if num_chars > MAX_TEXT_CHARS:
-        raise InvalidRequestError(f"messages: more than {MAX_TEXT_CHARS} characters are not taken", param="messages")
+        raise InvalidRequestError(f"messages: at most {MAX_TEXT_CHARS} characters are allowed", param="messages")
     with entered_for_text(services, request, num_chars):
         await _check_model(services, caller, body.model, body.prompt_id)
         tokenizer = services.tokenizer
@@ -146,7 +148,7 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
 async def detokenize(
     body: DetokenizeBody, request: Request, services: ServicesDep, caller: CallerDep
 ) -> DetokenizeReply:
-    """Token ids to text."""
+    """Convert token ids to text."""
     with entered_for_text(services, request, 0, num_tokens=len(body.tokens)):
         await _check_model(services, caller, body.model, body.prompt_id)
         check_token_ids(body.tokens, vocab_size=services.engine.model.vocab_size, param="tokens")
@@ -156,7 +158,7 @@ async def detokenize(
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(services: ServicesDep) -> TokenizerInfoReply:
-    """The tokenizer's configuration: its special tokens and the chat template."""
+    """Get the tokenizer's configuration: special tokens and chat template."""
     info = {**services.tokenizer.info, "model_max_length": services.engine.model.max_model_len}
     return TokenizerInfoReply.model_validate(info)
 

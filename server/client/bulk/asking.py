@@ -121,4 +121,4 @@ def responses(key: BatchKey, reply: Mapping[str, Any], served_by: str | None, co
             raise ValueError(f"the server answered {len(found)} of {count} rows")
         return [found[index] for index in range(count)]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError("the answer is not in the shape of a Prelude server's") from error
+        raise ValueError("the response is not that of a Prelude server") from error

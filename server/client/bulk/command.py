@@ -30,31 +30,31 @@ app = typer.Typer(add_completion=False)
 _PACE = Pace()
 
 _INTERRUPTED = 130
-"""As shells tell of a process that SIGINT ended."""
+"""The status that shells report for a process ended by SIGINT."""
 
-_ENDS = f"{EXIT_CODES} Of run also: 4 some rows are errors; 130 stopped by a signal, and the same command goes on."
+_ENDS = f"{EXIT_CODES} Also for run: 4 some rows failed; 130 stopped by a signal (the same command resumes)."
 
 _OWN_FIELDS = frozenset(
     {"model", "prompt_id", "prompt_ids", "task_id", "prompt", "input", "messages", "labels", "stream", "n"}
 )
-"""Fields of a body that the command writes itself, or that leave a row with more than one answer."""
+"""Fields that the command sets itself, or that would give a row more than one answer."""
 
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", ",": ","}
 
 Concurrency = Annotated[
     int | None,
-    typer.Option(min=1, help="Sequences at the server at once; by default twice its --max-num-seqs."),
+    typer.Option(min=1, help="Sequences in flight; default: twice the server's --max-num-seqs."),
 ]
-RowsPerRequest = Annotated[int, typer.Option(min=1, max=1024, help="Rows that share a request.")]
-Patience = Annotated[float, typer.Option(min=0.0, help="Seconds without any answer after which it gives up.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")]
+RowsPerRequest = Annotated[int, typer.Option(min=1, max=1024, help="Number of rows per request.")]
+Patience = Annotated[float, typer.Option(min=0.0, help="Seconds without any response before the command gives up.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Timeout of one request in seconds.")]
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    r"""Labels with commas between; ``\n``, ``\t``, ``\,`` and ``\\`` stand for what they stand for elsewhere.
+    r"""Parse comma-separated labels with the escapes ``\n``, ``\t``, ``\,`` and ``\\``.
 
     Raises:
-        typer.BadParameter: If one is empty, is there twice, or has another escape.
+        typer.BadParameter: If a label is empty or repeated, or has another escape.
     """
     labels, label = [], ""
     for piece in re.findall(r"\\.?|,|[^\\,]+", text, re.DOTALL):
@@ -63,7 +63,7 @@ def parse_labels(text: str) -> tuple[str, ...]:
             label = ""
         elif piece.startswith("\\"):
             if piece[1:] not in _ESCAPES:
-                raise typer.BadParameter(f"{piece!r} is no escape; there are \\n, \\t, \\, and \\\\")
+                raise typer.BadParameter(f"{piece!r} is not a known escape: use \\n, \\t, \\, or \\\\")
             label += _ESCAPES[piece[1:]]
         else:
             label += piece
@@ -71,15 +71,15 @@ def parse_labels(text: str) -> tuple[str, ...]:
     if not all(labels):
         raise typer.BadParameter("a label is empty")
     if len(set(labels)) < len(labels):
-        raise typer.BadParameter("a label is there twice")
+        raise typer.BadParameter("a label is repeated")
     return tuple(labels)
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """More fields of the body, as a JSON object.
+    """Parse further fields of the request body from a JSON object.
 
     Raises:
-        typer.BadParameter: If it is none, or holds a field that the command writes itself.
+        typer.BadParameter: If the text is not a JSON object, or sets a field that the command sets itself.
     """
     try:
         value = json.loads(text, parse_constant=refuse_constant)
@@ -88,63 +88,72 @@ def parse_options(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise typer.BadParameter("should be a JSON object")
     for name in sorted(_OWN_FIELDS & value.keys()):
-        raise typer.BadParameter(f"{name} is not for this option")
+        raise typer.BadParameter(f"{name} cannot be set by this option")
     return value
 
 
 def check_characters(**given: Any) -> None:
-    """Hold what was given to what UTF-8, and so a request, can carry: a shell hands over any bytes.
+    """Check that arguments are valid UTF-8; a shell passes any bytes.
 
     Raises:
-        typer.BadParameter: With the name of the first that it cannot.
+        typer.BadParameter: With the name of the first argument that is not.
     """
     for name, value in given.items():
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise typer.BadParameter(f"{name} holds what is no character of UTF-8") from error
+            raise typer.BadParameter(f"{name} is not valid UTF-8") from error
 
 
 @app.command("run", epilog=_ENDS)
 def run(
     name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@VERSION or NAME@ALIAS, or the base model.")],
-    source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines: the rows.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", dir_okay=False, help="JSON Lines: rows and answers.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Input rows, in JSON Lines.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", dir_okay=False, help="Output, in JSON Lines: rows with answers.")
+    ],
     labels: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help=r"Classify into these; \n and \, stand for themselves.")
+        str | None, typer.Option(metavar="A,B,...", help=r"Labels to classify into; \n is a line end, \, a comma.")
     ] = None,
     classify: Annotated[
         bool | None,
-        typer.Option("--classify/--generate", help="Whether a head classifies; by default if there is one."),
+        typer.Option(
+            "--classify/--generate",
+            help="Classify with the soft prompt's head, or generate; default: classify if it has one.",
+        ),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="New tokens of a row.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends a text; may be given several times.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    options: Annotated[str | None, typer.Option(metavar="JSON", help="More fields of each request.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of new tokens per row.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling threshold.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    options: Annotated[str | None, typer.Option(metavar="JSON", help="Further request fields.")] = None,
     task_id: TaskId = None,
     concurrency: Concurrency = None,
     rows_per_request: RowsPerRequest = _PACE.rows_per_request,
     patience: Patience = _PACE.patience,
     timeout: Timeout = _PACE.timeout,
-    max_errors: Annotated[int | None, typer.Option(min=0, help="Stop when more rows than this are errors.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, and overwrite what is there.")] = False,
+    max_errors: Annotated[
+        int | None, typer.Option(min=0, help="Stop when more than this number of rows have failed.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start from the beginning and overwrite the output.")
+    ] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Answer every row of a file, in order; started again it goes on where it was stopped."""
+    """Answer every row of a file, in order. Run the same command again to resume."""
     body = _body(max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=stop or None, seed=seed)
     body |= {} if options is None else parse_options(options)
     label_set = () if labels is None else parse_labels(labels)
     if label_set and classify is False:
-        raise typer.BadParameter("--labels classifies, and --generate does not")
+        raise typer.BadParameter("--labels and --generate cannot be combined")
     check_characters(NAME=name, labels=label_set, stop=stop, options=body)
     with serving(url, api_key, as_json=as_json) as client:
         try:
             if source.exists() and not source.is_file():
-                raise typer.BadParameter(f"{source} is no file: the rows are read more than once")
+                raise typer.BadParameter(f"{source} is not a regular file; the rows are read more than once")
             found = identify(source)
             if output.exists() and output.samefile(source):
                 raise typer.BadParameter("IN and OUT are the same file")
@@ -188,7 +197,7 @@ def _identity(found: FileIdentity, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _end(finished: Finished, *, as_json: bool) -> None:
-    """Tell what came of a run, and end as it ended."""
+    """Report the result of a run and exit with its status."""
     summary = finished.summary
     if as_json:
         typer.echo(json.dumps(summary.as_json))
@@ -197,7 +206,7 @@ def _end(finished: Finished, *, as_json: bool) -> None:
         for line in summary.lines:
             console.print(line)
     if finished.reason:
-        typer.echo(f"prelude: {' '.join(finished.reason.split())}; the same command goes on from here", err=True)
+        typer.echo(f"prelude: {' '.join(finished.reason.split())}; run the same command to resume", err=True)
     if summary.state == "complete":
         status = ExitStatus.INVALID if summary.errors else ExitStatus.OK
     elif finished.failure is not None:

@@ -178,7 +178,7 @@ class Journal:
                 self.path.unlink(missing_ok=True)
 
     def _failed(self, error: OSError) -> JournalError:
-        return JournalError(f"{self.path}: {error.strerror}; what is written stays, and the same command goes on")
+        return JournalError(f"{self.path}: {error.strerror}; run the same command to resume")
 
     # Opening
 
@@ -193,7 +193,7 @@ class Journal:
         if state is None:
             if self._file.read(1):
                 raise JournalError(
-                    f"{self.path} is there already, and no run can go on with it; give another path, or --restart"
+                    f"{self.path} exists already and is not the output of a run; give another path, or --restart"
                 )
             return
         self._check(state["identity"])
@@ -211,7 +211,9 @@ class Journal:
                 return dict(state)
         except (ValueError, KeyError, TypeError):
             pass
-        raise JournalError(f"{self.state_path} is not what this version of the command writes; --restart begins anew")
+        raise JournalError(
+            f"{self.state_path} was written by another version of this command; use --restart to start over"
+        )
 
     def _check(self, identity: Any) -> None:
         if identity == self._identity:
@@ -220,8 +222,8 @@ class Journal:
         names = sorted(known.keys() | self._identity.keys())
         different = [name for name in names if known.get(name) != self._identity.get(name)]
         raise JournalError(
-            f"{self.path} is the output of a run that was asked otherwise ({', '.join(different)}); "
-            "give another path, or --restart to begin anew"
+            f"{self.path} was written by a run with different settings ({', '.join(different)}); "
+            "give another path, or --restart to start over"
         )
 
     def _recover(self) -> None:
@@ -234,7 +236,7 @@ class Journal:
                 if self._file.read(1):
                     raise JournalError(
                         f"{self.path}:{number} is no row that a run wrote, and others follow: it was changed since; "
-                        "give another path, or --restart to begin anew"
+                        "give another path, or --restart to start over"
                     )
                 break
             self.progress.count(row.get("error"))

@@ -140,14 +140,14 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
-        raise ValueError("not JSON that can be taken: nested too deeply") from error
+        raise ValueError("JSON nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("holds half of a surrogate pair, which is no character") from error
+            raise ValueError("contains half of a surrogate pair") from error
     return value
 
 
@@ -156,7 +156,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice[:64]!r} stands there twice")
+        raise ValueError(f"the field {twice[:64]!r} appears twice")
     return fields
 
 
@@ -167,11 +167,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=refuse_con
 def _check(fields: dict[str, Any]) -> Form:
     """Which form a row has. What only the server can know, it is left to say."""
     for name in RESERVED & fields.keys():
-        raise ValueError(f"the field {name!r} is what the output is written to; call it something else")
+        raise ValueError(f"the field {name!r} is reserved for the output; rename it")
     forms = [name for name in _FORMS if name in fields]
     if len(forms) != 1:
         found = " and ".join(forms) if forms else "none of them"
-        raise ValueError(f"a row has one of prompt, text and messages; this has {found}")
+        raise ValueError(f"a row must have exactly one of prompt, text and messages; this row has {found}")
     form, content = forms[0], fields[forms[0]]
     if form == "messages":
         if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
@@ -182,7 +182,7 @@ def _check(fields: dict[str, Any]) -> Form:
         if fields.get(name) is not None and (not isinstance(fields[name], str) or not fields[name]):
             raise ValueError(f"{name}: should be a string that names a soft prompt")
     if fields.get("model") is not None and fields.get("prompt_id") is not None:
-        raise ValueError("prompt_id: model names what is to answer already")
+        raise ValueError("prompt_id: model already names a soft prompt")
     task_id = fields.get("task_id")
     if task_id is not None and (type(task_id) is not int or task_id < 0):
         raise ValueError("task_id: should be an integer from 0")

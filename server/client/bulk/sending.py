@@ -265,7 +265,7 @@ class Sender:
                 return await self._take_apart(key, rows, found)
             if time.monotonic() - self._last_answer > self._pace.patience:
                 raise SendingError(
-                    f"no answer for {self._pace.patience:g} s; the last one tried: {found.message}",
+                    f"no response for {self._pace.patience:g} s; last error: {found.message}",
                     status=found.status,
                     code=found.code,
                 )

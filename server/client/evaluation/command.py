@@ -41,16 +41,16 @@ from server.datasets import DatasetError, Example, LabelledText, digest, read_ex
 
 app = typer.Typer(add_completion=False)
 
-_ENDS = f"{EXIT_CODES} Of eval also: 4 some rows have no answer."
-_PROMOTED = f"{EXIT_CODES} Of promote also: 1 the version is not better."
+_ENDS = f"{EXIT_CODES} Also for eval: 4 some rows have no answer."
+_PROMOTED = f"{EXIT_CODES} Also for promote: 1 the version is not better."
 
-Data = Annotated[Path, typer.Option(help="Labelled examples in JSON Lines.")]
+Data = Annotated[Path, typer.Option(help="Labelled examples, in JSON Lines.")]
 Separator = Annotated[
     str | None,
-    typer.Option(help=r"Between a text and its label; by default what it was trained with, else a line end."),
+    typer.Option(help=r"Separator between a text and its label; default: the one used in training, or a line end."),
 ]
-Stop = Annotated[list[str] | None, typer.Option(help="Ends an answer; may be given several times.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens of an answer.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens per answer.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,18 @@ class _Data:
 def evaluate(
     name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@VERSION or NAME@ALIAS, or the base model.")],
     data: Data,
-    against: Annotated[str | None, typer.Option(metavar="NAME", help="Compare with this one or version.")] = None,
-    against_base: Annotated[bool, typer.Option("--against-base", help="Compare with the bare model.")] = False,
-    text_prompt: Annotated[
-        str | None, typer.Option(help="Compare with the bare model and these words before each text, or around {}.")
+    against: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Compare with this soft prompt or version.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw the confusion matrices.")] = None,
+    against_base: Annotated[
+        bool, typer.Option("--against-base", help="Compare with the model without a soft prompt.")
+    ] = False,
+    text_prompt: Annotated[
+        str | None, typer.Option(help="Compare with the model given this instruction before each text, or around {}.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write the confusion matrices to this PNG file.")
+    ] = None,
     separator: Separator = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     stop: Stop = None,
@@ -82,9 +88,9 @@ def evaluate(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Score a soft prompt on labelled examples, by itself or against another on the same rows."""
+    """Score a soft prompt on labelled examples, alone or compared with another."""
     if sum((against is not None, against_base, text_prompt is not None)) > 1:
-        raise typer.BadParameter("one of --against, --against-base and --text-prompt")
+        raise typer.BadParameter("give only one of --against, --against-base and --text-prompt")
     names = {"NAME": name, "against": against, "text-prompt": text_prompt}
     check_characters(**names, stop=stop, separator=separator)
     with _errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
@@ -106,7 +112,7 @@ def evaluate(
     if png is not None:
         try:
             draw(report, png)
-        except PictureError as error:  # what was found is told already, and as JSON it stands alone
+        except PictureError as error:  # the report is printed already
             typer.echo(f"prelude: {clean(error)}", err=True)
             raise typer.Exit(ExitStatus.FAILED) from error
     if report.num_errors:
@@ -116,16 +122,16 @@ def evaluate(
 @app.command("promote", epilog=_PROMOTED)
 def promote(
     name: Name,
-    version: Annotated[int, typer.Argument(metavar="V", min=1, help="The version to point at.")],
+    version: Annotated[int, typer.Argument(metavar="V", min=1, help="Version to point at.")],
     alias: Alias = DEFAULT_ALIAS,
     expect: Expect = None,
     if_better_than: Annotated[
-        str | None, typer.Option(metavar="ALIAS|V", help="Only if its score on --data is higher than that one's.")
+        str | None, typer.Option(metavar="ALIAS|V", help="Only if its score on --data is higher than this version's.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="What --if-better-than is decided on.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled examples for --if-better-than.")] = None,
     significant: Annotated[
         float | None,
-        typer.Option(metavar="P", min=0.0, max=1.0, help="Only if McNemar's p-value is below this as well."),
+        typer.Option(metavar="P", min=0.0, max=1.0, help="And only if McNemar's p-value is below this."),
     ] = None,
     separator: Separator = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
@@ -134,11 +140,11 @@ def promote(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Point an alias at a version; requests that run keep theirs. With a condition, only if it is met."""
+    """Point an alias at a version, optionally on a condition. Running requests keep their version."""
     checked(name, "name")
     checked(alias, "alias")
     if (if_better_than is None) != (data is None):
-        raise typer.BadParameter("--if-better-than and --data go together")
+        raise typer.BadParameter("--if-better-than and --data must be given together")
     if significant is not None and data is None:
         raise typer.BadParameter("--significant needs --if-better-than and --data")
     evaluation = None
@@ -149,20 +155,20 @@ def promote(
                 PromptRef.parse(rival)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from error
-            # What the alias points at is asked first: if it moves while the rows are asked, the promotion is refused.
+            # Read the alias first: if it moves during the evaluation, the promotion is refused.
             now = client.prompt(name)["aliases"].get(alias)
             expect = now if expect is None else expect
             examples = _read(data)
             rules = Rules(max_tokens=max_tokens, stop=stop or ())
             first, second = (_contestant(client, one, separator) for one in (f"{name}@{version}", rival))
             if first.model == second.model:
-                _refuse(f"{name}@{if_better_than} is version {version} already: there is nothing to compare", as_json)
+                _refuse(f"{name}@{if_better_than} is already version {version}: there is nothing to compare", as_json)
             pace = Pace(concurrency=sequences_at_once(client, first.model))
             report = _run(examples, [first, second], rules, pace, url, api_key)
             evaluation = report.as_json
             reason = _why_not(report, significant)
             if reason is not None:
-                _refuse(f"{name}@{alias} stays where it is: {reason}", as_json, evaluation)
+                _refuse(f"{name}@{alias} was not moved: {reason}", as_json, evaluation)
         reply = client.set_alias(name, alias, version, expected=expect)
     if evaluation is not None:
         reply = {**reply, "evaluation": evaluation}
@@ -170,7 +176,7 @@ def promote(
 
 
 def _why_not(report: Report, significant: float | None) -> str | None:
-    """Why the first of two is not good enough; None if it is."""
+    """Why the first contestant is not better; None if it is."""
     (ours, theirs), found = report.scores, report.comparison
     if found is None:
         raise TypeError("two contestants are compared")
@@ -200,7 +206,7 @@ def _read(path: Path) -> _Data:
 
 
 def _contestant(client: PreludeClient, name: str, separator: str | None) -> Contestant:
-    """What a name means now, by its version."""
+    """Resolve a name to a version, as a contestant."""
     found = find_answerer(client, name)
     record: Mapping[str, Any] = found.record or {}
     if separator is None:
@@ -215,7 +221,7 @@ def _contestant(client: PreludeClient, name: str, separator: str | None) -> Cont
 
 
 def _trained_with(record: Mapping[str, Any]) -> str | None:
-    """The separator that ``prelude train`` has recorded; None where it was another that trained it."""
+    """The separator recorded by ``prelude train``; None if the adapter was trained otherwise."""
     value: Any = record.get("metadata")
     for key in ("training", "settings", "separator"):
         value = value.get(key) if isinstance(value, dict) else None
@@ -225,7 +231,7 @@ def _trained_with(record: Mapping[str, Any]) -> str | None:
 def _run(
     data: _Data, contestants: Sequence[Contestant], rules: Rules, pace: Pace, url: str, api_key: str | None
 ) -> Report:
-    """Ask all contestants for all rows, one contestant after the other."""
+    """Score the contestants one after the other."""
 
     async def ask() -> list[Answers]:
         found = []
@@ -253,7 +259,7 @@ def _run(
 
 @contextmanager
 def _errors(*, as_json: bool) -> Iterator[None]:
-    """End a command whose data or picture is at fault: a line for each fault."""
+    """Report invalid data or a failed picture, one line per fault, and exit."""
     try:
         yield
     except (DatasetError, PictureError) as error:

@@ -132,7 +132,7 @@ def check_drawable(*, has_labels: bool) -> None:
         PictureError: If the data has no labels, or matplotlib is not installed.
     """
     if not has_labels:
-        raise PictureError("a confusion matrix needs labels: the data has texts to match")
+        raise PictureError("a confusion matrix needs data with labels")
     if find_spec("matplotlib") is None:
         raise PictureError("a picture needs matplotlib: pip install 'prelude-server[train]'")
 

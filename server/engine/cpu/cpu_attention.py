@@ -237,7 +237,9 @@ def make_backend(cache: KVCache) -> AttentionBackend:
     try:
         backend.compile()
     except Exception:  # whatever Numba or LLVM lacks here, there is a slower way
-        logger.warning("attention cannot be compiled for this processor; torch's is used", exc_info=True)
+        logger.warning(
+            "the attention kernels cannot be compiled for this processor; using torch's attention", exc_info=True
+        )
         backend.close()
         return SDPABackend(cache)
     return backend

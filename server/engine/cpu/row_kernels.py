@@ -123,7 +123,7 @@ def can_compile(dtype: torch.dtype) -> bool:
     try:
         compile_for(dtype)
     except Exception:  # whatever Numba or LLVM lacks here, there is a slower way
-        logger.warning("kernels cannot be compiled for this processor; torch's operations are used", exc_info=True)
+        logger.warning("the kernels cannot be compiled for this processor; using torch's operations", exc_info=True)
         return False
     return True
 

@@ -74,7 +74,7 @@ class ExactnessCheck:
                 )
         except Exception as error:
             raise EngineStartError(
-                f"{self._name} cannot be served: it cannot compute a text by itself ({type(error).__name__}: {error})"
+                f"{self._name} cannot be served: its forward pass fails ({type(error).__name__}: {error})"
             ) from error
         self._expected = [first.logits[0], second.logits[0]]
         width = first.logits.shape[-1]

@@ -71,9 +71,9 @@ class CheckpointGeneration:
     def log(self) -> None:
         """Say what is applied, and what is not, in one line each."""
         if self.applied:
-            logger.info("generation_config.json sets defaults, which requests override: %s", _listed(self.applied))
+            logger.info("defaults from generation_config.json, which requests override: %s", _listed(self.applied))
         if self.ignored:
-            logger.warning("generation_config.json has what cannot be applied: %s", _listed(self.ignored))
+            logger.warning("generation_config.json has settings that are not supported: %s", _listed(self.ignored))
 
 
 def read_generation_config(

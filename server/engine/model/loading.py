@@ -53,7 +53,7 @@ def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrained
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
     except SafetensorError as error:
         raise EngineStartError(
-            f"cannot load the model {settings.model!r}: a weights file is damaged or cut short ({error})"
+            f"cannot load the model {settings.model!r}: a weights file is damaged or truncated ({error})"
         ) from error
     missing = sorted(loaded["missing_keys"])
     if missing:  # transformers makes up random ones
@@ -96,7 +96,9 @@ def max_model_len_of(configured: int | None, config: PreTrainedConfig) -> int:
         own = min(own, int(rope.get("original_max_position_embeddings") or own))
     if configured is None:
         if own is None:
-            raise EngineStartError("the model does not say how long its context is: give --max-model-len")
+            raise EngineStartError(
+                "the model's configuration does not state its context length: give --max-model-len"
+            )
         return int(own)
     if own is not None and configured > own:
         raise EngineStartError(f"--max-model-len {configured} is more than the model's limit of {own} positions")

@@ -170,14 +170,14 @@ class ModelRunner:
             try:
                 return self._attach(self.platform.backends[0], check, num_heads)
             except EngineStartError as error:
-                logger.warning("layers are not fused, for fused: %s", error)
+                logger.warning("layers are not fused: %s", error)
                 unfuse()
         *others, last = self.platform.backends
         for make in others:
             try:
                 return self._attach(make, check, num_heads)
             except EngineStartError as error:
-                logger.warning("torch's own attention serves this model, which is slower, for: %s", error)
+                logger.warning("using torch's attention for this model, which is slower: %s", error)
         return self._attach(last, check, num_heads)
 
     def _attach(self, make: MakeBackend, check: ExactnessCheck, num_heads: int) -> PagedModel:
@@ -213,9 +213,9 @@ class ModelRunner:
                 check.run_decodes(graphs.run, graphs.sizes)
         except Exception as error:  # whatever in the model cannot be recorded, each step can be launched
             reason = f"{type(error).__name__}: {error}"
-            logger.warning("decode steps are not replayed from CUDA graphs, which is slower, for: %s", reason)
+            logger.warning("decode steps do not use CUDA graphs, which is slower: %s", reason)
             return None
-        logger.info("decode steps of up to %d sequences are replayed from CUDA graphs", max_rows)
+        logger.info("decode steps of up to %d sequences use CUDA graphs", max_rows)
         return graphs
 
     def _check_shared(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:

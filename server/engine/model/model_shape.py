@@ -44,9 +44,7 @@ def num_embeddings(embedding: torch.nn.Module, config: PreTrainedConfig) -> int:
     rows = getattr(embedding, "num_embeddings", None) or (weight.shape[0] if weight is not None else None)
     rows = rows or config_value(config, "vocab_size")
     if not isinstance(rows, int):
-        raise EngineStartError(
-            f"the model's input embeddings ({type(embedding).__name__}) do not say how many they are"
-        )
+        raise EngineStartError(f"the model's input embeddings ({type(embedding).__name__}) do not state their number")
     return rows
 
 

@@ -233,7 +233,7 @@ class AsyncEngine:
         """Compare a soft prompt with the model; see ``Engine.inspect``."""
         self._require_ready()
         if len(self._inspections) >= MAX_INSPECTIONS:
-            raise OverloadedError(f"{MAX_INSPECTIONS} inspections wait already; try again later")
+            raise OverloadedError(f"{MAX_INSPECTIONS} inspections are waiting; try again later")
         self._num_inspections += 1
         # It stays when its caller is cancelled: the engine works on it all the same, and the bound is of its work.
         future: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
@@ -266,7 +266,7 @@ class AsyncEngine:
             self._send(Shutdown())
             await asyncio.wait([supervising], timeout=STOP_SECONDS)
             if not supervising.done():
-                logger.warning("the engine process %d does not stop by itself and is killed", connection.pid)
+                logger.warning("the engine process %d does not stop; killing it", connection.pid)
                 connection.kill()
         await asyncio.gather(supervising, return_exceptions=True)
 
@@ -304,7 +304,7 @@ class AsyncEngine:
         except EngineDeadError as error:
             reason = error.message
         except Exception:
-            logger.exception("what the engine process sent cannot be handled; it is killed")
+            logger.exception("a message of the engine process cannot be handled; killing it")
             connection.kill()
         finally:
             watching.cancel()
@@ -323,7 +323,7 @@ class AsyncEngine:
         """Start processes until one serves."""
         while True:
             pause = backoff.pause()
-            logger.info("the engine is started again in %.1f s", pause)
+            logger.info("restarting the engine in %.1f s", pause)
             await self._sleep(pause)
             try:
                 connection = await self._launch(self._settings)
@@ -339,7 +339,7 @@ class AsyncEngine:
                 continue
             self._ended.restarts += 1
             self._connect(connection)
-            logger.info("the engine serves again, in process %d", connection.pid)
+            logger.info("the engine is ready again, in process %d", connection.pid)
             for on_restarted in self._on_restarted:
                 on_restarted()
             return
@@ -357,7 +357,7 @@ class AsyncEngine:
         for stats in (self._stats, self._ended):
             stats.step_timeouts += 1
         logger.error(
-            "a step of the engine process %d has taken more than %g s (--step-timeout); it is killed",
+            "a step of the engine process %d has taken more than %g s (--step-timeout); killing it",
             connection.pid,
             self._settings.step_timeout,
         )
@@ -369,7 +369,7 @@ class AsyncEngine:
         if self._outage is not None and not self._draining:
             raise EngineRestartingError(f"engine restarting: {self._outage}")
         if not self.is_ready:
-            raise EngineNotReadyError("the engine takes no requests now")
+            raise EngineNotReadyError("the engine does not accept requests now")
 
     def _send(self, message: ToEngine) -> None:
         if self._connection is not None:

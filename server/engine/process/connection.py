@@ -105,8 +105,8 @@ class ProcessConnection:
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise EngineDeadError("the engine process ended") from error
         except msgspec.DecodeError as error:
-            logger.exception("the engine process sent what cannot be read")
-            raise EngineDeadError("the engine process is not understood") from error
+            logger.exception("the engine process sent an unreadable message")
+            raise EngineDeadError("the engine process sent an unreadable message") from error
 
     def kill(self) -> None:
         """End the process at once; see ``EngineConnection.kill``."""
@@ -175,7 +175,7 @@ async def _end(process: asyncio.subprocess.Process) -> str:
     try:
         await asyncio.wait_for(process.wait(), STOP_SECONDS)
     except TimeoutError:
-        logger.warning("the engine process %d does not stop by itself and is killed", process.pid)
+        logger.warning("the engine process %d does not stop; killing it", process.pid)
         _kill(process)
         with contextlib.suppress(TimeoutError):  # in the kernel, a dead device may hold even a killed process
             await asyncio.wait_for(process.wait(), STOP_SECONDS)

@@ -9,8 +9,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 MAX_ERROR_CHARS = 500
 """Of what llguidance says about a grammar: it quotes it."""
 
-NO_WAY_ON = "no token of the model can go on as it demands"
-"""What is wrong where nothing can satisfy a constraint, or nothing that the model's tokens can write."""
+NO_WAY_ON = "no token of this model's vocabulary satisfies the constraint here"
+"""The error if a constraint cannot be satisfied, or not with the model's tokens."""
 
 LIMITS = LLParserLimits(
     # 1 to 2 kB each; what has more of them is an automaton that nobody meant.
@@ -26,15 +26,15 @@ of 64 KiB has room for ten thousand at most, which take a tenth of this."""
 
 
 class GrammarError(Exception):
-    """A constraint cannot be used: it is no grammar, or too large, or nothing can satisfy it."""
+    """A constraint cannot be used: it is malformed, too large or cannot be satisfied."""
 
 
 def compile_grammar(tokenizer: LLTokenizer, lark: str) -> LLMatcher:
-    """Compile a grammar; the first mask is computed, too, since some that are too large fail only there.
+    """Compile a grammar and compute its first mask, where some grammars that are too large fail.
 
     Args:
         tokenizer: The model's tokens.
-        lark: The grammar, in llguidance's dialect of Lark.
+        lark: The grammar, in llguidance's Lark syntax.
 
     Raises:
         GrammarError: If it cannot be used.
@@ -51,7 +51,7 @@ def compile_grammar(tokenizer: LLTokenizer, lark: str) -> LLMatcher:
 
 
 def error_of(lowlevel: LLMatcher) -> str | None:
-    """Why a grammar cannot be followed any further; None while it can."""
+    """Why no token can follow; None if one can."""
     if not lowlevel.is_error():
         return None
     # What stands before the quoted grammar and the parser's state.

@@ -63,7 +63,7 @@ class GrammarTrials:
             if body is not None:
                 return self._bytes_of(msgspec.msgpack.decode(body, type=Verdict))
             self.release()
-        raise GrammarError("the process that tries grammars out ended, twice, while it had this one")
+        raise GrammarError("the process that tests grammars crashed twice on this one")
 
     def cancel(self) -> None:
         """End what is being tried out, or is about to be."""
@@ -100,7 +100,9 @@ class GrammarTrials:
                 try:
                     connection = self._connection = self._start()
                 except OSError as error:
-                    raise GrammarError(f"a process to try it out cannot be started: {error.strerror}") from error
+                    raise GrammarError(
+                        f"the process that tests grammars cannot be started: {error.strerror}"
+                    ) from error
         try:
             connection.sendall(frame)
             with self._lock:

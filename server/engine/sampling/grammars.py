@@ -283,7 +283,7 @@ class GrammarCompiler:
             return None
         if sum(owner == tenant for owner in self._compiling.values()) >= MAX_WAITING:
             raise TooManyGrammarsError(
-                f"{MAX_WAITING} different structures of this client are being compiled already; try again later"
+                f"{MAX_WAITING} different structures of this client are already being compiled; try again later"
             )
         self._compiling[constraint] = tenant
         error = self._refused.get(constraint)
@@ -457,7 +457,7 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def lark_of(constraint: Constraint) -> str:
-    """A constraint as llguidance's dialect of Lark.
+    """A constraint in llguidance's Lark syntax.
 
     Raises:
         GrammarError: If its text is not what its kind says.
@@ -476,7 +476,7 @@ def lark_of(constraint: Constraint) -> str:
         case ConstraintKind.JSON_SCHEMA:
             schema = json.loads(text)
             if not isinstance(schema, dict):
-                raise GrammarError("a JSON schema has to be an object")
+                raise GrammarError("a JSON schema must be an object")
             body = _json_grammar(schema, is_lenient=constraint.is_lenient)
     return f'{body}\n%llguidance {{"no_forcing": true}}\n'
 

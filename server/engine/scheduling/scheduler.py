@@ -44,7 +44,7 @@ class Scheduler:
         waiting: Sequences without blocks; an ensemble waits, and runs, as its leader.
         running: Sequences with blocks, the most urgent class first, in each by turn; the last is preempted first.
         num_running: Sequences that a step computes a token of, every member of an ensemble counted.
-        num_preemptions: Sequences whose blocks were taken back.
+        num_preemptions: Preemptions of running sequences.
 
     Raises:
         ValueError: If a step could not hold one token of every running sequence.
@@ -61,7 +61,7 @@ class Scheduler:
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
-                f"max_num_seqs {max_num_seqs} has to be at least 1 and at most "
+                f"max_num_seqs {max_num_seqs} must be at least 1 and at most "
                 f"max_num_batched_tokens {max_num_batched_tokens}"
             )
         self.block_manager = block_manager
