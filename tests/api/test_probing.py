@@ -137,3 +137,16 @@ async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(make_app,
         assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
         engine.stall_after = None
         assert (await busy).status_code == 200
+
+
+@pytest.mark.parametrize(("found", "tried"), [([5, 999, 6], [5, 6]), ([999], [0])])
+async def test_tokens_without_a_row_are_left_out_of_the_text(
+    client, engine, tokenizer, monkeypatch, upload_parts, found, tried
+):
+    async def encode(texts: list[str], **_: object) -> list[list[int]]:
+        return [list(found) for _ in texts]
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    assert (await client.post("/v1/prompts", **upload_parts())).status_code == 201
+    ((_, text, *_),) = engine.probed
+    assert text == tried

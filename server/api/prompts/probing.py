@@ -42,7 +42,10 @@ async def probe(services: Services, checked: CheckedUpload, weights: Path, calle
     """
     soft_prompt = checked.soft_prompt
     (text,) = await services.tokenizer.encode([PROBE_TEXT], add_special_tokens=True)
-    room = services.engine.model.max_model_len - soft_prompt.num_virtual_tokens
+    model = services.engine.model
+    # A tokenizer may have more tokens than the model has rows; any token will do.
+    text = [token_id for token_id in text if token_id < model.vocab_size] or [0]
+    room = model.max_model_len - soft_prompt.num_virtual_tokens
     text = text[: max(1, room - NEW_TOKENS)]
     tasks = [None] if soft_prompt.num_tasks is None else range(min(soft_prompt.num_tasks, MAX_TASKS))
     with services.admission.permits(1, waits=False):
