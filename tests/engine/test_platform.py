@@ -16,6 +16,7 @@ from server.engine.cpu import row_kernels
 from server.engine.model.platform import CPUPlatform, CUDAPlatform, Platform, choose_platform
 from server.errors import EngineStartError
 
+ROOT = Path(__file__).parents[2]
 SERVE = f"""
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
@@ -52,7 +53,7 @@ def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         env={**os.environ, **variables},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -142,6 +143,12 @@ except ModuleNotFoundError as error:
 
 def test_what_starts_an_engine_imports_no_torch() -> None:
     run("import sys, server.engine.process.connection\nassert 'torch' not in sys.modules")
+
+
+def test_nothing_but_the_platform_asks_for_the_kind_of_device() -> None:
+    engine = ROOT / "server" / "engine"
+    asking = [path.relative_to(engine) for path in engine.rglob("*.py") if "device.type" in path.read_text()]
+    assert asking == [Path("model/platform.py")]
 
 
 def test_the_platform_follows_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
