@@ -1,4 +1,4 @@
-"""A line in the log for each connection that is refused or ended at the door, but only so many a second."""
+"""Log a line per connection that is rejected or closed early, at a limited rate."""
 
 from __future__ import annotations
 

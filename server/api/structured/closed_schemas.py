@@ -74,7 +74,7 @@ def _is_left_open(node: dict[str, Any]) -> bool:
 
 
 def _open_references(node: Any, *, is_open: bool = False) -> Iterator[bool]:
-    """True for every reference from a schema that is left open; a property that is called so is one, too."""
+    """True for every reference from a schema that is left open; a property named ``$ref`` also counts."""
     if isinstance(node, list):
         for item in node:
             yield from _open_references(item, is_open=is_open)
