@@ -39,9 +39,9 @@ def check_upload(
     Args:
         upload: With both files written and closed.
         base: The resident model, which it has to fit.
-        require_same_base: As in ``validate``.
-        allow_float64: As in ``validate``.
-        task_type: As in ``validate``.
+        require_same_base: See ``validate``.
+        allow_float64: See ``validate``.
+        task_type: See ``validate``.
 
     Raises:
         InvalidPromptError: With every fault of the files.

@@ -94,7 +94,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _lock(url: str) -> IO[str] | None:
-    """Have an SQLite catalog for this process alone, so that nobody else's changes have to be looked for."""
+    """Lock an SQLite catalog for this process, so that it need not poll for changes."""
     parsed = read_url(url)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         return None

@@ -76,7 +76,7 @@ class Admission:
         num_in_use: Sequences that are.
 
     Args:
-        capacity: See above.
+        capacity: Maximum number of admitted sequences.
         clock: Seconds that never go back.
         between: Draws a number between two others.
     """
@@ -95,7 +95,7 @@ class Admission:
         self._waiting: Counter[str] = Counter()
         self._begun: deque[float] = deque(maxlen=_NUM_BEGUN)
         self._turns: dict[str, float] = {}
-        """When the last of each tenant's refused clients was told to come back; kept no longer than its queue."""
+        """The latest retry time given to a rejected client, per tenant; removed with the tenant's queue."""
 
     def expected_wait(self, tenant: str) -> float:
         """Seconds that a sequence of this tenant would wait to begin; 0 where that is not known.
@@ -172,7 +172,7 @@ class Admission:
         return self.num_in_use < self.capacity and (timeout is None or self.expected_wait(tenant) <= timeout)
 
     def note_waiting(self, tenant: str, change: int) -> None:
-        """So many more of a tenant's sequences wait; the rate is that of a queue, so it is forgotten with it."""
+        """Add to the number of a tenant's waiting sequences; the rate is reset when its queue is empty."""
         self._waiting[tenant] += change
         if not self._waiting[tenant]:
             del self._waiting[tenant]
@@ -194,7 +194,7 @@ class Admission:
         Args:
             count: How many.
             tenant: Whose they are.
-            param: The request's field that asks for so many.
+            param: The request field that sets the number of sequences.
             waits: Whether they wait for their turn with the tenant's others, which how long that takes is told by.
 
         Raises:

@@ -34,7 +34,7 @@ class RequestIdMiddleware:
     Args:
         app: The rest of the application.
         metrics: Where errors are counted.
-        observers: What is told of each request when it has ended.
+        observers: Callbacks that get the record of each finished request.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ApiKeyMiddleware:
 
 
 def _with_limits(caller: Caller, send: Send) -> Send:
-    """Tell in the response's headers what the key's limits leave it."""
+    """Add the key's remaining limits to the response's headers."""
 
     async def send_with_limits(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -171,7 +171,7 @@ class BodyTimeoutMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Bounds request bodies while they arrive; a multipart upload has limits of its own.
+    """Limits the size of request bodies as they arrive; multipart uploads have separate limits.
 
     FastAPI passes an ``HTTPException`` out of ``receive`` on to the handlers as it is, and hides any other.
     """

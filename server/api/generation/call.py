@@ -119,7 +119,7 @@ class Generation:
         return Usage(num_prompt, num_new, num_prompt + num_new, details)
 
     def end_record(self, outcome: str) -> None:
-        """Tell the request's record what has come of it."""
+        """Complete the request's record."""
         record = self._record
         record.end(outcome, self.usage)
         if record.first_token_seconds is not None:
@@ -302,7 +302,7 @@ async def admitted(
         default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
         entry: Its places, and what it takes of its key's limits.
         arrival: When the request came, by the monotonic clock.
-        record: What is told of it when it has ended.
+        record: The request's log record.
 
     Raises:
         InvalidRequestError: If the tokens are empty, not in the vocabulary or too long, the soft prompt

@@ -32,11 +32,11 @@ from server.errors import InvalidRequestError
 router = APIRouter(prefix="/v1", tags=["generation"], dependencies=[Depends(require_ready), Depends(require_json)])
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for the access log; nobody is left to read it."""
+"""nginx's status for the access log; the client has disconnected."""
 
 
 SERVED_BY_HEADER = "x-prelude-prompt"
-"""Tells which version of which soft prompt an answer is from, whatever an alias means by then."""
+"""Response header with the version that answered, even if an alias has moved since."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class _Call:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the response tells besides its body, once the request was admitted."""
+        """Headers of the response, once the request was admitted."""
         return {} if self.served_by is None else {SERVED_BY_HEADER: self.served_by}
 
     @contextmanager

@@ -107,7 +107,7 @@ class Entry:
         """Take the tokens that it may come to, now that they are known.
 
         Raises:
-            RateLimitError: If the key does not have so many; what was tokenised is paid for.
+            RateLimitError: If the key has too few tokens left; the tokenised tokens still count.
         """
         self.allowance.reserve(num_tokens, done=current_work().num_tokens)
 
@@ -134,7 +134,7 @@ def entered(
         prompts: Its texts, or their tokens.
         field: The field that they are from.
         count: Sequences that it asks for.
-        count_field: The field that asks for so many.
+        count_field: The request field that sets the number of sequences.
         num_members: How often each text is read.
         num_new_tokens: New tokens that all sequences may come to at least.
         timeout: Seconds in which it has to begin; None is no limit.

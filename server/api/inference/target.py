@@ -17,7 +17,7 @@ class Target:
         model: The ``model`` field as it was sent, or the base's name.
         ref: The soft prompt, or None for the bare base.
         param: The field that named the soft prompt.
-        access: Which soft prompts are there for whoever asks.
+        access: The soft prompts visible to the caller.
     """
 
     model: str

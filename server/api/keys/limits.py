@@ -12,7 +12,7 @@ from server.errors import RateLimitError
 
 _MINUTE = 60.0
 _BUSY_SECONDS = 1.0
-"""When to try again where too many requests run: nobody knows when one of them ends."""
+"""``Retry-After`` for too many concurrent requests, whose end is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class TokenBucket:
         return self._level
 
     def seconds_until(self, amount: float) -> float:
-        """How long until it holds so much, if nothing is taken meanwhile; 0 if it does now."""
+        """Seconds until the bucket holds this amount if nothing is taken; 0 if it does now."""
         return max(0.0, amount - self.level) * _MINUTE / self.limit
 
     def take(self, amount: int) -> None:
@@ -99,7 +99,7 @@ class Allowance:
             likely: A guess at how many; a full bucket is enough for any.
 
         Raises:
-            RateLimitError: If the bucket does not hold so many now, or never.
+            RateLimitError: If the bucket holds too few tokens now, or can never hold enough.
         """
         bucket = self._tokens
         if bucket is not None:
@@ -114,7 +114,7 @@ class Allowance:
             done: What was done for it already; it is paid for even where it is refused now.
 
         Raises:
-            RateLimitError: If the bucket does not hold so many now, or never.
+            RateLimitError: If the bucket holds too few tokens now, or can never hold enough.
         """
         bucket = self._tokens
         if bucket is None:

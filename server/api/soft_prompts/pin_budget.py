@@ -59,7 +59,7 @@ class PinBudget:
         adding: Mapping[str, int],
         ending: Collection[tuple[str | None, str]] = (),
     ) -> None:
-        """Return if a tenant may pin so much more.
+        """Check that a tenant may pin this much more memory.
 
         Args:
             tenant: Whose pins they would be; None is the operator.
