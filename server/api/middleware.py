@@ -131,7 +131,7 @@ def _with_limits(caller: Caller, send: Send) -> Send:
 
 
 class BodyTimeoutMiddleware:
-    """Ends a request whose body comes too slowly; only time spent waiting for the client counts.
+    """Ends a request whose body arrives too slowly; only time spent waiting for the client counts.
 
     Args:
         app: The rest of the application.

@@ -61,7 +61,7 @@ class ApiKeys:
     def replace(self, keys: Sequence[Key]) -> None:
         """Take these keys from the next request on; requests under way go on.
 
-        A key whose limits are as they were keeps what it has used of them.
+        A key whose limits did not change keeps its use of them.
         """
         limiters = {key.digest: key.caller.limiter for key in self._keys}
 

@@ -111,7 +111,7 @@ class Allowance:
 
         Args:
             tokens: How many, beside those that it has reserved before.
-            done: What was done for it already; it is paid for even where it is refused now.
+            done: Tokens already processed; they count even if the request is rejected now.
 
         Raises:
             RateLimitError: If the bucket holds too few tokens now, or can never hold enough.
@@ -181,7 +181,7 @@ class KeyLimiter:
         """Admit a request until the block ends, before anything is done for it; one that is refused takes nothing.
 
         Args:
-            takes_tokens: Whether it will take tokens, of which there has to be one then.
+            takes_tokens: Whether it will use tokens; then at least one must be left.
 
         Raises:
             RateLimitError: If it is over a limit, or earlier requests owe tokens; says when it would not be.
@@ -213,7 +213,7 @@ class KeyLimiter:
 
     @property
     def headers(self) -> dict[str, str]:
-        """OpenAI's ``x-ratelimit-*``: the limits, what is left, and when all of it is there again."""
+        """OpenAI's ``x-ratelimit-*``: the limits, the remainder, and the time until they are reset."""
         found = {}
         for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket:
