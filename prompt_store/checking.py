@@ -34,7 +34,7 @@ def check_upload(
     allow_float64: bool,
     task_type: TaskType | None = None,
 ) -> CheckedUpload:
-    """Validate an upload; ``PromptStore.publish`` takes the result, where something else is asked in between.
+    """Validate an upload; ``PromptStore.publish`` accepts the result, so that other checks can run in between.
 
     Args:
         upload: With both files written and closed.

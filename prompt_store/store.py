@@ -96,7 +96,7 @@ class PromptStore:
             raise
 
     def close(self) -> None:
-        """Close catalog and blobs, and let other processes have them."""
+        """Close catalog and blobs, and release their locks."""
         if self._watch is not None:
             self._watch.close()
         self._collector.close()
@@ -108,7 +108,7 @@ class PromptStore:
     # Publishing
 
     def upload(self) -> Upload:
-        """A place to write an upload's files to, for ``publish``; a context manager that cleans up behind itself."""
+        """A context manager with a temporary directory for the files of an upload, for ``publish``."""
         with disk_errors():
             return self._staging.upload(self._max_upload_bytes)
 
@@ -344,7 +344,7 @@ class PromptStore:
         return data
 
     def totals(self) -> StoreTotals:
-        """How much there is; how much there was while the catalog cannot be reached."""
+        """Number of names and versions; the last known one while the catalog is unreachable."""
         generation = self._resolved.generation
         known, totals = self._totals
         if known != generation and self.status.is_available:
@@ -454,7 +454,7 @@ class PromptStore:
         return LeasedPrompt(version, path, lease_id)
 
     def _take_changes(self, names: set[str] | None) -> None:
-        """Forget what was changed, and look again at what is in use, in case the catalog goes away next."""
+        """Drop changed names from the cache, and resolve those in use again while the catalog is reachable."""
         for ref in self._resolved.invalidate(names)[-_MAX_REFRESHED:]:
             try:
                 self.resolve(ref)
@@ -485,7 +485,7 @@ class PromptStore:
         self._resolved.invalidate([name])
 
     def _require_catalog(self) -> None:
-        """Fail at once while the catalog is known to be away: every attempt would take seconds and a thread."""
+        """Fail at once while the catalog is known to be unreachable; an attempt would block a thread for seconds."""
         status = self.status
         if not status.is_available:
             raise StoreUnavailableError(status.reason or "the catalog cannot be reached")

@@ -1,4 +1,4 @@
-"""The nouns of the prompt store: plain frozen data, free of HTTP, torch and the engine."""
+"""Data types of the prompt store: frozen, and independent of HTTP, torch and the engine."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class PromptRef:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """Download a file of a version, exactly as it was uploaded.
+    """A stored file of a version.
 
     Attributes:
         filename: ``adapter_config.json`` or ``adapter_model.safetensors``.
@@ -267,12 +267,12 @@ class Lineage:
 
 
 SHARED = ""
-"""The owner of soft prompts that everybody may use."""
+"""The owner of shared soft prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What somebody may see and change: their own soft prompts; the shared ones too, if they may change those.
+    """What a caller may see and change: their soft prompts, and shared ones if permitted.
 
     Attributes:
         tenant: The tenant; ``SHARED`` for none in particular.

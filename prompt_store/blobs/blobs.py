@@ -31,7 +31,7 @@ CHUNK_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """What one tier has done since the process began, and what it holds.
+    """Counters and size of one tier.
 
     Attributes:
         tier: Where the bytes are.
@@ -111,7 +111,7 @@ class BlobStore(ABC):
 
     @abstractmethod
     def put(self, staged: Path, digest: str, size: int) -> None:
-        """Keep a file; it is durable when this returns.
+        """Store a file; it is durable when this returns.
 
         If the blob is there already and whole, nothing is written. A copy that is damaged is replaced, so uploading
         again heals.
@@ -157,7 +157,7 @@ class BlobStore(ABC):
 
     @abstractmethod
     def stats(self) -> list[TierStats]:
-        """What each tier has done and holds, the nearest first."""
+        """Statistics of each tier, nearest first."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Refusing overload before it costs anything: no routing, no validation, no tokens for what would wait too long."""
+"""Early refusal: requests that would wait too long are rejected before routing, validation and tokenisation."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def _whole(receive: Receive) -> list[Message]:
 
 
 def _again(messages: list[Message], receive: Receive) -> Receive:
-    """A channel that says once more what was read from another."""
+    """A receive channel that replays messages read from another."""
     left = iter(messages)
 
     async def receive_again() -> Message:

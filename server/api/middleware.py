@@ -1,4 +1,4 @@
-"""What every request passes on its way in. Plain ASGI: a wrapper that buffers would break streams and disconnects."""
+"""Middleware for every request. Plain ASGI, because buffering wrappers break streams and disconnects."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from server.errors import ServerError
 from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-"""Incoming ids that are taken over: nothing that could forge a log line or a header."""
+"""Incoming ids that are accepted: they cannot forge a log line or a header."""
 
 MIN_BODY_RATE = 4096
-"""Bytes a second that a long body has to keep up with."""
+"""Minimum rate of a long body, in bytes per second."""
 
 
 class RequestIdMiddleware:
@@ -85,7 +85,7 @@ class RequestIdMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without a valid key that may do this, before any of their body is read.
+    """Rejects requests without a valid key and scope, before their body is read.
 
     Args:
         app: The rest of the application.

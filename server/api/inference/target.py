@@ -1,4 +1,4 @@
-"""Which soft prompt a request means. The only place that knows how one may be named."""
+"""Resolution of ``model`` and ``prompt_id`` to a soft prompt."""
 
 from __future__ import annotations
 

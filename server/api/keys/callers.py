@@ -1,4 +1,4 @@
-"""Who asks: the tenant and the scopes of the API key that a request came with."""
+"""The caller of a request: tenant and scopes of its API key."""
 
 from __future__ import annotations
 

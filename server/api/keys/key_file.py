@@ -1,4 +1,4 @@
-"""API keys as operators write them: one a line, or with tenant, scopes and limits in TOML or JSON."""
+"""Parsing of key files: one key per line, or TOML or JSON with tenant, scopes and limits."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _entry(place: str, entry: _Entry) -> Key:
 
 
 def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], limits: Limits) -> Key:
-    """No part of the key itself may come into an error: errors are logged."""
+    """Errors must not contain any part of a key, because they are logged."""
     if text.startswith(_HASHED):
         if not _HEX_DIGEST.fullmatch(text.removeprefix(_HASHED)):
             raise ValueError(f"{place}: after {_HASHED} 64 lower-case hexadecimal digits are expected")
