@@ -1,1 +1,1 @@
-"""What a soft prompt is and where it is kept."""
+"""Soft prompts and their storage."""

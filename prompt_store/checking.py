@@ -34,14 +34,14 @@ def check_upload(
     allow_float64: bool,
     task_type: TaskType | None = None,
 ) -> CheckedUpload:
-    """Validate an upload; ``PromptStore.publish`` takes the result, where something else is asked in between.
+    """Validate an upload; ``PromptStore.publish`` accepts the result, so that other checks can run in between.
 
     Args:
         upload: With both files written and closed.
         base: The resident model, which it has to fit.
-        require_same_base: As in ``validate``.
-        allow_float64: As in ``validate``.
-        task_type: As in ``validate``.
+        require_same_base: See ``validate``.
+        allow_float64: See ``validate``.
+        task_type: See ``validate``.
 
     Raises:
         InvalidPromptError: With every fault of the files.

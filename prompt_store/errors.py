@@ -1,4 +1,4 @@
-"""What can go wrong in the prompt store.
+"""The errors of the prompt store.
 
 PromptStoreError
 ├── PromptNotFoundError      no such name, version or alias
@@ -27,7 +27,7 @@ class PromptNotFoundError(PromptStoreError):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong with an uploaded soft prompt.
+    """One fault of an uploaded soft prompt.
 
     Attributes:
         code: Stable identifier, such as ``shape_mismatch``.
@@ -67,8 +67,8 @@ class CorruptBlobError(PromptStoreError):
 
 
 class BlobNotFoundError(CorruptBlobError):
-    """There are no bytes under that digest at all: a version whose blob is gone is as damaged as can be."""
+    """The blob does not exist; a version without its blob counts as damaged."""
 
 
 class StoreUnavailableError(PromptStoreError):
-    """What holds the bytes can not be reached now, or refuses the credentials; nothing was lost."""
+    """Catalog or blobs are temporarily unavailable, or reject the credentials; nothing was lost."""

@@ -1,4 +1,4 @@
-"""Putting a prompt store together from where its parts are."""
+"""Open a prompt store from the locations of its parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_store(
     max_upload_bytes: int = 512 * 1024 * 1024,
     collect_grace_seconds: float | None = None,
 ) -> PromptStore:
-    """Open a prompt store, and make it where there is none.
+    """Open a prompt store, and create it if it does not exist.
 
     Args:
         location: A directory, or the URL of an object store (``s3://BUCKET/PREFIX``, ``gs://``, ``az://``).
@@ -85,7 +85,7 @@ def open_store(
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """A directory that may not be written, or holds something else, is for the operator to mend."""
+    """Report an unusable directory as an error for the operator."""
     try:
         yield
     except OSError as error:
@@ -94,7 +94,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _lock(url: str) -> IO[str] | None:
-    """Have an SQLite catalog for this process alone, so that nobody else's changes have to be looked for."""
+    """Lock an SQLite catalog for this process, so that it need not poll for changes."""
     parsed = read_url(url)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         return None

@@ -96,7 +96,7 @@ class PromptStore:
             raise
 
     def close(self) -> None:
-        """Close catalog and blobs, and let other processes have them."""
+        """Close catalog and blobs, and release their locks."""
         if self._watch is not None:
             self._watch.close()
         self._collector.close()
@@ -108,7 +108,7 @@ class PromptStore:
     # Publishing
 
     def upload(self) -> Upload:
-        """A place to write an upload's files to, for ``publish``; a context manager that cleans up behind itself."""
+        """A context manager with a temporary directory for the files of an upload, for ``publish``."""
         with disk_errors():
             return self._staging.upload(self._max_upload_bytes)
 
@@ -207,7 +207,7 @@ class PromptStore:
     # Using
 
     def resolve(self, ref: PromptRef, access: Access | None = None) -> PromptVersion:
-        """The version that a reference means now.
+        """Resolve a reference to a version.
 
         Raises:
             PromptNotFoundError: If there is none.
@@ -224,7 +224,7 @@ class PromptStore:
         return version
 
     def lease(self, ref: PromptRef, access: Access | None = None) -> LeasedPrompt:
-        """Resolve, and keep the files until ``release``, whatever is promoted or deleted meanwhile.
+        """Resolve a reference and keep its files until ``release``, even if the version is deleted.
 
         Raises:
             PromptNotFoundError: If there is no such version.
@@ -243,7 +243,7 @@ class PromptStore:
             return self._lease(fresh)
 
     def release(self, leased: LeasedPrompt) -> None:
-        """End a lease; files that were deleted meanwhile go with the last one. Ending it again changes nothing."""
+        """End a lease. Deleted files are removed with the last lease. Releasing twice has no effect."""
         with self._lock:
             digests = self._leases.pop(leased.lease_id, ())
         if digests:
@@ -262,7 +262,7 @@ class PromptStore:
     # Looking
 
     def subscribe(self, callback: Callable[[set[str] | None], None]) -> None:
-        """Be told which names were changed in a shared catalog, by whomever; None where that may be all.
+        """Register a callback for names changed in a shared catalog; it gets None if all may have changed.
 
         Args:
             callback: Called from a thread of the store's, which it may not keep waiting.
@@ -277,7 +277,7 @@ class PromptStore:
         return self._watch.status
 
     def tier_stats(self) -> list[TierStats]:
-        """What each tier of the blobs holds and has done; all that ``totals`` last told, where a tier holds all."""
+        """Size and counters of each blob tier; from the last ``totals`` if a tier holds all blobs."""
         totals = self._totals[1]
         return [
             replace(tier, resident=totals.num_blobs, resident_bytes=totals.blob_bytes)
@@ -315,7 +315,7 @@ class PromptStore:
         """What was done to a name, newest first, before the entry ``before``; and whether there is more.
 
         Raises:
-            PromptNotFoundError: If there never was such a name.
+            PromptNotFoundError: If the name never existed.
         """
         self._require_catalog()
         return self._catalog.list_history(name, limit, before, access)
@@ -344,7 +344,7 @@ class PromptStore:
         return data
 
     def totals(self) -> StoreTotals:
-        """How much there is; how much there was while the catalog cannot be reached."""
+        """Number of names and versions; the last known one while the catalog is unreachable."""
         generation = self._resolved.generation
         known, totals = self._totals
         if known != generation and self.status.is_available:
@@ -409,7 +409,7 @@ class PromptStore:
         self._collector.collect_if_alone()
 
     def collect(self) -> int:
-        """Remove blobs that no version names, nobody here holds and whose time is up; returns how many.
+        """Remove unreferenced blobs that are not held and whose grace period is over; returns the number.
 
         Raises:
             StoreUnavailableError: If catalog or blobs cannot be reached; what is left is collected another time.
@@ -421,7 +421,7 @@ class PromptStore:
     def _keep(
         self, upload: Upload, new: NewVersion, alias: str | None, actor: str | None
     ) -> tuple[PromptVersion, bool]:
-        """Put the files of a new version in their place, and record it; raises what ``publish`` does."""
+        """Store the files of a new version and record it; raises what ``publish`` raises."""
         with self._collector.holding([file.sha256 for file in new.files]):
             self._catalog.reserve(new.files)
             for file in new.files:
@@ -454,7 +454,7 @@ class PromptStore:
         return LeasedPrompt(version, path, lease_id)
 
     def _take_changes(self, names: set[str] | None) -> None:
-        """Forget what was changed, and look again at what is in use, in case the catalog goes away next."""
+        """Drop changed names from the cache, and resolve those in use again while the catalog is reachable."""
         for ref in self._resolved.invalidate(names)[-_MAX_REFRESHED:]:
             try:
                 self.resolve(ref)
@@ -485,7 +485,7 @@ class PromptStore:
         self._resolved.invalidate([name])
 
     def _require_catalog(self) -> None:
-        """Fail at once while the catalog is known to be away: every attempt would take seconds and a thread."""
+        """Fail at once while the catalog is known to be unreachable; an attempt would block a thread for seconds."""
         status = self.status
         if not status.is_available:
             raise StoreUnavailableError(status.reason or "the catalog cannot be reached")

@@ -1,4 +1,4 @@
-"""The nouns of the prompt store: plain frozen data, free of HTTP, torch and the engine."""
+"""Data types of the prompt store: frozen, and independent of HTTP, torch and the engine."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TaskType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BaseModelSpec:
-    """What has to be known of the resident model to tell whether a soft prompt fits it.
+    """The properties of the served model that a soft prompt must match.
 
     Attributes:
         name: The name under which the base is served.
@@ -123,7 +123,7 @@ class SoftPrompt:
         base_model_name_or_path: The base that its configuration names; informational.
         tensors: The tensors of the weights file, by name.
         config: The whole of ``adapter_config.json``.
-        overrides: What was accepted on the uploader's or the operator's word, as in ``PromptVersion``.
+        overrides: Overrides of the uploader or operator; see ``PromptVersion``.
     """
 
     peft_type: PeftType
@@ -148,7 +148,7 @@ class SoftPrompt:
 
     @property
     def num_labels(self) -> int | None:
-        """Labels that the prompt's classification head tells apart; None where it has no head."""
+        """Number of labels of the classification head; None if there is no head."""
         weights = [
             tensor
             for name, tensor in self.tensors.items()
@@ -195,7 +195,7 @@ class PromptRef:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """Download a file of a version, exactly as it was uploaded.
+    """A stored file of a version.
 
     Attributes:
         filename: ``adapter_config.json`` or ``adapter_model.safetensors``.
@@ -210,7 +210,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Where a version comes from, as its trainer tells.
+    """Origin of a version, as given by its trainer.
 
     Attributes:
         training_run: The run's name or address in whatever tracks runs.
@@ -267,15 +267,15 @@ class Lineage:
 
 
 SHARED = ""
-"""The owner of soft prompts that everybody may use."""
+"""The owner of shared soft prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What somebody may see and change: their own soft prompts; the shared ones too, if they may change those.
+    """What a caller may see and change: their soft prompts, and shared ones if permitted.
 
     Attributes:
-        tenant: Who; ``SHARED`` is nobody in particular.
+        tenant: The tenant; ``SHARED`` for none in particular.
         may_change_shared: Whether they may publish, promote and delete for all.
     """
 
@@ -423,7 +423,7 @@ class LeasedPrompt:
     Attributes:
         version: What was resolved.
         weights_path: The weights file on this machine; readable while the lease lasts.
-        lease_id: Tells this lease from others of the same version.
+        lease_id: Identifies this lease among others of the same version.
     """
 
     version: PromptVersion

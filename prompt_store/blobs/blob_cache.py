@@ -1,4 +1,4 @@
-"""Local copies of blobs whose home is elsewhere: a directory with a byte budget, least recently used out first."""
+"""Local copies of remote blobs: a directory with a byte budget and LRU eviction."""
 
 from __future__ import annotations
 

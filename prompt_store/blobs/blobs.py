@@ -31,7 +31,7 @@ CHUNK_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """What one tier has done since the process began, and what it holds.
+    """Counters and size of one tier.
 
     Attributes:
         tier: Where the bytes are.
@@ -40,8 +40,8 @@ class TierStats:
         loads: Times that the bytes of a blob were read from this tier and their digest computed.
         evictions: Blobs dropped to keep the budget.
         corrupt: Copies found that were not what their digest says.
-        resident: Blobs held; None where only the store itself could tell.
-        resident_bytes: Their bytes; None likewise.
+        resident: Number of stored blobs; None if only the object store knows it.
+        resident_bytes: Their size in bytes; None in the same case.
         budget_bytes: What they may take; None if that is not bounded.
         load_seconds_sum: Seconds that all loads took.
         load_seconds_buckets: (upper bound in seconds, loads that took at most that), the last bound being infinity:
@@ -83,7 +83,7 @@ class TierCounters:
             self._counts[what] += 1
 
     def count_load(self, seconds: float) -> None:
-        """Count a load that took so many seconds."""
+        """Count a load and its duration."""
         with self._lock:
             self._buckets[bisect_left(LOAD_SECONDS_BOUNDS, seconds)] += 1
             self._load_seconds += seconds
@@ -111,7 +111,7 @@ class BlobStore(ABC):
 
     @abstractmethod
     def put(self, staged: Path, digest: str, size: int) -> None:
-        """Keep a file; it is durable when this returns.
+        """Store a file; it is durable when this returns.
 
         If the blob is there already and whole, nothing is written. A copy that is damaged is replaced, so uploading
         again heals.
@@ -136,7 +136,7 @@ class BlobStore(ABC):
         Raises:
             BlobNotFoundError: If there is no such blob.
             CorruptBlobError: If there is, but not with these bytes. It has been put aside.
-            StoreUnavailableError: If that can not be told now.
+            StoreUnavailableError: If this cannot be determined now.
         """
 
     @abstractmethod
@@ -157,11 +157,11 @@ class BlobStore(ABC):
 
     @abstractmethod
     def stats(self) -> list[TierStats]:
-        """What each tier has done and holds, the nearest first."""
+        """Statistics of each tier, nearest first."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is held open; nothing may be called afterwards."""
+        """Release all resources; no method may be called afterwards."""
 
 
 class Pins:
@@ -270,7 +270,7 @@ class BlobDirectory(BlobStore):
                 self._remove(digest)
 
     def stats(self) -> list[TierStats]:
-        """One tier. How many files there are is not told: the catalog knows, without a look at every one."""
+        """One tier, without the number of files, which the catalog knows without listing them."""
         return [self._counters.stats()]
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ _BATCH = 100
 
 
 class Collector:
-    """Removes blobs that no version names, when their time is up and nobody here holds them. Thread-safe.
+    """Removes unreferenced blobs after their grace period, unless this process holds them. Thread-safe.
 
     Where this process alone uses the catalog their time is up at once. Replicas that share a catalog cannot see what
     the others hold, so there a blob stays for a while after it has lost its last name, and a thread looks for garbage
@@ -43,7 +43,7 @@ class Collector:
         """Guards the two below; nothing slow is done under it."""
         self._held: Counter[str] = Counter()
         self._garbage_held: set[str] = set()
-        """Blobs that would have been collected, had nobody held them."""
+        """Blobs that were not collected because they are held."""
         self._collecting = threading.Lock()
         self._is_owed = False
         """Whether the last collection failed, so that something may be left."""

@@ -12,7 +12,7 @@ from prompt_store.types import WEIGHTS_FILE, PromptVersion, StoredFile
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """A disk that is full or gone is nobody's bug: nothing was lost, and a later try may succeed."""
+    """Report a full or missing disk as unavailable: nothing was lost, and a retry may succeed."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Names, immutable versions, aliases, history: what is kept of soft prompts besides their bytes.
 
 Every write is one transaction that first locks the ``state`` row, so that writes of all replicas follow each other,
-each with a revision of its own. Whoever has seen revision R has seen every change up to it.
+each with a separate revision. A reader of revision R has seen every change up to it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Catalog:
     ) -> tuple[list[HistoryEntry], bool]:
         """What was done to a name, newest first, before the entry ``before``; and whether there is more.
 
-        The history outlives the name. PromptNotFoundError if there never was one.
+        The history remains after deletion. PromptNotFoundError if the name never existed.
         """
         query = sa.select(history).where(history.c.name == name)
         if before is not None:
@@ -164,7 +164,7 @@ class Catalog:
         return found
 
     def changed_since(self, revision: int) -> set[str] | None:
-        """The names that were changed after a revision; None where they are too many to tell."""
+        """The names changed after a revision; None if there are too many."""
         query = sa.select(history.c.name).where(history.c.revision > revision).distinct().limit(_MAX_CHANGES + 1)
         with self._database.reading() as connection:
             names = set(connection.execute(query).scalars())

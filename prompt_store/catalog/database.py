@@ -161,7 +161,7 @@ class Listener:
         self._connection = connection
 
     def wait(self, seconds: float) -> None:
-        """Return at the next notification, or after so many seconds.
+        """Return at the next notification, or after the given number of seconds.
 
         Raises:
             StoreUnavailableError: If the connection breaks off.

@@ -18,7 +18,7 @@ def find(connection: sa.Connection, name: str, access: Access | None, *, to_chan
     """A name that has versions.
 
     Raises:
-        PromptNotFoundError: If there is none, or it is another tenant's: the two cannot be told apart.
+        PromptNotFoundError: If it does not exist or belongs to another tenant; the error is the same.
         PromptForbiddenError: If it is to be changed and may only be used.
     """
     query = sa.select(prompts).where(prompts.c.name == name, prompts.c.num_versions > 0)
@@ -31,7 +31,7 @@ def find(connection: sa.Connection, name: str, access: Access | None, *, to_chan
 
 
 def claimed(connection: sa.Connection, name: str, owner: str) -> Prompt | None:
-    """A name that an owner may publish under, whether it has versions or not; None if there never was such a name.
+    """A name that an owner may publish under, with or without versions; None if it never existed.
 
     Raises:
         PromptConflictError: If the name is, or was, another owner's.

@@ -40,7 +40,7 @@ class Prompt:
 class NewVersion:
     """What a publication records; the catalog adds number and time.
 
-    Attributes: as in ``PromptVersion``.
+    Attributes have the same meaning as in ``PromptVersion``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What references meant when they were last looked up."""
+"""Cache of resolved references."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ POLL_SECONDS = 0.5
 
 
 LONGEST_LOOK_SECONDS = 5.0
-"""A server that hangs keeps its connections alive, so that no timeout of the network's ever tells."""
+"""A hung server keeps its connections alive, so no network timeout detects it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class CatalogStatus:
 
 
 class CatalogWatch:
-    """A thread that tells which names other replicas have changed.
+    """A thread that reports which names other replicas have changed.
 
     Notifications bring a change within milliseconds; the revision is looked at every half second all the same.
 

@@ -200,7 +200,7 @@ def _task_type_faults(config: Mapping[str, object]) -> list[Fault]:
 
 
 def _said_task_faults(config: Mapping[str, object], said: TaskType) -> list[Fault]:
-    """What in a configuration speaks against the task that the uploader names.
+    """Contradictions between a configuration and the task type given at upload.
 
     A task that the configuration names itself has to be the same one. Without it PEFT records the class of the base
     (``auto_mapping``); a head that was to be saved (``modules_to_save``) belongs to classification. The tensors are

@@ -40,7 +40,7 @@ _TEXTS = {
     b"<!doctyp": "this is a web page; download the file itself",
     b"<html": "this is a web page; download the file itself",
 }
-"""What is often found in a weights file's place, by its first bytes."""
+"""Other file types often uploaded as weights, by their first bytes."""
 
 
 def read_tensors(weights: bytes | Path) -> dict[str, TensorData]:
@@ -71,7 +71,7 @@ def read_tensors(weights: bytes | Path) -> dict[str, TensorData]:
 
 
 def _check_opening(opening: bytes, size: int) -> None:
-    """Refuse what is plainly something else, or has a header out of all proportion, before the library parses it."""
+    """Reject other file types and oversized headers before the library parses the file."""
     header_bytes = int.from_bytes(opening, "little")
     # A pickle's first byte could also open a valid header of 128 bytes; its length then tells.
     if opening.startswith(_PICKLE_MAGICS) and header_bytes > max(0, size - _LENGTH_BYTES):

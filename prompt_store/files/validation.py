@@ -1,4 +1,4 @@
-"""Whether an uploaded soft prompt can be served by the resident base. Every fault is reported, not the first alone.
+"""Validation of an uploaded soft prompt against the served model. All faults are reported together.
 
 The codes are stable; programs may switch on them.
 
@@ -211,7 +211,7 @@ def _embedding_faults(config: Mapping[str, object], width: int, base: BaseModelS
 
 
 def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelSpec) -> list[Fault]:
-    """Tell a prefix for another number of layers from one for other heads; the width alone may hide either.
+    """Distinguish a wrong number of layers from wrong heads, which the width alone does not show.
 
     A row holds ``num_layers * 2 * num_kv_heads * head_dim`` values, so that 4 layers of width 8 and 2 of width 16
     look alike: where the configuration states its layers, they decide. ``token_dim`` and ``num_attention_heads`` are

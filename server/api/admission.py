@@ -1,4 +1,4 @@
-"""Admission permits: overload is refused at the door, not queued without end."""
+"""Admission permits: overload is rejected on arrival, not queued without limit."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from server.errors import InvalidRequestError, OverloadedError, WaitTimeoutError
 
 _NUM_BEGUN = 64
 _MIN_BEGUN = 8
-"""Sequences that have to have begun beside a queue before it is told how fast it moves."""
+"""Minimum number of started sequences before a queue-speed estimate is given."""
 
 SOONEST_SECONDS = 1.0
 LATEST_SECONDS = 60.0
-"""When a refused client is told to come back: not at once, and no later than clients are willing to wait for."""
+"""Bounds of ``Retry-After``: not at once, and no longer than clients wait."""
 
 
 class Permits:
-    """The permits of one request; each sequence gives its own back when it ends."""
+    """The permits of one request; each sequence releases its permit when it ends."""
 
     def __init__(self, admission: Admission, count: int, tenant: str, *, waits: bool) -> None:
         self._admission = admission
@@ -34,13 +34,13 @@ class Permits:
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds after which the request may come again, as ``Admission.retry_after``; one turn for all of it."""
+        """Seconds after which the request may be repeated (``Admission.retry_after``), computed once per request."""
         if self._retry_after is None:
             self._retry_after = self._admission.retry_after(self._tenant)
         return self._retry_after
 
     def begin(self, num: int = 1) -> None:
-        """So many sequences have their first output."""
+        """Note that ``num`` sequences have their first output."""
         if num > self._num_waiting:
             raise RuntimeError("more sequences began than waited")
         for _ in range(num):
@@ -48,7 +48,7 @@ class Permits:
             self._admission.note_begun()
 
     def release(self, num: int = 1, *, has_begun: bool) -> None:
-        """Give back the permits of so many sequences, which have ended, with or without an output."""
+        """Release the permits of ``num`` sequences that ended, with or without an output."""
         if num > self._count:
             raise RuntimeError("more permits were given back than taken")
         self._count -= num
@@ -57,7 +57,7 @@ class Permits:
             self._wait(-num)
 
     def release_all(self) -> None:
-        """Give back what is left."""
+        """Release the remaining permits."""
         self._admission.num_in_use -= self._count
         self._count = 0
         self._wait(-self._num_waiting)
@@ -76,7 +76,7 @@ class Admission:
         num_in_use: Sequences that are.
 
     Args:
-        capacity: See above.
+        capacity: Maximum number of admitted sequences.
         clock: Seconds that never go back.
         between: Draws a number between two others.
     """
@@ -95,7 +95,7 @@ class Admission:
         self._waiting: Counter[str] = Counter()
         self._begun: deque[float] = deque(maxlen=_NUM_BEGUN)
         self._turns: dict[str, float] = {}
-        """When the last of each tenant's refused clients was told to come back; kept no longer than its queue."""
+        """The latest retry time given to a rejected client, per tenant; removed with the tenant's queue."""
 
     def expected_wait(self, tenant: str) -> float:
         """Seconds that a sequence of this tenant would wait to begin; 0 where that is not known.
@@ -172,7 +172,7 @@ class Admission:
         return self.num_in_use < self.capacity and (timeout is None or self.expected_wait(tenant) <= timeout)
 
     def note_waiting(self, tenant: str, change: int) -> None:
-        """So many more of a tenant's sequences wait; the rate is that of a queue, so it is forgotten with it."""
+        """Add to the number of a tenant's waiting sequences; the rate is reset when its queue is empty."""
         self._waiting[tenant] += change
         if not self._waiting[tenant]:
             del self._waiting[tenant]
@@ -194,7 +194,7 @@ class Admission:
         Args:
             count: How many.
             tenant: Whose they are.
-            param: The request's field that asks for so many.
+            param: The request field that sets the number of sequences.
             waits: Whether they wait for their turn with the tenant's others, which how long that takes is told by.
 
         Raises:

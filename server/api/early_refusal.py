@@ -1,4 +1,4 @@
-"""Refusing overload before it costs anything: no routing, no validation, no tokens for what would wait too long."""
+"""Early refusal: requests that would wait too long are rejected before routing, validation and tokenisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.errors import OverloadedError, WaitTimeoutError
 
 
 class _Opening(msgspec.Struct):
-    """What of a body has to be known to refuse it; msgspec passes over the rest without keeping it."""
+    """The fields of a body that an early refusal needs; msgspec skips the others."""
 
     model: str | None = None
     priority: int | None = None
@@ -36,7 +36,7 @@ class AdmissionMiddleware:
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at the queue, and only where it is too long at the request."""
+        """Check the queue, and the request only if the queue is too long."""
         if not _asks_the_model(scope) or self._is_open(scope):
             await self._app(scope, receive, send)
             return
@@ -81,7 +81,7 @@ async def _whole(receive: Receive) -> list[Message]:
 
 
 def _again(messages: list[Message], receive: Receive) -> Receive:
-    """A channel that says once more what was read from another."""
+    """A receive channel that replays messages read from another."""
     left = iter(messages)
 
     async def receive_again() -> Message:
@@ -91,7 +91,7 @@ def _again(messages: list[Message], receive: Receive) -> Receive:
 
 
 def _opening(messages: list[Message]) -> _Opening | None:
-    """What a body is judged by; None where the client is gone, or the route has to say what is wrong with it."""
+    """The fields of a body; None if the client disconnected, or the route should report what is wrong."""
     if messages[-1]["type"] != "http.request":
         return None
     body = b"".join(message.get("body", b"") for message in messages)

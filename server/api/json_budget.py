@@ -1,4 +1,4 @@
-"""How many values a JSON body may hold: counted in its bytes, before anything is made of them.
+"""Limits on the number of values in a JSON body, counted before parsing.
 
 Parsing, validating and forgetting a million of values takes a second, in which one thread keeps the event loop.
 """

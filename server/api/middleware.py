@@ -1,4 +1,4 @@
-"""What every request passes on its way in. Plain ASGI: a wrapper that buffers would break streams and disconnects."""
+"""Middleware for every request. Plain ASGI, because buffering wrappers break streams and disconnects."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from server.errors import ServerError
 from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-"""Incoming ids that are taken over: nothing that could forge a log line or a header."""
+"""Incoming ids that are accepted: they cannot forge a log line or a header."""
 
 MIN_BODY_RATE = 4096
-"""Bytes a second that a long body has to keep up with."""
+"""Minimum rate of a long body, in bytes per second."""
 
 
 class RequestIdMiddleware:
@@ -34,7 +34,7 @@ class RequestIdMiddleware:
     Args:
         app: The rest of the application.
         metrics: Where errors are counted.
-        observers: What is told of each request when it has ended.
+        observers: Callbacks that get the record of each finished request.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class RequestIdMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without a valid key that may do this, before any of their body is read.
+    """Rejects requests without a valid key and scope, before their body is read.
 
     Args:
         app: The rest of the application.
@@ -120,7 +120,7 @@ class ApiKeyMiddleware:
 
 
 def _with_limits(caller: Caller, send: Send) -> Send:
-    """Tell in the response's headers what the key's limits leave it."""
+    """Add the key's remaining limits to the response's headers."""
 
     async def send_with_limits(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -131,7 +131,7 @@ def _with_limits(caller: Caller, send: Send) -> Send:
 
 
 class BodyTimeoutMiddleware:
-    """Ends a request whose body comes too slowly; only time spent waiting for the client counts.
+    """Ends a request whose body arrives too slowly; only time spent waiting for the client counts.
 
     Args:
         app: The rest of the application.
@@ -171,7 +171,7 @@ class BodyTimeoutMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Bounds request bodies while they arrive; a multipart upload has limits of its own.
+    """Limits the size of request bodies as they arrive; multipart uploads have separate limits.
 
     FastAPI passes an ``HTTPException`` out of ``receive`` on to the handlers as it is, and hides any other.
     """

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class RequestBody(BaseModel):
-    """A JSON object whose explicit nulls mean the same as absence, and whose unknown fields are ignored."""
+    """A JSON object in which null means absence and unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 

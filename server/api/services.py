@@ -1,4 +1,4 @@
-"""What the routes are handed: the server's parts, and whether it serves."""
+"""The services that routes use, and the state of the server."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Tokenizer(Protocol):
         needs_tools: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the model's own template writes it.
+        """Format a conversation with the model's template.
 
         Args:
             turns: The messages as templates take them.
@@ -103,7 +103,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
-        """What one token adds to a text, special tokens included; it may be a part of a character.
+        """The bytes that one token adds to a text, special tokens included; possibly part of a character.
 
         Args:
             token_id: Which token.
@@ -126,7 +126,7 @@ class Tokenizer(Protocol):
 
 
 class Phase(StrEnum):
-    """Where the server stands between its start and its end."""
+    """The phase of the server's life."""
 
     LOADING = "loading"
     SERVING = "serving"
@@ -157,7 +157,7 @@ class Lifecycle:
         self.failure = error
 
     def drain(self) -> None:
-        """Take no new requests any more."""
+        """Stop accepting requests."""
         if self.phase is not Phase.FAILED:
             self.phase = Phase.DRAINING
 
@@ -203,7 +203,7 @@ class Services:
 
     @property
     def base_spec(self) -> BaseModelSpec:
-        """What a soft prompt has to fit.
+        """The properties that a soft prompt must match.
 
         Raises:
             EngineNotReadyError: If the model is not loaded yet.
@@ -223,7 +223,7 @@ class Services:
         )
 
     def require_ready(self) -> None:
-        """Return if new requests are taken.
+        """Check that new requests are accepted.
 
         Raises:
             EngineNotReadyError: If the model is loading, or the server drains.

@@ -214,7 +214,7 @@ class PreludeClient:
         return _object(self._send("GET", f"/v1/prompts/{name}"))
 
     def version(self, ref: PromptRef) -> dict[str, Any]:
-        """The version that a reference means now."""
+        """Resolve a reference to a version."""
         number = ref.version
         if number is None:
             alias = ref.alias or DEFAULT_ALIAS

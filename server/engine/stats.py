@@ -1,4 +1,4 @@
-"""How often something had which size: what histograms are made of. Counted in the step loop, for next to nothing."""
+"""Histograms with fixed bounds, counted in the step loop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DISTINCT_PROMPTS_BOUNDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Distribution(msgspec.Struct):
-    """How often something had which size. The bounds are constants, so that they do not travel with every step.
+    """A histogram with fixed bounds. The bounds are constants, so that they are not sent with every step.
 
     Attributes:
-        counts: For each bound those at most so large and larger than the bound before; then those beyond the last.
-        sum: All of them together.
+        counts: Per bound, the number of values up to it and above the previous bound; then those above the last.
+        sum: Sum of the values.
     """
 
     counts: list[int]

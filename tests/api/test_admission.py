@@ -216,7 +216,7 @@ def test_a_full_server_tells_when_its_queue_has_moved(admission, clock) -> None:
 
 
 def test_a_full_server_is_told_before_any_work(admission) -> None:
-    with admission.permits(1000, tenant="a"), pytest.raises(OverloadedError, match="all of its 1000 places"):
+    with admission.permits(1000, tenant="a"), pytest.raises(OverloadedError, match="all 1000 places"):
         admission.check("b", None)
 
 

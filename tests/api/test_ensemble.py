@@ -136,7 +136,7 @@ async def test_a_head_and_scored_labels_do_not_go_together(client, engine, three
     for labels in (None, LABELS):
         body = {"prompt_ids": ["topics", "a"], "input": "i", "labels": labels}
         error = (await client.post("/v1/classify", json=body)).json()["error"]
-        assert (error["param"], "one kind" in error["message"]) == ("prompt_ids", True)
+        assert (error["param"], "must all have a head" in error["message"]) == ("prompt_ids", True)
     assert engine.requests == []
 
 

@@ -191,7 +191,7 @@ def test_a_row_without_an_answer_is_wrong_and_told(prelude, tmp_path):
         (["eval", "tiny", "--data", "{data}", "--against-base", "--text-prompt", "x"], 2, "one of --against"),
         (["eval", "tiny", "--data", "{data}", "--url", "http://127.0.0.1:1"], 7, "cannot be reached"),
         (["eval", "tiny", "--data", "{texts}", "--png", "{data}.png"], 1, "needs data with labels"),
-        (["eval", "tiny", "--data", "{data}", "--stop", "\udcff"], 2, "stop holds what is no character"),
+        (["eval", "tiny", "--data", "{data}", "--stop", "\udcff"], 2, "stop is not valid UTF-8"),
         (["promote", "sentiment", "1", "--if-better-than", "latest"], 2, "must be given together"),
         (["promote", "sentiment", "1", "--data", "{data}"], 2, "must be given together"),
         (["promote", "sentiment", "1", "--significant", "0.05"], 2, "--significant needs"),
@@ -278,7 +278,7 @@ def test_what_is_not_better_is_not_promoted(prelude, live, versions, data, judgi
 def test_a_version_is_not_compared_with_itself(prelude, versions, data):
     result = prelude("promote", "sentiment", "2", "--if-better-than", "latest", "--data", str(data()))
     assert result.exit_code == 1
-    assert "sentiment@latest is version 2 already" in result.stderr
+    assert "sentiment@latest is already version 2" in result.stderr
 
 
 def test_rows_without_an_answer_promote_nothing(prelude, versions, tmp_path):

@@ -94,7 +94,7 @@ def test_plain_lines_may_be_hashes(tmp_path):
     [
         ("k", "a\n\n# c\na\n", "line 4: the same key appears at line 1"),
         ("k", "a\nsha256:12\n", "line 2: after sha256:"),
-        ("k", "a\x7fb\n", "line 1: a key is not empty"),
+        ("k", "a\x7fb\n", "line 1: a key must not be empty"),
         ("k.toml", "keys = 3", r"\$\.keys"),
         ("k.toml", "[[keys]\n", "line 1"),
         ("k.toml", "", "missing required field `keys`"),
@@ -103,7 +103,7 @@ def test_plain_lines_may_be_hashes(tmp_path):
         ("k.json", "[" * 100_000, "k.json"),
         ("k.json", '{"keys": [{"key": "a", "scopes": ["generate"]}, {"key": "a"}]}', r"keys\[1\]"),
         ("k.json", '{"keys": [{"key": "a", "scopes": ["all"]}]}', r"keys\[0\].scopes\[0\]"),
-        ("k.json", '{"keys": [{"key": "a", "scopes": []}]}', r"keys\[0\].scopes: names none"),
+        ("k.json", '{"keys": [{"key": "a", "scopes": []}]}', r"keys\[0\].scopes: must contain some"),
         ("k.json", '{"keys": [{"key": " a", "scopes": ["admin"]}]}', r"keys\[0\].key: a key"),
         ("k.json", '{"keys": [{"key": "", "scopes": ["admin"]}]}', r"keys\[0\].key: a key"),
         ("k.json", '{"keys": [{"key": "a", "scopes": ["admin"], "tenant": "A B"}]}', r"keys\[0\].tenant"),

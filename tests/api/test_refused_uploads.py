@@ -262,7 +262,7 @@ async def test_bytes_are_counted_where_nothing_is_declared():
             read += 1000
             yield b"x" * 1000
 
-    with pytest.raises(Exception, match="over the limit of 5500 bytes"):
+    with pytest.raises(Exception, match="exceeds the limit of 5500 bytes"):
         async for _ in routes.bounded(send(), 5500):
             pass
     assert read == 6000

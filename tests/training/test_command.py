@@ -91,7 +91,7 @@ def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatc
         (["--num-virtual-tokens", "0"], "--num-virtual-tokens"),
         (["--num-virtual-tokens", "96"], "the context has 96 positions in all"),
         (["--method", "cartridge", "--num-virtual-tokens", "1"], "nothing would be trained"),
-        (["--method", "prefix_tuning", "--gradient-checkpointing"], "does not go with prefix_tuning"),
+        (["--method", "prefix_tuning", "--gradient-checkpointing"], "cannot be used with prefix_tuning"),
         (["--method", "p_tuning", "--init-text", "a"], "cannot be initialised from a text"),
         (["--id", "Not A Name"], "Not A Name"),
         (["--alias", "12"], "12"),

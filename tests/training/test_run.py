@@ -354,8 +354,8 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
     [
         ({"num_virtual_tokens": 0}, "it must be at least 1"),
         ({"method": Method.CARTRIDGE, "num_virtual_tokens": 1}, "nothing would be trained"),
-        ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "does not go with p_tuning_v2"),
-        ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot begin at a text"),
+        ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "cannot be used with p_tuning_v2"),
+        ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot be initialised from a text"),
         ({"init_text": "  "}, "init_text is empty"),
         ({"description": "a" * 5000}, "description has 5000 characters"),
     ],

@@ -99,7 +99,7 @@ class Classification:
         leased: The soft prompts, of which there are several in an ensemble; None for the bare base.
         wanted: What was asked for.
         verdicts: Of each soft prompt one for each input, when it has run.
-        record: What is told of the request when it has ended.
+        record: The request's log record.
         usage: Tokens of the inputs' texts, each once for each soft prompt; labels are not counted.
     """
 
@@ -121,7 +121,7 @@ class Classification:
         return Usage(num_text, 0, num_text, details)
 
     def end_record(self, outcome: str) -> None:
-        """Tell the request's record what has come of it."""
+        """Complete the request's record."""
         self.record.end(outcome, self.usage)
         names = [leased.version.name for leased in self.leased if leased]
         if len(self.leased) > 1:

@@ -1,4 +1,4 @@
-"""The life of a generation request: validate, lease, admit, generate, and give everything back exactly once."""
+"""The life of a generation request: validate, lease, admit, generate, and release everything exactly once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from server.errors import (
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one choice gained.
+    """The new part of one choice.
 
     Attributes:
         index: Which choice.
@@ -105,7 +105,7 @@ class Generation:
 
     @property
     def outcome(self) -> str:
-        """How the request has ended, for the metrics: ``abort`` while some sequence has not."""
+        """The outcome for the metrics: ``abort`` until all sequences have ended."""
         if None in self._finish_reasons:
             return "abort"
         return "length" if "length" in self._finish_reasons else "stop"
@@ -119,7 +119,7 @@ class Generation:
         return Usage(num_prompt, num_new, num_prompt + num_new, details)
 
     def end_record(self, outcome: str) -> None:
-        """Tell the request's record what has come of it."""
+        """Complete the request's record."""
         record = self._record
         record.end(outcome, self.usage)
         if record.first_token_seconds is not None:
@@ -130,7 +130,7 @@ class Generation:
         return self.prompts[index // self._body.n]
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """All sequences' deltas as they come. Closing it early aborts every sequence that still runs.
+        """Yield the deltas of all sequences as they arrive. Closing it early aborts all running sequences.
 
         Raises:
             EngineError: If one sequence fails; the others are aborted.
@@ -274,7 +274,7 @@ class Generation:
 
 
 def _seed_of(seed: int | None, choice: int) -> int | None:
-    """A seed for each choice of a prompt; the first keeps the request's, so it says what it would say alone."""
+    """A seed per choice of a prompt; the first choice uses the request's seed."""
     if seed is None or choice == 0:
         return seed
     return int.from_bytes(blake2b(f"{seed}:{choice}".encode(), digest_size=7).digest(), "big")
@@ -292,7 +292,7 @@ async def admitted(
     arrival: float,
     record: RequestRecord,
 ) -> AsyncIterator[Generation]:
-    """Check and lease for a request that was let in; everything is given back when the block ends, however it ends.
+    """Check an accepted request and lease its soft prompts; everything is released when the block ends.
 
     Args:
         services: The server.
@@ -302,7 +302,7 @@ async def admitted(
         default_max_tokens: New tokens where the request sets no limit; None means the rest of the context.
         entry: Its places, and what it takes of its key's limits.
         arrival: When the request came, by the monotonic clock.
-        record: What is told of it when it has ended.
+        record: The request's log record.
 
     Raises:
         InvalidRequestError: If the tokens are empty, not in the vocabulary or too long, the soft prompt
@@ -413,14 +413,14 @@ def _check_generates(version: PromptVersion, target: Target) -> None:
 
 
 def shorter(asked: float | None, limit: float) -> float | None:
-    """The shorter of what a request asks for and the server's own limit, 0 being none; None is without limit."""
+    """The shorter of the request's timeout and the server's limit (0: none); None means no limit."""
     return asked if not limit else limit if asked is None else min(asked, limit)
 
 
 def _fit(
     num_text_tokens: int, *, num_virtual_tokens: int, asked: int | None, default: int | None, max_model_len: int
 ) -> int:
-    """How many new tokens a sequence may have: those asked for, or the default as far as there is room.
+    """Maximum number of new tokens: the requested number, or the default limited by the context.
 
     Raises:
         ContextLengthError: If those asked for do not fit, or there is room for none.

@@ -32,16 +32,16 @@ from server.errors import InvalidRequestError
 router = APIRouter(prefix="/v1", tags=["generation"], dependencies=[Depends(require_ready), Depends(require_json)])
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for the access log; nobody is left to read it."""
+"""nginx's status for the access log; the client has disconnected."""
 
 
 SERVED_BY_HEADER = "x-prelude-prompt"
-"""Tells which version of which soft prompt an answer is from, whatever an alias means by then."""
+"""Response header with the version that answered, even if an alias has moved since."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Call:
-    """One generation request on its way; nothing is held for it until ``admitted`` is entered."""
+    """One generation request; it holds no resources before ``admitted`` is entered."""
 
     services: Services
     body: GenerationBody
@@ -58,12 +58,12 @@ class _Call:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the response tells besides its body, once the request was admitted."""
+        """Headers of the response, once the request was admitted."""
         return {} if self.served_by is None else {SERVED_BY_HEADER: self.served_by}
 
     @contextmanager
     def entered(self, *, votes: bool = False) -> Iterator[Entry]:
-        """Come in, before any text is looked at; where members vote, each of them writes its own text."""
+        """Enter before any text is tokenised; with votes, each member generates a separate text."""
         body, num_texts = self.body, len(self.texts) * self.body.n
         least_new = 1 if body.token_limit is None else body.token_limit
         with entered(
@@ -121,7 +121,7 @@ class _Call:
         yield DONE
 
     async def respond(self) -> Response:
-        """Answer at once, or as a stream; the work ends within a step when the client goes."""
+        """Respond with JSON or a stream; a disconnect aborts the work within one step."""
         request = self.request
         if self.body.stream:
             return EventStream(
@@ -149,7 +149,7 @@ class _Call:
 async def tokenize_prompts(
     services: Services, prompts: list[str] | list[list[int]], *, add_special_tokens: bool, field: str = "prompt"
 ) -> list[list[int]]:
-    """The tokens of each prompt; those given as tokens are taken as they are.
+    """Tokenise the prompts that are given as text.
 
     Raises:
         ContextLengthError: If a text is far over the context; the request's ``field`` is named.

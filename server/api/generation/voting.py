@@ -84,7 +84,7 @@ async def vote(
 
 
 def _end_record(record: RequestRecord, records: Sequence[RequestRecord], generations: Sequence[Generation]) -> None:
-    """Tell the request's one record what has come of all members."""
+    """Complete the request's record with the results of all members."""
     outcomes = [generation.outcome for generation in generations]
     outcome = next((name for name in ("abort", "length") if name in outcomes), "stop")
     record.end(outcome, _sum([generation.usage for generation in generations]))

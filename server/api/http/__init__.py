@@ -1,1 +1,1 @@
-"""Bytes, connections and browsers: what a request has to be before it is one of the API's."""
+"""Bytes, connections and browsers: checks before a request reaches the API."""

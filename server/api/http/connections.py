@@ -50,7 +50,7 @@ class ConnectionLimits:
         head_seconds: From a connection's beginning, or a request's first byte, to the end of its head.
         stall_seconds: How long an answer's bytes may lie without the client taking any of them.
         on_refused: Told when a connection is refused or ended.
-        origins: Origins whose pages may read why.
+        origins: Origins whose pages may read the error.
     """
 
     max_connections: int
@@ -238,7 +238,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._watch_writes()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, or more of it than is taken."""
+        """Reject malformed HTTP and exceeded limits."""
         fault = self._head_fault or HeadError(HTTPStatus.BAD_REQUEST)
         self._refuse(fault.status, fault.reason)
 

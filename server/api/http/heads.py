@@ -1,4 +1,4 @@
-"""What a request's head has to be, beyond what httptools already refuses: RFC 9112, sections 2.3, 3.2 and 6."""
+"""Checks of a request's head in addition to those of httptools: RFC 9112, sections 2.3, 3.2 and 6."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?:
 
 
 class HeadError(ValueError):
-    """The head is none that this server takes; the connection has to be closed.
+    """The head is not acceptable; the connection must be closed.
 
     Attributes:
         status: How it is answered.

@@ -1,4 +1,4 @@
-"""The names that a server without keys answers to: a page whose name points here must not be its own server."""
+"""The host names that a server without keys accepts, as protection against DNS rebinding."""
 
 from __future__ import annotations
 

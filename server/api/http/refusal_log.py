@@ -1,4 +1,4 @@
-"""A line in the log for each connection that is refused or ended at the door, but only so many a second."""
+"""Log a line per connection that is rejected or closed early, at a limited rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Refusal:
         code: The error's code, as in the metrics.
         reason: The same for people.
         status: HTTP status of the answer; None where there was none.
-        request_id: X-Request-ID of the answer, or of the request whose answer was not read; None where there is none.
+        request_id: X-Request-ID of the response, or of the request whose response was not read; None if none.
         client: Address of the other side, which may be a proxy's.
         tenant: Whose key came with the request, where that is known.
     """

@@ -42,7 +42,7 @@ class EventStream(Response):
     Args:
         events: Encoded events.
         late_headers: More headers, asked for when the response begins.
-        on_error: What the client is told of an error after that.
+        on_error: Describes an error that occurs after the first event.
         stall_seconds: How long a client may leave full buffers unread before its work ends as if it had gone.
     """
 

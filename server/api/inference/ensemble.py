@@ -1,4 +1,4 @@
-"""One input, several soft prompts, one answer: which ones a request names, and how their answers are combined.
+"""Ensembles: the soft prompts named by a request, and the combination of their answers.
 
 The idea is prompt ensembling, a section of Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt
 Tuning": prompts that were trained on the same task vote, at the price of one model in memory and one batch.
@@ -48,7 +48,7 @@ def _model(value: object) -> str | list[str]:
 
 
 class EnsembleBody(RequestBody):
-    """What a request names that one soft prompt may answer, or several together."""
+    """Fields of requests that one soft prompt or an ensemble can answer."""
 
     model: Annotated[
         str | list[str] | None,
@@ -81,12 +81,12 @@ class EnsembleBody(RequestBody):
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether several soft prompts are asked."""
+        """Whether the request names an ensemble."""
         return isinstance(self.model, list) or self.prompt_ids is not None
 
     @property
     def combine(self) -> Combine:
-        """How their answers become one."""
+        """How the answers are combined."""
         return self.ensemble or "vote"
 
     @property
@@ -126,7 +126,7 @@ async def leases_of(services: Services, targets: Sequence[Target]) -> AsyncItera
 
 
 def check_different(targets: Sequence[Target], leased: Sequence[LeasedPrompt | None]) -> None:
-    """Refuse an ensemble that would count one version twice, whatever names it was given.
+    """Reject an ensemble with the same version twice, under any names.
 
     Raises:
         InvalidRequestError: Naming the field and the version.
@@ -145,7 +145,7 @@ def name_of(leased: LeasedPrompt | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What an ensemble says of one input.
+    """The combined answer of an ensemble to one input.
 
     Attributes:
         best: Index of the label.
@@ -178,7 +178,7 @@ def decide(probabilities: Sequence[Sequence[float]], how: Combine) -> Decision:
 
 
 def elect(texts: Sequence[str], likelihoods: Sequence[float]) -> tuple[int, Counter[str]]:
-    """Which member's whole text the most of them gave.
+    """The first member with the most frequent text.
 
     Args:
         texts: What each member wrote.

@@ -1,4 +1,4 @@
-"""The way in for whatever costs something: a key's limits, a place, the size of the work. Nothing is done before."""
+"""Checks before any work is done: a key's limits, permits, and the size of the request."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from server.fair_work import Work, current_work, working_for
 from server.metrics import Metrics
 
 MOST_CHARS_PER_TOKEN = 128
-"""Of one text: some vocabularies have tokens of so many spaces, and none has longer ones that a text is made of."""
+"""Limit for one text: the longest tokens of known vocabularies are runs of this many spaces."""
 
 CHARS_PER_TOKEN = 8
-"""Of all texts of a request together; more than texts have."""
+"""Limit for all texts of a request; more than usual texts have."""
 
 _LIKELY_CHARS_PER_TOKEN = 6
 
@@ -31,7 +31,7 @@ _REFUSALS_OF_OURS = frozenset({429, 503})
 
 
 class LimitsMiddleware:
-    """Holds keys to their limits before anything of a body is read, and says for whom everything is done.
+    """Enforces the limits of keys before a body is read, and attributes the work to the tenant.
 
     Args:
         app: The rest of the application.
@@ -67,7 +67,7 @@ class LimitsMiddleware:
 
 
 def _noting_refusals(allowance: Allowance, work: Work, send: Send) -> Send:
-    """A request that the server refuses for its own sake, and did nothing for, does not count."""
+    """Do not count a request that the server rejected for lack of capacity, before any work."""
 
     async def noting_send(message: Message) -> None:
         if (
@@ -82,7 +82,7 @@ def _noting_refusals(allowance: Allowance, work: Work, send: Send) -> Send:
 
 
 def allowance_of(request: Request) -> Allowance:
-    """What a request may take of its key's limits."""
+    """The allowance of a request within its key's limits."""
     allowance = request.state.allowance
     if not isinstance(allowance, Allowance):
         raise TypeError("the state of a request holds something else than its allowance")
@@ -91,7 +91,7 @@ def allowance_of(request: Request) -> Allowance:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a request that was let in holds.
+    """The resources held by an accepted request.
 
     Attributes:
         caller: Whose it is.
@@ -104,10 +104,10 @@ class Entry:
     permits: Permits
 
     def reserve(self, num_tokens: int) -> None:
-        """Take the tokens that it may come to, now that they are known.
+        """Reserve the maximum number of tokens, once it is known.
 
         Raises:
-            RateLimitError: If the key does not have so many; what was tokenised is paid for.
+            RateLimitError: If the key has too few tokens left; the tokenised tokens still count.
         """
         self.allowance.reserve(num_tokens, done=current_work().num_tokens)
 
@@ -126,7 +126,7 @@ def entered(
     timeout: float | None,
     priority: int,
 ) -> Iterator[Entry]:
-    """Let a request for the model in until the block ends, or refuse it, before its texts are looked at.
+    """Accept or reject a request for the model before its texts are tokenised; held until the block ends.
 
     Args:
         services: The server.
@@ -134,8 +134,8 @@ def entered(
         prompts: Its texts, or their tokens.
         field: The field that they are from.
         count: Sequences that it asks for.
-        count_field: The field that asks for so many.
-        num_members: How often each text is read.
+        count_field: The request field that sets the number of sequences.
+        num_members: Number of ensemble members, each of which reads every text.
         num_new_tokens: New tokens that all sequences may come to at least.
         timeout: Seconds in which it has to begin; None is no limit.
         priority: Negative is more urgent.
@@ -167,7 +167,7 @@ def entered(
 
 @contextmanager
 def entered_for_text(services: Services, request: Request, num_chars: int, *, num_tokens: int = 0) -> Iterator[None]:
-    """Let a request in that turns text into tokens, or back, and asks the engine nothing.
+    """Accept a request that only tokenises or detokenises.
 
     Args:
         services: The server.
@@ -189,7 +189,7 @@ def entered_for_text(services: Services, request: Request, num_chars: int, *, nu
 
 
 def check_size(services: Services, prompts: Sequence[str] | Sequence[list[int]], *, field: str) -> None:
-    """Bound the texts of a request by what could be computed at most, before any of them is tokenised.
+    """Limit the texts of a request before any of them is tokenised.
 
     Raises:
         ContextLengthError: If a text is longer than any that fits the context.

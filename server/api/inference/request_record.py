@@ -1,4 +1,4 @@
-"""What is known of one request when it has ended: a line in the log, a span in a trace."""
+"""The record of a finished request, for logs and traces."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from server.logs import FIELDS
 logger = logging.getLogger(__name__)
 
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}
-"""What machines ask all day long: logged at the level DEBUG."""
+"""Probes and scrapes, logged at the level DEBUG."""
 
 OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/chat/completions": "chat",
     "/v1/classify": "classify",
 }
-"""What is asked of the model, by path, in the words of OpenTelemetry's ``gen_ai.operation.name``."""
+"""OpenTelemetry's ``gen_ai.operation.name`` by path."""
 
 MAX_MODEL_CHARS = 256
-"""How much of the field ``model`` is kept: longer is no name of anything, and may be as long as a body."""
+"""Maximum length of the recorded field ``model``."""
 
 MAX_LOGGED_CHARS = 10_000
-"""How much of one text ``--log-prompts`` shows."""
+"""Maximum length of a text logged by ``--log-prompts``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class RequestRecord:
     started_at: float = field(default_factory=time.time)
 
     def end(self, outcome: str, usage: Usage) -> None:
-        """Note what has come of an admitted request."""
+        """Record the result of an admitted request."""
         self.outcome = outcome
         self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
         self.cached_tokens = usage.prompt_tokens_details.cached_tokens
@@ -100,7 +100,7 @@ class RequestRecord:
 
     @property
     def fields(self) -> dict[str, object]:
-        """What is known, for a log line; seconds to the microsecond."""
+        """The fields of the log line; seconds are rounded to microseconds."""
         known = {name: getattr(self, name) for name in _LOGGED}
         return {
             name: round(value, 6) if isinstance(value, float) else value
@@ -141,7 +141,7 @@ def begin_record(
 
 
 def log_request(record: RequestRecord) -> None:
-    """Log a request that has ended: one line."""
+    """Log a finished request in one line."""
     level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
     logger.log(
         level,
@@ -156,7 +156,7 @@ def log_request(record: RequestRecord) -> None:
 
 
 def logged_input(value: object) -> object:
-    """Prompts or messages as they are logged: long texts and lists of tokens are cut."""
+    """Prompts or messages for the log, with long texts and lists truncated."""
     if isinstance(value, str):
         return value[:MAX_LOGGED_CHARS]
     if isinstance(value, Mapping):

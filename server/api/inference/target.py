@@ -1,4 +1,4 @@
-"""Which soft prompt a request means. The only place that knows how one may be named."""
+"""Resolution of ``model`` and ``prompt_id`` to a soft prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Target:
         model: The ``model`` field as it was sent, or the base's name.
         ref: The soft prompt, or None for the bare base.
         param: The field that named the soft prompt.
-        access: Which soft prompts are there for whoever asks.
+        access: The soft prompts visible to the caller.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""The one check of token ids: every list that reaches the engine or the decoder passes here first."""
+"""Check of token ids, for every list that reaches the engine or the decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server.errors import InvalidRequestError
 
 
 def check_token_ids(token_ids: Collection[int], *, vocab_size: int, param: str, what: str | None = None) -> None:
-    """Refuse ids that the model has no row for.
+    """Reject ids without an embedding.
 
     Ids come from clients, and from the tokenizer too: one that was given more tokens than the model has rows turns a
     text into such ids.

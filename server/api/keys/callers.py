@@ -1,4 +1,4 @@
-"""Who asks: the tenant and the scopes of the API key that a request came with."""
+"""The caller of a request: tenant and scopes of its API key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL_SCOPES = frozenset(Scope)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request.
+    """The sender of a request.
 
     Attributes:
         name: What the key is called in records, which does not give it away; None where there are no keys.

@@ -1,4 +1,4 @@
-"""API keys as operators write them: one a line, or with tenant, scopes and limits in TOML or JSON."""
+"""Parsing of key files: one key per line, or TOML or JSON with tenant, scopes and limits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str]) -> s
 
     Args:
         digest: ``sha256:HEX``.
-        tenant: Whose key it is, or None for a tenant of its own.
+        tenant: Tenant of the key; None for a separate tenant.
         scopes: What it may do; without any it may do everything.
 
     Raises:
@@ -85,7 +85,7 @@ def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str]) -> s
 def read_keys(path: Path) -> list[Key]:
     """Read a key file: TOML or JSON where its name ends so, else one key a line.
 
-    Empty lines and lines that start with ``#`` are skipped. A key on a line has all scopes and a tenant of its own.
+    Empty lines and lines that start with ``#`` are skipped. A key on a line has all scopes and a separate tenant.
 
     Raises:
         ConfigurationError: If the file cannot be read, is not well formed, or holds no key; names line or entry.
@@ -108,7 +108,7 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def parse_plain(keys: Iterable[tuple[str, str]]) -> list[Key]:
-    """Keys, or their ``sha256:HEX``, that may do everything, each with a tenant of its own.
+    """Keys, or their ``sha256:HEX``, with all scopes and separate tenants.
 
     Args:
         keys: Each with the place that it comes from.
@@ -142,7 +142,7 @@ def _entry(place: str, entry: _Entry) -> Key:
 
 
 def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], limits: Limits) -> Key:
-    """No part of the key itself may come into an error: errors are logged."""
+    """Errors must not contain any part of a key, because they are logged."""
     if text.startswith(_HASHED):
         if not _HEX_DIGEST.fullmatch(text.removeprefix(_HASHED)):
             raise ValueError(f"{place}: after {_HASHED} 64 lower-case hexadecimal digits are expected")

@@ -1,4 +1,4 @@
-"""API keys at work: loaded from file and settings, compared in constant time, read again when the file changes."""
+"""API keys: loading from file and settings, comparison in constant time, reloading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
-"""How often the key file is looked at."""
+"""Interval between checks of the key file, in seconds."""
 
 _Signature = tuple[int, int, int] | None
 
@@ -61,7 +61,7 @@ class ApiKeys:
     def replace(self, keys: Sequence[Key]) -> None:
         """Take these keys from the next request on; requests under way go on.
 
-        A key whose limits are as they were keeps what it has used of them.
+        A key whose limits did not change keeps its use of them.
         """
         limiters = {key.digest: key.caller.limiter for key in self._keys}
 
@@ -75,7 +75,7 @@ class ApiKeys:
 
 
 class KeyReloader:
-    """Reads the key file again when it has changed, or on request. Keys that cannot be used leave the old ones.
+    """Reloads the key file when it has changed, or on request. If it is invalid, the old keys remain.
 
     Args:
         http: The settings that name the file.
@@ -95,7 +95,7 @@ class KeyReloader:
         self._asked.set()
 
     async def run(self) -> None:
-        """Look after the file until it is cancelled."""
+        """Watch the file until cancelled."""
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._asked.wait(), POLL_SECONDS)
@@ -138,7 +138,7 @@ def collect_keys(http: HttpSettings) -> list[Key]:
 
 
 def load_keys(http: HttpSettings) -> ApiKeys | None:
-    """The server's keys, or None where everybody who can connect is served.
+    """The server's keys; None if it serves every client that can connect.
 
     Raises:
         ConfigurationError: If the keys are not usable, or there are none, the host is not loopback and

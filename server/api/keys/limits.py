@@ -1,4 +1,4 @@
-"""What one API key may use: requests and tokens a minute as token buckets, and requests at once."""
+"""Limits of an API key: requests and tokens per minute as token buckets, and concurrent requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.errors import RateLimitError
 
 _MINUTE = 60.0
 _BUSY_SECONDS = 1.0
-"""When to try again where too many requests run: nobody knows when one of them ends."""
+"""``Retry-After`` for too many concurrent requests, whose end is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Limits:
 
 
 class TokenBucket:
-    """Holds a minute's worth at most, and fills evenly. In any T seconds no more goes than ``limit * (1 + T / 60)``.
+    """Token bucket of one minute, filled evenly. In any T seconds it allows at most ``limit * (1 + T / 60)``.
 
     Args:
         limit: What a minute allows; the bucket begins full.
@@ -53,7 +53,7 @@ class TokenBucket:
         return self._level
 
     def seconds_until(self, amount: float) -> float:
-        """How long until it holds so much, if nothing is taken meanwhile; 0 if it does now."""
+        """Seconds until the bucket holds this amount if nothing is taken; 0 if it does now."""
         return max(0.0, amount - self.level) * _MINUTE / self.limit
 
     def take(self, amount: int) -> None:
@@ -64,16 +64,16 @@ class TokenBucket:
         self._level = level - amount
 
     def give_back(self, amount: int) -> None:
-        """Put back what was taken and not used; what would be over the limit is lost."""
+        """Return unused tokens; the level does not exceed the limit."""
         self._level = min(float(self.limit), self.level + amount)
 
     def overdraw(self, amount: int) -> None:
-        """Take what was used already, whether it is there or not; at most a minute's worth is owed."""
+        """Take tokens that were used already, even if the bucket is empty; it owes at most one minute's tokens."""
         self._level = max(-float(self.limit), self.level - amount)
 
 
 class Allowance:
-    """What one request takes of its key's limits.
+    """The part of a key's limits that one request uses.
 
     Tokens are reserved when it is known how many there may be, and settled when it is known how many there were.
 
@@ -92,14 +92,14 @@ class Allowance:
         self._num_taken = 0
 
     def require(self, least: int, likely: int) -> None:
-        """Return if the request may go on to be tokenised; takes nothing.
+        """Check whether the request may be tokenised; takes nothing.
 
         Args:
             least: Tokens that it takes at least.
             likely: A guess at how many; a full bucket is enough for any.
 
         Raises:
-            RateLimitError: If the bucket does not hold so many now, or never.
+            RateLimitError: If the bucket holds too few tokens now, or can never hold enough.
         """
         bucket = self._tokens
         if bucket is not None:
@@ -107,14 +107,14 @@ class Allowance:
             self._check(bucket, min(likely, bucket.limit))
 
     def reserve(self, tokens: int, *, done: int = 0) -> None:
-        """Take the tokens that the request may come to.
+        """Reserve the maximum number of tokens of the request.
 
         Args:
             tokens: How many, beside those that it has reserved before.
-            done: What was done for it already; it is paid for even where it is refused now.
+            done: Tokens already processed; they count even if the request is rejected now.
 
         Raises:
-            RateLimitError: If the bucket does not hold so many now, or never.
+            RateLimitError: If the bucket holds too few tokens now, or can never hold enough.
         """
         bucket = self._tokens
         if bucket is None:
@@ -140,7 +140,7 @@ class Allowance:
             self._num_taken = self.used
 
     def forget_request(self) -> None:
-        """Do not count the request: nothing was done for it, and the server refuses it for its own sake."""
+        """Do not count the request: the server rejected it for lack of capacity, before any work."""
         if self._requests is not None:
             self._requests.give_back(1)
             self._requests = None
@@ -163,7 +163,7 @@ class Allowance:
 
 
 class KeyLimiter:
-    """Holds one key to its limits. Used on the event loop only, so it needs no lock.
+    """Enforces the limits of one key. Used on the event loop only, so it needs no lock.
 
     Args:
         limits: The limits.
@@ -178,10 +178,10 @@ class KeyLimiter:
 
     @contextmanager
     def admitted(self, *, takes_tokens: bool = True) -> Iterator[Allowance]:
-        """Admit a request until the block ends, before anything is done for it; one that is refused takes nothing.
+        """Admit a request until the block ends, before any work; a rejected request takes nothing.
 
         Args:
-            takes_tokens: Whether it will take tokens, of which there has to be one then.
+            takes_tokens: Whether it will use tokens; then at least one must be left.
 
         Raises:
             RateLimitError: If it is over a limit, or earlier requests owe tokens; says when it would not be.
@@ -213,7 +213,7 @@ class KeyLimiter:
 
     @property
     def headers(self) -> dict[str, str]:
-        """OpenAI's ``x-ratelimit-*``: the limits, what is left, and when all of it is there again."""
+        """OpenAI's ``x-ratelimit-*``: the limits, the remainder, and the time until they are reset."""
         found = {}
         for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket:

@@ -1,7 +1,7 @@
 """A short text through the engine before an upload is published: whether the model can compute with the soft prompt.
 
 Every value of a file may be finite, and what the model computes from it not: keys of 3e38 make scores infinite. Such
-a soft prompt would serve nobody.
+a soft prompt would fail every request.
 """
 
 from __future__ import annotations

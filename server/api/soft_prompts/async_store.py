@@ -1,4 +1,4 @@
-"""The prompt store, which blocks on disk, as the event loop calls it."""
+"""Asynchronous calls to the prompt store, which blocks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StoreThreads:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="prompt-store")
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``function`` in the pool. A call that has begun is waited for even when the caller is cancelled.
+        """Run ``function`` in the pool. A running call is awaited even if the caller is cancelled.
 
         Raises:
             PromptStoreError: Whatever the function raises.

@@ -1,4 +1,4 @@
-"""A leased version as the engine takes it, and which tasks of it there are."""
+"""Convert a leased version to a SoftPromptSource, and validate task_id."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server.errors import InvalidRequestError
 
 
 def soft_prompt_source(leased: LeasedPrompt, task_id: int | None) -> SoftPromptSource:
-    """What the engine is told; its file stays while the lease lasts."""
+    """Convert a leased version to a SoftPromptSource; its file exists while the lease lasts."""
     return SoftPromptSource(
         digest=leased.version.digest,
         num_virtual_tokens=leased.version.num_virtual_tokens,
@@ -20,7 +20,7 @@ def soft_prompt_source(leased: LeasedPrompt, task_id: int | None) -> SoftPromptS
 
 
 def check_task(version: PromptVersion | None, task_id: int | None) -> None:
-    """A multitask prompt needs one of its tasks named; nothing else has any.
+    """Check that a multitask prompt is used with a valid task id, and others without.
 
     Args:
         version: The soft prompt's version, or None for the bare base.

@@ -1,4 +1,4 @@
-"""How much host memory pinned soft prompts may take, of each tenant and together."""
+"""Host-memory budgets of pinned soft prompts, per tenant and in total."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from server.engine.types import ModelInfo, SoftPromptSource
 from server.errors import PinBudgetError
 
 LEAST_BYTES = 4096
-"""What the smallest pin takes, with its lease and its names."""
+"""Minimum size counted per pin, for its lease and names."""
 
 _HEAD_BYTES_PER_NUMBER = 4
 
@@ -59,7 +59,7 @@ class PinBudget:
         adding: Mapping[str, int],
         ending: Collection[tuple[str | None, str]] = (),
     ) -> None:
-        """Return if a tenant may pin so much more.
+        """Check that a tenant may pin this much more memory.
 
         Args:
             tenant: Whose pins they would be; None is the operator.

@@ -1,4 +1,4 @@
-"""Soft prompts brought onto the device ahead of their first request, and those that are kept: the pinned ones."""
+"""Loading soft prompts before their first request, and pinning them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Pin:
 
 @dataclass(frozen=True, slots=True)
 class _Follow:
-    """Keep what an alias points at warm, and pinned where ``pin`` says so; all tasks where ``task_id`` is None.
+    """Keep the target of an alias warm, and pinned if ``pin``; all tasks if ``task_id`` is None.
 
     What the operator follows by the settings is not held to a budget.
     """
@@ -68,7 +68,7 @@ class _Follow:
 
 
 class Warmer:
-    """Warms soft prompts and keeps pins. Used on the event loop only, so what it does between waits needs no lock.
+    """Warms soft prompts and holds pins. Used on the event loop only, so it needs no lock between awaits.
 
     A pin holds a lease and a reference in the engine's host memory. One that was asked for by an alias moves with the
     alias.
@@ -95,11 +95,11 @@ class Warmer:
 
     @property
     def is_restoring(self) -> bool:
-        """Whether what a restarted engine has lost is still being brought back."""
+        """Whether soft prompts are still being reloaded after a restart of the engine."""
         return self._restoring is not None and not self._restoring.done()
 
     def restore(self) -> None:
-        """The engine was restarted: bring back, in the background, what is followed, pinned or named to preload."""
+        """After a restart of the engine, reload followed, pinned and preloaded soft prompts in the background."""
         if self._restoring is not None:
             self._restoring.cancel()
         self._restoring = asyncio.create_task(self._restore(), name="restore soft prompts")
@@ -117,7 +117,7 @@ class Warmer:
     async def warm(
         self, ref: PromptRef, *, task_id: int | None = None, pin: bool = False, is_operators: bool = False
     ) -> Warmed:
-        """Bring a soft prompt onto the device.
+        """Load a soft prompt onto the device.
 
         Args:
             ref: What to bring; a pin of an alias follows it.
@@ -193,14 +193,14 @@ class Warmer:
                 await self._end(name, pinned)
 
     def promoted(self, name: str, alias: str) -> None:
-        """An alias points somewhere else: what was warmed or pinned by it is, in the background, at its new place."""
+        """After a move of an alias, warm or pin its new version in the background."""
         if any((follow.name, follow.alias) == (name, alias) for follow in self._follows):
             task = asyncio.create_task(self._follow(name, alias), name=f"warm {name}@{alias}")
             self._following.add(task)
             task.add_done_callback(self._following.discard)
 
     def changed(self, names: Collection[str] | None) -> None:
-        """Other servers may have promoted or deleted something of these names; None stands for all names."""
+        """Handle changes of these names by other servers; None means all names."""
         held = {name for name, _ in self._pins} | {follow.name for follow in self._follows}
         for name in held if names is None else held.intersection(names):
             task = asyncio.create_task(self._refresh(name), name=f"refresh {name}")
@@ -208,7 +208,7 @@ class Warmer:
             task.add_done_callback(self._following.discard)
 
     async def start(self, *, preload: Iterable[str], pin: Iterable[str]) -> None:
-        """Warm and pin what the settings name; what fails is a warning in the log.
+        """Warm and pin the soft prompts of the settings; failures are logged as warnings.
 
         Aliases are followed from here on, those included that do not exist yet.
         """

@@ -1,11 +1,11 @@
-"""Schemas that say nothing of further properties are taken to have none.
+"""Close schemas that do not mention additional properties.
 
-JSON Schema leaves an object open unless it says otherwise, and clients seldom say it: LangChain and Instructor send
-what pydantic writes. A model whose every further name is allowed goes on naming; a small one never stops. xgrammar
-and OpenAI's strict schemas close such objects too.
+JSON Schema allows additional properties by default, and clients rarely set it: LangChain and Instructor send
+pydantic's schemas. A small model could then add properties without end. xgrammar and OpenAI's strict schemas also
+close objects.
 
-An object is only closed where that cannot make a schema unsatisfiable: not where several schemas have to hold
-together (``allOf``, ``if``, a reference beside properties), for each would forbid the others' properties.
+An object is closed only if this cannot make the schema unsatisfiable, so not if several schemas apply together
+(``allOf``, ``if``, a reference next to properties), because each would forbid the others' properties.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _TOGETHER = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "$ref", "$dynamicRef", "dependentSchemas")
-"""Each speaks of the same object as what stands beside it."""
+"""Keywords that apply to the same object as their siblings."""
 
 _LEAVES_OPEN = ("not", "if", "then", "else", "dependentSchemas")
 """What these hold has to hold with something else, or not to hold."""
@@ -74,7 +74,7 @@ def _is_left_open(node: dict[str, Any]) -> bool:
 
 
 def _open_references(node: Any, *, is_open: bool = False) -> Iterator[bool]:
-    """True for every reference from a schema that is left open; a property that is called so is one, too."""
+    """True for every reference from a schema that is left open; a property named ``$ref`` also counts."""
     if isinstance(node, list):
         for item in node:
             yield from _open_references(item, is_open=is_open)

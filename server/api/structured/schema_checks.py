@@ -18,13 +18,13 @@ MAX_SCHEMA_DEPTH = 64
 """Objects and lists within each other, those of the schema language included."""
 
 MAX_MULTIPLE = 50_000
-"""Least common multiple of a schema's ``multipleOf``: so many states has the automaton that divides by them."""
+"""Maximum least common multiple of a schema's ``multipleOf``: the divisibility automaton has this many states."""
 
 MAX_MULTIPLE_PLACES = 9
 """Decimal places of each."""
 
 _OPTIONS, _SCHEMA = "%llguidance", "%json"
-"""Keywords of grammars: options, which keep them harmless, and a JSON schema."""
+"""Keywords of grammars: options, which are rejected, and a JSON schema."""
 
 
 def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_grammar(text: str) -> str:
-    """Bound a grammar in llguidance's dialect of Lark; the schemas in it are read as the compiler reads them.
+    """Check the bounds of a grammar in llguidance's Lark syntax, and of the schemas in it.
 
     Raises:
-        ValueError: If it sets options, or has a schema that ``check_schema`` refuses.
+        ValueError: If it sets options, or contains a schema that ``check_schema`` rejects.
     """
     if _OPTIONS in text:
         raise ValueError(f"should not contain {_OPTIONS!r}")

@@ -1,8 +1,8 @@
-"""Rows to answers: batches in flight up to a bound, retries, and answers in the order of the rows.
+"""Send rows in concurrent batches with retries, and yield the answers in the order of the rows.
 
-One task reads ahead, groups rows that may share a request and keeps as many sequences at the server as it was told;
-each batch is a task of its own that ends with an outcome for every one of its rows. Everything is bounded: rows that
-were read and not yet given out, their bytes, and the time without any answer.
+One task reads ahead, groups rows that can share a request, and keeps the configured number of sequences in flight.
+Each batch is a separate task that ends with an outcome for every row. Everything is bounded: buffered rows, their
+bytes, and the time without any response.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from server.client.bulk.reorder import ReorderBuffer
 from server.client.bulk.rows import Row
 
 _AHEAD = 4
-"""Rows that may be read and not yet given out, in multiples of those at the server: one slow batch stops no other."""
+"""Maximum number of buffered rows, in multiples of those in flight, so that a slow batch does not stop others."""
 
 _WINDOW_BYTES = 64 * 1024 * 1024
-"""What their lines may take."""
+"""Maximum size of the buffered lines."""
 
 _BATCH_BYTES = 1024 * 1024
 """Lines of one request; a server takes bodies of 8 MiB by default."""
@@ -33,23 +33,23 @@ _BATCH_BYTES = 1024 * 1024
 _BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 10.0
 _SLOWER, _FASTER = 0.7, 0.05
-"""A full server: what is at it is cut to this part, and grows again by this part of what is answered."""
+"""Multiplicative decrease and additive increase of the concurrency window when the server is full."""
 
 _MAX_FAILURES = 3
-"""Times that a batch may be answered with a fault of the server itself before it is taken apart."""
+"""Number of 5xx responses to a batch before it is split."""
 
 _SERVED_BY = "x-prelude-prompt"
 _FULL = frozenset({429, 503})
 _RETRIED = frozenset({408, 425, 429, 502, 503, 504})
 _FATAL = frozenset({401, 403, 404, 405, 415})
-"""What another row would be told just the same; so is where another address is named."""
+"""Statuses that every row would get; they stop the run. Redirects are treated alike."""
 
 
 class SendingError(Exception):
-    """No row can be answered any more; those that were given out stay so.
+    """The run cannot continue; rows that were yielded remain valid.
 
     Attributes:
-        status: The HTTP status that tells it; None where there was no answer.
+        status: The HTTP status; None if there was no response.
         code: The server's ``error.code``, or ``unreachable``.
     """
 

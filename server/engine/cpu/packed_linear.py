@@ -101,10 +101,9 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def replace_modules(model: nn.Module, made_of: Callable[[nn.Module], nn.Module | None]) -> int:
-    """Replace modules by what is made of them, where that is not None; returns how many.
+    """Replace each module for which ``made_of`` returns a module, and do not descend into it; returns the count.
 
-    A module that stands in two places is replaced in both by the same one; what is in it is not looked at then.
-    Each is let go of as soon as it is replaced, so that a model is never in memory twice.
+    Shared modules stay shared. Each module is released when it is replaced, so that a model is never in memory twice.
     """
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""When an engine process is taken for stuck, and how long to wait before the next one is started. Pure logic."""
+"""Detection of a hung engine process, and the pause before a restart. Pure logic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GOOD_SERVICE_SECONDS = 60.0
 
 
 class Backoff:
-    """Pauses before restarts: each twice the one before, from the start again after a minute of good service."""
+    """Pauses before restarts: doubled each time, reset after a minute of service."""
 
     def __init__(self) -> None:
         self._next = FIRST_SECONDS
@@ -26,14 +26,14 @@ class Backoff:
 
 
 class StepWatch:
-    """Tells a step that does not end.
+    """Detects a hung step.
 
-    A process is busy while it has a step to do, or has not taken all that it was sent. Time is counted by looks, not
-    read from a clock: a server that was itself held up finds in the next look what has arrived meanwhile.
+    A process is busy while it has a step to do or unread messages. Time is counted in polls, not by the clock, so a
+    suspended server does not blame the engine.
 
     Args:
         timeout_seconds: How long a busy process may report nothing.
-        interval_seconds: Between two looks.
+        interval_seconds: Time between polls.
     """
 
     def __init__(self, timeout_seconds: float, interval_seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What an uploader vouched for is kept with the version; for those that are there already, nobody did."""
+"""Store the overrides of an upload with its version; existing versions have none."""
 
 from __future__ import annotations
 
