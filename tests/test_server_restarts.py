@@ -110,7 +110,7 @@ def test_a_held_engine_is_replaced_and_one_that_cannot_start_is_told(tmp_path: P
 def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, *FLAGS, "--drain-seconds", "60") as (client, process), ThreadPoolExecutor(64) as pool:
         engine = engine_of(process.pid)
-        streams = [pool.submit(stream, client, BASE) for _ in range(64)]
+        streams = [pool.submit(stream, client, BASE, []) for _ in range(64)]
         wait_until(lambda: value(client, "prelude_num_requests_running") == 64, 60)
         process.send_signal(number)
         wait_until(lambda: client.get("/ready").status_code == 503, 60)
