@@ -67,7 +67,7 @@ class Work:
         ]
         here = psutil.Process()
         children = here.children(recursive=True)
-        (engine,) = [child for child in children if "server.engine.process.main" in child.cmdline()]
+        (engine,) = [child for child in children if "server.engine.process.engine_process" in child.cmdline()]
         (api,) = [child for child in children if child.pid == engine.ppid()]
         times = [process.cpu_times() for process in (engine, api, here)]
         return cls(time.monotonic(), *values, tuple(item.user + item.system for item in times))

@@ -23,7 +23,7 @@ FLAGS = ("--dtype", "float32", "--num-threads", "1")
 
 def engine_of(server: int) -> psutil.Process:
     children = psutil.Process(server).children(recursive=True)
-    (engine,) = [child for child in children if "server.engine.process.main" in " ".join(child.cmdline())]
+    (engine,) = [child for child in children if "server.engine.process.engine_process" in " ".join(child.cmdline())]
     return engine
 
 

@@ -76,7 +76,9 @@ class Server:
     def engine(self) -> psutil.Process:
         """The engine's process now."""
         children = self.process.children(recursive=True)
-        (engine,) = [child for child in children if "server.engine.process.main" in " ".join(child.cmdline())]
+        (engine,) = [
+            child for child in children if "server.engine.process.engine_process" in " ".join(child.cmdline())
+        ]
         return engine
 
     def value(self, name: str) -> float:

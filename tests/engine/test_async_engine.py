@@ -18,7 +18,7 @@ from server.config import EngineSettings
 from server.engine import messages
 from server.engine.interface import GenerateRequest
 from server.engine.process.async_engine import AsyncEngine
-from server.engine.process.main import EngineLoop
+from server.engine.process.engine_process import EngineLoop
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from server.errors import (
     EngineDeadError,

@@ -76,7 +76,7 @@ def test_on_a_cpu_nothing_asks_for_triton_but_torch(compiled_tokens: str) -> Non
     script = f"""HIDDEN = {{"triton"}}
 {HIDE}
 {SERVE}
-import server.engine.process.main
+import server.engine.process.engine_process
 engine, tokens = serve()
 assert type(engine.runner.backend).__name__ == "CPUBackend"
 assert not [name for name in sys.modules if name.startswith(("triton", "server.engine.cuda"))]
@@ -92,7 +92,7 @@ def test_on_a_gpu_nothing_asks_for_numba(compiled_tokens: str) -> None:
     script = f"""HIDDEN = {{"numba", "llvmlite"}}
 {HIDE}
 {SERVE}
-import server.engine.process.main, torch
+import server.engine.process.engine_process, torch
 from types import SimpleNamespace
 from server.engine.model import exactness
 from server.engine.model.platform import CUDAPlatform, Platform

@@ -69,7 +69,7 @@ class EngineConnection(Protocol):
 
 
 class ProcessConnection:
-    """An ``EngineConnection`` to ``server.engine.process.main``; made by ``launch``."""
+    """An ``EngineConnection`` to ``server.engine.process.engine_process``; made by ``launch``."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ async def launch(settings: EngineSettings) -> EngineConnection:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "server.engine.process.main",
+                "server.engine.process.engine_process",
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,

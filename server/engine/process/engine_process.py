@@ -1,6 +1,6 @@
 """The engine's own process: a step loop between two queues.
 
-Run as ``python -m server.engine.process.main FD``, where FD is one end of a socket pair. A thread reads messages
+Run as ``python -m server.engine.process.engine_process FD``, where FD is one end of a socket pair. A thread reads messages
 into the inbox and another writes outputs from the outbox, so the step loop waits for nobody. When the other end
 closes, the process ends: it never outlives the server that started it.
 """
