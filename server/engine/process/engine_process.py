@@ -1,8 +1,8 @@
 """The engine's own process: a step loop between two queues.
 
-Run as ``python -m server.engine.process.engine_process FD``, where FD is one end of a socket pair. A thread reads messages
-into the inbox and another writes outputs from the outbox, so the step loop waits for nobody. When the other end
-closes, the process ends: it never outlives the server that started it.
+Run as ``python -m server.engine.process.engine_process FD``, where FD is one end of a socket pair. A thread reads
+messages into the inbox and another writes outputs from the outbox, so the step loop waits for nobody. When the other
+end closes, the process ends: it never outlives the server that started it.
 """
 
 from __future__ import annotations
