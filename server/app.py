@@ -306,13 +306,13 @@ def run(settings: Settings) -> None:
 
 
 def keep_what_is_loaded() -> None:
-    """Let the garbage collector pass over what is there now: it stays, and to look at it holds the event loop."""
+    """Exclude loaded objects from garbage collection, which would block the event loop."""
     gc.collect()
     gc.freeze()
 
 
 def _allow_open_files(max_connections: int) -> None:
-    """Raise the soft limit of open files to what so many connections need, as far as the hard one lets it."""
+    """Raise the soft limit of open files for this number of connections, up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -28,7 +28,7 @@ class EngineSettings:
         kv_cache_memory: Bytes for keys and values; None sizes them from the memory that is free.
         enable_prefix_caching: Whether full blocks of text are kept for later sequences with the same opening.
         num_threads: CPU threads of the model's products; None takes every core.
-        soft_prompt_host_bytes: Host memory for soft prompts that nobody uses at the moment and none pinned.
+        soft_prompt_host_bytes: Host memory that caches unused, unpinned soft prompts.
         enforce_eager: Whether decodes are launched one by one even where CUDA graphs could replay them.
         generation_config: Whether the checkpoint's ``generation_config.json`` sets defaults (``auto``), or only ends
             of sequence (``none``).

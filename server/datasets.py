@@ -9,7 +9,7 @@ A row has one of three forms, and a file holds rows of one form only::
 Each of them may name a task of a multitask soft prompt with ``task_id``, an integer from 0; then all rows do.
 
 Reading goes on after a fault, so that a file is mended in one go and not row by row. Nothing here imports a model
-library: bad data is told before any model loads.
+library, so invalid data is reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def read_examples(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES, max_fault
     if num_faults:
         raise DatasetError(path, faults, num_faults)
     if not examples:
-        raise DatasetError(path, [(0, "holds no rows")])
+        raise DatasetError(path, [(0, "has no rows")])
     return examples
 
 
@@ -211,7 +211,7 @@ def _parse(line: bytes, number: int, max_line_bytes: int) -> Example:
     except json.JSONDecodeError as error:
         raise _FaultError(f"not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        raise _FaultError(f"not JSON that can be read: {error}") from error
+        raise _FaultError(f"unreadable JSON: {error}") from error
     if not isinstance(row, dict):
         raise _FaultError(f"not an object but {_kind(row)}")
     return _example(row, number)
@@ -220,7 +220,7 @@ def _parse(line: bytes, number: int, max_line_bytes: int) -> Example:
 def _example(row: dict[str, Any], number: int) -> Example:
     keys = set(row)
     if not (keys & {"prompt", "completion", "text", "label", "messages"}):
-        raise _FaultError(f"none of the forms {_FORMS}; it has {_listed(keys)}")
+        raise _FaultError(f"not one of the formats {_FORMS}; it has {_listed(keys)}")
     if "messages" in keys:
         _fields(row, "messages")
         return Conversation(_messages(row["messages"]), task_id=_task(row), line=number)

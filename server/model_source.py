@@ -1,7 +1,7 @@
 """Whether there is such a model, found out once and within seconds, before anything slow is started.
 
 transformers looks for each of a model's files by itself and tries again and again where the hub does not answer: a
-mistyped name took more than a minute to be told, by two processes at once.
+mistyped name took more than a minute to be reported, by two processes.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 _INFO_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
-"""What is told of a tokenizer's configuration besides its class, special tokens and template."""
+"""Reported settings of a tokenizer's configuration besides its class, special tokens and template."""
 
 _NUM_THREADS = 2
 """One for long texts and one that short ones always find; more would take cores from a CPU engine."""
@@ -292,7 +292,7 @@ def _num_chars(value: object) -> int:
 
 
 def _words_of(error: Exception) -> str:
-    """What a client is told whose conversation a template refuses, or fails on: the template's own words."""
+    """The error for a conversation that the template rejects or fails on, with the template's message."""
     is_refusal = isinstance(error, TemplateError)
     words = str(error) if is_refusal else f"{type(error).__name__}: {error}"
     return f"messages: the chat template {'refuses them' if is_refusal else 'fails on them'}: {words}"[

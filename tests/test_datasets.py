@@ -71,8 +71,8 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numb
         (b'{"text": "a", ', "not JSON"),
         (b'{"text": "a\x00b", "label": "b"}', "not JSON"),
         (b'{"text": "a", "label": NaN}', "NaN is not a value of JSON"),
-        (b"[" * 100_000, "not JSON that can be read"),
-        (b'{"task_id": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
+        (b"[" * 100_000, "unreadable JSON"),
+        (b'{"task_id": ' + b"9" * 5000 + b"}", "unreadable JSON"),
         (b"[1]", "not an object but a list"),
         (b"null", "not an object but null"),
         (b"{}", "it has no fields"),
@@ -143,7 +143,7 @@ def test_a_line_of_just_the_limit_is_read_with_either_line_end(tmp_path: Path) -
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_a_file_without_rows_is_a_fault_of_the_file(tmp_path: Path, content: bytes) -> None:
-    assert _faults(tmp_path, content) == ((0, "holds no rows"),)
+    assert _faults(tmp_path, content) == ((0, "has no rows"),)
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:

@@ -153,8 +153,8 @@ def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -
     lines = lines_of(tmp_path)
     assert any(line["logger"].startswith("uvicorn") for line in lines)
     assert not any(line["message"].startswith("Invalid HTTP") for line in lines), "there is a line of our own"
-    assert any(line["message"] == f"{BASE} serves" for line in lines)
-    drain = "draining: new requests are refused; 0 sequences may finish, for up to 30 s"
+    assert any(line["message"] == f"{BASE} is ready" for line in lines)
+    drain = "draining: refusing new requests; 0 sequences have up to 30 s to finish"
     assert any(line["message"] == drain for line in lines)
     assert "secret text" not in (tmp_path / "log").read_text()
 

@@ -130,6 +130,6 @@ def test_demo_with_json_logs_json_and_nothing_else(tmp_path):
     assert told.returncode == 0, told.stderr
     lines = [json.loads(line) for line in told.stderr.splitlines()]
     assert {"INFO"} <= {line["level"] for line in lines}
-    assert any(line["message"] == "prelude-demo serves" for line in lines)
+    assert any(line["message"] == "prelude-demo is ready" for line in lines)
     assert not any(line["logger"].startswith("http") for line in lines), "the tour's own requests are not logged"
     assert "answers match the held-out ones" in told.stdout

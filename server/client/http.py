@@ -28,7 +28,7 @@ _GIVE_KEY = "Give a key: --api-key or PRELUDE_API_KEY"
 _OTHER_KEY = "The key that was sent is from --api-key or PRELUDE_API_KEY"
 
 OnBytes = Callable[[int], None]
-"""Told how many more bytes of files have been sent or received."""
+"""Called with the number of bytes sent or received since the last call."""
 
 
 class ClientError(Exception):

@@ -21,10 +21,10 @@ from server.training.settings import TrainSettings
 from server.training.soft_prompts import load_state, mean_norm, restore, save_state, state_of
 
 EVALUATIONS = 20
-"""So many times a run is evaluated, unless it is told otherwise."""
+"""Default number of evaluations per run."""
 
 BLOW_UP = 30.0
-"""A mean norm so many times that of the beginning, and of the vocabulary, is told: the rate was too high."""
+"""Factor over the initial mean norm, and the vocabulary's, above which a warning is given."""
 
 _STATE_FILE = "soft_prompt.safetensors"
 _BEST_FILE = "best.safetensors"
@@ -87,7 +87,7 @@ class SoftPromptTrainer(Trainer):
         pad_id: What fills rows; it is never attended to.
         untrained: Scores before the first step, which a gain is one over.
         tell: Called after each step and each evaluation.
-        warn: Called with what should be told.
+        warn: Called with warnings.
         vocabulary_norm: Mean norm of the model's input embeddings; None where keys and values are trained.
     """
 
@@ -197,8 +197,8 @@ class _Watcher(TrainerCallback):
         if norm > self._limit and not self._has_warned:
             self._has_warned = True
             self._warn(
-                f"step {state.global_step}: the soft prompt's mean norm is {norm:.3g} and began at {self._norm:.3g}: "
-                "it blows up. Lower --learning-rate"
+                f"step {state.global_step}: the soft prompt's mean norm is {norm:.3g}, up from {self._norm:.3g}: "
+                "it diverges. Lower --learning-rate"
             )
         control.should_training_stop = control.should_training_stop or self._is_out_of_patience()
 

@@ -1,4 +1,4 @@
-"""What should be told of a finished training: whether it helped, and what might help more."""
+"""Warnings about a finished training, with advice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STILL_FALLING = 0.1
 def doubts(
     method: Method, *, untrained: Scores, trained: Scores, best_step: int, losses: Sequence[tuple[int, float]]
 ) -> list[str]:
-    """Sentences that should worry whoever trained this; none if all is well.
+    """Warnings about a finished training; empty if there are none.
 
     Args:
         method: How it was trained.
@@ -25,23 +25,23 @@ def doubts(
     """
     if best_step == 0:
         return [
-            "no gain over the untrained prompt: what was saved is where training began. Try another --learning-rate, "
+            "no improvement over the untrained prompt, which was saved. Try another --learning-rate, "
             "more steps or more data"
         ]
     found = []
     if trained.accuracy == 0.0:
         text = (
-            f"no held-out row is answered to the letter, though the loss came from {untrained.loss:.3g} to "
-            f"{trained.loss:.3g}: every token of an answer has to be the likeliest. Train for more --epochs, or "
+            f"no held-out row is answered exactly, although the loss fell from {untrained.loss:.3g} to "
+            f"{trained.loss:.3g}: every token of an answer must be the most likely. Train for more --epochs, or "
             "with a higher --learning-rate"
         )
         if not method.is_key_values:
-            text += "; or by --method p_tuning_v2 or prefix_tuning, which can do more with a small model"
+            text += "; or use --method p_tuning_v2 or prefix_tuning, which are stronger on small models"
         found.append(text)
     if (fall := _late_fall(losses)) > STILL_FALLING:
         found.append(
-            f"the held-out loss was still falling at the end, by {fall:.0%} in the last quarter of the steps: more "
-            "--epochs would gain"
+            f"the held-out loss was still falling at the end, by {fall:.0%} in the last quarter of the steps: "
+            "train for more --epochs"
         )
     return found
 

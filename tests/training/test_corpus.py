@@ -62,7 +62,7 @@ def test_tasks_go_with_multitask_alone_and_count_from_nought(settings, tmp_path)
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=2))
     with pytest.raises(DatasetError, match="no row has the task_id 1, and there is one of 2"):
         load_corpus(settings(method=Method.MULTITASK, data=tasks))
-    with pytest.raises(DatasetError, match="which the method cpt does not know"):
+    with pytest.raises(DatasetError, match="which the method cpt does not support"):
         load_corpus(settings(method=Method.CPT, data=tasks))
 
 

@@ -159,7 +159,7 @@ def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, mon
 
     assert result["best_step"] == 0
     assert result["scores"]["trained"] == pytest.approx(result["scores"]["untrained"])
-    assert any(line.startswith("warning: no gain over the untrained prompt") for line in heard)
+    assert any(line.startswith("warning: no improvement over the untrained prompt") for line in heard)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_pa
 def test_a_norm_that_blows_up_is_told_once(settings, trained, heard):
     trained(settings(learning_rate=100.0, warmup_ratio=0.0))
 
-    assert sum("it blows up. Lower --learning-rate" in line for line in heard) == 1
+    assert sum("it diverges. Lower --learning-rate" in line for line in heard) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rows of a JSON Lines file, one at a time: what is wrong with one is told by its line and stops no other."""
+"""Read the rows of a JSON Lines file. An invalid row is reported with its line and does not stop the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells at its end, and while it goes on."""
+"""The summary and the progress bar of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.text import Text
 State = Literal["complete", "interrupted", "too_many_errors", "gave_up"]
 
 OnRows = Callable[[int, int], None]
-"""Told how many more rows have been written, and how many errors there are now."""
+"""Called with the number of new rows written, and the number of errors so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +73,13 @@ class Summary:
     def lines(self) -> Iterator[str]:
         """For people."""
         done = f"{self.rows_done:,} of {self.rows:,} rows" if self.rows_done < self.rows else f"{self.rows:,} rows"
-        before = f", {self.rows_before:,} of them by an earlier start" if self.rows_before else ""
+        before = f", {self.rows_before:,} of them before this start" if self.rows_before else ""
         yield f"{self.output}: {done}{before}, answered by {self.model}"
         codes = ", ".join(f"{code} {count:,}" for code, count in sorted(self.errors_by_code.items()))
         yield f"errors: {self.errors:,}" + (f" ({codes})" if codes else "")
-        yield f"tokens: {self.prompt_tokens:,} read, {self.completion_tokens:,} written"
+        yield f"tokens: {self.prompt_tokens:,} prompt, {self.completion_tokens:,} completion"
         retries = ", ".join(f"{code} {count:,}" for code, count in sorted(self.retries.items()))
-        yield f"requests: {self.requests:,}" + (f", of which again: {retries}" if retries else "")
+        yield f"requests: {self.requests:,}" + (f", retries: {retries}" if retries else "")
         yield f"{self.seconds:.1f} s, {self.rows_per_second:,.1f} rows/s"
 
 
@@ -91,7 +91,7 @@ class _Rate(ProgressColumn):
         self._first = first
 
     def render(self, task: Task) -> Text:
-        """The rate, or a dash as long as there is none."""
+        """The rate, or a dash until it is known."""
         elapsed = task.elapsed
         if not elapsed or task.completed <= self._first:
             return Text("- rows/s")
@@ -100,7 +100,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(what: str, total: int, done: int) -> Iterator[OnRows]:
-    """A bar on the standard error, where that is a terminal; rate, time left and errors beside it."""
+    """A progress bar on standard error, if that is a terminal, with rate, time left and errors."""
     if not sys.stderr.isatty():
         yield lambda _rows, _errors: None
         return
