@@ -71,7 +71,7 @@ async def test_others_have_no_tasks(client, engine, store, sentiment, eventually
     response = await ask(client, model=model, task_id=0)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "task_id")
-    assert f"{named} is none" in error["message"]
+    assert f"{named} is not one" in error["message"]
     assert engine.requests == []
     eventually(lambda: len(store.leased) == len(store.released))
 
