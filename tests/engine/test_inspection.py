@@ -145,7 +145,7 @@ async def test_inspections_never_hang(llama: Family, monkeypatch: pytest.MonkeyP
         os.kill(engine._connection.pid, signal.SIGSTOP)
         waiting = [asyncio.create_task(engine.inspect(source, num_nearest=1)) for _ in range(2)]
         await asyncio.sleep(0.05)
-        with pytest.raises(OverloadedError, match="2 inspections wait already"):
+        with pytest.raises(OverloadedError, match="2 inspections are waiting"):
             await engine.inspect(source, num_nearest=1)
         waiting[0].cancel()
         with pytest.raises(asyncio.CancelledError):
