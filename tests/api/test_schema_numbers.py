@@ -27,6 +27,7 @@ BIG = 2**53 + 1
         ({"const": {"a": [1, {"b": 10**400}]}}, "const"),
         ({"enum": [1, 2**64]}, "enum"),
         ({"const": 1e23}, "const"),
+        ({"const": float(2**53 - 1)}, "const"),  # written with a zero behind the point, which is one digit too many
         ({"const": 5.914578334801731e16}, "const"),
         ({"const": 1.0259818493301033e-60}, "const"),
         ({"const": 1e-23}, "const"),

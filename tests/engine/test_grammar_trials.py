@@ -45,6 +45,13 @@ def test_a_wrong_grammar_is_refused_in_words(trials: GrammarTrials, text: str) -
     assert trials.try_out('start: "a"', 10) >= 0
 
 
+def test_a_grammar_that_the_compiler_crashes_on_is_refused(trials: GrammarTrials) -> None:
+    schema = '{"type": "integer", "minimum": -9223372036854775808, "maximum": -9223372036854775808}'
+    with pytest.raises(GrammarError, match="the grammar compiler crashes on it"):
+        trials.try_out(f"start: %json {schema}", 10)
+    assert trials.try_out('start: "a"', 10) >= 0
+
+
 def test_a_grammar_that_takes_too_long_is_killed_and_the_next_is_not(trials: GrammarTrials) -> None:
     for _ in range(2):
         with pytest.raises(TooSlowError):

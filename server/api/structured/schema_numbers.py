@@ -14,6 +14,9 @@ _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _EXACT = 2**53
 """Up to here, every integer is a float, and so are its neighbours."""
 
+_MAX_EXCLUSIVE = 10**15
+"""Beyond it, up to 2**53, the compiler writes the digits of an exclusive bound with a zero behind the point."""
+
 _EXACT_POWERS = 22
 """Powers of ten that are floats, so that one product or quotient of a number's digits with them is rounded once."""
 
@@ -42,7 +45,7 @@ def check_numbers(schema: dict[str, Any]) -> None:
                 raise ValueError(f"should have a {key} of at most 15 digits, or one that 64-bit floats hold exactly")
         for key in _EXCLUSIVE:
             value = node.get(key)
-            if _is_number(value) and not (-_EXACT < value < _EXACT and _is_read(value)):
+            if _is_number(value) and not (-_MAX_EXCLUSIVE <= value <= _MAX_EXCLUSIVE and _is_read(value)):
                 raise ValueError(f"should have an {key} of at most 15 digits: larger numbers are not exact as floats")
         for key in VALUE_KEYWORDS:
             if not all(map(_is_exact_value, _numbers(node.get(key)))):
@@ -120,8 +123,14 @@ def _is_read(value: int | float) -> bool:
         return False
     if isinstance(value, int) and _INT64_MIN <= value <= _INT64_MAX:
         return number == value
-    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
-    return number == value and int("".join(map(str, digits))) <= _EXACT and abs(int(exponent)) <= _EXACT_POWERS
+    written = Decimal(repr(number))
+    if isinstance(value, int):
+        written = written.normalize()  # it is written without a point, and without the zero behind one
+    _, digits, exponent = written.as_tuple()
+    significand = int("".join(map(str, digits)))
+    # The zero behind a float's point is one of the digits that are read.
+    is_float = significand <= _EXACT or (digits[-1] == 0 and float(significand) == significand)
+    return number == value and is_float and abs(int(exponent)) <= _EXACT_POWERS
 
 
 def _with_parts(node: dict[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,8 @@ class GrammarTrials:
         """The memory that a grammar takes; raises what a bad one is refused with."""
         if verdict.killed_by in (signal.SIGPROF, signal.SIGKILL):
             raise TooSlowError
+        if verdict.killed_by == signal.SIGSEGV:  # such as a recursion without end, by a bound of -2**63
+            raise GrammarError("the grammar compiler crashes on it: make it simpler")
         if verdict.killed_by is not None:
             limit = self._memory_bytes >> 20
             raise GrammarError(f"it takes more than {limit} MiB of memory to compile: make it smaller")
