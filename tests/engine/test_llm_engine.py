@@ -117,7 +117,7 @@ def test_deadlines_end_what_waits_for_a_place_or_for_its_soft_prompt(
         outputs = {output.request_id: output for output in engine.step()}
     for name in ("waiting", "loading"):
         assert outputs[name].finish_reason is FinishReason.TIMEOUT
-        assert re.fullmatch(r"the request waited 0\.\d seconds .*", outputs[name].error)
+        assert re.fullmatch(r"the request timed out after 0\.\d seconds .*", outputs[name].error)
     assert engine.stats.num_timeouts == 2
     assert len(tokens(run(engine)["runs"])) > 0
     assert engine.num_unfinished == 0
@@ -203,7 +203,7 @@ def test_bfloat16_runs_every_type(llama: Family, make_engine: Callable[..., LLME
         ({"max_model_len": 999}, "--max-model-len 999 is more than the model's limit of 256"),
         ({"kv_cache_memory": 1000}, "MiB too few: raise --kv-cache-memory or lower --max-model-len"),
         ({"device": "cuda"}, "no CUDA device"),
-        ({"max_num_seqs": 99, "max_num_batched_tokens": 10}, "max_num_seqs 99 has to be"),
+        ({"max_num_seqs": 99, "max_num_batched_tokens": 10}, "max_num_seqs 99 must be"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str, llama: Family) -> None:
@@ -246,7 +246,7 @@ def test_a_damaged_weights_file_is_one_line(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(EngineStartError, match="cannot load the model .*damaged or cut short"):
+    with pytest.raises(EngineStartError, match="cannot load the model .*damaged or truncated"):
         LLMEngine(EngineSettings(model=str(tmp_path)))
 
 

@@ -35,7 +35,7 @@ def finish_step(scheduler: Scheduler, plan: StepPlan) -> None:
 
 
 def test_budgets_are_checked() -> None:
-    with pytest.raises(ValueError, match="max_num_seqs 9 has to be"):
+    with pytest.raises(ValueError, match="max_num_seqs 9 must be"):
         make(seqs=9, budget=8)
 
 
