@@ -168,7 +168,7 @@ def test_what_follows_an_early_answer_holds_the_connection_no_longer(
         while time.monotonic() - began < 30:
             connection.sendall(b"x")
             time.sleep(0.02)
-    assert b"431" not in answer + everything(connection)
+    assert b"HTTP/1.1 431" not in answer + everything(connection)  # a request id may hold any three digits
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/prompts"])
