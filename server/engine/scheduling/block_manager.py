@@ -309,8 +309,7 @@ class BlockManager:
         for index in range(num_kept, len(seq.block_hashes)):
             block_id, block_hash = seq.block_table[shared + index], seq.block_hashes[index]
             if self._by_hash.get(block_hash) == block_id:
-                del self._by_hash[block_hash]
-                self._blocks[block_id].block_hash = None
+                self.withdraw([block_id])
         del seq.block_hashes[num_kept:]
 
     def free(self, seq: Sequence) -> None:
