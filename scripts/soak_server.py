@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from scripts.faults.harness import TASKS, Baseline, Load, Report, Server, check_end, main, serve
-from tests.serving import adapter, upload
+from tests.support.serving import adapter, upload
 
 NUM_NAMES = 20
 SAMPLE_SECONDS = 2.0

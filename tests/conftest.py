@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest_plugins = ["tests.support.api_fixtures"]
+
 # A busy machine is no fault of what is tested.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")

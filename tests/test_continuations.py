@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.continuations import Context, continuations_of
 from server.tokenizer import Tokenizer
-from tests.vocabularies import KINDS, byte_level, sentencepiece_bpe, unigram, wordpiece
+from tests.support.vocabularies import KINDS, byte_level, sentencepiece_bpe, unigram, wordpiece
 
 TEXTS = ["the cat", "Question: fine? ", "é 日", "yes\n", "  a", "pos", "the pos", "b.", "", " "]
 LABELS = [" positive", "\npositive", "positive", "itive", "é", "\n", " ", ".", "s"]

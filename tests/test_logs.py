@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from server import logs
 from server.api.inference.request_record import MAX_LOGGED_CHARS, RequestRecord, log_request, logged_input
 from server.cli import app
-from tests.serving import BASE, adapter, serving, upload
+from tests.support.serving import BASE, adapter, serving, upload
 
 
 def made(**values: object) -> logging.LogRecord:

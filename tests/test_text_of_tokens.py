@@ -17,7 +17,7 @@ from server.api.inference.logprobs import ScoredToken, TokenScorer, completion_l
 from server.engine.detokenizer import REPLACEMENT, IncrementalDetokenizer, common_length, decided_length
 from server.engine.types import Logprobs
 from server.tokenizer import Tokenizer
-from tests.vocabularies import KINDS
+from tests.support.vocabularies import KINDS
 
 SENTENCES = ["the cat sat", "Question: fine?", "é 日本 🙂", "  a  b\n\nc", "\ufffd", "yes the"]
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from scripts.faults.harness import Baseline, Load, Proxy, Report, Uploads, check_end, main, serve
 from tests.prompt_store.databases import postgres_url
-from tests.waiting import seconds_until
+from tests.support.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int, seconds: float) -> Report:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from scripts.faults.harness import Baseline, Load, Report, Uploads, check_end, main, serve
-from tests.waiting import seconds_until
+from tests.support.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int) -> Report:

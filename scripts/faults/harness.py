@@ -25,8 +25,8 @@ from rich.table import Table
 from safetensors.numpy import load, save
 
 from server.demo.tour import HELDOUT_DIRECTORY
-from tests.serving import adapter, serving, upload
-from tests.waiting import seconds_until
+from tests.support.serving import adapter, serving, upload
+from tests.support.waiting import seconds_until
 
 TASKS = ("sentiment", "intent", "extract", "dates")
 FLAGS = ("--dtype", "float32", "--num-threads", "1", "--log-level", "WARNING")

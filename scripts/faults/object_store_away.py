@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scripts.faults.harness import Baseline, Load, Proxy, Report, Uploads, check_end, main, serve
 from tests.prompt_store.s3_server import BUCKET, s3_server
-from tests.waiting import seconds_until
+from tests.support.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int, seconds: float) -> Report:

@@ -21,7 +21,7 @@ from server.config import EngineSettings, HttpSettings
 from server.demo.tour import MODEL_DIRECTORY
 from server.engine.llm_engine import LLMEngine
 from server.errors import AuthenticationError, EngineStartError
-from tests.api.conftest import LiveServer
+from tests.support.live_server import LiveServer
 
 ROOT = Path(__file__).parent.parent.parent
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "zipfile", "tarfile"}

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.tracing import RequestTracer
-from tests.api.conftest import LiveServer
+from tests.support.live_server import LiveServer
 
 
 def test_requests_of_each_kind_are_traced(

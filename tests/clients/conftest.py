@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.clients.running import TASKS, ClientEnvironment, node_environment, python_environment
-from tests.serving import adapter, serving, upload
+from tests.support.serving import adapter, serving, upload
 
 
 @pytest.fixture(scope="session")

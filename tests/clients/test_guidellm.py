@@ -9,7 +9,7 @@ import pytest
 
 from tests.clients.documents import command
 from tests.clients.running import ClientEnvironment
-from tests.serving import BASE
+from tests.support.serving import BASE
 
 NUM_TOKENS = {"prompt": 64, "output": 32}
 

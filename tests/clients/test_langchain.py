@@ -6,7 +6,7 @@ import pytest
 
 from tests.clients.documents import example, expected_output
 from tests.clients.running import ClientEnvironment, heldout
-from tests.serving import BASE
+from tests.support.serving import BASE
 
 PAIRS = heldout("extract")[:6]
 BY_MODEL = {"model": "extract"}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from server.demo.tour import MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 from tests.clients.documents import command
 from tests.clients.running import ClientEnvironment, heldout
-from tests.serving import BASE
+from tests.support.serving import BASE
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL_DIRECTORY)
 LABELS = ("alarm", "call", "music", "payment", "restaurant", "translate", "travel", "weather")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.clients.documents import example, expected_output
 from tests.clients.running import ClientEnvironment, heldout
-from tests.serving import BASE
+from tests.support.serving import BASE
 
 PAIR = heldout("extract")[0]
 

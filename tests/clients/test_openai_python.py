@@ -13,7 +13,7 @@ import pytest
 
 from tests.clients.documents import example, expected_output
 from tests.clients.running import TASKS, heldout
-from tests.serving import BASE, serving
+from tests.support.serving import BASE, serving
 
 WAYS = [lambda task: {"model": task}, lambda task: {"model": BASE, "extra_body": {"prompt_id": task}}]
 by_either_name = pytest.mark.parametrize("named", WAYS, ids=["model", "prompt_id"])

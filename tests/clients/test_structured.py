@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from tests.clients.documents import example, expected_output
 from tests.clients.running import ClientEnvironment, heldout
-from tests.serving import BASE
+from tests.support.serving import BASE
 
 LABELS = {"positive", "negative"}
 TEXT = heldout("sentiment")[0]["input"]

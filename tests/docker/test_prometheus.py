@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.docker.tools import DOCKER, ROOT, run, tool
-from tests.serving import BASE, adapter, serving, upload
+from tests.support.serving import BASE, adapter, serving, upload
 
 RULES = DOCKER / "prometheus" / "rules.yml"
 DASHBOARDS = sorted((DOCKER / "grafana" / "dashboards").glob("*.json"))

@@ -10,8 +10,8 @@ import torch
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
 from server.engine.model.platform import Platform
-from tests.engine.harness import Family
-from tests.engine.harness import make_family as harness_make_family
+from tests.support.engine.harness import Family
+from tests.support.engine.harness import make_family as harness_make_family
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ from server.engine.messages import AddRequest
 from server.engine.model.platform import CPUPlatform
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from server.errors import EngineStartError
-from tests.engine.harness import CONTEXT, VOCABULARY, Family, add, greedy, random_text, run, tokens
+from tests.support.engine.harness import CONTEXT, VOCABULARY, Family, add, greedy, random_text, run, tokens
 
 TEXT = random_text(random.Random(3), 24, 24)
 

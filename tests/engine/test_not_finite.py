@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from server.engine.llm_engine import NOT_FINITE_SOFT_PROMPT, NOT_FINITE_TEXT, LLMEngine
 from server.engine.model.platform import CPUPlatform, Platform
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, TokenOutput
-from tests.engine.harness import VOCABULARY, Family, add, greedy, random_text, run, tokens
-from tests.engine.platforms import PlainPlatform
+from tests.support.engine.harness import VOCABULARY, Family, add, greedy, random_text, run, tokens
+from tests.support.engine.platforms import PlainPlatform
 
 RNG = random.Random(8)
 NAN_TOKEN = VOCABULARY - 1

@@ -19,8 +19,8 @@ from server.engine.llm_engine import LLMEngine
 from server.engine.model import exactness
 from server.engine.model.model_runner import ModelRunner
 from server.engine.model.platform import Platform
-from tests.engine.harness import Family
-from tests.engine.platforms import PlainPlatform
+from tests.support.engine.harness import Family
+from tests.support.engine.platforms import PlainPlatform
 
 POISONS = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e30]
 Make = Callable[[str], Family]
@@ -59,7 +59,7 @@ def platform_with(backend: str) -> Iterator[Platform | None]:
     if backend == "compiled":
         yield None
     elif backend == "triton":
-        from tests.engine.triton import DEVICE, triton_attention
+        from tests.support.engine.triton import DEVICE, triton_attention
 
         with patch.object(exactness, "PROBE_KEYS", 48):  # the interpreter is slow
             yield PlainPlatform([triton_attention.TritonBackend], device=DEVICE)

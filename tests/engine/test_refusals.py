@@ -10,7 +10,7 @@ import pytest
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.types import FinishReason, SamplingParams
-from tests.engine.harness import VOCABULARY, Family, add, greedy, run, tokens
+from tests.support.engine.harness import VOCABULARY, Family, add, greedy, run, tokens
 
 TEXT = [3, 1, 4, 1, 5]
 

@@ -16,8 +16,8 @@ from server.engine.attention.backend import SDPABackend
 from server.engine.cuda.triton_attention import TritonBackend
 from server.engine.llm_engine import LLMEngine
 from server.engine.model.platform import CUDAPlatform
-from tests.engine.families import FAMILIES
-from tests.engine.harness import (
+from tests.support.engine.families import FAMILIES
+from tests.support.engine.harness import (
     CONFIGS,
     MORE_CONFIGS,
     PEFT_CONFIGS,

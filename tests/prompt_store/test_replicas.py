@@ -15,7 +15,7 @@ from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef
 from tests.prompt_store.databases import postgres_url, refuse_connections
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 Files = dict[str, tuple[bytes, bytes]]
 

@@ -13,7 +13,7 @@ from server.continuations import Context
 from server.datasets import Conversation, DatasetError, LabelledText, Message, PromptCompletion
 from server.tokenizer import Tokenizer
 from server.training.encoding import Encoded
-from tests.vocabularies import sentencepiece_bpe
+from tests.support.vocabularies import sentencepiece_bpe
 
 CHAT = Conversation((Message("user", "Play some jazz."), Message("assistant", "music")))
 

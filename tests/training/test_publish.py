@@ -28,7 +28,7 @@ from server.training.publish import Difference, Publication
 from server.training.run_directory import RunDirectory
 from server.training.settings import Method
 from server.training.soft_prompts import make_soft_prompt
-from tests.serving import BASE, serving
+from tests.support.serving import BASE, serving
 from tests.training.conftest import make_model, rows, write_rows
 
 

@@ -15,7 +15,7 @@ once for everybody. What a sequence reserves is charged, not what it turns out t
 known before it runs.
 
 The bounds, all in tokens of cost, where q is the quantum and L the largest cost of one sequence. They are held by
-tests/engine/test_fair_queue.py.
+tests/engine/scheduling/test_fair_queue.py.
 
 - Within a tenant of p active soft prompts, a sequence that has C tokens of its own soft prompt up to its own end
   waits for less than ``I = (p - 1) * (C + q + L)`` tokens of the tenant's other soft prompts.

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from server.api.http.hosts import Hosts
 from server.config import Settings
 from server.errors import ConfigurationError
-from tests.api.keyed import locked
+from tests.support.keyed import locked
 
 LOOPBACK = ("localhost", "LocalHost:8000", "localhost.", "localhost.:1", "127.0.0.1", "127.0.0.1:80", "127.8.9.10:1")
 LOOPBACK += ("[::1]", "[::1]:8000", "[0:0:0:0:0:0:0:1]")

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from server.api.http.origins import EXPOSED_HEADERS, METHODS, Origins, is_foreign
 from server.config import Settings
 from server.errors import ConfigurationError
-from tests.api.keyed import bearer, locked
+from tests.support.keyed import bearer, locked
 
 EVIL = "https://evil.example"
 OWN = "http://localhost"

@@ -1,0 +1,434 @@
+"""Several soft prompts, one answer: what is combined, what is refused, and what is given back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.inference.ensemble import MAX_MEMBERS, decide, elect
+from server.engine.interface import GenerateRequest, TokenEvent
+from server.engine.types import Logprobs
+from server.errors import EngineDeadError
+from server.logs import FIELDS
+from tests.api.classification.test_classify import classifier_parts
+from tests.support.fake_engine import CONTEXT
+
+pytestmark = pytest.mark.anyio
+
+LABELS = ["x", "y", "z"]
+
+
+@pytest.fixture
+async def three(client, upload_parts) -> list[str]:
+    """Soft prompts of 4, 5 and 6 virtual tokens, by which the engine of ``speaking`` tells them apart."""
+    names = ["a", "b", "c"]
+    for rows, name in enumerate(names, 4):
+        (await client.post("/v1/prompts", **upload_parts(name, seed=rows, rows=rows))).raise_for_status()
+    return names
+
+
+@pytest.fixture
+def speaking(app, engine, monkeypatch) -> Callable[..., None]:
+    """Let the engine answer by the number of virtual tokens: with a text, with label scores, or with logits."""
+
+    def speak(
+        texts: dict[int, str] | None = None,
+        scores: dict[int, dict[str, float]] | None = None,
+        logits: dict[int, list[float]] | None = None,
+        sure: dict[int, float] | None = None,
+    ) -> None:
+        app.state.services.admission.capacity = 32
+        generate = engine.generate
+
+        async def answer(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+            rows = request.soft_prompt.num_virtual_tokens if request.soft_prompt else 0
+            if texts is not None:
+                engine.reply = texts[rows]
+            async for event in generate(request):
+                if scores is not None:
+                    label = bytes(request.prompt_token_ids[request.params.prompt_logprobs_start :]).decode()
+                    event = replace(event, prompt_logprobs=[Logprobs(scores[rows][label], [])])
+                if logits is not None:
+                    event = replace(event, class_logits=logits[rows])
+                if sure is not None and event.logprobs is not None:
+                    event = replace(event, logprobs=[Logprobs(sure[rows], []) for _ in event.logprobs])
+                yield event
+
+        monkeypatch.setattr(engine, "generate", answer)
+
+    return speak
+
+
+SCORES = {
+    4: {"x": 0.0, "y": -0.1, "z": -9.0},
+    5: {"x": 0.0, "y": -0.1, "z": -9.0},
+    6: {"x": -9.0, "y": 0.0, "z": -9.0},
+}
+"""Two members are just for x, one is all for y: the vote is x, the mean y."""
+
+
+@pytest.mark.parametrize(("how", "label"), [("vote", "x"), (None, "x"), ("mean", "y")])
+async def test_labels_by_vote_and_by_mean(client, three, speaking, how, label):
+    speaking(scores=SCORES)
+    alone = [
+        (await client.post("/v1/classify", json={"model": name, "input": "i", "labels": LABELS})).json()["data"][0]
+        for name in three
+    ]
+    body = {"model": three, "input": ["i", "j"], "labels": LABELS, "ensemble": how}
+    response = await client.post("/v1/classify", json=body)
+    reply = response.json()
+    assert response.status_code == 200, reply
+    assert response.headers["x-prelude-prompt"] == "a@1,b@1,c@1"
+    assert reply["model"] == "a,b,c"
+    assert [item["index"] for item in reply["data"]] == [0, 1]
+    first = reply["data"][0]
+    means = {name: sum(item["probabilities"][name] for item in alone) / 3 for name in LABELS}
+    assert first["label"] == label
+    assert first["probability"] == pytest.approx(means[label])
+    assert first["probabilities"] == pytest.approx(means)
+    assert first["probs"] == pytest.approx(list(means.values()))
+    assert first["votes"] == {"x": 2, "y": 1, "z": 0}
+    assert first["members"] == [
+        {"model": f"{name}@1", "label": item["label"], "probability": pytest.approx(item["probability"])}
+        for name, item in zip(three, alone, strict=True)
+    ]
+    assert "logprobs" not in first
+    usage = reply["usage"]
+    assert usage["prompt_tokens"] == 2 * 2 * 3
+    assert usage["prompt_tokens_details"]["virtual_tokens"] == 2 * (4 + 5 + 6)
+
+
+async def test_prompt_ids_and_the_base_as_a_member(client, three, speaking):
+    speaking(scores=SCORES | {0: SCORES[6]})
+    for fields, model in (({"model": "tiny"}, "tiny"), ({}, "tiny")):
+        body = {**fields, "prompt_ids": ["a", "c@latest"], "input": "i", "labels": LABELS}
+        reply = (await client.post("/v1/classify", json=body)).json()
+        assert reply["model"] == model
+        assert [member["model"] for member in reply["data"][0]["members"]] == ["a@1", "c@1"]
+    body = {"model": ["tiny", "tiny:a", "b@1"], "input": "i", "labels": LABELS}
+    reply = (await client.post("/v1/classify", json=body)).json()
+    assert [member["model"] for member in reply["data"][0]["members"]] == ["tiny", "a@1", "b@1"]
+
+
+async def test_heads_are_combined_by_the_names_of_their_labels(client, speaking):
+    for name, labels in (("one", ["u", "v", "w"]), ("two", ["w", "u", "v"]), ("odd", ["u", "v", "q"])):
+        parts = classifier_parts(name, metadata=json.dumps({"labels": labels}))
+        (await client.post("/v1/prompts", **parts)).raise_for_status()
+    speaking(logits={4: [5.0, 0.0, 0.0]})
+    reply = (await client.post("/v1/classify", json={"model": ["one", "two"], "input": "i"})).json()
+    (item,) = reply["data"]
+    assert item["votes"] == {"u": 1, "v": 0, "w": 1}
+    assert item["label"] == "u"
+    assert item["probabilities"]["u"] == pytest.approx(item["probabilities"]["w"])
+    assert "logits" not in item
+    error = (await client.post("/v1/classify", json={"model": ["one", "odd"], "input": "i"})).json()["error"]
+    assert (error["param"], "same labels" in error["message"]) == ("model", True)
+
+
+async def test_a_head_and_scored_labels_do_not_go_together(client, engine, three):
+    (await client.post("/v1/prompts", **classifier_parts("topics"))).raise_for_status()
+    for labels in (None, LABELS):
+        body = {"prompt_ids": ["topics", "a"], "input": "i", "labels": labels}
+        error = (await client.post("/v1/classify", json=body)).json()["error"]
+        assert (error["param"], "must all have a head" in error["message"]) == ("prompt_ids", True)
+    assert engine.requests == []
+
+
+async def test_the_most_frequent_text_wins(client, three, speaking):
+    speaking(texts={4: "no", 5: "yes", 6: "yes"})
+    body = {"model": three, "prompt": ["p", "qq"], "ensemble": "vote", "max_tokens": 8}
+    response = await client.post("/v1/completions", json=body)
+    reply = response.json()
+    assert response.status_code == 200, reply
+    assert response.headers["x-prelude-prompt"] == "a@1,b@1,c@1"
+    assert reply["model"] == "a,b,c"
+    first, second = reply["choices"]
+    assert (first["index"], first["text"], first["finish_reason"], first["logprobs"]) == (0, "yes", "stop", None)
+    assert second["index"] == 1
+    assert first["votes"] == {"no": 1, "yes": 2}
+    assert [(member["model"], member["text"]) for member in first["members"]] == [
+        ("a@1", "no"),
+        ("b@1", "yes"),
+        ("c@1", "yes"),
+    ]
+    usage = reply["usage"]
+    assert usage["prompt_tokens"] == 3 * (2 + 3)
+    assert usage["completion_tokens"] == 2 * (3 + 4 + 4)
+    assert usage["prompt_tokens_details"]["virtual_tokens"] == 2 * (4 + 5 + 6)
+
+
+@pytest.mark.parametrize(
+    ("sure", "text"),
+    [({4: -1.0, 5: -2.0}, "one"), ({4: -2.0, 5: -1.0}, "two"), ({4: -1.0, 5: -1.0}, "one")],
+)
+async def test_between_as_many_votes_the_surer_text_wins(client, three, speaking, sure, text):
+    speaking(texts={4: "one", 5: "two"}, sure=sure)
+    body = {"prompt_ids": ["a", "b"], "prompt": "p", "logprobs": 0, "return_token_ids": True}
+    (choice,) = (await client.post("/v1/completions", json=body)).json()["choices"]
+    assert choice["text"] == text
+    assert [member["logprob"] for member in choice["members"]] == list(sure.values())
+    assert len(choice["logprobs"]["tokens"]) == len(choice["token_ids"]) == 4
+
+
+async def test_a_text_by_the_mean_is_one_generation(client, app, engine, store, three):
+    app.state.services.admission.capacity = 32
+    body = {"model": three, "prompt": ["p", "qq"], "ensemble": "mean", "max_tokens": 30, "n": 2, "logprobs": 0}
+    response = await client.post("/v1/completions", json=body)
+    reply = response.json()
+    assert response.status_code == 200, reply
+    assert response.headers["x-prelude-prompt"] == "a@1,b@1,c@1"
+    assert reply["model"] == "a,b,c"
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert {choice["text"] for choice in reply["choices"]} == {"hello world"}
+    assert all(len(choice["logprobs"]["tokens"]) == 12 for choice in reply["choices"])
+    assert not {"votes", "members"} & set(reply["choices"][0])
+    usage = reply["usage"]
+    assert usage["prompt_tokens"] == 3 * (2 + 3)
+    assert usage["completion_tokens"] == 4 * 12
+    assert usage["prompt_tokens_details"]["virtual_tokens"] == 2 * (4 + 5 + 6)
+    assert len(engine.requests) == 4
+    for request in engine.requests:
+        members = [request.soft_prompt, *request.others]
+        assert [member.num_virtual_tokens for member in members] == [4, 5, 6]
+    await client.get("/v1/prompts")
+    assert len(store.leased) == len(store.released) == 3
+
+
+async def test_a_mean_can_be_streamed_and_echoed_and_have_the_base_as_a_member(client, engine, three):
+    body = {"model": ["b", "tiny"], "prompt": "p", "ensemble": "mean", "echo": True}
+    assert (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"] == "phello world"
+    assert (engine.requests[0].soft_prompt.num_virtual_tokens, engine.requests[0].others) == (5, (None,))
+    response = await client.post("/v1/completions", json=body | {"stream": True})
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "phello world"
+    assert response.headers["x-prelude-prompt"] == "b@1"
+
+
+def test_each_member_of_a_mean_has_a_place(live, engine, upload_parts, eventually):
+    for rows, name in ((4, "a"), (5, "b"), (6, "c")):
+        httpx.post(f"{live.url}/v1/prompts", **upload_parts(name, rows=rows, seed=rows)).raise_for_status()
+    admission = live.server._services.admission
+    engine.stall_after = 2
+    body = {"model": ["a", "b", "c"], "prompt": ["p", "q"], "ensemble": "mean", "stream": True}
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()  # closed, it would close the response
+        next(lines)
+        assert admission.num_in_use == 6
+        late = httpx.post(f"{live.url}/v1/completions", json=body | {"prompt": "p", "stream": False})
+        assert (late.status_code, late.json()["error"]["code"]) == (429, "overloaded")
+    eventually(lambda: admission.num_in_use == 0 and engine.in_flight == 0)
+    assert {ending for _, ending in engine.ended} == {"abort"}
+    text = httpx.get(f"{live.url}/metrics").text
+    for name in "abc":
+        assert f'prelude_requests_total{{outcome="abort",prompt="{name}"}} 1.0' in text
+
+
+async def test_what_a_mean_can_not_have_is_refused(client, app, engine, store, three, upload_parts):
+    body = {"model": three, "prompt": "p", "ensemble": "mean"}
+    (await client.post("/v1/prompts", **classifier_parts("topics"))).raise_for_status()
+    (await client.post("/v1/prompts", **upload_parts("d", seed=7, rows=4))).raise_for_status()
+    (await client.post("/v1/prompts", **upload_parts("e", seed=8, rows=4))).raise_for_status()
+    room = CONTEXT - 6 - 2
+    assert (await client.post("/v1/completions", json=body | {"max_tokens": room})).status_code == 200
+    num_asked = len(engine.requests)
+    for fields, param, what in (
+        ({"model": [*three, "topics"]}, "model", "not for generation"),
+        ({"model": [*three, "d", "e"]}, "model", "5 is more than the 4 sequences that run at once"),
+        ({"prompt_ids": ["a", "b", "a@latest"], "model": "tiny"}, "prompt_ids", "named twice"),
+        ({"max_tokens": room + 1}, "max_tokens", "6 virtual tokens"),
+        ({"prompt": ["p"] * 3}, "prompt", "9 sequences"),
+        ({"prompt": ["p"] * 2, "n": 2}, "n", "12 sequences"),
+    ):
+        response = await client.post("/v1/completions", json=body | fields)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param), error
+        assert what in error["message"]
+    assert len(engine.requests) == num_asked
+    await client.get("/v1/prompts")
+    assert len(store.leased) == len(store.released)
+    assert app.state.services.admission.num_in_use == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": []}, "model"),
+        ({"model": ["a"]}, "model"),
+        ({"model": ["a", "a"]}, "model"),
+        ({"model": ["a", 1]}, "model"),
+        ({"model": {"a": 1}}, "model"),
+        ({"model": ["a", "\ud800"]}, "model[1]"),
+        ({"model": [f"a{index}" for index in range(MAX_MEMBERS + 1)]}, "model"),
+        ({"prompt_ids": ["a"]}, "prompt_ids"),
+        ({"prompt_ids": "a"}, "prompt_ids"),
+        ({"prompt_ids": ["a", "No"]}, "prompt_ids"),
+        ({"prompt_ids": ["a", "b"], "model": "c"}, "prompt_ids"),
+        ({"prompt_ids": ["a", "b"], "model": ["a", "b"]}, "prompt_ids"),
+        ({"prompt_ids": ["a", "b"], "prompt_id": "c"}, "prompt_id"),
+        ({"model": ["a", "b"], "prompt_id": "c"}, "prompt_id"),
+        ({"model": ["a", "a@1"]}, "model"),
+        ({"prompt_ids": ["a", "b", "a@latest"]}, "prompt_ids"),
+        ({"model": ["a", "b"], "ensemble": "median"}, "ensemble"),
+        ({"model": "a", "ensemble": "vote"}, "ensemble"),
+        ({"ensemble": "mean"}, "ensemble"),
+        ({"model": ["a", "b"], "task_id": 1}, "task_id"),
+        ({"model": ["a", "b", "c"], "input": ["1", "2"], "prompt": ["1", "2", "3"]}, ("input", "prompt")),
+    ],
+)
+async def test_bad_fields_are_named(client, engine, app, store, three, path, fields, param):
+    body = {"input": "i", "labels": ["x", "y"]} if path == "/v1/classify" else {"prompt": "i"}
+    if isinstance(param, tuple):
+        param = param[path != "/v1/classify"]
+    response = await client.post(
+        path, content=json.dumps(body | fields), headers={"content-type": "application/json"}
+    )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+    assert engine.requests == []
+    assert app.state.services.admission.num_in_use == 0
+    await client.get("/v1/prompts")
+    assert len(store.leased) == len(store.released)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": True}, "stream"),
+        ({"n": 2}, "n"),
+        ({"echo": True}, "echo"),
+        ({"ensemble": "mean", "echo": True, "logprobs": 0}, "echo"),
+    ],
+)
+async def test_what_only_one_soft_prompt_does(client, engine, three, fields, param):
+    response = await client.post("/v1/completions", json={"model": three, "prompt": "i"} | fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+    assert engine.requests == []
+
+
+async def test_conversations_have_one_soft_prompt(client, three):
+    messages = [{"role": "user", "content": "i"}]
+    for name, value in (("model", three), ("prompt_ids", three), ("ensemble", "vote")):
+        response = await client.post("/v1/chat/completions", json={name: value, "messages": messages})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": ["a", "gone"]}, "model"),
+        ({"prompt_ids": ["a", "gone"]}, "prompt_ids"),
+        ({"model": ["a", "b@9"]}, "model"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
+async def test_one_that_is_not_there_is_named(client, engine, app, store, three, path, fields, param):
+    body = {"input": "i", "labels": LABELS, "prompt": "i"} | fields
+    response = await client.post(path, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (404, param)
+    assert ("gone" if "gone" in str(fields) else "b") in error["message"]
+    await client.get("/v1/prompts")
+    assert len(store.leased) == len(store.released) > 0
+    assert app.state.services.admission.num_in_use == 0
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "how"), [("/v1/classify", "vote"), ("/v1/completions", "vote"), ("/v1/completions", "mean")]
+)
+async def test_one_failure_fails_all_and_leaves_nothing(client, app, engine, store, three, path, how):
+    engine.failure = EngineDeadError("it died")
+    body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i", "ensemble": how}
+    assert (await client.post(path, json=body)).status_code == 503
+    await client.get("/v1/prompts")
+    assert len(store.leased) == len(store.released) == 3
+    assert app.state.services.admission.num_in_use == 0
+    assert engine.in_flight == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
+async def test_a_full_server_takes_none_of_it(client, app, store, three, path):
+    body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
+    with app.state.services.admission.permits(6):
+        response = await client.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+    assert app.state.services.admission.num_in_use == 0
+    await client.get("/v1/prompts")
+    assert store.leased == []
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
+def test_a_client_that_goes_ends_all_members(live, engine, upload_parts, eventually, path):
+    for rows, name in ((4, "a"), (5, "b")):
+        httpx.post(f"{live.url}/v1/prompts", **upload_parts(name, rows=rows, seed=rows)).raise_for_status()
+    engine.step_seconds = 30.0
+    body = {"model": ["a", "b"], "input": "i", "labels": ["x"], "prompt": "i"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{live.url}{path}", json=body, timeout=0.3)
+    eventually(lambda: len(engine.requests) == 2 and engine.in_flight == 0)
+    assert {ending for _, ending in engine.ended} == {"abort"}
+
+
+@pytest.mark.parametrize(("how", "num_new"), [("vote", 6), ("mean", 2)])
+async def test_it_counts_as_one_request_of_a_key(client, app, engine, three, how, num_new):
+    from server.api.keys.callers import ANYBODY
+    from server.api.keys.limits import KeyLimiter, Limits
+
+    limiter = KeyLimiter(Limits(requests_per_minute=1, max_concurrency=1, tokens_per_minute=1000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.api.inference.entry.caller_of", lambda _: replace(ANYBODY, limiter=limiter))
+        body = {"model": three, "prompt": "i", "max_tokens": 2, "ensemble": how}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        assert (await client.post("/v1/completions", json=body)).status_code == 429
+    assert limiter.num_running == 0
+    used = 1000 - int(limiter.headers["x-ratelimit-remaining-tokens"])
+    assert used in {3 * 2 + num_new, 3 * 2 + num_new - 1}  # a part of a token may have come back meanwhile
+
+
+probabilities = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3)
+
+
+@given(rows=st.lists(probabilities, min_size=1, max_size=7))
+def test_decisions_against_plain_counting(rows):
+    mean, vote = decide(rows, "mean"), decide(rows, "vote")
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    assert mean.probabilities == vote.probabilities == pytest.approx(means)
+    assert mean.probabilities[mean.best] == max(mean.probabilities)
+    favourites = [row.index(max(row)) for row in rows]
+    assert vote.votes == mean.votes == [favourites.count(index) for index in range(3)]
+    assert vote.votes[vote.best] == max(vote.votes)
+    rivals = [vote.probabilities[index] for index in range(3) if vote.votes[index] == max(vote.votes)]
+    assert vote.probabilities[vote.best] == max(rivals)
+
+
+@given(pairs=st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 0)), min_size=1, max_size=8))
+def test_elections_against_plain_counting(pairs):
+    texts, likelihoods = [text for text, _ in pairs], [float(value) for _, value in pairs]
+    index, votes = elect(texts, likelihoods)
+    assert votes == {text: texts.count(text) for text in texts}
+    assert votes[texts[index]] == max(votes.values())
+    assert texts.index(texts[index]) == index
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
+async def test_one_line_of_the_log_and_a_count_for_each_member(client, three, caplog, path):
+    with caplog.at_level("INFO", logger="server.api.inference.request_record"):
+        body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
+        usage = (await client.post(path, json=body)).json()["usage"]
+    (line,) = [
+        getattr(record, FIELDS) for record in caplog.records if record.name == "server.api.inference.request_record"
+    ]
+    assert (line["model"], line["prompt"], line["outcome"]) == ("a,b,c", "a@1,b@1,c@1", "stop")
+    assert line["prompt_tokens"] == usage["prompt_tokens"] == 6
+    assert line["virtual_tokens"] == 4 + 5 + 6
+    assert "version" not in line
+    text = (await client.get("/metrics")).text
+    for name in three:
+        assert f'prelude_requests_total{{outcome="stop",prompt="{name}"}} 1.0' in text

@@ -1,0 +1,252 @@
+"""Key files, environment keys, reloading, and the scopes that paths need."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import tomllib
+from dataclasses import replace
+from hashlib import sha256
+
+import httpx
+import pytest
+from fastapi.routing import iter_route_contexts
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from server.api.keys import keys as auth
+from server.api.keys.callers import ALL_SCOPES, Scope
+from server.api.keys.key_file import new_key, read_keys
+from server.api.keys.keys import ApiKeys, collect_keys
+from server.api.operations import OPEN_PATHS, SCOPES
+from server.cli import app as cli
+from server.config import HttpSettings
+from server.errors import AuthenticationError, ConfigurationError
+from tests.support.keyed import bearer, locked
+
+pytestmark = pytest.mark.anyio
+
+HASH = "sha256:" + sha256(b"key-b").hexdigest()
+
+ENTRIES = f"""
+[[keys]]
+key = "key-a"
+tenant = "acme"
+scopes = ["generate", "prompts:read"]
+
+[[keys]]
+key = "{HASH}"
+tenant = "acme"
+scopes = ["prompts:write"]
+
+[[keys]]
+key = "key-c"
+scopes = ["admin"]
+"""
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    path = tmp_path / "keys.toml"
+    path.write_text(ENTRIES)
+    return path
+
+
+@pytest.fixture
+def app(make_app, settings, key_file, monkeypatch):
+    monkeypatch.setattr(auth, "POLL_SECONDS", 0.01)
+    return locked(make_app, settings, key_file, ENTRIES)
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not await condition():  # noqa: ASYNC110 - as a client would wait
+            await asyncio.sleep(0.01)
+
+
+def test_entries(key_file, tmp_path):
+    as_json = tmp_path / "keys.json"
+    as_json.write_text(json.dumps(tomllib.loads(ENTRIES)))
+    for path in (key_file, as_json):
+        keys = ApiKeys(read_keys(path))
+        first, second, third = (keys.check(f"bearer {key}") for key in ("key-a", "key-b", "key-c"))
+        assert (first.tenant, first.scopes) == ("acme", {Scope.GENERATE, Scope.PROMPTS_READ})
+        assert (second.tenant, second.scopes) == ("acme", {Scope.PROMPTS_WRITE})
+        assert third.tenant == third.name == f"key-{sha256(b'key-c').hexdigest()[:12]}"
+        with pytest.raises(AuthenticationError):
+            keys.check(f"Bearer {HASH}")  # whoever reads the file does not have the key
+
+
+def test_plain_lines_may_be_hashes(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"\ufeffkey-a\n{HASH}\n", encoding="utf-8")
+    keys = ApiKeys(read_keys(path))
+    callers = [keys.check(f"Bearer {key}") for key in ("key-a", "key-b")]
+    assert all(caller.scopes == ALL_SCOPES for caller in callers)
+    assert callers[0].tenant != callers[1].tenant
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("k", "a\n\n# c\na\n", "line 4: the same key appears at line 1"),
+        ("k", "a\nsha256:12\n", "line 2: after sha256:"),
+        ("k", "a\x7fb\n", "line 1: a key must not be empty"),
+        ("k.toml", "keys = 3", r"\$\.keys"),
+        ("k.toml", "[[keys]\n", "line 1"),
+        ("k.toml", "", "missing required field `keys`"),
+        ("k.toml", "keys = []", "contains no key"),
+        ("k.json", "{", "truncated"),
+        ("k.json", "[" * 100_000, "k.json"),
+        ("k.json", '{"keys": [{"key": "a", "scopes": ["generate"]}, {"key": "a"}]}', r"keys\[1\]"),
+        ("k.json", '{"keys": [{"key": "a", "scopes": ["all"]}]}', r"keys\[0\].scopes\[0\]"),
+        ("k.json", '{"keys": [{"key": "a", "scopes": []}]}', r"keys\[0\].scopes: must contain some"),
+        ("k.json", '{"keys": [{"key": " a", "scopes": ["admin"]}]}', r"keys\[0\].key: a key"),
+        ("k.json", '{"keys": [{"key": "", "scopes": ["admin"]}]}', r"keys\[0\].key: a key"),
+        ("k.json", '{"keys": [{"key": "a", "scopes": ["admin"], "tenant": "A B"}]}', r"keys\[0\].tenant"),
+        ("k.json", '{"keys": [{"key": "a", "scopes": ["admin"], "tenants": "a"}]}', "tenants"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, name, text, reason):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=reason):
+        read_keys(path)
+
+
+@given(text=st.text(max_size=60), name=st.sampled_from(["k", "k.toml", "k.json"]))
+def test_any_file_is_read_or_refused(tmp_path_factory, text, name):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        keys = read_keys(path)
+    except ConfigurationError:
+        return
+    assert all(len(key.digest) == 32 and key.caller.tenant for key in keys)
+
+
+def test_an_error_does_not_tell_the_key(tmp_path):
+    path = tmp_path / "k.json"
+    path.write_text('{"keys": [{"key": "very secret ", "scopes": ["admin"]}]}')
+    with pytest.raises(ConfigurationError) as error:
+        read_keys(path)
+    assert "secret" not in str(error.value)
+
+
+def test_keys_of_the_environment(key_file):
+    http = HttpSettings(api_key_file=key_file, api_keys=("key-d",))
+    assert ApiKeys(collect_keys(http)).check("Bearer key-d").scopes == ALL_SCOPES
+    assert "key-d" not in repr(http)
+    with pytest.raises(ConfigurationError, match=r"api_keys\[0\] also appears in the API key file"):
+        collect_keys(replace(http, api_keys=("key-a",)))
+    with pytest.raises(ConfigurationError, match=r"api_keys\[1\]: the same key"):
+        collect_keys(HttpSettings(api_keys=("x", "x")))
+
+
+def test_the_command_makes_what_the_server_takes(tmp_path):
+    runner = CliRunner()
+    for arguments, name in (([], "k"), (["--tenant", "acme", "--scope", "generate"], "k.toml")):
+        result = runner.invoke(cli, ["key", *arguments])
+        assert result.exit_code == 0
+        secret = result.stderr.split()[-1]
+        assert secret not in result.stdout
+        (tmp_path / name).write_text(result.stdout)
+        caller = ApiKeys(read_keys(tmp_path / name)).check(f"Bearer {secret}")
+        assert (caller.scopes == {Scope.GENERATE}) == bool(arguments)
+    assert caller.tenant == "acme"
+    refused = runner.invoke(cli, ["key", "--scope", "everything"])
+    assert refused.exit_code == 1
+    assert "everything" in refused.stderr
+    assert new_key()[0] != new_key()[0]
+
+
+async def test_a_changed_file_is_read_again(client, key_file, caplog):
+    async def status(key):
+        return (await client.get("/v1/models", headers=bearer(key))).status_code
+
+    async def counted(outcome):
+        text = (await client.get("/metrics", headers=bearer("key-c"))).text
+        return f'prelude_api_key_reloads_total{{outcome="{outcome}"}} 1.0' in text
+
+    assert (await status("key-a"), await status("key-e")) == (200, 401)
+    key_file.write_text(ENTRIES.replace("key-a", "key-e"))
+    await until(lambda: counted("success"))
+    assert (await status("key-a"), await status("key-e")) == (401, 200)
+    key_file.write_text("keys = [")
+    await until(lambda: counted("failure"))
+    assert await status("key-e") == 200
+    assert "the API keys were not reloaded" in caplog.text
+
+
+async def test_a_hangup_reads_it_again(client):
+    os.kill(os.getpid(), signal.SIGHUP)
+
+    async def counted():
+        text = (await client.get("/metrics", headers=bearer("key-c"))).text
+        return 'prelude_api_key_reloads_total{outcome="success"} 1.0' in text
+
+    await until(counted)
+
+
+def methods_and_paths(app):
+    """Every route, of included routers too; fails where something without methods is mounted."""
+    return [(method, route.path) for route in iter_route_contexts(app.routes) for method in sorted(route.methods)]
+
+
+def test_every_route_has_its_scopes(app):
+    served = set(methods_and_paths(app))
+    assert ("POST", "/v1/completions") in served
+    assert {(method, path) for method, path in served if path not in OPEN_PATHS} == SCOPES.keys()
+
+
+async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app, client):
+    may = {"key-a": {"generate", "prompts:read"}, "key-b": {"prompts:write"}, "key-c": {"admin"}}
+    for method, path in methods_and_paths(app):
+        if path in OPEN_PATHS:
+            continue
+        url = path.replace("{version}", "1").replace("{model_id:path}", "x/y").replace("{", "").replace("}", "")
+        needed = SCOPES[method, path]
+        for key, scopes in may.items():
+            response = await client.request(method, url, headers=bearer(key))
+            is_refused = bool(needed) and not needed & scopes
+            assert (response.status_code == 403) == is_refused, (method, path, key)
+            if is_refused and method != "HEAD":
+                error = response.json()["error"]
+                assert (error["code"], error["type"]) == ("insufficient_scope", "invalid_request_error")
+                assert f'scope="{" ".join(sorted(needed))}"' in response.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_metrics_need_no_key_where_the_operator_says_so_and_nothing_else_is_open(
+    make_app, settings, tmp_path, is_open
+) -> None:
+    changed = replace(settings, http=replace(settings.http, open_metrics=is_open))
+    app = locked(make_app, changed, tmp_path / "keys", "k")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        for method in ("GET", "HEAD"):
+            assert (await client.request(method, "/metrics")).status_code == (200 if is_open else 401)
+        assert (await client.post("/metrics")).status_code == (405 if is_open else 401)
+        for path in ("/v1/models", "/v1/prompts", "/metrics/", "//metrics", "/docs"):
+            assert (await client.get(path)).status_code == 401
+        assert (await client.get("/metrics", headers=bearer("k"))).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/no-such", "/v1/", "/live/", "//v1/models", "/v1/prompts/../metrics"])
+async def test_what_is_not_in_the_table_is_not_served(app, client, path):
+    @app.get("/no-such")
+    async def forgotten() -> str:
+        return "a route without an entry"
+
+    response = await client.get(path, headers=bearer("key-c"))
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "not_found"
+
+
+async def test_wrong_methods(client):
+    response = await client.delete("/v1/models", headers=bearer("key-c"))
+    assert response.status_code == 405
+    assert response.json()["error"]["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "GET"

@@ -1,0 +1,152 @@
+"""An upload is tried by the engine before it is published, and leaves nothing where the model cannot use it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.api.prompts.probing import MAX_TASKS, NEW_TOKENS, PROBE_TEXT
+from server.errors import EngineDeadError, NotFiniteError, RequestFailedError, WaitTimeoutError
+from tests.support.byte_tokenizer import BOS
+from tests.support.fake_engine import CONTEXT
+
+pytestmark = pytest.mark.anyio
+
+OVERFLOW = NotFiniteError("the model computed a value that is not finite for this text")
+
+
+def files_under(settings):
+    kept = Path(settings.store.location)
+    return [path for folder in ("blobs", "staging") for path in (kept / folder).rglob("*") if path.is_file()]
+
+
+async def test_an_upload_is_tried_by_a_short_text(client, engine, upload_parts):
+    response = await client.post("/v1/prompts", **upload_parts())
+    assert response.status_code == 201
+    ((source, text, max_tokens, salt, max_wait),) = engine.probed
+    assert (source.digest, source.num_virtual_tokens, source.task_id) == (response.json()["digest"], 4, None)
+    assert (text, max_tokens, salt, max_wait) == ([BOS, *PROBE_TEXT.encode()], NEW_TOKENS, "", None)
+    assert "staging" in source.path  # nothing is a blob yet
+
+
+async def test_what_the_model_cannot_compute_with_is_refused_and_leaves_nothing(
+    client, engine, settings, store, upload_parts
+):
+    before = files_under(settings)
+    engine.probe_failures = {None: OVERFLOW}
+    response = await client.post("/v1/prompts", **upload_parts())
+    error = response.json()["error"]
+    message = (
+        "the base model cannot compute with this soft prompt: "
+        "the model computed a value that is not finite for this text"
+    )
+    assert (response.status_code, error["code"], error["message"]) == (400, "invalid_prompt", message)
+    assert error["details"] == [
+        {
+            "code": "not_finite_in_model",
+            "message": message,
+            "file": "adapter_model.safetensors",
+            "field": "prompt_embeddings",
+        }
+    ]
+    assert (await client.get("/v1/prompts/sentiment")).status_code == 404
+    assert (await client.get("/v1/prompts")).json()["data"] == []
+    assert files_under(settings) == before
+    assert store.leased == []
+    engine.probe_failures = {}
+    assert (await client.post("/v1/prompts", **upload_parts())).json()["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (EngineDeadError("the engine process ended"), 503, "engine_dead"),
+        (WaitTimeoutError("the request waited 2 seconds"), 503, "overloaded_waiting"),
+        (RequestFailedError("it cannot be read"), 500, "request_failed"),
+    ],
+)
+async def test_what_cannot_be_tried_now_is_not_published(
+    client, engine, settings, upload_parts, failure, status, code
+):
+    before = files_under(settings)
+    engine.probe_failures = {None: failure}
+    response = await client.post("/v1/prompts", **upload_parts())
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert (await client.get("/v1/prompts/sentiment")).status_code == 404
+    assert files_under(settings) == before
+
+
+async def test_while_the_engine_is_away_uploads_are_put_off(client, engine, upload_parts):
+    engine.outage = "the engine process was killed by signal 9"
+    response = await client.post("/v1/prompts", **upload_parts())
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_restarting")
+    assert int(response.headers["retry-after"]) > 0
+    engine.outage = None
+    assert (await client.post("/v1/prompts", **upload_parts())).status_code == 201
+
+
+@pytest.mark.parametrize(("room", "num_text", "num_new"), [(2, 1, 1), (3, 1, 2), (9, 7, 2)])
+async def test_a_long_soft_prompt_gets_the_text_that_fits(client, engine, upload_parts, room, num_text, num_new):
+    response = await client.post("/v1/prompts", **upload_parts(rows=CONTEXT - room))
+    assert response.status_code == 201
+    ((_, text, max_tokens, _, _),) = engine.probed
+    assert (len(text), max_tokens) == (num_text, num_new)
+
+
+async def test_the_tasks_of_a_multitask_prompt_are_tried_one_by_one(client, engine, other_parts):
+    parts = other_parts("tasks")
+    engine.probe_failures = {2: OVERFLOW}
+    response = await client.post("/v1/prompts", **parts)
+    assert response.status_code == 400
+    assert "task 2 of this soft prompt" in response.json()["error"]["message"]
+    assert [source.task_id for source, *_ in engine.probed] == [0, 1, 2]
+
+
+async def test_no_more_than_some_tasks_are_tried(client, engine, monkeypatch, other_parts):
+    monkeypatch.setattr("server.api.prompts.probing.MAX_TASKS", 2)
+    assert MAX_TASKS > 2
+    assert (await client.post("/v1/prompts", **other_parts("tasks"))).status_code == 201
+    assert [source.task_id for source, *_ in engine.probed] == [0, 1]
+
+
+async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(make_app, settings, engine, upload_parts):
+    engine.step_seconds = 0.05
+    settings = replace(
+        settings,
+        engine=replace(settings.engine, max_num_seqs=1),
+        http=replace(settings.http, max_waiting=0, max_wait_seconds=7.0),
+    )
+    app = make_app(settings)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+    ):
+        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
+            await asyncio.sleep(0.001)
+        assert (await client.post("/v1/prompts", **upload_parts())).status_code == 201
+        assert engine.probed[0][-1] == 7.0
+        engine.stall_after = 1
+        busy = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}))
+        while not engine.in_flight:  # noqa: ASYNC110 - a count, not an event
+            await asyncio.sleep(0.001)
+        response = await client.post("/v1/prompts", **upload_parts("other"))
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+        engine.stall_after = None
+        assert (await busy).status_code == 200
+
+
+@pytest.mark.parametrize(("found", "tried"), [([5, 999, 6], [5, 6]), ([999], [0])])
+async def test_tokens_without_a_row_are_left_out_of_the_text(
+    client, engine, tokenizer, monkeypatch, upload_parts, found, tried
+):
+    async def encode(texts: list[str], **_: object) -> list[list[int]]:
+        return [list(found) for _ in texts]
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    assert (await client.post("/v1/prompts", **upload_parts())).status_code == 201
+    ((_, text, *_),) = engine.probed
+    assert text == tried

@@ -1,0 +1,165 @@
+"""What is answered while the store is away: 503, and of another tenant's name what is said of one that never was."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from prompt_store.catalog.catalog import Catalog
+from prompt_store.catalog.watch import CatalogStatus
+from prompt_store.errors import StoreUnavailableError
+from server.api.operations import SCOPES
+from tests.support.keyed import bearer, locked
+
+pytestmark = pytest.mark.anyio
+
+KEYS = """
+[[keys]]
+key = "a"
+tenant = "a"
+scopes = ["generate", "prompts:read", "prompts:write"]
+
+[[keys]]
+key = "b"
+tenant = "b"
+scopes = ["generate", "prompts:read", "prompts:write"]
+requests_per_minute = 10000
+"""
+
+VALUES = {"{version}": "1", "{filename}": "adapter_config.json", "{alias}": "latest"}
+
+NAMING = [
+    ("/v1/completions", {"prompt": "x"}),
+    ("/v1/completions", {"prompt": "x", "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ("/v1/classify", {"input": "x", "labels": ["a", "b"]}),
+    ("/tokenize", {"prompt": "x"}),
+    ("/detokenize", {"tokens": [1]}),
+]
+
+REQUESTS = [
+    *(
+        (method, path.replace("{model_id:path}", "{id}"), {"PUT": {"version": 1}, "POST": {}}.get(method))
+        for method, path in SCOPES
+        if "{id}" in path or "{model_id" in path
+    ),
+    *(
+        ("POST", path, body | naming)
+        for path, body in NAMING
+        for naming in ({"model": "{id}"}, {"prompt_id": "{id}"})
+    ),
+    *(("POST", path, body | {"model": "{id}@1"}) for path, body in NAMING),
+    ("POST", "/v1/completions", {"prompt": "x", "model": ["{id}", "tiny"]}),
+    ("POST", "/v1/classify", {"input": "x", "labels": ["a"], "prompt_ids": ["{id}", "{id}@1"]}),
+]
+
+
+@pytest.fixture
+def app(make_app, settings, tmp_path):
+    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
+
+
+async def upload(client, upload_parts, name, key):
+    response = await client.post("/v1/prompts", headers=bearer(key), **upload_parts(name))
+    assert response.status_code == 201
+
+
+def filled(value, name):
+    if isinstance(value, dict):
+        return {key: filled(item, name) for key, item in value.items()}
+    if isinstance(value, list):
+        return [filled(item, name) for item in value]
+    return value.replace("{id}", name) if isinstance(value, str) else value
+
+
+async def answer(client, method, path, body, name):
+    for part, value in VALUES.items():
+        path = path.replace(part, value)
+    response = await client.request(method, path.replace("{id}", name), json=filled(body, name), headers=bearer("b"))
+    told = {
+        key: value for key, value in response.headers.items() if key not in ("x-request-id", "content-length", "date")
+    }
+    counted = ("x-ratelimit-remaining-requests", "x-ratelimit-reset-requests", "retry-after-ms")
+    return (
+        response.status_code,
+        response.text.replace(name, "NAME"),
+        {key: "" if key in counted else value for key, value in told.items()},
+    )
+
+
+@pytest.fixture(params=["there", "breaks off", "known to be away", "too slow"])
+def catalog(request, monkeypatch, store):
+    """Puts the catalog into a state in which to be asked."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise StoreUnavailableError("the catalog broke off")
+
+    def hang(*_: object, **__: object) -> None:
+        raise StoreUnavailableError("canceling statement due to statement timeout")
+
+    def put() -> int:
+        if request.param == "there":
+            return 404
+        if request.param == "known to be away":
+            status = CatalogStatus(False, "the catalog takes connections and does not answer", 0.0, 1)
+            monkeypatch.setattr(type(store._store), "status", property(lambda _: status))
+            return 503
+        for name in vars(Catalog):
+            if not name.startswith("_") and name not in ("is_shared", "close"):
+                monkeypatch.setattr(Catalog, name, fail if request.param == "breaks off" else hang)
+        return 503
+
+    return put
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["cold", "in the cache"])
+async def test_existence_is_not_told(client, upload_parts, catalog, engine, is_known):
+    """On every route that takes a name, in every state of the catalog and of what is known of it."""
+    await upload(client, upload_parts, "mine", "a")
+    if is_known:
+        for model in ("mine", "mine@1"):
+            done = await client.post("/v1/completions", json={"model": model, "prompt": "x"}, headers=bearer("a"))
+            assert done.status_code == 200
+    asked = len(engine.requests)
+    status = catalog()
+    assert len(REQUESTS) > 25
+    for method, path, body in REQUESTS:
+        own, other = [await answer(client, method, path, body, name) for name in ("mine", "nobodys")]
+        assert own == other, (method, path, body)
+        assert own[0] == status, (method, path, body, own)
+    assert len(engine.requests) == asked
+    if is_known:  # and what is known serves its owner, whatever others have asked meanwhile
+        done = await client.post("/v1/completions", json={"model": "mine", "prompt": "x"}, headers=bearer("a"))
+        assert done.status_code == 200
+
+
+async def test_nobody_makes_the_server_forget_anothers_name(client, upload_parts, store):
+    await upload(client, upload_parts, "mine", "a")
+    await client.post("/v1/completions", json={"model": "mine", "prompt": "x"}, headers=bearer("a"))
+    for method, path, body in REQUESTS:
+        await answer(client, method, path, body, "mine")
+    assert len(store._store._resolved._names) == 1
+
+
+async def test_a_directory_that_is_away_is_503_and_then_serves_again(client, upload_parts, settings):
+    await upload(client, upload_parts, "mine", "b")
+    root = settings.store.location
+    asked = [("POST", "/v1/completions", {"model": "{id}", "prompt": "x"}), ("POST", "/v1/prompts/{id}/warm", {})]
+    asked += [
+        ("GET", f"/v1/prompts/{{id}}/versions/1/files/adapter_{file}", None)
+        for file in ("config.json", "model.safetensors")
+    ]
+    asked += [("GET", "/v1/prompts/{id}/inspect", None)]
+    shutil.move(root, f"{root}.away")
+    for method, path, body in asked:
+        status, text, headers = await answer(client, method, path, body, "mine")
+        assert (status, headers["retry-after"]) == (503, "2"), (path, text)
+        assert '"store_unavailable"' in text
+        assert "again" in text
+    refused = await client.post("/v1/prompts", headers=bearer("b"), **upload_parts("other"))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+    shutil.move(f"{root}.away", root)
+    for method, path, body in asked:
+        assert (await answer(client, method, path, body, "mine"))[0] == 200, path
+    await upload(client, upload_parts, "other", "b")

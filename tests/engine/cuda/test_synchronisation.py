@@ -1,0 +1,119 @@
+"""Nothing in a decode step waits for the device but the copy of its tokens.
+
+There need not be a GPU for that. What an operation's result tells Python has to come from the device, so a model that
+asks for none runs where such operations fail, and where tensors have shapes only ("meta"), which tensors of the host
+cannot be added to or compared with either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from server.engine.generation_defaults import TokenRules
+from server.engine.sampling.sampler import Sampler
+from server.engine.scheduling.sequence import Sequence
+from server.engine.types import SamplingParams
+from tests.support.engine.families import FAMILIES
+from tests.support.engine.harness import CONFIGS, MORE_CONFIGS, VOCABULARY
+
+EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
+META = torch.device("meta")
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
+"""Operations that give Python a number, or a tensor whose shape depends on numbers."""
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        assert function.overloadpacket.__name__ not in WAITING, function
+        if function.overloadpacket.__name__ in {"index", "index_put", "index_put_"}:
+            assert all(index is None or index.dtype is not torch.bool for index in arguments[1]), function
+        return function(*arguments, **(named or {}))
+
+
+@pytest.fixture
+def attention() -> Iterator[str]:
+    """Attention that does nothing, under a name without masks, as backends have."""
+
+    def attend(
+        _module: object, query: torch.Tensor, _key: object, _value: object, mask: object, **_: object
+    ) -> tuple:
+        assert mask is None
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("nothing", attend)
+    yield "nothing"
+    del AttentionInterface._global_mapping["nothing"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_computes_decodes_without_waiting(name: str, device: str, attention: str) -> None:
+    with torch.device(device):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16  # as GPUs serve it
+        model = AutoModelForCausalLM.from_config(EVERY[name](), dtype=dtype).eval()
+        model.set_attn_implementation(attention)
+        ids, positions = torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 6, dtype=torch.long)
+    with torch.inference_mode(), NoWaiting():
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert logits.shape == (1, 6, VOCABULARY)
+
+
+PARAMS = {
+    "greedy": {"temperature": 0.0},
+    "drawn": {},
+    "cut": {"top_k": 5, "top_p": 0.9, "min_p": 0.01},
+    "penalised": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "biased": {"logit_bias": {3: 2.0, 5: -1.0}, "min_tokens": 4},
+}
+
+
+def make_seqs(names: list[str], **params: object) -> list[Sequence]:
+    return [
+        Sequence(str(index), [1, 2, 3], SamplingParams(max_tokens=9, **PARAMS[name], **params))
+        for index, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize("names", [[name] for name in PARAMS] + [list(PARAMS) * 2])
+def test_tokens_are_chosen_without_waiting(names: list[str]) -> None:
+    sampler = Sampler((0,))
+    tokens = sampler._tokens(torch.zeros(len(names), VOCABULARY, device=META), make_seqs(names))
+    assert (tokens.device, tokens.shape) == (META, (len(names),))
+    with NoWaiting():
+        sampler._tokens(torch.randn(len(names), VOCABULARY), make_seqs(names))
+
+
+def test_the_checkpoints_rules_are_applied_without_waiting() -> None:
+    rules = TokenRules(
+        sequence_bias=(((3,), 1.0), ((2, 3, 4), -1.0)),
+        no_repeat_ngram_size=2,
+        bad_words=((5,), (3, 6)),
+        min_length=9,
+        forced_eos_token_ids=(1,),
+        suppress_tokens=(7,),
+        begin_suppress_tokens=(8,),
+    )
+    seqs = [*make_seqs(list(PARAMS)), Sequence("last", [1], SamplingParams(max_tokens=1))]
+    sampler = Sampler((0,), rules)
+    assert sampler._tokens(torch.zeros(len(seqs), VOCABULARY, device=META), seqs).device == META
+    with NoWaiting():
+        tokens = sampler._tokens(torch.randn(len(seqs), VOCABULARY), seqs)
+    assert tokens[-1] == 1
+
+
+def test_tokens_and_logprobs_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: copies.append(tensor.shape) or tolist(tensor))
+    seqs = make_seqs(list(PARAMS), logprobs=3)
+    with NoWaiting():
+        tokens, logprobs = Sampler((0,)).choose(torch.randn(len(seqs), VOCABULARY), seqs)
+    assert len(copies) == 1
+    assert len(tokens) == len(logprobs) == len(seqs)
+    assert all(len(entry.top) == 3 for entry in logprobs)

@@ -1,0 +1,212 @@
+"""Fixtures of an application over a scripted engine: in this event loop, or in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from safetensors.numpy import save_file
+
+from prompt_store.opening import open_store
+from prompt_store.store import PromptStore
+from server.app import create_app
+from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.fake_engine import BASE, WIDTH, FakeEngine
+from tests.support.live_server import LiveServer
+from tests.support.waiting import wait_until
+
+
+class CountingStore:
+    """A real store that counts its leases."""
+
+    def __init__(self, store: PromptStore) -> None:
+        self._store = store
+        self.leased: list[object] = []
+        self.released: list[object] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def lease(self, ref: Any, access: Any = None) -> Any:
+        leased = self._store.lease(ref, access)
+        self.leased.append(leased)
+        return leased
+
+    def release(self, leased: Any) -> None:
+        self.released.append(leased)
+        self._store.release(leased)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture
+def store_path() -> Iterator[Path]:
+    """In memory where the system has a directory for that: hundreds of stores would wait for the disk."""
+    memory = Path("/dev/shm")  # noqa: S108 - the directory made in it has a random name
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
+        yield Path(directory) / "store"
+
+
+@pytest.fixture
+def settings(store_path: Path) -> Settings:
+    return Settings(
+        engine=EngineSettings(model="a/tiny", max_num_seqs=4),
+        served_model_name=BASE,
+        store=StoreSettings(location=str(store_path), max_upload_bytes=64 * 1024),
+        http=HttpSettings(port=0, max_waiting=4, max_body_bytes=64 * 1024, drain_seconds=5.0),
+    )
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[CountingStore]:
+    opened = open_store(settings.store.location, max_upload_bytes=settings.store.max_upload_bytes)
+    yield CountingStore(opened)
+    opened.close()
+
+
+@pytest.fixture
+def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore) -> Callable[[Settings], FastAPI]:
+    def make(settings: Settings) -> FastAPI:
+        return create_app(settings, engine=engine, tokenizer=tokenizer, store=store)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: Callable[[Settings], FastAPI], settings: Settings) -> FastAPI:
+    return make_app(settings)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client inside the application's event loop; the server is ready."""
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http,
+    ):
+        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
+            await asyncio.sleep(0.001)
+        yield http
+
+
+@pytest.fixture
+def serve(make_app: Callable[[Settings], FastAPI], settings: Settings) -> Iterator[Callable[..., LiveServer]]:
+    """Start live servers; ``serve(drain_seconds=0.1)`` changes HTTP settings."""
+    with ExitStack() as stack:
+
+        def start(*, wait: bool = True, **http: Any) -> LiveServer:
+            changed = replace(settings, http=replace(settings.http, **http))
+            live = stack.enter_context(LiveServer(make_app(changed), changed).running())
+            if wait:
+                live.wait_until_ready()
+            return live
+
+        yield start
+
+
+@pytest.fixture
+def live(serve: Callable[..., LiveServer]) -> LiveServer:
+    return serve()
+
+
+@pytest.fixture
+def peft_directory(tmp_path: Path) -> Callable[..., Path]:
+    """Write a PEFT directory of prompt tuning, as PEFT saves it."""
+
+    def write(name: str = "sentiment", *, seed: int = 0, rows: int = 4, width: int = WIDTH) -> Path:
+        directory = tmp_path / f"peft-{name}-{seed}"
+        directory.mkdir(exist_ok=True)
+        config = {
+            "base_model_name_or_path": BASE,
+            "inference_mode": True,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "num_transformer_submodules": 1,
+            "num_virtual_tokens": rows,
+            "peft_type": "PROMPT_TUNING",
+            "prompt_tuning_init": "RANDOM",
+            "task_type": "CAUSAL_LM",
+            "token_dim": width,
+        }
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        embeddings = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+        save_file({"prompt_embeddings": embeddings}, directory / "adapter_model.safetensors")
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def upload_parts(peft_directory: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    """Arguments for an httpx POST that uploads a soft prompt."""
+
+    def parts(name: str = "sentiment", *, seed: int = 0, **fields: Any) -> dict[str, Any]:
+        rows, width = fields.pop("rows", 4), fields.pop("width", WIDTH)
+        directory = peft_directory(name, seed=seed, rows=rows, width=width)
+        files = [("files", (path.name, path.read_bytes())) for path in sorted(directory.iterdir())]
+        return {"data": {"id": name, **fields}, "files": files}
+
+    return parts
+
+
+@pytest.fixture
+async def sentiment(client: httpx.AsyncClient, upload_parts: Callable[..., dict[str, Any]]) -> str:
+    """The name of an uploaded soft prompt of four virtual tokens."""
+    (await client.post("/v1/prompts", **upload_parts("sentiment"))).raise_for_status()
+    return "sentiment"
+
+
+@pytest.fixture
+def eventually() -> Callable[..., float]:
+    """Wait for another thread to make a condition true."""
+
+    return wait_until
+
+
+@pytest.fixture
+def other_parts(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Arguments for an httpx POST that uploads a multitask prompt of three tasks, or a key/value prefix."""
+
+    def parts(name: str, *, peft_type: str = "MULTITASK_PROMPT_TUNING", **fields: Any) -> dict[str, Any]:
+        config = {
+            "base_model_name_or_path": BASE,
+            "num_transformer_submodules": 1,
+            "num_virtual_tokens": 4,
+            "peft_type": peft_type,
+            "task_type": "CAUSAL_LM",
+        }
+        if peft_type == "MULTITASK_PROMPT_TUNING":
+            config |= {"num_tasks": 3, "num_ranks": 1, "token_dim": WIDTH}
+            shapes = {
+                "prompt_embeddings": (4, WIDTH),
+                "prefix_task_cols": (3, 4, 1),
+                "prefix_task_rows": (3, 1, WIDTH),
+            }
+        else:
+            shapes = {"prompt_embeddings": (4, 2 * 2 * WIDTH)}
+        path = tmp_path / f"other-{name}.safetensors"
+        save_file({key: np.ones(shape, np.float32) for key, shape in shapes.items()}, path)
+        files = [("adapter_config.json", json.dumps(config)), ("adapter_model.safetensors", path.read_bytes())]
+        return {"data": {"id": name, **fields}, "files": [("files", file) for file in files]}
+
+    return parts

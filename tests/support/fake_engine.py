@@ -1,0 +1,210 @@
+"""An engine that answers from a script."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from server.engine.interface import GenerateRequest, TokenEvent
+from server.engine.types import (
+    EngineStats,
+    FinishReason,
+    InspectedLayer,
+    InspectedRow,
+    Inspection,
+    Logprobs,
+    ModelInfo,
+    NormRange,
+    SoftPromptSource,
+)
+from server.errors import EngineNotReadyError
+from tests.support.byte_tokenizer import EOS
+from tests.support.probes import FakeProbes
+
+BASE = "tiny"
+WIDTH, CONTEXT = 8, 256
+
+
+def logprobs_of(token_id: int, num_top: int) -> Logprobs:
+    """As if the token itself were the likeliest, and those after it the next."""
+    return Logprobs(-token_id / 512, [((token_id + rank) % 258, -token_id / 512 - rank) for rank in range(num_top)])
+
+
+def scores(
+    request: GenerateRequest, new: list[int], *, is_first: bool
+) -> tuple[list[Logprobs] | None, list[Logprobs | None] | None]:
+    """The logprobs that a request asks for: of new tokens, and of the prompt's in the first event."""
+    num_top, num_prompt_top = request.params.logprobs, request.params.prompt_logprobs
+    of_new = None if num_top is None else [logprobs_of(token_id, num_top) for token_id in new]
+    if num_prompt_top is None or not is_first:
+        return of_new, None
+    of_prompt: list[Logprobs | None] = [
+        logprobs_of(token_id, num_prompt_top) for token_id in request.prompt_token_ids
+    ]
+    if request.soft_prompt is None:
+        of_prompt[0] = None
+    return of_new, of_prompt[request.params.prompt_logprobs_start :]
+
+
+def head_of(request: GenerateRequest) -> list[float] | None:
+    """As if a head gave its last label the most, and the others the less the longer the text."""
+    if not request.params.classify:
+        return None
+    num_labels = request.soft_prompt.num_labels
+    return [-float((num_labels - 1 - index) * len(request.prompt_token_ids)) for index in range(num_labels)]
+
+
+class FakeEngine(FakeProbes):
+    """Answers every request with ``reply``, one byte a token, then the end-of-sequence token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reply = "hello world"
+        self.step_seconds = 0.0
+        self.tokens_per_event = 1
+        self.queue_seconds: float | None = None
+        """What the first event says about queue and prefill."""
+        self.stall_after: int | None = None
+        """Tokens after which nothing more comes until the request is aborted."""
+        self.fail_after: int | None = None
+        self.failure: Exception | None = None
+        self.start_failure: Exception | None = None
+        self.start_gate = threading.Event()
+        self.start_gate.set()
+        self.alive = False
+        self.outage: str | None = None
+        self.on_restarted: Callable[[], None] | None = None
+        self.draining = False
+        self.stopped = False
+        self.requests: list[GenerateRequest] = []
+        self.prepared: list[SoftPromptSource] = []
+        self.prepare_failure: Exception | None = None
+        self.pinned: dict[str, SoftPromptSource] = {}
+        self.inspected: list[SoftPromptSource] = []
+        self.inspect_failure: Exception | None = None
+        self.ended: list[tuple[str, str]] = []
+        """Request id and ending (stop, length, abort, error), once for each request."""
+        self.stats = EngineStats(num_blocks=10, num_used_blocks=5, max_batch_distinct_prompts=3)
+
+    @property
+    def model(self) -> ModelInfo:
+        if not self.alive:
+            raise EngineNotReadyError("the model is still being loaded")
+        return ModelInfo(
+            architecture="TinyForCausalLM",
+            dtype="float32",
+            device="cpu",
+            embedding_width=WIDTH,
+            num_layers=2,
+            num_kv_heads=2,
+            head_dim=4,
+            vocab_size=258,
+            max_model_len=CONTEXT,
+            block_size=16,
+            num_blocks=10,
+            eos_token_ids=(EOS,),
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        return self.alive and not self.draining and self.outage is None
+
+    def subscribe(self, on_restarted: Callable[[], None]) -> None:
+        self.on_restarted = on_restarted
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.requests) - len(self.ended)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        if not self.is_ready:
+            raise EngineNotReadyError("the engine does not accept requests now")
+        self.requests.append(request)
+        ending = "abort"
+        try:
+            tokens = [*self.reply.encode(), *([] if request.params.ignore_eos else [EOS])]
+            tokens = tokens[: request.params.max_tokens]
+            num_sent = 0
+            if not tokens:
+                await asyncio.sleep(self.step_seconds)
+                ending = "length" if self.failure is None else "error"
+                if self.failure is not None:
+                    raise self.failure
+                scored = scores(request, [], is_first=True)
+                yield TokenEvent([], FinishReason.LENGTH, None, 2, None, None, *scored, head_of(request))
+            while num_sent < len(tokens):
+                if self.failure is not None and num_sent >= (self.fail_after or 0):
+                    ending = "error"
+                    raise self.failure
+                if self.stall_after is not None and num_sent >= self.stall_after:
+                    while self.stall_after is not None and not self.draining:  # noqa: ASYNC110 - set by another thread
+                        await asyncio.sleep(0.005)
+                    if self.draining:
+                        yield TokenEvent([], FinishReason.ABORT, None, 0)
+                        return
+                await asyncio.sleep(self.step_seconds)
+                new = tokens[num_sent : num_sent + self.tokens_per_event]
+                num_sent += len(new)
+                stop = new[-1] if new[-1] == EOS or new[-1] in request.params.stop_token_ids else None
+                reason = None
+                if stop is not None:
+                    reason = FinishReason.STOP
+                elif num_sent == len(tokens):
+                    reason = FinishReason.LENGTH
+                if reason is not None:
+                    ending = reason.value
+                seconds = self.queue_seconds if num_sent == len(new) else None
+                scored = scores(request, new, is_first=num_sent == len(new))
+                yield TokenEvent(new, reason, stop, 2, seconds, seconds, *scored)
+                if reason is not None:
+                    return
+        finally:
+            self.ended.append((request.request_id, ending))
+
+    async def prepare(self, soft_prompt: SoftPromptSource) -> None:
+        if not self.is_ready:
+            raise EngineNotReadyError("the engine does not accept requests now")
+        await asyncio.sleep(self.step_seconds)
+        if self.prepare_failure is not None:
+            raise self.prepare_failure
+        self.prepared.append(soft_prompt)
+
+    def pin(self, soft_prompt: SoftPromptSource) -> None:
+        self.pinned[soft_prompt.identity] = soft_prompt
+
+    def unpin(self, soft_prompt: SoftPromptSource) -> None:
+        del self.pinned[soft_prompt.identity]
+
+    async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
+        if self.inspect_failure is not None:
+            raise self.inspect_failure
+        assert Path(soft_prompt.path).exists()  # noqa: ASYNC240 - it lies in memory
+        self.inspected.append(soft_prompt)
+        if soft_prompt.is_key_values:
+            layer = InspectedLayer(NormRange(2.0, 1.0, 3.0), NormRange(5.0, 4.0, 6.0))
+            return Inspection(layers=[layer] * self.model.num_layers)
+        nearest = [(token_id, 1 - rank / 100) for rank, token_id in enumerate(range(97, 97 + num_nearest))]
+        rows = [InspectedRow(float(index), nearest) for index in range(soft_prompt.num_virtual_tokens)]
+        return Inspection(rows=rows, vocabulary_norm_mean=1.5, vocabulary_norm_std=0.25)
+
+    async def start(self) -> None:
+        while not self.start_gate.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.005)
+        if self.start_failure is not None:
+            raise self.start_failure
+        self.alive = True
+
+    async def drain(self, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while self.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 - a count, not an event
+            await asyncio.sleep(0.005)
+        self.draining = True
+        while self.in_flight:  # noqa: ASYNC110 - a count, not an event
+            await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        self.alive = False
+        self.stopped = True
