@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.json_budget import MOST_CONTAINERS, MOST_MEMBERS, MOST_TOKENS, MOST_VALUES, is_over, num_values
+from tests.support.in_process import ready
 
 pytestmark = pytest.mark.anyio
 
@@ -93,13 +92,7 @@ async def test_lists_are_bounded_before_their_items_are_looked_at(serve_large, p
 async def serve_large(make_app, settings):
     """A client of a server that takes bodies of 8 MiB."""
     app = make_app(replace(settings, http=replace(settings.http, max_body_bytes=8 * 1024 * 1024)))
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
-    ):
-        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+    async with ready(app) as http:
         yield http
 
 

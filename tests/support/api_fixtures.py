@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import tempfile
@@ -24,6 +23,8 @@ from server.app import create_app
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.fake_engine import BASE, WIDTH, FakeEngine
+from tests.support.in_process import ready
+from tests.support.keyed import locked
 from tests.support.live_server import LiveServer
 from tests.support.waiting import wait_until
 
@@ -93,19 +94,18 @@ def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore)
 
 
 @pytest.fixture
-def app(make_app: Callable[[Settings], FastAPI], settings: Settings) -> FastAPI:
-    return make_app(settings)
+def app(
+    make_app: Callable[[Settings], FastAPI], settings: Settings, request: pytest.FixtureRequest, tmp_path: Path
+) -> FastAPI:
+    """An application; its keys are those of the module's ``KEYS``, the text of a key file, where it has one."""
+    keys = getattr(request.module, "KEYS", None)
+    return make_app(settings) if keys is None else locked(make_app, settings, tmp_path / "keys.toml", keys)
 
 
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client inside the application's event loop; the server is ready."""
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http,
-    ):
-        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+    async with ready(app) as http:
         yield http
 
 

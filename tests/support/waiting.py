@@ -1,9 +1,11 @@
-"""Waiting for what another thread or process does."""
+"""Waiting for what another task, thread or process does."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 PAUSE_SECONDS = 0.01
 
@@ -28,3 +30,19 @@ def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> float:
     if waited == seconds:
         raise TimeoutError(f"the condition did not come true in {seconds:g} seconds")
     return waited
+
+
+async def until(condition: Callable[[], object | Awaitable[object]], seconds: float = 20.0) -> None:
+    """Wait in the event loop until a condition holds; it may be asynchronous.
+
+    Raises:
+        TimeoutError: If it does not hold within ``seconds``.
+    """
+    async with asyncio.timeout(seconds):
+        while True:
+            holds = condition()
+            if inspect.isawaitable(holds):
+                holds = await holds
+            if holds:
+                return
+            await asyncio.sleep(0.001)

@@ -6,29 +6,17 @@ import pytest
 
 from server.api.operations import LIMITED, SCOPES
 from server.errors import EngineNotReadyError
-from tests.support.keyed import bearer, locked
+from tests.support.keyed import bearer, key_entry
 
 pytestmark = pytest.mark.anyio
 
-KEYS = """
-[[keys]]
-key = "one"
-tenant = "t"
-scopes = ["generate", "prompts:read", "prompts:write"]
-requests_per_minute = 1
-
-[[keys]]
-key = "poor"
-tenant = "t"
-scopes = ["generate", "prompts:read", "prompts:write"]
-requests_per_minute = 1000
-tokens_per_minute = 100
-
-[[keys]]
-key = "free"
-tenant = "t"
-scopes = ["generate", "prompts:read", "prompts:write"]
-"""
+KEYS = "".join(
+    [
+        key_entry("one", tenant="t", requests_per_minute=1),
+        key_entry("poor", tenant="t", requests_per_minute=1000, tokens_per_minute=100),
+        key_entry("free", tenant="t"),
+    ]
+)
 
 TEXT = "x" * 90
 
@@ -39,11 +27,6 @@ GENERATING = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 50}),
     ("/v1/classify", {"input": TEXT, "labels": ["a" * 30, "b" * 30]}),
 ]
-
-
-@pytest.fixture
-def app(make_app, settings, tmp_path):
-    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
 
 
 @pytest.fixture

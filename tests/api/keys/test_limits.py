@@ -13,7 +13,8 @@ from server.api.keys.key_file import read_keys
 from server.api.keys.keys import ApiKeys
 from server.api.keys.limits import KeyLimiter, Limits, TokenBucket, duration
 from server.errors import ConfigurationError, RateLimitError
-from tests.support.keyed import bearer, locked
+from tests.support.keyed import bearer, key_entry
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -153,31 +154,14 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-KEYS = """
-[[keys]]
-key = "few"
-scopes = ["generate", "prompts:read"]
-requests_per_minute = 2
-
-[[keys]]
-key = "short"
-scopes = ["generate"]
-tokens_per_minute = 20
-
-[[keys]]
-key = "alone"
-scopes = ["generate"]
-max_concurrency = 1
-
-[[keys]]
-key = "free"
-scopes = ["generate"]
-"""
-
-
-@pytest.fixture
-def app(make_app, settings, tmp_path):
-    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
+KEYS = "".join(
+    [
+        key_entry("few", tenant="", scopes=["generate", "prompts:read"], requests_per_minute=2),
+        key_entry("short", tenant="", scopes=["generate"], tokens_per_minute=20),
+        key_entry("alone", tenant="", scopes=["generate"], max_concurrency=1),
+        key_entry("free", tenant="", scopes=["generate"]),
+    ]
+)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +223,7 @@ async def test_a_refusal_for_another_reason_costs_no_tokens(app, client):
 async def test_requests_at_once(client, engine):
     engine.step_seconds = 0.05
     first = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone")))
-    async with asyncio.timeout(5):
-        while not engine.requests:  # noqa: ASYNC110 - another task's doing
-            await asyncio.sleep(0.001)
+    await until(lambda: engine.requests)
     second = await client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone"))
     assert second.status_code == 429
     assert second.headers["retry-after"] == "1"

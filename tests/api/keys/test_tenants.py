@@ -5,35 +5,18 @@ from __future__ import annotations
 import pytest
 
 from server.api.operations import SCOPES
-from tests.support.keyed import bearer, locked
+from tests.support.keyed import bearer, key_entry
 
 pytestmark = pytest.mark.anyio
 
-KEYS = """
-[[keys]]
-key = "a1"
-tenant = "a"
-scopes = ["generate", "prompts:read", "prompts:write"]
-
-[[keys]]
-key = "a2"
-tenant = "a"
-scopes = ["generate", "prompts:read"]
-
-[[keys]]
-key = "b1"
-tenant = "b"
-scopes = ["generate", "prompts:read", "prompts:write"]
-
-[[keys]]
-key = "root"
-scopes = ["generate", "prompts:read", "prompts:write", "admin"]
-"""
-
-
-@pytest.fixture
-def app(make_app, settings, tmp_path):
-    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
+KEYS = "".join(
+    [
+        key_entry("a1", tenant="a"),
+        key_entry("a2", tenant="a", scopes=["generate", "prompts:read"]),
+        key_entry("b1", tenant="b"),
+        key_entry("root", tenant="", scopes=["generate", "prompts:read", "prompts:write", "admin"]),
+    ]
+)
 
 
 @pytest.fixture

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
 
 from server.config import Settings
+from tests.support.in_process import ready
 
 pytestmark = pytest.mark.anyio
 
@@ -38,12 +37,7 @@ async def test_every_name_is_found(
     parts = upload_parts("sentiment", alias="canary")
     model_id = name.format(base=base)
     path = "".join(f"%{byte:02X}" for byte in model_id.encode()) if is_encoded else model_id
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
-    ):
-        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+    async with ready(app) as client:
         config = parts["files"][0][1][1].replace(b'"tiny"', f'"{base}"'.encode())
         parts["files"][0] = ("files", ("adapter_config.json", config))
         assert (await client.post("/v1/prompts", **parts)).status_code == 201

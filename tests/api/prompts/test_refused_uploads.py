@@ -18,32 +18,17 @@ from prompt_store.errors import StoreUnavailableError
 from prompt_store.files.formats import MAX_CONFIG_BYTES
 from prompt_store.store import PromptStore
 from server.api.prompts import routes
-from tests.support.keyed import bearer, locked
+from tests.support.keyed import bearer, key_entry
 
 pytestmark = pytest.mark.anyio
 
-KEYS = """
-[[keys]]
-key = "a"
-tenant = "a"
-scopes = ["generate", "prompts:read", "prompts:write"]
-
-[[keys]]
-key = "b"
-tenant = "b"
-scopes = ["generate", "prompts:read", "prompts:write"]
-requests_per_minute = 2
-
-[[keys]]
-key = "reader"
-tenant = "a"
-scopes = ["generate", "prompts:read"]
-"""
-
-
-@pytest.fixture
-def app(make_app, settings, tmp_path):
-    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
+KEYS = "".join(
+    [
+        key_entry("a"),
+        key_entry("b", requests_per_minute=2),
+        key_entry("reader", tenant="a", scopes=["generate", "prompts:read"]),
+    ]
+)
 
 
 def files_of(root: str) -> dict[str, int]:

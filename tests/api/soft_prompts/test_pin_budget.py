@@ -16,19 +16,14 @@ from server.app import _pin_budget
 from server.engine.types import SoftPromptSource
 from server.errors import PinBudgetError
 from tests.api.soft_prompts.test_warming import until
-from tests.support.keyed import bearer, locked
+from tests.support.keyed import bearer, key_entry, locked
 
-KEYS = """
-[[keys]]
-key = "a"
-tenant = "a"
-scopes = ["generate", "prompts:read", "prompts:write"]
-
-[[keys]]
-key = "b"
-tenant = "b"
-scopes = ["generate", "prompts:read", "prompts:write"]
-"""
+KEYS = "".join(
+    [
+        key_entry("a"),
+        key_entry("b"),
+    ]
+)
 
 IDENTITIES = st.sampled_from("pqrs")
 TENANTS = st.sampled_from([None, "a", "b"])

@@ -10,22 +10,16 @@ from prompt_store.catalog.catalog import Catalog
 from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.errors import StoreUnavailableError
 from server.api.operations import SCOPES
-from tests.support.keyed import bearer, locked
+from tests.support.keyed import bearer, key_entry
 
 pytestmark = pytest.mark.anyio
 
-KEYS = """
-[[keys]]
-key = "a"
-tenant = "a"
-scopes = ["generate", "prompts:read", "prompts:write"]
-
-[[keys]]
-key = "b"
-tenant = "b"
-scopes = ["generate", "prompts:read", "prompts:write"]
-requests_per_minute = 10000
-"""
+KEYS = "".join(
+    [
+        key_entry("a"),
+        key_entry("b", requests_per_minute=10000),
+    ]
+)
 
 VALUES = {"{version}": "1", "{filename}": "adapter_config.json", "{alias}": "latest"}
 
@@ -53,11 +47,6 @@ REQUESTS = [
     ("POST", "/v1/completions", {"prompt": "x", "model": ["{id}", "tiny"]}),
     ("POST", "/v1/classify", {"input": "x", "labels": ["a"], "prompt_ids": ["{id}", "{id}@1"]}),
 ]
-
-
-@pytest.fixture
-def app(make_app, settings, tmp_path):
-    return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
 
 
 async def upload(client, upload_parts, name, key):

@@ -1,25 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import httpx
 import pytest
 
 from server.errors import EngineDeadError, RequestFailedError
+from tests.support.in_process import is_ready, started
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
 URL = "/v1/prompts/sentiment/warm"
-
-
-async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.002)
-    pytest.fail("the condition did not come true")
 
 
 async def pinned(client, name="sentiment"):
@@ -196,7 +188,14 @@ async def test_tasks(client, engine, other_parts):
     assert (await client.post(url, json={"task_id": 3})).status_code == 400
 
 
-async def test_a_pin_by_alias_follows_promotions(client, engine, store, push, sentiment, eventually):
+@pytest.fixture
+def settled(app):
+    """Wait until every promotion has been followed, or need not be."""
+    warmer = app.state.services.warmer
+    return lambda: until(lambda: not warmer._following)
+
+
+async def test_a_pin_by_alias_follows_promotions(client, engine, store, push, sentiment, eventually, settled):
     await client.post(URL, json={"pin": True})
     second = await push(seed=1)
     await until(lambda: digests(engine) == [second["digest"]])
@@ -209,7 +208,7 @@ async def test_a_pin_by_alias_follows_promotions(client, engine, store, push, se
     await until(lambda: digests(engine) == [second["digest"]])
     await client.post(URL, json={"pin": False, "version": 2})  # also ends the following
     await client.put("/v1/prompts/sentiment/aliases/latest", json={"version": 1})
-    await asyncio.sleep(0.02)
+    await settled()
     assert engine.pinned == {}
     eventually(lambda: len(store.leased) == len(store.released))
 
@@ -224,26 +223,28 @@ async def test_a_version_pinned_for_itself_stays_when_an_alias_moves_on(client, 
     pytest.fail("the promotion was not followed")
 
 
-async def test_promotions_are_followed_in_their_order(client, engine, push, sentiment):
+async def test_promotions_are_followed_in_their_order(client, engine, push, sentiment, settled):
     await client.post(URL, json={"pin": True})
     engine.step_seconds = 0.01
     for seed in (1, 2, 3):
         newest = await push(seed=seed)
-    await until(lambda: digests(engine) == [newest["digest"]])
-    await asyncio.sleep(0.1)
+    await settled()
+    assert digests(engine) == [newest["digest"]]
     assert await pinned(client) == [4]
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.02])  # before it is followed, and while it is
-async def test_unpinned_while_a_promotion_is_followed(client, engine, store, push, sentiment, eventually, pause):
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_unpinned_while_a_promotion_is_followed(
+    app, client, engine, store, push, sentiment, eventually, settled, has_begun
+):
     await client.post(URL, json={"pin": True})
     engine.step_seconds = 0.05
     await push(seed=1)
-    if pause:
-        await asyncio.sleep(pause)
+    if has_begun:
+        await until(app.state.services.warmer._turn.locked)
     assert not (await client.post(URL, json={"pin": False})).json()["pinned"]
     await push(seed=2)
-    await asyncio.sleep(0.1)
+    await settled()
     assert engine.pinned == {}
     eventually(lambda: len(store.leased) == len(store.released))
 
@@ -273,36 +274,25 @@ async def test_a_promotion_that_cannot_be_followed_is_a_warning(client, engine, 
     assert await pinned(client) == [1]
 
 
-@asynccontextmanager
-async def started(make_app, settings, **store):
-    app = make_app(replace(settings, store=replace(settings.store, **store)))
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
-    ):
-        yield http
-
-
-async def ready(http):
-    while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-        await asyncio.sleep(0.002)
+def storing(settings, **store):
+    """Settings with others for the store."""
+    return replace(settings, store=replace(settings.store, **store))
 
 
 async def test_settings_are_applied_before_the_server_is_ready(
     make_app, settings, engine, store, upload_parts, caplog, eventually
 ):
-    async with started(make_app, settings) as http:
-        await ready(http)
+    async with started(make_app(settings)) as http:
+        await until(lambda: is_ready(http))
         for name in ("one", "two"):
             (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
     engine.step_seconds = 0.02
     names = {"preload": ("one", "no-such", "Bad"), "pin": ("two@1", "two@9")}
-    async with started(make_app, settings, **names) as http:
+    async with started(make_app(storing(settings, **names))) as http:
         while not engine.prepared:
             assert (await http.get("/ready")).status_code == 503
             await asyncio.sleep(0.002)
-        await ready(http)
+        await until(lambda: is_ready(http))
         assert len(engine.prepared) == 2
         assert await pinned(http, "one") == []
         assert await pinned(http, "two") == [1]
@@ -321,11 +311,11 @@ async def test_settings_are_applied_before_the_server_is_ready(
 async def test_the_server_can_be_stopped_while_it_preloads(
     make_app, settings, engine, store, upload_parts, eventually
 ):
-    async with started(make_app, settings) as http:
-        await ready(http)
+    async with started(make_app(settings)) as http:
+        await until(lambda: is_ready(http))
         (await http.post("/v1/prompts", **upload_parts("one"))).raise_for_status()
     engine.step_seconds = 60.0
-    async with started(make_app, settings, pin=("one",)):
+    async with started(make_app(storing(settings, pin=("one",)))):
         await until(lambda: len(store.leased) == 1)
     assert len(store.leased) == len(store.released)
 
@@ -333,12 +323,12 @@ async def test_the_server_can_be_stopped_while_it_preloads(
 async def test_a_restarted_engine_gets_everything_back(
     make_app, settings, engine, store, upload_parts, caplog, eventually
 ):
-    async with started(make_app, settings) as http:
-        await ready(http)
+    async with started(make_app(settings)) as http:
+        await until(lambda: is_ready(http))
         for name in ("one", "two", "three"):
             (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
-    async with started(make_app, settings, preload=("one", "two@1"), pin=("three@1",)) as http:
-        await ready(http)
+    async with started(make_app(storing(settings, preload=("one", "two@1"), pin=("three@1",)))) as http:
+        await until(lambda: is_ready(http))
         lost = {source.digest for source in engine.prepared}
         assert len(lost) == 3
         engine.prepared.clear()
@@ -352,7 +342,7 @@ async def test_a_restarted_engine_gets_everything_back(
         engine.on_restarted()
         response = await http.get("/ready")
         assert (response.status_code, "reloaded" in response.text) == (503, True)
-        await ready(http)
+        await until(lambda: is_ready(http))
         assert {source.digest for source in engine.prepared} == lost
         assert await pinned(http, "three") == [1]
         # What was unpinned or deleted meanwhile does not come back.
@@ -361,7 +351,7 @@ async def test_a_restarted_engine_gets_everything_back(
         engine.prepared.clear()
         engine.on_restarted()
         engine.on_restarted()  # it died again at once
-        await ready(http)
+        await until(lambda: is_ready(http))
         assert len(engine.prepared) == 1
         assert await pinned(http, "three") == []
     assert len(store.leased) == len(store.released)
@@ -372,5 +362,5 @@ async def test_a_pin_that_cannot_be_brought_back_is_a_warning(make_app, settings
     engine.prepare_failure = EngineDeadError("it died again")
     engine.on_restarted()
     await until(lambda: "cannot be warmed: it died again" in caplog.text)
-    await ready(client)
+    await until(lambda: is_ready(client))
     assert await pinned(client) == [1]

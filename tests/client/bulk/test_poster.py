@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from server.client.bulk.poster import NoAnswerError, Response, connected
 from server.client.http import ClientError
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -167,8 +168,7 @@ async def test_a_cancelled_request_ends_at_the_server_too() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await http.post("/", b"{}")
-        await asyncio.sleep(0.05)
-        assert server.num_lost == 1
+        await until(lambda: server.num_lost == 1)
 
 
 async def test_nobody_listens() -> None:

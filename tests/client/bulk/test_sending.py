@@ -17,6 +17,7 @@ from server.client.bulk.asking import CHAT, CLASSIFY, COMPLETIONS, Asking
 from server.client.bulk.poster import NoAnswerError, Response
 from server.client.bulk.rows import Row
 from server.client.bulk.sending import Outcome, Pace, Sender, SendingError
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -282,9 +283,10 @@ async def test_what_is_no_prelude_server_is_told(reply):
 
 
 async def test_closing_it_ends_the_requests():
-    ended = []
+    begun, ended = [], []
 
     async def answer(_path: str, body: dict[str, Any]) -> Response:
+        begun.append(body)
         try:
             await asyncio.sleep(30)
         finally:
@@ -293,7 +295,7 @@ async def test_closing_it_ends_the_requests():
 
     sender = Sender(FakePoster(answer), Asking(model="a"), Pace(rows_per_request=2))
     task = asyncio.create_task(anext(sender.outcomes(iter(text_rows(6)))))
-    await asyncio.sleep(0.05)
+    await until(lambda: len(begun) == 3)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

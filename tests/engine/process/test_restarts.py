@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -37,6 +37,7 @@ from server.engine.types import (
     TokenOutput,
 )
 from server.errors import EngineDeadError, EngineNotReadyError, EngineRestartingError, EngineStartError
+from tests.support.waiting import until
 
 anyio = pytest.mark.anyio
 MODEL = ModelInfo(
@@ -138,12 +139,6 @@ async def fake_engine(**settings: object) -> AsyncIterator[tuple[AsyncEngine, La
     finally:
         await engine.stop()
     assert all(process.closed for process in launcher.processes)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - a state, not an event
-            await asyncio.sleep(0.001)
 
 
 async def ask(engine: AsyncEngine, name: str) -> list[int]:
@@ -365,10 +360,24 @@ async def test_the_first_start_is_not_tried_again() -> None:
     assert (launcher.pauses, engine.is_ready) == ([], False)
 
 
+@pytest.fixture
+def polls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What each poll of the watch found."""
+    found: list[bool] = []
+    look = StepWatch.look
+
+    def counted(watch: StepWatch) -> bool:
+        found.append(look(watch))
+        return found[-1]
+
+    monkeypatch.setattr(StepWatch, "look", counted)
+    return found
+
+
 @anyio
-async def test_a_stuck_step_is_ended_by_a_kill(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stuck_step_is_ended_by_a_kill(caplog: pytest.LogCaptureFixture, polls: list[bool]) -> None:
     async with fake_engine(step_timeout=0.05) as (engine, launcher):
-        await asyncio.sleep(0.15)  # idle for longer than the timeout
+        await until(lambda: len(polls) > 20)  # idle for longer than the timeout
         assert len(launcher.processes) == 1
         launcher.processes[0].silent = True
         with pytest.raises(EngineDeadError):
@@ -381,13 +390,13 @@ async def test_a_stuck_step_is_ended_by_a_kill(caplog: pytest.LogCaptureFixture)
 
 
 @anyio
-async def test_slow_steps_that_report_are_not_stuck() -> None:
+async def test_slow_steps_that_report_are_not_stuck(polls: list[bool]) -> None:
     async with fake_engine(step_timeout=0.2) as (engine, launcher):
         (process,) = launcher.processes
         process.silent = True
         asked = asyncio.create_task(ask(engine, "r"))
-        for _ in range(10):
-            await asyncio.sleep(0.05)
+        for count in range(1, 20):
+            await until(lambda count=count: len(polls) >= count)
             process.report(has_work=True)
         process.report(TokenOutput("r", [3], FinishReason.LENGTH))
         assert await asked == [3]
