@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["tests.support.api_fixtures"]
+pytest_plugins = ["tests.support.api_fixtures", "tests.support.demo_server"]
 
 # A busy machine is no fault of what is tested.
 settings.register_profile("unhurried", deadline=None)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from pathlib import Path
+
+import httpx
 
 from scripts.mutate_bodies import mutated, run
-from tests.support.serving import serving
 
 
-def test_mutated_bodies_are_answered_quickly_and_hurt_no_stream(tmp_path: Path) -> None:
-    with serving(tmp_path, "--dtype", "float32") as (client, _):
-        quiet, loud = asyncio.run(run(str(client.base_url), bodies=80, seed=3))
+def test_mutated_bodies_are_answered_quickly_and_hurt_no_stream(demo_server: httpx.Client) -> None:
+    quiet, loud = asyncio.run(run(str(demo_server.base_url), bodies=80, seed=3))
     assert loud.faults == []
     assert sum(loud.statuses.values()) == 80
     assert {400, 413} <= loud.statuses.keys()

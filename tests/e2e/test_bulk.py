@@ -5,24 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY
-from tests.support.serving import PRELUDE, adapter, serving, upload
+from tests.support.serving import PRELUDE
 
 NUM_ROWS = 300
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with serving(tmp_path_factory.mktemp("server"), "--dtype", "float32", "--num-threads", "1") as (client, _):
-        for name in ("sentiment", "dates"):
-            upload(client, name, *adapter(name)).raise_for_status()
-        yield client
 
 
 def heldout(name: str) -> list[dict[str, str]]:
@@ -34,12 +24,12 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def prelude(client: httpx.Client, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*PRELUDE, *arguments, "--url", str(client.base_url)]
+def prelude(demo_server: httpx.Client, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*PRELUDE, *arguments, "--url", str(demo_server.base_url)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def test_killed_twice_every_row_is_there_once_with_its_own_answer(client: httpx.Client, tmp_path: Path) -> None:
+def test_killed_twice_every_row_is_there_once_with_its_own_answer(demo_server: httpx.Client, tmp_path: Path) -> None:
     texts = [pair["input"] for pair in heldout("sentiment")] + [pair["input"] for pair in heldout("dates")]
     rows: list[dict[str, object]] = [
         {"id": index, "prompt": f"{texts[index % len(texts)]}", "prompt_id": "dates" if index % 3 else "sentiment"}
@@ -47,7 +37,7 @@ def test_killed_twice_every_row_is_there_once_with_its_own_answer(client: httpx.
     ]
     source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     command = ["run", "sentiment", str(source), str(output), "--max-tokens", "6", "--concurrency", "16"]
-    command += ["--rows-per-request", "4", "--url", str(client.base_url)]
+    command += ["--rows-per-request", "4", "--url", str(demo_server.base_url)]
     for share in (0.3, 0.6):
         process = subprocess.Popen([*PRELUDE, *command])
         deadline = time.monotonic() + 60
@@ -65,22 +55,22 @@ def test_killed_twice_every_row_is_there_once_with_its_own_answer(client: httpx.
     assert [{key: row[key] for key in ("id", "prompt", "prompt_id")} for row in written] == rows
     for row in written[::50]:
         body = {"model": row["prompt_id"], "prompt": row["prompt"], "max_tokens": 6, "temperature": 0}
-        alone = client.post("/v1/completions", json=body).json()["choices"][0]
+        alone = demo_server.post("/v1/completions", json=body).json()["choices"][0]
         assert (row["response"]["text"], row["response"]["model"]) == (alone["text"], f"{row['prompt_id']}@1")
 
 
-def test_evaluations_are_as_right_as_single_requests(client: httpx.Client, tmp_path: Path) -> None:
+def test_evaluations_are_as_right_as_single_requests(demo_server: httpx.Client, tmp_path: Path) -> None:
     pairs = heldout("sentiment")
     rows: list[dict[str, object]] = [{"text": pair["input"], "label": pair["output"].strip()} for pair in pairs]
     data = write(tmp_path / "test.jsonl", rows)
-    told = prelude(client, "eval", "sentiment", "--data", str(data), "--against-base", "--json")
+    told = prelude(demo_server, "eval", "sentiment", "--data", str(data), "--against-base", "--json")
     assert told.returncode == 0, told.stderr
     report = json.loads(told.stdout)
     labels = ["\nnegative", "\npositive"]
     right = 0
     for pair in pairs:
         body = {"model": "sentiment", "input": pair["input"], "labels": labels}
-        answer = client.post("/v1/classify", json=body).json()["data"][0]["label"]
+        answer = demo_server.post("/v1/classify", json=body).json()["data"][0]["label"]
         right += answer.strip() == pair["output"].strip()
     assert report["right"] == right
     assert report["accuracy"] >= 0.95
@@ -89,7 +79,7 @@ def test_evaluations_are_as_right_as_single_requests(client: httpx.Client, tmp_p
         {"prompt": pair["input"], "completion": pair["output"]} for pair in heldout("dates")
     ]
     data = write(tmp_path / "dates.jsonl", matched)
-    told = prelude(client, "eval", "dates", "--data", str(data), "--against-base", "--json")
+    told = prelude(demo_server, "eval", "dates", "--data", str(data), "--against-base", "--json")
     report = json.loads(told.stdout)
     assert (report["metric"], report["errors"]) == ("exact_match", 0)
     assert report["accuracy"] > 0.8 > 0.2 > report["against"]["accuracy"]

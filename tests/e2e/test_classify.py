@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY
-from tests.support.serving import BASE, adapter, serving, upload
+from tests.support.serving import BASE, adapter, upload
 
 HOW = ("vote", "mean")
 
@@ -18,48 +17,39 @@ LABELS = ["\npositive", "\nnegative"]
 """As the embedded soft prompts' answers begin."""
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with serving(tmp_path_factory.mktemp("server"), "--dtype", "float32") as (client, _):
-        upload(client, "sentiment", *adapter("sentiment")).raise_for_status()
-        yield client
-
-
 def heldout() -> list[dict[str, str]]:
     return [json.loads(line) for line in (HELDOUT_DIRECTORY / "sentiment.jsonl").read_text().splitlines()]
 
 
-def test_scored_labels_are_as_accurate_as_answers(client: httpx.Client) -> None:
+def test_scored_labels_are_as_accurate_as_answers(demo_server: httpx.Client) -> None:
     pairs = heldout()
     body = {"model": "sentiment", "input": [pair["input"] for pair in pairs], "labels": LABELS}
-    data = client.post("/v1/classify", json=body).json()["data"]
+    data = demo_server.post("/v1/classify", json=body).json()["data"]
     right = sum(item["label"].strip() == pair["output"] for item, pair in zip(data, pairs, strict=True))
     assert right / len(pairs) >= 0.95
 
 
-def test_a_label_scores_what_echo_tells(client: httpx.Client) -> None:
-    ids = client.post("/tokenize", json={"prompt": heldout()[0]["input"]}).json()["tokens"] * 3
-    label = client.post("/tokenize", json={"prompt": "\npositive"}).json()["tokens"]
+def test_a_label_scores_what_echo_tells(demo_server: httpx.Client) -> None:
+    ids = demo_server.post("/tokenize", json={"prompt": heldout()[0]["input"]}).json()["tokens"] * 3
+    label = demo_server.post("/tokenize", json={"prompt": "\npositive"}).json()["tokens"]
     body = {"model": "sentiment", "input": ids, "labels": LABELS}
-    scored = client.post("/v1/classify", json=body)
+    scored = demo_server.post("/v1/classify", json=body)
     assert scored.json()["usage"]["prompt_tokens"] == len(ids)
     echo = {"model": "sentiment", "prompt": ids + label, "echo": True, "logprobs": 0, "max_tokens": 0}
-    logprobs = client.post("/v1/completions", json=echo).json()["choices"][0]["logprobs"]["token_logprobs"]
+    logprobs = demo_server.post("/v1/completions", json=echo).json()["choices"][0]["logprobs"]["token_logprobs"]
     want = sum(logprobs[len(ids) :])
     assert scored.json()["data"][0]["logprobs"]["\npositive"] == pytest.approx(want, abs=1e-4)
-    again = client.post("/v1/classify", json=body).json()["usage"]["prompt_tokens_details"]
+    again = demo_server.post("/v1/classify", json=body).json()["usage"]["prompt_tokens_details"]
     assert again["cached_tokens"] > len(ids) - 32
 
 
-def test_an_ensemble_says_what_its_members_say_apart(client: httpx.Client) -> None:
-    for name in ("intent", "dates"):
-        upload(client, name, *adapter(name)).raise_for_status()
+def test_an_ensemble_says_what_its_members_say_apart(demo_server: httpx.Client) -> None:
     members = ["sentiment", "intent", "dates"]
     texts = [pair["input"] for pair in heldout()[:8]]
     body = {"input": texts, "labels": LABELS}
-    apart = [client.post("/v1/classify", json=body | {"model": name}).json() for name in members]
+    apart = [demo_server.post("/v1/classify", json=body | {"model": name}).json() for name in members]
     together = {
-        how: client.post("/v1/classify", json=body | {"model": members, "ensemble": how}).json() for how in HOW
+        how: demo_server.post("/v1/classify", json=body | {"model": members, "ensemble": how}).json() for how in HOW
     }
     for index in range(len(texts)):
         alone = [reply["data"][index] for reply in apart]
@@ -72,43 +62,45 @@ def test_an_ensemble_says_what_its_members_say_apart(client: httpx.Client) -> No
     assert together["vote"]["usage"]["prompt_tokens"] == sum(reply["usage"]["prompt_tokens"] for reply in apart)
 
 
-def test_an_ensemble_writes_what_most_of_its_members_write(client: httpx.Client) -> None:
+def test_an_ensemble_writes_what_most_of_its_members_write(demo_server: httpx.Client) -> None:
     config, weights = adapter("sentiment")
-    upload(client, "again", config, weights, description="the same once more").raise_for_status()
+    upload(demo_server, "again", config, weights, description="the same once more").raise_for_status()
     text = heldout()[0]["input"]
     ask = {"prompt": text, "max_tokens": 6, "temperature": 0, "stop": ["\n\n"]}
     apart = [
-        client.post("/v1/completions", json=ask | {"model": name}).json()["choices"][0]["text"]
+        demo_server.post("/v1/completions", json=ask | {"model": name}).json()["choices"][0]["text"]
         for name in ("sentiment", "again", BASE)
     ]
     assert apart[0] == apart[1] != apart[2]
     body = ask | {"model": [BASE, "sentiment", "again"]}
-    reply = client.post("/v1/completions", json=body).json()
+    reply = demo_server.post("/v1/completions", json=body).json()
     (choice,) = reply["choices"]
     assert choice["text"] == apart[0]
     assert choice["votes"] == {apart[0]: 2, apart[2]: 1}
     assert [member["model"] for member in choice["members"]] == [BASE, "sentiment@1", "again@1"]
 
 
-def test_an_ensemble_writes_by_the_mean_of_its_members(client: httpx.Client) -> None:
+def test_an_ensemble_writes_by_the_mean_of_its_members(demo_server: httpx.Client) -> None:
     """Each token is as likely as it is to the members in the mean, and the streamed text is the same."""
     for name in ("sentiment", "intent"):
-        upload(client, name, *adapter(name)).raise_for_status()
+        upload(demo_server, name, *adapter(name)).raise_for_status()
     members = ["sentiment", "intent", BASE]
-    text = client.post("/tokenize", json={"prompt": heldout()[0]["input"]}).json()["tokens"]
+    text = demo_server.post("/tokenize", json={"prompt": heldout()[0]["input"]}).json()["tokens"]
     body = {"model": members, "ensemble": "mean", "prompt": text, "max_tokens": 6, "temperature": 0}
-    (choice,) = client.post("/v1/completions", json=body | {"logprobs": 0, "return_token_ids": True}).json()[
+    (choice,) = demo_server.post("/v1/completions", json=body | {"logprobs": 0, "return_token_ids": True}).json()[
         "choices"
     ]
     new = choice["token_ids"]
     assert len(new) > 1
     echo = {"prompt": text + new, "echo": True, "logprobs": 0, "max_tokens": 0}
     apart = [
-        client.post("/v1/completions", json=echo | {"model": name}).json()["choices"][0]["logprobs"]["token_logprobs"]
+        demo_server.post("/v1/completions", json=echo | {"model": name}).json()["choices"][0]["logprobs"][
+            "token_logprobs"
+        ]
         for name in members
     ]
     means = [sum(math.exp(own[len(text) + i]) for own in apart) / len(members) for i in range(len(new))]
     assert [math.exp(value) for value in choice["logprobs"]["token_logprobs"]] == pytest.approx(means, rel=1e-3)
-    with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+    with demo_server.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         chunks = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]

@@ -7,7 +7,6 @@ import json
 import pickle
 import re
 import subprocess
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -17,10 +16,9 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
-from tests.support.serving import BASE, PRELUDE, adapter, serving, upload
+from tests.support.demo_server import TASKS
+from tests.support.serving import BASE, PRELUDE, adapter, upload
 from tests.support.waiting import wait_until
-
-TASKS = ("sentiment", "intent", "extract", "dates")
 
 
 def heldout(task: str) -> list[dict[str, str]]:
@@ -34,23 +32,13 @@ def complete(client: httpx.Client, model: str, prompt: object, **fields: object)
     return response.json()
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    flags = ("--dtype", "float32", "--max-num-batched-tokens", "512", "--max-num-seqs", "128")
-    with serving(tmp_path_factory.mktemp("server"), *flags) as (client, _):
-        for task in TASKS:
-            response = upload(client, task, *adapter(task))
-            assert response.status_code == 201, response.text
-        yield client
-
-
 @pytest.mark.parametrize("task", TASKS)
-def test_held_out_accuracy_with_the_soft_prompt_and_without(client: httpx.Client, task: str) -> None:
+def test_held_out_accuracy_with_the_soft_prompt_and_without(demo_server: httpx.Client, task: str) -> None:
     pairs = heldout(task)
     assert len(pairs) >= 100
 
     def accuracy(model: str) -> float:
-        choices = complete(client, model, [pair["input"] for pair in pairs])["choices"]
+        choices = complete(demo_server, model, [pair["input"] for pair in pairs])["choices"]
         answers = [choice["text"].strip() for choice in sorted(choices, key=lambda choice: choice["index"])]
         return sum(answer == pair["output"] for answer, pair in zip(answers, pairs, strict=True)) / len(pairs)
 
@@ -59,7 +47,7 @@ def test_held_out_accuracy_with_the_soft_prompt_and_without(client: httpx.Client
 
 
 @pytest.mark.anyio
-async def test_mixed_requests_in_flight_at_once_equal_peft(client: httpx.Client) -> None:
+async def test_mixed_requests_in_flight_at_once_equal_peft(demo_server: httpx.Client) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIRECTORY)
     questions = [(task, heldout(task)[index]["input"]) for index in range(3) for task in (*TASKS[:4],)]
     questions += [(BASE, text) for _, text in questions[:4]]
@@ -68,7 +56,7 @@ async def test_mixed_requests_in_flight_at_once_equal_peft(client: httpx.Client)
         body = {"model": model, "prompt": text, "temperature": 0, "max_tokens": 16, "return_token_ids": True}
         return (await http.post("/v1/completions", json={**body, "ignore_eos": True})).json()
 
-    async with httpx.AsyncClient(base_url=client.base_url, timeout=120) as http:
+    async with httpx.AsyncClient(base_url=demo_server.base_url, timeout=120) as http:
         answers = await asyncio.gather(*(ask(http, model, text) for model, text in questions))
     for (model, text), answer in zip(questions, answers, strict=True):
         base = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
@@ -83,65 +71,67 @@ async def test_mixed_requests_in_flight_at_once_equal_peft(client: httpx.Client)
         assert choice["prompt_token_ids"] == ids[0].tolist()
 
 
-def test_usage_tells_text_virtual_and_cached_tokens(client: httpx.Client) -> None:
+def test_usage_tells_text_virtual_and_cached_tokens(demo_server: httpx.Client) -> None:
     ids = [7] * 40
     for cached in (False, True):
-        usage = complete(client, "extract", ids, max_tokens=3, ignore_eos=True)["usage"]
+        usage = complete(demo_server, "extract", ids, max_tokens=3, ignore_eos=True)["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (40, 3, 43)
         assert usage["prompt_tokens_details"]["virtual_tokens"] == 20
         assert (usage["prompt_tokens_details"]["cached_tokens"] > 0) == cached
 
 
-def test_chat_says_what_completions_say(client: httpx.Client) -> None:
+def test_chat_says_what_completions_say(demo_server: httpx.Client) -> None:
     pair = heldout("dates")[0]
     body = {"model": "dates", "messages": [{"role": "user", "content": pair["input"]}], "temperature": 0}
-    message = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    message = demo_server.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
     assert message["role"] == "assistant"
     assert message["content"].strip() == pair["output"]
 
 
-def test_new_version_serves_new_answers_and_the_old_one_stays(client: httpx.Client) -> None:
+def test_new_version_serves_new_answers_and_the_old_one_stays(demo_server: httpx.Client) -> None:
     text = heldout("intent")[0]
-    assert upload(client, "swap", *adapter("intent")).json()["version"] == 1
-    before = complete(client, "swap", text["input"])["choices"][0]["text"]
+    assert upload(demo_server, "swap", *adapter("intent")).json()["version"] == 1
+    before = complete(demo_server, "swap", text["input"])["choices"][0]["text"]
     assert before.strip() == text["output"]
     config, weights = adapter("sentiment")
-    assert upload(client, "swap", config, weights).json()["version"] == 2
-    after = complete(client, "swap", text["input"])["choices"][0]["text"]
+    assert upload(demo_server, "swap", config, weights).json()["version"] == 2
+    after = complete(demo_server, "swap", text["input"])["choices"][0]["text"]
     assert after.strip() in {"positive", "negative"}
-    assert complete(client, "swap@1", text["input"])["choices"][0]["text"] == before
-    assert complete(client, f"{BASE}:swap@1", text["input"])["choices"][0]["text"] == before
-    assert complete(client, BASE, text["input"], prompt_id="swap@1")["choices"][0]["text"] == before
-    again = upload(client, "swap", *adapter("intent"))
+    assert complete(demo_server, "swap@1", text["input"])["choices"][0]["text"] == before
+    assert complete(demo_server, f"{BASE}:swap@1", text["input"])["choices"][0]["text"] == before
+    assert complete(demo_server, BASE, text["input"], prompt_id="swap@1")["choices"][0]["text"] == before
+    again = upload(demo_server, "swap", *adapter("intent"))
     assert (again.status_code, again.json()["version"]) == (200, 1)
-    assert client.delete("/v1/prompts/swap").status_code in {200, 204}
-    response = client.post("/v1/completions", json={"model": "swap", "prompt": "x"})
+    assert demo_server.delete("/v1/prompts/swap").status_code in {200, 204}
+    response = demo_server.post("/v1/completions", json={"model": "swap", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_streams_keep_their_version_while_others_are_promoted(client: httpx.Client) -> None:
+def test_streams_keep_their_version_while_others_are_promoted(demo_server: httpx.Client) -> None:
     text = heldout("intent")[0]["input"]
     body = {"prompt": text, "temperature": 0, "max_tokens": 300, "ignore_eos": True}
     for task in ("intent", "sentiment"):
-        assert upload(client, "moving", *adapter(task)).status_code == 201
+        assert upload(demo_server, "moving", *adapter(task)).status_code == 201
     whole = {
-        version: client.post("/v1/completions", json={**body, "model": f"moving@{version}"}).json()["choices"][0]
+        version: demo_server.post("/v1/completions", json={**body, "model": f"moving@{version}"}).json()["choices"][0]
         for version in (1, 2)
     }
     assert whole[1]["text"] != whole[2]["text"]
     for version, other in ((1, 2), (2, 1)):
-        client.put("/v1/prompts/moving/aliases/latest", json={"version": version})
-        with client.stream("POST", "/v1/completions", json={**body, "model": "moving", "stream": True}) as response:
+        demo_server.put("/v1/prompts/moving/aliases/latest", json={"version": version})
+        with demo_server.stream(
+            "POST", "/v1/completions", json={**body, "model": "moving", "stream": True}
+        ) as response:
             lines = response.iter_lines()
             events = [next(lines)]
-            assert client.put("/v1/prompts/moving/aliases/latest", json={"version": other}).status_code == 200
-            after = client.post("/v1/completions", json={**body, "model": "moving", "max_tokens": 1})
+            assert demo_server.put("/v1/prompts/moving/aliases/latest", json={"version": other}).status_code == 200
+            after = demo_server.post("/v1/completions", json={**body, "model": "moving", "max_tokens": 1})
             assert after.headers["x-prelude-prompt"] == f"moving@{other}"
             events += lines
             assert response.headers["x-prelude-prompt"] == f"moving@{version}"
         payloads = [line.removeprefix("data: ") for line in events if line.startswith("data: {")]
         assert "".join(json.loads(payload)["choices"][0]["text"] for payload in payloads) == whole[version]["text"]
-    client.delete("/v1/prompts/moving")
+    demo_server.delete("/v1/prompts/moving")
 
 
 def changed(task: str, change: object) -> bytes:
@@ -172,37 +162,37 @@ def with_nan(rows: torch.Tensor) -> torch.Tensor:
     ids=["hidden size", "layer count", "nan", "overflow", "truncated", "pickled"],
 )
 def test_bad_files_are_refused_with_the_reason(
-    client: httpx.Client, task: str, make_weights: object, reason: str
+    demo_server: httpx.Client, task: str, make_weights: object, reason: str
 ) -> None:
-    response = upload(client, "bad", adapter(task)[0], make_weights())
+    response = upload(demo_server, "bad", adapter(task)[0], make_weights())
     error = response.json()["error"]
     assert response.status_code == 400
     assert error["details"]
     assert re.search(reason, error["message"]), error["message"]
-    assert client.get("/v1/prompts/bad").status_code == 404
+    assert demo_server.get("/v1/prompts/bad").status_code == 404
     pair = heldout("dates")[1]
-    assert complete(client, "dates", pair["input"])["choices"][0]["text"].strip() == pair["output"]
+    assert complete(demo_server, "dates", pair["input"])["choices"][0]["text"].strip() == pair["output"]
 
 
-def test_what_does_not_exist_or_fit_is_told(client: httpx.Client) -> None:
-    response = client.post("/v1/completions", json={"model": "nothing", "prompt": "x"})
+def test_what_does_not_exist_or_fit_is_told(demo_server: httpx.Client) -> None:
+    response = demo_server.post("/v1/completions", json={"model": "nothing", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
-    response = client.post("/v1/completions", json={"model": BASE, "prompt_id": "nothing", "prompt": "x"})
+    response = demo_server.post("/v1/completions", json={"model": BASE, "prompt_id": "nothing", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "prompt_not_found")
-    response = client.post("/v1/completions", json={"model": "extract", "prompt": [5] * 1010, "max_tokens": 4})
+    response = demo_server.post("/v1/completions", json={"model": "extract", "prompt": [5] * 1010, "max_tokens": 4})
     message = response.json()["error"]["message"]
     assert response.status_code == 400
     assert all(number in message for number in ("1024", "20 virtual", "1010")), message
 
 
-def test_disconnected_clients_leave_nothing_behind(client: httpx.Client) -> None:
+def test_disconnected_clients_leave_nothing_behind(demo_server: httpx.Client) -> None:
     body = {"model": "dates", "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     for _ in range(5):
-        with client.stream("POST", "/v1/completions", json=body) as response:
+        with demo_server.stream("POST", "/v1/completions", json=body) as response:
             next(response.iter_lines())
 
     def value(name: str) -> float:
-        return float(re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)[1])
+        return float(re.search(rf"^{name} (\S+)$", demo_server.get("/metrics").text, re.MULTILINE)[1])
 
     wait_until(lambda: value("prelude_num_requests_running") == 0, 5)
     assert value("prelude_num_requests_waiting") == 0

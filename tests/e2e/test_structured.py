@@ -7,9 +7,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -179,11 +179,8 @@ def test_tools_and_their_answers_reach_the_template(sdk: openai.OpenAI) -> None:
     assert count(messages=MESSAGES + more) > count(messages=MESSAGES + without)
 
 
-def test_the_embedded_template_shows_no_tools_and_forced_calls_work_all_the_same(tmp_path: Path) -> None:
-    with (
-        serving(tmp_path, "--dtype", "float32") as (client, _),
-        openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as sdk,
-    ):
+def test_the_embedded_template_shows_no_tools_and_forced_calls_work_all_the_same(demo_server: httpx.Client) -> None:
+    with openai.OpenAI(base_url=f"{demo_server.base_url}/v1", api_key="none", max_retries=0) as sdk:
         ask = {"model": BASE, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 80}
         with pytest.raises(openai.BadRequestError, match="does not support tools") as error:
             sdk.chat.completions.create(**ask)
