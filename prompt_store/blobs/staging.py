@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from prompt_store.errors import Fault, InvalidPromptError, PromptTooLargeError, StoreUnavailableError
-from prompt_store.files.formats import MAX_CONFIG_BYTES
+from prompt_store.files.adapter_config import MAX_CONFIG_BYTES
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, StoredFile
 
 FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
