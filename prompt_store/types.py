@@ -122,7 +122,6 @@ class SoftPrompt:
         num_virtual_tokens: Positions that it takes before the text.
         base_model_name_or_path: The base that its configuration names; informational.
         tensors: The tensors of the weights file, by name.
-        config: The whole of ``adapter_config.json``.
         overrides: Overrides of the uploader or operator; see ``PromptVersion``.
     """
 
@@ -131,7 +130,6 @@ class SoftPrompt:
     num_virtual_tokens: int
     base_model_name_or_path: str | None
     tensors: Mapping[str, TensorData]
-    config: Mapping[str, object] = field(repr=False)
     overrides: Mapping[str, object] = field(default_factory=dict)
 
     @property

@@ -34,7 +34,9 @@ from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PromptR
 
 BASE = BaseModelSpec("tiny", 32, 2, 2, 8, 64, "float32")
 NUM_THREADS = 3
-LONGEST_LIFE_SECONDS = 0.4
+MAX_LINES_READ = 40
+"""Upper bound of the random number of notes that are read before the kill."""
+MAX_DELAY_SECONDS = 0.02
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 
 
@@ -168,8 +170,11 @@ def run_round(folder: Path, states: dict[str, Expected], seed: int) -> int:
         raise AssertionError("a pipe is missing")
     process.stdin.write(json.dumps(arguments))
     process.stdin.close()
-    lines = [process.stdout.readline()]
-    time.sleep(random.Random(seed).uniform(0, LONGEST_LIFE_SECONDS))
+    rng = random.Random(seed)
+    # Each name begins an operation and then acknowledges it: one more line than names is an acknowledgement.
+    num_lines = len(states) + rng.randint(1, MAX_LINES_READ)
+    lines = [process.stdout.readline() for _ in range(num_lines)]
+    time.sleep(rng.uniform(0, MAX_DELAY_SECONDS))
     process.send_signal(signal.SIGKILL)
     lines += process.stdout.readlines()
     process.stdout.close()

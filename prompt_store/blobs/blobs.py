@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+from prompt_store import durable
 from prompt_store.blobs.single_flight import SingleFlight
 from prompt_store.errors import BlobNotFoundError, CorruptBlobError, StoreUnavailableError
 
@@ -117,7 +117,7 @@ class BlobStore(ABC):
         again heals.
 
         Args:
-            staged: The file, complete and on the disk. It is gone afterwards: moved, or uploaded and removed.
+            staged: The complete file. It is gone afterwards: moved, or uploaded and removed.
             digest: Hex sha256 of its bytes.
             size: Its bytes.
 
@@ -233,12 +233,10 @@ class BlobDirectory(BlobStore):
         if self._is_whole_and_synced(digest, size):
             staged.unlink()
         else:
-            _sync(staged)
             target.parent.mkdir(exist_ok=True)
-            staged.rename(target)
-        # Also for a blob that was there: whoever renamed it may have been killed before these.
-        _sync(target.parent)
-        _sync(self._blobs)
+            durable.move_file(staged, target)
+        # Also for a blob that was there: the process that moved it may have been killed before it synced the folder.
+        durable.sync(self._blobs)
 
     def fetch(self, digest: str, size: int) -> Path:
         """The blob's own file. Raises BlobNotFoundError, CorruptBlobError or StoreUnavailableError."""
@@ -295,7 +293,8 @@ class BlobDirectory(BlobStore):
     def _is_whole_and_synced(self, digest: str, size: int) -> bool:
         try:
             if self._is_whole(digest, size):
-                _sync(self.path(digest))
+                durable.sync(self.path(digest))
+                durable.sync(self.path(digest).parent)
                 return True
         except (CorruptBlobError, FileNotFoundError):  # put aside, or deleted meanwhile
             pass
@@ -375,19 +374,3 @@ def sha256_of(path: Path) -> str:
 
 
 _MAX_VERIFIED = 65_536
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
-def _sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from prompt_store.errors import Fault, InvalidPromptError, PromptTooLargeError, StoreUnavailableError
-from prompt_store.files.formats import MAX_CONFIG_BYTES
+from prompt_store.files.adapter_config import MAX_CONFIG_BYTES
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, StoredFile
 
 FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -57,7 +56,7 @@ class StagedFile:
     Attributes:
         path: Where it is.
         size: Bytes so far.
-        is_complete: Whether it was written to its end and is on the disk.
+        is_complete: Whether it was written to its end and closed.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -100,11 +99,9 @@ class StagedFile:
         self._sha256.update(data)
 
     def close(self) -> None:
-        """Bring everything to the disk; StoreUnavailableError if it is full, or gone."""
+        """End the file; StoreUnavailableError if the disk is full or gone. ``BlobStore.put`` makes it durable."""
         if not self._file.closed:
             try:
-                self._file.flush()
-                os.fsync(self._file.fileno())
                 self._file.close()
             except OSError as error:
                 self.discard()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prompt_store.errors import Fault
-from prompt_store.files.formats import positive_integer
+from prompt_store.files.adapter_config import AdapterConfig
 from prompt_store.files.numerics import find_task_overflow
 from prompt_store.files.tensor_faults import shown_number, weights_fault
 from prompt_store.types import (
@@ -27,7 +27,7 @@ _DIMENSIONS = {
 }
 
 
-def factor_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]) -> list[Fault]:
+def factor_faults(config: AdapterConfig, tensors: Mapping[str, TensorData]) -> list[Fault]:
     """Faults of the factors' names and shapes, against each other, the rows and the configuration."""
     faults = []
     for name, dimensions in _DIMENSIONS.items():
@@ -45,10 +45,8 @@ def factor_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData
         faults += _shape_fault(TASK_ROWS_TENSOR, tensors, (num_tasks, num_ranks, rows.shape[1]))
     elif tensors[TASK_ROWS_TENSOR].shape[:2] != (num_tasks, num_ranks):
         faults += _shape_fault(TASK_ROWS_TENSOR, tensors, (num_tasks, num_ranks, tensors[TASK_ROWS_TENSOR].shape[2]))
-    if positive_integer(config, "num_tasks") not in (None, num_tasks):
-        faults.append(_stated_fault("num_tasks_mismatch", config, "num_tasks", num_tasks, "tasks"))
-    if positive_integer(config, "num_ranks") not in (None, num_ranks):
-        faults.append(_stated_fault("num_ranks_mismatch", config, "num_ranks", num_ranks, "ranks"))
+    faults += _stated_fault("num_tasks_mismatch", "tasks", config.num_tasks, num_tasks)
+    faults += _stated_fault("num_ranks_mismatch", "ranks", config.num_ranks, num_ranks)
     return faults
 
 
@@ -77,6 +75,8 @@ def _shape_fault(name: str, tensors: Mapping[str, TensorData], wanted: tuple[int
     return [weights_fault("shape_mismatch", message, name)]
 
 
-def _stated_fault(code: str, config: Mapping[str, object], key: str, found: int, what: str) -> Fault:
-    stated = shown_number(positive_integer(config, key))
-    return weights_fault(code, f"has {found} {what}; {CONFIG_FILE} says {key} {stated}", TASK_COLS_TENSOR)
+def _stated_fault(code: str, what: str, stated: int | None, found: int) -> list[Fault]:
+    if stated in (None, found):
+        return []
+    message = f"has {found} {what}; {CONFIG_FILE} says num_{what} {shown_number(stated)}"
+    return [weights_fault(code, message, TASK_COLS_TENSOR)]

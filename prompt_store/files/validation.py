@@ -39,7 +39,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prompt_store.errors import Fault, InvalidPromptError
-from prompt_store.files import formats
+from prompt_store.files.adapter_config import AdapterConfig, parse_adapter_config
 from prompt_store.files.base_names import model_name
 from prompt_store.files.foreign_tensors import foreign_faults, what_it_holds
 from prompt_store.files.head_validation import head_faults
@@ -91,57 +91,56 @@ def validate(
         InvalidPromptError: With all faults of both files.
         OSError: If the path cannot be read.
     """
-    faults: list[Fault] = []
-    config: Mapping[str, object] = {}
-    tensors: Mapping[str, TensorData] = {}
-    overrides: dict[str, object] = {}
-    try:
-        config = formats.read_config(config_bytes)
-        faults += formats.config_faults(config, task_type)
-        other_base = _base_faults(config, base)
-        if require_same_base:
-            faults += other_base
-        elif other_base:
-            overrides["allow_other_base"] = True
-        if task_type is not None and config.get("task_type") is None:
-            overrides["task_type"] = task_type.value
-    except InvalidPromptError as error:
-        faults += error.faults
-    if formats.is_other_method(config):  # its tensors are in their place in another kind of adapter
+    config, faults = parse_adapter_config(config_bytes, task_type)
+    if config.is_other_method:  # its tensors are those of another kind of adapter
         raise InvalidPromptError(faults)
+    overrides: dict[str, object] = {}
+    other_base = _base_faults(config, base)
+    if require_same_base:
+        faults += other_base
+    elif other_base:
+        overrides["allow_other_base"] = True
+    if task_type is not None and config.fields.get("task_type") is None:
+        overrides["task_type"] = task_type.value
+    tensors: Mapping[str, TensorData] = {}
     try:
         tensors = read_tensors(weights)
-        described = {**config, "task_type": overrides.get("task_type", config.get("task_type"))}
-        faults += _tensor_faults(described, tensors, base, allow_float64=allow_float64)
+        faults += _tensor_faults(config, tensors, base, allow_float64=allow_float64)
     except InvalidPromptError as error:
         faults += error.faults
-    if faults:
+    if faults or config.peft_type is None or config.task_type is None or config.num_virtual_tokens is None:
         raise InvalidPromptError(faults)
-    return formats.to_soft_prompt(config, tensors, overrides=overrides)
+    return SoftPrompt(
+        peft_type=config.peft_type,
+        task_type=config.task_type.value,
+        num_virtual_tokens=config.num_virtual_tokens,
+        base_model_name_or_path=config.base_model_name_or_path,
+        tensors=tensors,
+        overrides=overrides,
+    )
 
 
-def _base_faults(config: Mapping[str, object], base: BaseModelSpec) -> list[Fault]:
+def _base_faults(config: AdapterConfig, base: BaseModelSpec) -> list[Fault]:
     """Names match by the model's own name: the same checkpoint may be a hub id here and a directory there.
 
     A configuration that names no base cannot be held against it.
     """
-    key = "base_model_name_or_path"
-    name = config.get(key)
+    name = config.base_model_name_or_path
     ours = {model_name(known) for known in (base.name, *base.other_names)} - {""}
-    if not isinstance(name, str) or not name.strip() or model_name(name) in ours:
+    if name is None or not name.strip() or model_name(name) in ours:
         return []
     message = (
         f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r}. If this is "
         "the same model under another name, upload with allow_other_base=true (prelude push --allow-other-base)"
     )
-    return [Fault("base_model_mismatch", message, CONFIG_FILE, key)]
+    return [Fault("base_model_mismatch", message, CONFIG_FILE, "base_model_name_or_path")]
 
 
 def _tensor_faults(
-    config: Mapping[str, object], tensors: Mapping[str, TensorData], base: BaseModelSpec, *, allow_float64: bool
+    config: AdapterConfig, tensors: Mapping[str, TensorData], base: BaseModelSpec, *, allow_float64: bool
 ) -> list[Fault]:
-    is_multitask = config.get("peft_type") == PeftType.MULTITASK_PROMPT_TUNING
-    has_head = config.get("task_type") == TaskType.SEQ_CLS
+    is_multitask = config.peft_type is PeftType.MULTITASK_PROMPT_TUNING
+    has_head = config.task_type is TaskType.SEQ_CLS
     faults = _name_faults(config, tensors)
     heads = {name: tensor for name, tensor in tensors.items() if HEAD_TENSOR_PATTERN.fullmatch(name)}
     names = [
@@ -165,29 +164,28 @@ def _tensor_faults(
     return faults
 
 
-def _row_faults(config: Mapping[str, object], rows: TensorData, base: BaseModelSpec) -> list[Fault]:
+def _row_faults(config: AdapterConfig, rows: TensorData, base: BaseModelSpec) -> list[Fault]:
     if len(rows.shape) != 2:
         message = f"has shape {list(rows.shape)}; [num_virtual_tokens, width] is needed"
         return [weights_fault("shape_mismatch", message)]
     num_rows, width = rows.shape
     faults = []
-    peft_type = formats.known_peft_type(config)
-    if peft_type is not None:
-        find = _key_value_faults if peft_type.is_key_values else _embedding_faults
+    if config.peft_type is not None:
+        find = _key_value_faults if config.peft_type.is_key_values else _embedding_faults
         faults += find(config, width, base)
     return faults + _length_faults(config, num_rows, base)
 
 
-def _name_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]) -> list[Fault]:
+def _name_faults(config: AdapterConfig, tensors: Mapping[str, TensorData]) -> list[Fault]:
     """Tensors that have no place in the file.
 
     Where the configuration does not say what the prompt is, another fault refuses it, and what some soft prompt may
     hold is let pass.
     """
     extra = tensors.keys() - {ROWS_TENSOR}
-    if formats.known_peft_type(config) in (None, PeftType.MULTITASK_PROMPT_TUNING):
+    if config.peft_type in (None, PeftType.MULTITASK_PROMPT_TUNING):
         extra -= {TASK_COLS_TENSOR, TASK_ROWS_TENSOR}
-    if config.get("task_type") != TaskType.CAUSAL_LM:
+    if config.task_type is not TaskType.CAUSAL_LM:
         extra = {name for name in extra if not HEAD_TENSOR_PATTERN.fullmatch(name)}
     faults = foreign_faults(extra, tensors)
     if ROWS_TENSOR not in tensors:
@@ -196,21 +194,19 @@ def _name_faults(config: Mapping[str, object], tensors: Mapping[str, TensorData]
     return faults
 
 
-def _embedding_faults(config: Mapping[str, object], width: int, base: BaseModelSpec) -> list[Fault]:
+def _embedding_faults(config: AdapterConfig, width: int, base: BaseModelSpec) -> list[Fault]:
     faults = []
     if width != base.embedding_width:
         message = f"rows have width {width}; the embeddings of {base.name!r} have width {base.embedding_width}"
         faults.append(weights_fault("shape_mismatch", message))
-    token_dim = formats.positive_integer(config, "token_dim")
-    if token_dim not in (None, width):
-        message = (
-            f"{CONFIG_FILE}: token_dim is {shown_number(token_dim)}; the rows in {WEIGHTS_FILE} have width {width}"
-        )
+    if config.token_dim not in (None, width):
+        stated = shown_number(config.token_dim)
+        message = f"{CONFIG_FILE}: token_dim is {stated}; the rows in {WEIGHTS_FILE} have width {width}"
         faults.append(Fault("inconsistent_token_dim", message, CONFIG_FILE, "token_dim"))
     return faults
 
 
-def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelSpec) -> list[Fault]:
+def _key_value_faults(config: AdapterConfig, width: int, base: BaseModelSpec) -> list[Fault]:
     """Distinguish a wrong number of layers from wrong heads, which the width alone does not show.
 
     A row holds ``num_layers * 2 * num_kv_heads * head_dim`` values, so that 4 layers of width 8 and 2 of width 16
@@ -218,8 +214,7 @@ def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelS
     not checked, because PEFT replaces them by the base's own.
     """
     layer_width = 2 * base.num_kv_heads * base.head_dim
-    stated = formats.positive_integer(config, "num_layers")
-    num_layers = stated
+    num_layers = config.num_layers
     if num_layers is None:
         num_layers = width // layer_width if width % layer_width == 0 and width else base.num_layers
     layout = (
@@ -244,9 +239,9 @@ def _key_value_faults(config: Mapping[str, object], width: int, base: BaseModelS
     return faults
 
 
-def _length_faults(config: Mapping[str, object], num_rows: int, base: BaseModelSpec) -> list[Fault]:
+def _length_faults(config: AdapterConfig, num_rows: int, base: BaseModelSpec) -> list[Fault]:
     faults = []
-    stated = formats.positive_integer(config, "num_virtual_tokens")
+    stated = config.num_virtual_tokens
     if num_rows == 0:
         faults.append(weights_fault("shape_mismatch", "has no rows; a soft prompt has at least 1 virtual token"))
     if stated not in (None, num_rows):

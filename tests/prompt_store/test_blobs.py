@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
+from prompt_store import durable
 from prompt_store.blobs import blobs as blobs_module
 from prompt_store.blobs.blobs import BlobDirectory, TierCounters
 from prompt_store.blobs.staging import Staging
@@ -113,8 +114,8 @@ def test_a_whole_blob_is_not_written_again_but_synced(
 ) -> None:
     put(blobs, tmp_path)
     inode = blobs.path(DIGEST).stat().st_ino
-    synced = []
-    monkeypatch.setattr(blobs_module, "_sync", synced.append)
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync", synced.append)
     put(blobs, tmp_path)
     assert blobs.path(DIGEST).stat().st_ino == inode
     assert synced == [blobs.path(DIGEST), blobs.path(DIGEST).parent, tmp_path / "blobs"]
@@ -124,14 +125,14 @@ def test_a_blob_deleted_while_it_is_put_is_written(
     blobs: BlobDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(blobs, tmp_path)
-    sync = blobs_module._sync
+    sync = durable.sync
 
     def delete_first(path: Path) -> None:
-        monkeypatch.setattr(blobs_module, "_sync", sync)
+        monkeypatch.setattr(durable, "sync", sync)
         blobs.delete(DIGEST)
         sync(path)
 
-    monkeypatch.setattr(blobs_module, "_sync", delete_first)
+    monkeypatch.setattr(durable, "sync", delete_first)
     put(blobs, tmp_path)
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
 

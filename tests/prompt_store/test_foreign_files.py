@@ -148,7 +148,6 @@ def test_a_models_configuration_is_told_that_it_is_one():
 def test_a_task_type_on_the_uploaders_word():
     prompt = check(CONVERTED, task=TaskType.CAUSAL_LM)
     assert (prompt.task_type, prompt.overrides) == ("CAUSAL_LM", {"task_type": "CAUSAL_LM"})
-    assert prompt.config == CONVERTED  # as it was uploaded
     prompt = check(CONVERTED | {"task_type": None}, task=TaskType.SEQ_CLS, **HEAD)
     assert (prompt.task_type, prompt.num_labels) == ("SEQ_CLS", 2)
     assert check(CONFIG, task=TaskType.CAUSAL_LM).overrides == {}

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files import validation
@@ -42,10 +43,19 @@ def ones(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
 
-def test_what_peft_writes_fits(peft_folders, base):
-    for folder in peft_folders.values():
+def test_what_peft_writes_fits_and_is_read_value_for_value(
+    peft_folders: dict[str, Path], base: BaseModelSpec
+) -> None:
+    for name, folder in peft_folders.items():
         config = (folder / "adapter_config.json").read_bytes()
-        assert validate(config, folder / "adapter_model.safetensors", base, require_same_base=False)
+        path = folder / "adapter_model.safetensors"
+        expected = load(path.read_bytes())["prompt_embeddings"]
+        for weights in (path, path.read_bytes()):
+            prompt = validate(config, weights, base, require_same_base=False)
+            assert bytes(prompt.prompt_embeddings.data) == expected.tobytes()
+            assert prompt.prompt_embeddings.shape == expected.shape
+            assert prompt.num_tasks == (3 if name == "multitask" else None)
+            assert prompt.num_labels == (4 if name == "head" else None)
 
 
 def test_wrong_hidden_size_of_embeddings():
@@ -229,7 +239,7 @@ def test_the_table_of_codes_is_complete():
     used = set()
     for module in (
         "validation",
-        "formats",
+        "adapter_config",
         "tensors",
         "tensor_faults",
         "multitask",

@@ -14,7 +14,7 @@ from pydantic import Field, PlainValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from prompt_store.files.formats import read_config
+from prompt_store.files.adapter_config import read_config
 from prompt_store.types import CONFIG_FILE, LeasedPrompt
 from server.api.classification.classification import Classification, Label, Verdict, Wanted, check_inputs, classifying
 from server.api.generation.bodies import MAX_TIMEOUT_SECONDS, Prompts

@@ -15,7 +15,7 @@ import pytest
 from prompt_store.blobs.blobs import BlobDirectory
 from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.errors import StoreUnavailableError
-from prompt_store.files.formats import MAX_CONFIG_BYTES
+from prompt_store.files.adapter_config import MAX_CONFIG_BYTES
 from prompt_store.store import PromptStore
 from server.api.prompts import routes
 from tests.support.keyed import bearer, key_entry
