@@ -16,7 +16,7 @@ from prompt_store.types import BaseModelSpec
 from server.api.admission import Admission
 from server.api.errors import field_path
 from server.api.request_body import half_pair_in, may_have_halves
-from server.api.soft_prompts.async_store import StoreThreads
+from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.api.soft_prompts.warming import Warmer
 from server.config import Settings
 from server.continuations import Context
@@ -182,7 +182,7 @@ class Services:
     settings: Settings
     base_name: str
     engine: Engine
-    store: StoreThreads
+    store: AsyncPromptStore
     warmer: Warmer
     admission: Admission
     metrics: Metrics

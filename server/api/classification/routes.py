@@ -299,8 +299,7 @@ async def _label_names(services: Services, leased: LeasedPrompt | None) -> list[
     version, num_labels = leased.version, leased.version.num_labels
     names = head_label_names(version.metadata, num_labels)
     if names is None:
-        store = services.store
-        data = await store.call(store.store.read_file, version.name, version.version, CONFIG_FILE)
+        data = await services.store.read_file(version.name, version.version, CONFIG_FILE)
         names = head_label_names(read_config(data), num_labels)
     return names or [f"LABEL_{index}" for index in range(num_labels)]
 

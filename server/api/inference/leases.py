@@ -20,7 +20,7 @@ async def version_of(services: Services, target: Target) -> PromptVersion | None
     if target.ref is None:
         return None
     try:
-        return await services.store.call(services.store.store.resolve, target.ref, target.access)
+        return await services.store.resolve(target.ref, target.access)
     except PromptNotFoundError as error:
         raise target.not_found(error) from error
 

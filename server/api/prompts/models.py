@@ -61,9 +61,7 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
     after: str | None = None
     has_more = True
     while has_more:
-        summaries, has_more = await services.store.call(
-            services.store.store.list_prompts, limit=_PAGE, after=after, access=caller.access
-        )
+        summaries, has_more = await services.store.list_prompts(limit=_PAGE, after=after, access=caller.access)
         cards += [_prompt_card(services, summary.name, summary.latest) for summary in summaries]
         after = summaries[-1].name if summaries else None
     return ModelList(data=cards)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from prompt_store.errors import PromptNotFoundError, PromptStoreError
 from prompt_store.types import PromptRef, PromptVersion
-from server.api.soft_prompts.async_store import StoreThreads
+from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
 from server.api.soft_prompts.pin_budget import PinBudget, pinned_bytes
 from server.engine.interface import Engine
@@ -79,7 +79,7 @@ class Warmer:
         budget: How much may be pinned.
     """
 
-    def __init__(self, engine: Engine, store: StoreThreads, budget: PinBudget) -> None:
+    def __init__(self, engine: Engine, store: AsyncPromptStore, budget: PinBudget) -> None:
         self._engine = engine
         self._budget = budget
         self._store = store
@@ -147,7 +147,7 @@ class Warmer:
             warmed = Warmed(version, task_ids, time.monotonic() - started)
             if pin:
                 # Deleted meanwhile, it would be pinned for good: nobody could name it any more.
-                await self._store.call(self._store.store.resolve, _ref(version.name, version.version))
+                await self._store.resolve(_ref(version.name, version.version))
                 self._check_budget(version, sources, ref.alias, payer)  # others may have been quicker
                 if ref.alias is not None:
                     self._follows.add(_Follow(ref.name, ref.alias, task_id, True, is_operators))
@@ -162,7 +162,7 @@ class Warmer:
             InvalidRequestError: If there is no such task.
         """
         async with self._turn:
-            version = await self._store.call(self._store.store.resolve, ref)
+            version = await self._store.resolve(ref)
             if task_id is not None:
                 check_task(version, task_id)
             pin = self._pins.get((version.name, version.version))
@@ -261,7 +261,7 @@ class Warmer:
         async with self._turn:
             for version in self.pinned_versions(name):
                 try:
-                    await self._store.call(self._store.store.resolve, _ref(name, version))
+                    await self._store.resolve(_ref(name, version))
                 except PromptNotFoundError:
                     await self._end(name, version)
                 except PromptStoreError as error:
