@@ -201,6 +201,18 @@ class Services:
             raise EngineNotReadyError("the model is still being loaded")
         return self.loaded_tokenizer
 
+    def max_wait(self, requested: float | None) -> float | None:
+        """Seconds that a request may wait in the queue: its timeout or the server's limit, the shorter.
+
+        Args:
+            requested: The request's timeout; None if it sets none.
+
+        Returns:
+            None if there is no limit.
+        """
+        limit = self.settings.http.max_wait_seconds
+        return requested if not limit else limit if requested is None else min(requested, limit)
+
     @property
     def base_spec(self) -> BaseModelSpec:
         """The properties that a soft prompt must match.

@@ -6,12 +6,13 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.generation.call import Delta
+from server.api.generation.generation import Delta, Generation
 from server.api.generation.tool_calls import CallArguments, CallStart, MakeReader, Piece, Text, ToolCallReader
 from server.api.inference.logprobs import ScoredToken, TokenBytes, chat_logprobs, completion_logprobs
 from server.api.inference.responses import (
@@ -60,6 +61,15 @@ class ChoiceText:
             if self.scored is None:
                 self.scored = []
             self.scored += delta.scored
+
+
+async def collect(generation: Generation) -> list[ChoiceText]:
+    """Run a generation to its end, and return its choices."""
+    choices = [ChoiceText(generation.prompt_of(index)) for index in range(generation.num_choices)]
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            choices[delta.index].add(delta)
+    return choices
 
 
 class Writer(ABC):

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.api.errors import ErrorReply
 from server.api.http.disconnect import ClientDisconnected, unless_disconnected
+from server.api.task_group import task_group
 
 DONE = b"data: [DONE]\n\n"
 
@@ -74,17 +75,10 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         wire = _Wire(send, self._start, self._stall_seconds)
-        writing = asyncio.create_task(self._send_all(wire))
-        watching = asyncio.create_task(wire.watch())
-        try:
-            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
-                raise ClientDisconnected
-            writing.result()
-        finally:
-            for task in (writing, watching):
-                task.cancel()
-            await asyncio.gather(writing, watching, return_exceptions=True)
+        async with task_group() as group:
+            watcher = group.create_task(wire.watch())
+            await self._send_all(wire)
+            watcher.cancel()
 
     async def _send_all(self, wire: _Wire) -> None:
         try:
@@ -132,13 +126,17 @@ class _Wire:
             self._last = self._clock()
 
     async def watch(self) -> None:
-        """Break silences; returns when the client has stopped reading."""
+        """Break silences.
+
+        Raises:
+            ClientDisconnected: If the client has stopped reading.
+        """
         while True:
             await asyncio.sleep(min(KEEP_ALIVE_SECONDS, self._stall_seconds) / 2)
             silent = self._clock() - self._last
             if self._is_sending:
                 if silent >= self._stall_seconds:
-                    return
+                    raise ClientDisconnected
             elif silent >= KEEP_ALIVE_SECONDS / 2:
                 with suppress(TimeoutError):  # a buffer that has just filled is seen in the next round
                     async with asyncio.timeout(self._stall_seconds):

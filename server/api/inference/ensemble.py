@@ -7,18 +7,15 @@ Tuning": prompts that were trained on the same task vote, at the price of one mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
 from prompt_store.types import Access, LeasedPrompt
-from server.api.inference.leases import lease_of
 from server.api.inference.target import Target, resolve
 from server.api.request_body import RequestBody, check_unicode
-from server.api.services import Services
 from server.errors import InvalidRequestError
 
 MAX_MEMBERS = 16
@@ -109,20 +106,6 @@ def targets_of(body: EnsembleBody, *, base_name: str, access: Access) -> list[Ta
     return [
         resolve(body.model, name, base_name=base_name, access=access, param="prompt_ids") for name in body.prompt_ids
     ]
-
-
-@asynccontextmanager
-async def leases_of(services: Services, targets: Sequence[Target]) -> AsyncIterator[list[LeasedPrompt | None]]:
-    """A lease on what each target means now, until the block ends; None for the bare base.
-
-    Raises:
-        NotFoundError: If there is no such soft prompt; the others' leases are given back.
-        InvalidRequestError: If two of them are the same version.
-    """
-    async with AsyncExitStack() as stack:
-        leased = [await stack.enter_async_context(lease_of(services, target)) for target in targets]
-        check_different(targets, leased)
-        yield leased
 
 
 def check_different(targets: Sequence[Target], leased: Sequence[LeasedPrompt | None]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prompt_store.errors import PromptNotFoundError
-from prompt_store.types import Access, PromptRef
+from prompt_store.types import Access, PromptRef, PromptVersion
+from server.api.services import Services
 from server.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, SoftPromptNotFoundError
 
 
@@ -65,6 +66,20 @@ def resolve(
             param=param,
         )
     return Target(model, access, ref)
+
+
+async def version_of(services: Services, target: Target) -> PromptVersion | None:
+    """The version that a target means now; None for the bare base.
+
+    Raises:
+        NotFoundError: If the soft prompt does not exist.
+    """
+    if target.ref is None:
+        return None
+    try:
+        return await services.store.resolve(target.ref, target.access)
+    except PromptNotFoundError as error:
+        raise target.not_found(error) from error
 
 
 def _model_not_found(model: str) -> ModelNotFoundError:

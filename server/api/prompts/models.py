@@ -7,8 +7,7 @@ from pydantic import BaseModel, Field
 
 from prompt_store.types import PromptVersion
 from server.api.generation.sampling_defaults import default_fields
-from server.api.inference.leases import version_of
-from server.api.inference.target import resolve
+from server.api.inference.target import resolve, version_of
 from server.api.keys.callers import CallerDep
 from server.api.services import Services, ServicesDep, require_ready
 

@@ -24,6 +24,7 @@ from prompt_store.types import (
     TaskType,
     check_name,
 )
+from server.api.http.disconnect import CLIENT_CLOSED_REQUEST
 from server.api.http.multipart import UploadParser, bounded, discard_rest, gathered
 from server.api.keys.callers import Caller, CallerDep
 from server.api.prompts.bodies import (
@@ -176,7 +177,7 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
             if fields.shared and not caller.access.changes(SHARED):
                 raise PermissionDeniedError("shared: requires an API key with the scope admin", scopes=["admin"])
         except ClientDisconnect:
-            return Response(status_code=499)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         except (ServerError, PromptStoreError):
             await discard_rest(stream)
             raise
