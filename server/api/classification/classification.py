@@ -116,10 +116,10 @@ async def score(call: Call, inputs: Inputs) -> list[list[Verdict]]:
     sequences = [
         call.sequence(
             GenerateRequest(
-                f"{request_id}-{member}-{index}-{rank}",
-                text if label is None else text + label.token_ids[index],
-                _params(text, label),
-                source,
+                request_id=f"{request_id}-{member}-{index}-{rank}",
+                prompt_token_ids=text if label is None else text + label.token_ids[index],
+                params=_params(text, label),
+                soft_prompt=source,
                 salt=call.tenant,
                 priority=call.priority,
                 timeout=call.max_wait,

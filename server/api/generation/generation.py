@@ -244,11 +244,11 @@ class Generation:
         )
         soft_prompt, *others = self._soft_prompts
         return GenerateRequest(
-            f"{self._id}-{index}",
-            self.prompts[prompt],
-            params,
-            soft_prompt,
-            tuple(others),
+            request_id=f"{self._id}-{index}",
+            prompt_token_ids=self.prompts[prompt],
+            params=params,
+            soft_prompt=soft_prompt,
+            others=tuple(others),
             salt=self._call.tenant,
             priority=body.priority,
             timeout=self._call.max_wait,
