@@ -1,4 +1,4 @@
-"""Checks before any work is done: a key's limits, permits, and the size of the request."""
+"""Checks before any work is done: a key's limits, and the size of the request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_CHARS_PER_TOKEN = 128
 """Limit for one text: the longest tokens of known vocabularies are runs of this many spaces."""
 
 CHARS_PER_TOKEN = 8
-"""Limit for all texts of a request; more than usual texts have."""
+"""Limit for all texts of a request together; more than usual texts have."""
 
 _LIKELY_CHARS_PER_TOKEN = 6
 
@@ -80,7 +80,7 @@ def _noting_refusals(allowance: Allowance, work: Work, send: Send) -> Send:
 
 
 def allowance_of(request: Request) -> Allowance:
-    """The allowance of a request within its key's limits."""
+    """A request's part of its key's limits."""
     allowance = request.state.allowance
     if not isinstance(allowance, Allowance):
         raise TypeError("the state of a request holds something else than its allowance")
@@ -124,11 +124,11 @@ def entered_for_text(services: Services, request: Request, num_chars: int, *, nu
     Args:
         services: The server.
         request: The request.
-        num_chars: Of its texts together.
-        num_tokens: Of its tokens.
+        num_chars: Characters of all texts.
+        num_tokens: Tokens, if the request has tokens.
 
     Raises:
-        RateLimitError: If the caller's key likely does not have the tokens.
+        RateLimitError: If the key has fewer tokens than the request is likely to need.
         OverloadedError: If the server is full.
     """
     allowance = allowance_of(request)
@@ -141,11 +141,11 @@ def entered_for_text(services: Services, request: Request, num_chars: int, *, nu
 
 
 def check_size(services: Services, prompts: Sequence[str] | Sequence[list[int]], *, field: str) -> None:
-    """Limit the texts of a request before any of them is tokenised.
+    """Check the size of a request's texts before any of them is tokenised.
 
     Raises:
         ContextLengthError: If a text is longer than any that fits the context.
-        PayloadTooLargeError: If all texts together are longer than those of as many sequences as run at once.
+        PayloadTooLargeError: If all texts together are longer than the texts of ``max_num_seqs`` sequences may be.
     """
     context = services.engine.model.max_model_len
     most = MOST_CHARS_PER_TOKEN * context
