@@ -56,7 +56,7 @@ from server.api.operations import OPEN_PATHS
 from server.api.prompts import inspection, models
 from server.api.prompts import routes as prompts
 from server.api.services import Lifecycle, Phase, Services, Tokenizer, get_services
-from server.api.soft_prompts.async_store import StoreThreads
+from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.api.soft_prompts.pin_budget import PinBudget
 from server.api.soft_prompts.warming import Warmer
 from server.api.tokenization import routes as tokenization
@@ -114,13 +114,13 @@ def create_app(
         read_store=lambda: _store_state(opened),
         top_prompts=settings.http.metrics_top_prompts,
     )
-    threads = StoreThreads(opened)
+    async_store = AsyncPromptStore(opened)
     services = Services(
         settings=settings,
         base_name=settings.served_model_name or _default_name(settings.engine.model),
         engine=engine,
-        store=threads,
-        warmer=Warmer(engine, threads, _pin_budget(settings, has_keys=keys is not None)),
+        store=async_store,
+        warmer=Warmer(engine, async_store, _pin_budget(settings, has_keys=keys is not None)),
         admission=Admission(settings.engine.max_num_seqs + settings.http.max_waiting),
         metrics=metrics,
         loaded_tokenizer=tokenizer,
@@ -335,7 +335,7 @@ async def _lifespan(
         with suppress(RuntimeError):  # the loop has ended, and the store is about to be closed
             loop.call_soon_threadsafe(services.warmer.changed, names)
 
-    services.store.store.subscribe(tell_the_warmer)
+    services.store.subscribe(tell_the_warmer)
     services.engine.subscribe(services.warmer.restore)
     async with AsyncExitStack() as stack:
         if tracer is not None:

@@ -17,7 +17,7 @@ _MIN_BEGUN = 8
 
 SOONEST_SECONDS = 1.0
 LATEST_SECONDS = 60.0
-"""Bounds of ``Retry-After``: not at once, and no longer than clients wait."""
+"""Bounds of ``Retry-After``: no immediate retry, and no longer than clients wait."""
 
 
 class Permits:
@@ -69,16 +69,16 @@ class Permits:
 
 
 class Admission:
-    """Counts the sequences in the server. Used on the event loop only, so it needs no lock.
+    """Counts the admitted sequences. Used on the event loop only, so it needs no lock.
 
     Attributes:
-        capacity: Sequences that may be in the server at once, running and waiting.
-        num_in_use: Sequences that are.
+        capacity: Maximum number of admitted sequences, running and waiting.
+        num_in_use: Number of admitted sequences.
 
     Args:
         capacity: Maximum number of admitted sequences.
-        clock: Seconds that never go back.
-        between: Draws a number between two others.
+        clock: A monotonic clock, in seconds.
+        between: Draws a random number between two others.
     """
 
     def __init__(
@@ -95,23 +95,23 @@ class Admission:
         self._waiting: Counter[str] = Counter()
         self._begun: deque[float] = deque(maxlen=_NUM_BEGUN)
         self._turns: dict[str, float] = {}
-        """The latest retry time given to a rejected client, per tenant; removed with the tenant's queue."""
+        """Per tenant, the latest retry time given to a rejected client; removed when the tenant's queue is empty."""
 
     def expected_wait(self, tenant: str) -> float:
-        """Seconds that a sequence of this tenant would wait to begin; 0 where that is not known.
+        """Estimated seconds until a new sequence of this tenant starts; 0 if there is no estimate.
 
-        Turns go from tenant to tenant, so what counts is the tenant's own queue, at its share of the rate at which
-        sequences begin.
+        The scheduler serves tenants in turn. So the estimate is the length of the tenant's own queue, divided by the
+        tenant's share of the rate at which sequences start.
         """
         pace = self._pace(self._clock())
         return 0.0 if pace is None else self._waiting[tenant] * pace
 
     def retry_after(self, tenant: str) -> float | None:
-        """Seconds after which a client that is refused now may come again; None where no rate is known.
+        """Seconds after which a client that is rejected now may retry; None if no rate is known.
 
-        Each gets a turn of its own: the first when all that wait now have begun, the others one after the other, as
-        fast as sequences begin. So they do not come back all at once, and what comes back finds a place. Whose turn
-        would come after ``LATEST_SECONDS`` gets any time in the second half of them.
+        Rejected clients get different times: the first when all waiting sequences have started, the next ones at the
+        rate at which sequences start. So they do not all retry at once, and find a free permit. Times later than
+        ``LATEST_SECONDS`` are drawn at random from the second half of that period.
         """
         now = self._clock()
         pace = self._pace(now)
@@ -125,22 +125,22 @@ class Admission:
         return turn - now
 
     def _pace(self, now: float) -> float | None:
-        """Seconds from one beginning of a tenant's sequences to the next; None where that is not known."""
+        """Seconds between the starts of two sequences of a tenant; None if not known."""
         if len(self._begun) < _MIN_BEGUN:
             return None
         return len(self._waiting) * (now - self._begun[0]) / len(self._begun)
 
     def check(self, tenant: str, timeout: float | None, *, priority: int = 0) -> None:
-        """Return if another sequence may come in; asked before any work is done for it.
+        """Check that another sequence may be admitted, before any work is done for it.
 
         Args:
-            tenant: Whose it is.
-            timeout: Seconds in which it has to begin; None is no limit.
-            priority: Negative is more urgent; such a sequence does not wait with the others and always passes.
+            tenant: The tenant of the sequence.
+            timeout: Seconds in which it must start; None is no limit.
+            priority: Negative is more urgent; such a sequence overtakes the others and is always admitted.
 
         Raises:
             OverloadedError: If the server is full.
-            WaitTimeoutError: If its turn would come too late.
+            WaitTimeoutError: If it would start too late.
         """
         if priority < 0 or self.is_open(tenant, timeout):
             return
@@ -168,7 +168,7 @@ class Admission:
             )
 
     def is_open(self, tenant: str, timeout: float | None) -> bool:
-        """Whether ``check`` would let another sequence in, which is not urgent."""
+        """Whether ``check`` admits another sequence that is not urgent."""
         return self.num_in_use < self.capacity and (timeout is None or self.expected_wait(tenant) <= timeout)
 
     def note_waiting(self, tenant: str, change: int) -> None:
@@ -181,7 +181,7 @@ class Admission:
                 self._begun.clear()
 
     def note_begun(self) -> None:
-        """A sequence has begun."""
+        """Note that a sequence has started."""
         if self._waiting:
             self._begun.append(self._clock())
 
@@ -192,14 +192,14 @@ class Admission:
         """Take a permit for each of a request's sequences, all or none, until the block ends.
 
         Args:
-            count: How many.
-            tenant: Whose they are.
+            count: Number of permits.
+            tenant: The tenant of the request.
             param: The request field that sets the number of sequences.
-            waits: Whether they wait for their turn with the tenant's others, which how long that takes is told by.
+            waits: Whether the sequences wait in the tenant's queue, and so count in the estimates of its speed.
 
         Raises:
-            InvalidRequestError: If that many could never be admitted together.
-            OverloadedError: If not enough are free now.
+            InvalidRequestError: If ``count`` exceeds the capacity.
+            OverloadedError: If too few permits are free.
         """
         self.check_count(count, param=param)
         if self.num_in_use + count > self.capacity:

@@ -7,7 +7,6 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import describe
-from server.api.generation.call import shorter
 from server.api.inference.request_record import OPERATIONS, begin_record
 from server.api.keys.callers import caller_of
 from server.api.services import Services
@@ -66,7 +65,7 @@ class AdmissionMiddleware:
 
     @property
     def _limit(self) -> float | None:
-        return shorter(None, self._services.settings.http.max_wait_seconds)
+        return self._services.max_wait(None)
 
 
 def _asks_the_model(scope: Scope) -> bool:

@@ -28,7 +28,7 @@ async def ready(services: ServicesDep) -> dict[str, str]:
     While the store's catalog is away the server goes on with what it knows, and says so here.
     """
     services.require_ready()
-    catalog = services.store.store.status
+    catalog = services.store.status
     if catalog.is_available:
         return {"status": "ready", "store": "available"}
     seconds = time.time() - catalog.since

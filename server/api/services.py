@@ -16,7 +16,7 @@ from prompt_store.types import BaseModelSpec
 from server.api.admission import Admission
 from server.api.errors import field_path
 from server.api.request_body import half_pair_in, may_have_halves
-from server.api.soft_prompts.async_store import StoreThreads
+from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.api.soft_prompts.warming import Warmer
 from server.config import Settings
 from server.continuations import Context
@@ -49,11 +49,11 @@ class Tokenizer(Protocol):
         Args:
             texts: What to encode.
             add_special_tokens: Whether to add what the model expects around a text.
-            most: Tokens of a text beyond which it may be refused before all of it is encoded.
-            field: The request's field that the texts are from.
+            most: Maximum number of tokens of a text; a longer one may be refused before all of it is encoded.
+            field: The request field that the texts are from.
 
         Raises:
-            ContextLengthError: If it was.
+            ContextLengthError: If a text was refused.
         """
         ...
 
@@ -64,11 +64,11 @@ class Tokenizer(Protocol):
 
         Args:
             context: The text.
-            labels: What may continue it.
-            add_special_tokens: As for ``encode``; of the text alone.
+            labels: The labels.
+            add_special_tokens: As for ``encode``, for the text alone.
 
         Returns:
-            The tokens of the text, which may have lost the spaces at its end to the labels; and those of each label.
+            The tokens of the text, without spaces at its end that became part of the labels; and those of each label.
         """
         ...
 
@@ -83,13 +83,13 @@ class Tokenizer(Protocol):
         """Format a conversation with the model's template.
 
         Args:
-            turns: The messages as templates take them.
+            turns: The messages in the template's format.
             tools: Tools that the template may show.
-            needs_tools: Whether it has to show them.
-            options: How the text ends, and variables of the template; by default an answer begins.
+            needs_tools: Whether it must show them.
+            options: The end of the text, and variables of the template; by default an answer begins.
 
         Raises:
-            InvalidRequestError: If the template refuses the conversation, or does not show tools that it has to.
+            InvalidRequestError: If the template rejects the conversation, or does not show tools that it must show.
         """
         ...
 
@@ -99,20 +99,20 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[int, str]:
-        """The text of each token that ``skip_special_tokens`` leaves out."""
+        """The text of each token that ``skip_special_tokens`` omits."""
         ...
 
     def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
         """The bytes that one token adds to a text, special tokens included; possibly part of a character.
 
         Args:
-            token_id: Which token.
-            begins_text: Whether nothing stands before it.
+            token_id: The token.
+            begins_text: Whether it is the first of its text.
         """
         ...
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
-        """The vocabulary's own text of each token, such as ``\u0120word``; empty for ids that no token has."""
+        """The vocabulary entry of each token, such as ``\u0120word``; empty for ids without a token."""
         ...
 
     @property
@@ -121,7 +121,7 @@ class Tokenizer(Protocol):
         ...
 
     def close(self) -> None:
-        """End its threads."""
+        """Stop its threads."""
         ...
 
 
@@ -139,20 +139,20 @@ class Lifecycle:
     """Whether the server serves, and why not.
 
     Attributes:
-        phase: Where it stands.
-        failure: What kept the engine from starting, when ``phase`` is ``failed``.
+        phase: The current phase.
+        failure: Why the engine could not start, if ``phase`` is ``failed``.
     """
 
     phase: Phase = Phase.LOADING
     failure: ServerError | None = None
 
     def serve(self) -> None:
-        """The model is loaded (unless the server is stopping already)."""
+        """Accept requests: the model is loaded. No effect if the server is stopping already."""
         if self.phase is Phase.LOADING:
             self.phase = Phase.SERVING
 
     def fail(self, error: ServerError) -> None:
-        """The engine cannot start."""
+        """Reject all requests: the engine cannot start."""
         self.phase = Phase.FAILED
         self.failure = error
 
@@ -164,17 +164,12 @@ class Lifecycle:
 
 @dataclass(slots=True, kw_only=True)
 class Services:
-    """The server's parts; one for each application.
+    """The parts of the server, one set for each application.
 
     Attributes:
-        settings: What it was started with.
         base_name: The base model's name in the API.
-        engine: Where tokens come from.
-        store: Where soft prompts are kept.
-        warmer: Brings them onto the device early, and keeps the pinned ones.
-        admission: The permits.
-        metrics: Every measurement.
-        lifecycle: Whether it serves.
+        warmer: Loads soft prompts before their first request, and holds the pins.
+        admission: The permits of sequences.
         loaded_tokenizer: None until the model is loaded.
         created: When the server started, in Unix seconds.
     """
@@ -182,7 +177,7 @@ class Services:
     settings: Settings
     base_name: str
     engine: Engine
-    store: StoreThreads
+    store: AsyncPromptStore
     warmer: Warmer
     admission: Admission
     metrics: Metrics
@@ -201,6 +196,18 @@ class Services:
             raise EngineNotReadyError("the model is still being loaded")
         return self.loaded_tokenizer
 
+    def max_wait(self, requested: float | None) -> float | None:
+        """Seconds that a request may wait in the queue: its timeout or the server's limit, the shorter.
+
+        Args:
+            requested: The request's timeout; None if it sets none.
+
+        Returns:
+            None if there is no limit.
+        """
+        limit = self.settings.http.max_wait_seconds
+        return requested if not limit else limit if requested is None else min(requested, limit)
+
     @property
     def base_spec(self) -> BaseModelSpec:
         """The properties that a soft prompt must match.
@@ -218,7 +225,7 @@ class Services:
             max_model_len=model.max_model_len,
             dtype=model.dtype,
             hidden_size=model.hidden_size,
-            # A directory may be a link, or "."; of a hub id, neither form has another last part.
+            # A directory may be a link or "."; both forms of a hub id have the same last part.
             other_names=(source, os.path.realpath(source)),
         )
 
@@ -228,8 +235,8 @@ class Services:
         Raises:
             EngineNotReadyError: If the model is loading, or the server drains.
             EngineStartError: If the model could not be loaded.
-            EngineRestartingError: If the engine process has ended, and another does not serve yet.
-            EngineDeadError: If it has ended for good.
+            EngineRestartingError: If the engine process is being restarted.
+            EngineDeadError: If the engine process has ended and is not restarted.
         """
         match self.lifecycle.phase:
             case Phase.LOADING:
@@ -259,25 +266,24 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 
 
 async def require_ready(services: ServicesDep) -> None:
-    """A route's dependency that refuses requests while the server does not serve."""
+    """A route's dependency that rejects requests while the server does not serve."""
     services.require_ready()
 
 
 async def require_json(request: Request) -> None:
-    """A route's dependency that refuses bodies which are not declared as JSON.
+    """A route's dependency that rejects bodies without the content type of JSON, and text that is not Unicode.
 
-    Browsers send other types across origins without asking; they cannot send this one.
-
-    It refuses text that is none, too, wherever it stands: what is behind it encodes texts and need not look.
+    Browsers send other content types across origins without a preflight request. Half surrogate pairs are rejected
+    here so that later code can encode every text.
 
     Raises:
-        MediaTypeError: If the body is not declared as JSON.
-        InvalidRequestError: If it has half of a surrogate pair somewhere; the field is named.
+        MediaTypeError: If the content type is not JSON.
+        InvalidRequestError: If a text has half of a surrogate pair; the message names the field.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise MediaTypeError("the body must be JSON, with 'Content-Type: application/json'")
-    # Both are at hand: FastAPI has read the body before it asks its dependencies.
+    # Neither call waits: FastAPI reads the body before it resolves dependencies.
     if may_have_halves(await request.body()):
         loc = half_pair_in(await request.json())
         if loc is not None:
@@ -287,10 +293,10 @@ async def require_json(request: Request) -> None:
 
 
 async def require_json_or_nothing(request: Request) -> None:
-    """A route's dependency that refuses bodies which are not declared as JSON, and takes none.
+    """A route's dependency that accepts no body, or one that ``require_json`` accepts.
 
     Raises:
-        MediaTypeError: If there is a body that is not declared as JSON.
+        MediaTypeError: If there is a body whose content type is not JSON.
     """
     if await request.body():
         await require_json(request)

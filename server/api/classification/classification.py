@@ -1,32 +1,26 @@
-"""The life of a classification: a sequence for each label of each input, or for each input where there is a head."""
+"""Classification of texts: a sequence for each label of each text, or for each text if the soft prompt has a head."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from math import exp
 
-from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
-from server.api.admission import Permits
-from server.api.inference.ensemble import leases_of, name_of
-from server.api.inference.entry import Entry
-from server.api.inference.request_record import RequestRecord
-from server.api.inference.responses import PromptTokensDetails, Usage
+from prompt_store.types import PromptVersion, TaskType
+from server.api.inference.call import Call, RunningSequence
 from server.api.inference.target import Target
 from server.api.inference.token_ids import check_token_ids
-from server.api.services import Services
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
+from server.api.task_group import task_group
 from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import FinishReason, SamplingParams
-from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError, WaitTimeoutError
+from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
 
 MAX_LABEL_TOKENS = 64
 MAX_QUOTED_CHARS = 64
-"""Of a label, in an error about it."""
+"""Maximum length of a label in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +28,8 @@ class Label:
     """A label that is scored as the text's continuation.
 
     Attributes:
-        name: As the request wrote it.
-        token_ids: Its tokens behind each input, at least one.
+        name: The label in the request.
+        token_ids: For each text, the label's tokens behind it; at least one.
     """
 
     name: str
@@ -43,36 +37,26 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a request asks for, tokenised.
+class Inputs:
+    """The tokenised inputs of a request.
 
     Attributes:
-        inputs: Text tokens of each input.
-        labels: What to score; None where the soft prompt's own head decides.
+        texts: Tokens of each text.
+        labels: The labels to score; None if the soft prompt's own head classifies.
         task_id: The task of a multitask prompt.
-        priority: Lower is more urgent.
-        timeout: Seconds in which each sequence has to begin to run; None is without limit.
     """
 
-    inputs: list[list[int]]
+    texts: list[list[int]]
     labels: list[Label] | None
     task_id: int | None = None
-    priority: int = 0
-    timeout: float | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """What it counts against limits: each text once, and every label after each."""
-        of_labels = sum(len(ids) for label in self.labels or () for ids in label.token_ids)
-        return sum(map(len, self.inputs)) + of_labels
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What one soft prompt found about one input.
+    """The result of one soft prompt for one text.
 
     Attributes:
-        scores: Of each label: the sum of its tokens' log-probabilities, or the head's logit.
+        scores: For each label, the sum of its tokens' log-probabilities, or the head's logit.
     """
 
     scores: list[float]
@@ -91,113 +75,72 @@ class Verdict:
         return self.scores.index(max(self.scores))
 
 
-@dataclass(slots=True, kw_only=True)
-class Classification:
-    """One admitted request.
+async def prepare(call: Call, inputs: Inputs) -> None:
+    """Lease the soft prompts of a classification, check that they fit its inputs, and admit it.
 
-    Attributes:
-        leased: The soft prompts, of which there are several in an ensemble; None for the bare base.
-        wanted: What was asked for.
-        verdicts: Of each soft prompt one for each input, when it has run.
-        record: The request's log record.
-        usage: Tokens of the inputs' texts, each once for each soft prompt; labels are not counted.
+    Raises:
+        InvalidRequestError: If a text or a label is too long, labels are missing or given to a soft prompt that has
+            its own, the task does not exist, or the soft prompts of an ensemble cannot be combined.
+        NotFoundError: If a soft prompt does not exist.
+        RateLimitError: If the API key has too few tokens left.
     """
+    await call.lease()
+    model = call.services.engine.model
+    versions = [leased.version if leased else None for leased in call.leased]
+    _check_kinds(call.targets, versions)
+    for version in versions:
+        _check_labels(version, inputs.labels)
+        check_task(version, inputs.task_id)
+        _check_texts(
+            inputs,
+            num_virtual_tokens=version.num_virtual_tokens if version else 0,
+            vocab_size=model.vocab_size,
+            max_model_len=model.max_model_len,
+        )
+    num_label_tokens = sum(len(ids) for label in inputs.labels or () for ids in label.token_ids)
+    call.admit(inputs.texts, num_scored_tokens=num_label_tokens * len(versions))
 
-    services: Services
-    wanted: Wanted
-    leased: list[LeasedPrompt | None]
-    permits: Permits
-    tenant: str
-    record: RequestRecord
-    verdicts: list[list[Verdict]] = field(default_factory=list)
-    num_cached_tokens: int = 0
 
-    @property
-    def usage(self) -> Usage:
-        """Text tokens, the virtual ones before them, and what was cached already."""
-        num_virtual = sum(leased.version.num_virtual_tokens for leased in self.leased if leased)
-        num_text = sum(map(len, self.wanted.inputs)) * len(self.leased)
-        details = PromptTokensDetails(self.num_cached_tokens, num_virtual * len(self.wanted.inputs))
-        return Usage(num_text, 0, num_text, details)
+async def score(call: Call, inputs: Inputs) -> list[list[Verdict]]:
+    """Run a prepared classification. If one sequence fails, or the call is cancelled, all others are aborted.
 
-    def end_record(self, outcome: str) -> None:
-        """Complete the request's record."""
-        self.record.end(outcome, self.usage)
-        names = [leased.version.name for leased in self.leased if leased]
-        if len(self.leased) > 1:
-            self.record.prompt = self.served_by
-        elif names:
-            (self.record.prompt,) = names
-            self.record.version = next(leased.version.version for leased in self.leased if leased)
+    Returns:
+        For each soft prompt, the verdict on each text.
 
-    @property
-    def served_by(self) -> str | None:
-        """``NAME@VERSION`` of all soft prompts, with commas between; None where there is none."""
-        return ",".join(name for leased in self.leased if (name := name_of(leased))) or None
-
-    async def run(self) -> None:
-        """Compute the verdicts. Cancelled, or failed, it aborts every sequence that still runs.
-
-        Raises:
-            EngineError: If one sequence fails.
-        """
-        sources = [soft_prompt_source(leased, self.wanted.task_id) if leased else None for leased in self.leased]
-        request_id = uuid.uuid4().hex
-        labels: Sequence[Label | None] = self.wanted.labels or [None]
-        requests = [
+    Raises:
+        EngineError: If a sequence fails.
+    """
+    sources = [soft_prompt_source(leased, inputs.task_id) if leased else None for leased in call.leased]
+    request_id = uuid.uuid4().hex
+    labels: Sequence[Label | None] = inputs.labels or [None]
+    sequences = [
+        call.sequence(
             GenerateRequest(
-                f"{request_id}-{member}-{index}-{rank}",
-                text if label is None else text + label.token_ids[index],
-                _params(text, label),
-                source,
-                salt=self.tenant,
-                priority=self.wanted.priority,
-                timeout=self.wanted.timeout,
-            )
-            for member, source in enumerate(sources)
-            for index, text in enumerate(self.wanted.inputs)
-            for rank, label in enumerate(labels)
-        ]
-        tasks = [asyncio.create_task(self._score(request)) for request in requests]
-        try:
-            events = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        found = []
-        for start in range(0, len(events), len(labels)):
-            of_input = events[start : start + len(labels)]
-            self.num_cached_tokens += of_input[0].num_cached_tokens
-            if self.wanted.labels is None:
-                found.append(Verdict(_head_scores(of_input[0])))
-            else:
-                found.append(Verdict([_label_score(event) for event in of_input]))
-        num_inputs = len(self.wanted.inputs)
-        self.verdicts = [found[start : start + num_inputs] for start in range(0, len(found), num_inputs)]
+                request_id=f"{request_id}-{member}-{index}-{rank}",
+                prompt_token_ids=text if label is None else text + label.token_ids[index],
+                params=_params(text, label),
+                soft_prompt=source,
+                salt=call.tenant,
+                priority=call.priority,
+                timeout=call.max_wait,
+            ),
+            is_first_of_text=rank == 0,
+        )
+        for member, source in enumerate(sources)
+        for index, text in enumerate(inputs.texts)
+        for rank, label in enumerate(labels)
+    ]
+    async with task_group() as group:
+        tasks = [group.create_task(_run(sequence)) for sequence in sequences]
+    events = iter([task.result() for task in tasks])
+    return [[_verdict([next(events) for _ in labels], inputs) for _ in inputs.texts] for _ in sources]
 
-    async def _score(self, request: GenerateRequest) -> TokenEvent:
-        has_begun = False
-        try:
-            async with aclosing(self.services.engine.generate(request)) as events:
-                async for event in events:
-                    has_begun = True
-                    self.permits.begin()
-                    if event.finish_reason is FinishReason.ABORT:
-                        raise EngineNotReadyError("the server is shutting down and ended the request")
-                    if event.queue_seconds is not None and event.prefill_seconds is not None:
-                        self.services.metrics.observe_phases(event.queue_seconds, event.prefill_seconds)
-                        if self.record.queue_seconds is None:
-                            self.record.first_output = time.monotonic()
-                            self.record.queue_seconds = event.queue_seconds
-                            self.record.prefill_seconds = event.prefill_seconds
-                    return event
-            raise EngineNotReadyError("the engine ended the request without a reason")
-        except WaitTimeoutError as error:
-            error.retry_after = self.permits.retry_after
-            raise
-        finally:
-            self.permits.release(has_begun=has_begun)
+
+async def _run(sequence: RunningSequence) -> TokenEvent:
+    async with aclosing(sequence.events()) as events:
+        event = await anext(events)
+    sequence.finish(FinishReason.STOP.value)
+    return event
 
 
 def _params(text: list[int], label: Label | None) -> SamplingParams:
@@ -206,71 +149,18 @@ def _params(text: list[int], label: Label | None) -> SamplingParams:
     return SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=len(text))
 
 
-def _head_scores(event: TokenEvent) -> list[float]:
+def _verdict(events: Sequence[TokenEvent], inputs: Inputs) -> Verdict:
+    """The verdict from the event of each label, or from that of the head."""
+    if inputs.labels is not None:
+        return Verdict([_label_score(event) for event in events])
+    (event,) = events
     if event.class_logits is None:
         raise EngineNotReadyError("the engine ended the request without the head's logits")
-    return event.class_logits
+    return Verdict(event.class_logits)
 
 
 def _label_score(event: TokenEvent) -> float:
     return sum(entry.logprob for entry in event.prompt_logprobs or () if entry is not None)
-
-
-@asynccontextmanager
-async def classifying(
-    services: Services,
-    targets: Sequence[Target],
-    wanted: Wanted,
-    *,
-    entry: Entry,
-    arrival: float,
-    record: RequestRecord,
-) -> AsyncIterator[Classification]:
-    """Check and lease for a classification that was let in; everything is given back when the block ends.
-
-    Raises:
-        InvalidRequestError: If the texts or labels cannot be taken, labels are missing
-            or given to a soft prompt that has its own, the task is not one of its tasks, or the soft prompts of an
-            ensemble do not go together.
-        NotFoundError: If there is no such soft prompt.
-        RateLimitError: If the caller's key does not have the tokens.
-    """
-    async with leases_of(services, targets) as leased:
-        versions = [prompt.version if prompt else None for prompt in leased]
-        _check_kinds(targets, versions)
-        for version in versions:
-            _check_labels(version, wanted.labels)
-            check_task(version, wanted.task_id)
-            _check_texts(
-                wanted,
-                num_virtual_tokens=version.num_virtual_tokens if version else 0,
-                vocab_size=services.engine.model.vocab_size,
-                max_model_len=services.engine.model.max_model_len,
-            )
-        num_tokens = wanted.num_tokens * len(leased)
-        entry.reserve(num_tokens)
-        entry.allowance.used += num_tokens
-        outcome = "error"
-        classification = Classification(
-            services=services,
-            wanted=wanted,
-            leased=leased,
-            permits=entry.permits,
-            tenant=entry.caller.tenant,
-            record=record,
-        )
-        try:
-            yield classification
-            outcome = "stop"
-        except (asyncio.CancelledError, GeneratorExit):
-            outcome = "abort"
-            raise
-        finally:
-            classification.end_record(outcome)
-            for version in versions:
-                services.metrics.count_request(version.name if version else None, outcome)
-            if outcome == "stop":
-                services.metrics.observe_request(time.monotonic() - arrival)
 
 
 def _has_head(version: PromptVersion | None) -> bool:
@@ -278,7 +168,7 @@ def _has_head(version: PromptVersion | None) -> bool:
 
 
 def _check_kinds(targets: Sequence[Target], versions: Sequence[PromptVersion | None]) -> None:
-    """Heads give logits and others score texts: their probabilities are not of the same kind."""
+    """Reject a mix of heads, which give logits, and soft prompts that score labels: the results do not compare."""
     heads = [_has_head(version) for version in versions]
     if any(heads) and not all(heads):
         param = targets[heads.index(False)].param
@@ -303,30 +193,30 @@ def _check_labels(version: PromptVersion | None, labels: list[Label] | None) -> 
         )
 
 
-def check_inputs(inputs: Sequence[Sequence[int]], *, vocab_size: int) -> None:
-    """See whether there are texts, of tokens that there are.
+def check_tokens(texts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
+    """Check the tokens of the texts.
 
     Raises:
-        InvalidRequestError: If not.
+        InvalidRequestError: If a text is empty, or a token is not in the vocabulary.
     """
-    for text in inputs:
+    for text in texts:
         if not text:
             raise InvalidRequestError("input: the text is empty; at least one token is required", param="input")
         check_token_ids(text, vocab_size=vocab_size, param="input")
 
 
-def _check_texts(wanted: Wanted, *, num_virtual_tokens: int, vocab_size: int, max_model_len: int) -> None:
-    longest_label = max((len(ids) for label in wanted.labels or () for ids in label.token_ids), default=0)
+def _check_texts(inputs: Inputs, *, num_virtual_tokens: int, vocab_size: int, max_model_len: int) -> None:
+    longest_label = max((len(ids) for label in inputs.labels or () for ids in label.token_ids), default=0)
     if longest_label > MAX_LABEL_TOKENS:
         raise InvalidRequestError(
             f"labels: one has {longest_label} tokens; at most {MAX_LABEL_TOKENS} are taken", param="labels"
         )
-    for label in wanted.labels or ():
+    for label in inputs.labels or ():
         for token_ids in label.token_ids:
             check_token_ids(
                 token_ids, vocab_size=vocab_size, param="labels", what=repr(label.name[:MAX_QUOTED_CHARS])
             )
-    for text in wanted.inputs:
+    for text in inputs.texts:
         if num_virtual_tokens + len(text) + longest_label > max_model_len:
             raise ContextLengthError(
                 f"input: the model's context is {max_model_len} tokens, and the request takes more: "

@@ -16,14 +16,12 @@ from starlette.responses import Response
 
 from prompt_store.files.adapter_config import read_config
 from prompt_store.types import CONFIG_FILE, LeasedPrompt
-from server.api.classification.classification import Classification, Label, Verdict, Wanted, check_inputs, classifying
+from server.api.classification.classification import Inputs, Label, Verdict, check_tokens, prepare, score
 from server.api.generation.bodies import MAX_TIMEOUT_SECONDS, Prompts
-from server.api.generation.call import shorter
 from server.api.generation.known_fields import CLASSIFY, refuse_unsupported
-from server.api.generation.routes import CLIENT_CLOSED_REQUEST, SERVED_BY_HEADER, tokenize_prompts
-from server.api.http.disconnect import ClientDisconnected, unless_disconnected
+from server.api.generation.routes import tokenize_prompts
+from server.api.inference.call import Call
 from server.api.inference.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
-from server.api.inference.entry import Entry, entered
 from server.api.inference.request_record import begin_record
 from server.api.inference.responses import Usage
 from server.api.inference.target import Target
@@ -147,72 +145,52 @@ class ClassifyReply(msgspec.Struct, kw_only=True):
 @router.post("/classify", response_class=Response)
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
     """Classify one or more texts."""
-    arrival = time.monotonic()
     record = begin_record(request, services, model=body.model_text, text=lambda: body.input)
     targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
+    call = Call(
+        services=services,
+        request=request,
+        record=record,
+        targets=targets,
+        texts=body.input,
+        text_field="input",
+        num_sequences=len(targets) * len(body.input) * len(body.labels or [None]),
+        members_per_sequence=1,
+        count_field="input",
+        min_new_tokens=len(targets) * len(body.input) * len(body.labels or ()),
+        timeout=body.timeout,
+        priority=body.priority,
+    )
 
-    timeout = shorter(body.timeout, services.settings.http.max_wait_seconds)
-
-    async def answer() -> tuple[bytes, dict[str, str]]:
-        with entered(
-            services,
-            request,
-            body.input,
-            field="input",
-            count=len(targets) * len(body.input) * len(body.labels or [None]),
-            count_field="input",
-            num_members=len(targets),
-            num_new_tokens=len(targets) * len(body.input) * len(body.labels or ()),
-            timeout=timeout,
-            priority=body.priority,
-        ) as entry:
-            return await classified(entry)
-
-    async def classified(entry: Entry) -> tuple[bytes, dict[str, str]]:
-        inputs, labels = await _tokenize(services, body)
-        wanted = Wanted(
-            inputs=inputs,
-            labels=labels,
-            task_id=body.task_id,
-            priority=body.priority,
-            timeout=timeout,
+    async def answer() -> bytes:
+        texts, labels = await _tokenize(services, body)
+        inputs = Inputs(texts=texts, labels=labels, task_id=body.task_id)
+        await prepare(call, inputs)
+        names = [body.labels or await _label_names(services, leased) for leased in call.leased]
+        _check_same_labels(names, targets)
+        verdicts = await score(call, inputs)
+        reply = ClassifyReply(
+            id=f"classify-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=body.model_text or services.base_name,
+            data=_data(body, names, call, verdicts),
+            usage=call.usage,
         )
-        async with classifying(
-            services, targets, wanted, entry=entry, arrival=arrival, record=record
-        ) as classification:
-            names = [body.labels or await _label_names(services, prompt) for prompt in classification.leased]
-            _check_same_labels(names, targets)
-            await classification.run()
-            reply = ClassifyReply(
-                id=f"classify-{uuid.uuid4().hex}",
-                created=int(time.time()),
-                model=body.model_text or services.base_name,
-                data=_data(body, names, classification, services.base_name),
-                usage=classification.usage,
-            )
-            served_by = classification.served_by
-            headers = {SERVED_BY_HEADER: served_by} if served_by else {}
-            return msgspec.json.encode(reply), headers
+        return msgspec.json.encode(reply)
 
-    try:
-        encoded, headers = await unless_disconnected(request.receive, answer())
-    except ClientDisconnected:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(encoded, headers=headers, media_type="application/json")
+    return await call.respond(answer)
 
 
-def _data(
-    body: ClassifyBody, names: list[list[str]], classification: Classification, base_name: str
-) -> list[Classified]:
+def _data(body: ClassifyBody, names: list[list[str]], call: Call, verdicts: list[list[Verdict]]) -> list[Classified]:
     """One entry for each input."""
-    of_inputs = list(zip(*classification.verdicts, strict=True))
+    of_inputs = list(zip(*verdicts, strict=True))
     if not body.is_ensemble:
         return [
             _classified(index, names[0], verdict, is_by_head=body.labels is None)
             for index, (verdict,) in enumerate(of_inputs)
         ]
-    members = [name_of(prompt) or base_name for prompt in classification.leased]
-    return [_combined(index, names, members, verdicts, body.combine) for index, verdicts in enumerate(of_inputs)]
+    members = [name_of(leased) or call.services.base_name for leased in call.leased]
+    return [_combined(index, names, members, own, body.combine) for index, own in enumerate(of_inputs)]
 
 
 def _check_same_labels(names: list[list[str]], targets: Sequence[Target]) -> None:
@@ -267,7 +245,7 @@ async def _tokenize(services: Services, body: ClassifyBody) -> tuple[list[list[i
     """The inputs' tokens, and those of the labels behind each input."""
     tokenizer, names = services.tokenizer, body.labels
     inputs = await tokenize_prompts(services, body.input, add_special_tokens=body.add_special_tokens, field="input")
-    check_inputs(inputs, vocab_size=services.engine.model.vocab_size)
+    check_tokens(inputs, vocab_size=services.engine.model.vocab_size)
     if names is None:
         return inputs, None
     labels = [Label(name, []) for name in names]
@@ -299,8 +277,7 @@ async def _label_names(services: Services, leased: LeasedPrompt | None) -> list[
     version, num_labels = leased.version, leased.version.num_labels
     names = head_label_names(version.metadata, num_labels)
     if names is None:
-        store = services.store
-        data = await store.call(store.store.read_file, version.name, version.version, CONFIG_FILE)
+        data = await services.store.read_file(version.name, version.version, CONFIG_FILE)
         names = head_label_names(read_config(data), num_labels)
     return names or [f"LABEL_{index}" for index in range(num_labels)]
 

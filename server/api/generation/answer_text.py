@@ -1,4 +1,4 @@
-"""The text of one choice: what of its tokens is shown, where each stands, and what ends it."""
+"""The text of one choice: which tokens are shown, their offsets, and where the text ends."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from server.engine.types import Logprobs
 
 
 class AnswerText:
-    """Decodes one choice, with its prompt where that is echoed.
+    """Decodes one choice, with its prompt if the request echoes it.
 
     Args:
-        tokenizer: The base model's.
-        body: What the request says of the text.
+        tokenizer: The base model's tokenizer.
+        body: The request's fields.
         prompt: The text tokens that the choice continues.
 
     Attributes:
-        detokenizer: Takes its new tokens, but for the one that ended it where that is not to be kept.
-        scorer: Takes all of its new tokens, after those of an echoed prompt, with their logprobs.
+        detokenizer: Takes the new tokens, without a final stop token that the text does not include.
+        scorer: Takes all new tokens with their logprobs, after the tokens of an echoed prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, body: GenerationBody, prompt: list[int]) -> None:
@@ -40,9 +40,9 @@ class AnswerText:
         self.scorer = TokenScorer(self._decode, tokenizer.token_bytes, () if body.echoes else prompt)
 
     async def echo(self, logprobs: Sequence[Logprobs | None] | None) -> tuple[str, list[ScoredToken]]:
-        """The prompt as text and, where they were asked for, with logprobs; a long one takes a while.
+        """The prompt as text, and its tokens with ``logprobs`` if given; in a thread, because it may be long.
 
-        The text ends before a character that the prompt only begins: the new text begins with it then.
+        The text ends before an incomplete character at its end, which the new text begins with.
         """
 
         def work() -> tuple[str, list[ScoredToken]]:
@@ -58,7 +58,7 @@ class AnswerText:
 
 
 def _hidden_tokens(tokenizer: Tokenizer, body: GenerationBody) -> Mapping[int, str]:
-    """The special tokens that the text leaves out."""
+    """The special tokens that the text omits."""
     if not body.skip_special_tokens:
         return {}
     special, shown = tokenizer.special_tokens, body.shown_special_tokens

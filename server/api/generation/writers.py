@@ -1,4 +1,4 @@
-"""How generated text is laid out: one writer for each endpoint, for its single answer and for its stream."""
+"""The JSON of generated text: one writer for each endpoint, for the full response and for the stream."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.generation.call import Delta
+from server.api.generation.generation import Delta, Generation
 from server.api.generation.tool_calls import CallArguments, CallStart, MakeReader, Piece, Text, ToolCallReader
 from server.api.inference.logprobs import ScoredToken, TokenBytes, chat_logprobs, completion_logprobs
 from server.api.inference.responses import (
@@ -35,14 +36,14 @@ from server.api.inference.responses import (
 
 @dataclass(slots=True)
 class ChoiceText:
-    """One choice, gathered from its deltas.
+    """One choice, collected from its deltas.
 
     Attributes:
         prompt_token_ids: The text tokens that it continues.
-        pieces: Its text.
+        pieces: Its text, in parts.
         token_ids: Its new tokens.
         finish_reason: Why it ended.
-        scored: How likely its tokens were, or None where it was not asked for.
+        scored: Its tokens with logprobs; None if the request has no logprobs.
     """
 
     prompt_token_ids: list[int]
@@ -52,7 +53,7 @@ class ChoiceText:
     scored: list[ScoredToken] | None = None
 
     def add(self, delta: Delta) -> None:
-        """Append what the choice gained."""
+        """Append a delta."""
         self.pieces.append(delta.text)
         self.token_ids += delta.token_ids
         self.finish_reason = delta.finish_reason
@@ -62,14 +63,23 @@ class ChoiceText:
             self.scored += delta.scored
 
 
+async def collect(generation: Generation) -> list[ChoiceText]:
+    """Run a generation to its end, and return its choices."""
+    choices = [ChoiceText(generation.prompt_of(index)) for index in range(generation.num_choices)]
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            choices[delta.index].add(delta)
+    return choices
+
+
 class Writer(ABC):
-    """Lays out one request's choices.
+    """Builds the JSON structs of one request's choices.
 
     Args:
-        model: The model as the client named it.
-        with_token_ids: Whether choices hold their token ids and those of their prompts.
-        num_top: Likeliest tokens in the logprobs; None where there are no logprobs.
-        token_bytes: The tokenizer's, for logprobs.
+        model: The model's name in the request.
+        with_token_ids: Whether choices include their token ids and those of their prompts.
+        num_top: Number of most likely tokens in the logprobs; None for no logprobs.
+        token_bytes: Returns the bytes of a token, for logprobs.
     """
 
     id_prefix: str
@@ -85,13 +95,13 @@ class Writer(ABC):
 
     @abstractmethod
     def answer(self, choices: list[ChoiceText], usage: Usage) -> msgspec.Struct:
-        """The whole answer."""
+        """The full response."""
 
     @abstractmethod
     def chunks(
         self, delta: Delta, prompt_token_ids: list[int], usage: Usage | UnsetType | None
     ) -> Iterator[msgspec.Struct]:
-        """The stream's chunks for a delta; none where it shows nothing yet."""
+        """The stream's chunks for a delta; none if it shows nothing yet."""
 
     @abstractmethod
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
@@ -115,7 +125,7 @@ class CompletionWriter(Writer):
     id_prefix = "cmpl"
 
     def answer(self, choices: list[ChoiceText], usage: Usage) -> Completion:
-        """The whole answer."""
+        """The full response."""
         return self._completion(
             [
                 CompletionChoice(
@@ -134,7 +144,7 @@ class CompletionWriter(Writer):
     def chunks(
         self, delta: Delta, prompt_token_ids: list[int], usage: Usage | UnsetType | None
     ) -> Iterator[msgspec.Struct]:
-        """One chunk with the text, and the finish reason where there is one."""
+        """One chunk with the text, and the finish reason if there is one."""
         if not self._has_content(delta) and delta.finish_reason is None:
             return
         choice = CompletionChoice(
@@ -164,11 +174,7 @@ class ChatWriter(Writer):
     """``/v1/chat/completions``.
 
     Args:
-        model: As for every writer, like the next three.
-        with_token_ids: See ``Writer``.
-        num_top: See ``Writer``.
-        token_bytes: See ``Writer``.
-        make_reader: Makes what reads tool calls out of a choice's text; None where there are none.
+        make_reader: Makes a parser of the tool calls in a choice's text; None if there can be none.
     """
 
     id_prefix = "chatcmpl"
@@ -187,11 +193,11 @@ class ChatWriter(Writer):
         self._readers: dict[int, ToolCallReader] = {}
 
     def answer(self, choices: list[ChoiceText], usage: Usage) -> msgspec.Struct:
-        """The whole answer."""
-        laid_out = []
+        """The full response."""
+        answered = []
         for index, choice in enumerate(choices):
             pieces, reason = self._read(index, "".join(choice.pieces), choice.finish_reason)
-            laid_out.append(
+            answered.append(
                 ChatChoice(
                     index=index,
                     message=_message(pieces),
@@ -201,7 +207,7 @@ class ChatWriter(Writer):
                     prompt_token_ids=self._ids(choice.prompt_token_ids),
                 )
             )
-        return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=laid_out, usage=usage)
+        return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=answered, usage=usage)
 
     def chunks(
         self, delta: Delta, prompt_token_ids: list[int], usage: Usage | UnsetType | None
@@ -215,11 +221,11 @@ class ChatWriter(Writer):
             )
             yield self._chunk([first], usage)
         pieces, reason = self._read(delta.index, delta.text, delta.finish_reason)
-        gains = [_gain(piece) for piece in pieces]
-        if not gains and (delta.scored or (self._with_token_ids and delta.token_ids)):
-            gains = [ChatDelta(content="")]
-        for position, gain in enumerate(gains):
-            own = ChatChunkChoice(index=delta.index, delta=gain)
+        parts = [_chat_delta(piece) for piece in pieces]
+        if not parts and (delta.scored or (self._with_token_ids and delta.token_ids)):
+            parts = [ChatDelta(content="")]
+        for position, part in enumerate(parts):
+            own = ChatChunkChoice(index=delta.index, delta=part)
             if position == 0:
                 own.logprobs, own.token_ids = self._logprobs(delta.scored), self._ids(delta.token_ids)
             yield self._chunk([own], usage)
@@ -228,7 +234,7 @@ class ChatWriter(Writer):
             yield self._chunk([last], usage)
 
     def _read(self, index: int, text: str, reason: str | None) -> tuple[list[Piece], str | None]:
-        """A choice's new text as pieces, and why it ended, where it has."""
+        """Parse a choice's new text into pieces; the finish reason may change to ``tool_calls``."""
         if self._make_reader is None:
             return [Text(text)] if text else [], reason
         reader = self._readers.get(index)
@@ -268,7 +274,7 @@ def _message(pieces: list[Piece]) -> ChatAnswer:
     return ChatAnswer(content=text or None, tool_calls=list(calls.values()))
 
 
-def _gain(piece: Piece) -> ChatDelta:
+def _chat_delta(piece: Piece) -> ChatDelta:
     match piece:
         case Text(text):
             return ChatDelta(content=text)

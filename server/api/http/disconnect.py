@@ -1,43 +1,42 @@
-"""Noticing that a client has gone, and ending its work at once."""
+"""Cancellation of a request's work when its client disconnects."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.types import Receive
 
+from server.api.task_group import task_group
+
 T = TypeVar("T")
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for the access log; the client has disconnected."""
 
 
 class ClientDisconnected(Exception):  # noqa: N818 - an event, not a fault
     """The client closed the connection before the work was done."""
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work``, and cancel it as soon as the client disconnects.
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Await ``work``, and cancel it as soon as the client disconnects.
 
     Args:
         receive: The request's ASGI channel, its body already read.
         work: What to do for the client. It has ended, cleanup included, when this returns or raises.
 
     Raises:
-        ClientDisconnected: If the client went first.
+        ClientDisconnected: If the client disconnected first.
     """
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected
-        return task.result()
-    finally:
-        task.cancel()
+    async with task_group() as group:
+        watcher = group.create_task(_wait_for_disconnect(receive))
+        result = await work
         watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+    return result
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnected

@@ -1,4 +1,4 @@
-"""Server-sent events: one response class that streams chunks, notices the client going, and reports late errors."""
+"""Server-sent events: a response that streams chunks, ends with its client, and reports late errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.api.errors import ErrorReply
 from server.api.http.disconnect import ClientDisconnected, unless_disconnected
+from server.api.task_group import task_group
 
 DONE = b"data: [DONE]\n\n"
 
 KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which clients skip: it keeps proxies from taking a long wait for a dead connection."""
+"""A comment, which clients skip. It keeps proxies from closing a connection that seems dead."""
 
 KEEP_ALIVE_SECONDS = 15.0
 """Silence after which a comment is sent."""
@@ -30,20 +31,20 @@ def event(payload: msgspec.Struct) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come; the response begins with the first of them, or after a long wait for it.
+    """Sends events as they arrive. The response begins with the first event, or after a long wait for it.
 
-    An error before that propagates to the exception handlers and becomes an ordinary error response. An error
-    after it becomes one last event. A client that disconnects closes ``events`` at once.
+    An error before the response begins is raised, and becomes an ordinary error response. A later error becomes the
+    last event. If the client disconnects, ``events`` is closed at once.
 
-    What a client does not read waits in the connection's buffer (64 KiB) and the kernel's; when they are full, events
-    are not taken from the engine's queue, which holds no more than the tokens that the request may have. So nothing
-    grows without bound, and after ``stall_seconds`` all of it is given up.
+    Bytes that a client does not read wait in the connection's buffer (64 KiB) and the kernel's. When both are full,
+    no events are taken from the engine's queue, which is bounded by the request's number of tokens. So memory is
+    bounded, and after ``stall_seconds`` the stream ends.
 
     Args:
         events: Encoded events.
-        late_headers: More headers, asked for when the response begins.
-        on_error: Describes an error that occurs after the first event.
-        stall_seconds: How long a client may leave full buffers unread before its work ends as if it had gone.
+        late_headers: Returns more headers when the response begins.
+        on_error: Describes an error after the response has begun.
+        stall_seconds: How long a client may leave full buffers unread; then it counts as disconnected.
     """
 
     media_type = "text/event-stream"
@@ -66,25 +67,18 @@ class EventStream(Response):
         self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream the events, until they end or the client goes."""
+        """Stream the events until they end or the client disconnects."""
         try:
             await unless_disconnected(receive, self._write(send))
         except ClientDisconnected:
-            return  # nobody is left to answer
+            return  # no client is left to respond to
 
     async def _write(self, send: Send) -> None:
         wire = _Wire(send, self._start, self._stall_seconds)
-        writing = asyncio.create_task(self._send_all(wire))
-        watching = asyncio.create_task(wire.watch())
-        try:
-            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
-                raise ClientDisconnected
-            writing.result()
-        finally:
-            for task in (writing, watching):
-                task.cancel()
-            await asyncio.gather(writing, watching, return_exceptions=True)
+        async with task_group() as group:
+            watcher = group.create_task(wire.watch())
+            await self._send_all(wire)
+            watcher.cancel()
 
     async def _send_all(self, wire: _Wire) -> None:
         try:
@@ -103,7 +97,7 @@ class EventStream(Response):
 
 
 class _Wire:
-    """The way to one client: begins the response, and knows when something went over it last.
+    """The connection to one client: begins the response, and records when it last sent something.
 
     Attributes:
         started: Whether the response has begun.
@@ -132,14 +126,18 @@ class _Wire:
             self._last = self._clock()
 
     async def watch(self) -> None:
-        """Break silences; returns when the client has stopped reading."""
+        """Send comments during silences.
+
+        Raises:
+            ClientDisconnected: If the client has stopped reading.
+        """
         while True:
             await asyncio.sleep(min(KEEP_ALIVE_SECONDS, self._stall_seconds) / 2)
             silent = self._clock() - self._last
             if self._is_sending:
                 if silent >= self._stall_seconds:
-                    return
+                    raise ClientDisconnected
             elif silent >= KEEP_ALIVE_SECONDS / 2:
-                with suppress(TimeoutError):  # a buffer that has just filled is seen in the next round
+                with suppress(TimeoutError):  # the next iteration handles a buffer that has just filled
                     async with asyncio.timeout(self._stall_seconds):
                         await self.send(KEEP_ALIVE)

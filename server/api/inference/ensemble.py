@@ -1,24 +1,21 @@
 """Ensembles: the soft prompts named by a request, and the combination of their answers.
 
-The idea is prompt ensembling, a section of Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt
-Tuning": prompts that were trained on the same task vote, at the price of one model in memory and one batch.
+Prompt ensembling is from Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning": soft prompts
+trained on the same task vote, with one model in memory and one batch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
 from prompt_store.types import Access, LeasedPrompt
-from server.api.inference.leases import lease_of
 from server.api.inference.target import Target, resolve
 from server.api.request_body import RequestBody, check_unicode
-from server.api.services import Services
 from server.errors import InvalidRequestError
 
 MAX_MEMBERS = 16
@@ -96,10 +93,10 @@ class EnsembleBody(RequestBody):
 
 
 def targets_of(body: EnsembleBody, *, base_name: str, access: Access) -> list[Target]:
-    """What a request wants to be answered by: one target, or each member of its ensemble.
+    """The target of a request, or each member of its ensemble.
 
     Raises:
-        ModelNotFoundError: If a name in ``model`` cannot be the name of anything.
+        ModelNotFoundError: If a name in ``model`` is not valid.
         InvalidRequestError: If an id is not well formed, or two fields name a soft prompt.
     """
     if isinstance(body.model, list):
@@ -111,25 +108,11 @@ def targets_of(body: EnsembleBody, *, base_name: str, access: Access) -> list[Ta
     ]
 
 
-@asynccontextmanager
-async def leases_of(services: Services, targets: Sequence[Target]) -> AsyncIterator[list[LeasedPrompt | None]]:
-    """A lease on what each target means now, until the block ends; None for the bare base.
-
-    Raises:
-        NotFoundError: If there is no such soft prompt; the others' leases are given back.
-        InvalidRequestError: If two of them are the same version.
-    """
-    async with AsyncExitStack() as stack:
-        leased = [await stack.enter_async_context(lease_of(services, target)) for target in targets]
-        check_different(targets, leased)
-        yield leased
-
-
 def check_different(targets: Sequence[Target], leased: Sequence[LeasedPrompt | None]) -> None:
     """Reject an ensemble with the same version twice, under any names.
 
     Raises:
-        InvalidRequestError: Naming the field and the version.
+        InvalidRequestError: If there is one; the message names the field and the version.
     """
     names = [name_of(prompt) for prompt in leased]
     for target, name in zip(targets, names, strict=True):
@@ -150,7 +133,7 @@ class Decision:
     Attributes:
         best: Index of the label.
         probabilities: Of each label, the mean of the members' probabilities.
-        votes: How many members hold each label to be the likeliest.
+        votes: For each label, the number of members that find it the most likely.
     """
 
     best: int
@@ -161,9 +144,8 @@ class Decision:
 def decide(probabilities: Sequence[Sequence[float]], how: Combine) -> Decision:
     """Combine the members' probabilities of the same labels in the same order.
 
-    By ``mean`` the label with the highest mean probability wins, the first of equals. By ``vote`` the one that most
-    members hold to be the likeliest, each with one vote for the first of its equals; between as many votes the mean
-    decides.
+    By ``mean`` the label with the highest mean probability wins; of equals the first. By ``vote`` each member votes
+    for its most likely label, of equals the first, and the label with most votes wins; the mean breaks a tie.
     """
     count = len(probabilities[0])
     means = [sum(column) / len(probabilities) for column in zip(*probabilities, strict=True)]
@@ -181,12 +163,12 @@ def elect(texts: Sequence[str], likelihoods: Sequence[float]) -> tuple[int, Coun
     """The first member with the most frequent text.
 
     Args:
-        texts: What each member wrote.
-        likelihoods: Mean log-probability of the tokens of each.
+        texts: The text of each member.
+        likelihoods: For each member, the mean log-probability of its tokens.
 
     Returns:
-        Index of the first member that gave the winning text, and the votes by text. Of texts with as many votes the
-        one wins whose givers were surer of it in the mean; of equals the first.
+        Index of the first member with the winning text, and the votes by text. If texts have equally many votes, the
+        one whose members have the highest mean likelihood wins; of equals the first.
     """
     votes = Counter(texts)
 

@@ -1,17 +1,15 @@
-"""Checks before any work is done: a key's limits, permits, and the size of the request."""
+"""Checks before any work is done: a key's limits, and the size of the request."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.admission import Permits
 from server.api.errors import describe
-from server.api.keys.callers import Caller, caller_of
+from server.api.keys.callers import caller_of
 from server.api.keys.limits import Allowance
 from server.api.operations import takes_tokens
 from server.api.services import Services
@@ -23,7 +21,7 @@ MOST_CHARS_PER_TOKEN = 128
 """Limit for one text: the longest tokens of known vocabularies are runs of this many spaces."""
 
 CHARS_PER_TOKEN = 8
-"""Limit for all texts of a request; more than usual texts have."""
+"""Limit for all texts of a request together; more than usual texts have."""
 
 _LIKELY_CHARS_PER_TOKEN = 6
 
@@ -82,87 +80,41 @@ def _noting_refusals(allowance: Allowance, work: Work, send: Send) -> Send:
 
 
 def allowance_of(request: Request) -> Allowance:
-    """The allowance of a request within its key's limits."""
+    """A request's part of its key's limits."""
     allowance = request.state.allowance
     if not isinstance(allowance, Allowance):
         raise TypeError("the state of a request holds something else than its allowance")
     return allowance
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """The resources held by an accepted request.
-
-    Attributes:
-        caller: Whose it is.
-        allowance: What it takes of its key's limits.
-        permits: Its places, one for each sequence.
-    """
-
-    caller: Caller
-    allowance: Allowance
-    permits: Permits
-
-    def reserve(self, num_tokens: int) -> None:
-        """Reserve the maximum number of tokens, once it is known.
-
-        Raises:
-            RateLimitError: If the key has too few tokens left; the tokenised tokens still count.
-        """
-        self.allowance.reserve(num_tokens, done=current_work().num_tokens)
-
-
-@contextmanager
-def entered(
+def check_entry(
     services: Services,
-    request: Request,
-    prompts: Sequence[str] | Sequence[list[int]],
+    allowance: Allowance,
+    texts: Sequence[str] | Sequence[list[int]],
     *,
     field: str,
-    count: int,
-    count_field: str,
     num_members: int,
-    num_new_tokens: int,
-    timeout: float | None,
-    priority: int,
-) -> Iterator[Entry]:
-    """Accept or reject a request for the model before its texts are tokenised; held until the block ends.
+    min_new_tokens: int,
+) -> None:
+    """Check the size of a request's texts, and that its key has tokens for them, before any text is tokenised.
 
     Args:
         services: The server.
-        request: The request.
-        prompts: Its texts, or their tokens.
-        field: The field that they are from.
-        count: Sequences that it asks for.
-        count_field: The request field that sets the number of sequences.
+        allowance: The request's part of its key's limits.
+        texts: The texts, or their tokens.
+        field: The request field that they are from.
         num_members: Number of ensemble members, each of which reads every text.
-        num_new_tokens: New tokens that all sequences may come to at least.
-        timeout: Seconds in which it has to begin; None is no limit.
-        priority: Negative is more urgent.
+        min_new_tokens: Minimum number of new tokens, of all sequences.
 
     Raises:
         ContextLengthError: If a text is longer than any that fits the context.
-        PayloadTooLargeError: If all texts together are.
-        RateLimitError: If the caller's key does not have as many tokens as it needs at least, or likely.
-        InvalidRequestError: If it asks for more sequences than the server ever takes.
-        OverloadedError: If the server is full.
-        WaitTimeoutError: If its turn would come too late.
+        PayloadTooLargeError: If all texts together are too long.
+        RateLimitError: If the key has fewer tokens than the request needs at least, or is likely to need.
     """
-    caller = caller_of(request)
-    admission = services.admission
-    admission.check(caller.tenant, timeout, priority=priority)
-    check_size(services, prompts, field=field)
-    allowance = allowance_of(request)
-    least = sum(1 if isinstance(prompt, str) else len(prompt) for prompt in prompts)
-    likely = sum(
-        len(prompt) // _LIKELY_CHARS_PER_TOKEN if isinstance(prompt, str) else len(prompt) for prompt in prompts
-    )
-    allowance.require(least * num_members + num_new_tokens, likely * num_members + num_new_tokens)
-    with admission.permits(count, tenant=caller.tenant, param=count_field) as permits:
-        try:
-            yield Entry(caller, allowance, permits)
-        finally:
-            allowance.settle(current_work().num_tokens)
+    check_size(services, texts, field=field)
+    least = sum(1 if isinstance(text, str) else len(text) for text in texts)
+    likely = sum(len(text) // _LIKELY_CHARS_PER_TOKEN if isinstance(text, str) else len(text) for text in texts)
+    allowance.require(least * num_members + min_new_tokens, likely * num_members + min_new_tokens)
 
 
 @contextmanager
@@ -172,11 +124,11 @@ def entered_for_text(services: Services, request: Request, num_chars: int, *, nu
     Args:
         services: The server.
         request: The request.
-        num_chars: Of its texts together.
-        num_tokens: Of its tokens.
+        num_chars: Characters of all texts.
+        num_tokens: Tokens, if the request has tokens.
 
     Raises:
-        RateLimitError: If the caller's key likely does not have the tokens.
+        RateLimitError: If the key has fewer tokens than the request is likely to need.
         OverloadedError: If the server is full.
     """
     allowance = allowance_of(request)
@@ -189,11 +141,11 @@ def entered_for_text(services: Services, request: Request, num_chars: int, *, nu
 
 
 def check_size(services: Services, prompts: Sequence[str] | Sequence[list[int]], *, field: str) -> None:
-    """Limit the texts of a request before any of them is tokenised.
+    """Check the size of a request's texts before any of them is tokenised.
 
     Raises:
         ContextLengthError: If a text is longer than any that fits the context.
-        PayloadTooLargeError: If all texts together are longer than those of as many sequences as run at once.
+        PayloadTooLargeError: If all texts together are longer than the texts of ``max_num_seqs`` sequences may be.
     """
     context = services.engine.model.max_model_len
     most = MOST_CHARS_PER_TOKEN * context

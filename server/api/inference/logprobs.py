@@ -1,4 +1,4 @@
-"""Logprobs as OpenAI lays them out: arrays for completions, objects for chat."""
+"""Logprobs in OpenAI's formats: arrays for completions, objects for chat."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from server.engine.types import Logprobs
 
 
 class TokenBytes(Protocol):
-    """What one token adds to a text; it may be a part of a character."""
+    """Returns the bytes that one token adds to a text; they may be part of a character."""
 
     def __call__(self, token_id: int, *, begins_text: bool = False) -> bytes:
-        """The bytes behind other text, or those that it begins a text with."""
+        """The token's bytes after other text, or at the beginning of a text."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token of a choice, and how likely it was.
+    """A token of a choice with its logprobs.
 
     Attributes:
-        token_id: Which token.
+        token_id: The token.
         offset: Characters of the choice's text before it.
-        logprobs: None only for the first token of a text that nothing stands before.
-        begins_text: Whether no token before it shows anything, neither of the prompt nor of the answer. Many
-            tokenizers leave out the space of such a token.
+        logprobs: None only for the first token of a text without a soft prompt.
+        begins_text: Whether all tokens before it, of the prompt and of the answer, show no text. Many tokenizers omit
+            the space of such a token.
     """
 
     token_id: int
@@ -39,30 +39,29 @@ class ScoredToken:
 
 
 class TokenScorer:
-    """Finds where each token of a text begins.
+    """Finds the offset of each token in its text.
 
-    Tokens of one character all begin where it does. A character that the prompt begins and the answer completes is
-    the answer's.
+    All tokens of one character have the character's offset. A character that begins in the prompt and ends in the
+    answer belongs to the answer.
 
     Args:
         decode: Token ids to text; called with windows of a few tokens.
-        token_bytes: The tokenizer's.
-        prompt_ids: The tokens before the first; empty where the text is shown with its prompt, whose tokens come
-            first then.
+        token_bytes: Returns the bytes of a token.
+        prompt_ids: The tokens before the first; empty if the text begins with its prompt.
     """
 
     def __init__(self, decode: Decode, token_bytes: TokenBytes, prompt_ids: Sequence[int] = ()) -> None:
         self._window = TextWindow(decode, prompt_ids)
         self._token_bytes = token_bytes
         self._partial = b""
-        """The first bytes of a character whose other bytes are still to come."""
+        """The first bytes of a character that is not complete yet."""
         self._partial_offset = 0
         for token_id in prompt_ids[-_MAX_PARTIAL_TOKENS:]:
             if not self._window.is_void(token_id):
                 self._partial = _unfinished(self._partial + token_bytes(token_id))
 
     def append(self, token_ids: Sequence[int], logprobs: Sequence[Logprobs | None]) -> list[ScoredToken]:
-        """Take the text's next tokens."""
+        """Add the next tokens of the text."""
         return [self._score(token_id, own) for token_id, own in zip(token_ids, logprobs, strict=True)]
 
     def _score(self, token_id: int, logprobs: Logprobs | None) -> ScoredToken:
@@ -77,7 +76,7 @@ class TokenScorer:
         if self._partial and _continues(self._partial, shown):
             offset = self._partial_offset
         else:
-            # Bytes that turned out to be no character stay behind as replacement characters.
+            # Bytes that do not form a character remain as replacement characters.
             offset = before + common_length(pending, final + window.pending)
         unfinished = _unfinished(self._partial + shown)
         if unfinished and len(unfinished) <= len(shown):  # else its first byte came before
@@ -91,7 +90,7 @@ _MAX_PARTIAL_TOKENS = 3
 
 
 def _unfinished(data: bytes) -> bytes:
-    """The bytes at the end that begin a character and do not complete it."""
+    """The bytes of an incomplete character at the end."""
     for length in range(min(3, len(data)), 0, -1):
         if _begins_character(data[-length:]):
             return data[-length:]
@@ -99,7 +98,7 @@ def _unfinished(data: bytes) -> bytes:
 
 
 def _continues(partial: bytes, more: bytes) -> bool:
-    """Whether the next byte goes on with the character that was begun."""
+    """Whether the next byte continues an incomplete character."""
     if not more:
         return False
     try:
@@ -123,8 +122,8 @@ def completion_logprobs(
 
     Args:
         scored: The tokens of a choice, or of a chunk of it.
-        token_bytes: The tokenizer's.
-        with_top: Whether the likeliest tokens were asked for.
+        token_bytes: Returns the bytes of a token.
+        with_top: Whether the request asks for the most likely tokens.
     """
     tokens = [shown_token(token_bytes(item.token_id, begins_text=item.begins_text)) for item in scored]
     top = None
@@ -153,15 +152,15 @@ def _top_by_text(item: ScoredToken, text: str, token_bytes: TokenBytes) -> dict[
     if item.logprobs is None:
         return None
     top: dict[str, float] = {}
-    # Different tokens may show the same; the likeliest stands for them, so the greatest value is the argmax's.
+    # Several tokens may have the same text; keep the most likely one, so that the maximum is the argmax.
     for token_id, logprob in item.logprobs.top:
         top.setdefault(shown_token(token_bytes(token_id, begins_text=item.begins_text)), logprob)
-    top.setdefault(text, item.logprobs.logprob)  # as OpenAI does, though it may be one more than was asked for
+    top.setdefault(text, item.logprobs.logprob)  # as OpenAI does, even if it is one more than requested
     return top
 
 
 def shown_token(token: bytes) -> str:
-    """A token's text, or its bytes where they are a part of a character."""
+    """A token's text, or its bytes if they are part of a character."""
     try:
         return token.decode()
     except UnicodeDecodeError:

@@ -35,32 +35,32 @@ MAX_LOGGED_CHARS = 10_000
 
 @dataclass(slots=True, kw_only=True)
 class RequestRecord:
-    """One request. What does not apply to it, or was not reached, is None.
+    """The record of one request. A field that does not apply to it, or was not reached, is None.
 
     Attributes:
         request_id: Its X-Request-ID.
-        method: HTTP's.
-        path: As it was sent, without the query.
-        tenant: Whose key it came with; None where there are no keys.
-        status: The response's; None where the client went before it began.
+        method: HTTP method.
+        path: Path without the query.
+        tenant: Tenant of its API key; None if there are no keys.
+        status: HTTP status; None if the client disconnected before the response began.
         error: The ``code`` of the error reply.
         operation: ``text_completion``, ``chat`` or ``classify``.
-        model: The beginning of the field ``model`` as it was sent, or the base's name.
+        model: The field ``model``, truncated, or the base's name.
         prompt: The soft prompt's name.
         version: The version that served it.
-        outcome: Of an admitted request: stop, length, abort or error, as in the metrics.
+        outcome: For an admitted request: stop, length, abort or error, as in the metrics.
         prompt_tokens: Text tokens of all prompts.
-        cached_tokens: Those of them that were found in the prefix cache.
-        virtual_tokens: The soft prompt's positions before all prompts.
+        cached_tokens: The number of them found in the prefix cache.
+        virtual_tokens: Positions that soft prompts took, for all prompts.
         completion_tokens: New tokens of all choices.
         queue_seconds: From the first sequence's arrival at the engine to its first blocks.
-        prefill_seconds: From there to its first new token.
+        prefill_seconds: From its first blocks to its first new token.
         first_token_seconds: From the request's arrival to its first new token.
         decode_seconds: From its first new token to its last.
         total_seconds: From the request's head to the end of the response.
-        input: The prompts or messages, where ``--log-prompts`` asks for them.
-        traceparent: The trace that the client belongs to, as W3C's Trace Context writes it.
-        first_output: When the engine's first output for it came, by the monotonic clock.
+        input: The prompts or messages, with ``--log-prompts``.
+        traceparent: The client's trace, in the format of W3C's Trace Context.
+        first_output: When the engine's first output for it arrived, by the monotonic clock.
         started: When its head had come, by the monotonic clock.
         started_at: The same in Unix seconds.
     """
@@ -124,13 +124,13 @@ def record_of(request: Request) -> RequestRecord:
 def begin_record(
     request: Request, services: Services, *, model: str | None, text: Callable[[], object]
 ) -> RequestRecord:
-    """The record of a request for the model, with what it asks for.
+    """The record of a request for the model, with the model and, if they are logged, the texts.
 
     Args:
         request: The request.
-        services: Whose base it asks, and whether texts are logged.
-        model: Its field ``model``.
-        text: Makes its prompts or messages; only called where they are logged.
+        services: The server.
+        model: The request's field ``model``.
+        text: Returns the prompts or messages; called only if they are logged.
     """
     record = record_of(request)
     record.operation = OPERATIONS[request.scope["path"]]

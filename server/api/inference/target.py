@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prompt_store.errors import PromptNotFoundError
-from prompt_store.types import Access, PromptRef
+from prompt_store.types import Access, PromptRef, PromptVersion
+from server.api.services import Services
 from server.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, SoftPromptNotFoundError
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a request wants its text continued by.
+    """The base model, or the soft prompt, that a request names.
 
     Attributes:
-        model: The ``model`` field as it was sent, or the base's name.
+        model: The request's ``model`` field, or the base's name.
         ref: The soft prompt, or None for the bare base.
         param: The field that named the soft prompt.
         access: The soft prompts visible to the caller.
@@ -26,7 +27,7 @@ class Target:
     param: str = "model"
 
     def not_found(self, error: PromptNotFoundError) -> NotFoundError:
-        """The answer when the store does not have it: a bare name in ``model`` may have meant another base."""
+        """The error if the store does not have it; a bare name in ``model`` may have meant another base model."""
         if self.param == "model" and self.ref is not None and self.model == self.ref.name:
             return _model_not_found(self.model)
         return SoftPromptNotFoundError(str(error), param=self.param)
@@ -39,13 +40,13 @@ def resolve(
 
     Args:
         model: The base's name, ``NAME[@SELECTOR]`` or ``BASE:NAME[@SELECTOR]``; None is the base.
-        prompt_id: ``NAME[@SELECTOR]``, where ``model`` is the base.
+        prompt_id: ``NAME[@SELECTOR]``; only if ``model`` is the base.
         base_name: The base's name in the API.
-        access: For whom.
-        param: The field that ``prompt_id`` came from.
+        access: The soft prompts visible to the caller.
+        param: The request field that ``prompt_id`` is from.
 
     Raises:
-        ModelNotFoundError: If ``model`` cannot be the name of anything.
+        ModelNotFoundError: If ``model`` is not a valid name.
         InvalidRequestError: If ``prompt_id`` is not well formed, or both fields name a soft prompt.
     """
     if model is None or model == base_name:
@@ -65,6 +66,20 @@ def resolve(
             param=param,
         )
     return Target(model, access, ref)
+
+
+async def version_of(services: Services, target: Target) -> PromptVersion | None:
+    """The version that a target means now; None for the bare base.
+
+    Raises:
+        NotFoundError: If the soft prompt does not exist.
+    """
+    if target.ref is None:
+        return None
+    try:
+        return await services.store.resolve(target.ref, target.access)
+    except PromptNotFoundError as error:
+        raise target.not_found(error) from error
 
 
 def _model_not_found(model: str) -> ModelNotFoundError:

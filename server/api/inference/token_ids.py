@@ -1,4 +1,4 @@
-"""Check of token ids, for every list that reaches the engine or the decoder."""
+"""The check of token ids, for each list that reaches the engine or the decoder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from server.errors import InvalidRequestError
 def check_token_ids(token_ids: Collection[int], *, vocab_size: int, param: str, what: str | None = None) -> None:
     """Reject ids without an embedding.
 
-    Ids come from clients, and from the tokenizer too: one that was given more tokens than the model has rows turns a
-    text into such ids.
+    Not only clients send them: a tokenizer may have more tokens than the model has rows.
 
     Args:
-        token_ids: What to look at.
-        vocab_size: The model's rows; ids are below it.
-        param: The request's field that they are from.
-        what: What in that field has them, where it has several things.
+        token_ids: The ids.
+        vocab_size: Number of rows of the model's embedding; valid ids are below it.
+        param: The request field that they are from.
+        what: The part of that field that they are from, if it has several.
 
     Raises:
-        InvalidRequestError: Naming the field and such an id.
+        InvalidRequestError: If an id is not in the vocabulary; the message names the field and the id.
     """
     lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
     if lowest < 0 or highest >= vocab_size:

@@ -7,8 +7,7 @@ from pydantic import BaseModel, Field
 
 from prompt_store.types import PromptVersion
 from server.api.generation.sampling_defaults import default_fields
-from server.api.inference.leases import version_of
-from server.api.inference.target import resolve
+from server.api.inference.target import resolve, version_of
 from server.api.keys.callers import CallerDep
 from server.api.services import Services, ServicesDep, require_ready
 
@@ -61,9 +60,7 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
     after: str | None = None
     has_more = True
     while has_more:
-        summaries, has_more = await services.store.call(
-            services.store.store.list_prompts, limit=_PAGE, after=after, access=caller.access
-        )
+        summaries, has_more = await services.store.list_prompts(limit=_PAGE, after=after, access=caller.access)
         cards += [_prompt_card(services, summary.name, summary.latest) for summary in summaries]
         after = summaries[-1].name if summaries else None
     return ModelList(data=cards)

@@ -11,7 +11,6 @@ from pathlib import Path
 from prompt_store.checking import CheckedUpload
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.types import ROWS_TENSOR, WEIGHTS_FILE
-from server.api.generation.call import shorter
 from server.api.keys.callers import Caller
 from server.api.services import Services
 from server.engine.types import SoftPromptSource
@@ -64,7 +63,7 @@ async def probe(services: Services, checked: CheckedUpload, weights: Path, calle
                     text,
                     max_tokens=max(0, min(NEW_TOKENS, room - len(text))),
                     salt=caller.tenant,
-                    max_wait=shorter(None, services.settings.http.max_wait_seconds),
+                    max_wait=services.max_wait(None),
                 )
             except NotFiniteError as error:
                 what = "this soft prompt" if task_id is None else f"task {task_id} of this soft prompt"

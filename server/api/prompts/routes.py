@@ -24,6 +24,7 @@ from prompt_store.types import (
     TaskType,
     check_name,
 )
+from server.api.http.disconnect import CLIENT_CLOSED_REQUEST
 from server.api.http.multipart import UploadParser, bounded, discard_rest, gathered
 from server.api.keys.callers import Caller, CallerDep
 from server.api.prompts.bodies import (
@@ -42,7 +43,7 @@ from server.api.prompts.bodies import (
 )
 from server.api.prompts.probing import probe
 from server.api.services import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
-from server.api.soft_prompts.async_store import StoreThreads
+from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, PermissionDeniedError, ServerError
 
 router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
@@ -69,9 +70,9 @@ Before = Annotated[int | None, Query(ge=1, lt=2**63)]
 class _LeasedWeights(FileResponse):
     """A weights file straight from the store's directory, leased while it is sent: it may be too large for memory."""
 
-    def __init__(self, threads: StoreThreads, ref: PromptRef, caller: Caller, *, sha256: str) -> None:
+    def __init__(self, store: AsyncPromptStore, ref: PromptRef, caller: Caller, *, sha256: str) -> None:
         super().__init__("", headers=_file_headers(WEIGHTS_FILE, sha256), media_type="application/octet-stream")
-        self._threads = threads
+        self._store = store
         self._ref = ref
         self._access = caller.access
 
@@ -83,7 +84,7 @@ class _LeasedWeights(FileResponse):
                 raise HTTPException(message["status"], "the requested range is outside the file")
             await send(message)
 
-        async with self._threads.lease(self._ref, self._access) as leased:
+        async with self._store.lease(self._ref, self._access) as leased:
             self.path = leased.weights_path
             await super().__call__(scope, receive, send_or_raise)
 
@@ -165,22 +166,22 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
     limit = services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
     if int(request.headers.get("content-length", 0)) > limit:
         raise PayloadTooLargeError(f"the upload exceeds the limit of {limit} bytes")
-    threads, store = services.store, services.store.store
-    with store.upload() as upload:  # makes and removes a directory; its files are written in the pool
+    store = services.store
+    with store.upload() as upload:  # makes and removes a directory; its files are written in threads
         parser = UploadParser(request.headers.get("content-type", ""), upload.open)
         stream = request.stream()
         try:
             async for data in gathered(bounded(stream, limit)):
-                await threads.call(parser.feed, data)
+                await store.call(parser.feed, data)
             fields = parser.fields()
             if fields.shared and not caller.access.changes(SHARED):
                 raise PermissionDeniedError("shared: requires an API key with the scope admin", scopes=["admin"])
         except ClientDisconnect:
-            return Response(status_code=499)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         except (ServerError, PromptStoreError):
             await discard_rest(stream)
             raise
-        checked = await threads.call(
+        checked = await store.call(
             check_upload,
             upload,
             base,
@@ -190,8 +191,7 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
         )
         await probe(services, checked, upload.path(WEIGHTS_FILE), caller)
         try:
-            version, created = await threads.call(
-                store.publish,
+            version, created = await store.publish(
                 upload,
                 name=fields.name,
                 base=base,
@@ -221,10 +221,7 @@ async def list_prompts(
     tag: Annotated[str | None, AfterValidator(lambda tag: tag and check_name(tag, "tag"))] = None,
 ) -> PromptList:
     """A page of soft prompts, by name."""
-    store = services.store.store
-    summaries, has_more = await services.store.call(
-        store.list_prompts, limit=limit, after=after, tag=tag, access=caller.access
-    )
+    summaries, has_more = await services.store.list_prompts(limit=limit, after=after, tag=tag, access=caller.access)
     data = [_prompt_body(services, summary) for summary in summaries]
     return PromptList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
@@ -232,13 +229,13 @@ async def list_prompts(
 @router.get("/{id}")
 async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> PromptBody:
     """Get a soft prompt."""
-    return _prompt_body(services, await services.store.call(services.store.store.get_prompt, name, caller.access))
+    return _prompt_body(services, await services.store.get_prompt(name, caller.access))
 
 
 @router.delete("/{id}")
 async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete a soft prompt with all versions and aliases. Running requests finish with their version."""
-    await services.store.call(services.store.store.delete_prompt, name, actor=caller.name, access=caller.access)
+    await services.store.delete_prompt(name, actor=caller.name, access=caller.access)
     await services.warmer.forget(name)
     return Deleted(id=name, object="prompt")
 
@@ -248,10 +245,7 @@ async def list_versions(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> VersionList:
     """List the versions of a soft prompt, newest first."""
-    store = services.store.store
-    versions, has_more = await services.store.call(
-        store.list_versions, name, limit=limit, before=before, access=caller.access
-    )
+    versions, has_more = await services.store.list_versions(name, limit=limit, before=before, access=caller.access)
     data = [_version_body(services, version) for version in versions]
     return VersionList(data=data, has_more=has_more, last_id=data[-1].version if data else None)
 
@@ -261,10 +255,7 @@ async def list_history(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> HistoryList:
     """List the changes of a soft prompt, newest first. The history remains after deletion."""
-    store = services.store.store
-    entries, has_more = await services.store.call(
-        store.list_history, name, limit=limit, before=before, access=caller.access
-    )
+    entries, has_more = await services.store.list_history(name, limit=limit, before=before, access=caller.access)
     data = [HistoryBody.of(entry) for entry in entries]
     return HistoryList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
@@ -275,7 +266,7 @@ async def get_version(
 ) -> VersionBody:
     """Get a version."""
     ref = PromptRef(name, version=version, alias=None)
-    return _version_body(services, await services.store.call(services.store.store.resolve, ref, caller.access))
+    return _version_body(services, await services.store.resolve(ref, caller.access))
 
 
 @router.get("/{id}/versions/{version}/files/{filename}", response_class=Response)
@@ -283,23 +274,21 @@ async def get_file(
     name: PromptId, version: VersionNumber, filename: str, services: ServicesDep, caller: CallerDep
 ) -> Response:
     """Download a file of a version, exactly as it was uploaded."""
-    threads, ref = services.store, PromptRef(name, version=version, alias=None)
-    found = await threads.call(threads.store.resolve, ref, caller.access)
+    store, ref = services.store, PromptRef(name, version=version, alias=None)
+    found = await store.resolve(ref, caller.access)
     file = found.file(filename)
     if file is None:
         raise NotFoundError(f"a version has only {CONFIG_FILE} and {WEIGHTS_FILE}, not {filename[:100]!r}")
     if filename == WEIGHTS_FILE:
-        return _LeasedWeights(threads, ref, caller, sha256=file.sha256)
-    data = await threads.call(threads.store.read_file, name, version, filename, caller.access)
+        return _LeasedWeights(store, ref, caller, sha256=file.sha256)
+    data = await store.read_file(name, version, filename, caller.access)
     return Response(data, headers=_file_headers(filename, file.sha256), media_type="application/json")
 
 
 @router.delete("/{id}/versions/{version}")
 async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete a version. Running requests finish with it."""
-    await services.store.call(
-        services.store.store.delete_version, name, version, actor=caller.name, access=caller.access
-    )
+    await services.store.delete_version(name, version, actor=caller.name, access=caller.access)
     await services.warmer.forget(name, version)
     return Deleted(id=f"{name}@{version}", object="prompt.version")
 
@@ -309,8 +298,7 @@ async def set_alias(
     name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
     """Point an alias at a version."""
-    await services.store.call(
-        services.store.store.set_alias,
+    await services.store.set_alias(
         name,
         alias,
         body.version,
@@ -327,8 +315,7 @@ async def rollback(
     name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
     """Point an alias back at the version before its last promotion; repeat to go further back."""
-    version = await services.store.call(
-        services.store.store.rollback,
+    version = await services.store.rollback(
         name,
         alias,
         expected_version=body.expected_version,
@@ -348,7 +335,7 @@ async def warm_prompt(
     ref = ref_of(name, body.version, body.alias)
     # It waits for files more than for its turn, so it tells nothing of how long a turn takes.
     with services.admission.permits(1, tenant=caller.tenant, waits=False):
-        found = await services.store.call(services.store.store.resolve, ref, caller.access)
+        found = await services.store.resolve(ref, caller.access)
         if body.pin is not None and not caller.access.changes(found.owner):
             raise PermissionDeniedError(
                 "pin: pinning a shared soft prompt requires the scope admin", scopes=["admin"]
@@ -370,5 +357,5 @@ async def warm_prompt(
 @router.delete("/{id}/aliases/{alias}")
 async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete an alias; the version remains."""
-    await services.store.call(services.store.store.delete_alias, name, alias, actor=caller.name, access=caller.access)
+    await services.store.delete_alias(name, alias, actor=caller.name, access=caller.access)
     return Deleted(id=f"{name}@{alias}", object="prompt.alias")

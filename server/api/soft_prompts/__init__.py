@@ -1,1 +1,1 @@
-"""Soft prompts between the store and the engine."""
+"""Soft prompts on their way from the store to the engine."""

@@ -1,15 +1,17 @@
-"""Asynchronous calls to the prompt store, which blocks."""
+"""Asynchronous access to the prompt store, whose calls block."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import ParamSpec, TypeVar
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from prompt_store.blobs.staging import Upload
+from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.store import PromptStore
 from prompt_store.types import Access, LeasedPrompt, PromptRef
 
@@ -19,23 +21,57 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class StoreThreads:
-    """A small pool of threads for the store's calls.
+def _in_thread(
+    method: Callable[Concatenate[PromptStore, P], T],
+) -> Callable[Concatenate[AsyncPromptStore, P], Coroutine[Any, Any, T]]:
+    """A method of the store as a coroutine that runs it in the pool; the types and errors are the method's."""
 
-    Attributes:
-        store: The store itself; its methods are handed to ``call``.
+    @wraps(method)
+    async def call(self: AsyncPromptStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        bound: Callable[P, T] = getattr(self._store, method.__name__)
+        return await self.call(bound, *args, **kwargs)
+
+    return call
+
+
+class AsyncPromptStore:
+    """The methods of ``PromptStore`` as coroutines, run in a small pool of threads.
+
+    A call that has begun is awaited even if its caller is cancelled, so no call outlives its request.
     """
 
     def __init__(self, store: PromptStore, num_threads: int = 8) -> None:
-        self.store = store
+        self._store = store
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="prompt-store")
 
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``function`` in the pool. A running call is awaited even if the caller is cancelled.
+    publish = _in_thread(PromptStore.publish)
+    resolve = _in_thread(PromptStore.resolve)
+    read_file = _in_thread(PromptStore.read_file)
+    get_prompt = _in_thread(PromptStore.get_prompt)
+    list_prompts = _in_thread(PromptStore.list_prompts)
+    list_versions = _in_thread(PromptStore.list_versions)
+    list_history = _in_thread(PromptStore.list_history)
+    set_alias = _in_thread(PromptStore.set_alias)
+    rollback = _in_thread(PromptStore.rollback)
+    delete_alias = _in_thread(PromptStore.delete_alias)
+    delete_version = _in_thread(PromptStore.delete_version)
+    delete_prompt = _in_thread(PromptStore.delete_prompt)
 
-        Raises:
-            PromptStoreError: Whatever the function raises.
-        """
+    @property
+    def status(self) -> CatalogStatus:
+        """Whether the catalog can be reached; does not block."""
+        return self._store.status
+
+    def subscribe(self, callback: Callable[[set[str] | None], None]) -> None:
+        """Register a callback for changed names, as ``PromptStore.subscribe`` does."""
+        self._store.subscribe(callback)
+
+    def upload(self) -> Upload:
+        """A context manager with a temporary directory for an upload; write its files through ``call``."""
+        return self._store.upload()
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that reads or writes files in the pool."""
         future = asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *args, **kwargs))
         try:
             return await asyncio.shield(future)
@@ -45,18 +81,18 @@ class StoreThreads:
 
     @asynccontextmanager
     async def lease(self, ref: PromptRef, access: Access | None) -> AsyncIterator[LeasedPrompt]:
-        """Resolve ``ref`` to one version that stays readable until the block ends.
+        """Resolve ``ref`` to one version whose files remain readable until the block ends.
 
-        The release is handed to the pool and not awaited, so that no cancellation can come between.
+        The release is submitted to the pool and not awaited, so a cancellation cannot interrupt it.
 
         Args:
             ref: What to lease.
-            access: For whom; None is the server itself, which sees everything.
+            access: What the caller may see; None is the server itself, which sees everything.
 
         Raises:
             PromptNotFoundError: If there is no such name, version or alias.
         """
-        pending = self._executor.submit(self.store.lease, ref, access)
+        pending = self._executor.submit(self._store.lease, ref, access)
         try:
             leased = await asyncio.shield(asyncio.wrap_future(pending))
         except asyncio.CancelledError:
@@ -73,12 +109,12 @@ class StoreThreads:
 
     def _release(self, leased: LeasedPrompt) -> None:
         try:
-            self.store.release(leased)
+            self._store.release(leased)
         except Exception:
             logger.exception("the lease of %s@%d could not be released", leased.version.name, leased.version.version)
 
     def close(self, *, close_store: bool) -> None:
-        """Wait for the calls under way, releases included; then close the store, if it is ours to close."""
+        """Wait for running calls, releases included; then close the store if ``close_store``."""
         self._executor.shutdown(wait=True)
         if close_store:
-            self.store.close()
+            self._store.close()

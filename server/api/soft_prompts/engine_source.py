@@ -8,7 +8,7 @@ from server.errors import InvalidRequestError
 
 
 def soft_prompt_source(leased: LeasedPrompt, task_id: int | None) -> SoftPromptSource:
-    """Convert a leased version to a SoftPromptSource; its file exists while the lease lasts."""
+    """Convert a leased version to a SoftPromptSource, whose file exists until the lease is released."""
     return SoftPromptSource(
         digest=leased.version.digest,
         num_virtual_tokens=leased.version.num_virtual_tokens,
@@ -20,14 +20,14 @@ def soft_prompt_source(leased: LeasedPrompt, task_id: int | None) -> SoftPromptS
 
 
 def check_task(version: PromptVersion | None, task_id: int | None) -> None:
-    """Check that a multitask prompt is used with a valid task id, and others without.
+    """Check that a multitask prompt is used with a valid task id, and others without one.
 
     Args:
-        version: The soft prompt's version, or None for the bare base.
-        task_id: The task that the request names.
+        version: The soft prompt's version; None for the bare base.
+        task_id: The task id in the request.
 
     Raises:
-        InvalidRequestError: If a task has to be named and is not, or there is no such task.
+        InvalidRequestError: If a task id is missing, names no task, or is given for a soft prompt without tasks.
     """
     num_tasks = version.num_tasks if version else None
     if version is None or num_tasks is None:
@@ -38,7 +38,7 @@ def check_task(version: PromptVersion | None, task_id: int | None) -> None:
             f"task_id: only allowed for multitask soft prompts; {named} is not one", param="task_id"
         )
     if task_id is None or task_id >= num_tasks:
-        problem = "has to say which task is meant" if task_id is None else f"is {task_id}, and there is no such task"
+        problem = "a task is required" if task_id is None else f"task {task_id} does not exist"
         raise InvalidRequestError(
             f"task_id: {problem}: the multitask soft prompt {version.name}@{version.version} has the tasks "
             f"0 to {num_tasks - 1}",

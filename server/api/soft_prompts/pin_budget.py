@@ -15,7 +15,7 @@ _HEAD_BYTES_PER_NUMBER = 4
 
 
 def pinned_bytes(source: SoftPromptSource, model: ModelInfo) -> int:
-    """Host memory that a soft prompt takes while it is pinned: its rows in the serving dtype, and its head."""
+    """Host memory of a pinned soft prompt in bytes: its rows in the serving dtype, and its head."""
     width = model.embedding_width
     if source.is_key_values:
         width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
@@ -25,13 +25,13 @@ def pinned_bytes(source: SoftPromptSource, model: ModelInfo) -> int:
 
 
 class PinBudget:
-    """Counts the bytes of pins. The same bytes count once for each tenant, and once in all.
+    """Counts the bytes of pins. The same content counts once per tenant, and once in total.
 
-    What the operator pins counts in all and is never refused, so it leaves the tenants less.
+    Pins of the operator are never refused. They count in the total, so they leave less for the tenants.
 
     Args:
-        total_bytes: What all pins may take.
-        tenant_bytes: What those of one tenant may take.
+        total_bytes: Maximum of all pins.
+        tenant_bytes: Maximum of the pins of one tenant.
     """
 
     def __init__(self, total_bytes: int, tenant_bytes: int) -> None:
@@ -39,18 +39,18 @@ class PinBudget:
         self._tenant_bytes = tenant_bytes
         self._sizes: dict[str, int] = {}
         self._pins: Counter[tuple[str | None, str]] = Counter()
-        """By tenant (None is the operator) and identity."""
+        """Number of pins by tenant (None is the operator) and identity."""
         self._all: Counter[str] = Counter()
         self._used: Counter[str | None] = Counter()
         self._used_in_all = 0
 
     @property
     def used_bytes(self) -> int:
-        """What all pins take."""
+        """Bytes of all pins."""
         return self._used_in_all
 
     def used_by(self, tenant: str | None) -> int:
-        """What the pins of a tenant, or of the operator, take."""
+        """Bytes of the pins of a tenant, or of the operator."""
         return self._used[tenant]
 
     def check(
@@ -59,15 +59,15 @@ class PinBudget:
         adding: Mapping[str, int],
         ending: Collection[tuple[str | None, str]] = (),
     ) -> None:
-        """Check that a tenant may pin this much more memory.
+        """Check that a tenant may add pins.
 
         Args:
-            tenant: Whose pins they would be; None is the operator.
-            adding: Bytes by identity.
-            ending: Pins, by tenant and identity, that end for it.
+            tenant: The tenant; None is the operator.
+            adding: Bytes of the new pins by identity.
+            ending: Pins, by tenant and identity, that end when these are added.
 
         Raises:
-            PinBudgetError: Naming the budget that would be exceeded.
+            PinBudgetError: If a budget would be exceeded; the message names it.
         """
         if tenant is None:
             return
@@ -85,8 +85,8 @@ class PinBudget:
         used, size = self._used[tenant], sum(adding.values())
         if new_own > 0 and used + new_own > self._tenant_bytes:
             raise PinBudgetError(
-                f"pin: {size} bytes of host memory are needed, and the tenant's pins hold {used} of the "
-                f"{self._tenant_bytes} that they may (--pinned-memory-per-tenant): release another pin first",
+                f"pin: {size} bytes of host memory are needed, and the tenant's pins hold {used} of at most "
+                f"{self._tenant_bytes} (--pinned-memory-per-tenant): release another pin first",
                 param="pin",
             )
         if new_in_all > 0 and self._used_in_all + new_in_all > self._total_bytes:
@@ -97,7 +97,7 @@ class PinBudget:
             )
 
     def add(self, tenant: str | None, identity: str, size: int) -> None:
-        """Count a pin; check first."""
+        """Count a pin; call ``check`` first."""
         self._sizes.setdefault(identity, size)
         if not self._pins[tenant, identity]:
             self._used[tenant] += self._sizes[identity]
@@ -107,7 +107,7 @@ class PinBudget:
         self._all[identity] += 1
 
     def remove(self, tenant: str | None, identity: str) -> None:
-        """Count a pin no more."""
+        """Stop counting a pin."""
         if not self._pins[tenant, identity]:
             raise RuntimeError("more pins were ended than there are")
         self._pins[tenant, identity] -= 1

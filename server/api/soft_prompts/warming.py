@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from prompt_store.errors import PromptNotFoundError, PromptStoreError
 from prompt_store.types import PromptRef, PromptVersion
-from server.api.soft_prompts.async_store import StoreThreads
+from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
 from server.api.soft_prompts.pin_budget import PinBudget, pinned_bytes
 from server.engine.interface import Engine
@@ -23,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """What is on the device now.
+    """The result of loading a soft prompt onto the device.
 
     Attributes:
-        version: The soft prompt.
-        task_ids: The tasks of a multitask prompt that are; None for all others.
-        seconds: How long it took, the lease not included.
+        version: The version that was loaded.
+        task_ids: The loaded tasks of a multitask prompt; None for other soft prompts.
+        seconds: How long it took, without the lease.
     """
 
     version: PromptVersion
@@ -41,10 +42,10 @@ class _Pin:
     """One pinned version.
 
     Attributes:
-        lease: Holds its lease, so that blob and local copy stay.
-        payer: The tenant whose budget it is of; None is the operator.
-        sources: What the engine keeps, by task id; under None where there are no tasks.
-        aliases: On whose behalf it is pinned; None is for itself, by its number.
+        lease: Holds the lease, so that the blob and its local copy are kept.
+        payer: The tenant whose budget the pin counts to; None is the operator.
+        sources: The pinned sources by task id; the key is None if the soft prompt has no tasks.
+        aliases: The aliases that it is pinned for; None among them means it is pinned by its number.
     """
 
     lease: AsyncExitStack
@@ -57,7 +58,7 @@ class _Pin:
 class _Follow:
     """Keep the target of an alias warm, and pinned if ``pin``; all tasks if ``task_id`` is None.
 
-    What the operator follows by the settings is not held to a budget.
+    Aliases that the settings name (``is_operators``) are not limited by a budget.
     """
 
     name: str
@@ -70,28 +71,23 @@ class _Follow:
 class Warmer:
     """Warms soft prompts and holds pins. Used on the event loop only, so it needs no lock between awaits.
 
-    A pin holds a lease and a reference in the engine's host memory. One that was asked for by an alias moves with the
-    alias.
-
-    Args:
-        engine: Where soft prompts are brought to.
-        store: Where they come from.
-        budget: How much may be pinned.
+    A pin holds a lease and a reference in the engine's host memory. A pin of an alias moves with the alias.
     """
 
-    def __init__(self, engine: Engine, store: StoreThreads, budget: PinBudget) -> None:
+    def __init__(self, engine: Engine, store: AsyncPromptStore, budget: PinBudget) -> None:
         self._engine = engine
         self._budget = budget
         self._store = store
         self._pins: dict[tuple[str, int], _Pin] = {}
         self._follows: set[_Follow] = set()
-        self._following: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Background tasks. No TaskGroup: one failure must not end the others."""
         self._named: list[tuple[PromptRef, bool]] = []
-        """What the settings name by its number, and whether it is to be pinned."""
+        """Versions that the settings name by number, and whether to pin each."""
         self._restoring: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
-        """Promotions are followed one after the other, or an older one could come to an end last; and no pin is ended
-        in the midst of one, which would bring it back."""
+        self._follow_lock = asyncio.Lock()
+        """Held while a promotion is followed: an older promotion must not finish last, and a pin that ends meanwhile
+        must not be restored."""
 
     @property
     def is_restoring(self) -> bool:
@@ -102,16 +98,14 @@ class Warmer:
         """After a restart of the engine, reload followed, pinned and preloaded soft prompts in the background."""
         if self._restoring is not None:
             self._restoring.cancel()
-        self._restoring = asyncio.create_task(self._restore(), name="restore soft prompts")
-        self._following.add(self._restoring)
-        self._restoring.add_done_callback(self._following.discard)
+        self._restoring = self._start_task(self._restore(), "restore soft prompts")
 
     def pinned_versions(self, name: str) -> list[int]:
         """The versions of a name that are pinned, in order."""
         return sorted(version for pinned, version in self._pins if pinned == name)
 
     def is_pinned(self, version: PromptVersion) -> bool:
-        """Whether a version is pinned, or some task of it."""
+        """Whether a version is pinned, or one of its tasks."""
         return (version.name, version.version) in self._pins
 
     async def warm(
@@ -120,15 +114,15 @@ class Warmer:
         """Load a soft prompt onto the device.
 
         Args:
-            ref: What to bring; a pin of an alias follows it.
-            task_id: Which task of a multitask prompt; None is all of them, one after the other.
-            pin: Keep its files on this machine and its rows in host memory; it counts to its owner's budget.
-            is_operators: The settings ask for it, and no budget does not allow it.
+            ref: The soft prompt; a pin of an alias follows the alias.
+            task_id: The task of a multitask prompt; None is all of them, one after the other.
+            pin: Keep its files on this machine and its rows in host memory; this counts to its owner's budget.
+            is_operators: Whether the settings name it; then no budget applies.
 
         Raises:
-            PromptStoreError: If there is no such version, or its files cannot be had.
-            InvalidRequestError: If there is no such task.
-            PinBudgetError: If it may not be pinned; nothing was brought anywhere.
+            PromptStoreError: If the version does not exist, or its files are not available.
+            InvalidRequestError: If the task does not exist.
+            PinBudgetError: If it may not be pinned; nothing was loaded or pinned then.
             EngineError: If the engine cannot load it, or does not serve.
         """
         async with AsyncExitStack() as lease:
@@ -146,23 +140,23 @@ class Warmer:
                 await self._engine.prepare(source)
             warmed = Warmed(version, task_ids, time.monotonic() - started)
             if pin:
-                # Deleted meanwhile, it would be pinned for good: nobody could name it any more.
-                await self._store.call(self._store.store.resolve, _ref(version.name, version.version))
-                self._check_budget(version, sources, ref.alias, payer)  # others may have been quicker
+                # A version deleted meanwhile could never be unpinned, because no request could name it.
+                await self._store.resolve(_ref(version.name, version.version))
+                self._check_budget(version, sources, ref.alias, payer)  # other pins may have been added meanwhile
                 if ref.alias is not None:
                     self._follows.add(_Follow(ref.name, ref.alias, task_id, True, is_operators))
                 await self._pin(version, sources, ref.alias, lease, payer)
         return warmed
 
     async def unpin(self, ref: PromptRef, *, task_id: int | None = None) -> PromptVersion:
-        """End a version's pin, or that of one task; nothing happens where there is none. No alias is followed for it.
+        """End a version's pin, or the pin of one task, if there is one. Its aliases are no longer followed.
 
         Raises:
-            PromptStoreError: If there is no such version.
-            InvalidRequestError: If there is no such task.
+            PromptStoreError: If the version does not exist.
+            InvalidRequestError: If the task does not exist.
         """
-        async with self._turn:
-            version = await self._store.call(self._store.store.resolve, ref)
+        async with self._follow_lock:
+            version = await self._store.resolve(ref)
             if task_id is not None:
                 check_task(version, task_id)
             pin = self._pins.get((version.name, version.version))
@@ -177,12 +171,12 @@ class Warmer:
             await self._end(version.name, version.version, task_id)
             if task_id is None:
                 self._named = [(named, pins) for named, pins in self._named if not (pins and _names(named, version))]
-                # A promotion that has not been followed yet leaves the pin where the alias was.
+                # A promotion that is not followed yet has left the pin at the alias's previous version.
                 await self._leave(version, aliases - {None})
             return version
 
     async def forget(self, name: str, version: int | None = None) -> None:
-        """A version, or a whole name, was deleted: its pins end."""
+        """End the pins of a deleted version, or of a deleted name."""
         self._named = [
             (ref, pins) for ref, pins in self._named if ref.name != name or version not in (None, ref.version)
         ]
@@ -195,22 +189,18 @@ class Warmer:
     def promoted(self, name: str, alias: str) -> None:
         """After a move of an alias, warm or pin its new version in the background."""
         if any((follow.name, follow.alias) == (name, alias) for follow in self._follows):
-            task = asyncio.create_task(self._follow(name, alias), name=f"warm {name}@{alias}")
-            self._following.add(task)
-            task.add_done_callback(self._following.discard)
+            self._start_task(self._follow(name, alias), f"warm {name}@{alias}")
 
     def changed(self, names: Collection[str] | None) -> None:
         """Handle changes of these names by other servers; None means all names."""
         held = {name for name, _ in self._pins} | {follow.name for follow in self._follows}
         for name in held if names is None else held.intersection(names):
-            task = asyncio.create_task(self._refresh(name), name=f"refresh {name}")
-            self._following.add(task)
-            task.add_done_callback(self._following.discard)
+            self._start_task(self._refresh(name), f"refresh {name}")
 
     async def start(self, *, preload: Iterable[str], pin: Iterable[str]) -> None:
         """Warm and pin the soft prompts of the settings; failures are logged as warnings.
 
-        Aliases are followed from here on, those included that do not exist yet.
+        Aliases are followed from here on, even those that do not exist yet.
         """
         for names, pins in ((preload, False), (pin, True)):
             for name in names:
@@ -226,15 +216,21 @@ class Warmer:
                 await self._try_to_warm(ref, None, pins, is_operators=True)
 
     async def close(self) -> None:
-        """End what is under way, and all leases."""
-        for task in self._following:
+        """End the background tasks and all leases."""
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._following, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for pin in self._pins.values():
             await pin.lease.aclose()
         self._pins.clear()
 
     # Inside
+
+    def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _restore(self) -> None:
         for name, alias in {(follow.name, follow.alias) for follow in self._follows}:
@@ -249,19 +245,19 @@ class Warmer:
                     logger.warning("soft prompt %s cannot be warmed: %s", source.digest[:12], error)
 
     async def _follow(self, name: str, alias: str) -> None:
-        async with self._turn:
+        async with self._follow_lock:
             for follow in [follow for follow in self._follows if (follow.name, follow.alias) == (name, alias)]:
                 ref = PromptRef(name, alias=alias)
                 await self._try_to_warm(ref, follow.task_id, follow.pin, is_operators=follow.is_operators)
 
     async def _refresh(self, name: str) -> None:
-        """Move what follows an alias of the name, and end pins of versions that are gone."""
+        """Follow the aliases of a name, and end the pins of deleted versions."""
         for alias in {follow.alias for follow in self._follows if follow.name == name}:
             await self._follow(name, alias)
-        async with self._turn:
+        async with self._follow_lock:
             for version in self.pinned_versions(name):
                 try:
-                    await self._store.call(self._store.store.resolve, _ref(name, version))
+                    await self._store.resolve(_ref(name, version))
                 except PromptNotFoundError:
                     await self._end(name, version)
                 except PromptStoreError as error:
@@ -282,7 +278,7 @@ class Warmer:
         alias: str | None,
         payer: str | None,
     ) -> None:
-        """Raise PinBudgetError if a pin may not be added. A pin that an alias leaves behind for it makes room."""
+        """Raise PinBudgetError if a pin may not be added. Pins that end because their alias moves make room."""
         pin = self._pins.get((version.name, version.version))
         held = pin.sources if pin is not None else {}
         model = self._engine.model
@@ -311,7 +307,7 @@ class Warmer:
             pin = self._pins[version.name, version.version] = _Pin(lease.pop_all(), payer, {}, set())
         pin.aliases.add(alias)
         for task, source in sources.items():
-            # The path of a second lease is the same file.
+            # A second lease of the version has the same path.
             if task not in pin.sources:
                 pin.sources[task] = source
                 self._budget.add(pin.payer, source.identity, pinned_bytes(source, self._engine.model))
@@ -319,7 +315,7 @@ class Warmer:
         await self._leave(version, {alias} - {None})
 
     async def _leave(self, version: PromptVersion, aliases: set[str | None]) -> None:
-        """End what is pinned on behalf of these aliases only, but for this version."""
+        """End the pins of other versions that exist for these aliases only."""
         for other in self.pinned_versions(version.name):
             held = self._pins.get((version.name, other))
             if held is not None and other != version.version and held.aliases & aliases:
@@ -334,7 +330,7 @@ class Warmer:
         ended = [task for task in pin.sources if task_id in (None, task)]
         for identity, source in [(pin.sources[task].identity, pin.sources.pop(task)) for task in ended]:
             self._budget.remove(pin.payer, identity)
-            # The same bytes may be pinned under another name too.
+            # The same content may be pinned under another name.
             if not any(
                 identity == other.identity for others in self._pins.values() for other in others.sources.values()
             ):

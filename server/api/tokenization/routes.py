@@ -16,8 +16,7 @@ from server.api.generation.known_fields import CHAT, EVERYWHERE, refuse_unsuppor
 from server.api.generation.template_options import TemplateOptions
 from server.api.generation.tools import MAX_TOOLS, Messages, Tool, shown_tools
 from server.api.inference.entry import entered_for_text
-from server.api.inference.leases import version_of
-from server.api.inference.target import resolve
+from server.api.inference.target import resolve, version_of
 from server.api.inference.token_ids import check_token_ids
 from server.api.json_budget import MOST_TOKENS
 from server.api.keys.callers import Caller, CallerDep

@@ -139,7 +139,7 @@ async def test_logprobs_of_zero_tell_the_tokens_alone(client):
 
 
 async def test_more_echoed_logprobs_than_a_server_should_keep(client, engine, monkeypatch):
-    monkeypatch.setattr("server.api.generation.call.MAX_ECHOED_LOGPROBS", 23)
+    monkeypatch.setattr("server.api.generation.generation.MAX_ECHOED_LOGPROBS", 23)
     body = {"prompt": "abc", "logprobs": 2, "echo": True, "n": 2}
     error = (await client.post("/v1/completions", json=body)).json()["error"]
     assert (error["code"], error["param"]) == ("invalid_request", "logprobs")

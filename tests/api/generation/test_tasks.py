@@ -49,7 +49,7 @@ async def test_the_task_reaches_the_engine(client, engine, sentiment, record, pa
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("task_id", "message"),
-    [(None, "has to say which task is meant"), (3, "is 3, and there is no such task")],
+    [(None, "a task is required"), (3, "task 3 does not exist")],
 )
 async def test_a_multitask_prompt_needs_one_of_its_tasks(
     client, engine, store, sentiment, record, eventually, path, task_id, message

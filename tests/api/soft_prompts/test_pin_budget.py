@@ -182,7 +182,7 @@ async def test_a_pin_that_follows_an_alias_makes_room_for_itself(client, app, pu
     warmer = app.state.services.warmer
     await until(lambda: warmer.pinned_versions("p") == [2])
     await push("p", seed=4, rows=150)  # 4,800 bytes: too much beside the other
-    await until(lambda: not warmer._following)
+    await until(lambda: not warmer._tasks)
     assert warmer.pinned_versions("p") == [2]
     assert (await pin("q", pin=False)).status_code == 200
     assert (await pin("p")).status_code == 200
