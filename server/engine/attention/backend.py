@@ -1,29 +1,54 @@
-"""Attention over paged keys and values, as the transformers models call it.
+"""Attention over paged keys and values, called by transformers' models.
 
-transformers lets a model's attention be replaced by name (``AttentionInterface``) and hands the function queries,
-new keys and new values with positions already applied. Ours writes the new keys and values into the blocks, then
-reads every sequence's own. So a model needs no code of ours, and no sequence is ever padded.
+transformers replaces a model's attention by name (``AttentionInterface``) and passes queries, new keys and new values
+with positions applied. A backend writes the new keys and values into blocks, then attends to each sequence's own. So
+a model needs no code of ours, and sequences are never padded.
 
-The flat batch holds rows of many sequences side by side: [1, heads, rows, head_dim]. Which rows belong to whom,
-and where their keys lie, is an ``AttentionMetadata`` that the model runner makes once a step for all layers.
+The flat batch holds the rows of many sequences: [1, heads, rows, head_dim]. ``AttentionMetadata`` says which rows
+belong to which sequence and where its keys are; it is made once per step for all layers.
 """
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from server.engine.attention.kv_cache import KVCache
 from server.engine.attention.transfers import queue_copies
 
-_backend_numbers = itertools.count()
+ATTENTION = "prelude"
+"""The attention implementation of every served model, by its name in transformers.
+
+The name has no mask function: backends decide by position what a row sees, and transformers makes no mask for a name
+without one. Otherwise it would inspect the positions, and wait for the device.
+"""
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
+"""Module, queries, keys, values and mask, and the model's options by name, to [1, rows, heads, head_dim] and None."""
+
+_current: ContextVar[AttentionFunction | None] = ContextVar("attention", default=None)
+
+
+def set_attention(function: AttentionFunction | None) -> None:
+    """Set the function that computes ``ATTENTION`` in this thread; with None a forward pass fails."""
+    _current.set(function)
+
+
+def _attention(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    function = _current.get()
+    if function is None:
+        raise RuntimeError("a forward pass outside of a step")
+    return function(*arguments, **options)
+
+
+AttentionInterface.register(ATTENTION, _attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +58,7 @@ class Rows:
     Attributes:
         start: First row of the flat batch.
         stop: Row after the last.
-        tables: [sequences, blocks] int64, where the keys lie; what is past a sequence's end is anybody's.
+        tables: [sequences, blocks] int64, the block tables; entries past a sequence's end are arbitrary.
         query_positions: [sequences, rows of each] int64.
     """
 
@@ -48,31 +73,29 @@ class AttentionMetadata:
     """Which rows attend to which keys, for one step.
 
     Attributes:
-        slot_mapping: [rows] int64, where each row's own key and value are written.
-        groups: All decodes together (one row each), then each prefill chunk by itself.
+        slot_mapping: [rows] int64, the slot of each row's key and value.
+        groups: One group of all decodes (one row each), then one for each prefill chunk.
         block_size: Positions in a block.
-        masks: Additive masks by (group, window), made when a layer first asks.
-        foreign: By group, which of the last keys gathered for a sequence are past its end, made likewise.
+        masks: Additive masks by (group, window), computed when first needed.
+        past_end: By group, which of the last gathered keys are past their sequence's end, computed when first needed.
     """
 
     slot_mapping: torch.Tensor
     groups: list[Rows]
     block_size: int
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
-    foreign: dict[int, torch.Tensor] = field(default_factory=dict)
+    past_end: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What a layer asks of attention besides its queries, keys and values; the same at every step.
+    """A layer's attention parameters; the same in every step.
 
     Attributes:
         scale: Factor of the scores.
-        window: Newest keys that a row sees, itself included; None for all.
-        softcap: Bound of the scaled scores, which pass through ``softcap * tanh(score / softcap)`` (Gemma 2); None
-            for no bound.
-        sinks: [heads], for each a score that every row's softmax also sums over, with no value to it (GPT-OSS); None
-            for none.
+        window: Number of newest keys that a row sees, its own included; None for all.
+        softcap: Bound of the scaled scores, applied as ``softcap * tanh(score / softcap)`` (Gemma 2); None for none.
+        sinks: [heads], a score per head that is added to the softmax without a value (GPT-OSS); None for none.
     """
 
     scale: float
@@ -91,10 +114,10 @@ class AttentionCall:
         s_aux: torch.Tensor | None = None,
         **others: object,
     ) -> AttentionCall:
-        """From what transformers' models hand to the attention interface.
+        """The parameters in a call of transformers' attention interface.
 
         Raises:
-            NotImplementedError: If that changes the scores in a way that is not known here.
+            NotImplementedError: If the call has a position bias.
         """
         if others.get("position_bias") is not None:
             raise NotImplementedError("attention with position_bias is not supported")
@@ -104,42 +127,34 @@ class AttentionCall:
 class AttentionBackend(ABC):
     """Paged attention for one model on one device.
 
-    Registers itself with transformers under ``name`` (a model is switched to it by ``set_attn_implementation``)
-    until ``close``.
+    Computes ``ATTENTION`` between ``begin`` and ``end``.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        # Without the class's name: with "sdpa" in it, transformers would refuse it for Gemma 2.
-        self.name = f"prelude_{next(_backend_numbers)}"
         self.layers: set[int] = set()
         """Layers that have called it."""
         self.calls: dict[int, AttentionCall] = {}
-        """What each layer asked for when it last called through transformers."""
+        """Each layer's parameters in its last call through transformers."""
         self._metadata: AttentionMetadata | None = None
-        AttentionInterface.register(self.name, self._forward)
-        # Not with the masks: causality and windows are decided here by position, and for a name that it does not know
-        # there transformers makes none. For one that it knows it looks into the positions, and waits for the device.
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a CUDA graph of a step may be replayed over other keys, up to what block tables have room for."""
+        """Whether a CUDA graph of a step may be replayed over other keys, up to the width of the block tables."""
         return False
 
-    def close(self) -> None:
-        """Take the name out of transformers' tables."""
-        unregister(self.name)
-
     def begin(self, metadata: AttentionMetadata) -> None:
-        """Set what the next forward pass attends to."""
+        """Set the metadata of the next forward pass."""
         self._metadata = metadata
+        set_attention(self._forward)
 
     def end(self) -> None:
-        """Forget it, so that a stray forward pass fails instead of reading old blocks."""
+        """Clear the metadata, so that a forward pass outside of a step fails instead of reading stale blocks."""
         self._metadata = None
+        set_attention(None)
 
     def metadata(self, layer: int) -> AttentionMetadata:
-        """What a layer attends to in this step.
+        """The metadata of this step, for a layer that calls the backend.
 
         Raises:
             RuntimeError: Outside of a step.
@@ -155,13 +170,13 @@ class AttentionBackend(ABC):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **given: Any,
+        _mask: torch.Tensor | None,
+        **options: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = module.layer_idx
         if not isinstance(layer, int):
             raise TypeError(f"{type(module).__name__} does not know its layer")
-        call = self.calls[layer] = AttentionCall.of(query, **given)
+        call = self.calls[layer] = AttentionCall.of(query, **options)
         metadata = self.metadata(layer)
         keys, _ = self.cache.layer(layer)
         if key.shape[1] != keys.shape[1] or key.shape[-1] != keys.shape[-1] or value.shape != key.shape:
@@ -175,13 +190,13 @@ class AttentionBackend(ABC):
     def store(self, key: torch.Tensor, value: torch.Tensor, layer: int, metadata: AttentionMetadata) -> None:
         """Write new keys and values into their slots, finite or not.
 
-        What is not finite stays so, and makes every row that sees it fail: a number in its place would be taken for
-        a key. Rows that may not see it never compute with it, whoever owns the block by then.
+        A value that is not finite makes every row that sees it fail; replacing it would give wrong tokens instead.
+        Rows that do not see it never compute with it, even if another sequence owns the block by then.
 
         Args:
             key: [kv_heads, rows, head_dim].
-            value: Likewise.
-            layer: Whose they are.
+            value: [kv_heads, rows, head_dim].
+            layer: The layer.
             metadata: The rows' slots.
         """
         keys, values = self.cache.layer(layer)
@@ -196,9 +211,9 @@ class AttentionBackend(ABC):
 
         Args:
             query: [heads, rows, head_dim].
-            layer: Whose keys and values, new ones included, to read from the cache.
-            metadata: Whose rows and keys are whose.
-            call: The layer's own.
+            layer: The layer; its new keys and values are in the cache already.
+            metadata: The rows and their block tables.
+            call: The layer's parameters.
 
         Returns:
             [rows, heads, head_dim].
@@ -206,15 +221,15 @@ class AttentionBackend(ABC):
 
 
 class SDPABackend(AttentionBackend):
-    """The reference for every device: gathers each group's keys and calls torch's SDPA.
+    """The reference backend for every device: gathers each group's keys and calls torch's SDPA.
 
-    Heads that share a key/value head are laid side by side as rows, so keys are never repeated.
+    Query heads of one key/value head become rows, so keys are not repeated.
     """
 
     def attend(
         self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
     ) -> torch.Tensor:
-        """One SDPA call for all decodes, and one for each prefill chunk; shapes as in the base class."""
+        """One SDPA call for all decodes, and one for each prefill chunk; see the base class."""
         if len(metadata.groups) == 1:
             return self.attend_group(query, layer, metadata, 0, call)
         num_heads, num_rows, head_dim = query.shape
@@ -227,7 +242,7 @@ class SDPABackend(AttentionBackend):
     def attend_group(
         self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, index: int, call: AttentionCall
     ) -> torch.Tensor:
-        """Attention of the rows of ``metadata.groups[index]``; the rest as in ``attend``."""
+        """``attend`` for the rows of ``metadata.groups[index]``."""
         keys, values = self.cache.layer(layer)
         rows = metadata.groups[index]
         num_heads, _, head_dim = query.shape
@@ -236,9 +251,9 @@ class SDPABackend(AttentionBackend):
         # [heads, rows] -> [seqs, kv_heads, heads of each * rows of each]
         q = query.reshape(num_kv_heads, -1, num_seqs, per_seq, head_dim)
         q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv_heads, -1, head_dim)
-        foreign = self._foreign(metadata, index)
-        k = _gather(keys, rows.tables, metadata.block_size, foreign).transpose(1, 2)
-        v = _gather(values, rows.tables, metadata.block_size, foreign).transpose(1, 2)
+        past_end = self._past_end(metadata, index)
+        k = _gather(keys, rows.tables, metadata.block_size, past_end).transpose(1, 2)
+        v = _gather(values, rows.tables, metadata.block_size, past_end).transpose(1, 2)
         mask = self._mask(metadata, index, call.window, num_heads // num_kv_heads, q.dtype)
         if call.softcap is None and call.sinks is None:
             attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)
@@ -250,20 +265,20 @@ class SDPABackend(AttentionBackend):
         attended = attended.reshape(num_seqs, num_heads, per_seq, head_dim).transpose(1, 2)
         return attended.reshape(-1, num_heads, head_dim)
 
-    def _foreign(self, metadata: AttentionMetadata, index: int) -> torch.Tensor:
-        """[seqs, last keys, 1, 1]: whether a key is past a sequence's end, of as many as can be.
+    def _past_end(self, metadata: AttentionMetadata, index: int) -> torch.Tensor:
+        """[seqs, last keys, 1, 1]: whether a key is past its sequence's end, for the keys that can be.
 
-        A chunk by itself fills its table but for its last block; sequences of several lengths do not.
+        These are the last block of a prefill chunk, and all keys of decodes, which have different lengths.
         """
-        foreign = metadata.foreign.get(index)
-        if foreign is None:
+        past_end = metadata.past_end.get(index)
+        if past_end is None:
             rows = metadata.groups[index]
             num_keys = rows.tables.shape[1] * metadata.block_size
             first = num_keys - metadata.block_size if rows.query_positions.shape[1] > 1 else 0
             key_positions = torch.arange(first, num_keys, device=rows.tables.device)
-            foreign = (key_positions > rows.query_positions[:, -1:])[:, :, None, None]
-            metadata.foreign[index] = foreign
-        return foreign
+            past_end = (key_positions > rows.query_positions[:, -1:])[:, :, None, None]
+            metadata.past_end[index] = past_end
+        return past_end
 
     def _mask(
         self, metadata: AttentionMetadata, index: int, window: int | None, group_size: int, dtype: torch.dtype
@@ -287,12 +302,12 @@ class SDPABackend(AttentionBackend):
 def make_metadata(
     spans: Sequence[tuple[Sequence[int], int, int]], block_size: int, device: torch.device
 ) -> AttentionMetadata:
-    """Lay out one step's rows.
+    """The metadata of one step.
 
     Args:
-        spans: (block table, first position, number of positions) of each chunk, single positions first.
+        spans: (block table, first position, number of positions) of each chunk, decodes (one position) first.
         block_size: Positions in a block.
-        device: Where the tensors are wanted.
+        device: The device of the tensors.
     """
     num_decodes = 0
     while num_decodes < len(spans) and spans[num_decodes][2] == 1:
@@ -307,7 +322,7 @@ def make_metadata(
         query_positions = starts[:, None] + torch.arange(per_seq)
         num_keys = int(starts.max()) + per_seq
         num_blocks = -(-num_keys // block_size)
-        # Short tables are filled up with block 0, whose content counts for nothing.
+        # Short tables are padded with block 0, whose content is masked.
         tables = torch.tensor([_fit(table, num_blocks) for table, _, _ in batch])
         blocks = tables.gather(1, query_positions // block_size)
         slot_mapping.append((blocks * block_size + query_positions % block_size).flatten())
@@ -322,15 +337,15 @@ def make_metadata(
     return AttentionMetadata(slots, groups, block_size)
 
 
-def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int, foreign: torch.Tensor) -> torch.Tensor:
-    """Keys or values, [slots, kv_heads, head_dim], of each sequence: [sequences, keys, kv_heads, head_dim].
+def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int, past_end: torch.Tensor) -> torch.Tensor:
+    """Each sequence's keys or values: [slots, kv_heads, head_dim] to [sequences, keys, kv_heads, head_dim].
 
-    Whole blocks are copied, each in one piece: by slot it would be a piece for each position. Foreign ones become
-    zeros: a mask that is added and a weight of 0 do not hide NaN, nor scores that overflow.
+    Copies whole blocks, which is faster than copying slots. Keys past a sequence's end become zero, because an
+    additive mask and a weight of 0 hide neither NaN nor scores that overflow.
     """
     blocks = slots.view(-1, block_size, *slots.shape[1:]).index_select(0, tables.flatten())
     gathered = blocks.view(tables.shape[0], -1, *slots.shape[1:])
-    gathered[:, gathered.shape[1] - foreign.shape[1] :].masked_fill_(foreign, 0.0)
+    gathered[:, gathered.shape[1] - past_end.shape[1] :].masked_fill_(past_end, 0.0)
     return gathered
 
 
@@ -343,9 +358,9 @@ def _manual_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What SDPA has no argument for; shapes as SDPA's, the softmax in float32 as in transformers' Gemma 2.
+    """Attention with a cap or sinks, which SDPA lacks; SDPA's shapes, and a float32 softmax as in Gemma 2.
 
-    ``sinks`` [kv_heads, rows of each kv head] take their share of the softmax, and nothing is read for it.
+    ``sinks`` [kv_heads, rows of each kv head] are added to the denominator of the softmax.
     """
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
@@ -361,13 +376,3 @@ def _manual_attention(
 def _fit(table: Sequence[int], length: int) -> list[int]:
     fitted = list(table[:length])
     return fitted + [0] * (length - len(fitted))
-
-
-def unregister(name: str) -> None:
-    """Take a name out of transformers' tables of attention and masks."""
-    for table in (AttentionInterface, AttentionMaskInterface):
-        table._global_mapping.pop(name, None)  # noqa: SLF001 - there is no public way to unregister
-
-
-def no_mask(*args: object, **kwargs: object) -> None:
-    """For the mask interface, where attention itself knows what each row sees."""

@@ -1,1 +1,1 @@
-"""What only CPUs use: Numba, LLVM and oneDNN."""
+"""CPU kernels: Numba, LLVM and oneDNN."""

@@ -1,4 +1,4 @@
-"""What the kernels that Numba compiles have in common: how they are compiled, elements, and exp."""
+"""Helpers of the Numba kernels: compiling, element conversion, ordered integers, and exp."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from numba.extending import intrinsic, overload
 
 from server.engine.cpu.kernel_cache import kernel_cache
 
-_intrinsic: Any = intrinsic  # what it makes is called by compiled code alone, without the context
+_intrinsic: Any = intrinsic  # compiled code calls the result without the context
 
 _KERNEL_CACHE = kernel_cache()
 if _KERNEL_CACHE is not None:
     config.CACHE_DIR = str(_KERNEL_CACHE)  # type: ignore[attr-defined]
-config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # torch's own pool; another would fight it for the cores
+config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # torch's pool; a second one would compete for the cores
 
-# Sums may be taken in any order, and fused; but NaN has to stay NaN, for that is how an overflow is found.
+# Sums may be reordered and fused. NaN has to stay NaN, because it reveals an overflow.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 _LOG2_E = np.float32(1.44269504)
 _LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -39,32 +39,32 @@ Elements = npt.NDArray[np.float32 | np.uint16]
 
 
 def set_num_threads(number: int) -> None:
-    """Let torch's operations and the kernels use so many threads, the calling one included.
+    """Set the number of threads of torch's operations and of the kernels, the calling thread included.
 
-    Both have one pool, and Numba gives it a thread for every core when it starts, whatever torch was told before. So
-    it is started here, and torch told afterwards.
+    Both share one pool. Numba resets it to one thread per core when it starts, so it is started before torch's
+    number is set.
     """
     numba.set_num_threads(min(number, config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     torch.set_num_threads(number)
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """Compile with Numba, and keep the result on disk for the next start where there is a place for it."""
+    """Compile with Numba, and cache the result on disk if a cache folder can be written."""
 
     def decorate(function: Any) -> Any:
-        keeps = _KERNEL_CACHE is not None
-        return njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=keeps, **options)(function)
+        has_cache = _KERNEL_CACHE is not None
+        return njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=has_cache, **options)(function)
 
     return decorate
 
 
 def compiled_twice(function: Any) -> tuple[Any, Any]:
-    """Compile for one thread, and for all: loops over ``prange`` are shared out by the second alone.
+    """Compile a serial and a parallel version; only the second divides ``prange`` loops among threads.
 
-    Waking another thread takes some 50 us, so callers choose by how much there is to do.
+    Waking a thread takes about 50 us, so callers choose by the amount of work.
     """
     copy: Any = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_in_parallel")
-    copy.__qualname__ = copy.__name__  # the name that Numba files it under on the disk
+    copy.__qualname__ = copy.__name__  # names the entry in Numba's disk cache
     return compiled()(function), compiled(parallel=True)(copy)
 
 
@@ -72,11 +72,11 @@ KINDS: dict[torch.dtype, Elements] = {
     torch.float32: np.empty(0, np.float32),
     torch.bfloat16: np.empty(0, np.uint16),
 }
-"""For each dtype an array of its elements; kernels take it to know what lies at an address."""
+"""An empty array for each dtype; it gives a kernel the element type at an address."""
 
 
 def elements(tensor: torch.Tensor) -> Elements:
-    """The same memory for Numba, which has no bfloat16: it sees uint16."""
+    """A tensor's memory as a NumPy array; bfloat16 is viewed as uint16, because Numba has no bfloat16."""
     array: Elements = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 
@@ -90,14 +90,14 @@ def _pointer(_context, address):  # type: ignore[no-untyped-def]
 
 
 def array_at(_address: Any, _shape: Any, _kind: Any) -> Any:
-    """The array at ``tensor.data_ptr()`` of a contiguous tensor; only means something inside compiled code.
+    """The array at ``tensor.data_ptr()`` of a contiguous tensor, in compiled code only.
 
-    An array made of a tensor outside takes microseconds, and there are some for each layer of each step.
+    Converting a tensor to an array outside of compiled code takes microseconds per layer and step.
 
     Args:
         _address: int64.
-        _shape: Of the array.
-        _kind: One of ``KINDS``.
+        _shape: Shape of the array.
+        _kind: One of ``KINDS``, for the element type.
     """
     raise NotImplementedError
 
@@ -109,7 +109,7 @@ def _overload_array_at(address, shape, kind):  # type: ignore[no-untyped-def]
 
 
 def float32_of(_element: Any) -> Any:
-    """An element as float32; only means something inside compiled code."""
+    """An element as float32, in compiled code only."""
     raise NotImplementedError
 
 
@@ -121,7 +121,7 @@ def _overload_float32_of(element):  # type: ignore[no-untyped-def]
 
 
 def element_of(_number: Any, _array: Any) -> Any:
-    """A float32, rounded to the nearest (even) element of such an array; only means something in compiled code."""
+    """A float32 rounded (to nearest even) to the element type of ``_array``, in compiled code only."""
     raise NotImplementedError
 
 
@@ -139,31 +139,30 @@ def _overload_element_of(number, array):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _turned(bits):  # type: ignore[no-untyped-def]
-    """All bits but the sign of a negative number turned over; twice is as it was."""
+def _flip_negative(bits):  # type: ignore[no-untyped-def]
+    """Invert all bits but the sign if the number is negative; its own inverse."""
     return np.int32(bits ^ (np.int32(bits >> _SIGN) & _ALL_BUT_SIGN))
 
 
 @compiled()
-def in_order(x):  # type: ignore[no-untyped-def]
-    """An int32 that is the larger, the larger a float32 is; NaN are beyond the infinities, on the side of their sign.
+def ordered_int(x):  # type: ignore[no-untyped-def]
+    """Map a float32 to an int32 of the same order; NaN lie beyond the infinity of their sign.
 
-    The largest of floats may not be looked for in any order, since one of them could be NaN, so LLVM makes no vectors
-    of it; of integers it does.
+    LLVM vectorises the maximum of integers, but not of floats, where a NaN makes the result depend on the order.
     """
-    return _turned(np.float32(x).view(np.int32))
+    return _flip_negative(np.float32(x).view(np.int32))
 
 
 @compiled()
-def float32_in_order(number):  # type: ignore[no-untyped-def]
-    """The float32 of which ``in_order`` made this."""
-    return np.int32(_turned(number)).view(np.float32)
+def float32_of_ordered(number):  # type: ignore[no-untyped-def]
+    """The inverse of ``ordered_int``."""
+    return np.int32(_flip_negative(number)).view(np.float32)
 
 
 @compiled()
 def exp(x):  # type: ignore[no-untyped-def]
-    """The exponential of a float32, written out, for LLVM vectorises no call of libm's; NaN stays NaN."""
-    x = _LEAST_EXPONENT if x < _LEAST_EXPONENT else x  # noqa: FURB136 - one instruction; max() is a chain of them
+    """The exponential of a float32, written out because LLVM does not vectorise calls of libm; NaN stays NaN."""
+    x = _LEAST_EXPONENT if x < _LEAST_EXPONENT else x  # noqa: FURB136 - one instruction, unlike max()
     x = _GREATEST_EXPONENT if x > _GREATEST_EXPONENT else x  # noqa: FURB136
     power = np.floor(x * _LOG2_E + np.float32(0.5))
     x = x - power * _LN_2_HIGH - power * _LN_2_LOW

@@ -1,4 +1,4 @@
-"""The CPU's attention: rows that see few keys read them in place, long prefills go to torch's SDPA."""
+"""Attention on CPUs: a compiled kernel for rows that see few keys, torch's SDPA for long prefills."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ logger = logging.getLogger(__name__)
 
 Integers = npt.NDArray[np.int64]
 Positions = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of [1, rows, head_dim] each, as the models make them once a pass."""
+"""Cosines and sines, [1, rows, head_dim] each, as the model computes them once per pass."""
 
-MOST_KEYS = 512
-"""Chunks that see more go to SDPA. Up to here single rows are quicker, for SDPA needs keys, masks and results laid
-out for it; beyond, what either saves is small beside the products."""
+MAX_KERNEL_KEYS = 512
+"""Chunks that see more keys go to SDPA. With fewer, the kernel is faster, because SDPA needs gathered keys and masks;
+with more, the difference is small beside the matrix products."""
 
 UNIT_ROWS = 16
-"""Rows of a chunk that one thread takes together; they read the same keys."""
+"""Rows of a chunk that are assigned to a thread together, because they read the same keys."""
 
 SERIAL_KEYS = 512
-"""Up to so many, over all rows, one thread is quicker than several, which have to be woken."""
+"""Number of keys, over all rows, up to which one thread is faster than several, which have to be woken."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelRows:
-    """One step's rows as ``attend_rows`` takes them; the same for all layers.
+    """One step's rows, in the form that ``attend_rows`` takes; the same for all layers.
 
     Attributes:
-        slots: As in ``attend_rows``; so are the next four.
-        starts: Of every row of the flat batch, whether it is taken or not.
-        lengths: Likewise.
-        rows: Those that are taken.
-        bounds: Each thread's share of them.
-        others: Indices of the groups whose rows are not.
+        slots: As in ``attend_rows``.
+        starts: As in ``attend_rows``, for every row of the flat batch.
+        lengths: As in ``attend_rows``, for every row of the flat batch.
+        rows: The rows that the kernel computes.
+        bounds: Each thread's part of ``rows``.
+        sdpa_groups: Indices of the groups that SDPA computes.
     """
 
     slots: npt.NDArray[np.int32]
@@ -60,22 +60,20 @@ class KernelRows:
     lengths: Integers
     rows: Integers
     bounds: Integers
-    others: list[int]
+    sdpa_groups: list[int]
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """Those of ``attend_rows`` that are the same for all layers."""
+        """The arguments of ``attend_rows`` that are the same for all layers."""
         return self.slots, self.starts, self.lengths, self.rows, self.bounds
 
 
 class HeadNorms(NamedTuple):
-    """How heads are normalised before they are rotated.
+    """The ``row_kernels.rms_norm`` of query and key heads before the rotation.
 
     Attributes:
-        query_weight: [head_dim], as in ``row_kernels.rms_norm``; [0] for none.
-        key_weight: Likewise.
-        eps: As in ``row_kernels.rms_norm``.
-        rounds_first: Likewise.
+        query_weight: [head_dim]; [0] for no norm.
+        key_weight: [head_dim]; [0] for no norm.
     """
 
     query_weight: Weights = NO_WEIGHT
@@ -86,13 +84,13 @@ class HeadNorms(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One layer's attention, with what stays the same from step to step at hand.
+    """One layer's attention, with the arguments that are the same in every step.
 
     Attributes:
-        index: Its number.
-        call: What it asks for.
-        num_heads: Of its queries.
-        arguments: Those of ``decode_kernel.rotate_and_attend`` from the keys on.
+        index: The layer.
+        call: The layer's scale, window, cap and sinks.
+        num_heads: Query heads.
+        arguments: The arguments of ``decode_kernel.rotate_and_attend`` from ``keys`` on.
     """
 
     index: int
@@ -105,7 +103,7 @@ class CPUBackend(SDPABackend):
     """SDPA for chunks that see many keys, and ``decode_kernel`` for all other rows.
 
     Args:
-        cache: Keys and values in float32 or bfloat16, on the CPU.
+        cache: A cache on the CPU, in float32 or bfloat16.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -119,16 +117,16 @@ class CPUBackend(SDPABackend):
         self._rotations: dict[int, tuple[Positions, tuple[Weights, Weights]]] = {}
 
     def compile(self) -> None:
-        """Compile the kernels for this cache, or read them from the disk.
+        """Compile the kernels for this cache, or read them from the disk cache.
 
         Raises:
-            Exception: Whatever Numba and LLVM raise where they cannot.
+            Exception: Of any kind, if Numba or LLVM fail.
         """
         spec, slots = self.cache.spec, np.zeros(LANES, np.int32)
         zero, one, none = np.zeros(1, np.int64), np.ones(1, np.int64), AttentionCall(1.0)
         for parts in (1, 2):
             bounds = np.array([0] * parts + [1])
-            self._rows = KernelRows(slots, zero, one, zero, bounds, others=[])
+            self._rows = KernelRows(slots, zero, one, zero, bounds, sdpa_groups=[])
             self._new_slots = zero
             query = torch.zeros(spec.num_kv_heads, 1, spec.head_dim, dtype=spec.dtype)
             projected = torch.zeros(1, 1, 3 * query.numel(), dtype=spec.dtype)
@@ -139,37 +137,38 @@ class CPUBackend(SDPABackend):
             self._rotations.clear()
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """Set what the next forward pass attends to, and share its rows out to the threads."""
+        """Set the metadata of the next forward pass, and divide its rows among the threads."""
         super().begin(metadata)
-        self._rows = share_out(metadata.groups, metadata.block_size, self._num_threads)
+        self._rows = divide_rows(metadata.groups, metadata.block_size, self._num_threads)
         self._new_slots = metadata.slot_mapping.numpy()
         self._rotations.clear()
 
     def attend(
         self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
     ) -> torch.Tensor:
-        """Most rows in one call of the kernel, long chunks as in SDPABackend; shapes as in the base class."""
+        """One kernel call for most rows, SDPA for long chunks; see the base class."""
         own = query.transpose(0, 1).contiguous()
         out = torch.empty_like(own)
         if len(self._rows.rows):
             self._attend_rows(own, layer, call, out)
-        self._attend_others(query, layer, metadata, call, out)
+        self._attend_sdpa(query, layer, metadata, call, out)
         return out
 
     def layer(self, index: int, call: AttentionCall, num_heads: int, norms: HeadNorms) -> AttentionLayer:
-        """A layer whose queries, keys and values come from one product; made once."""
-        return AttentionLayer(index, call, num_heads, (*self._arrays[index], num_heads, *norms, *_of(call)))
+        """The arguments of ``rotate_and_attend`` for one layer."""
+        arguments = (*self._arrays[index], num_heads, *norms, *_call_arguments(call))
+        return AttentionLayer(index, call, num_heads, arguments)
 
     def rotate_and_attend(
         self, projected: torch.Tensor, positions: Positions, layer: AttentionLayer, out: torch.Tensor
     ) -> None:
-        """Rotate queries and keys, store keys and values, attend.
+        """Rotate queries and keys, store keys and values, and attend.
 
         Args:
             projected: [1, rows, (heads + 2 * kv_heads) * head_dim], contiguous: each row's queries, keys, values;
                 overwritten.
-            positions: To rotate by.
-            layer: Whose they are.
+            positions: The rotation of each row.
+            layer: The layer, from ``layer``.
             out: [1, rows, heads * head_dim], contiguous, overwritten.
 
         Raises:
@@ -177,10 +176,10 @@ class CPUBackend(SDPABackend):
         """
         metadata = self.metadata(layer.index)
         self._rotate_and_attend(projected, positions, layer, out)
-        if self._rows.others:
+        if self._rows.sdpa_groups:
             heads = out[0].view(out.shape[1], layer.num_heads, -1)
             query = projected[0, :, : out.shape[-1]].view(heads.shape).transpose(0, 1)
-            self._attend_others(query, layer.index, metadata, layer.call, heads)
+            self._attend_sdpa(query, layer.index, metadata, layer.call, heads)
 
     def _rotate_and_attend(
         self, projected: torch.Tensor, positions: Positions, layer: AttentionLayer, out: torch.Tensor
@@ -199,14 +198,14 @@ class CPUBackend(SDPABackend):
         )
 
     def _rotation(self, positions: Positions, num_rows: int, dtype: torch.dtype) -> tuple[Weights, Weights]:
-        """Cosines and sines for the kernel, [rows, head_dim] each; made once a step."""
+        """Cosines and sines for the kernel, [rows, head_dim] each; computed once per step."""
         known = self._rotations.get(id(positions))
         if known is None:
             for part in positions:
                 if part.shape != (1, num_rows, self.cache.spec.head_dim) or part.dtype != dtype:
                     raise NotImplementedError(f"rotary positions of shape {tuple(part.shape)}, {part.dtype}")
             cos, sin = (part[0].float().contiguous().numpy() for part in positions)
-            # With the positions themselves, or others could come to lie at their address.
+            # The positions are kept too, so that no other object gets the same id.
             known = self._rotations[id(positions)] = positions, (cos, sin)
         return known[1]
 
@@ -217,14 +216,14 @@ class CPUBackend(SDPABackend):
             elements(query).reshape(len(query), -1),
             *self._arrays[layer],
             *plan.arguments,
-            *_of(call),
+            *_call_arguments(call),
             elements(out),
         )
 
-    def _attend_others(
+    def _attend_sdpa(
         self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall, out: torch.Tensor
     ) -> None:
-        for index in self._rows.others:
+        for index in self._rows.sdpa_groups:
             start, stop = metadata.groups[index].start, metadata.groups[index].stop
             out[start:stop] = self.attend_group(query[:, start:stop], layer, metadata, index, call)
 
@@ -236,36 +235,35 @@ def make_backend(cache: KVCache) -> AttentionBackend:
     backend = CPUBackend(cache)
     try:
         backend.compile()
-    except Exception:  # whatever Numba or LLVM lacks here, there is a slower way
+    except Exception:  # of any kind, from Numba or LLVM: torch's attention is the fallback
         logger.warning(
             "the attention kernels cannot be compiled for this processor; using torch's attention", exc_info=True
         )
-        backend.close()
         return SDPABackend(cache)
     return backend
 
 
-def _of(call: AttentionCall) -> tuple[float, int, float, Weights]:
-    """What the kernels take of a call."""
+def _call_arguments(call: AttentionCall) -> tuple[float, int, float, Weights]:
+    """Scale, window, softcap and sinks, in the form that the kernels take."""
     sinks = NO_WEIGHT if call.sinks is None else call.sinks.detach().float().numpy()
     return call.scale, call.window or 0, call.softcap or 0.0, sinks
 
 
-def share_out(groups: Sequence[Rows], block_size: int, num_threads: int) -> KernelRows:
-    """Find each row's keys, and give each thread about as many of them to read, the largest shares first."""
+def divide_rows(groups: Sequence[Rows], block_size: int, num_threads: int) -> KernelRows:
+    """Find the slots of each row's keys, and balance the number of keys per thread (longest first)."""
     starts, lengths = np.zeros((2, groups[-1].stop), np.int64)
     slots: list[Integers] = []
     units: list[tuple[int, int, int]] = []
-    others: list[int] = []
+    sdpa_groups: list[int] = []
     first_slot = 0
     for index, group in enumerate(groups):
         seen = group.query_positions.numpy() + 1
-        if seen.shape[1] > 1 and seen[0, -1] > MOST_KEYS:
-            others.append(index)
+        if seen.shape[1] > 1 and seen[0, -1] > MAX_KERNEL_KEYS:
+            sdpa_groups.append(index)
             continue
         totals = seen[:, -1] + LANES - 1
         ends = first_slot + np.cumsum(totals)
-        # What follows a sequence is its own last position, once more.
+        # A sequence's padding slots repeat its last position.
         seq = np.repeat(np.arange(len(totals)), totals)
         position = np.arange(first_slot, ends[-1]) - (ends - totals)[seq]
         position = np.minimum(position, seen[seq, -1] - 1)
@@ -291,5 +289,5 @@ def share_out(groups: Sequence[Rows], block_size: int, num_threads: int) -> Kern
         lengths=lengths,
         rows=np.array([row for share in shares for row in share], np.int64),
         bounds=np.cumsum([0, *map(len, shares)]),
-        others=others,
+        sdpa_groups=sdpa_groups,
     )

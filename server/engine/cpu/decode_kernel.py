@@ -1,8 +1,8 @@
-"""Attention of single rows over paged keys and values, compiled by Numba for the processor that it runs on.
+"""Attention of single rows over paged keys and values, compiled by Numba for the host's processor.
 
-Keys are read where they lie, sixteen positions at a time and all heads of a position together, so memory is walked
-once and in order; gathering them first, as torch's SDPA needs it, would write and read them once more. Numba needs no
-compiler on the machine. Its threads are OpenMP's, which torch has started already.
+Keys are read in place, sixteen positions at a time and all heads of a position together, so memory is read once and
+in order. torch's SDPA needs them gathered first, which writes and reads them once more. Numba needs no C compiler,
+and shares torch's OpenMP threads.
 """
 
 from __future__ import annotations
@@ -13,56 +13,62 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload
 
+from server.engine.cpu.bf16_dot import (
+    BF16_LANES,
+    add_positions_bf16,
+    has_bf16_dot,
+    interleave_positions,
+    score_positions_bf16,
+)
 from server.engine.cpu.compiled import (
     array_at,
     compiled,
     compiled_twice,
     element_of,
     exp,
-    float32_in_order,
     float32_of,
-    in_order,
+    float32_of_ordered,
+    ordered_int,
 )
-from server.engine.cpu.pair_code import PAIRED, add_pairs, has_pairs, pair_positions, score_pairs
 from server.engine.cpu.row_kernels import rotate_row
 from server.engine.cpu.vector_code import LANES, add_positions, fetch_positions, score_positions, widen_positions
 
 
-class _Room(NamedTuple):
-    """What one thread writes to while it attends.
+class _Scratch(NamedTuple):
+    """Buffers of one thread.
 
     Attributes:
-        own: [heads * head_dim] float32, a row's queries.
-        wide: [LANES * head_dim] float32, one head's keys or values of sixteen positions.
-        order: [LANES] int32, where these are: one after another.
-        pairs: [LANES * head_dim] uint16, one head's values of sixteen positions in pairs.
-        rounded: [LANES] uint16, their weights.
+        query: [heads * head_dim] float32, a row's scaled queries.
+        widened: [LANES * head_dim] float32, one head's keys or values of sixteen positions.
+        order: [LANES] int32, the slots of ``widened``: 0, 1, ...
+        interleaved: [LANES * head_dim] uint16, one head's values of sixteen positions, by ``interleave_positions``.
+        rounded: [LANES] uint16, the weights of these positions in bfloat16.
     """
 
-    own: Any
-    wide: Any
+    query: Any
+    widened: Any
     order: Any
-    pairs: Any
+    interleaved: Any
     rounded: Any
 
 
-def _has_to_widen(_array: Any) -> Any:
-    """Whether the elements are narrower than what sums are taken in; only means something in compiled code."""
+def _is_bfloat16(_array: Any) -> Any:
+    """Whether an array holds bfloat16, viewed as uint16; in compiled code only."""
     raise NotImplementedError
 
 
-@overload(_has_to_widen, inline="always")
-def _overload_has_to_widen(array):  # type: ignore[no-untyped-def]
-    narrow = array.dtype == types.uint16
-    return lambda array: narrow
+@overload(_is_bfloat16, inline="always")
+def _overload_is_bfloat16(array):  # type: ignore[no-untyped-def]
+    is_bfloat16 = array.dtype == types.uint16
+    return lambda array: is_bfloat16
 
 
 @compiled()
 def _largest(scores):  # type: ignore[no-untyped-def]
-    largest = in_order(-np.inf)
+    largest = ordered_int(-np.inf)
     for index in range(scores.shape[0]):
-        largest = max(largest, in_order(scores[index]))
-    return float32_in_order(largest)
+        largest = max(largest, ordered_int(scores[index]))
+    return float32_of_ordered(largest)
 
 
 @compiled()
@@ -73,7 +79,7 @@ def _cap(scores, softcap):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _softmax(scores, sink):  # type: ignore[no-untyped-def]
-    """In place; ``sink`` takes part in the sum."""
+    """Softmax in place; the exponential of ``sink`` is added to the denominator."""
     largest = max(_largest(scores), sink)
     total = np.float32(0.0)
     for index in range(scores.shape[0]):
@@ -84,25 +90,28 @@ def _softmax(scores, sink):  # type: ignore[no-untyped-def]
         scores[index] /= total
 
 
-def _score_wide(query, row, scale, keys, values, slots, first, seen, scores, room):  # type: ignore[no-untyped-def]
-    """Scores of one row's heads and the keys that it sees, sixteen at a time: up to fifteen more are written."""
+def _score_float32(query, row, scale, keys, values, slots, first, seen, scores, scratch):  # type: ignore[no-untyped-def]
+    """Scores of one row's heads with the keys that it sees, sixteen at a time; writes up to fifteen scores too many.
+
+    Prefetches the values of the same positions.
+    """
     num_heads, num_kv_heads, head_dim = scores.shape[0], keys.shape[1], keys.shape[2]
     stride, group_size, whole = num_kv_heads * head_dim, num_heads // num_kv_heads, head_dim // LANES * LANES
-    own, wide, order = room.own, room.wide, room.order
+    own, widened, order = scratch.query, scratch.widened, scratch.order
     for index in range(num_heads * head_dim):
         own[index] = float32_of(query[row, index]) * scale
-    shares = _has_to_widen(keys) and group_size > 1
+    widens = _is_bfloat16(keys) and group_size > 1  # once for all heads of a group
     for column in range(0, seen, LANES):
         at = first + column
         for kv_head in range(num_kv_heads):
             base = kv_head * head_dim
             fetch_positions(values, slots, at, stride, base, head_dim)
-            if shares:
-                widen_positions(keys, slots, at, stride, base, whole, wide)
+            if widens:
+                widen_positions(keys, slots, at, stride, base, whole, widened)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 to = head * scores.shape[1] + column
-                if shares:
-                    score_positions(own, head * head_dim, wide, order, 0, whole, 0, whole, scores, to)
+                if widens:
+                    score_positions(own, head * head_dim, widened, order, 0, whole, 0, whole, scores, to)
                 else:
                     score_positions(own, head * head_dim, keys, slots, at, stride, base, whole, scores, to)
                 if whole < head_dim:
@@ -112,23 +121,23 @@ def _score_wide(query, row, scale, keys, values, slots, first, seen, scores, roo
                             scores[head, column + position] += own[head * head_dim + d] * float32_of(key[d])
 
 
-def _mix_wide(weights, values, keys, slots, first, then, seen, mixed, room):  # type: ignore[no-untyped-def]
-    """Add up the values that one row sees; the keys that the next one sees are on their way meanwhile."""
+def _mix_float32(weights, values, keys, slots, first, then, seen, mixed, scratch):  # type: ignore[no-untyped-def]
+    """Add the weighted values that one row sees to ``mixed``, and prefetch the keys of the next row."""
     num_heads, num_kv_heads, head_dim = weights.shape[0], keys.shape[1], keys.shape[2]
     stride, group_size, whole = num_kv_heads * head_dim, num_heads // num_kv_heads, head_dim // LANES * LANES
-    wide, order = room.wide, room.order
-    shares = _has_to_widen(values) and group_size > 1
+    widened, order = scratch.widened, scratch.order
+    widens = _is_bfloat16(values) and group_size > 1
     for column in range(0, seen, LANES):
         at = first + column
         for kv_head in range(num_kv_heads):
             base = kv_head * head_dim
             fetch_positions(keys, slots, min(then + column, slots.shape[0] - LANES), stride, base, head_dim)
-            if shares:
-                widen_positions(values, slots, at, stride, base, whole, wide)
+            if widens:
+                widen_positions(values, slots, at, stride, base, whole, widened)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 of = head * weights.shape[1] + column
-                if shares:
-                    add_positions(weights, of, wide, order, 0, whole, 0, whole, mixed, head * head_dim)
+                if widens:
+                    add_positions(weights, of, widened, order, 0, whole, 0, whole, mixed, head * head_dim)
                 else:
                     add_positions(weights, of, values, slots, at, stride, base, whole, mixed, head * head_dim)
                 if whole < head_dim:
@@ -138,17 +147,17 @@ def _mix_wide(weights, values, keys, slots, first, then, seen, mixed, room):  # 
                             mixed[head, d] += weights[head, column + position] * float32_of(value[d])
 
 
-_compiled_score_wide, _compiled_mix_wide = compiled()(_score_wide), compiled()(_mix_wide)
+_compiled_score_float32, _compiled_mix_float32 = compiled()(_score_float32), compiled()(_mix_float32)
 
 
-def _score_in_pairs(query, row, scale, keys, values, slots, first, seen, scores, room):  # type: ignore[no-untyped-def]
-    """As ``_score_wide``, of bfloat16."""
+def _score_bf16(query, row, scale, keys, values, slots, first, seen, scores, scratch):  # type: ignore[no-untyped-def]
+    """``_score_float32`` for bfloat16, by VDPBF16PS."""
     num_heads, num_kv_heads, head_dim = scores.shape[0], keys.shape[1], keys.shape[2]
-    if head_dim % PAIRED:
-        _compiled_score_wide(query, row, scale, keys, values, slots, first, seen, scores, room)
+    if head_dim % BF16_LANES:
+        _compiled_score_float32(query, row, scale, keys, values, slots, first, seen, scores, scratch)
         return
     stride, group_size = num_kv_heads * head_dim, num_heads // num_kv_heads
-    of = row * query.shape[1]
+    query_at = row * query.shape[1]
     for column in range(0, seen, LANES):
         at = first + column
         for kv_head in range(num_kv_heads):
@@ -156,61 +165,63 @@ def _score_in_pairs(query, row, scale, keys, values, slots, first, seen, scores,
             fetch_positions(values, slots, at, stride, base, head_dim)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 to = head * scores.shape[1] + column
-                score_pairs(query, of + head * head_dim, scale, keys, slots, at, stride, base, head_dim, scores, to)
+                score_positions_bf16(
+                    query, query_at + head * head_dim, scale, keys, slots, at, stride, base, head_dim, scores, to
+                )
 
 
-def _mix_in_pairs(weights, values, keys, slots, first, then, seen, mixed, room):  # type: ignore[no-untyped-def]
-    """As ``_mix_wide``, of bfloat16; weights are rounded, as torch's attention rounds them."""
+def _mix_bf16(weights, values, keys, slots, first, then, seen, mixed, scratch):  # type: ignore[no-untyped-def]
+    """``_mix_float32`` for bfloat16, by VDPBF16PS; weights are rounded to bfloat16, as in torch's attention."""
     num_heads, num_kv_heads, head_dim = weights.shape[0], keys.shape[1], keys.shape[2]
-    if head_dim % PAIRED:
-        _compiled_mix_wide(weights, values, keys, slots, first, then, seen, mixed, room)
+    if head_dim % BF16_LANES:
+        _compiled_mix_float32(weights, values, keys, slots, first, then, seen, mixed, scratch)
         return
     stride, group_size = num_kv_heads * head_dim, num_heads // num_kv_heads
-    rounded, pairs = room.rounded, room.pairs
+    rounded, interleaved = scratch.rounded, scratch.interleaved
     for column in range(0, seen, LANES):
         at = first + column
         for kv_head in range(num_kv_heads):
             base = kv_head * head_dim
             fetch_positions(keys, slots, min(then + column, slots.shape[0] - LANES), stride, base, head_dim)
-            pair_positions(values, slots, at, stride, base, head_dim, pairs)
+            interleave_positions(values, slots, at, stride, base, head_dim, interleaved)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 for position in range(LANES):
                     rounded[position] = element_of(weights[head, column + position], rounded)
-                add_pairs(rounded, 0, pairs, head_dim, mixed, head * head_dim)
+                add_positions_bf16(rounded, 0, interleaved, head_dim, mixed, head * head_dim)
 
 
 def _score(*_arguments: Any) -> Any:
-    """The one of the two that fits; only means something in compiled code."""
+    """The function for the dtype and the processor, in compiled code only."""
     raise NotImplementedError
 
 
 def _mix(*_arguments: Any) -> Any:
-    """Likewise."""
+    """The function for the dtype and the processor, in compiled code only."""
     raise NotImplementedError
 
 
 @overload(_score)
-def _overload_score(query, row, scale, keys, values, slots, first, seen, scores, room):  # type: ignore[no-untyped-def]
-    return _score_in_pairs if keys.dtype == types.uint16 and has_pairs() else _score_wide
+def _overload_score(query, row, scale, keys, values, slots, first, seen, scores, scratch):  # type: ignore[no-untyped-def]
+    return _score_bf16 if keys.dtype == types.uint16 and has_bf16_dot() else _score_float32
 
 
 @overload(_mix)
-def _overload_mix(weights, values, keys, slots, first, then, seen, mixed, room):  # type: ignore[no-untyped-def]
-    return _mix_in_pairs if keys.dtype == types.uint16 and has_pairs() else _mix_wide
+def _overload_mix(weights, values, keys, slots, first, then, seen, mixed, scratch):  # type: ignore[no-untyped-def]
+    return _mix_bf16 if keys.dtype == types.uint16 and has_bf16_dot() else _mix_float32
 
 
 @compiled()
 def _attend_share(  # type: ignore[no-untyped-def]
     query, keys, values, slots, starts, lengths, rows, scale, window, softcap, sinks, out
 ):
-    """One thread's rows."""
+    """Attention of one thread's rows."""
     num_heads, head_dim = out.shape[1], out.shape[2]
     longest = 0
     for row in rows:
         longest = max(longest, lengths[row])
     scores = np.empty((num_heads, longest + LANES), np.float32)
     mixed = np.empty((num_heads, head_dim), np.float32)
-    room = _Room(
+    scratch = _Scratch(
         np.empty(num_heads * head_dim, np.float32),
         np.empty(LANES * head_dim, np.float32),
         np.arange(LANES).astype(np.int32),
@@ -223,7 +234,7 @@ def _attend_share(  # type: ignore[no-untyped-def]
         seen = lengths[row] - skipped
         first = starts[row] + skipped
         mixed[:] = np.float32(0.0)
-        _score(query, row, np.float32(scale), keys, values, slots, first, seen, scores, room)
+        _score(query, row, np.float32(scale), keys, values, slots, first, seen, scores, scratch)
         for head in range(num_heads):
             if softcap > 0.0:
                 _cap(scores[head, :seen], np.float32(softcap))
@@ -232,7 +243,7 @@ def _attend_share(  # type: ignore[no-untyped-def]
                 scores[head, column] = np.float32(0.0)
         following = rows[min(index + 1, rows.shape[0] - 1)]
         then = starts[following] + (max(0, lengths[following] - window) if window else 0)
-        _mix(scores, values, keys, slots, first, then, seen, mixed, room)
+        _mix(scores, values, keys, slots, first, then, seen, mixed, scratch)
         for head in range(num_heads):
             for d in range(head_dim):
                 out[row, head, d] = element_of(mixed[head, d], out)
@@ -242,25 +253,25 @@ def _attend_share(  # type: ignore[no-untyped-def]
 def _attend_all(  # type: ignore[no-untyped-def]
     query, keys, values, slots, starts, lengths, rows, bounds, scale, window, softcap, sinks, out
 ):
-    """Attention of rows that each see the first keys of a sequence, their own at the end.
+    """Attention of rows that each see the keys of a sequence up to their own position.
 
-    Compiled for a dtype when it is first called with it, or read from the disk.
+    Compiled, or read from the disk cache, when it is first called with a dtype.
 
     Args:
-        query: [rows, heads * head_dim], float32, or bfloat16 seen as uint16.
+        query: [rows, heads * head_dim], float32, or bfloat16 viewed as uint16.
         keys: [slots, kv_heads, head_dim], of the same dtype.
-        values: Likewise.
-        slots: [positions] int32, where the keys of each sequence lie, one sequence after another. Fifteen more follow
-            each sequence's last, whose keys and values are read, but count for nothing.
-        starts: [rows] int64, where the sequence of each row begins in ``slots``.
+        values: [slots, kv_heads, head_dim], of the same dtype.
+        slots: [positions] int32, the slots of each sequence's keys, one sequence after another. Fifteen padding slots
+            follow each sequence; their keys and values are read and ignored.
+        starts: [rows] int64, index in ``slots`` of the first key of the row's sequence.
         lengths: [rows] int64, keys that each row sees, its own included.
         rows: [rows] int64, in the order in which threads take them.
         bounds: [threads + 1] int64: thread t computes ``rows[bounds[t]:bounds[t + 1]]``.
         scale: Factor of the scores.
-        window: Newest keys that a row sees; 0 for all.
+        window: Number of newest keys that a row sees; 0 for all.
         softcap: Bound of the scores; 0 for none.
-        sinks: [heads] float32, a score of each head that has no value; [0] for none.
-        out: [rows, heads, head_dim] of the query's dtype, which is overwritten.
+        sinks: [heads] float32, a score per head without a value; [0] for none.
+        out: [rows, heads, head_dim] of the query's dtype, overwritten.
     """
     for part in prange(bounds.shape[0] - 1):
         share = rows[bounds[part] : bounds[part + 1]]
@@ -273,33 +284,20 @@ def _rotate_and_attend_all(  # type: ignore[no-untyped-def]
     new_slots, slots, starts, lengths, rows, bounds,
     keys, values, num_heads, query_weight, key_weight, eps, rounds_first, scale, window, softcap, sinks,
 ):  # fmt: skip
-    """Rotate queries and keys, store keys and values, finite or not, then attend: threads wake up once for all of it.
+    """Rotate queries and keys, store keys and values, finite or not, then attend. Threads are woken once for all.
+
+    Arguments that are not listed are those of ``rotate_row`` and ``attend_rows``.
 
     Args:
-        projected_at: Address of [rows, (heads + 2 * kv_heads) * head_dim]: each row's queries, keys, values; the
-            queries are rotated in place, and the keys overwritten.
+        projected_at: Address of [rows, (heads + 2 * kv_heads) * head_dim]: each row's queries, keys, values. Queries
+            are rotated in place; keys are overwritten.
         out_at: Address of [rows, heads, head_dim].
-        num_rows: All rows of the flat batch, whether ``rows`` has them or not.
-        num_parts: Threads to rotate with.
+        num_rows: All rows of the flat batch, including those that are not in ``rows``.
+        num_parts: Threads that rotate.
         cos: [rows, head_dim] float32.
-        sin: Likewise.
-        new_slots: [rows] int64, where each row's key and value go.
-        slots: As in ``attend_rows``; so are the next six.
-        starts: Likewise.
-        lengths: Likewise.
-        rows: Likewise.
-        bounds: Likewise.
-        keys: Likewise.
-        values: Likewise.
-        num_heads: Of the queries.
-        query_weight: As in ``rotate_row``; so are the next three.
-        key_weight: Likewise.
-        eps: Likewise.
-        rounds_first: Likewise.
-        scale: As in ``attend_rows``; so are the rest.
-        window: Likewise.
-        softcap: Likewise.
-        sinks: Likewise.
+        sin: [rows, head_dim] float32.
+        new_slots: [rows] int64, the slot of each row's key and value.
+        num_heads: Query heads.
     """
     num_kv_heads, head_dim = keys.shape[1], keys.shape[2]
     projected = array_at(projected_at, (num_rows, (num_heads + 2 * num_kv_heads) * head_dim), keys)
@@ -312,7 +310,7 @@ def _rotate_and_attend_all(  # type: ignore[no-untyped-def]
                 projected[row], cos[row], sin[row], query_weight, key_weight, eps, rounds_first, own,
                 stored_keys[new_slots[row]], stored_values[new_slots[row]],
             )  # fmt: skip
-    # A row sees keys of others, which all are stored by now.
+    # Rows see each other's keys, so all keys are stored first.
     for part in prange(bounds.shape[0] - 1):
         share = rows[bounds[part] : bounds[part + 1]]
         _attend_share(projected, keys, values, slots, starts, lengths, share, scale, window, softcap, sinks, out)

@@ -1,8 +1,8 @@
-"""Parts of a decoder's layers, done in fewer passes over memory on the CPU.
+"""Fused decoder layers for CPUs, with fewer passes over memory.
 
-The model stays transformers' own: single modules of it are replaced by ones that compute the same. Queries, keys and
-values come from one product, gates and ups from one, and what is between products is one kernel each. What may be
-replaced is decided by what a module gives, not by its name (``layer_probe``). Everything else stays as it is.
+The model is transformers' own; single modules are replaced by modules that compute the same. One product gives
+queries, keys and values, one gives gate and up, and one kernel does what is between two products. Whether a module
+may be replaced is decided by its outputs (``layer_probe``), not by its name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from server.engine.attention.backend import AttentionBackend, AttentionCall
 from server.engine.cpu import row_kernels
 from server.engine.cpu.cpu_attention import CPUBackend, HeadNorms, Positions
-from server.engine.cpu.layer_probe import HEAD_NORMS, PROJECTIONS, TOLERANCE, Verdict, probe
+from server.engine.cpu.layer_probe import HEAD_NORMS, PROJECTIONS, TOLERANCE, Fusible, probe
 from server.engine.cpu.packed_linear import PackedLinear, replace_modules, stacked
 from server.errors import EngineStartError
 
@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Workspace:
-    """Room for the rows between products, which all layers use in turn: what is left there is soon overwritten.
+    """Buffers for the rows between products. All layers share them, so their content is valid within one layer only.
 
     Args:
         dtype: Of the rows.
@@ -41,7 +41,7 @@ class Workspace:
         self._parts: dict[int, tuple[int, torch.Tensor]] = {}
 
     def rows(self, num_rows: int, width: int) -> torch.Tensor:
-        """[1, num_rows, width] of anything; the same memory for the same width."""
+        """An uninitialised buffer [1, num_rows, width]; the same memory for the same width."""
         part = self._parts.get(width)
         if part is None or part[0] != num_rows:
             whole = self._whole.get(width)
@@ -52,15 +52,15 @@ class Workspace:
 
 
 class FusedRMSNorm(nn.Module):
-    """A norm over the last dimension.
+    """An RMS norm over the last dimension; see ``row_kernels.rms_norm``.
 
     Args:
-        weight: [width], as it is multiplied by.
+        weight: [width], the factors.
         eps: Added to the mean square.
         rounds_first: As in ``row_kernels.rms_norm``.
 
     Attributes:
-        original: The norm that it replaces, in a list, so that torch does not take it for a part of the model.
+        original: The replaced norm, in a list so that torch does not register it as a submodule.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float, *, rounds_first: bool) -> None:
@@ -71,15 +71,15 @@ class FusedRMSNorm(nn.Module):
         self.original: list[nn.Module] = []
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., width] to the same."""
+        """[..., width] to [..., width]."""
         rows = rows.contiguous()
         out = torch.empty_like(rows)
         row_kernels.rms_norm(rows, self.factors, self.eps, self.rounds_first, out)
         return out
 
 
-class _Emptied:
-    """A module that a fused one replaces, without the weights of its linear layers. It is no part of the model.
+class _Original:
+    """A replaced module without the weights of its linear layers; not a submodule of the model.
 
     Args:
         module: The module. Its linear layers named in ``packed`` are released.
@@ -93,8 +93,8 @@ class _Emptied:
         for name in itertools.chain(*packed.values()):
             setattr(module, name, nn.Identity())
 
-    def filled_from(self, fused: Any) -> nn.Module:
-        """The module with its layers, whose weights are unpacked from the fused one's products."""
+    def restored_from(self, fused: Any) -> nn.Module:
+        """The module with its linear layers, unpacked from the products of the fused module."""
         for name, parts in self._packed.items():
             for part, linear in zip(parts, getattr(fused, name).unpacked(self._sizes[name]), strict=True):
                 setattr(self._module, part, linear)
@@ -106,7 +106,7 @@ class FusedMLP(nn.Module):
     """``down(activation(gate(x)) * up(x))``.
 
     Args:
-        mlp: The module that it replaces, which is left without weights.
+        mlp: The module to replace; it is left without weights.
         activation: As in ``row_kernels.gate``.
         workspace: Shared with other modules.
     """
@@ -115,31 +115,30 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = PackedLinear(stacked([mlp.gate_proj, mlp.up_proj]))
         self.down_proj = PackedLinear(mlp.down_proj)
-        self._original = _Emptied(mlp, {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]})
+        self._original = _Original(mlp, {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]})
         self._activation = activation
         self._workspace = workspace
-        # Without the calls of modules, which cost more than what is between the products of a few rows.
+        # Calling a module costs more than the kernels between the products of a few rows.
         self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[1, rows, hidden] to the same."""
+        """[1, rows, hidden] to [1, rows, hidden]."""
         projected = self._gate_up(rows)
         out = self._workspace.rows(projected.shape[1], self.down_proj.in_features)
         row_kernels.gate(projected, self._activation, out)
         return self._down(out)
 
     def restored(self) -> nn.Module:
-        """The module that it replaces, with its weights."""
-        return self._original.filled_from(self)
+        """The replaced module, with its weights."""
+        return self._original.restored_from(self)
 
 
 class FusedAttention(nn.Module):
-    """Attention of Llama's form, over paged keys and values.
+    """Attention of Llama's form over paged keys and values.
 
     Args:
-        attention: The module that it replaces, which is left without weights; the norms of its heads, where it has
-            them, are fused already.
-        call: What it hands to the attention interface besides queries, keys and values.
+        attention: The module to replace; it is left without weights. Its head norms, if any, are fused already.
+        call: The module's scale, window, cap and sinks.
         workspace: Shared with other modules.
     """
 
@@ -152,7 +151,7 @@ class FusedAttention(nn.Module):
         self._num_heads: int = attention.q_proj.out_features // attention.head_dim
         self.qkv_proj = PackedLinear(stacked([attention.q_proj, attention.k_proj, attention.v_proj]))
         self.o_proj = PackedLinear(attention.o_proj)
-        self._original = _Emptied(attention, {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]})
+        self._original = _Original(attention, {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]})
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._norms = HeadNorms()
         if query_norm is not None and key_norm is not None:
@@ -161,26 +160,26 @@ class FusedAttention(nn.Module):
         self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
 
     def bind(self, backend: CPUBackend) -> None:
-        """Tell it where its keys and values are; has to be done before the first pass."""
+        """Set the backend with the keys and values, before the first pass."""
         self._backend = backend
         self._layer = backend.layer(self.layer_idx, self._call, self._num_heads, self._norms)
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Positions, **_others: object
     ) -> tuple[torch.Tensor, None]:
-        """[1, rows, hidden] to the same, rotated by the positions; the result is the caller's own."""
+        """[1, rows, hidden] to a new tensor [1, rows, hidden] and None, as transformers' attention modules return."""
         projected = self._qkv(hidden_states)
         out = self._workspace.rows(projected.shape[1], self.o_proj.in_features)
         self._backend.rotate_and_attend(projected, position_embeddings, self._layer, out)
         return self._o(out), None
 
     def restored(self) -> nn.Module:
-        """The module that it replaces, with its weights; the norms of its heads stay fused."""
-        return self._original.filled_from(self)
+        """The replaced module, with its weights; its head norms stay fused."""
+        return self._original.restored_from(self)
 
 
 class FusedLayer:
-    """The forward pass of a decoder layer of Llama's code, whose parts are all fused.
+    """The forward pass of a decoder layer of Llama's form whose modules are all fused.
 
     Args:
         layer: The decoder layer.
@@ -197,12 +196,12 @@ class FusedLayer:
         self._workspace = workspace
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Positions, **_others: object) -> torch.Tensor:
-        """[1, rows, hidden], which is left as it is, to the same."""
+        """[1, rows, hidden], which is not changed, to [1, rows, hidden]."""
         hidden_states = hidden_states.contiguous()
         normed = self._workspace.rows(hidden_states.shape[1], self._width)
         row_kernels.rms_norm(hidden_states, *self._norms[0], normed)
         total, _ = self._attend(normed, position_embeddings)
-        # Sums are written over what the products made.
+        # The products' outputs are reused for the sums.
         row_kernels.add_and_norm(hidden_states, total, *self._norms[1], normed)
         out: torch.Tensor = self._mlp(normed)
         row_kernels.add(total, out)
@@ -210,26 +209,25 @@ class FusedLayer:
 
 
 def fuse_layers(model: PreTrainedModel) -> int:
-    """Replace what can be replaced; returns the number of modules.
+    """Replace all modules that can be fused; returns their number.
 
     Args:
-        model: On the CPU, in float32 or bfloat16, with plain linear layers.
+        model: On the CPU, in float32 or bfloat16, with plain linear layers and the attention ``ATTENTION``.
     """
     if not row_kernels.can_compile(model.dtype):
         return 0
     workspace = Workspace(model.dtype)
-    verdict = probe(model)
+    fusible = probe(model)
     replaced = replace_modules(model, _fused_norm)
-    replaced += replace_modules(model, lambda module: _fused_mlp(module, verdict, workspace))
-    replaced += replace_modules(model, lambda module: _fused_attention(module, verdict, workspace))
-    return replaced + sum(_fuse_layer(module, verdict, workspace) for module in model.modules())
+    replaced += replace_modules(model, lambda module: _fused_mlp(module, fusible, workspace))
+    replaced += replace_modules(model, lambda module: _fused_attention(module, fusible, workspace))
+    return replaced + sum(_fuse_layer(module, fusible, workspace) for module in model.modules())
 
 
 def unfuse_layers(model: PreTrainedModel) -> None:
-    """Undo ``fuse_layers``: the model's own modules with bit-equal weights, and no products packed in them.
+    """Undo ``fuse_layers``: restore the model's own modules with bit-equal, unpacked weights.
 
-    Weights are unpacked one module after another, and each packed one is released, so a model is never in memory
-    twice.
+    Modules are unpacked and released one after another, so the model is never in memory twice.
     """
     for module in model.modules():
         if isinstance(getattr(vars(module).get("forward"), "__self__", None), FusedLayer):
@@ -241,10 +239,10 @@ def unfuse_layers(model: PreTrainedModel) -> None:
 
 
 def bind(model: nn.Module, backend: AttentionBackend) -> None:
-    """Tell fused attention where its keys and values are.
+    """Set the backend of all fused attention modules.
 
     Raises:
-        EngineStartError: If the backend is of another kind than the one that it needs.
+        EngineStartError: If the model has some and the backend is not a ``CPUBackend``.
     """
     for module in model.modules():
         if isinstance(module, FusedAttention):
@@ -254,7 +252,7 @@ def bind(model: nn.Module, backend: AttentionBackend) -> None:
 
 
 def _fused_norm(module: Any) -> nn.Module | None:
-    """The same norm in one pass, if one of the formulas in use gives what the module gives."""
+    """A fused norm, if one of the known formulas gives the module's outputs."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or eps is None or [*module.state_dict()] != ["weight"]:
@@ -262,27 +260,27 @@ def _fused_norm(module: Any) -> nn.Module | None:
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in TOLERANCE:
         return None
     generator = torch.Generator().manual_seed(0)
-    # Small rows too, for which eps counts.
+    # Includes rows so small that eps matters.
     rows = torch.randn(4, len(weight), generator=generator) * torch.tensor([[1e-4], [1e-2], [1.0], [30.0]])
     rows = rows.to(weight.dtype)
     with torch.inference_mode():
-        wanted = module(rows).float()
+        expected = module(rows).float()
         candidates = [
             FusedRMSNorm(weight, eps, rounds_first=True),
             FusedRMSNorm(weight, eps, rounds_first=False),
             FusedRMSNorm(1.0 + weight.float(), eps, rounds_first=False),  # Gemma
         ]
-        errors = [(candidate(rows).float() - wanted).abs().max().item() for candidate in candidates]
+        errors = [(candidate(rows).float() - expected).abs().max().item() for candidate in candidates]
     best = min(range(len(candidates)), key=errors.__getitem__)
-    allowed = TOLERANCE[weight.dtype] * wanted.abs().max().item()
+    allowed = TOLERANCE[weight.dtype] * expected.abs().max().item()
     if errors[best] > allowed:
         return None
     candidates[best].original.append(module)
     return candidates[best]
 
 
-def _fused_mlp(module: Any, verdict: Verdict, workspace: Workspace) -> nn.Module | None:
-    if module not in verdict.mlps or not _are_plain(module, "gate_proj", "up_proj", "down_proj"):
+def _fused_mlp(module: Any, fusible: Fusible, workspace: Workspace) -> nn.Module | None:
+    if module not in fusible.mlps or not _are_plain(module, "gate_proj", "up_proj", "down_proj"):
         return None
     grid = torch.linspace(-12.0, 12.0, 997)
     for activation, function in _ACTIVATIONS.items():
@@ -291,9 +289,9 @@ def _fused_mlp(module: Any, verdict: Verdict, workspace: Workspace) -> nn.Module
     return None
 
 
-def _fused_attention(module: Any, verdict: Verdict, workspace: Workspace) -> nn.Module | None:
+def _fused_attention(module: Any, fusible: Fusible, workspace: Workspace) -> nn.Module | None:
     if (
-        module not in verdict.attention
+        module not in fusible.attention
         or not _are_plain(module, *PROJECTIONS)
         or any(True for _ in module.parameters(recurse=False))
     ):
@@ -301,18 +299,18 @@ def _fused_attention(module: Any, verdict: Verdict, workspace: Workspace) -> nn.
     norms = [getattr(module, name) for name in HEAD_NORMS if hasattr(module, name)]
     if not all(isinstance(norm, FusedRMSNorm) and len(norm.factors) == module.head_dim for norm in norms):
         return None
-    return FusedAttention(module, verdict.attention[module], workspace)
+    return FusedAttention(module, fusible.attention[module], workspace)
 
 
-def _fuse_layer(module: Any, verdict: Verdict, workspace: Workspace) -> bool:
-    """Give a decoder layer whose parts are all fused another forward pass; the rest of it stays."""
+def _fuse_layer(module: Any, fusible: Fusible, workspace: Workspace) -> bool:
+    """Replace the forward pass of a decoder layer whose modules are all fused."""
     kinds = {
         "input_layernorm": FusedRMSNorm,
         "post_attention_layernorm": FusedRMSNorm,
         "self_attn": FusedAttention,
         "mlp": FusedMLP,
     }
-    if module not in verdict.layers:
+    if module not in fusible.layers:
         return False
     if not all(isinstance(getattr(module, name), kind) for name, kind in kinds.items()):
         return False
@@ -321,6 +319,6 @@ def _fuse_layer(module: Any, verdict: Verdict, workspace: Workspace) -> bool:
 
 
 def _are_plain(module: nn.Module, *names: str) -> bool:
-    """Whether these are linear layers as torch has them, of the dtypes that can be packed."""
+    """Whether these are instances of ``nn.Linear`` itself, in dtypes that can be packed."""
     linears = [getattr(module, name) for name in names]
     return all(type(linear) is nn.Linear and linear.weight.dtype in TOLERANCE for linear in linears)

@@ -1,7 +1,7 @@
-"""Where compiled kernels are kept between starts.
+"""The disk cache of compiled kernels.
 
-Numba files a compiled kernel under the kernel's own source file, and does not see a change in another file that the
-kernel takes code from. So the folder is named by a hash over all sources of this package: any change compiles anew.
+Numba keys a compiled kernel by its own source file, and misses changes in other files that the kernel inlines. So the
+folder's name contains a hash over all sources of this package: any change compiles every kernel again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ SOURCES = Path(__file__).parent
 PREFIX = "kernels-"
 
 MAX_FOLDERS = 4
-"""Folders kept in one place, the current one included: other checkouts and versions may share it."""
+"""Folders kept in one place, the current one included: checkouts and versions may share a place."""
 
 
 def kernel_cache(sources: Path = SOURCES) -> Path | None:
-    """The folder for kernels compiled from these sources; None if no place for it can be written.
+    """The folder for kernels compiled from these sources; None if none can be written.
 
-    The places, in this order: ``NUMBA_CACHE_DIR``, ``__pycache__`` beside the sources, the user's cache folder.
-    Folders of other sources beyond the newest few are deleted.
+    It is in ``NUMBA_CACHE_DIR`` if that is set, else in ``__pycache__`` beside the sources, else in the user's cache
+    folder. The least recently used folders of other sources are deleted, down to ``MAX_FOLDERS``.
     """
     name = PREFIX + source_digest(sources)
     configured = os.environ.get("NUMBA_CACHE_DIR")
@@ -43,7 +43,7 @@ def kernel_cache(sources: Path = SOURCES) -> Path | None:
 
 
 def source_digest(sources: Path) -> str:
-    """A hash over the names and contents of a folder's Python files, 16 hexadecimal digits."""
+    """A hash over the names and contents of a folder's Python files: 16 hexadecimal digits."""
     digest = blake2b(digest_size=8)
     for path in sorted(sources.glob("*.py")):
         content = path.read_bytes()
@@ -52,10 +52,10 @@ def source_digest(sources: Path) -> str:
 
 
 def _prune(place: Path, current: Path) -> None:
-    """Delete the folders that were used least recently; a process that still uses one compiles its kernels again."""
+    """Delete the least recently used folders; a process that still uses one compiles its kernels again."""
     ages: list[tuple[float, Path]] = []
     for folder in place.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # deleted by another start meanwhile
+        with contextlib.suppress(OSError):  # another process may have deleted it
             ages.append((folder.stat().st_mtime, folder))
     for _, folder in sorted(ages, reverse=True)[MAX_FOLDERS:]:
         if folder != current:

@@ -1,8 +1,9 @@
-"""Matrix products on the CPU with weights that are laid out for them once.
+"""Linear layers on the CPU with weights packed in oneDNN's layout.
 
-torch hands a bfloat16 product to oneDNN, which lays the weights out anew at each call: for the few rows of a decode
-step that takes longer than the product itself. A float32 product goes to a BLAS that is slow for few rows. These are
-the operations that torch's own compiler uses when it freezes a model (torch/_inductor/fx_passes/mkldnn_fusion.py).
+torch passes a bfloat16 product to oneDNN, which repacks the weight at each call; for the few rows of a decode step
+that takes longer than the product. A float32 product goes to a BLAS that is slow for few rows. The operations here
+are those of torch's compiler for frozen models (torch/_inductor/fx_passes/mkldnn_fusion.py). They are private, so
+pyproject.toml bounds torch's version.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 ROWS_HINT = 64
-"""For how many rows oneDNN chooses its layout; it serves any number."""
+"""Number of rows for which oneDNN chooses the layout; any number works."""
 
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _product: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
@@ -25,7 +26,7 @@ class PackedLinear(nn.Module):
     """A frozen ``nn.Linear`` in oneDNN's layout.
 
     Args:
-        linear: What it stands for; its weight is only kept by whoever else refers to it, such as tied embeddings.
+        linear: The layer to replace. Its weight is not kept, unless tied embeddings refer to it.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -41,10 +42,10 @@ class PackedLinear(nn.Module):
         return product
 
     def unpacked(self, sizes: Sequence[int]) -> list[nn.Linear]:
-        """The opposite of ``PackedLinear(stacked(linears))``: plain layers with bit-equal weights.
+        """The inverse of ``PackedLinear(stacked(linears))``: plain layers with bit-equal weights.
 
         Args:
-            sizes: Output features of each.
+            sizes: Output features of each layer.
         """
         weights = torch.split(self._weight.to_dense(), list(sizes))
         bias: torch.Tensor | None = self.bias
@@ -53,7 +54,7 @@ class PackedLinear(nn.Module):
 
 
 def stacked(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """Linear layers of the same input as one, whose output is theirs side by side."""
+    """One linear layer whose output is the concatenated output of several layers of the same input."""
     weight = torch.cat([linear.weight for linear in linears])
     biases: list[torch.Tensor | None] = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
@@ -65,7 +66,7 @@ def stacked(linears: Sequence[nn.Linear]) -> nn.Linear:
 
 
 def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A frozen layer of a weight [out_features, in_features], which is not copied."""
+    """A frozen layer with the given weight [out_features, in_features], which is not copied."""
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -76,7 +77,7 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this machine's oneDNN has such products: for bfloat16 it depends on the processor's instructions."""
+    """Whether oneDNN has packed products of a dtype here; for bfloat16 that depends on the processor."""
     if dtype not in {torch.float32, torch.bfloat16} or _reorder is None or _product is None:
         return False
     try:
@@ -87,23 +88,23 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, and not by emulation, ten times as slow."""
+    """Whether this CPU multiplies bfloat16 faster than float32; emulated, it is ten times slower."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return bool(supported and supported())
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every plain ``nn.Linear`` of a model; returns how many.
+    """Replace every plain ``nn.Linear`` of a model; returns the count.
 
-    Classes derived from it, such as quantised ones, know better and stay as they are.
+    Subclasses, such as quantised layers, stay.
     """
     return replace_modules(model, lambda module: PackedLinear(module) if type(module) is nn.Linear else None)
 
 
-def replace_modules(model: nn.Module, made_of: Callable[[nn.Module], nn.Module | None]) -> int:
-    """Replace each module for which ``made_of`` returns a module, and do not descend into it; returns the count.
+def replace_modules(model: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Replace each module for which ``make`` returns a module, and do not descend into it; returns the count.
 
-    Shared modules stay shared. Each module is released when it is replaced, so that a model is never in memory twice.
+    Shared modules stay shared. Each module is released when it is replaced, so a model is never in memory twice.
     """
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -112,7 +113,7 @@ def replace_modules(model: nn.Module, made_of: Callable[[nn.Module], nn.Module |
     count = 0
     for names in places.values():
         own = [name for name in names if not name.startswith(tuple(replaced))]
-        replacement = made_of(model.get_submodule(own[0])) if own else None
+        replacement = make(model.get_submodule(own[0])) if own else None
         if replacement is not None:
             count += 1
             for name in own:

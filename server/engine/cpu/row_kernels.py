@@ -1,8 +1,7 @@
-"""What stands between a layer's matrix products, row by row and in one pass each, compiled by Numba.
+"""The operations between a layer's matrix products, each in one pass over the rows, compiled by Numba.
 
-torch does each of these as five to ten operations, each of which reads and writes all rows in memory. Sums are taken
-in float32; results are rounded to the rows' dtype where the models round them. All tensors are contiguous, in float32
-or bfloat16.
+torch needs five to ten operations for each, and each reads and writes all rows. Sums are float32; results are rounded
+to the rows' dtype where the models round them. All tensors are contiguous, in float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from server.engine.cpu.compiled import (
     compiled_twice,
     element_of,
     exp,
-    float32_in_order,
     float32_of,
-    in_order,
+    float32_of_ordered,
+    ordered_int,
 )
 from server.engine.cpu.vector_code import LANES, rotate_halves
 
@@ -33,26 +32,26 @@ logger = logging.getLogger(__name__)
 SILU, GELU_TANH = 0, 1
 
 SERIAL_ELEMENTS = 1 << 17
-"""Up to so many elements one thread is quicker than two, of which one has to be woken."""
+"""Number of elements up to which one thread is faster than several, which have to be woken."""
 
-_PIECE = 1024  # elements among which the first one is looked for
+_PIECE = 1024  # the index of the largest element is searched in one piece of this many elements
 _ONE = np.float32(1.0)
 _GELU_CUBE, _GELU_SCALE = np.float32(0.044715), np.float32(0.7978845608)
 _LEAST, _GREATEST = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
-_INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.int32(-0x7F800001)  # as in_order has them
+_INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.int32(-0x7F800001)  # as ordered_int returns them
 NO_WEIGHT = np.empty(0, np.float32)
 
 Weights = npt.NDArray[np.float32]
 
 
 def rms_norm(rows: torch.Tensor, weight: Weights, eps: float, rounds_first: bool, out: torch.Tensor) -> None:
-    """Rows over the root of their mean square, times a weight.
+    """RMS norm: rows divided by the root of their mean square, times a weight.
 
     Args:
         rows: [..., width].
-        weight: [width]; Gemma's models add 1 to theirs, which the caller has to do.
+        weight: [width]; for Gemma's models the caller adds 1.
         eps: Added to the mean square.
-        rounds_first: Whether rows are rounded before they are multiplied by the weight, as Llama does.
+        rounds_first: Whether rows are rounded before the product with the weight, as in Llama.
         out: [..., width], overwritten.
     """
     size = rows.numel()
@@ -70,16 +69,7 @@ def add(rows: torch.Tensor, out: torch.Tensor) -> None:
 def add_and_norm(
     rows: torch.Tensor, total: torch.Tensor, weight: Weights, eps: float, rounds_first: bool, out: torch.Tensor
 ) -> None:
-    """Add rows to ``total``, and write the norm of that to ``out``.
-
-    Args:
-        rows: [..., width].
-        total: [..., width], what the rows are added to.
-        weight: As in ``rms_norm``; so are the rest.
-        eps: Likewise.
-        rounds_first: Likewise.
-        out: Likewise.
-    """
+    """Add rows [..., width] to ``total`` [..., width], and write the ``rms_norm`` of the sum to ``out``."""
     size = rows.numel()
     kernel = _add_and_norm if size <= SERIAL_ELEMENTS else _add_and_norm_in_parallel
     addresses = rows.data_ptr(), total.data_ptr(), out.data_ptr()
@@ -87,7 +77,7 @@ def add_and_norm(
 
 
 def gate(gates_and_ups: torch.Tensor, activation: int, out: torch.Tensor) -> None:
-    """Activated gates times the ups beside them.
+    """The gated activation of an MLP: ``activation(gate) * up``.
 
     Args:
         gates_and_ups: [..., 2 * width]: a row's gates, then its ups.
@@ -100,13 +90,13 @@ def gate(gates_and_ups: torch.Tensor, activation: int, out: torch.Tensor) -> Non
 
 
 def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``torch.max(rows, dim=-1)``, in a fraction of its time.
+    """A faster ``torch.max(rows, dim=-1)``.
 
     Args:
         rows: [rows, width].
 
     Returns:
-        Each row's largest element, float32, which is NaN if there is one, and where it is first: [rows] each.
+        Each row's largest element (float32; NaN if the row has one) and its first index: [rows] each.
     """
     num_rows, width = rows.shape
     values, indices = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.long)
@@ -117,22 +107,22 @@ def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def can_compile(dtype: torch.dtype) -> bool:
-    """Whether the kernels serve this dtype on this machine, ready to be called."""
+    """Whether the kernels can be compiled for this dtype here; compiles them."""
     if dtype not in KINDS:
         return False
     try:
         compile_for(dtype)
-    except Exception:  # whatever Numba or LLVM lacks here, there is a slower way
+    except Exception:  # of any kind, from Numba or LLVM: torch's operations are the fallback
         logger.warning("the kernels cannot be compiled for this processor; using torch's operations", exc_info=True)
         return False
     return True
 
 
 def compile_for(dtype: torch.dtype) -> None:
-    """Compile everything for one dtype, or read it from the disk.
+    """Compile all kernels for one dtype, or read them from the disk cache.
 
     Raises:
-        Exception: Whatever Numba and LLVM raise where they cannot.
+        Exception: Of any kind, if Numba or LLVM fail.
     """
     for num_rows in (1, SERIAL_ELEMENTS + 1):
         rows, weight = torch.zeros(num_rows, 2, dtype=dtype), np.ones(2, np.float32)
@@ -219,21 +209,21 @@ def _gates(gates_and_ups_at, num_rows, width, activation, out_at, kind):  # type
 
 @compiled()
 def _largest_of(row):  # type: ignore[no-untyped-def]
-    """The largest element and where it is first; (NaN, 0) if there is a NaN."""
+    """The largest element and its first index; (NaN, 0) if there is a NaN."""
     best, least, near = _LEAST, _GREATEST, 0
     for start in range(0, row.shape[0], _PIECE):
         piece = row[start : start + _PIECE]
         most = _LEAST
         for index in range(piece.shape[0]):
-            x = in_order(float32_of(piece[index]))
+            x = ordered_int(float32_of(piece[index]))
             most, least = max(most, x), min(least, x)
         if most > best:
             best, near = most, start
     if best > _INFINITY or least < _MINUS_INFINITY:
         return np.float32(np.nan), 0
-    largest = float32_in_order(best)
+    largest = float32_of_ordered(best)
     if largest == np.float32(0.0):
-        near = 0  # an earlier -0.0 is as large
+        near = 0  # an earlier -0.0 is equal
     while float32_of(row[near]) != largest and near < row.shape[0] - 1:
         near += 1
     return largest, near
@@ -257,33 +247,33 @@ _largest, _largest_in_parallel = _largests
 def rotate_row(  # type: ignore[no-untyped-def]
     projected, cos, sin, query_weight, key_weight, eps, rounds_first, own, key, value
 ):
-    """Rotary positions for one row's queries, in place, and its key; key and value are stored.
+    """Apply rotary positions to one row's queries, in place, and to its key; store key and value.
 
     Args:
-        projected: [(heads + 2 * kv_heads) * head_dim]: the row's queries, keys, values, as elements. The queries are
-            overwritten by themselves, rotated; the keys by anything.
+        projected: [(heads + 2 * kv_heads) * head_dim]: the row's queries, keys, values. Queries are rotated in place;
+            keys are overwritten.
         cos: [head_dim] float32.
-        sin: Likewise.
-        query_weight: [head_dim], by which each head is normalised first, as in ``rms_norm``; [0] for none.
-        key_weight: Likewise.
-        eps: As in ``rms_norm``.
+        sin: [head_dim] float32.
+        query_weight: [head_dim], the weight of the ``rms_norm`` of each query head before the rotation; [0] for none.
+        key_weight: [head_dim], the same for key heads; [0] for none.
+        eps: Added to the mean square.
         rounds_first: As in ``rms_norm``.
-        own: [heads + kv_heads) * head_dim] float32, room for the row's queries and keys.
-        key: [kv_heads * head_dim], where the key goes.
-        value: Likewise.
+        own: [(heads + kv_heads) * head_dim] float32, a buffer.
+        key: [kv_heads * head_dim], overwritten.
+        value: [kv_heads * head_dim], overwritten.
     """
     width, num_keys = cos.shape[0], key.shape[0]
-    num_turned = projected.shape[0] - num_keys
-    num_queries = num_turned - num_keys
+    num_rotated = projected.shape[0] - num_keys
+    num_queries = num_rotated - num_keys
     half, whole = width // 2, width // 2 // LANES * LANES
-    for at in range(0, num_turned, width):
+    for at in range(0, num_rotated, width):
         weight = query_weight if at < num_queries else key_weight
         if weight.shape[0]:
             head = projected[at : at + width]
             _norm_row(head, weight, eps, rounds_first, head)
-    for index in range(num_turned):
+    for index in range(num_rotated):
         own[index] = float32_of(projected[index])
-    for at in range(0, num_turned, width):
+    for at in range(0, num_rotated, width):
         rotate_halves(own, at, half, whole, cos, sin)
         for low in range(whole, half):
             x, y = own[at + low], own[at + half + low]
@@ -293,4 +283,4 @@ def rotate_row(  # type: ignore[no-untyped-def]
         projected[index] = element_of(own[index], projected)
     for index in range(num_keys):
         key[index] = element_of(own[num_queries + index], key)
-        value[index] = projected[num_turned + index]
+        value[index] = projected[num_rotated + index]

@@ -1,8 +1,8 @@
-"""Vector code that Numba does not make of loops by itself, written out for LLVM.
+"""LLVM vector code that Numba does not generate from loops.
 
-Most pieces serve sixteen positions of keys or values that lie anywhere in memory. LLVM splits vectors that are wider
-than the processor's registers, and fuses products with sums where the processor can, so the code is the same
-everywhere. bfloat16 is the upper half of a float32: it is widened by a shift.
+Most functions process sixteen positions of keys or values at arbitrary slots. LLVM splits vectors that are wider than
+the processor's registers and fuses products with sums where the processor can, so the code is the same on every
+processor. bfloat16 is the upper half of a float32, so a shift converts it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numba.core import types
 from numba.core.cgutils import alloca_once_value, for_range_slice, get_or_insert_function
 from numba.extending import intrinsic
 
-_intrinsic: Any = intrinsic  # what it makes is called by compiled code alone, without the context
+_intrinsic: Any = intrinsic  # compiled code calls the result without the context
 
 LANES = 16
-"""Elements of a vector, and positions that one call serves."""
+"""Elements of a vector, and positions per call."""
 LINE_BYTES = 64
-"""Of a line of the processor's cache: of x86 and of nearly all others."""
+"""Size of a line of the processor's cache, on x86 and nearly all other processors."""
 
 FLOAT, SHORT, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
@@ -30,38 +30,38 @@ ZERO = ir.Constant(VECTOR, [0.0] * LANES)
 _FREE_ORDER = ("reassoc", "contract", "nsz")
 
 
-def _choice(first: int, *, of_rows: bool) -> ir.Constant:
-    """Every other element, or row, of two vectors that are seen as four rows of four each, from ``first`` on.
+def _every_other(first: int, *, of_rows: bool) -> ir.Constant:
+    """A shuffle mask over two vectors, each a 4 x 4 matrix: every other element or row, starting with ``first``.
 
-    Elements: each row of the result has two of the first vector's row and two of the second's.
+    By elements, each row of the result has two elements of the first vector's row, then two of the second's.
     """
     if of_rows:
-        picked = [row * 4 + column for row in (first, first + 2, first + 4, first + 6) for column in range(4)]
+        indices = [row * 4 + column for row in (first, first + 2, first + 4, first + 6) for column in range(4)]
     else:
-        picked = [row * 4 + which * LANES + first + step for row in range(4) for which in (0, 1) for step in (0, 2)]
-    return ir.Constant(INTS, picked)
+        indices = [row * 4 + which * LANES + first + step for row in range(4) for which in (0, 1) for step in (0, 2)]
+    return ir.Constant(INTS, indices)
 
 
 @_intrinsic
 def score_positions(  # type: ignore[no-untyped-def]
     _context, query, query_at, keys, slots, slots_at, stride, base, width, scores, scores_at
 ):
-    """Products of one query with the keys of sixteen positions.
+    """Dot products of one query with the keys of sixteen positions.
 
-    ``scores[scores_at + p]`` becomes the product of ``query[query_at:][:width]`` and ``keys[key_at:][:width]``, where
-    ``key_at = slots[slots_at + p] * stride + base``. All arrays are C-contiguous and indexed as if they were flat.
+    ``scores[scores_at + p]`` becomes the dot product of ``query[query_at:][:width]`` and ``keys[key_at:][:width]``,
+    where ``key_at = slots[slots_at + p] * stride + base``. All arrays are C-contiguous and indexed as flat.
 
     Args:
         query: float32.
-        query_at: int64, as are all other scalars.
-        keys: float32, or bfloat16 seen as uint16.
+        query_at: int64, like all other scalars.
+        keys: float32, or bfloat16 viewed as uint16.
         slots: int32.
-        slots_at: Where the sixteen slots begin.
+        slots_at: Index of the first of sixteen slots.
         stride: Elements from slot to slot.
-        base: Where the head begins in a slot.
-        width: A multiple of sixteen; what is left of a head is the caller's.
+        base: First element of the head in a slot.
+        width: A multiple of sixteen; the caller computes the rest of a head.
         scores: float32.
-        scores_at: Where the sixteen are written.
+        scores_at: Index of the first of sixteen scores.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
@@ -78,10 +78,10 @@ def score_positions(  # type: ignore[no-untyped-def]
 def add_positions(  # type: ignore[no-untyped-def]
     _context, weights, weights_at, values, slots, slots_at, stride, base, width, out, out_at
 ):
-    """Add the values of sixteen positions, each times its weight.
+    """Add the values of sixteen positions, weighted, to ``out[out_at:][:width]``.
 
-    ``out[out_at:][:width]`` grows by the sum over p of ``weights[weights_at + p] * values[value_at:][:width]``,
-    where ``value_at = slots[slots_at + p] * stride + base``. The arguments are like those of ``score_positions``.
+    Adds the sum over p of ``weights[weights_at + p] * values[value_at:][:width]``, where
+    ``value_at = slots[slots_at + p] * stride + base``. The other arguments are those of ``score_positions``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
@@ -90,7 +90,7 @@ def add_positions(  # type: ignore[no-untyped-def]
         shares = [code.splat(0, builder.add(arguments[1], LONG(position))) for position in range(LANES)]
         with code.steps(width=7) as at:
             place = builder.add(arguments[9], at)
-            # Four sums side by side: in one, each product would wait for that before it.
+            # Four independent sums: with one, each product would wait for the one before it.
             sums = [code.load(8, place), ZERO, ZERO, ZERO]
             for position, (start, share) in enumerate(zip(starts, shares, strict=True)):
                 value = code.load(2, builder.add(start, at))
@@ -107,8 +107,7 @@ def widen_positions(_context, array, slots, slots_at, stride, base, width, wide)
     """Copy one head's keys or values of sixteen positions as float32, one after another.
 
     ``wide[p * width:][:width]`` becomes ``array[start:][:width]``, where ``start`` is
-    ``slots[slots_at + p] * stride + base``.
-    The arguments are like those of ``score_positions``.
+    ``slots[slots_at + p] * stride + base``. The other arguments are those of ``score_positions``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
@@ -124,15 +123,15 @@ def widen_positions(_context, array, slots, slots_at, stride, base, width, wide)
 
 @_intrinsic
 def rotate_halves(_context, rows, at, half, width, cos, sin):  # type: ignore[no-untyped-def]
-    """Rotate a head in place: its element d and the one half a head further, by their cosines and sines.
+    """Apply rotary positions to a head in place; element d is paired with element ``half + d``.
 
-    ``rows[at:]`` becomes ``rows[at:] * cos + (-rows[at + half:], rows[at:]) * sin``, two halves at a time.
+    The head ``x`` becomes ``x * cos + concatenate(-x[half:], x[:half]) * sin``.
 
     Args:
-        rows: float32, as are all other arrays; C-contiguous and indexed as if it was flat.
-        at: int64, where the head begins.
+        rows: float32, like all other arrays; C-contiguous and indexed as flat.
+        at: int64, first element of the head.
         half: int64, elements of half a head.
-        width: int64, a multiple of sixteen; what is left of a half is the caller's.
+        width: int64, a multiple of sixteen; the caller rotates the rest of each half.
         cos: [2 * half].
         sin: [2 * half].
     """
@@ -143,10 +142,10 @@ def rotate_halves(_context, rows, at, half, width, cos, sin):  # type: ignore[no
             further = builder.add(step, arguments[2])
             places = [builder.add(arguments[1], index) for index in (step, further)]
             low, high = (code.load(0, place) for place in places)
-            turned = code.subtract(code.multiply(low, code.load(4, step)), code.multiply(high, code.load(5, step)))
-            code.store(turned, 0, places[0])
-            turned = code.multiply_add(low, code.load(5, further), code.multiply(high, code.load(4, further)))
-            code.store(turned, 0, places[1])
+            rotated = code.subtract(code.multiply(low, code.load(4, step)), code.multiply(high, code.load(5, step)))
+            code.store(rotated, 0, places[0])
+            rotated = code.multiply_add(low, code.load(5, further), code.multiply(high, code.load(4, further)))
+            code.store(rotated, 0, places[1])
         return context.get_dummy_value()
 
     return types.void(rows, at, half, width, cos, sin), generate
@@ -154,10 +153,7 @@ def rotate_halves(_context, rows, at, half, width, cos, sin):  # type: ignore[no
 
 @_intrinsic
 def fetch_positions(_context, array, slots, slots_at, stride, base, width):  # type: ignore[no-untyped-def]
-    """Ask for one head's keys or values of sixteen positions to be brought into the cache; waits for nothing.
-
-    The arguments are like those of ``score_positions``.
-    """
+    """Prefetch one head's keys or values of sixteen positions; the arguments are those of ``score_positions``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
         code = Code(context, builder, signature.args, arguments)
@@ -171,10 +167,10 @@ def fetch_positions(_context, array, slots, slots_at, stride, base, width):  # t
 
 
 class Code:
-    """Emits the code of one call, whose arguments go by their position."""
+    """Emits the code of one call; arguments are named by position."""
 
     step = LANES
-    """Elements that ``multiply_add`` takes."""
+    """Elements per ``multiply_add``."""
 
     def __init__(self, context: Any, builder: Any, kinds: Sequence[Any], arguments: Sequence[Any]) -> None:
         self.builder = builder
@@ -187,7 +183,7 @@ class Code:
         self._is_short = {index for index in self._arrays if kinds[index].dtype == types.uint16}
 
     def starts(self, *, slots: int, slots_at: int, stride: int, base: int) -> list[Any]:
-        """The element at which each of the sixteen positions begins."""
+        """The first element of each of the sixteen positions."""
         builder, starts = self.builder, []
         for position in range(LANES):
             at = builder.add(self._arguments[slots_at], LONG(position))
@@ -196,7 +192,7 @@ class Code:
         return starts
 
     def products(self, query: int, query_at: Any, keys: int, starts: Sequence[Any], *, width: int) -> Any:
-        """Products of what begins at one element of the query with what begins at sixteen of the keys."""
+        """Dot products [16] of the query at one element with the keys at sixteen elements."""
         builder = self.builder
         sums = [alloca_once_value(builder, ZERO) for _ in starts]
         with self.steps(width=width, step=self.step) as at:
@@ -208,12 +204,12 @@ class Code:
 
     @contextmanager
     def steps(self, *, width: int, step: int = LANES) -> Iterator[Any]:
-        """A loop over whole vectors, or other pieces; gives the first element of each."""
+        """A loop over vectors of ``step`` elements; yields the first element of each."""
         with for_range_slice(self.builder, LONG(0), self._arguments[width], LONG(step)) as (at, _):
             yield at
 
     def fetch(self, array: int, at: Any) -> None:
-        """Bring the line of one element into the second cache, for reading."""
+        """Prefetch the cache line of one element into the L2 cache, for reading."""
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, INT, INT, INT])
         prefetch = get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         pointer = self.pointer(array, at, SHORT if array in self._is_short else FLOAT, ir.IntType(8))
@@ -228,19 +224,19 @@ class Code:
         return builder.bitcast(builder.shl(builder.zext(halves, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
 
     def factors(self, array: int, at: Any) -> Any:
-        """Elements as ``multiply_add`` takes them."""
+        """Elements in the form that ``multiply_add`` takes."""
         return self.load(array, at)
 
     def store(self, vector: Any, array: int, at: Any) -> None:
-        """Sixteen elements of a float32 array."""
+        """Write sixteen elements of a float32 array."""
         self.builder.store(vector, self.pointer(array, at, FLOAT, VECTOR), align=4)
 
     def splat(self, array: int, at: Any) -> Any:
-        """One element of a float32 array, sixteen times."""
+        """One element of a float32 array, repeated sixteen times."""
         return self.repeat(self.builder.load(self.pointer(array, at, FLOAT, FLOAT)))
 
     def repeat(self, one: Any) -> Any:
-        """A number of four bytes, sixteen times."""
+        """A number of four bytes, repeated sixteen times."""
         none = ir.Constant(ir.VectorType(one.type, LANES), ir.Undefined)
         first = self.builder.insert_element(none, one, INT(0))
         return self.builder.shuffle_vector(first, first, ir.Constant(INTS, [0] * LANES))
@@ -258,17 +254,17 @@ class Code:
         return self.builder.fmul(left, right, flags=_FREE_ORDER)
 
     def multiply_add(self, left: Any, right: Any, addend: Any) -> Any:
-        """``left * right + addend``, fused where the processor can."""
+        """``left * right + addend``, fused if the processor can."""
         return self.add(self.multiply(left, right), addend)
 
     def sum_each(self, vectors: list[Any]) -> Any:
-        """The sums of sixteen vectors, in one.
+        """The sums of sixteen vectors, in one vector.
 
-        Halves the number of vectors four times; each holds partial sums of twice as many as before. The first two
-        times move elements inside of rows of four, which is what processors do cheaply; the last two move rows.
+        Halves the number of vectors four times. The first two rounds move elements within rows of four, which is
+        cheap; the last two move rows.
         """
         for of_rows in (False, False, True, True):
-            even, odd = _choice(0, of_rows=of_rows), _choice(1, of_rows=of_rows)
+            even, odd = _every_other(0, of_rows=of_rows), _every_other(1, of_rows=of_rows)
             vectors = [
                 self.add(
                     self.builder.shuffle_vector(first, second, even),
@@ -278,7 +274,7 @@ class Code:
             ]
         return vectors[0]
 
-    def pointer(self, array: int, at: Any, element: Any, wanted: Any) -> Any:
-        """Where something of the wanted kind lies, ``at`` elements into an array of elements of another kind."""
+    def pointer(self, array: int, at: Any, element: Any, target: Any) -> Any:
+        """A pointer of type ``target`` to element ``at`` of an array of type ``element``."""
         data = self.builder.bitcast(self._arrays[array], element.as_pointer())
-        return self.builder.bitcast(self.builder.gep(data, [at]), wanted.as_pointer())
+        return self.builder.bitcast(self.builder.gep(data, [at]), target.as_pointer())

@@ -312,5 +312,4 @@ def check_kernels(backend: AttentionBackend, num_heads: int) -> None:
     except Exception as error:
         raise EngineStartError(f"{type(backend).__name__} fails ({type(error).__name__}: {error})") from error
     finally:
-        reference.close()
         cache.tensor[:, 0, table] = before

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from server.config import EngineSettings
+from server.engine.attention.backend import ATTENTION
 from server.engine.attention.decode_batch import MAX_ROWS, DecodeBuffers, DecodeGraphs
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.attention.transfers import queue_copy, to_device
@@ -57,9 +58,10 @@ class ModelRunner:
         self.dtype: torch.dtype = self.model.dtype
         max_model_len = max_model_len_of(settings.max_model_len, config)
         has_experts = any(config_value(config, name) for name in EXPERT_COUNTS)
-        # What the model computes alone, before anything of it is replaced.
+        # The check computes its references with the model's own attention and modules, so it comes first.
         check = ExactnessCheck(self.model, config, max_model_len, has_experts=has_experts)
         shape = check.shape
+        self.model.set_attn_implementation(ATTENTION)
         unfuse = self.platform.prepare(self.model)
         self.cache_spec = KVCacheSpec(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, settings.block_size, self.dtype
@@ -147,9 +149,8 @@ class ModelRunner:
         return StepOutput(tokens, logprobs, scores, class_logits, spoiled)
 
     def close(self) -> None:
-        """Take the backend out of transformers' tables, and let go of recorded steps and their memory."""
+        """Release the CUDA graphs and their memory."""
         self._graphs = None
-        self.backend.close()
 
     def _make_cache(self, settings: EngineSettings, max_model_len: int) -> KVCache:
         try:
@@ -186,19 +187,14 @@ class ModelRunner:
             backend = make(self.cache)
         except ImportError as error:
             raise EngineStartError(f"the attention kernels cannot be imported: {error}") from error
-        self.model.set_attn_implementation(backend.name)
         paged = PagedModel(self.model, backend, self._buffers)
-        try:
-            self.platform.bind(self.model, backend)
-            with torch.inference_mode():
-                block_size, num_blocks = self.cache_spec.block_size, self.cache.num_blocks
-                check.run(paged.forward, num_blocks=num_blocks, block_size=block_size, layers=backend.layers)
-                check.run_soft_prompts(paged.forward, self.cache)
-                check.run_decodes(paged.launch_decodes, [min(2, self._buffers.max_rows)])
-                self.platform.check_kernels(backend, num_heads)
-        except EngineStartError:
-            backend.close()
-            raise
+        self.platform.bind(self.model, backend)
+        with torch.inference_mode():
+            block_size, num_blocks = self.cache_spec.block_size, self.cache.num_blocks
+            check.run(paged.forward, num_blocks=num_blocks, block_size=block_size, layers=backend.layers)
+            check.run_soft_prompts(paged.forward, self.cache)
+            check.run_decodes(paged.launch_decodes, [min(2, self._buffers.max_rows)])
+            self.platform.check_kernels(backend, num_heads)
         return paged
 
     def _record_decodes(self, check: ExactnessCheck) -> DecodeGraphs | None:

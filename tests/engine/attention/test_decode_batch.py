@@ -1,4 +1,4 @@
-"""Decodes over tensors that stay in one place: what stands in them, and that replayed steps give PEFT's tokens."""
+"""Decode buffers hold each step's inputs at fixed addresses, and replayed steps give PEFT's tokens."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 
 from server.engine.attention.backend import AttentionBackend, SDPABackend
 from server.engine.attention.decode_batch import DecodeBatch, DecodeBuffers, DecodeGraphs, batch_sizes
-from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.attention.kv_cache import KVCache
 from server.engine.llm_engine import LLMEngine
 from server.engine.model import exactness
 from server.errors import EngineStartError
+from tests.support.engine.caches import make_cache
 from tests.support.engine.families import FAMILIES
 from tests.support.engine.harness import PEFT_CONFIGS, Family, add, greedy, make_family, random_text, run, tokens
 from tests.support.engine.platforms import PlainPlatform
 from tests.support.engine.triton import DEVICE, triton_attention
 
-CPU = torch.device("cpu")
 MAX_TOKENS = 5
 
 
 class Recorder:
-    """Stands for CUDA graphs: a replay is the recorded function once more, over the tensors that it was made with."""
+    """A fake of CUDA graphs: a replay calls the recorded function again, over the same tensors."""
 
     def __init__(self) -> None:
         self.replays = 0
@@ -44,17 +44,13 @@ class Recorder:
 
 
 class Recordable(SDPABackend):
-    """Quicker here than the interpreter, where it does not matter whose attention is replayed."""
+    """SDPA that may be recorded; faster than Triton's interpreter."""
 
     is_capturable = True
 
 
-def make_cache(block_size: int = 4, num_blocks: int = 40) -> KVCache:
-    return KVCache(KVCacheSpec(1, 1, 2, block_size, torch.float32), num_blocks, CPU)
-
-
 @given(st.integers(1, 700))
-def test_batches_fill_up_by_a_third_at_most(max_rows: int) -> None:
+def test_batches_are_padded_by_at_most_a_third(max_rows: int) -> None:
     sizes = batch_sizes(max_rows)
     assert sizes[0] == 1
     assert sizes[-1] == max_rows
@@ -67,7 +63,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 27), st.randoms(use
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(ROWS, st.integers(1, 6)), min_size=1, max_size=6), st.data())
-def test_buffers_hold_each_step_and_stay_where_they_are(steps: list, data: st.DataObject) -> None:
+def test_buffers_hold_each_step_at_fixed_addresses(steps: list, data: st.DataObject) -> None:
     cache = make_cache()
     buffers = DecodeBuffers(6, 7, cache)
     batches = {size: buffers.batch(size) for size in range(1, 7)}
@@ -75,16 +71,16 @@ def test_buffers_hold_each_step_and_stay_where_they_are(steps: list, data: st.Da
     for rows, size in steps:
         size = max(size, len(rows), 1)
         for row, (_, _, rng) in enumerate(rows):
-            if not tables[row] or data.draw(st.booleans()):  # or the same list goes on, changed or not
+            if not tables[row] or data.draw(st.booleans()):  # else the same list is used again, changed in place
                 tables[row] = rng.sample(range(40), 7)
             tables[row][rng.randrange(7)] = rng.randrange(40)
         ids, positions = [row[0] for row in rows], [row[1] for row in rows]
         width = buffers.fill(ids, positions, tables[: len(rows)], size)
-        batch, fill_up = batches[size], size - len(rows)
+        batch, padding = batches[size], size - len(rows)
         group = batch.metadata.groups[0]
-        assert batch.input_ids[0].tolist() == ids + [0] * fill_up
-        assert batch.position_ids[0].tolist() == positions + [0] * fill_up
-        assert group.query_positions[:, 0].tolist() == positions + [0] * fill_up
+        assert batch.input_ids[0].tolist() == ids + [0] * padding
+        assert batch.position_ids[0].tolist() == positions + [0] * padding
+        assert group.query_positions[:, 0].tolist() == positions + [0] * padding
         assert (group.start, group.stop, *group.query_positions.shape) == (0, size, size, 1)
         slots = batch.metadata.slot_mapping.tolist()
         for row, position in enumerate(positions):
@@ -99,7 +95,7 @@ def test_buffers_hold_each_step_and_stay_where_they_are(steps: list, data: st.Da
         assert batch.input_ids.data_ptr() == buffers.batch(size).input_ids.data_ptr()
 
 
-def test_graphs_are_recorded_from_the_largest_and_replayed_by_size() -> None:
+def test_graphs_are_recorded_largest_first_and_replayed_by_size() -> None:
     recorded: list[int] = []
 
     def forward(batch: DecodeBatch) -> torch.Tensor:
@@ -132,13 +128,13 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Famil
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_replayed_decodes_are_those_of_peft(
+def test_replayed_decodes_equal_peft(
     name: str,
     family_of: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on CUDA: by Triton's kernels, with the model's own layers."""
+    """As on CUDA: Triton's kernels and the model's own layers."""
     monkeypatch.setattr(exactness, "PROBE_KEYS", 48)  # the interpreter is slow
     recorder = Recorder()
     platform = PlainPlatform([triton_attention.TritonBackend], recorder, DEVICE)
@@ -156,14 +152,14 @@ def test_replayed_decodes_are_those_of_peft(
     assert recorder.replays >= MAX_TOKENS - 2
 
 
-def test_eager_engines_record_nothing(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_with_enforce_eager_nothing_is_recorded(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     recorder = Recorder()
     engine = make_engine(llama, PlainPlatform([Recordable], recorder), max_num_seqs=2, enforce_eager=True)
     assert engine.runner._graphs is None
     assert recorder.replays == 0
 
 
-def test_steps_that_cannot_be_recorded_are_launched(
+def test_steps_that_cannot_be_recorded_run_eagerly(
     llama: Family,
     make_engine: Callable[..., LLMEngine],
     caplog: pytest.LogCaptureFixture,
@@ -178,28 +174,28 @@ def test_steps_that_cannot_be_recorded_are_launched(
     assert tokens(run(engine)["one"]) == llama.expected(None, [1, 2, 3], 5)
 
 
-def test_replays_that_give_something_else_are_not_used(
+def test_replays_with_wrong_logits_are_not_used(
     llama: Family,
     make_engine: Callable[..., LLMEngine],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def record(function: Callable[[], None]) -> Callable[[], None]:
         function()
-        return lambda: None  # as a graph that reads other tensors than those that are written
+        return lambda: None  # like a graph that reads other tensors than those that are written
 
     engine = make_engine(llama, PlainPlatform([Recordable], record), max_num_seqs=2)
     assert engine.runner._graphs is None
     assert "its logits differ" in caplog.text
 
 
-def test_another_backend_serves_where_the_first_cannot(
+def test_the_next_backend_serves_if_the_first_cannot(
     llama: Family,
     make_engine: Callable[..., LLMEngine],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Wrong(SDPABackend):
-        def attend(self, *given: Any) -> torch.Tensor:
-            return super().attend(*given) * 1.5
+        def attend(self, *arguments: Any) -> torch.Tensor:
+            return super().attend(*arguments) * 1.5
 
     def missing(_cache: KVCache) -> AttentionBackend:
         raise ImportError("No module named 'triton'")

@@ -1,10 +1,8 @@
-"""What others leave in the cache, or compute beside it, changes no bit of a healthy row: in attention itself."""
+"""Values in the cache, or in the batch, that are not finite change no bit of another sequence's attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,10 +11,10 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from server.engine.attention.backend import AttentionBackend, AttentionCall, SDPABackend, make_metadata
-from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.attention.kv_cache import KVCache
 from server.engine.cpu.cpu_attention import CPUBackend
+from tests.support.engine.caches import CPU, make_cache
 
-CPU = torch.device("cpu")
 DTYPES = {
     "sdpa": [torch.float32, torch.bfloat16, torch.float16],
     "compiled": [torch.float32, torch.bfloat16],
@@ -26,23 +24,19 @@ POISONS = [math.nan, math.inf, -math.inf, 3e38, -3e38]
 Span = tuple[list[int], int, int]
 
 
-@contextmanager
-def attending(kind: str, cache: KVCache) -> Iterator[AttentionBackend]:
-    backend: AttentionBackend
+def make_backend(kind: str, cache: KVCache) -> AttentionBackend:
     if kind == "triton":
         from tests.support.engine.triton import triton_attention
 
         backend = triton_attention.TritonBackend(cache)
         backend.num_shares = lambda *_: 2
-    else:
-        backend = {"sdpa": SDPABackend, "compiled": CPUBackend}[kind](cache)
-    yield backend
-    backend.close()
+        return backend
+    return {"sdpa": SDPABackend, "compiled": CPUBackend}[kind](cache)
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> dict[str, Any]:
-    """Chunks of a step, some of them poisoned, over scattered blocks of a cache that has others besides."""
+    """The chunks of a step, some of them poisoned, over scattered blocks of a larger cache."""
     block_size = draw(st.integers(1, 17))
     decodes = draw(st.lists(st.tuples(st.integers(0, 50), st.just(1)), max_size=4))
     chunks = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(2, 20)), max_size=3))
@@ -63,13 +57,13 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def attend_twice(kind: str, dtype: torch.dtype, step: dict[str, Any]) -> None:
-    """The same step over a cache of zeros and over one of poison; healthy rows may see neither."""
+    """Compute a step over a cache of zeros and over one of poison; the healthy rows must be bit-equal."""
     generator = torch.manual_seed(step["seed"])
     block_size, head_dim, num_kv_heads = step["block_size"], step["head_dim"], step["num_kv_heads"]
     sizes: list[tuple[int, int]] = step["sizes"]
     counts = [-(-(start + count) // block_size) for start, count in sizes]
     num_blocks = sum(counts) + 3
-    # Block 0 stands in short tables wherever they end.
+    # Short tables are padded with block 0, so no sequence owns it.
     scattered = torch.randperm(num_blocks - 1, generator=generator)[: sum(counts)] + 1
     tables = [own.tolist() for own in scattered.split(counts)]
     spans: list[Span] = [(table, *size) for table, size in zip(tables, sizes, strict=True)]
@@ -84,22 +78,24 @@ def attend_twice(kind: str, dtype: torch.dtype, step: dict[str, Any]) -> None:
     results = []
     poison = max(torch.finfo(dtype).min, min(torch.finfo(dtype).max, step["poison"]))
     for fill in (0.0, poison if math.isfinite(step["poison"]) else step["poison"]):
-        cache = KVCache(KVCacheSpec(1, num_kv_heads, head_dim, block_size, dtype), num_blocks, CPU)
+        cache = make_cache(
+            dtype, block_size=block_size, num_blocks=num_blocks, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
         cache.tensor.fill_(fill)
-        asked = query.clone()
+        poisoned_query = query.clone()
         row = 0
         for (table, start, count), bad in zip(spans, step["poisoned"], strict=True):
             if bad:
-                asked[:, row : row + count] = fill
+                poisoned_query[:, row : row + count] = fill
             else:
                 for position in range(start + count):
                     place = table[position // block_size], position % block_size
                     cache.tensor[:, 0, *place] = own[:, *place]
             row += count
         metadata = make_metadata(spans, block_size, CPU)
-        with attending(kind, cache) as backend:
-            backend.begin(metadata)
-            results.append(backend.attend(asked, 0, metadata, call)[is_healthy])
+        backend = make_backend(kind, cache)
+        backend.begin(metadata)
+        results.append(backend.attend(poisoned_query, 0, metadata, call)[is_healthy])
     assert results[0].isfinite().all()
     assert torch.equal(*results)
 
@@ -117,7 +113,7 @@ LONG = {
     "has_sinks": False,
     "seed": 0,
 }
-"""A chunk that the compiled kernels leave to torch's attention, among rows that they take."""
+"""A step with a chunk that the compiled backend computes by SDPA, among rows that its kernel computes."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES["sdpa"])
@@ -140,7 +136,7 @@ def test_poison_reaches_no_row_of_the_compiled_kernels(dtype: torch.dtype, step:
     attend_twice("compiled", dtype, step)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # as the interpreter finds maxima
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # the interpreter uses nanmax
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES["triton"])

@@ -1,4 +1,4 @@
-"""The compiled kernel gives what plain attention gives, and where it cannot be compiled torch's takes its place."""
+"""The compiled attention kernel equals plain attention; if it cannot be compiled, torch's attention serves."""
 
 from __future__ import annotations
 
@@ -13,50 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite import binding, ir
 
 from server.demo.tour import MODEL_DIRECTORY
-from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
-from server.engine.attention.kv_cache import KVCache, KVCacheSpec
-from server.engine.cpu import cpu_attention, pair_code
-from server.engine.cpu.cpu_attention import MOST_KEYS, UNIT_ROWS, CPUBackend, make_backend, share_out
+from server.engine.attention.backend import AttentionCall, SDPABackend, make_metadata
+from server.engine.cpu import bf16_dot, cpu_attention
+from server.engine.cpu.cpu_attention import MAX_KERNEL_KEYS, UNIT_ROWS, CPUBackend, divide_rows, make_backend
 from server.engine.cpu.vector_code import LANES
+from tests.support.engine.caches import CPU, make_cache, plain_attention
 
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-CPU = torch.device("cpu")
-
-
-def make_cache(
-    dtype: torch.dtype, *, block_size: int, num_blocks: int, num_kv_heads: int = 2, head_dim: int = 16
-) -> KVCache:
-    cache = KVCache(KVCacheSpec(1, num_kv_heads, head_dim, block_size, dtype), num_blocks, CPU)
-    cache.tensor.copy_(torch.randn(cache.tensor.shape))
-    return cache
-
-
-def plain_attention(
-    query: torch.Tensor,
-    cache: KVCache,
-    table: list[int],
-    length: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """One row, [heads, head_dim], in float64 and one head at a time."""
-    block_size = cache.spec.block_size
-    slots = [table[position // block_size] * block_size + position % block_size for position in range(length)]
-    slots = slots[-window:] if window else slots
-    keys, values = (tensor[slots].double() for tensor in cache.layer(0))
-    out = []
-    for head, own in enumerate(query.double()):
-        kv_head = head * keys.shape[1] // len(query)
-        scores = keys[:, kv_head] @ own * scale
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks[head : head + 1].double()])
-        out.append(scores.softmax(0)[: len(slots)] @ values[:, kv_head])
-    return torch.stack(out)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +37,7 @@ def plain_attention(
     has_sinks=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_decodes_are_those_of_plain_attention(
+def test_decodes_equal_plain_attention(
     dtype: torch.dtype,
     lengths: list[int],
     block_size: int,
@@ -92,17 +58,15 @@ def test_decodes_are_those_of_plain_attention(
     num_heads = group_size * cache.spec.num_kv_heads
     query = torch.randn(num_heads, len(lengths), head_dim).to(dtype)
     sinks = torch.randn(num_heads).to(dtype) if has_sinks else None
-    metadata = make_metadata(
-        [(table, length - 1, 1) for table, length in zip(tables, lengths, strict=True)], block_size, CPU
-    )
+    spans = [(table, length - 1, 1) for table, length in zip(tables, lengths, strict=True)]
+    metadata = make_metadata(spans, block_size, CPU)
+    call = AttentionCall(head_dim**-0.5, window, softcap, sinks)
     backend = CPUBackend(cache)
     backend.begin(metadata)
-    got = backend.attend(query, 0, metadata, AttentionCall(head_dim**-0.5, window, softcap, sinks))
-    backend.close()
+    got = backend.attend(query, 0, metadata, call)
     assert got.dtype is dtype
-    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
-        want = plain_attention(query[:, row], cache, table, length, head_dim**-0.5, window, softcap, sinks)
-        torch.testing.assert_close(got[row].double(), want, rtol=PRECISION[dtype], atol=PRECISION[dtype])
+    want = plain_attention(query, cache, spans, call)
+    torch.testing.assert_close(got.double(), want, rtol=PRECISION[dtype], atol=PRECISION[dtype])
 
 
 @settings(max_examples=30, deadline=None)
@@ -117,7 +81,7 @@ def test_decodes_are_those_of_plain_attention(
     has_sinks=st.booleans(),
     num_threads=st.integers(1, 2),
 )
-def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
+def test_decodes_and_prefills_of_one_step_equal_sdpa(
     dtype: torch.dtype,
     num_decodes: int,
     chunks: list[tuple[int, int]],
@@ -128,7 +92,7 @@ def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
 ) -> None:
     torch.manual_seed(0)
     sizes = [(5 + index, 1) for index in range(num_decodes)] + chunks
-    sizes += [(MOST_KEYS - 1, long_chunk)] if long_chunk else []
+    sizes += [(MAX_KERNEL_KEYS - 1, long_chunk)] if long_chunk else []
     sizes = sizes or [(0, 3)]
     spans, num_blocks = [], 0
     for start, count in sizes:
@@ -140,31 +104,43 @@ def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
     query = torch.randn(6, sum(count for _, count in sizes), 16).to(dtype)
     call = replace(call, sinks=torch.randn(6).to(dtype) if has_sinks else None)
     results = []
-    for backend in (SDPABackend(cache), CPUBackend(cache)):
-        backend._num_threads = num_threads
+    compiled = CPUBackend(cache)
+    compiled._num_threads = num_threads
+    for backend in (SDPABackend(cache), compiled):
         backend.begin(metadata)
         results.append(backend.attend(query, 0, metadata, call))
-        backend.close()
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-def test_products_of_pairs_are_for_this_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    has_pairs = pair_code.has_pairs.__wrapped__
-    monkeypatch.setattr(pair_code.config, "CPU_NAME", None)
-    monkeypatch.setattr(pair_code.config, "CPU_FEATURES", None)
+def test_vdpbf16ps_is_used_on_this_processor_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_bf16_dot = bf16_dot.has_bf16_dot.__wrapped__
+    monkeypatch.setattr(bf16_dot.config, "CPU_NAME", None)
+    monkeypatch.setattr(bf16_dot.config, "CPU_FEATURES", None)
     for has in (True, False):
-        monkeypatch.setattr(pair_code.binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
-        assert has_pairs() is has
-    monkeypatch.setattr(pair_code.binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
-    monkeypatch.setattr(pair_code.config, "CPU_NAME", "x86-64-v3")
-    assert not has_pairs()
-    monkeypatch.setattr(pair_code.config, "CPU_NAME", None)
-    monkeypatch.setattr(pair_code.config, "CPU_FEATURES", "+avx2")
-    assert not has_pairs()
+        monkeypatch.setattr(bf16_dot.binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
+        assert has_bf16_dot() is has
+    monkeypatch.setattr(bf16_dot.binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
+    monkeypatch.setattr(bf16_dot.config, "CPU_NAME", "x86-64-v3")
+    assert not has_bf16_dot()
+    monkeypatch.setattr(bf16_dot.config, "CPU_NAME", None)
+    monkeypatch.setattr(bf16_dot.config, "CPU_FEATURES", "+avx2")
+    assert not has_bf16_dot()
 
 
-def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
+def test_llvm_knows_the_instruction_and_its_element_type() -> None:
+    """llvmlite has no bfloat, so ``bf16_dot`` overrides a private method of its types to write one."""
+    module = ir.Module()
+    kind = ir.FunctionType(bf16_dot.VECTOR, [bf16_dot.VECTOR, bf16_dot._BFLOATS, bf16_dot._BFLOATS])
+    ir.Function(module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    assert "<32 x bfloat>" in str(module), (
+        "llvmlite's types no longer print themselves by _to_string: change bf16_dot._BFloat to the new way (or to "
+        "llvmlite's own bfloat), or lower llvmlite's upper bound in pyproject.toml"
+    )
+    binding.parse_assembly(str(module)).verify()
+
+
+def test_a_value_that_is_not_finite_affects_its_row_only() -> None:
     cache = make_cache(torch.float32, block_size=4, num_blocks=4)
     metadata = make_metadata([([0, 1], 7, 1), ([2, 3], 5, 1)], 4, CPU)
     query = torch.ones(2, 2, 16)
@@ -172,7 +148,6 @@ def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
     backend = CPUBackend(cache)
     backend.begin(metadata)
     out = backend.attend(query, 0, metadata, AttentionCall(1.0))
-    backend.close()
     assert out.isnan().any(-1).tolist() == [[False, True], [False, False]]
 
 
@@ -182,63 +157,61 @@ def test_a_value_that_is_not_finite_stays_in_its_row() -> None:
     chunks=st.lists(st.tuples(st.integers(0, 600), st.integers(2, 90)), max_size=6),
     num_threads=st.integers(1, 16),
 )
-def test_threads_share_the_keys_out_evenly(
+def test_keys_are_divided_evenly_among_threads(
     lengths: list[int], chunks: list[tuple[int, int]], num_threads: int
 ) -> None:
     spans = [(list(range(1250)), length - 1, 1) for length in lengths]
     spans += [(list(range(175)), start, count) for start, count in chunks]
     metadata = make_metadata(spans, 4, CPU)
-    shared = share_out(metadata.groups, 4, num_threads)
+    divided = divide_rows(metadata.groups, 4, num_threads)
     seen = [start + offset + 1 for _, start, count in spans for offset in range(count)]
     left = [
-        row for index in shared.others for row in range(metadata.groups[index].start, metadata.groups[index].stop)
+        row
+        for index in divided.sdpa_groups
+        for row in range(metadata.groups[index].start, metadata.groups[index].stop)
     ]
-    assert sorted([*shared.rows.tolist(), *left]) == list(range(len(seen)))
-    assert all(seen[row] == shared.lengths[row] for row in shared.rows)
-    assert len(shared.others) == sum(start + count > MOST_KEYS for start, count in chunks)
-    for row in shared.rows:  # the tables are in order, and so are the slots of each sequence
-        start, length = shared.starts[row], shared.lengths[row]
-        assert shared.slots[start : start + length].tolist() == list(range(length))
-        assert len(shared.slots) >= start + length + LANES - 1
-    parts = np.split(shared.rows, shared.bounds[1:-1])
+    assert sorted([*divided.rows.tolist(), *left]) == list(range(len(seen)))
+    assert all(seen[row] == divided.lengths[row] for row in divided.rows)
+    assert len(divided.sdpa_groups) == sum(start + count > MAX_KERNEL_KEYS for start, count in chunks)
+    for row in divided.rows:  # block tables ascend, so each sequence's slots do
+        start, length = divided.starts[row], divided.lengths[row]
+        assert divided.slots[start : start + length].tolist() == list(range(length))
+        assert len(divided.slots) >= start + length + LANES - 1
+    parts = np.split(divided.rows, divided.bounds[1:-1])
     assert len(parts) <= num_threads
     loads = [sum(seen[row] for row in part) for part in parts]
-    # The longest-first rule: no thread is ahead of another by more than what it took last.
-    assert max(loads) - min(loads) <= max(*lengths, UNIT_ROWS * MOST_KEYS)
+    # Longest first: no thread has more than another by more than its last unit.
+    assert max(loads) - min(loads) <= max(*lengths, UNIT_ROWS * MAX_KERNEL_KEYS)
 
 
-def test_the_reference_serves_where_nothing_can_be_compiled(
+def test_torch_serves_if_the_kernels_cannot_be_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_arguments: object) -> None:
         raise RuntimeError("LLVM does not know this processor")
 
     monkeypatch.setattr(cpu_attention, "attend_rows", fail)
-    backend = make_backend(make_cache(torch.float32, block_size=4, num_blocks=2))
+    backend = make_backend(make_cache())
     assert type(backend) is SDPABackend
     assert "the attention kernels cannot be compiled" in caplog.text
-    backend.close()
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, CPUBackend), (torch.float16, SDPABackend)])
 def test_the_backend_follows_the_dtype(dtype: torch.dtype, expected: type[SDPABackend]) -> None:
-    backend = make_backend(make_cache(dtype, block_size=4, num_blocks=2))
-    assert type(backend) is expected
-    backend.close()
+    assert type(make_backend(make_cache(dtype))) is expected
 
 
-def test_a_step_of_long_chunks_alone_needs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = make_cache(torch.float32, block_size=4, num_blocks=130)
-    metadata: AttentionMetadata = make_metadata([([*range(130)], 500, 20)], 4, CPU)
+def test_a_step_of_long_chunks_only_does_not_call_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(num_blocks=130)
+    metadata = make_metadata([([*range(130)], 500, 20)], 4, CPU)
     backend = CPUBackend(cache)
     monkeypatch.setattr(cpu_attention, "attend_rows", None)
     backend.begin(metadata)
     assert backend.attend(torch.randn(2, 20, 16), 0, metadata, AttentionCall(0.25)).shape == (20, 2, 16)
-    backend.close()
 
 
-def test_as_many_threads_as_were_asked_for_when_all_is_loaded() -> None:
-    """In a process of its own, for Numba's runtime starts but once, and then sets the number for torch too."""
+def test_the_configured_number_of_threads_is_in_force_after_loading() -> None:
+    """In a separate process, because Numba's runtime starts once, and sets torch's number then."""
     script = f"""
 import os, numba, torch
 from server.config import EngineSettings

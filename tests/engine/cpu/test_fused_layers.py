@@ -29,7 +29,7 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
 
 from server.config import EngineSettings
-from server.engine.attention.backend import SDPABackend, make_metadata
+from server.engine.attention.backend import ATTENTION, SDPABackend, make_metadata
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec
 from server.engine.cpu import fused_layers
 from server.engine.cpu.cpu_attention import CPUBackend
@@ -55,7 +55,9 @@ NORMS = {LlamaRMSNorm: (True, 1.0), GemmaRMSNorm: (False, 2.0)}
 
 def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model.set_attn_implementation(ATTENTION)
+    return model
 
 
 def fused_kinds(model: nn.Module) -> dict[str, int]:
@@ -168,9 +170,8 @@ def test_a_layer_of_another_formula_keeps_its_own_pass() -> None:
     assert ["forward" in vars(layer) for layer in model.model.layers] == [True, False, True]
 
 
-def test_a_model_that_cannot_be_probed_keeps_its_attention_and_is_as_it_was() -> None:
+def test_a_model_that_cannot_be_probed_keeps_its_attention() -> None:
     model = build(MistralConfig(**UNTIED))
-    implementation = model.config._attn_implementation
 
     def fail(*_: object) -> None:
         raise RuntimeError("no")
@@ -179,7 +180,8 @@ def test_a_model_that_cannot_be_probed_keeps_its_attention_and_is_as_it_was() ->
     fuse_layers(model)
     handle.remove()
     assert fused_kinds(model) == {"FusedRMSNorm": 7}
-    assert model.config._attn_implementation == implementation
+    with pytest.raises(RuntimeError, match="outside of a step"):  # the probe's attention is gone
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
 
 
 def test_where_nothing_can_be_compiled_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,10 +230,13 @@ def test_a_model_is_its_own_again_to_the_last_bit_when_fusing_is_undone(
     ids = torch.arange(12)[None]
     kinds = {name: type(module) for name, module in model.named_modules()}
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.set_attn_implementation("sdpa")
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(ATTENTION)
     assert fuse_layers(model) > 0
     unfuse_layers(model)
+    model.set_attn_implementation("sdpa")
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert not any("forward" in vars(module) for module in model.modules())
     again = model.state_dict()
@@ -277,9 +282,7 @@ def test_a_pass_of_fused_attention_outside_of_a_step_fails() -> None:
     fuse_layers(model)
     with pytest.raises(AttributeError, match="backend"):
         model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
-    backend = CPUBackend(KVCache(SPEC, 4, CPU))
-    backend.close()
-    bind(model, backend)
+    bind(model, CPUBackend(KVCache(SPEC, 4, CPU)))
     with pytest.raises(RuntimeError, match="outside of a step"):
         model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
 
@@ -288,11 +291,9 @@ def test_fused_attention_wants_the_kernels_and_positions_that_it_knows() -> None
     model = build(MistralConfig(**UNTIED))
     fuse_layers(model)
     cache = KVCache(SPEC, 4, CPU)
-    reference, backend = SDPABackend(cache), CPUBackend(cache)
-    for one in (reference, backend):
-        one.close()
+    backend = CPUBackend(cache)
     with pytest.raises(EngineStartError, match="SDPABackend"):
-        bind(model, reference)
+        bind(model, SDPABackend(cache))
     bind(model, backend)
     backend.begin(make_metadata([([0], 0, 2)], SPEC.block_size, CPU))
     angles = torch.zeros(1, 2, SPEC.head_dim // 2)

@@ -1,4 +1,4 @@
-"""Triton's kernels give what plain attention gives: on a GPU where there is one, else in Triton's interpreter."""
+"""Triton's kernels equal plain attention: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -15,49 +15,24 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention.backend import AttentionCall, SDPABackend, make_metadata
-from server.engine.attention.kv_cache import KVCache, KVCacheSpec
+from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
 from server.engine.model import exactness
 from server.errors import EngineStartError
+from tests.support.engine.caches import Span, make_cache, plain_attention
 from tests.support.engine.triton import DEVICE, triton_attention
 
 PRECISION = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""A score of 16, which heads of one element have, is rounded by 1e-6 in float32, and its weight with it."""
-Span = tuple[list[int], int, int]
-
-
-def make_cache(dtype: torch.dtype, *, block_size: int, num_blocks: int, num_kv_heads: int, head_dim: int) -> KVCache:
-    cache = KVCache(KVCacheSpec(1, num_kv_heads, head_dim, block_size, dtype), num_blocks, DEVICE)
-    cache.tensor.copy_(torch.randn(cache.tensor.shape))
-    return cache
+"""In float32 a score of 16, which occurs with heads of one element, has a rounding error of 1e-6."""
 
 
 def make_spans(sizes: list[tuple[int, int]], block_size: int, order: torch.Generator) -> tuple[list[Span], int]:
-    """Block tables for (first position, positions) of each, their blocks scattered over the cache."""
+    """Spans of the given (first position, positions), with blocks scattered over the cache, and the block count."""
     counts = [-(-(start + count) // block_size) for start, count in sizes]
     blocks = torch.randperm(sum(counts), generator=order).split(counts)
     return [(own.tolist(), *size) for own, size in zip(blocks, sizes, strict=True)], sum(counts)
 
 
-def plain_attention(query: torch.Tensor, cache: KVCache, spans: list[Span], call: AttentionCall) -> torch.Tensor:
-    """All rows, [rows, heads, head_dim], in float64, one row and one head at a time."""
-    block_size, out = cache.spec.block_size, []
-    keys, values = (tensor.double() for tensor in cache.layer(0))
-    group_size = len(query) // cache.spec.num_kv_heads
-    positions = [(table, position) for table, start, count in spans for position in range(start, start + count)]
-    for row, (table, last) in enumerate(positions):
-        first = 0 if call.window is None else max(0, last - call.window + 1)
-        slots = [table[p // block_size] * block_size + p % block_size for p in range(first, last + 1)]
-        for head in range(len(query)):
-            scores = keys[slots, head // group_size] @ query[head, row].double() * call.scale
-            scores = scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
-            if call.sinks is not None:
-                scores = torch.cat([scores, call.sinks[head : head + 1].double()])
-            out.append(scores.softmax(0)[: len(slots)] @ values[slots, head // group_size])
-    return torch.stack(out).view(query.shape[1], len(query), -1)
-
-
-# Without shrinking: in the interpreter it takes minutes.
+# Without the shrinking phase, which takes minutes in the interpreter.
 @settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     dtype=st.sampled_from(list(PRECISION)),
@@ -91,7 +66,12 @@ def test_rows_are_those_of_plain_attention(
     sizes = [(length - 1, 1) for length in lengths] + chunks or [(0, 1)]
     spans, num_blocks = make_spans(sizes, block_size, generator)
     cache = make_cache(
-        dtype, block_size=block_size, num_blocks=num_blocks, num_kv_heads=num_kv_heads, head_dim=head_dim
+        dtype,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        device=DEVICE,
     )
     num_heads = group_size * num_kv_heads
     query = torch.randn(num_heads, sum(count for _, count in sizes), head_dim).to(DEVICE, dtype)
@@ -101,7 +81,6 @@ def test_rows_are_those_of_plain_attention(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "num_shares", lambda *_: num_shares)
         got = backend.attend(query, 0, make_metadata(spans, block_size, DEVICE), call)
-    backend.close()
     assert got.dtype is dtype
     want = plain_attention(query, cache, spans, call)
     torch.testing.assert_close(got.double(), want, rtol=PRECISION[dtype], atol=PRECISION[dtype])
@@ -109,46 +88,41 @@ def test_rows_are_those_of_plain_attention(
 
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_keys_and_values_are_stored_as_by_the_base_class(dtype: torch.dtype, transposed: bool) -> None:
+def test_store_equals_the_base_class(dtype: torch.dtype, transposed: bool) -> None:
     torch.manual_seed(0)
     spans, num_blocks = [([2, 0], 3, 1), ([1], 0, 3)], 3
     metadata = make_metadata(spans, 4, DEVICE)
     new = torch.randn(2, 3, 4, 6).to(DEVICE, dtype)  # keys and values, of 3 heads and 4 rows
     new[0, 0, 0, 0], new[0, 1, 2, 3], new[1, 2, 3, 5] = math.nan, math.inf, -math.inf
-    if transposed:  # as a projection gives them: heads of a row side by side
+    if transposed:  # the layout of a projection: a row's heads are adjacent
         new = new.transpose(1, 2).contiguous().transpose(1, 2)
     caches = []
     for kind in (triton_attention.TritonBackend, SDPABackend):
-        cache = make_cache(dtype, block_size=4, num_blocks=num_blocks, num_kv_heads=3, head_dim=6)
+        cache = make_cache(dtype, num_blocks=num_blocks, num_kv_heads=3, head_dim=6, device=DEVICE)
         cache.tensor.zero_()
         backend = kind(cache)
         backend.store(new[0], new[1], 0, metadata)
-        backend.close()
         caches.append(cache.tensor)
     assert caches[0].isfinite().logical_not().count_nonzero() == 3
     torch.testing.assert_close(*caches, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # as the interpreter finds maxima
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # the interpreter uses nanmax
 @pytest.mark.parametrize("num_shares", [1, 3])
-def test_a_value_that_is_not_finite_stays_in_its_row(num_shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = make_cache(torch.float32, block_size=4, num_blocks=24, num_kv_heads=2, head_dim=16)
+def test_a_value_that_is_not_finite_affects_its_row_only(num_shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(num_blocks=24, device=DEVICE)
     metadata = make_metadata([(list(range(24)), 90, 1), (list(range(24)), 70, 1)], 4, DEVICE)
     query = torch.ones(4, 2, 16, device=DEVICE)
     query[1, 0, 3] = math.nan
     backend = triton_attention.TritonBackend(cache)
     monkeypatch.setattr(backend, "num_shares", lambda *_: num_shares)
     out = backend.attend(query, 0, metadata, AttentionCall(0.25))
-    backend.close()
     assert out.isnan().any(-1).tolist() == [[False, True, False, False], [False] * 4]
 
 
-def test_keys_are_divided_only_where_that_keeps_the_gpu_busy() -> None:
-    backend = triton_attention.TritonBackend(
-        make_cache(torch.float32, block_size=4, num_blocks=1, num_kv_heads=1, head_dim=16)
-    )
-    backend.close()
-    backend._num_programs = 528  # four of an H100's multiprocessors each
+def test_keys_are_divided_only_if_the_gpu_would_be_idle_otherwise() -> None:
+    backend = triton_attention.TritonBackend(make_cache(num_blocks=1, num_kv_heads=1, device=DEVICE))
+    backend._num_programs = 528  # an H100: four for each of 132 multiprocessors
     assert backend.num_shares(8, 100_000) == triton_attention.MAX_SHARES
     assert backend.num_shares(8, 2048) == 8
     assert backend.num_shares(100, 100_000) == 5
@@ -156,9 +130,11 @@ def test_keys_are_divided_only_where_that_keeps_the_gpu_busy() -> None:
 
 
 class Wrong(triton_attention.TritonBackend):
-    """What a kernel that is compiled wrongly would do: keys beyond the first tile are lost."""
+    """A miscompiled kernel, which loses the keys beyond the first tile."""
 
-    def attend(self, query, layer, metadata, call):
+    def attend(
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
+    ) -> torch.Tensor:
         return super().attend(query, layer, metadata, replace(call, window=min(call.window or 64, 64)))
 
 
@@ -171,11 +147,11 @@ class Failing(triton_attention.TritonBackend):
     ("kind", "message"),
     [(triton_attention.TritonBackend, None), (Wrong, "differs from plain attention"), (Failing, "shared memory")],
 )
-def test_kernels_are_checked_over_more_keys_than_the_model_s_own_texts_have(
+def test_kernels_are_checked_over_long_sequences(
     kind: type[triton_attention.TritonBackend], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exactness, "PROBE_KEYS", 90)
-    cache = make_cache(torch.float32, block_size=4, num_blocks=30, num_kv_heads=1, head_dim=16)
+    cache = make_cache(num_blocks=30, num_kv_heads=1, device=DEVICE)
     before = cache.tensor.clone()
     backend = kind(cache)
     backend.calls = {0: AttentionCall(0.25), 1: AttentionCall(0.25, window=4096), 2: AttentionCall(0.25)}
@@ -184,11 +160,10 @@ def test_kernels_are_checked_over_more_keys_than_the_model_s_own_texts_have(
     else:
         with pytest.raises(EngineStartError, match=message):
             exactness.check_kernels(backend, 2)
-    backend.close()
     assert torch.equal(cache.tensor, before)
 
 
-def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+def test_kernels_compile_for_gpus_without_one(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.engine.compile_kernels"]
     command += ["--capabilities", "80", "--dtypes", "bfloat16", "--head-dims", "64"]
@@ -201,4 +176,4 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         ("attend", False),
         ("combine", None),
     ]
-    assert all(one["cubin"] > 0 and one["shared"] <= 99 * 1024 for one in built)  # of an RTX 30 or 40
+    assert all(one["cubin"] > 0 and one["shared"] <= 99 * 1024 for one in built)  # the limit of an RTX 30 or 40

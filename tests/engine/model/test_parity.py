@@ -53,7 +53,7 @@ def test_mixed_batch_equals_peft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if settings == "long_chunks":
-        monkeypatch.setattr(cpu_attention, "MOST_KEYS", 8)
+        monkeypatch.setattr(cpu_attention, "MAX_KERNEL_KEYS", 8)
     family, requests = make_family(name), expected(name)
     engine = make_engine(family, **SETTINGS[settings])
     order = list(requests)

@@ -1,8 +1,8 @@
-"""Compile the kernels for GPUs that need not be here, and print what came of each.
+"""Compile the Triton kernels for GPUs, without one, and print a line of JSON per kernel.
 
     python -m tests.support.engine.compile_kernels --capabilities 80 90 --dtypes bfloat16 --head-dims 64 128
 
-A process of its own, for that of the tests has Triton's interpreter.
+It runs in a separate process, because the tests' process uses Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from server.engine.attention.backend import AttentionCall, make_metadata
-from server.engine.attention.kv_cache import KVCache, KVCacheSpec
 from server.engine.cuda import triton_kernels
 from server.engine.cuda.triton_attention import TritonBackend
+from tests.support.engine.caches import CPU, make_cache
 
 NAMES = {torch.int64: "i64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-CPU = torch.device("cpu")
 
 
 class Launches:
-    """Stands for a kernel, and keeps what it is launched with."""
+    """A kernel that records its launches instead of running."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.made = kernel, []
+        self.kernel: Any = kernel
+        self.launches: list[tuple[tuple[object, ...], dict[str, Any]]] = []
 
     def __getitem__(self, _grid: object) -> Any:
-        return lambda *arguments, **named: self.made.append((arguments, named))
+        return lambda *arguments, **named: self.launches.append((arguments, named))
 
     def compile(self, capability: int) -> None:
-        """Compile for each launch, and print what came of it as a line of JSON."""
-        for arguments, named in self.made:
+        """Compile the kernel for each launch, and print a line of JSON each."""
+        for arguments, named in self.launches:
             options = {key: named[key] for key in ("num_warps", "num_stages") if key in named}
             constants = {key: value for key, value in named.items() if key not in options}
             signature = dict(zip(self.kernel.arg_names, map(_type_of, arguments), strict=False))
             signature |= dict.fromkeys(constants, "constexpr")
-            # The cache and what is allocated for a launch are aligned; the rest is not specialised for it.
+            # The cache and the buffers of a launch are aligned; other arguments are not specialised for alignment.
             aligned = {"keys", "values", "parts", "maxima", "sums"} & signature.keys()
             attributes = {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
             source = ASTSource(self.kernel, signature, constants, attributes)
@@ -71,9 +71,7 @@ def _type_of(argument: object) -> str:
 def main(capabilities: list[int], dtypes: list[str], head_dims: list[int]) -> None:
     for name, head_dim in itertools.product(dtypes, head_dims):
         dtype = getattr(torch, name)
-        cache = KVCache(KVCacheSpec(1, 2, head_dim, 16, dtype), 128, CPU)
-        backend = TritonBackend(cache)
-        backend.close()
+        backend = TritonBackend(make_cache(dtype, block_size=16, num_blocks=128, head_dim=head_dim))
         kernels = {name: Launches(getattr(triton_kernels, name)) for name in ("store", "attend", "combine")}
         backend._kernels = mock.Mock(**kernels)
         metadata = make_metadata([(list(range(64)), 1000, 1), (list(range(64)), 900, 100)], 16, CPU)
