@@ -243,7 +243,7 @@ class PreludeClient:
         path = f"/v1/prompts/{ref.name}/inspect"
         return _object(self._send("GET", path, params=params, timeout=_ENGINE_SECONDS))
 
-    # Asking
+    # Requests to the model
 
     def models(self) -> list[dict[str, Any]]:
         """Everything that ``model`` may name; the base first."""

@@ -55,7 +55,7 @@ class Difference:
     num_tokens: int
 
 
-class Publication:
+class Publisher:
     """A server to publish to.
 
     Args:

@@ -24,13 +24,13 @@ from server.training.corpus import Corpus, load_corpus, opening_of_data, opening
 from server.training.curves import draw_curves
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import SettingsError, TrainingError
-from server.training.publish import Publication
+from server.training.peft_methods import make_soft_prompt, restore, save_adapter
+from server.training.publish import Publisher
+from server.training.result_warnings import result_warnings
 from server.training.run_directory import RunDirectory, library_versions
 from server.training.scoring import Scores, score
 from server.training.settings import TrainSettings
-from server.training.soft_prompts import make_soft_prompt, restore, save_adapter
 from server.training.trainer import SoftPromptTrainer, Tell, Warn
-from server.training.verdict import doubts
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(demo.__file__).parent / "model"
@@ -108,7 +108,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
     with client or nullcontext():
         publication = None
         if client is not None:
-            publication = Publication(client, settings, directory)
+            publication = Publisher(client, settings, directory)
             publication.check_server(encoder, (corpus.held_out or corpus.train)[: settings.golden_prompts])
             if publication.max_model_len < max_tokens:
                 limits["max_tokens"] = publication.max_model_len
@@ -187,7 +187,7 @@ class _Run:
     path: str
     train: list[Encoded]
     held_out: list[Encoded]
-    publication: Publication | None
+    publication: Publisher | None
 
     @property
     def _pad_id(self) -> int:
@@ -260,10 +260,10 @@ class _Run:
             losses = [
                 (entry["step"], entry["eval_loss"]) for entry in self.directory.records() if "eval_loss" in entry
             ]
-            for doubt in doubts(
+            for warning in result_warnings(
                 settings.method, untrained=untrained, trained=trained, best_step=best.step, losses=losses
             ):
-                self.reporter.warn(doubt)
+                self.reporter.warn(warning)
         return {
             "name": settings.name,
             "method": settings.method,

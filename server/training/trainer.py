@@ -15,10 +15,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from server.training.encoding import Encoded
 from server.training.errors import InstabilityError
+from server.training.peft_methods import load_state, mean_norm, restore, save_state, state_of
 from server.training.run_directory import RunDirectory
 from server.training.scoring import Scores, collate, completion_loss, keeps_logits, score
 from server.training.settings import TrainSettings
-from server.training.soft_prompts import load_state, mean_norm, restore, save_state, state_of
 
 EVALUATIONS = 20
 """Default number of evaluations per run."""
@@ -66,7 +66,7 @@ class Best:
     state: dict[str, torch.Tensor] = field(repr=False)
 
 
-def is_gain(scores: Scores, best: Scores, monitor: str) -> bool:
+def is_improvement(scores: Scores, best: Scores, monitor: str) -> bool:
     """Whether scores are better than the best; equal accuracies are told apart by their loss."""
     if monitor == "accuracy" and scores.accuracy != best.accuracy:
         return scores.accuracy > best.accuracy
@@ -129,7 +129,7 @@ class SoftPromptTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the held-out rows, and keep the state if it is the best."""
         scores = score(self.soft_prompt, self.held_out, batch_size=self.settings.batch_size, pad_id=self.pad_id)
-        if self.best is None or is_gain(scores, self.best.scores, self.settings.monitor):
+        if self.best is None or is_improvement(scores, self.best.scores, self.settings.monitor):
             self.best = Best(self.state.global_step, scores, state_of(self.soft_prompt))
         metrics = {"eval_loss": scores.loss, "eval_accuracy": scores.accuracy}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -149,7 +149,7 @@ class SoftPromptTrainer(Trainer):
         for entry in self.directory.cut_records(step):
             if "eval_loss" in entry and self.best is not None:
                 scores = Scores(entry["eval_loss"], entry["eval_accuracy"])
-                if is_gain(scores, self.best.scores, self.settings.monitor):
+                if is_improvement(scores, self.best.scores, self.settings.monitor):
                     self.best = Best(entry["step"], scores, {})
         if self.best is not None:
             self.best.state = load_state(folder / _BEST_FILE)

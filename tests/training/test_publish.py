@@ -24,10 +24,10 @@ from server.datasets import digest
 from server.training import publish
 from server.training.encoding import Encoded
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError
-from server.training.publish import Difference, Publication
+from server.training.peft_methods import make_soft_prompt
+from server.training.publish import Difference, Publisher
 from server.training.run_directory import RunDirectory
 from server.training.settings import Method
-from server.training.soft_prompts import make_soft_prompt
 from tests.support.serving import BASE, serving
 from tests.training.conftest import make_model, rows, write_rows
 
@@ -279,7 +279,7 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
     ],
 )
 def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerances):
-    publication = Publication(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
+    publication = Publisher(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
 
     assert publication.tolerances(Difference(noise, noise / 10, 9)) == pytest.approx(tolerances)
 
@@ -292,7 +292,7 @@ def test_a_server_that_rounds_is_held_to_the_mean_too(settings, monkeypatch, tmp
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.1, -3.6])
     monkeypatch.setattr(publish, "_rounding", lambda *_: Difference(0.05, 0.01, 2))
-    publication = Publication(client, settings(), RunDirectory(tmp_path))
+    publication = Publisher(client, settings(), RunDirectory(tmp_path))
     publication._noise = Difference(0.04, 0.02, 2)
 
     with pytest.raises(
@@ -323,7 +323,7 @@ def test_a_server_that_rounds_is_allowed_its_rounding(tiny, prelude_train, tmp_p
 
 
 def test_weights_that_give_no_numbers_are_other_weights(settings, base, monkeypatch):
-    publication = Publication(SimpleNamespace(), settings(), SimpleNamespace())
+    publication = Publisher(SimpleNamespace(), settings(), SimpleNamespace())
     monkeypatch.setattr(publication, "_difference", lambda *_: Difference(float("nan"), float("nan"), 3))
 
     with pytest.raises(TrainingError, match="other weights"):
@@ -331,7 +331,7 @@ def test_weights_that_give_no_numbers_are_other_weights(settings, base, monkeypa
 
 
 def test_an_alias_that_is_none_is_refused(settings, encoder):
-    publication = Publication(SimpleNamespace(), settings(alias="7"), SimpleNamespace())
+    publication = Publisher(SimpleNamespace(), settings(alias="7"), SimpleNamespace())
 
     with pytest.raises(SettingsError, match="alias"):
         publication.check_server(encoder, [])
@@ -339,7 +339,7 @@ def test_an_alias_that_is_none_is_refused(settings, encoder):
 
 def test_the_staging_name_is_one_whatever_the_name(settings):
     publications = [
-        Publication(SimpleNamespace(), settings(name="n" * 128, run_dir=Path(run)), SimpleNamespace())
+        Publisher(SimpleNamespace(), settings(name="n" * 128, run_dir=Path(run)), SimpleNamespace())
         for run in ("a", "a", "b")
     ]
     names = [publication._staging for publication in publications]
@@ -356,7 +356,7 @@ def test_how_far_off_it_was_can_be_read(settings, encoder, tmp_path, monkeypatch
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.25, -3.5])
-    publication = Publication(client, settings(), directory)
+    publication = Publisher(client, settings(), directory)
 
     with pytest.raises(GoldenCheckError) as caught:
         publication.publish(None, [Encoded([1, 2], [0])], {})

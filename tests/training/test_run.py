@@ -25,7 +25,7 @@ from server.training.errors import InstabilityError, RunDirectoryError, Settings
 from server.training.run_directory import RunDirectory
 from server.training.scoring import Scores, score
 from server.training.settings import DEFAULTS, Method
-from server.training.trainer import is_gain, num_steps
+from server.training.trainer import is_improvement, num_steps
 from tests.training.conftest import rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
@@ -174,7 +174,7 @@ def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, mon
     ],
 )
 def test_what_a_gain_is(scores, monitor, gain):
-    assert is_gain(scores, Scores(1.0, 0.5), monitor) is gain
+    assert is_improvement(scores, Scores(1.0, 0.5), monitor) is gain
 
 
 def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_path):

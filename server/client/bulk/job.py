@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.client.bulk.asking import Asking
 from server.client.bulk.journal import Journal
-from server.client.bulk.poster import Poster
+from server.client.bulk.request_template import RequestTemplate
 from server.client.bulk.rows import RESERVED, read_rows
-from server.client.bulk.sending import Outcome, Pace, Sender, SendingError
+from server.client.bulk.sender import Outcome, Sender, SenderError, SendLimits
 from server.client.bulk.summary import OnRows, State, Stopwatch, Summary
+from server.client.bulk.transport import Transport
 
 
 class _EnoughError(Exception):
@@ -30,15 +30,15 @@ class Job:
     Attributes:
         source: The input.
         num_rows: Its rows.
-        asking: What is asked of each.
-        pace: How much at once.
+        template: The requests to send.
+        limits: How much is sent at once.
         max_errors: Rows that may be errors, those of earlier starts included; None is without limit.
     """
 
     source: Path
     num_rows: int
-    asking: Asking
-    pace: Pace
+    template: RequestTemplate
+    limits: SendLimits
     max_errors: int | None = None
 
 
@@ -54,10 +54,10 @@ class Finished:
 
     summary: Summary
     reason: str = ""
-    failure: SendingError | None = None
+    failure: SenderError | None = None
 
 
-async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Finished:
+async def run(job: Job, http: Transport, journal: Journal, on_rows: OnRows) -> Finished:
     """Answer what is not answered yet. SIGINT and SIGTERM end it early; what is written stays.
 
     Raises:
@@ -66,7 +66,7 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
     """
     watch = Stopwatch()
     before = journal.progress.num_rows
-    sender = Sender(http, job.asking, job.pace)
+    sender = Sender(http, job.template, job.limits)
     state: State = "complete"
     reason, failure = "", None
     task = asyncio.current_task()
@@ -79,7 +79,7 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
                 state, reason = "gave_up", f"{job.source} had {job.num_rows} rows and was changed meanwhile"
         except _EnoughError:
             state, reason = "too_many_errors", f"more than {job.max_errors} rows are errors (--max-errors)"
-        except SendingError as error:
+        except SenderError as error:
             state, reason, failure = "gave_up", str(error), error
         except asyncio.CancelledError:
             if not signals:
@@ -90,7 +90,7 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
     progress, tally, seconds = journal.progress, sender.tally, watch.seconds
     summary = Summary(
         state=state,
-        model=job.asking.model,
+        model=job.template.model,
         output=str(journal.path),
         rows=job.num_rows,
         rows_done=progress.num_rows,

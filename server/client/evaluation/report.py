@@ -44,20 +44,20 @@ class Report:
 
     @property
     def num_errors(self) -> int:
-        """Rows without an answer, of all contestants."""
+        """Rows without an answer, of all models."""
         return sum(score.num_errors for score in self.scores)
 
     @property
     def as_json(self) -> dict[str, Any]:
         """For programs."""
-        contestants = [{"model": name, **score.as_json} for name, score in zip(self.names, self.scores, strict=True)]
+        models = [{"model": name, **score.as_json} for name, score in zip(self.names, self.scores, strict=True)]
         return {
             "object": "evaluation",
             "data": self.data,
             "dataset_digest": self.sha256,
             "metric": self.metric,
-            **contestants[0],
-            "against": contestants[1] if len(contestants) > 1 else None,
+            **models[0],
+            "against": models[1] if len(models) > 1 else None,
             "comparison": None if self.comparison is None else self.comparison.as_json,
         }
 

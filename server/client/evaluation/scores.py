@@ -30,7 +30,7 @@ class LabelScore:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How one contestant did.
+    """How one evaluated did.
 
     Attributes:
         right: Of each row, whether it was answered right.
@@ -80,7 +80,7 @@ def exact_match(expected: Sequence[str], answers: Sequence[str | None]) -> Score
     return Scores(right, sum(answer is None for answer in answers))
 
 
-def of_labels(expected: Sequence[str], answers: Sequence[str | None], labels: Sequence[str]) -> Scores:
+def score_labels(expected: Sequence[str], answers: Sequence[str | None], labels: Sequence[str]) -> Scores:
     """Compare labels.
 
     Args:

@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two contestants on the same rows.
+    """Two models on the same rows.
 
     Attributes:
         both_right: Rows that both answer right.
@@ -62,7 +62,7 @@ def compare(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> 
     """Compare which rows were answered right.
 
     Args:
-        first: Of each row, at least one, whether the first contestant answered it right.
+        first: Of each row, at least one, whether the first evaluated answered it right.
         second: The same of the second.
         seed: Of the bootstrap.
     """

@@ -204,7 +204,7 @@ def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk):
 
 
 def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
-    monkeypatch.setattr("server.client.bulk.sending._BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("server.client.bulk.sender._BACKOFF_SECONDS", 0.001)
     engine.failure = RequestFailedError("the row is cursed")
     result, written = bulk([{"prompt": "a"}])
     assert result.exit_code == 4

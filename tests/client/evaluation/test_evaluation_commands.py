@@ -19,7 +19,7 @@ from tests.api.classification.test_classify import classifier_parts
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("server.client.bulk.sending._BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("server.client.bulk.sender._BACKOFF_SECONDS", 0.001)
 
 
 @pytest.fixture

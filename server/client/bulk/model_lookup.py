@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 
 from prompt_store.types import PromptRef, TaskType
-from server.client.bulk.sending import Pace
+from server.client.bulk.sender import SendLimits
 from server.client.http import ClientError, PreludeClient
 
 
 @dataclass(frozen=True, slots=True)
-class Answerer:
+class ResolvedModel:
     """What answers.
 
     Attributes:
@@ -27,7 +27,7 @@ class Answerer:
     record: dict[str, Any] | None = None
 
 
-def find_answerer(client: PreludeClient, name: str) -> Answerer:
+def resolve_model(client: PreludeClient, name: str) -> ResolvedModel:
     """What a name means now.
 
     Args:
@@ -41,21 +41,21 @@ def find_answerer(client: PreludeClient, name: str) -> Answerer:
         ref = PromptRef.parse(name)
     except ValueError:
         client.model(name)
-        return Answerer(name)
+        return ResolvedModel(name)
     try:
         record = client.version(ref)
     except ClientError as error:
         if error.status == httpx.codes.FORBIDDEN:  # a key for nothing but generation
-            return Answerer(name)
+            return ResolvedModel(name)
         if error.status != httpx.codes.NOT_FOUND:
             raise
         client.model(name)
-        return Answerer(name)
+        return ResolvedModel(name)
     has_head = record["task_type"] == TaskType.SEQ_CLS
-    return Answerer(f"{record['id']}@{record['version']}", has_head, record)
+    return ResolvedModel(f"{record['id']}@{record['version']}", has_head, record)
 
 
-def sequences_at_once(client: PreludeClient, model: str) -> int:
+def default_concurrency(client: PreludeClient, model: str) -> int:
     """How many sequences to keep at a server so that its batch stays full while answers are on their way.
 
     Args:
@@ -63,12 +63,12 @@ def sequences_at_once(client: PreludeClient, model: str) -> int:
         model: Something that it serves; every entry of ``/v1/models`` tells of the server's places.
 
     Returns:
-        Twice what runs in one step, as far as the server lets sequences wait; what ``Pace`` takes where it does not
-        answer or does not say.
+        Twice what runs in one step, as far as the server lets sequences wait; the default of ``SendLimits`` if the
+        server does not answer or does not say.
     """
     try:
         card = client.model(model)
         num_running, num_waiting = int(card["max_num_seqs"]), int(card["max_waiting"])
     except (ClientError, KeyError, TypeError, ValueError):
-        return Pace().concurrency
+        return SendLimits().concurrency
     return max(1, num_running + min(num_running, num_waiting))

@@ -16,10 +16,10 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.client.bulk.asking import Asking, BatchKey, is_shared, responses
-from server.client.bulk.poster import NoAnswerError, Poster, Response
 from server.client.bulk.reorder import ReorderBuffer
+from server.client.bulk.request_template import BatchKey, RequestTemplate, is_shared, responses
 from server.client.bulk.rows import Row
+from server.client.bulk.transport import NoResponseError, Response, Transport
 
 _AHEAD = 4
 """Maximum number of buffered rows, in multiples of those in flight, so that a slow batch does not stop others."""
@@ -45,7 +45,7 @@ _FATAL = frozenset({401, 403, 404, 405, 415})
 """Statuses that every row would get; they stop the run. Redirects are treated alike."""
 
 
-class SendingError(Exception):
+class SenderError(Exception):
     """The run cannot continue; rows that were yielded remain valid.
 
     Attributes:
@@ -75,7 +75,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class SendLimits:
     """How much is asked at once, and for how long.
 
     Attributes:
@@ -132,17 +132,17 @@ class Sender:
 
     Args:
         http: The server.
-        asking: What is asked.
-        pace: How much at once.
+        template: The requests to send.
+        limits: How much is sent at once.
     """
 
-    def __init__(self, http: Poster, asking: Asking, pace: Pace) -> None:
+    def __init__(self, http: Transport, template: RequestTemplate, limits: SendLimits) -> None:
         self.tally = Tally()
         self._http = http
-        self._asking = asking
-        self._pace = pace
-        self._weight = asking.sequences_per_row
-        self._rows_per_request = max(1, min(pace.rows_per_request, pace.concurrency // (2 * self._weight)))
+        self._template = template
+        self._limits = limits
+        self._weight = template.sequences_per_row
+        self._rows_per_request = max(1, min(limits.rows_per_request, limits.concurrency // (2 * self._weight)))
         self._open: dict[BatchKey, _Batch] = {}
         self._ready: deque[_Batch] = deque()
         self._running: dict[asyncio.Task[list[Outcome]], int] = {}
@@ -152,7 +152,7 @@ class Sender:
         self._num_outstanding = 0
         self._outstanding_bytes = 0
         self._last_answer = time.monotonic()
-        self._limit = float(pace.concurrency)
+        self._limit = float(limits.concurrency)
         self._slowed_at = 0.0
         self._random = random.Random()  # noqa: S311 - spreads retries, keeps no secret
 
@@ -163,7 +163,7 @@ class Sender:
             rows: In order, with indices that follow one another.
 
         Raises:
-            SendingError: If there is no use in going on.
+            SenderError: If there is no use in going on.
         """
         buffer: ReorderBuffer[Outcome] | None = None
         is_end = False
@@ -210,12 +210,12 @@ class Sender:
     # What goes together
 
     def _has_room(self) -> bool:
-        bound = max(_AHEAD * self._pace.concurrency // self._weight, 2 * self._rows_per_request)
+        bound = max(_AHEAD * self._limits.concurrency // self._weight, 2 * self._rows_per_request)
         return self._num_outstanding < bound and self._outstanding_bytes < _WINDOW_BYTES
 
     def _gather(self, row: Row) -> None:
         """Put a row to those that it may share a request with."""
-        key = self._asking.key(row)
+        key = self._template.key(row)
         batch = self._open.get(key)
         if batch is not None and batch.num_bytes + row.num_bytes > _BATCH_BYTES:
             self._ready.append(self._open.pop(key))
@@ -259,13 +259,13 @@ class Sender:
             if not isinstance(found, _Refusal):
                 return [Outcome(row, response) for row, response in zip(rows, found, strict=True)]
             if self._is_fatal(key, found):
-                raise SendingError(found.message, status=found.status, code=found.code)
+                raise SenderError(found.message, status=found.status, code=found.code)
             num_failures += found.status is not None and found.status not in _RETRIED
             if found.is_final or num_failures >= _MAX_FAILURES:
                 return await self._take_apart(key, rows, found)
-            if time.monotonic() - self._last_answer > self._pace.patience:
-                raise SendingError(
-                    f"no response for {self._pace.patience:g} s; last error: {found.message}",
+            if time.monotonic() - self._last_answer > self._limits.patience:
+                raise SenderError(
+                    f"no response for {self._limits.patience:g} s; last error: {found.message}",
                     status=found.status,
                     code=found.code,
                 )
@@ -307,7 +307,7 @@ class Sender:
             self._limit = max(self._limit * _SLOWER, float(self._weight))
 
     def _speed_up(self, num_rows: int) -> None:
-        self._limit = min(self._limit + _FASTER * num_rows * self._weight, float(self._pace.concurrency))
+        self._limit = min(self._limit + _FASTER * num_rows * self._weight, float(self._limits.concurrency))
 
     def _pause(self, num_tries: int, asked: float) -> float:
         """Seconds until the next try: twice as long each time, spread, and never less than the server asked for."""
@@ -316,13 +316,13 @@ class Sender:
 
     async def _ask(self, key: BatchKey, rows: Sequence[Row]) -> list[dict[str, Any]] | _Refusal:
         self.tally.requests += 1
-        content = json.dumps(self._asking.body(key, rows), ensure_ascii=False).encode()
+        content = json.dumps(self._template.body(key, rows), ensure_ascii=False).encode()
         try:
-            async with asyncio.timeout(self._pace.timeout):
+            async with asyncio.timeout(self._limits.timeout):
                 response = await self._http.post(key.path, content)
         except TimeoutError:
-            return _Refusal(f"no answer within {self._pace.timeout:g} s", "timeout")
-        except NoAnswerError as error:
+            return _Refusal(f"no answer within {self._limits.timeout:g} s", "timeout")
+        except NoResponseError as error:
             return _Refusal(f"{self._http.base_url} cannot be reached: {error}", "unreachable")
         if not 200 <= response.status < 300:
             return _refusal(response, self._http.base_url + key.path)
@@ -335,7 +335,7 @@ class Sender:
             self.tally.prompt_tokens += usage["prompt_tokens"]
             self.tally.completion_tokens += usage["completion_tokens"]
         except (ValueError, KeyError, TypeError) as error:
-            raise SendingError(
+            raise SenderError(
                 f"{self._http.base_url}{key.path}: {error}: is this a Prelude server?",
                 status=None,
                 code="not_prelude",

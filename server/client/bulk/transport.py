@@ -32,11 +32,11 @@ class Response(NamedTuple):
     content: bytes
 
 
-class NoAnswerError(Exception):
+class NoResponseError(Exception):
     """No complete answer arrived; the text says why."""
 
 
-class Poster(Protocol):
+class Transport(Protocol):
     """What sends requests; tests put a fake in its place.
 
     Attributes:
@@ -49,12 +49,12 @@ class Poster(Protocol):
         """Send JSON and read the answer. Cancelling it ends the request at the server too.
 
         Raises:
-            NoAnswerError: If there is none.
+            NoResponseError: If there is none.
         """
 
 
 @asynccontextmanager
-async def connected(url: str, api_key: str | None) -> AsyncIterator[Poster]:
+async def open_transport(url: str, api_key: str | None) -> AsyncIterator[Transport]:
     """A session with a server; its connections are opened as they are needed, and closed when the block ends.
 
     Proxies are those of the environment (``HTTP_PROXY``, ``NO_PROXY``, ...), certificates those of httpx.
@@ -79,11 +79,11 @@ async def connected(url: str, api_key: str | None) -> AsyncIterator[Poster]:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
         trust_env=True,
     ) as session:
-        yield SessionPoster(session, str(parsed))
+        yield AiohttpTransport(session, str(parsed))
 
 
-class SessionPoster:
-    """A ``Poster`` over an aiohttp session.
+class AiohttpTransport:
+    """A ``Transport`` over an aiohttp session.
 
     Args:
         session: Sends the headers that every request has.
@@ -95,12 +95,12 @@ class SessionPoster:
         self._session = session
 
     async def post(self, path: str, content: bytes) -> Response:
-        """Send JSON and read the answer; see ``Poster.post``. A redirect is an answer: it is not followed."""
+        """Send JSON and read the answer; see ``Transport.post``. A redirect is an answer: it is not followed."""
         try:
             async with self._session.post(self.base_url + path, data=content, allow_redirects=False) as response:
                 body = await response.read()
         except aiohttp.ServerDisconnectedError as error:  # its text may be a dump of half an answer's head
-            raise NoAnswerError("the server closed the connection before it answered") from error
+            raise NoResponseError("the server closed the connection before it answered") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise NoAnswerError(str(error) or type(error).__name__) from error
+            raise NoResponseError(str(error) or type(error).__name__) from error
         return Response(response.status, {name.lower(): value for name, value in response.headers.items()}, body)

@@ -11,7 +11,7 @@ STILL_FALLING = 0.1
 """A held-out loss that fell by this part in the last quarter of the steps would have fallen on."""
 
 
-def doubts(
+def result_warnings(
     method: Method, *, untrained: Scores, trained: Scores, best_step: int, losses: Sequence[tuple[int, float]]
 ) -> list[str]:
     """Warnings about a finished training; empty if there are none.

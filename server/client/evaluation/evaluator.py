@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.client.bulk.asking import Asking
-from server.client.bulk.poster import Poster
+from server.client.bulk.request_template import RequestTemplate
 from server.client.bulk.rows import Form, Row
-from server.client.bulk.sending import Outcome, Pace, Sender
+from server.client.bulk.sender import Outcome, Sender, SendLimits
 from server.client.bulk.summary import OnRows
-from server.client.evaluation.scores import Scores, exact_match, of_labels
+from server.client.bulk.transport import Transport
+from server.client.evaluation.scores import Scores, exact_match, score_labels
 from server.datasets import Conversation, Example, LabelledText, PromptCompletion
 
 DEFAULT_MAX_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contestant:
+class EvaluatedModel:
     """What is scored.
 
     Attributes:
@@ -38,14 +38,14 @@ class Contestant:
     separator: str = "\n"
 
     def prompted(self, text: str) -> str:
-        """A text as this contestant gets it."""
+        """A text as this evaluated gets it."""
         if self.text_prompt is None:
             return text
         return self.text_prompt.replace("{}", text) if "{}" in self.text_prompt else self.text_prompt + text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class AnswerOptions:
     """How rows are asked and compared.
 
     Attributes:
@@ -58,8 +58,8 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What a contestant said of each example, and how right that is.
+class EvaluationResult:
+    """What a evaluated said of each example, and how right that is.
 
     Attributes:
         scores: How right.
@@ -70,40 +70,40 @@ class Answers:
     first_error: str | None
 
 
-async def score(
+async def evaluate_model(
     examples: Sequence[Example],
-    contestant: Contestant,
-    rules: Rules,
-    http: Poster,
-    pace: Pace,
+    evaluated: EvaluatedModel,
+    rules: AnswerOptions,
+    http: Transport,
+    limits: SendLimits,
     on_rows: OnRows,
-) -> Answers:
-    """Ask a contestant for every example and compare.
+) -> EvaluationResult:
+    """Ask a evaluated for every example and compare.
 
     Args:
         examples: All of one form, at least one.
-        contestant: Who is asked.
+        evaluated: Who is asked.
         rules: How.
         http: The server.
-        pace: How much at once.
+        limits: How much is sent at once.
         on_rows: Told how many more rows have been answered, and how many errors there are.
 
     Raises:
-        SendingError: If the server does not answer, or refuses everything.
+        SenderError: If the server does not answer, or refuses everything.
     """
     labels = sorted({example.label for example in examples if isinstance(example, LabelledText)})
     options: dict[str, Any] = {"temperature": 0, "max_tokens": rules.max_tokens}
     options |= {"stop": list(rules.stop)} if rules.stop else {}
-    asking = Asking(
-        model=contestant.model,
-        labels=[] if contestant.has_head else [contestant.separator + label for label in labels],
-        by_head=contestant.has_head and bool(labels),
+    template = RequestTemplate(
+        model=evaluated.model,
+        labels=[] if evaluated.has_head else [evaluated.separator + label for label in labels],
+        by_head=evaluated.has_head and bool(labels),
         options=options,
     )
-    sender = Sender(http, asking, pace)
+    sender = Sender(http, template, limits)
     answers: list[str | None] = []
     num_errors, first_error = 0, None
-    async for outcomes in sender.outcomes(_rows(examples, contestant)):
+    async for outcomes in sender.outcomes(_rows(examples, evaluated)):
         for outcome in outcomes:
             answers.append(_answer(outcome))
             if outcome.error is not None:
@@ -112,32 +112,32 @@ async def score(
         on_rows(len(outcomes), num_errors)
     if labels:
         expected = [example.label for example in examples if isinstance(example, LabelledText)]
-        if not contestant.has_head:
-            answers = [None if answer is None else answer.removeprefix(contestant.separator) for answer in answers]
-        return Answers(of_labels(expected, answers, labels), first_error)
-    return Answers(exact_match([_expected(example) for example in examples], answers), first_error)
+        if not evaluated.has_head:
+            answers = [None if answer is None else answer.removeprefix(evaluated.separator) for answer in answers]
+        return EvaluationResult(score_labels(expected, answers, labels), first_error)
+    return EvaluationResult(exact_match([_expected(example) for example in examples], answers), first_error)
 
 
-def _rows(examples: Sequence[Example], contestant: Contestant) -> Iterator[Row]:
+def _rows(examples: Sequence[Example], evaluated: EvaluatedModel) -> Iterator[Row]:
     for index, example in enumerate(examples):
-        form, content = _content(example, contestant)
+        form, content = _content(example, evaluated)
         fields: dict[str, Any] = {form: content}
-        if contestant.has_tasks and example.task_id is not None:
+        if evaluated.has_tasks and example.task_id is not None:
             fields["task_id"] = example.task_id
         size = len(content) if isinstance(content, str) else sum(len(turn["content"]) for turn in content)
         yield Row(index, example.line or index + 1, fields, form, num_bytes=size)
 
 
-def _content(example: Example, contestant: Contestant) -> tuple[Form, Any]:
+def _content(example: Example, evaluated: EvaluatedModel) -> tuple[Form, Any]:
     match example:
         case LabelledText():
-            return "text", contestant.prompted(example.text)
+            return "text", evaluated.prompted(example.text)
         case PromptCompletion():
-            return "prompt", contestant.prompted(example.prompt)
+            return "prompt", evaluated.prompted(example.prompt)
         case Conversation():
             turns = [{"role": turn.role, "content": turn.content} for turn in example.messages[:-1]]
-            if contestant.text_prompt is not None:
-                turns.insert(0, {"role": "system", "content": contestant.text_prompt})
+            if evaluated.text_prompt is not None:
+                turns.insert(0, {"role": "system", "content": evaluated.text_prompt})
             return "messages", turns
 
 

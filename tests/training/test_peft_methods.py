@@ -10,9 +10,7 @@ import torch
 from peft import PeftModel
 
 from server.training.encoding import Encoded
-from server.training.scoring import collate, completion_loss, keeps_logits, score, text_logprobs
-from server.training.settings import DEFAULTS, Method
-from server.training.soft_prompts import (
+from server.training.peft_methods import (
     load_state,
     make_soft_prompt,
     mean_norm,
@@ -22,6 +20,8 @@ from server.training.soft_prompts import (
     save_state,
     state_of,
 )
+from server.training.scoring import collate, completion_loss, keeps_logits, score, text_logprobs
+from server.training.settings import DEFAULTS, Method
 
 CONTEXT = [Encoded([11, 12, 13], [14, 0]), Encoded([21, 22], [23, 0])]
 PEFT_TYPES = {

@@ -30,7 +30,7 @@ class BatchKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asking:
+class RequestTemplate:
     """What is asked of every row.
 
     Attributes:
