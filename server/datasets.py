@@ -15,16 +15,12 @@ library, so invalid data is reported before a model is loaded.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 from server.errors import ServerError
-
-MAX_LINE_BYTES = 4 * 2**20
-"""A longer line is a fault: it is far beyond every context, and reading it would take memory without bound."""
+from server.json_lines import JsonLine, kind_of, read_json_lines
 
 MAX_FAULTS = 20
 """How many faults of one file are listed; the others are counted."""
@@ -32,7 +28,6 @@ MAX_FAULTS = 20
 Role = Literal["system", "user", "assistant"]
 
 _ROLES: tuple[str, ...] = get_args(Role)
-_BOM = b"\xef\xbb\xbf"
 _FORMS = "{prompt, completion}, {text, label} or {messages}"
 
 
@@ -123,13 +118,11 @@ FORM_NAMES: dict[type[Example], str] = {
 }
 
 
-def read_examples(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES, max_faults: int = MAX_FAULTS) -> list[Example]:
-    """Read a file of examples; lines with nothing but white space are skipped, and so is a byte order mark.
+def read_examples(path: Path) -> list[Example]:
+    """Read a file of examples, as ``read_json_lines`` does.
 
     Args:
         path: JSON Lines in UTF-8.
-        max_line_bytes: A longer line is a fault.
-        max_faults: How many faults the error lists.
 
     Returns:
         The examples in the file's order, at least one, all of one form.
@@ -142,18 +135,17 @@ def read_examples(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES, max_fault
     num_faults = 0
     first: Example | None = None
     try:
-        with path.open("rb") as file:
-            for number, line in _lines(file, max_line_bytes):
-                try:
-                    example = _parse(line, number, max_line_bytes)
-                    if first is None:
-                        first = example
-                    _same_form(example, first)
-                    examples.append(example)
-                except _FaultError as fault:
-                    num_faults += 1
-                    if len(faults) < max_faults:
-                        faults.append((number, str(fault)))
+        for line in read_json_lines(path):
+            try:
+                example = _example(line)
+                if first is None:
+                    first = example
+                _same_form(example, first)
+                examples.append(example)
+            except _FaultError as fault:
+                num_faults += 1
+                if len(faults) < MAX_FAULTS:
+                    faults.append((line.number, str(fault)))
     except OSError as error:
         raise DatasetError(path, [(0, f"cannot be read: {error.strerror or error}")]) from error
     if num_faults:
@@ -185,39 +177,10 @@ class _FaultError(Exception):
     """Why a row is refused."""
 
 
-def _lines(file: BinaryIO, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Number the lines that are not blank; of a line that is too long only the beginning is kept."""
-    number = 0
-    while line := file.readline(max_line_bytes + 2):
-        number += 1
-        end = line
-        while len(end) == max_line_bytes + 2 and not end.endswith(b"\n"):
-            end = file.readline(max_line_bytes + 2)
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if line.strip():
-            yield number, line
-
-
-def _parse(line: bytes, number: int, max_line_bytes: int) -> Example:
-    if len(line.rstrip(b"\r\n")) > max_line_bytes:
-        raise _FaultError(f"longer than {max_line_bytes} bytes")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise _FaultError(f"not UTF-8 at byte {error.start}") from error
-    try:
-        row = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-    except json.JSONDecodeError as error:
-        raise _FaultError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise _FaultError(f"unreadable JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise _FaultError(f"not an object but {_kind(row)}")
-    return _example(row, number)
-
-
-def _example(row: dict[str, Any], number: int) -> Example:
+def _example(line: JsonLine) -> Example:
+    if line.fault is not None:
+        raise _FaultError(line.fault)
+    row, number = line.fields, line.number
     keys = set(row)
     if not (keys & {"prompt", "completion", "text", "label", "messages"}):
         raise _FaultError(f"not one of the formats {_FORMS}; it has {_listed(keys)}")
@@ -241,11 +204,11 @@ def _fields(row: dict[str, Any], *names: str) -> None:
 
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise _FaultError(f"messages is not a list but {_kind(value)}")
+        raise _FaultError(f"messages is not a list but {kind_of(value)}")
     messages = []
     for place, item in enumerate(value):
         if not isinstance(item, dict):
-            raise _FaultError(f"messages[{place}] is not an object but {_kind(item)}")
+            raise _FaultError(f"messages[{place}] is not an object but {kind_of(item)}")
         if set(item) != {"role", "content"}:
             raise _FaultError(f"messages[{place}] has {_listed(set(item))} and not 'content' and 'role'")
         if not isinstance(item["role"], str) or item["role"] not in (*_ROLES, "developer"):
@@ -264,13 +227,11 @@ def _text(row: dict[str, Any], name: str, called: str | None = None) -> str:
     called = called or name
     value = row[name]
     if not isinstance(value, str):
-        raise _FaultError(f"{called} is not a string but {_kind(value)}")
+        raise _FaultError(f"{called} is not a string but {kind_of(value)}")
     if not value.strip():
         raise _FaultError(f"{called} is empty")
     if "\0" in value:
         raise _FaultError(f"{called} has a NUL character")
-    if not _is_encodable(value):
-        raise _FaultError(f"{called} has half of a surrogate pair, which is no character")
     return value
 
 
@@ -291,33 +252,6 @@ def _same_form(example: Example, first: Example) -> None:
     if (example.task_id is None) is not (first.task_id is None):
         has, had = ("has no", "has one") if example.task_id is None else ("has a", "has none")
         raise _FaultError(f"{has} task_id, where line {first.line} {had}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _FaultError(f"has {_listed({name for name in names if names.count(name) > 1})} twice")
-    return row
-
-
-def _constant(name: str) -> Any:
-    raise _FaultError(f"not JSON: {name} is not a value of JSON")
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    kinds: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return kinds.get(type(value), "an object")
 
 
 def _listed(names: Any) -> str:

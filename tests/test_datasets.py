@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from server import datasets
 from server.datasets import (
     Conversation,
     DatasetError,
@@ -28,9 +29,9 @@ def _file(tmp_path: Path, content: bytes) -> Path:
     return path
 
 
-def _faults(tmp_path: Path, content: bytes, **options: int) -> tuple[tuple[int, str], ...]:
+def _faults(tmp_path: Path, content: bytes) -> tuple[tuple[int, str], ...]:
     with pytest.raises(DatasetError) as caught:
-        read_examples(_file(tmp_path, content), **options)
+        read_examples(_file(tmp_path, content))
     return caught.value.faults
 
 
@@ -67,14 +68,8 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numb
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
-        (b'{"text": "a", ', "not JSON"),
-        (b'{"text": "a\x00b", "label": "b"}', "not JSON"),
-        (b'{"text": "a", "label": NaN}', "NaN is not a value of JSON"),
-        (b"[" * 100_000, "unreadable JSON"),
-        (b'{"task_id": ' + b"9" * 5000 + b"}", "unreadable JSON"),
-        (b"[1]", "not an object but a list"),
-        (b"null", "not an object but null"),
+        (b'{"text": "\xff"}', "not UTF-8: byte 11 of the line"),
+        (b"[1]", "not a JSON object but a list"),
         (b"{}", "it has no fields"),
         (b'{"question": "a", "answer": "b"}', "it has 'answer', 'question'"),
         (b'{"text": "a"}', "has no 'label'"),
@@ -89,8 +84,6 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numb
         (b'{"text": "", "label": "b"}', "text is empty"),
         (b'{"prompt": "a", "completion": "  "}', "completion is empty"),
         (b'{"text": "a\\u0000", "label": "b"}', "text has a NUL"),
-        (b'{"text": "\\ud800", "label": "b"}', "half of a surrogate pair"),
-        (b'{"text": "a", "text": "b", "label": "c"}', "has 'text' twice"),
         (b'{"text": "a", "label": "b", "task_id": -1}', "task_id is not an integer from 0"),
         (b'{"text": "a", "label": "b", "task_id": true}', "task_id is not an integer from 0"),
         (b'{"text": "a", "label": "b", "task_id": 1}', "has a task_id, where line 1 has none"),
@@ -116,29 +109,14 @@ def test_a_fault_is_told_with_its_line(tmp_path: Path, line: bytes, reason: str)
     assert len(told) < 400
 
 
-def test_all_faults_are_collected_and_many_are_counted(tmp_path: Path) -> None:
+def test_all_faults_are_collected_and_many_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "MAX_FAULTS", 3)
     with pytest.raises(DatasetError) as caught:
-        read_examples(_file(tmp_path, b"nonsense\n" * 30 + GOOD + b"[]\n"), max_faults=3)
+        read_examples(_file(tmp_path, b"nonsense\n" * 30 + GOOD + b"[]\n"))
 
     assert [line for line, _ in caught.value.faults] == [1, 2, 3]
     assert caught.value.num_faults == 31
     assert str(caught.value).endswith("data.jsonl: and 28 more")
-
-
-def test_a_line_beyond_the_limit_is_told_and_the_next_ones_are_read(tmp_path: Path) -> None:
-    long = b'{"text": "' + b"a" * 1000 + b'", "label": "b"}\n'
-
-    faults = _faults(tmp_path, GOOD + long + GOOD + b"[]\n", max_line_bytes=100)
-
-    assert faults == ((2, "longer than 100 bytes"), (4, "not an object but a list"))
-
-
-def test_a_line_of_just_the_limit_is_read_with_either_line_end(tmp_path: Path) -> None:
-    line = GOOD.rstrip()
-
-    examples = read_examples(_file(tmp_path, line + b"\r\n" + line + b"\n" + line), max_line_bytes=len(line))
-
-    assert len(examples) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, BinaryIO, Self
 from urllib.parse import quote
 
 import httpx
 
+from prompt_store.durable import replace_file
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef
 from server.client.peft_directory import what_is_wrong
 
@@ -177,23 +176,17 @@ class PreludeClient:
         files = {file["filename"]: file for file in version["files"]}
         # Known names only: a name from a server must not choose a path here.
         wanted = {directory / name: files[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in files}
-        parts: dict[Path, Path] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
             missing = {path: file for path, file in wanted.items() if not _is_same(path, file["sha256"])}
             different = [str(path) for path in missing if path.exists()]
             if different and not force:
                 raise ClientError(f"{' and '.join(different)} would be overwritten; use --force")
-            for path, file in missing.items():
-                parts[path] = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-                self._download(version, file, parts[path], on_bytes)
-            for path, part in parts.items():
-                part.replace(path)
+            with ExitStack() as stack:  # no file is replaced before all have come
+                for path, file in missing.items():
+                    self._download(version, file, stack.enter_context(replace_file(path)), on_bytes)
         except OSError as error:
             raise _local(error.filename or directory, error) from error
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
 
     # Looking
 
@@ -283,20 +276,20 @@ class PreludeClient:
 
     # Inside
 
-    def _download(self, version: Mapping[str, Any], file: Mapping[str, Any], part: Path, on_bytes: OnBytes) -> None:
+    def _download(
+        self, version: Mapping[str, Any], file: Mapping[str, Any], output: BinaryIO, on_bytes: OnBytes
+    ) -> None:
         path = f"/v1/prompts/{version['id']}/versions/{version['version']}/files/{file['filename']}"
         digest = hashlib.sha256()
         try:
-            with part.open("xb") as opened, self._http.stream("GET", self._url + path) as response:
+            with self._http.stream("GET", self._url + path) as response:
                 if not response.is_success:
                     response.read()
                     raise self._refusal(response)
                 for chunk in response.iter_bytes(_CHUNK_BYTES):
                     digest.update(chunk)
-                    opened.write(chunk)
+                    output.write(chunk)
                     on_bytes(len(chunk))
-                opened.flush()
-                os.fsync(opened.fileno())
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
         if digest.hexdigest() != file["sha256"]:

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from prompt_store.durable import replace_file
+
 
 def draw_curves(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> bool:
     """Draw loss and accuracy by step.
@@ -46,7 +48,6 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, *, title: str) ->
     loss_axes.set_ylabel("loss, nats per token")
     loss_axes.set_title(title)
     loss_axes.legend(loc="upper right")
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     return True

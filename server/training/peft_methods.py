@@ -29,8 +29,9 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from prompt_store.durable import write_file
 from server.training.encoding import Encoded
 from server.training.settings import Method, TrainSettings
 
@@ -89,10 +90,8 @@ def restore(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
 
 
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a state atomically."""
-    part = path.with_name(f".{path.name}.part")
-    save_file(state, part)
-    part.replace(path)
+    """Write a state durably, as a safetensors file."""
+    write_file(path, save(state))
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from prompt_store.durable import write_file
 from server.training.errors import RunDirectoryError
 from server.training.settings import CHANGEABLE_ON_RESUME
 
@@ -90,10 +91,8 @@ class RunDirectory:
             os.close(lock)
 
     def write(self, name: str, value: Any) -> None:
-        """Write a JSON file atomically."""
-        part = self.path / f".{name}.part"
-        part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        part.replace(self.path / name)
+        """Replace a JSON file."""
+        write_file(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def read(self, name: str) -> Any:
         """Read a JSON file; None if it is missing or incomplete."""
@@ -121,9 +120,7 @@ class RunDirectory:
     def truncate_records(self, step: int) -> list[dict[str, Any]]:
         """Drop the metrics after the step that training resumes from; returns the remaining ones."""
         remaining = [entry for entry in self.records() if entry["step"] <= step]
-        part = self.path / ".metrics.part"
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in remaining), encoding="utf-8")
-        part.replace(self.metrics)
+        write_file(self.metrics, "".join(json.dumps(entry) + "\n" for entry in remaining).encode())
         return remaining
 
     def newest_checkpoint(self) -> Path | None:

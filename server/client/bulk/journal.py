@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from server.client.bulk.rows import MAX_LINE_BYTES
+from prompt_store.durable import write_file
+from server.json_lines import MAX_LINE_BYTES
 
 STATE_SUFFIX = ".state"
 _STATE_VERSION = 1
@@ -114,17 +115,11 @@ class Journal:
         """
         self.notes = dict(notes)
         state = {"version": _STATE_VERSION, "identity": self._identity, "notes": self.notes}
-        part = self.state_path.with_name(f".{self.state_path.name}.part")
         try:
             # Not sooner: a new beginning that fails for another reason shall leave the old output as it is.
             self.state_path.unlink(missing_ok=True)
             self._file.truncate(0)
-            with part.open("w") as file:
-                json.dump(state, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.state_path)
-            _sync_directory(self.path.parent)
+            write_file(self.state_path, json.dumps(state, indent=1).encode())
         except OSError as error:
             raise JournalError(f"{self.state_path}: {error.strerror}") from error
 
@@ -254,11 +249,3 @@ def _read(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and ("response" in row or "error" in row) else None
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prompt_store.files.strict_json import finite_float, refuse_constant
-
-MAX_LINE_BYTES = 8 * 1024 * 1024
-"""As much as a server takes in one body by default."""
+from server.json_lines import JsonLine, count_lines, read_json_lines
 
 RESERVED = frozenset({"response", "error"})
 """Fields that the output adds to a row."""
 
 Form = Literal["prompt", "text", "messages"]
 _FORMS: tuple[Form, ...] = ("prompt", "text", "messages")
-_CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,104 +59,39 @@ class FileIdentity:
 
 
 def identify(path: Path) -> FileIdentity:
-    """Read a file once for its digest and its number of rows, in a fixed amount of memory.
+    """Read a file for its digest and its number of rows, in a fixed amount of memory.
 
     Raises:
         OSError: If it cannot be read.
     """
-    digest, num_rows, has_text = hashlib.sha256(), 0, False
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            first, *rest = chunk.split(b"\n")
-            has_text = has_text or bool(first.strip())
-            for piece in rest:
-                num_rows += has_text
-                has_text = bool(piece.strip())
-    return FileIdentity(digest.hexdigest(), num_rows + has_text)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileIdentity(digest, count_lines(path))
 
 
 def read_rows(path: Path, *, skip: int = 0) -> Iterator[Row]:
-    """The rows of a file, lazily.
+    """Read the rows of a file one by one.
 
     Args:
-        path: JSON Lines in UTF-8; a byte-order mark at the beginning is taken off.
-        skip: Rows at the beginning that are not wanted; they are not looked into.
+        path: JSON Lines in UTF-8; see ``read_json_lines``.
+        skip: Number of rows at the beginning to pass over without parsing them.
 
     Raises:
         OSError: If it cannot be read.
     """
-    with path.open("rb") as file:
-        number, index = 0, 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            is_long = len(line) > MAX_LINE_BYTES
-            blank = not line.strip()
-            rest = line
-            while is_long and rest and not rest.endswith(b"\n"):
-                rest = file.readline(_CHUNK_BYTES)
-                blank = blank and not rest.strip()
-            if blank:
-                continue
-            if index >= skip:
-                if is_long:
-                    yield Row(index, number, {}, fault=f"the line has more than {MAX_LINE_BYTES} bytes")
-                else:
-                    yield _row(index, number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-            index += 1
+    for index, line in enumerate(read_json_lines(path, skip=skip), start=skip):
+        yield _row(index, line)
 
 
-def _row(index: int, number: int, line: bytes) -> Row:
-    try:
-        fields = parse_object(line)
-    except ValueError as error:
-        return Row(index, number, {}, fault=str(error), num_bytes=len(line))
-    source = line.strip()
-    try:
-        form = _check(fields)
-    except ValueError as error:
-        return Row(index, number, fields, fault=str(error), num_bytes=len(line), source=source)
-    return Row(index, number, fields, form, num_bytes=len(line), source=source)
-
-
-def parse_object(line: bytes) -> dict[str, Any]:
-    """A line as a JSON object.
-
-    Raises:
-        ValueError: If it is not UTF-8, not JSON, not an object, names a field twice, or holds half of a surrogate
-            pair, which no UTF-8 can carry on.
-    """
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line") from error
-    try:
-        value = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
-    except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    if "\\u" in text:
+def _row(index: int, line: JsonLine) -> Row:
+    form: Form = "prompt"
+    fault = line.fault
+    if fault is None:
         try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("contains half of a surrogate pair") from error
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice[:64]!r} appears twice")
-    return fields
-
-
-# One for all lines: ``json.loads`` would make one for each.
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=refuse_constant, parse_float=finite_float)
+            form = _check(line.fields)
+        except ValueError as error:
+            fault = str(error)
+    return Row(index, line.number, line.fields, form, fault, line.num_bytes, line.source)
 
 
 def _check(fields: dict[str, Any]) -> Form:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.client.bulk import rows as module
+from server import json_lines
 from server.client.bulk.rows import Row, identify, read_rows
 
 
@@ -24,8 +24,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "in.jsonl"
 
 
-def test_the_three_forms_and_what_a_row_carries(path):
-    fields = [
+def test_the_three_forms_and_what_a_row_carries(path: Path) -> None:
+    fields: list[dict[str, Any]] = [
         {"prompt": "a", "id": 7, "n": 12345678901234567890123},
         {"text": "b", "prompt_id": "x@2", "task_id": 1},
         {"messages": [{"role": "user", "content": "c"}], "model": None},
@@ -40,7 +40,7 @@ def test_the_three_forms_and_what_a_row_carries(path):
     assert found[1].content == "b"
 
 
-def test_blank_lines_and_a_mark_are_no_rows(path):
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(path: Path) -> None:
     data = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}'
     assert [(row.index, row.line) for row in rows_of(path, data)] == [(0, 1), (1, 4)]
     assert [(row.index, row.line) for row in rows_of(path, data, skip=1)] == [(1, 4)]
@@ -50,14 +50,7 @@ def test_blank_lines_and_a_mark_are_no_rows(path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "\xff"}', "not UTF-8: byte 11"),
         (b'{"text": "a"', "not JSON"),
-        (b'{"text": NaN}', "NaN is not JSON"),
-        (b'{"text": "a", "x": 1e999}', "out of range"),
-        (b'["a"]', "not a JSON object"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"text": "a", "text": "b"}', "'text' appears twice"),
         (b"{}", "this row has none of them"),
         (b'{"text": "a", "prompt": "b"}', "this row has prompt and text"),
         (b'{"text": ""}', "text: should be a string, and not empty"),
@@ -72,7 +65,7 @@ def test_blank_lines_and_a_mark_are_no_rows(path):
         (b'{"text": "a", "error": 1}', "'error' is reserved for the output"),
     ],
 )
-def test_what_is_wrong_is_told_and_stops_no_other(path, line, reason):
+def test_a_faulty_row_stops_no_other(path: Path, line: bytes, reason: str) -> None:
     first, bad, last = rows_of(path, b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert first.fault is last.fault is None
     assert bad.fault is not None
@@ -80,27 +73,23 @@ def test_what_is_wrong_is_told_and_stops_no_other(path, line, reason):
     assert (bad.index, bad.line, last.index) == (1, 2, 2)
 
 
-def test_a_long_line_is_not_held(path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 64)
-    data = b'{"text": "' + b"x" * 1000 + b'"}\n' + b" " * 500 + b'\n{"text": "b"}\n'
-    long, after = rows_of(path, data)
-    assert long.fault == "the line has more than 100 bytes"
-    assert (after.index, after.line, after.content) == (1, 3, "b")
-    assert identify(path).num_rows == 2
-
-
-@given(lines=st.lists(st.sampled_from([b"", b" ", b"\t\r", b'{"text": "a"}', b"x", b"  y"])), ends=st.booleans())
-def test_the_count_is_that_of_the_rows(tmp_path_factory, lines, ends):
+@given(
+    lines=st.lists(st.sampled_from([b"", b" ", b"\t\r", b'{"text": "a"}', b"x", b"  y", b" " * 99, b"z" * 99])),
+    begin=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    ends=st.booleans(),
+)
+def test_the_count_is_that_of_the_rows(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], begin: bytes, ends: bool
+) -> None:
     path = tmp_path_factory.getbasetemp() / "count.jsonl"
-    found = rows_of(path, b"\n".join(lines) + b"\n" * ends)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK_BYTES", 3)
+        patch.setattr(json_lines, "MAX_LINE_BYTES", 50)
+        found = rows_of(path, begin + b"\n".join(lines) + b"\n" * ends)
         assert identify(path).num_rows == len(found) == sum(bool(line.strip()) for line in lines)
     assert [row.index for row in found] == list(range(len(found)))
 
 
-def test_another_content_is_another_file(path):
+def test_another_content_is_another_file(path: Path) -> None:
     path.write_text('{"text": "a"}')
     first = identify(path)
     path.write_text('{"text": "b"}')
