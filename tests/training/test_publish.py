@@ -86,7 +86,7 @@ def test_what_was_trained_is_served_and_gives_pefts_tokens(push, server, method,
 def test_lineage_and_the_check_are_in_the_catalog(push, server, data, tmp_path):
     result = push("--id", "lineage", "--description", "Find the word.", "--alias", "canary")
     assert result.exit_code == 0, result.output
-    assert "nats off PEFT" in result.stdout
+    assert "nats from PEFT" in result.stdout
 
     version = server.get("/v1/prompts/lineage/versions/1").json()
     told = json.loads((tmp_path / "run" / "result.json").read_text())

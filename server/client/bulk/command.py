@@ -1,4 +1,4 @@
-"""``prelude run``: its arguments, and how it ends."""
+"""``prelude run``: its options, output and exit status."""
 
 from __future__ import annotations
 
@@ -157,12 +157,12 @@ def run(
             found = identify(source)
             if output.exists() and output.samefile(source):
                 raise typer.BadParameter("IN and OUT are the same file")
-            asked = {"name": name, "labels": label_set, "classify": classify, "task_id": task_id, "options": body}
-            with Journal(output, _identity(found, asked), restart=restart) as journal:
+            settings = {"name": name, "labels": label_set, "classify": classify, "task_id": task_id, "options": body}
+            with Journal(output, _identity(found, settings), restart=restart) as journal:
                 if journal.is_new:
                     resolved = resolve_model(client, name)
                     by_head = not label_set and (resolved.has_head if classify is None else classify)
-                    journal.remember({"model": resolved.model, "by_head": by_head})
+                    journal.start({"model": resolved.model, "by_head": by_head})
                 notes = journal.notes
                 template = RequestTemplate(
                     model=notes["model"], labels=label_set, by_head=notes["by_head"], task_id=task_id, options=body
@@ -194,8 +194,8 @@ def _body(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _identity(found: FileIdentity, asked: Mapping[str, Any]) -> dict[str, Any]:
-    return {"input": found.sha256, **asked}
+def _identity(found: FileIdentity, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input": found.sha256, **settings}
 
 
 def _end(finished: Finished, *, as_json: bool) -> None:

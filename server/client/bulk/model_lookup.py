@@ -1,4 +1,4 @@
-"""What a run has to know of its server before the first row: what answers, and how much may be asked at once."""
+"""What a run needs to know about its server before the first row: the model, and the default concurrency."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from server.client.http import ClientError, PreludeClient
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """What answers.
+    """The model that a name refers to.
 
     Attributes:
-        model: The field ``model`` of requests; a soft prompt by its version, so that no promotion changes it.
-        has_head: Whether it classifies by a head of its own.
-        record: The version's record in the catalog; None for the base model, or where the key may not read it.
+        model: The field ``model`` of requests. A soft prompt has its version, so that a promotion does not change it.
+        has_head: Whether the soft prompt has a classification head.
+        record: The version's record in the catalog; None for the base model, or if the key may not read it.
     """
 
     model: str
@@ -28,14 +28,14 @@ class ResolvedModel:
 
 
 def resolve_model(client: PreludeClient, name: str) -> ResolvedModel:
-    """What a name means now.
+    """Resolve a name to a model.
 
     Args:
-        client: The server.
+        client: Client of the server.
         name: The base model, or ``NAME``, ``NAME@VERSION``, ``NAME@ALIAS``.
 
     Raises:
-        ClientError: If there is no such thing, or the server does not answer.
+        ClientError: If the model does not exist, or the server does not answer.
     """
     try:
         ref = PromptRef.parse(name)
@@ -45,7 +45,7 @@ def resolve_model(client: PreludeClient, name: str) -> ResolvedModel:
     try:
         record = client.version(ref)
     except ClientError as error:
-        if error.status == httpx.codes.FORBIDDEN:  # a key for nothing but generation
+        if error.status == httpx.codes.FORBIDDEN:  # the key may only generate
             return ResolvedModel(name)
         if error.status != httpx.codes.NOT_FOUND:
             raise
@@ -56,15 +56,15 @@ def resolve_model(client: PreludeClient, name: str) -> ResolvedModel:
 
 
 def default_concurrency(client: PreludeClient, model: str) -> int:
-    """How many sequences to keep at a server so that its batch stays full while answers are on their way.
+    """Number of sequences in flight that keeps the server's batch full while responses are on their way.
 
     Args:
-        client: The server.
-        model: Something that it serves; every entry of ``/v1/models`` tells of the server's places.
+        client: Client of the server.
+        model: Any served model; each entry of ``/v1/models`` contains the server's limits.
 
     Returns:
-        Twice what runs in one step, as far as the server lets sequences wait; the default of ``SendLimits`` if the
-        server does not answer or does not say.
+        Twice the server's ``--max-num-seqs``, but at most ``--max-waiting`` more than it. The default of
+        ``SendLimits`` if the limits are unknown.
     """
     try:
         card = client.model(model)

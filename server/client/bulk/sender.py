@@ -28,11 +28,11 @@ _WINDOW_BYTES = 64 * 1024 * 1024
 """Maximum size of the buffered lines."""
 
 _BATCH_BYTES = 1024 * 1024
-"""Lines of one request; a server takes bodies of 8 MiB by default."""
+"""Maximum size of the lines in one request; servers accept bodies of 8 MiB by default."""
 
 _BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 10.0
-_SLOWER, _FASTER = 0.7, 0.05
+_DECREASE, _INCREASE = 0.7, 0.05
 """Multiplicative decrease and additive increase of the concurrency window when the server is full."""
 
 _MAX_FAILURES = 3
@@ -61,12 +61,12 @@ class SenderError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What has come of one row: a response, or an error.
+    """The result of one row: a response or an error.
 
     Attributes:
         row: The row.
-        response: What it was answered.
-        error: ``message``, ``code`` and, of a server's answer, ``status``.
+        response: The response as it is written to the output.
+        error: ``message``, ``code`` and, if the server answered, ``status``.
     """
 
     row: Row
@@ -76,13 +76,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendLimits:
-    """How much is asked at once, and for how long.
+    """Limits of concurrency and time.
 
     Attributes:
-        concurrency: Sequences at the server at once.
-        rows_per_request: Rows that may share a request.
-        patience: Seconds without a single answer after which it is given up.
-        timeout: Seconds that one answer may take.
+        concurrency: Maximum number of sequences in flight.
+        rows_per_request: Maximum number of rows in one request.
+        patience: Seconds without any successful response before the run gives up.
+        timeout: Timeout of one request in seconds.
     """
 
     concurrency: int = 512
@@ -93,7 +93,7 @@ class SendLimits:
 
 @dataclass(slots=True)
 class Tally:
-    """What has been sent and answered so far."""
+    """Counters of requests and tokens."""
 
     requests: int = 0
     retries: Counter[str] = field(default_factory=Counter)
@@ -109,29 +109,29 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Refusal:
-    """Why a request was not answered.
+class _Failure:
+    """Why a request has failed.
 
     Attributes:
-        message: For people.
-        code: The server's ``error.code``; ``unreachable`` or ``timeout`` where there was none.
-        status: The HTTP status, if there was one.
-        wait: Seconds that the server wants to be left alone.
-        is_final: Whether the same request is told the same again.
+        message: The error message.
+        code: The server's ``error.code``; ``unreachable`` or ``timeout`` without a response.
+        status: The HTTP status, if there was a response.
+        retry_after: Seconds to wait before a retry, as requested by the server.
+        is_final: Whether a retry would fail in the same way.
     """
 
     message: str
     code: str
     status: int | None = None
-    wait: float = 0.0
+    retry_after: float = 0.0
     is_final: bool = False
 
 
 class Sender:
-    """Asks one server for every row. Use it once.
+    """Sends rows to one server. Can be used once.
 
     Args:
-        http: The server.
+        http: Transport to the server.
         template: The requests to send.
         limits: How much is sent at once.
     """
@@ -141,9 +141,11 @@ class Sender:
         self._http = http
         self._template = template
         self._limits = limits
-        self._weight = template.sequences_per_row
-        self._rows_per_request = max(1, min(limits.rows_per_request, limits.concurrency // (2 * self._weight)))
-        self._open: dict[BatchKey, _Batch] = {}
+        self._sequences_per_row = template.sequences_per_row
+        self._rows_per_request = max(
+            1, min(limits.rows_per_request, limits.concurrency // (2 * self._sequences_per_row))
+        )
+        self._partial: dict[BatchKey, _Batch] = {}
         self._ready: deque[_Batch] = deque()
         self._running: dict[asyncio.Task[list[Outcome]], int] = {}
         self._finished: list[asyncio.Task[list[Outcome]]] = []
@@ -151,23 +153,23 @@ class Sender:
         self._in_flight = 0
         self._num_outstanding = 0
         self._outstanding_bytes = 0
-        self._last_answer = time.monotonic()
-        self._limit = float(limits.concurrency)
-        self._slowed_at = 0.0
-        self._random = random.Random()  # noqa: S311 - spreads retries, keeps no secret
+        self._last_response_at = time.monotonic()
+        self._window = float(limits.concurrency)
+        self._shrunk_at = 0.0
+        self._random = random.Random()  # noqa: S311 - jitter of retries
 
     async def outcomes(self, rows: Iterator[Row]) -> AsyncGenerator[list[Outcome], None]:
-        """Outcomes in the order of the rows, as soon as they may leave. Closing it early ends every request.
+        """Send all rows, and yield their outcomes in order. Closing the generator early cancels all requests.
 
         Args:
-            rows: In order, with indices that follow one another.
+            rows: In order, with consecutive indices.
 
         Raises:
-            SenderError: If there is no use in going on.
+            SenderError: If the run cannot continue.
         """
         buffer: ReorderBuffer[Outcome] | None = None
         is_end = False
-        self._last_answer = time.monotonic()
+        self._last_response_at = time.monotonic()
         try:
             while True:
                 while not is_end and self._has_room():
@@ -182,18 +184,18 @@ class Sender:
                         error = {"message": row.fault, "code": "invalid_row"}
                         buffer.add(row.index, Outcome(row, error=error))
                     else:
-                        self._gather(row)
+                        self._add_to_batch(row)
                 self._start(must_empty=is_end or not self._has_room())
-                if buffer is not None and (given := buffer.take()):
-                    self._num_outstanding -= len(given)
-                    self._outstanding_bytes -= sum(outcome.row.num_bytes for outcome in given)
-                    yield given
+                if buffer is not None and (ready := buffer.take()):
+                    self._num_outstanding -= len(ready)
+                    self._outstanding_bytes -= sum(outcome.row.num_bytes for outcome in ready)
+                    yield ready
                     continue
                 if not self._running:
                     if is_end and not self._num_outstanding:
                         return
                     continue
-                # Not asyncio.wait: it looks at all that run, each time that one of them ends.
+                # asyncio.wait would visit all running tasks each time one of them ends.
                 await self._has_finished.wait()
                 self._has_finished.clear()
                 finished, self._finished = self._finished, []
@@ -207,39 +209,39 @@ class Sender:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
 
-    # What goes together
+    # Batches
 
     def _has_room(self) -> bool:
-        bound = max(_AHEAD * self._limits.concurrency // self._weight, 2 * self._rows_per_request)
+        bound = max(_AHEAD * self._limits.concurrency // self._sequences_per_row, 2 * self._rows_per_request)
         return self._num_outstanding < bound and self._outstanding_bytes < _WINDOW_BYTES
 
-    def _gather(self, row: Row) -> None:
-        """Put a row to those that it may share a request with."""
+    def _add_to_batch(self, row: Row) -> None:
+        """Add a row to the batch of its key."""
         key = self._template.key(row)
-        batch = self._open.get(key)
+        batch = self._partial.get(key)
         if batch is not None and batch.num_bytes + row.num_bytes > _BATCH_BYTES:
-            self._ready.append(self._open.pop(key))
+            self._ready.append(self._partial.pop(key))
             batch = None
         if batch is None:
-            batch = self._open[key] = _Batch(key)
+            batch = self._partial[key] = _Batch(key)
         batch.rows.append(row)
         batch.num_bytes += row.num_bytes
         if len(batch.rows) >= self._rows_per_request or not is_shared(key):
-            self._ready.append(self._open.pop(key))
+            self._ready.append(self._partial.pop(key))
 
     def _start(self, *, must_empty: bool) -> None:
-        """Send what there is room for; batches that may still grow only where no more rows can be read now."""
+        """Send batches while the window has room; incomplete batches only if no more rows can be read now."""
         while True:
-            if not self._ready and must_empty and self._open:
-                self._ready.append(self._open.pop(next(iter(self._open))))
+            if not self._ready and must_empty and self._partial:
+                self._ready.append(self._partial.pop(next(iter(self._partial))))
             if not self._ready:
                 return
-            weight = len(self._ready[0].rows) * self._weight
-            if self._running and self._in_flight + weight > self._limit:
+            weight = len(self._ready[0].rows) * self._sequences_per_row
+            if self._running and self._in_flight + weight > self._window:
                 return
             batch = self._ready.popleft()
             self._in_flight += weight
-            task = asyncio.create_task(self._settle(batch.key, batch.rows))
+            task = asyncio.create_task(self._resolve(batch.key, batch.rows))
             task.add_done_callback(self._note_finished)
             self._running[task] = weight
 
@@ -247,90 +249,92 @@ class Sender:
         self._finished.append(task)
         self._has_finished.set()
 
-    # One batch
+    # Requests
 
-    async def _settle(self, key: BatchKey, rows: Sequence[Row]) -> list[Outcome]:
-        """Ask until every row has its outcome."""
-        if len(rows) > self._rows_per_request:  # gathered before it was known that so many are too many
-            return await self._halves(key, rows)
+    async def _resolve(self, key: BatchKey, rows: Sequence[Row]) -> list[Outcome]:
+        """Send a batch, with retries, until every row has an outcome."""
+        if len(rows) > self._rows_per_request:  # the limit was lowered after the batch was made
+            return await self._resolve_halves(key, rows)
         num_tries, num_failures = 0, 0
         while True:
-            found = await self._ask(key, rows)
-            if not isinstance(found, _Refusal):
-                return [Outcome(row, response) for row, response in zip(rows, found, strict=True)]
-            if self._is_fatal(key, found):
-                raise SenderError(found.message, status=found.status, code=found.code)
-            num_failures += found.status is not None and found.status not in _RETRIED
-            if found.is_final or num_failures >= _MAX_FAILURES:
-                return await self._take_apart(key, rows, found)
-            if time.monotonic() - self._last_answer > self._limits.patience:
+            result = await self._send(key, rows)
+            if not isinstance(result, _Failure):
+                return [Outcome(row, response) for row, response in zip(rows, result, strict=True)]
+            if self._is_fatal(key, result):
+                raise SenderError(result.message, status=result.status, code=result.code)
+            num_failures += result.status is not None and result.status not in _RETRIED
+            if result.is_final or num_failures >= _MAX_FAILURES:
+                return await self._split(key, rows, result)
+            if time.monotonic() - self._last_response_at > self._limits.patience:
                 raise SenderError(
-                    f"no response for {self._limits.patience:g} s; last error: {found.message}",
-                    status=found.status,
-                    code=found.code,
+                    f"no response for {self._limits.patience:g} s; last error: {result.message}",
+                    status=result.status,
+                    code=result.code,
                 )
-            self.tally.retries[found.code] += 1
-            if found.status in _FULL:
-                self._slow_down()
-            await asyncio.sleep(self._pause(num_tries, found.wait))
+            self.tally.retries[result.code] += 1
+            if result.status in _FULL:
+                self._shrink_window()
+            await asyncio.sleep(self._pause(num_tries, result.retry_after))
             num_tries += 1
 
     @staticmethod
-    def _is_fatal(key: BatchKey, found: _Refusal) -> bool:
-        """Whether every other row would be told the same."""
-        if found.status == 404 and key.is_rows_own:
+    def _is_fatal(key: BatchKey, result: _Failure) -> bool:
+        """Whether every other row would fail in the same way."""
+        if result.status == 404 and key.is_rows_own:
             return False
-        return found.status in _FATAL or (found.status is not None and 300 <= found.status < 400)
+        return result.status in _FATAL or (result.status is not None and 300 <= result.status < 400)
 
-    async def _take_apart(self, key: BatchKey, rows: Sequence[Row], refusal: _Refusal) -> list[Outcome]:
-        """Find the rows that are refused: each half by itself, down to single ones."""
+    async def _split(self, key: BatchKey, rows: Sequence[Row], failure: _Failure) -> list[Outcome]:
+        """Find the rejected rows: send each half separately, down to single rows."""
         if len(rows) == 1:
-            error: dict[str, Any] = {"message": refusal.message, "code": refusal.code}
-            if refusal.status is not None:
-                error["status"] = refusal.status
+            error: dict[str, Any] = {"message": failure.message, "code": failure.code}
+            if failure.status is not None:
+                error["status"] = failure.status
             return [Outcome(rows[0], error=error)]
-        outcomes = await self._halves(key, rows)
+        outcomes = await self._resolve_halves(key, rows)
         if all(outcome.error is None for outcome in outcomes):
-            # None of the rows was at fault, so there were too many for the server.
+            # Every row is valid, so the batch was too large for the server.
             self._rows_per_request = min(self._rows_per_request, (len(rows) + 1) // 2)
         return outcomes
 
-    async def _halves(self, key: BatchKey, rows: Sequence[Row]) -> list[Outcome]:
+    async def _resolve_halves(self, key: BatchKey, rows: Sequence[Row]) -> list[Outcome]:
         middle = len(rows) // 2
-        return await self._settle(key, rows[:middle]) + await self._settle(key, rows[middle:])
+        return await self._resolve(key, rows[:middle]) + await self._resolve(key, rows[middle:])
 
-    def _slow_down(self) -> None:
-        """Leave a full server more room: at most once a second, for its refusals come many at a time."""
+    def _shrink_window(self) -> None:
+        """Reduce the window, at most once per second: a full server rejects many requests at a time."""
         now = time.monotonic()
-        if now - self._slowed_at > 1.0:
-            self._slowed_at = now
-            self._limit = max(self._limit * _SLOWER, float(self._weight))
+        if now - self._shrunk_at > 1.0:
+            self._shrunk_at = now
+            self._window = max(self._window * _DECREASE, float(self._sequences_per_row))
 
-    def _speed_up(self, num_rows: int) -> None:
-        self._limit = min(self._limit + _FASTER * num_rows * self._weight, float(self._limits.concurrency))
+    def _grow_window(self, num_rows: int) -> None:
+        self._window = min(
+            self._window + _INCREASE * num_rows * self._sequences_per_row, float(self._limits.concurrency)
+        )
 
-    def _pause(self, num_tries: int, asked: float) -> float:
-        """Seconds until the next try: twice as long each time, spread, and never less than the server asked for."""
+    def _pause(self, num_tries: int, retry_after: float) -> float:
+        """Seconds before the next try: exponential backoff with jitter, added to the server's ``Retry-After``."""
         most = min(_BACKOFF_SECONDS * 2.0 ** min(num_tries, 10), _MAX_BACKOFF_SECONDS)
-        return asked + self._random.uniform(0.5, 1.0) * most
+        return retry_after + self._random.uniform(0.5, 1.0) * most
 
-    async def _ask(self, key: BatchKey, rows: Sequence[Row]) -> list[dict[str, Any]] | _Refusal:
+    async def _send(self, key: BatchKey, rows: Sequence[Row]) -> list[dict[str, Any]] | _Failure:
         self.tally.requests += 1
         content = json.dumps(self._template.body(key, rows), ensure_ascii=False).encode()
         try:
             async with asyncio.timeout(self._limits.timeout):
                 response = await self._http.post(key.path, content)
         except TimeoutError:
-            return _Refusal(f"no answer within {self._limits.timeout:g} s", "timeout")
+            return _Failure(f"no response within {self._limits.timeout:g} s", "timeout")
         except NoResponseError as error:
-            return _Refusal(f"{self._http.base_url} cannot be reached: {error}", "unreachable")
+            return _Failure(f"{self._http.base_url} cannot be reached: {error}", "unreachable")
         if not 200 <= response.status < 300:
-            return _refusal(response, self._http.base_url + key.path)
-        self._last_answer = time.monotonic()
-        self._speed_up(len(rows))
+            return _failure(response, self._http.base_url + key.path)
+        self._last_response_at = time.monotonic()
+        self._grow_window(len(rows))
         try:
             reply = json.loads(response.content)
-            found = responses(key, reply, response.headers.get(_SERVED_BY), len(rows))
+            result = responses(key, reply, response.headers.get(_SERVED_BY), len(rows))
             usage = reply["usage"]
             self.tally.prompt_tokens += usage["prompt_tokens"]
             self.tally.completion_tokens += usage["completion_tokens"]
@@ -340,10 +344,10 @@ class Sender:
                 status=None,
                 code="not_prelude",
             ) from error
-        return found
+        return result
 
 
-def _refusal(response: Response, url: str) -> _Refusal:
+def _failure(response: Response, url: str) -> _Failure:
     status = response.status
     try:
         error: Mapping[str, Any] = json.loads(response.content)["error"]
@@ -352,11 +356,11 @@ def _refusal(response: Response, url: str) -> _Refusal:
         message, code = f"{url} answered {status}: is this a Prelude server?", "not_prelude"
     is_final = 400 <= status < 500 and status not in _RETRIED
     is_final = is_final or response.headers.get("x-should-retry") == "false"
-    return _Refusal(message, code, status, _wait_of(response.headers), is_final)
+    return _Failure(message, code, status, _retry_after(response.headers), is_final)
 
 
-def _wait_of(headers: Mapping[str, str]) -> float:
-    """What ``retry-after-ms`` or ``Retry-After`` asks for, bounded; a date is not read."""
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds of ``retry-after-ms`` or ``Retry-After``, at most 60; dates are ignored."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             return min(max(float(headers[name]) * unit, 0.0), 60.0)

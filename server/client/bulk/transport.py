@@ -1,7 +1,7 @@
-"""A run's requests, over the kept connections of one aiohttp session.
+"""HTTP transport of bulk runs: one aiohttp session that reuses its connections.
 
-A run mostly shares its cores with the server. httpx takes 4 to 7 ms of CPU for a request at 64 in flight, because its
-pool looks through all connections; aiohttp takes about a tenth of that.
+A run often shares its cores with the server. With 64 requests in flight httpx needs 4 to 7 ms of CPU time per
+request, because its pool searches all connections; aiohttp needs about a tenth of that.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _CONNECT_SECONDS = 30.0
 
 
 class Response(NamedTuple):
-    """An answer.
+    """An HTTP response.
 
     Attributes:
         status: The HTTP status.
-        headers: By name in lower case; the last of those that came twice.
+        headers: Headers by lower-case name; the last value of a repeated one.
         content: The body.
     """
 
@@ -33,43 +33,45 @@ class Response(NamedTuple):
 
 
 class NoResponseError(Exception):
-    """No complete answer arrived; the text says why."""
+    """No complete response arrived; the message is the reason."""
 
 
 class Transport(Protocol):
-    """What sends requests; tests put a fake in its place.
+    """Sends requests; tests replace it with a fake.
 
     Attributes:
-        base_url: Where to, for messages.
+        base_url: URL of the server, for error messages.
     """
 
     base_url: str
 
     async def post(self, path: str, content: bytes) -> Response:
-        """Send JSON and read the answer. Cancelling it ends the request at the server too.
+        """Send JSON and read the response. Cancelling it also ends the request on the server.
 
         Raises:
-            NoResponseError: If there is none.
+            NoResponseError: If no complete response arrives.
         """
 
 
 @asynccontextmanager
 async def open_transport(url: str, api_key: str | None) -> AsyncIterator[Transport]:
-    """A session with a server; its connections are opened as they are needed, and closed when the block ends.
+    """Open a transport to a server; its connections are closed when the block ends.
 
-    Proxies are those of the environment (``HTTP_PROXY``, ``NO_PROXY``, ...), certificates those of httpx.
+    Uses the proxies of the environment (``HTTP_PROXY``, ``NO_PROXY``, ...) and the certificates of httpx.
 
     Args:
-        url: Where the server is; its path is a prefix, a user and password in it are sent as Basic authentication.
-        api_key: Sent with every request, if given.
+        url: URL of the server. Its path is a prefix; a user and password are sent as Basic authentication.
+        api_key: API key, sent with every request.
 
     Raises:
-        ClientError: If the key cannot be sent, or the URL is not one of http or https.
+        ClientError: If the key cannot be sent, or the URL is not an http or https URL.
     """
     parsed = server_url(url)
     if parsed.userinfo and api_key:
-        raise ClientError("a URL with a user and password takes no API key: both are sent as the same header")
-    # Compressed answers would take CPU on both sides of a loopback or local network.
+        raise ClientError(
+            "a URL with a user and password cannot be combined with an API key: both use the same header"
+        )
+    # Compression would cost CPU time on both sides, and such runs are mostly on a local network.
     headers = {"accept": "application/json", "accept-encoding": "identity", "content-type": "application/json"}
     headers |= key_headers(api_key)
     context = httpx.create_ssl_context() if parsed.scheme == "https" else True
@@ -86,8 +88,8 @@ class AiohttpTransport:
     """A ``Transport`` over an aiohttp session.
 
     Args:
-        session: Sends the headers that every request has.
-        base_url: Put before every path.
+        session: The session, with the headers of every request.
+        base_url: Prefix of every path.
     """
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str) -> None:
@@ -95,12 +97,12 @@ class AiohttpTransport:
         self._session = session
 
     async def post(self, path: str, content: bytes) -> Response:
-        """Send JSON and read the answer; see ``Transport.post``. A redirect is an answer: it is not followed."""
+        """See ``Transport.post``. Redirects are not followed."""
         try:
             async with self._session.post(self.base_url + path, data=content, allow_redirects=False) as response:
                 body = await response.read()
-        except aiohttp.ServerDisconnectedError as error:  # its text may be a dump of half an answer's head
-            raise NoResponseError("the server closed the connection before it answered") from error
+        except aiohttp.ServerDisconnectedError as error:  # its text may be a dump of partial headers
+            raise NoResponseError("the server closed the connection without a response") from error
         except (aiohttp.ClientError, OSError) as error:
             raise NoResponseError(str(error) or type(error).__name__) from error
         return Response(response.status, {name.lower(): value for name, value in response.headers.items()}, body)

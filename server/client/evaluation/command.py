@@ -1,4 +1,4 @@
-"""``prelude eval``, and ``prelude promote`` with its condition."""
+"""The commands ``prelude eval`` and ``prelude promote``."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def evaluate(
         examples = _read(data)
         if png is not None:
             check_drawable(has_labels=examples.metric == "accuracy")
-        rules = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
+        options = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
         first = _evaluated_model(client, name, separator)
         others = []
         if against is not None:
@@ -113,7 +113,7 @@ def evaluate(
             called = base if text_prompt is None else f"{base} with a text prompt"
             others = [EvaluatedModel(name=called, model=base, text_prompt=text_prompt, separator=first.separator)]
         limits = SendLimits(concurrency=concurrency or default_concurrency(client, first.model))
-        report = _run(examples, [first, *others], rules, limits, url, api_key)
+        report = _run(examples, [first, *others], options, limits, url, api_key)
     answer(report.as_json, as_json, *report.parts)
     if png is not None:
         try:
@@ -165,12 +165,12 @@ def promote(
             now = client.prompt(name)["aliases"].get(alias)
             expect = now if expect is None else expect
             examples = _read(data)
-            rules = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
+            options = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
             first, second = (_evaluated_model(client, one, separator) for one in (f"{name}@{version}", rival))
             if first.model == second.model:
                 _refuse(f"{name}@{if_better_than} is already version {version}: there is nothing to compare", as_json)
             limits = SendLimits(concurrency=default_concurrency(client, first.model))
-            report = _run(examples, [first, second], rules, limits, url, api_key)
+            report = _run(examples, [first, second], options, limits, url, api_key)
             evaluation = report.as_json
             reason = _why_not(report, significant)
             if reason is not None:
@@ -182,12 +182,12 @@ def promote(
 
 
 def _why_not(report: Report, significant: float | None) -> str | None:
-    """Why the first evaluated is not better; None if it is."""
+    """Why the first model is not better; None if it is."""
     (ours, theirs), found = report.scores, report.comparison
     if found is None:
         raise TypeError("two models are compared")
     metric, names = report.metric.replace("_", " "), report.names
-    scores = f"{metric} {ours.accuracy:.4f} of {names[0]} against {theirs.accuracy:.4f} of {names[1]}"
+    scores = f"{metric} {ours.accuracy:.4f} for {names[0]} against {theirs.accuracy:.4f} for {names[1]}"
     rows = f"on {found.num_rows} rows"
     if report.num_errors:
         error = next(error for error in report.first_errors if error is not None)
@@ -195,7 +195,9 @@ def _why_not(report: Report, significant: float | None) -> str | None:
     if found.only_first <= found.only_second:
         return f"{scores} {rows} is not better"
     if significant is not None and found.p_value >= significant:
-        return f"{scores} {rows} may be chance: McNemar's p is {found.p_value:.3g}, not below {significant:g}"
+        return (
+            f"{scores} {rows} is not significant: McNemar's p-value is {found.p_value:.3g}, not below {significant:g}"
+        )
     return None
 
 
@@ -212,7 +214,7 @@ def _read(path: Path) -> _Data:
 
 
 def _evaluated_model(client: PreludeClient, name: str, separator: str | None) -> EvaluatedModel:
-    """Resolve a name to a version, as a evaluated."""
+    """Resolve a name to a model to evaluate."""
     found = resolve_model(client, name)
     record: Mapping[str, Any] = found.record or {}
     if separator is None:
@@ -237,23 +239,23 @@ def _trained_with(record: Mapping[str, Any]) -> str | None:
 def _run(
     data: _Data,
     models: Sequence[EvaluatedModel],
-    rules: AnswerOptions,
+    options: AnswerOptions,
     limits: SendLimits,
     url: str,
     api_key: str | None,
 ) -> Report:
-    """Score the models one after the other."""
+    """Score the models one after another."""
 
-    async def ask() -> list[EvaluationResult]:
+    async def score_all() -> list[EvaluationResult]:
         found = []
         async with open_transport(url, api_key) as http:
             for evaluated in models:
                 with progress_bar(evaluated.name, len(data.examples), 0) as on_rows:
-                    found.append(await evaluate_model(data.examples, evaluated, rules, http, limits, on_rows))
+                    found.append(await evaluate_model(data.examples, evaluated, options, http, limits, on_rows))
         return found
 
     try:
-        found = uvloop.run(ask())
+        found = uvloop.run(score_all())
     except SenderError as error:
         raise ClientError(str(error), status=error.status, code=error.code) from error
     scores = [answers.scores for answers in found]

@@ -1,4 +1,4 @@
-"""Examples to requests, and answers to scores."""
+"""Send examples to a server and score the answers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ DEFAULT_MAX_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedModel:
-    """What is scored.
+    """A soft prompt, a version or the base model, with the text prompt if any.
 
     Attributes:
-        name: How it is called in reports.
+        name: Name in reports.
         model: The field ``model`` of its requests.
-        has_head: Whether it classifies by a head of its own.
-        text_prompt: Words that stand before each text, or around it where they hold ``{}``; None for none.
-        has_tasks: Whether rows' ``task_id`` is sent.
-        separator: Stands between a text and its label where labels are scored, as in training.
+        has_head: Whether it has a classification head.
+        text_prompt: Instruction before each text, or around ``{}``; None for none.
+        has_tasks: Whether to send the ``task_id`` of rows.
+        separator: Text between a text and a label that is scored, as in training.
     """
 
     name: str
@@ -38,7 +38,7 @@ class EvaluatedModel:
     separator: str = "\n"
 
     def prompted(self, text: str) -> str:
-        """A text as this evaluated gets it."""
+        """Add the text prompt to a text."""
         if self.text_prompt is None:
             return text
         return self.text_prompt.replace("{}", text) if "{}" in self.text_prompt else self.text_prompt + text
@@ -46,11 +46,11 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
-    """How rows are asked and compared.
+    """Request fields of generated answers.
 
     Attributes:
-        max_tokens: New tokens of one answer.
-        stop: Strings that end one.
+        max_tokens: Maximum number of new tokens.
+        stop: Stop strings.
     """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
@@ -59,11 +59,11 @@ class AnswerOptions:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """What a evaluated said of each example, and how right that is.
+    """The scores of one model.
 
     Attributes:
-        scores: How right.
-        first_error: What the server said of the first row without an answer; None where all have one.
+        scores: The scores.
+        first_error: The error of the first row without an answer; None if all rows have one.
     """
 
     scores: Scores
@@ -73,32 +73,32 @@ class EvaluationResult:
 async def evaluate_model(
     examples: Sequence[Example],
     evaluated: EvaluatedModel,
-    rules: AnswerOptions,
+    options: AnswerOptions,
     http: Transport,
     limits: SendLimits,
     on_rows: OnRows,
 ) -> EvaluationResult:
-    """Ask a evaluated for every example and compare.
+    """Score a model on examples.
 
     Args:
-        examples: All of one form, at least one.
-        evaluated: Who is asked.
-        rules: How.
-        http: The server.
+        examples: At least one, all of one format.
+        evaluated: The model.
+        options: Request fields of generated answers.
+        http: Transport to the server.
         limits: How much is sent at once.
-        on_rows: Told how many more rows have been answered, and how many errors there are.
+        on_rows: Called with the number of new rows, and the number of errors so far.
 
     Raises:
-        SenderError: If the server does not answer, or refuses everything.
+        SenderError: If the server does not answer, or rejects every row.
     """
     labels = sorted({example.label for example in examples if isinstance(example, LabelledText)})
-    options: dict[str, Any] = {"temperature": 0, "max_tokens": rules.max_tokens}
-    options |= {"stop": list(rules.stop)} if rules.stop else {}
+    fields: dict[str, Any] = {"temperature": 0, "max_tokens": options.max_tokens}
+    fields |= {"stop": list(options.stop)} if options.stop else {}
     template = RequestTemplate(
         model=evaluated.model,
         labels=[] if evaluated.has_head else [evaluated.separator + label for label in labels],
         by_head=evaluated.has_head and bool(labels),
-        options=options,
+        options=fields,
     )
     sender = Sender(http, template, limits)
     answers: list[str | None] = []

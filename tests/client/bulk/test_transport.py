@@ -142,8 +142,8 @@ async def test_a_connection_that_the_server_closes_between_two_requests_is_repla
     ("sent", "reason"),
     [
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", "not completed"),
-        (b"HTTP/1.1 200 OK\r\ncontent-le", "closed the connection before it answered"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n", "closed the connection before it answered"),
+        (b"HTTP/1.1 200 OK\r\ncontent-le", "closed the connection without a response"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "closed the connection without a response"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "Bad status line"),
     ],
 )
@@ -232,7 +232,7 @@ async def test_a_user_and_password_in_the_url_are_sent() -> None:
 
 
 async def test_a_user_and_a_key_are_one_too_many() -> None:
-    with pytest.raises(ClientError, match="takes no API key"):
+    with pytest.raises(ClientError, match="cannot be combined with an API key"):
         async with open_transport("http://name:word@host", "key"):
             pass
 
