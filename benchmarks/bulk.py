@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.server import serving
-from server.client.bulk.sending import Pace
+from server.client.bulk.sender import SendLimits
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 
 FLAGS = ["--no-enable-prefix-caching", "--allow-other-base"]
@@ -88,9 +88,9 @@ class Finished:
 
 def measured(which: str, source: Path, output: Path, url: str, kind: str) -> Finished:
     """Run one side in a process of its own."""
-    pace = Pace()
+    limits = SendLimits()
     line = [sys.executable, "-m", "benchmarks.bulk_load", str(source), url, kind]
-    line += [str(pace.concurrency), str(pace.rows_per_request)]
+    line += [str(limits.concurrency), str(limits.rows_per_request)]
     if which == "bulk":
         line = command(source, output, url, kind)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The figures of docs/training.md: ``python -m scripts.training_figures --out figures.json --seeds 0 1 2``.
+"""The figures of benchmarks/training.md: ``python -m scripts.training_figures --out figures.json --seeds 0 1 2``.
 
 Serves the embedded model, trains triage with each method by the documented command (``prelude train --push``), and
 asks the server for all test texts: with each soft prompt, without one, and with every instruction in words that the

@@ -29,7 +29,7 @@ import httpx
 import psutil
 
 from server.api.json_budget import MOST_CONTAINERS, most_values
-from server.app import PreludeServer, bind, create_app, keep_what_is_loaded
+from server.app import PreludeServer, bind, create_app, freeze_loaded_objects
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from server.demo.tour import MODEL_DIRECTORY
 
@@ -116,7 +116,7 @@ def serve(board: Path, port: int, store: str) -> None:
     )
     with board.open("r+b") as file, bind(settings.http) as bound:
         server = ProbedServer(create_app(settings), settings)
-        keep_what_is_loaded()
+        freeze_loaded_objects()
         server.board = mmap.mmap(file.fileno(), 24)
         server.run(sockets=[bound])
 

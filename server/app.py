@@ -1,4 +1,4 @@
-"""The composition root: settings become parts, the parts become an application, the application is served."""
+"""The composition root: build an application from settings, and serve it."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ from server.tracing import RequestTracer
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5
-"""After the drain, how long connections may take to send their last bytes."""
+"""Seconds that connections have to send their last bytes after the drain."""
 
 _POLL_SECONDS = 0.1
 
-_LAST_WORDS_SECONDS = 0.3
-"""After a second signal, how long connections may take to tell their clients of it."""
+_ABORT_SECONDS = 0.3
+"""Seconds that connections have to send error responses after a second signal."""
 
 _OTHER_FILES = 512
-"""Open files besides connections: the store's, the log, uploads."""
+"""Number of open files besides connections: store, log, uploads."""
 
 
 def create_app(
@@ -89,17 +89,17 @@ def create_app(
     tokenizer: Tokenizer | None = None,
     store: PromptStore | None = None,
 ) -> FastAPI:
-    """Compose a server. Its lifespan starts the engine in the background and stops it at the end.
+    """Build the application. Its lifespan starts the engine in the background, and stops it at the end.
 
     Args:
-        settings: What to serve, and how.
-        engine: Another engine than the one that ``settings`` asks for.
-        tokenizer: A loaded tokenizer; by default the model's own is loaded beside the engine.
-        store: An open store, which its owner closes.
+        settings: The settings of the server.
+        engine: Engine to use; default: the one of ``settings``.
+        tokenizer: Loaded tokenizer to use; default: the model's, loaded together with the engine.
+        store: Open store to use; the caller closes it.
 
     Raises:
-        ConfigurationError: If the settings cannot be used: an open host without keys, a bad key file, no such model,
-            an origin or a host that is none.
+        ConfigurationError: If the settings cannot be used: an open host without keys, an invalid key file, a missing
+            model, a malformed origin or host.
         PromptStoreError: If the store cannot be opened.
     """
     keys = load_keys(settings.http)
@@ -172,16 +172,16 @@ def _pin_budget(settings: Settings, *, has_keys: bool) -> PinBudget:
 
 
 def lifecycle_of(app: FastAPI) -> Lifecycle:
-    """Where an application stands."""
+    """The lifecycle of an application."""
     return _services_of(app).lifecycle
 
 
 class PreludeServer(uvicorn.Server):
-    """Uvicorn with a drain: after a signal it still answers (503 to new work) until what runs has finished.
+    """Uvicorn with a drain: after a signal, running requests finish and new ones are answered with 503.
 
     Args:
-        app: An application of ``create_app``.
-        settings: What it was made with.
+        app: An application made by ``create_app``.
+        settings: The settings that it was made with.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
@@ -210,28 +210,28 @@ class PreludeServer(uvicorn.Server):
         )
         self._services = services
         self._drain_seconds = http.drain_seconds
-        self._hurries = False
+        self._is_second_signal = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop; a second signal does not wait. Unlike uvicorn, end with status 0 when that succeeds."""
+        """Start to drain; a second signal ends running requests. Unlike in uvicorn, the exit status is then 0."""
         if self.should_exit:
-            self._hurries = True
-            signal.signal(sig, signal.SIG_DFL)  # and a third one ends the process as it is
+            self._is_second_signal = True
+            signal.signal(sig, signal.SIG_DFL)  # a third signal ends the process
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Also stop when the engine could not start."""
+        """Also stop if the engine could not start."""
         return await super().on_tick(counter) or self._services.lifecycle.phase is Phase.FAILED
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what runs while the door still answers, then close it."""
+        """Let running requests finish while new ones are answered with 503, then close the server."""
         self._services.lifecycle.drain()
         logger.info(
             "draining: refusing new requests; %d sequences have up to %g s to finish",
             self._services.admission.num_in_use,
             self._drain_seconds,
         )
-        hurry = asyncio.create_task(self._hurry(), name="hurry")
+        ending = asyncio.create_task(self._end_on_second_signal(), name="second signal")
         try:
             await self._services.engine.drain(self._drain_seconds)
         except Exception:
@@ -239,16 +239,16 @@ class PreludeServer(uvicorn.Server):
         try:
             await super().shutdown(sockets)
         finally:
-            hurry.cancel()
-            await asyncio.gather(hurry, return_exceptions=True)
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
 
-    async def _hurry(self) -> None:
-        """After a second signal, end what runs with an error, and soon thereafter every connection."""
-        while not self._hurries:  # noqa: ASYNC110 - set by a signal handler, which may only set a flag
+    async def _end_on_second_signal(self) -> None:
+        """After a second signal, end running requests with an error, and then all connections."""
+        while not self._is_second_signal:  # noqa: ASYNC110 - set by a signal handler, which may only set a flag
             await asyncio.sleep(_POLL_SECONDS)
         logger.warning("second signal: ending running requests")
         await self._services.engine.drain(0)
-        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        await asyncio.sleep(_ABORT_SECONDS)
         for connection in list(self.server_state.connections):
             if isinstance(connection, LimitedProtocol):
                 connection.transport.abort()
@@ -265,7 +265,7 @@ def _note_refusals(metrics: Metrics) -> Callable[[Refusal], None]:
 
 
 def bind(http: HttpSettings) -> socket.socket:
-    """Bind the server's address, before anything slow is started.
+    """Bind the server's address before anything slow is started.
 
     Raises:
         ConfigurationError: If it cannot be bound.
@@ -277,7 +277,7 @@ def bind(http: HttpSettings) -> socket.socket:
         is_taken = error.errno == errno.EADDRINUSE
         reason = "another process listens there; give another --port" if is_taken else error.strerror or error
         raise ConfigurationError(f"{http.host}:{http.port} cannot be bound: {reason}") from error
-    except ValueError as error:  # of an address that is none, such as one with an empty label
+    except ValueError as error:  # a malformed host name, such as one with an empty label
         raise ConfigurationError(f"{http.host}:{http.port} cannot be bound: {error}") from error
 
 
@@ -288,7 +288,7 @@ def url_of(bound: socket.socket) -> str:
 
 
 def run(settings: Settings) -> None:
-    """Serve until a signal, and return when everything has ended.
+    """Serve until a signal, and return after the shutdown.
 
     Raises:
         ServerError: If the settings cannot be used, or the engine cannot start.
@@ -297,7 +297,7 @@ def run(settings: Settings) -> None:
     _allow_open_files(settings.http.max_connections)
     with closing(bind(settings.http)) as bound:
         app = create_app(settings)
-        keep_what_is_loaded()
+        freeze_loaded_objects()
         logger.info("loading %s; listening on %s", settings.engine.model, url_of(bound))
         PreludeServer(app, settings).run(sockets=[bound])
     failure = lifecycle_of(app).failure
@@ -305,7 +305,7 @@ def run(settings: Settings) -> None:
         raise failure
 
 
-def keep_what_is_loaded() -> None:
+def freeze_loaded_objects() -> None:
     """Exclude loaded objects from garbage collection, which would block the event loop."""
     gc.collect()
     gc.freeze()
@@ -314,11 +314,11 @@ def keep_what_is_loaded() -> None:
 def _allow_open_files(max_connections: int) -> None:
     """Raise the soft limit of open files for this number of connections, up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max_connections + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = max_connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
-        if allowed < wanted:
+        if allowed < needed:
             logger.warning(
                 "%d open files are allowed, which is too few for --max-connections %d", allowed, max_connections
             )
@@ -331,11 +331,11 @@ async def _lifespan(
     starting = asyncio.create_task(_start(services), name="start")
     loop = asyncio.get_running_loop()
 
-    def tell_the_warmer(names: set[str] | None) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and the store is about to be closed
+    def notify_warmer(names: set[str] | None) -> None:
+        with suppress(RuntimeError):  # the loop has ended; the store will be closed
             loop.call_soon_threadsafe(services.warmer.changed, names)
 
-    services.store.subscribe(tell_the_warmer)
+    services.store.subscribe(notify_warmer)
     services.engine.subscribe(services.warmer.restore)
     async with AsyncExitStack() as stack:
         if tracer is not None:
@@ -358,15 +358,15 @@ async def _stop(services: Services, starting: asyncio.Task[None], *, owns_store:
 
 
 def _reloader(http: HttpSettings, keys: ApiKeys | None, metrics: Metrics) -> KeyReloader | None:
-    """What keeps up with the key file, where there is one."""
+    """The reloader of the key file, if there is one."""
     return None if keys is None or http.api_key_file is None else KeyReloader(http, keys, metrics)
 
 
 @asynccontextmanager
 async def _reloading(reloader: KeyReloader) -> AsyncIterator[None]:
-    """Look after the key file, and read it again on SIGHUP."""
+    """Reload the key file when it changes, and on SIGHUP."""
     loop = asyncio.get_running_loop()
-    # Only the main thread may take signals; a server in another one, as in tests, polls all the same.
+    # Only the main thread can handle signals. A server in another thread, as in tests, only polls the file.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main:
         loop.add_signal_handler(signal.SIGHUP, reloader.ask)
@@ -381,7 +381,7 @@ async def _reloading(reloader: KeyReloader) -> AsyncIterator[None]:
 
 
 async def _start(services: Services) -> None:
-    """Load tokenizer and model side by side; where both fail, the engine's reason is the better one."""
+    """Load tokenizer and model concurrently; if both fail, the engine's error is reported, the more precise one."""
     try:
         results = await asyncio.gather(services.engine.start(), _load_tokenizer(services), return_exceptions=True)
         for result in results:
@@ -410,7 +410,7 @@ async def _load_tokenizer(services: Services) -> None:
 async def _answer_error(request: Request, error: Exception) -> Response:
     reply = describe(error, request_id=request.state.request_id)
     record_of(request).error = reply.code
-    if request.url.path not in OPEN_PATHS:  # a probe that finds the server loading is no failed request
+    if request.url.path not in OPEN_PATHS:  # a health probe during loading is not a failed request
         (await get_services(request)).metrics.count_error(reply.code)
     return reply.response()
 
@@ -423,7 +423,7 @@ def _services_of(app: FastAPI) -> Services:
 
 
 def _located(settings: Settings) -> Settings:
-    """The settings with a model that is there, as far as seconds can tell."""
+    """The settings with the model located, after a quick check that it exists."""
     engine = settings.engine
     return replace(settings, engine=replace(engine, model=locate(engine.model, engine.revision)))
 
@@ -445,12 +445,12 @@ def _store_state(store: PromptStore) -> StoreState:
 def _totals(store: PromptStore) -> StoreTotals:
     try:
         return store.totals()
-    except StoreUnavailableError:  # it went away this moment; a scrape still has to tell of everything else
+    except StoreUnavailableError:  # unavailable since the last check; the scrape still reports all other metrics
         return StoreTotals()
 
 
 def _default_name(model: str) -> str:
-    """A directory's name, a hub id as it is, or the id that a directory of the hub's cache belongs to."""
+    """The default name of a model: its hub id, also for a directory of the hub's cache, or the directory's name."""
     path = Path(model)
     if not path.is_dir():
         return model

@@ -1,4 +1,4 @@
-"""The bytes that SentencePiece's tokenizers write characters with which are not in their vocabulary."""
+"""Byte-fallback tokens of SentencePiece tokenizers: bytes of characters that are not in the vocabulary."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ codecs.register_error(_ERRORS, _replace_each)
 
 
 class ByteFallback:
-    """The tokens ``<0x00>`` to ``<0xFF>`` of a tokenizer whose decoder joins them to characters; none of others.
+    """The tokens ``<0x00>`` to ``<0xFF>`` of a tokenizer whose decoder joins them to characters.
 
-    Args:
-        tokenizer: The tokenizer.
+    Other tokenizers have none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,10 +42,10 @@ class ByteFallback:
             self._byte_of = {}
 
     def repaired(self, token_ids: Sequence[int]) -> list[int]:
-        """Tokens with each byte that is no character's written as U+FFFD; all others stay."""
+        """Replace each byte that is part of no valid character by U+FFFD."""
         if not any(token_id in self._byte_of for token_id in token_ids):
             return list(token_ids)
-        # Decoders do not see numbers that no token has, so bytes on both sides of one are neighbours.
+        # Decoders skip ids without a token, so the bytes before and after such an id are adjacent.
         pieces = cast("list[str | None]", self._tokenizer.convert_ids_to_tokens(list(token_ids)))
         known = [token_id for token_id, piece in zip(token_ids, pieces, strict=True) if piece is not None]
         repaired: list[int] = []
@@ -54,10 +53,10 @@ class ByteFallback:
             if not is_byte:
                 repaired += run
                 continue
-            own = list(run)
-            data = bytes(self._byte_of[token_id] for token_id in own)
+            token_run = list(run)
+            data = bytes(self._byte_of[token_id] for token_id in token_run)
             text = data.decode(errors=_ERRORS)
-            repaired += own if text.encode() == data else [self._token_of[byte] for byte in text.encode()]
+            repaired += token_run if text.encode() == data else [self._token_of[byte] for byte in text.encode()]
         return repaired
 
 

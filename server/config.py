@@ -1,4 +1,4 @@
-"""One frozen tree of settings. Flags and ``PRELUDE_*`` variables fill it (server/cli.py); nothing else does."""
+"""The settings of a server, set by flags and ``PRELUDE_*`` variables only (server/cli.py)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ LogFormat = Literal["text", "json"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What the engine process needs to know.
+    """Settings of the engine process; sizes are in bytes, times in seconds.
 
     Attributes:
-        model: A hub id or a directory that transformers can load.
-        revision: The hub revision, where ``model`` is a hub id.
-        device: Where the model runs; ``auto`` takes CUDA where there is one.
-        dtype: The serving dtype; ``auto`` takes the checkpoint's, or float32 on CPUs without fast products of it.
-        max_model_len: Positions of one sequence, virtual tokens included; None means the model's own limit.
-        max_num_seqs: Sequences that run in one step.
-        max_num_batched_tokens: Tokens computed in one step; longer prompts are prefilled in chunks.
-        block_size: Positions in one key/value block.
-        kv_cache_memory: Bytes for keys and values; None sizes them from the memory that is free.
-        enable_prefix_caching: Whether full blocks of text are kept for later sequences with the same opening.
-        num_threads: CPU threads of the model's products; None takes every core.
+        model: Hub id, or a directory that transformers can load.
+        device: Device of the model; ``auto`` uses CUDA if available.
+        dtype: Serving dtype; ``auto`` uses the checkpoint's, or float32 on CPUs that are slow at it.
+        max_model_len: Maximum length of a sequence, including virtual tokens; None: the model's limit.
+        max_num_seqs: Maximum number of sequences in one step.
+        max_num_batched_tokens: Maximum number of tokens in one step; longer prompts are prefilled in chunks.
+        block_size: Number of positions in one key/value block.
+        kv_cache_memory: Size of the key/value cache; None: most of the free memory.
+        enable_prefix_caching: Whether to keep full blocks of text for later sequences with the same beginning.
+        num_threads: CPU threads for the model; None: all cores.
         soft_prompt_host_bytes: Host memory that caches unused, unpinned soft prompts.
-        enforce_eager: Whether decodes are launched one by one even where CUDA graphs could replay them.
-        generation_config: Whether the checkpoint's ``generation_config.json`` sets defaults (``auto``), or only ends
-            of sequence (``none``).
-        step_timeout: Seconds after which a step is taken for stuck and the process is replaced; 0 waits for ever.
+        enforce_eager: Whether to run decode steps without CUDA graphs.
+        generation_config: ``auto``: the checkpoint's ``generation_config.json`` sets defaults. ``none``: it only
+            sets the end-of-sequence tokens.
+        step_timeout: Time after which a step counts as hung and the process is restarted; 0: never.
     """
 
     model: str
@@ -54,20 +53,21 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    """Where soft prompts are kept.
+    """Settings of the prompt store; sizes are in bytes.
 
     Attributes:
         location: A directory, or the URL of an object store.
-        catalog_url: Names and versions: ``postgresql://...`` or ``sqlite:///PATH``; None is SQLite in the directory.
+        catalog_url: Catalog database, ``postgresql://...`` or ``sqlite:///PATH``; None: SQLite in the directory.
         cache_path: Directory for local copies of an object store's blobs.
-        cache_bytes: What those copies may take.
-        max_upload_bytes: Largest file that an upload may hold.
-        allow_other_base: Take a soft prompt whose configuration names another base than the resident one.
-        allow_float64: Take float64 files, whose rows are rounded to the serving dtype.
-        preload: Soft prompts (``NAME`` or ``NAME@...``) to bring onto the device when the server starts.
+        cache_bytes: Maximum size of the local copies.
+        max_upload_bytes: Maximum size of an uploaded file.
+        allow_other_base: Whether to accept soft prompts whose configuration names another base model.
+        allow_float64: Whether to accept float64 files; they are rounded to the serving dtype.
+        preload: Soft prompts (``NAME`` or ``NAME@...``) to load onto the device at startup.
         pin: Soft prompts to preload, and to keep in host memory and on the local disk.
-        pinned_bytes: Host memory that all pins may take; None is as much as ``soft_prompt_host_bytes``.
-        tenant_pinned_bytes: What those of one tenant may take; None is half of that, and all of it without keys.
+        pinned_bytes: Host memory for all pins; None: the same as ``soft_prompt_host_bytes``.
+        tenant_pinned_bytes: Host memory for the pins of one tenant; None: half of ``pinned_bytes``, or all of it
+            without API keys.
     """
 
     location: str = "prelude-store"
@@ -85,30 +85,30 @@ class StoreSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
-    """The HTTP front.
+    """Settings of the HTTP server; sizes are in bytes, times in seconds.
 
     Attributes:
         host: Address to bind; anything but loopback needs keys, or ``allow_open``.
         port: TCP port; 0 picks a free one.
-        api_key_file: The keys: one a line, or TOML or JSON with tenants and scopes (docs/security.md). Without keys
-            everybody who can connect is served.
-        api_keys: Keys that need no file; each may do everything.
-        allow_open: Serve everybody on an address that other machines reach.
-        open_metrics: Whether ``/metrics`` needs no key, where there are keys.
-        allow_origin: Origins (``scheme://host:port``) whose pages may use the server.
-        allowed_host: More names that requests may name as their host, without a port; ``*`` is any. Names are looked
-            at where there are no keys and only loopback is bound, and where one is given here.
-        max_waiting: Requests admitted beyond those that run, before the door answers 429.
-        max_wait_seconds: How long a request may wait to begin to run; 0 is without limit.
-        max_body_bytes: Largest JSON body.
-        max_connections: Connections that may be open at once.
-        max_head_bytes: Largest request line and headers of one request.
-        head_timeout: Seconds in which a request's head has to come.
-        body_timeout: Seconds that may be spent waiting for a request's body; every 4 KiB that come give one back.
-        stall_timeout: Seconds that an answer may lie unread before its request is ended.
-        drain_seconds: How long running requests may finish after SIGTERM.
-        metrics_top_prompts: Soft prompts with a metric label of their own, the most used now; others share ``other``.
-        log_prompts: Whether the line that is logged for a request holds its prompts or messages.
+        api_key_file: API keys: one per line, or TOML or JSON with tenants and scopes (docs/security.md). Without keys
+            every client is served.
+        api_keys: API keys without a file; each has all permissions.
+        allow_open: Whether to serve without keys on an address that other machines can reach.
+        open_metrics: Whether ``/metrics`` needs no key.
+        allow_origin: Origins (``scheme://host:port``) whose pages may call the server.
+        allowed_host: Additional names accepted in the Host header, without a port; ``*`` is any. The header is
+            checked if a name is given here, or if there are no keys and only loopback is bound.
+        max_waiting: Maximum number of waiting sequences; more are answered with 429.
+        max_wait_seconds: Maximum time in the queue; 0: no limit.
+        max_body_bytes: Maximum size of a JSON body.
+        max_connections: Maximum number of open connections.
+        max_head_bytes: Maximum size of the request line and headers.
+        head_timeout: Time to wait for the request line and headers.
+        body_timeout: Time to wait for a request body; extended by one second per 4 KiB received.
+        stall_timeout: Time before a client that does not read its response is disconnected.
+        drain_seconds: Time that running requests have to finish after SIGTERM.
+        metrics_top_prompts: Number of soft prompts with a separate metric label; all others share ``other``.
+        log_prompts: Whether to include prompts or messages in the log line of a request.
     """
 
     host: str = "127.0.0.1"
@@ -134,16 +134,13 @@ class HttpSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything that a server is started with.
+    """All settings of a server.
 
     Attributes:
-        engine: The engine process.
-        served_model_name: The base's name in the API; None takes the model's own id or directory name.
-        store: The prompt store.
-        http: The HTTP front.
+        served_model_name: Name of the base model in the API; None: its hub id or directory name.
         log_level: Python's level name.
-        log_format: Text for people, or one JSON object a line.
-        otlp_traces_endpoint: Where spans of requests are sent, by OTLP over HTTP; None sends none.
+        log_format: ``text``, or ``json`` for one JSON object per line.
+        otlp_traces_endpoint: URL for OTLP traces over HTTP; None sends none.
     """
 
     engine: EngineSettings

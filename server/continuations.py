@@ -1,10 +1,9 @@
-"""Tokens of a text that continues another: a label behind an input, a completion behind its prompt.
+"""Tokenise a text as the continuation of another: a label after an input, a completion after its prompt.
 
-Tokenizers treat the beginning of a text differently; most put a space there. So a continuation is tokenised together
-with what it continues, as the LM Evaluation Harness does it (Gao et al.; ``_encode_pair``): its tokens are those that
-both texts together have behind the tokens of the first. The first text's tokens stay what a server makes of it
-alone, because generation begins behind them. Where the two together have other tokens at the border, the
-continuation's tokens are those that add its text there.
+Tokenizers treat the beginning of a text differently; many add a space. So a continuation is tokenised together with
+its context, as in the LM Evaluation Harness (Gao et al.; ``_encode_pair``): its tokens are those that follow the
+context's tokens. The context keeps the tokens that it has alone, because generation starts after them. If tokens
+would merge across the border, the continuation gets other tokens that add the same text.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 _TAIL_CHARS = 256
-"""Of the first text are tokenised again: more than any word has, and a small part of a long text."""
+"""Number of characters at the end of a context to tokenise again: more than any word has."""
 
 _MAX_BREAK_CHARS = 64
-"""The tail begins at a word, if one begins in so many characters."""
+"""The tail starts at a word, if one starts within this number of characters."""
 
 _TAIL_TOKENS = 64
-"""Of a first text that was given as tokens."""
+"""The same for a context given as tokens."""
 
 _CONTEXT_TOKENS = 8
 
 _ANCHORS = ("\n", ".", "a", "0", ")")
-"""Texts that a continuation is tried behind where its own first text merges with it."""
+"""Texts to tokenise a continuation after, if it merges with its context."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What is continued.
+    """The text that is continued.
 
     Attributes:
-        token_ids: Its tokens, special tokens included.
-        text: Its text; None where only the tokens were given.
+        token_ids: Its tokens, including special tokens.
+        text: The text; None if only tokens were given.
     """
 
     token_ids: list[int]
@@ -45,8 +44,8 @@ class ContinuationEncoder:
     """Tokenises continuations.
 
     Args:
-        encode: Texts to token ids, without special tokens around them.
-        decode: Token ids to text, special tokens shown.
+        encode: Converts texts to token ids, without special tokens.
+        decode: Converts token ids to text, including special tokens.
     """
 
     def __init__(self, encode: Callable[[list[str]], list[list[int]]], decode: Callable[[list[int]], str]) -> None:
@@ -54,31 +53,31 @@ class ContinuationEncoder:
         self._decode = decode
 
     def encode(self, context: Context, continuations: Sequence[str]) -> list[list[int]]:
-        """The tokens of each continuation behind a context."""
-        found = self._together(self._tail(context), continuations)
+        """Encode continuations of a context."""
+        found = self._added_tokens(self._tail(context), continuations)
         return [
             ids if ids is not None else self._by_text(context, text)
             for ids, text in zip(found, continuations, strict=True)
         ]
 
     def encode_labels(self, context: Context, labels: Sequence[str]) -> tuple[Context | str, list[list[int]]]:
-        """The tokens of each label behind a context, which may lose the spaces at its end to the labels.
+        """Encode labels as continuations of a context.
 
-        Models have seen words with the space before them. So if a label merges with spaces that the text ends with,
-        all labels are scored from before these, like in the harness.
+        Models are trained on words that include the space before them. So if a label merges with trailing spaces of
+        the context, these spaces become part of all labels, as in the harness.
 
         Returns:
-            The context, or its text without those spaces, and the labels' tokens behind it.
+            The context, or its text without trailing spaces, and the tokens of each label after it.
         """
-        found = self._together(self._tail(context), labels)
+        found = self._added_tokens(self._tail(context), labels)
         if context.text is not None and any(ids is None for ids in found):
             shorter = context.text.rstrip()
             if shorter and shorter != context.text:
                 spaces = context.text[len(shorter) :]
-                moved = self._together(_tail_of(shorter), [spaces + label for label in labels])
-                whole = [ids for ids in moved if ids is not None]
-                if len(whole) == len(labels):
-                    return shorter, whole
+                moved = self._added_tokens(_tail_of(shorter), [spaces + label for label in labels])
+                full = [ids for ids in moved if ids is not None]
+                if len(full) == len(labels):
+                    return shorter, full
         return context, [
             ids if ids is not None else self._by_text(context, label)
             for ids, label in zip(found, labels, strict=True)
@@ -89,30 +88,30 @@ class ContinuationEncoder:
             return _tail_of(context.text)
         return self._decode(context.token_ids[-_TAIL_TOKENS:])
 
-    def _together(self, before: str, continuations: Sequence[str]) -> list[list[int] | None]:
-        """What each continuation adds to a text's tokens; None where it changes them."""
-        own, *wholes = self._encode([before, *(before + text for text in continuations)])
-        return [whole[len(own) :] if whole[: len(own)] == own else None for whole in wholes]
+    def _added_tokens(self, before: str, continuations: Sequence[str]) -> list[list[int] | None]:
+        """The tokens that each continuation adds to those of a text; None if it changes them."""
+        own, *joined = self._encode([before, *(before + text for text in continuations)])
+        return [full[len(own) :] if full[: len(own)] == own else None for full in joined]
 
     def _by_text(self, context: Context, text: str) -> list[int]:
-        """Tokens that add a text to a context, which has other tokens together with it."""
+        """Tokens that add a text to a context with which it would merge."""
         last = context.token_ids[-_CONTEXT_TOKENS:]
         before = self._decode(last)
 
         def adds_text(ids: list[int]) -> bool:
-            whole = self._decode(last + ids)
-            return whole.startswith(before) and whole[len(before) :] == text
+            full = self._decode(last + ids)
+            return full.startswith(before) and full[len(before) :] == text
 
         (alone,) = self._encode([text])
         if adds_text(alone):
             return alone
-        behind = [ids for anchor in _ANCHORS for ids in self._together(anchor, [text]) if ids]
-        # A tokenizer may write no text as it was, in lower case for one; then none adds it.
-        return next(filter(adds_text, behind), behind[0] if behind else alone)
+        candidates = [ids for anchor in _ANCHORS for ids in self._added_tokens(anchor, [text]) if ids]
+        # A tokenizer may change texts, for example to lower case; then no tokens add the exact text.
+        return next(filter(adds_text, candidates), candidates[0] if candidates else alone)
 
 
 def continuations_of(tokenizer: Any) -> ContinuationEncoder:
-    """What tokenises continuations with a tokenizer of transformers."""
+    """A ContinuationEncoder for a tokenizer of transformers."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         encoded = tokenizer(texts, add_special_tokens=False)

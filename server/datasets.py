@@ -1,15 +1,15 @@
-r"""Labelled examples in JSON Lines: what training and evaluation read.
+r"""Labelled examples in JSON Lines, for training and evaluation.
 
-A row has one of three forms, and a file holds rows of one form only::
+A row has one of three formats, and all rows of a file have the same::
 
     {"prompt": "Translate to French: cheese\n", "completion": "fromage"}
     {"text": "The soup was cold.", "label": "negative"}
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
-Each of them may name a task of a multitask soft prompt with ``task_id``, an integer from 0; then all rows do.
+All rows may also have a ``task_id``, the task of a multitask soft prompt, from 0.
 
-Reading goes on after a fault, so that a file is mended in one go and not row by row. Nothing here imports a model
-library, so invalid data is reported before a model is loaded.
+All faults of a file are reported together. This module imports no model library, so that invalid data is reported
+before one is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from server.errors import ServerError
 from server.json_lines import JsonLine, kind_of, read_json_lines
 
 MAX_FAULTS = 20
-"""How many faults of one file are listed; the others are counted."""
+"""Maximum number of reported faults per file; the others are counted."""
 
 Role = Literal["system", "user", "assistant"]
 
@@ -36,9 +36,8 @@ class DatasetError(ServerError):
 
     Attributes:
         path: The file.
-        faults: (line number from 1, reason) of the first faults, in the file's order; a line number of 0 is the
-            file as a whole.
-        num_faults: How many there are in all.
+        faults: (line number from 1, reason) of the first faults, in order; line number 0 refers to the whole file.
+        num_faults: Number of all faults.
     """
 
     def __init__(self, path: Path, faults: list[tuple[int, str]], num_faults: int | None = None) -> None:
@@ -61,11 +60,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """What rows of every form have.
+    """Fields of all formats.
 
     Attributes:
         task_id: The task of a multitask soft prompt.
-        line: Where it stands in its file, from 1; 0 where it comes from none. Two rows are equal wherever they stand.
+        line: Line number in the file, from 1; 0 if it is from no file. Not compared.
     """
 
     task_id: int | None = None
@@ -74,11 +73,11 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class PromptCompletion(_Row):
-    """A text, and what the model is to write after it.
+    """A prompt and its completion.
 
     Attributes:
-        prompt: Sent as it is, as ``prompt`` of ``/v1/completions``.
-        completion: Follows without anything in between; a space that is to come first is the completion's own.
+        prompt: The field ``prompt`` of ``/v1/completions``.
+        completion: The text that follows directly, including a leading space if there is one.
     """
 
     prompt: str
@@ -87,12 +86,7 @@ class PromptCompletion(_Row):
 
 @dataclass(frozen=True, slots=True)
 class LabelledText(_Row):
-    """A text and its label.
-
-    Attributes:
-        text: What is classified.
-        label: One of a set that the file's rows span.
-    """
+    """A text and its label."""
 
     text: str
     label: str
@@ -100,10 +94,10 @@ class LabelledText(_Row):
 
 @dataclass(frozen=True, slots=True)
 class Conversation(_Row):
-    """A conversation; its last message is the assistant's, and is what is learned.
+    """A conversation that ends with the answer to learn.
 
     Attributes:
-        messages: In order; at least one before the assistant's last.
+        messages: At least two; the last one is the assistant's.
     """
 
     messages: tuple[Message, ...]
@@ -125,10 +119,10 @@ def read_examples(path: Path) -> list[Example]:
         path: JSON Lines in UTF-8.
 
     Returns:
-        The examples in the file's order, at least one, all of one form.
+        The examples in order, at least one, all of the same format.
 
     Raises:
-        DatasetError: With every fault of every line, or the reason why the file cannot be read.
+        DatasetError: With every fault, or the reason why the file cannot be read.
     """
     examples: list[Example] = []
     faults: list[tuple[int, str]] = []
@@ -156,7 +150,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def form_of(examples: list[Example]) -> type[Example]:
-    """The form of the rows of a file that was read."""
+    """The format of the rows of a file."""
     return type(examples[0])
 
 
@@ -174,7 +168,7 @@ def digest(path: Path) -> str:
 
 
 class _FaultError(Exception):
-    """Why a row is refused."""
+    """Why a row is invalid."""
 
 
 def _example(line: JsonLine) -> Example:
@@ -199,7 +193,7 @@ def _fields(row: dict[str, Any], *names: str) -> None:
     if missing := [name for name in names if name not in row]:
         raise _FaultError(f"has no {_listed(missing)}")
     if extra := set(row) - set(names) - {"task_id"}:
-        raise _FaultError(f"has {_listed(extra)} beside {_listed(names)}")
+        raise _FaultError(f"has {_listed(extra)} in addition to {_listed(names)}")
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -210,16 +204,16 @@ def _messages(value: Any) -> tuple[Message, ...]:
         if not isinstance(item, dict):
             raise _FaultError(f"messages[{place}] is not an object but {kind_of(item)}")
         if set(item) != {"role", "content"}:
-            raise _FaultError(f"messages[{place}] has {_listed(set(item))} and not 'content' and 'role'")
+            raise _FaultError(f"messages[{place}] has {_listed(set(item))} instead of 'content' and 'role'")
         if not isinstance(item["role"], str) or item["role"] not in (*_ROLES, "developer"):
-            raise _FaultError(f"messages[{place}].role is none of {', '.join(_ROLES)}")
-        # OpenAI's newer word, as in requests.
+            raise _FaultError(f"messages[{place}].role is not one of {', '.join(_ROLES)}")
+        # OpenAI's newer name of this role.
         role: Any = "system" if item["role"] == "developer" else item["role"]
         messages.append(Message(role, _text(item, "content", f"messages[{place}].content")))
     if len(messages) < 2:
         raise _FaultError("messages has fewer than two messages")
     if messages[-1].role != "assistant":
-        raise _FaultError(f"the last message is the {messages[-1].role}'s and not the assistant's")
+        raise _FaultError(f"the last message is the {messages[-1].role}'s, not the assistant's")
     return tuple(messages)
 
 
@@ -247,15 +241,15 @@ def _task(row: dict[str, Any]) -> int | None:
 def _same_form(example: Example, first: Example) -> None:
     if type(example) is not type(first):
         raise _FaultError(
-            f"of the form {FORM_NAMES[type(example)]}, where line {first.line} is of {FORM_NAMES[type(first)]}"
+            f"has the format {FORM_NAMES[type(example)]}, but line {first.line} has {FORM_NAMES[type(first)]}"
         )
     if (example.task_id is None) is not (first.task_id is None):
         has, had = ("has no", "has one") if example.task_id is None else ("has a", "has none")
-        raise _FaultError(f"{has} task_id, where line {first.line} {had}")
+        raise _FaultError(f"{has} task_id, but line {first.line} {had}")
 
 
 def _listed(names: Any) -> str:
-    """Name fields in an error: a few of them, cut to a length, and quoted so that odd characters show."""
+    """Format names for an error message: at most five, truncated and quoted."""
     shown = [ascii(name[:40]) for name in (sorted(names) if isinstance(names, set) else names)]
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     return (", ".join(shown[:5]) or "no fields") + more

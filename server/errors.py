@@ -51,34 +51,34 @@ class ServerError(Exception):
 
 
 class ConfigurationError(ServerError):
-    """The settings cannot be used as they are."""
+    """The settings are invalid."""
 
 
 class InvalidRequestError(ServerError):
-    """The request is wrong."""
+    """The request is invalid."""
 
 
 class ContextLengthError(InvalidRequestError):
-    """The text, the soft prompt and the new tokens together do not fit the model's context."""
+    """Text, soft prompt and new tokens together exceed the model's context."""
 
 
 class PayloadTooLargeError(InvalidRequestError):
-    """The body is over its size limit."""
+    """The body exceeds its size limit."""
 
 
 class MediaTypeError(InvalidRequestError):
-    """The body's content type is not one that the path takes."""
+    """The path does not support the body's content type."""
 
 
 class AuthenticationError(ServerError):
-    """No key was sent, or one that is not known."""
+    """The API key is missing or unknown."""
 
 
 class PermissionDeniedError(ServerError):
-    """The key that was sent may not do this.
+    """The API key lacks a scope.
 
     Attributes:
-        scopes: The required scopes, one of which is enough.
+        scopes: The accepted scopes; one of them is enough.
     """
 
     def __init__(self, message: str, *, scopes: Sequence[str] = ()) -> None:
@@ -87,15 +87,15 @@ class PermissionDeniedError(ServerError):
 
 
 class CrossOriginError(ServerError):
-    """A web page of another origin sent the request, and it may not."""
+    """A web page of another origin sent the request, and this origin is not allowed."""
 
 
 class MisdirectedRequestError(ServerError):
-    """The request's Host is none of the names that this server answers to."""
+    """The Host header names another server."""
 
 
 class RateLimitError(ServerError):
-    """The key that was sent is over one of its limits.
+    """The API key exceeds one of its limits.
 
     Attributes:
         is_hopeless: Whether the same request can never succeed.
@@ -107,15 +107,15 @@ class RateLimitError(ServerError):
 
 
 class PinBudgetError(ServerError):
-    """Pinned soft prompts would take more host memory than they may, the tenant's or all together."""
+    """Pinned soft prompts would exceed the host memory of the tenant or of all pins."""
 
 
 class NotFoundError(ServerError):
-    """What the request names does not exist."""
+    """The requested object does not exist."""
 
 
 class ModelNotFoundError(NotFoundError):
-    """The ``model`` field names neither the base nor a soft prompt."""
+    """The ``model`` field names neither the base model nor a soft prompt."""
 
 
 class SoftPromptNotFoundError(NotFoundError):
@@ -123,7 +123,7 @@ class SoftPromptNotFoundError(NotFoundError):
 
 
 class UnsupportedError(ServerError):
-    """A known field asks for a feature that this server does not have."""
+    """The request uses a known field that this server does not support."""
 
 
 class EngineError(ServerError):
@@ -131,11 +131,11 @@ class EngineError(ServerError):
 
 
 class EngineNotReadyError(EngineError):
-    """The engine is still loading the model, or drains before it stops."""
+    """The engine is loading the model, or draining before it stops."""
 
 
 class EngineRestartingError(EngineNotReadyError):
-    """The engine process has ended, and another is being started."""
+    """The engine process has ended and is being restarted."""
 
 
 class EngineDeadError(EngineError):
@@ -147,23 +147,23 @@ class OverloadedError(EngineError):
 
 
 class WaitTimeoutError(EngineError):
-    """The request was admitted and waited, but did not begin to run within its timeout."""
+    """The request timed out in the queue."""
 
 
 class ConstraintError(EngineError):
-    """The constraint on a request's text is wrong, too large, or cannot be satisfied; the request's own fault."""
+    """The request's constraint is malformed, too large, or cannot be satisfied; a client error."""
 
 
 class RequestRefusedError(EngineError):
-    """The request asks for what the engine can never do with its model and its memory; the request's own fault."""
+    """The engine can never serve the request with its model and memory; a client error."""
 
 
 class RequestFailedError(EngineError):
-    """The engine could not finish this one request; others are not affected."""
+    """The engine failed on this request; others are not affected."""
 
 
 class NotFiniteError(RequestFailedError):
-    """The model computed NaN or an infinity for this one request, most likely because of its soft prompt."""
+    """The model computed NaN or infinity for this request, most likely because of its soft prompt."""
 
 
 class EngineStartError(ServerError):

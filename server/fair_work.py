@@ -1,4 +1,4 @@
-"""Work in threads, shared out fairly between tenants; and what one request has cost so far."""
+"""Worker threads that are shared fairly between tenants, and the number of tokens that a request has used."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from prompt_store.types import SHARED
 T = TypeVar("T")
 
 SHORT_CHARS = 16_384
-"""Work on at most so many characters is short: it takes milliseconds."""
+"""Maximum size of short work in characters; it takes milliseconds."""
 
 _TURN_CHARS = 256
-"""What a turn costs besides its characters."""
+"""Fixed cost of a job, in characters."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What is done for one request.
+    """The work for one request.
 
     Attributes:
-        tenant: For whom.
-        num_tokens: Tokens that its texts were turned into so far, whatever becomes of it.
+        tenant: The tenant of the request.
+        num_tokens: Number of tokens that its texts were converted to so far, even if it fails later.
     """
 
     tenant: str = SHARED
@@ -40,7 +40,7 @@ _CURRENT: ContextVar[Work] = ContextVar("work")
 
 @contextmanager
 def working_for(tenant: str) -> Iterator[Work]:
-    """Do everything in the block, and in tasks that it starts, for a tenant."""
+    """Account the block, and the tasks that it starts, to a tenant."""
     work = Work(tenant)
     token = _CURRENT.set(work)
     try:
@@ -50,7 +50,7 @@ def working_for(tenant: str) -> Iterator[Work]:
 
 
 def current_work() -> Work:
-    """What is being done now; outside of every ``working_for``, work for nobody in particular."""
+    """The current work; outside of ``working_for`` it belongs to no tenant."""
     return _CURRENT.get(None) or Work()
 
 
@@ -63,10 +63,10 @@ class _Job:
 
 @dataclass(slots=True)
 class _Queue:
-    """One tenant's waiting jobs, each kind in order of arrival.
+    """The waiting jobs of one tenant, short and long ones, each in order of arrival.
 
     Attributes:
-        served: Characters that it had its turns for, counted from where it began to wait among others.
+        served: Virtual time of the tenant: characters of its started jobs.
     """
 
     served: int
@@ -75,35 +75,35 @@ class _Queue:
 
 
 class FairThreads:
-    """A few threads that tenants share. Used on one event loop only, so it needs no lock.
+    """A thread pool that tenants share. Used on one event loop only, so it needs no lock.
 
-    The next turn is that of the tenant with the fewest characters worked on since it began to wait (start-time fair
-    queueing), so a tenant with much to do only delays itself. Long work never takes the last thread: a short text
-    waits for short work only. What is cancelled while it waits is never begun.
+    The next job is that of the tenant with the fewest characters served (start-time fair queueing), so a tenant with
+    much work delays only itself. Long jobs never use the last free thread, so a short job waits for short jobs only.
+    A job that is cancelled while it waits is never started.
 
     Args:
         num_threads: At least 2.
-        name: Prefix of the threads' names.
+        name: Prefix of the thread names.
     """
 
     def __init__(self, num_threads: int, *, name: str) -> None:
         if num_threads < 2:
-            raise ValueError("one thread is kept for short work, so there have to be two")
+            raise ValueError("at least two threads are needed: one is reserved for short work")
         self._num_threads = num_threads
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
         self._queues: dict[str, _Queue] = {}
         self._now = 0
-        """``served`` of the tenant that last had a turn."""
+        """``served`` of the tenant whose job was started last."""
         self._num_arrived = 0
         self._num_running = 0
         self._num_long = 0
 
     async def run(self, function: Callable[[], T], *, size: int) -> T:
-        """Run a function in a thread, when the current tenant has its turn.
+        """Run a function in a thread, when it is the current tenant's turn.
 
         Args:
-            function: What to do; it should not take longer than its size says, for it cannot be interrupted.
-            size: Characters that it works on.
+            function: The function; it cannot be interrupted.
+            size: Number of characters that it processes.
         """
         loop = asyncio.get_running_loop()
         job = self._enqueue(current_work().tenant, size, loop)
@@ -119,7 +119,7 @@ class FairThreads:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Wait for what runs, and end the threads."""
+        """Wait for running jobs, and stop the threads."""
         self._executor.shutdown(wait=True)
 
     def _enqueue(self, tenant: str, size: int, loop: asyncio.AbstractEventLoop) -> _Job:
@@ -145,7 +145,7 @@ class FairThreads:
             job.turn.set_result(None)
 
     def _head(self, queue: _Queue) -> deque[_Job] | None:
-        """The kind of work that a tenant would begin with; None if it has nothing that may begin now."""
+        """The tenant's queue (short or long) with the next job; None if no job may start now."""
         for jobs in (queue.short, queue.long):
             while jobs and jobs[0].turn.cancelled():
                 jobs.popleft()
@@ -154,14 +154,14 @@ class FairThreads:
         return min(ready, key=lambda jobs: jobs[0].arrival, default=None)
 
     def _announce_end(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+        with suppress(RuntimeError):  # the loop has ended: no caller waits
             loop.call_soon_threadsafe(self._end, job)
 
     def _end(self, job: _Job) -> None:
         self._num_running -= 1
         self._num_long -= self._is_long(job)
         self._begin_turns()
-        if not self._num_running:  # nothing waits either: whoever comes next is equal to all others
+        if not self._num_running:  # nothing waits either: all tenants start equal again
             self._queues.clear()
             self._now = 0
 

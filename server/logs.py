@@ -1,4 +1,4 @@
-"""How the server's processes log: text for people, or one JSON object a line for machines."""
+"""Logging of the server's processes: text, or one JSON object per line."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from types import TracebackType
 from server.config import LogFormat
 
 FIELDS = "fields"
-"""Attribute of a log record with more JSON fields: ``logger.info(..., extra={FIELDS: {...}})``."""
+"""Attribute of a log record with additional JSON fields: ``logger.info(..., extra={FIELDS: {...}})``."""
 
 LEVEL_VARIABLE = "PRELUDE_LOG_LEVEL"
 FORMAT_VARIABLE = "PRELUDE_LOG_FORMAT"
 
 _LIBRARIES = ("transformers", "huggingface_hub")
-"""Those that bring a handler of their own, which would write lines of another form, or each line twice."""
+"""Libraries that install their own handlers, which would write lines in another format, or twice."""
 
-_TALKATIVE = ("httpx", "httpx2", "httpcore")
-"""Those that log every request that this process makes; it is ours that matter."""
+_VERBOSE = ("httpx", "httpx2", "httpcore")
+"""Libraries that log every HTTP request of this process at level INFO."""
 
 logger = logging.getLogger(__name__)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``pid``, ``message``, and the ``FIELDS``."""
+    """One JSON object per line: ``time`` (UTC), ``level``, ``logger``, ``pid``, ``message``, and the ``FIELDS``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one record."""
+        """Format a record as JSON."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -50,12 +50,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, form: LogFormat, *, process: str = "") -> None:
-    """Send everything that is logged to the standard error.
+    """Log to standard error.
 
     Args:
         level: Python's level name.
-        form: How each line looks.
-        process: A word that marks a text line as another process's.
+        form: Format of a line.
+        process: Name of the process in text lines.
     """
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
@@ -70,19 +70,19 @@ def configure(level: str, form: LogFormat, *, process: str = "") -> None:
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
-    for name in _TALKATIVE:
+    for name in _VERBOSE:
         logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.WARNING)
 
 
 def variables() -> dict[str, str]:
-    """The variables by which another process of the server logs as this one does."""
+    """Environment variables that make a child process log as this process does."""
     root = logging.getLogger()
     is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in root.handlers)
     return {LEVEL_VARIABLE: logging.getLevelName(root.level), FORMAT_VARIABLE: "json" if is_json else "text"}
 
 
 def configure_from_variables(process: str) -> None:
-    """Log as the process does that has started this one."""
+    """Log as the parent process does; see ``variables``."""
     form: LogFormat = "json" if os.environ.get(FORMAT_VARIABLE) == "json" else "text"
     configure(os.environ.get(LEVEL_VARIABLE, "INFO"), form, process=process)
 
@@ -91,4 +91,4 @@ def _log_crash(kind: type[BaseException], error: BaseException, traceback: Trace
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
     else:
-        logger.critical("the process ends by an error", exc_info=(kind, error, traceback))
+        logger.critical("the process ends with an unhandled exception", exc_info=(kind, error, traceback))

@@ -115,7 +115,7 @@ class Metrics:
         self._registry.register(_ScrapeCollector(read_stats, read_store))
 
     def count_request(self, prompt_name: str | None, outcome: str) -> None:
-        """An admitted request has ended; ``prompt_name`` is None for the bare base."""
+        """Count an admitted request that has ended; ``prompt_name`` is None for the base model."""
         label = self._prompt_label(prompt_name)
         self._outcomes.setdefault(label, set()).add(outcome)
         self._requests.labels(label, outcome).inc()
@@ -125,32 +125,32 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def count_key_reload(self, outcome: str) -> None:
-        """The API key file was read again: ``success`` or ``failure``."""
+        """Count a reload of the API key file: ``success`` or ``failure``."""
         self._key_reloads.labels(outcome).inc()
 
     def observe_first_token(self, seconds: float) -> None:
-        """A request's first token came this long after its arrival."""
+        """Observe the time from a request's arrival to its first token."""
         self._first_token.observe(seconds)
 
     def observe_inter_token(self, seconds: float) -> None:
-        """A sequence's next token came this long after the one before."""
+        """Observe the time between two tokens of a sequence."""
         self._inter_token.observe(seconds)
 
     def observe_request(self, seconds: float) -> None:
-        """A request ran to its end in this time."""
+        """Observe the duration of a completed request."""
         self._request.observe(seconds)
 
     def observe_phases(self, queue_seconds: float, prefill_seconds: float) -> None:
-        """A sequence has its first token, after it waited and then ran for so long."""
+        """Observe the queue and prefill times of a sequence, at its first token."""
         self._queue_time.observe(queue_seconds)
         self._prefill_time.observe(prefill_seconds)
 
     def observe_decode(self, seconds: float) -> None:
-        """A sequence's last token came this long after its first."""
+        """Observe the time from a sequence's first token to its last."""
         self._decode_time.observe(seconds)
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """The exposition and its content type: OpenMetrics where ``accept`` asks for it. Reads the store."""
+        """The exposition and its content type: OpenMetrics if ``accept`` requests it. Reads the store."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
@@ -300,7 +300,7 @@ def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
         "Duration of one load into host memory, or from another tier.",
         labels=["tier"],
     )
-    if host.load_seconds_buckets:  # else the engine has not begun
+    if host.load_seconds_buckets:  # empty until the engine has started
         seconds.add_metric(["host"], _buckets(host.load_seconds_buckets), host.load_seconds_sum)
     for tier in store.tiers:
         seconds.add_metric([tier.tier], _buckets(tier.load_seconds_buckets), tier.load_seconds_sum)
@@ -308,7 +308,7 @@ def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
 
 
 def _buckets(counts: Iterable[tuple[float, int]]) -> list[tuple[str, float]]:
-    """Cumulative counts as Prometheus writes them."""
+    """Format cumulative counts for Prometheus."""
     return [
         (floatToGoString(bound), float(count))  # type: ignore[no-untyped-call]
         for bound, count in counts

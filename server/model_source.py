@@ -1,7 +1,7 @@
-"""Whether there is such a model, found out once and within seconds, before anything slow is started.
+"""Check once, within seconds and before anything slow is started, that a model exists.
 
-transformers looks for each of a model's files by itself and tries again and again where the hub does not answer: a
-mistyped name took more than a minute to be reported, by two processes.
+transformers looks up each file separately and retries if the hub does not answer: two processes needed more than a
+minute to report a mistyped name.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _MODEL_CONFIG = "config.json"
 
 _ANSWER_SECONDS = 5.0
-_PATIENCE_SECONDS = 10.0
-"""For all of it. The lookup of a host name has no timeout that could be set."""
+_CHECK_SECONDS = 10.0
+"""Timeout of the whole check. The lookup of a host name has no configurable timeout."""
 
 _MAX_FOLDERS = 200
 
@@ -39,18 +39,18 @@ _LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 
 
 class _UnreachableError(Exception):
-    """The hub gave no answer; the text says why."""
+    """The hub does not answer; the message is the reason."""
 
 
 def locate(model: str, revision: str | None = None) -> str:
-    """What to load for ``--model``: itself, or the copy in the hub's cache where the hub cannot be reached.
+    """What to load for ``--model``: the same name, or the cached copy if the hub cannot be used.
 
     Args:
         model: A hub id, or a directory that transformers can load.
         revision: The hub revision.
 
     Raises:
-        ConfigurationError: If there is no such model, as far as can be found out; the text says what to do.
+        ConfigurationError: If the model does not exist, as far as can be checked; the message says what to do.
     """
     if not model.strip():
         raise ConfigurationError("--model is empty: give a hub id (owner/name), or a directory")
@@ -65,7 +65,7 @@ def locate(model: str, revision: str | None = None) -> str:
         raise ConfigurationError(f"the model {model[:200]!r} cannot be read: {reason}") from error
     if is_file:
         raise ConfigurationError(
-            f"the model {model!r} is a file: give the directory that holds it and {_MODEL_CONFIG}"
+            f"the model {model!r} is a file: give the directory that contains it and {_MODEL_CONFIG}"
         )
     if _is_path(model):
         raise ConfigurationError(f"the model {model!r} does not exist: no such directory")
@@ -87,7 +87,7 @@ def _check_directory(path: Path) -> None:
     text = f"the model's directory {path} has no {_MODEL_CONFIG}"
     if (path / CONFIG_FILE).is_file():
         raise ConfigurationError(
-            f"{text}: it is an adapter. Serve the model that it was trained on, and upload it by prelude push {path}"
+            f"{text}: it is an adapter. Serve its base model, and upload the adapter with prelude push {path}"
         )
     inner = sorted(folder for folder in islice(path.iterdir(), _MAX_FOLDERS) if (folder / _MODEL_CONFIG).is_file())
     if inner:
@@ -112,7 +112,7 @@ def _on_the_hub(model: str, revision: str | None) -> str:
             f"({constants.HF_HUB_CACHE}). Give a directory, or unset HF_HUB_OFFLINE to look it up"
         )
     try:
-        _ask_hub(hf_hub_url(model, _MODEL_CONFIG, revision=revision))
+        _check_hub(hf_hub_url(model, _MODEL_CONFIG, revision=revision))
     except GatedRepoError as error:
         if found is not None:
             logger.warning("the model %s is gated and this account may not read it; loading the cached copy", named)
@@ -138,24 +138,24 @@ def _on_the_hub(model: str, revision: str | None) -> str:
     return model
 
 
-def _ask_hub(url: str) -> None:
-    """Ask for a file's headers; raises what the hub answers, or _UnreachableError where it does not."""
+def _check_hub(url: str) -> None:
+    """Request the headers of a file; raises the hub's error, or _UnreachableError without an answer."""
     answers: SimpleQueue[Exception | None] = SimpleQueue()
 
     def ask() -> None:
         try:
             get_hf_file_metadata(url, timeout=_ANSWER_SECONDS)
-        except Exception as error:  # which ones there are depends on the HTTP library that huggingface_hub has
+        except Exception as error:  # the types depend on the HTTP library that huggingface_hub uses
             answers.put(error)
         else:
             answers.put(None)
 
-    # A daemon: a lookup of the host's name that hangs must not keep the process from ending.
+    # A daemon thread, so that a hanging lookup of the host name does not keep the process alive.
     threading.Thread(target=ask, name="ask the hub", daemon=True).start()
     try:
-        error = answers.get(timeout=_PATIENCE_SECONDS)
+        error = answers.get(timeout=_CHECK_SECONDS)
     except Empty:
-        raise _UnreachableError(f"no answer within {_PATIENCE_SECONDS:.0f} s") from None
+        raise _UnreachableError(f"no answer within {_CHECK_SECONDS:.0f} s") from None
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
         raise error
     if error is not None:

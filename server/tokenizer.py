@@ -1,4 +1,4 @@
-"""The base model's tokenizer and chat template. The work is done in Rust, outside the GIL, and off the event loop."""
+"""The base model's tokenizer and chat template, run in threads; the work is done in Rust, without the GIL."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from server.errors import ContextLengthError, EngineStartError, InvalidRequestEr
 from server.fair_work import SHORT_CHARS, FairThreads, current_work
 
 _MAX_TEMPLATE_WORDS = 500
-"""Characters of what a template says when it fails; it may quote the conversation."""
+"""Maximum length of a template's error message in characters; it may quote the conversation."""
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes as (GPT-2's ``bytes_to_unicode``), and their bytes."""
+    """The inverse of GPT-2's ``bytes_to_unicode``: the byte of each character in a byte-level vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
@@ -30,13 +30,13 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 _INFO_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
-"""Reported settings of a tokenizer's configuration besides its class, special tokens and template."""
+"""Reported settings of a tokenizer besides its class, special tokens and template."""
 
 _NUM_THREADS = 2
-"""One for long texts and one that short ones always find; more would take cores from a CPU engine."""
+"""One for long texts, and one reserved for short ones; more would take cores from a CPU engine."""
 
 _CHARS_PER_TOKEN = 6
-"""More than most texts have."""
+"""An upper estimate for most texts."""
 
 _TORN_TOKENS = 64
 """How many tokens a truncated prefix may differ by at its end from the same prefix inside the full text."""
@@ -57,10 +57,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model: str, *, revision: str | None = None) -> Tokenizer:
-        """Load the tokenizer of a hub id or a directory; blocks. Code that came with the model is never run.
+        """Load the tokenizer of a hub id or a directory; blocks. Code of the model is never run.
 
         Raises:
-            EngineStartError: If there is none that can be loaded.
+            EngineStartError: If the tokenizer cannot be loaded.
         """
         try:
             return cls(AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False))
@@ -69,24 +69,24 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model came with a chat template."""
+        """Whether the model has a chat template."""
         return bool(self._tokenizer.chat_template)
 
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
     ) -> list[list[int]]:
-        """Texts to token ids, a few at a time, so that others have their turns in between.
+        """Encode texts in small batches, so that the work of other requests is not delayed.
 
         Args:
-            texts: What to encode.
-            add_special_tokens: Whether to add what the model expects around a text.
-            most: Tokens that a text may have. A much longer one is refused by its beginning, for a megabyte takes a
-                second.
-            field: The request's field that the texts are from.
+            texts: The texts.
+            add_special_tokens: Whether to add the model's special tokens.
+            most: Maximum number of tokens of a text. A much longer text is rejected by its beginning, because
+                encoding a megabyte takes a second.
+            field: The request field of the texts, for the error message.
 
         Raises:
-            ContextLengthError: If a text has more than ``most`` tokens, and this was found before all of it, or of
-                the texts, was encoded. The caller still has to look at the rest.
+            ContextLengthError: If a text is found to have more than ``most`` tokens before all is encoded. The caller
+                must check the lengths of the result.
         """
         encoded: list[list[int]] = []
         for batch in _batches(texts):
@@ -114,15 +114,15 @@ class Tokenizer:
     async def encode_labels(
         self, context: Context, labels: Sequence[str], *, add_special_tokens: bool
     ) -> tuple[list[int], list[list[int]]]:
-        """The tokens of labels as a text's continuation: see ``ContinuationEncoder``.
+        """Encode labels as continuations of a text; see ``ContinuationEncoder.encode_labels``.
 
         Args:
             context: The text.
-            labels: What may continue it.
-            add_special_tokens: As for ``encode``; of the text alone.
+            labels: The labels.
+            add_special_tokens: Whether to add the model's special tokens to the text.
 
         Returns:
-            The tokens of the text, which may have lost the spaces at its end to the labels; and those of each label.
+            The tokens of the text, which may have lost trailing spaces to the labels, and the tokens of each label.
         """
 
         def encode() -> tuple[list[int], list[list[int]]]:
@@ -138,7 +138,7 @@ class Tokenizer:
         return text_ids, token_ids
 
     async def _refuse_by_beginning(self, text: str, most: int, field: str) -> None:
-        """Encode more and more of a text for as long as that is little beside the whole."""
+        """Reject a text that is much too long by encoding only its beginning, in growing parts."""
         length = _CHARS_PER_TOKEN * (most + _TORN_TOKENS)
         while length <= len(text) // 2:
             (ids,) = await self._encode([text[:length]], add_special_tokens=False)
@@ -159,11 +159,11 @@ class Tokenizer:
         needs_tools: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the model's own template writes it, by default ready for the assistant's answer.
+        """Format a conversation with the model's chat template, by default up to the start of the answer.
 
         Raises:
-            InvalidRequestError: If the template refuses the conversation or fails on it, or does not show tools that
-                it has to.
+            InvalidRequestError: If the template rejects the conversation or fails on it, or ignores tools although
+                ``needs_tools`` is set.
         """
 
         def render(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -180,8 +180,8 @@ class Tokenizer:
             try:
                 text = render(tools)
                 shows_tools = not (tools and needs_tools) or text != render(())
-                text.encode()  # a template can write what is no text, and no tokenizer takes that
-            except Exception as error:  # a template is a program, and raises whatever programs raise
+                text.encode()  # a template may produce half of a surrogate pair
+            except Exception as error:  # a template is a program and can raise anything
                 raise InvalidRequestError(_words_of(error), param="messages") from error
             if not shows_tools:
                 raise InvalidRequestError(
@@ -194,14 +194,14 @@ class Tokenizer:
         return await self._threads.run(work, size=_num_chars([*turns, *tools]))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Token ids to text.
+        """Decode token ids.
 
-        Bytes that are no character are replaced one by one, as SentencePiece does it. The tokenizers library
-        replaces all bytes in a row if one of them is wrong, also those of characters that were shown long ago.
+        Invalid bytes are replaced one by one, as in SentencePiece. The tokenizers library replaces all adjacent bytes
+        if one of them is invalid, including those of characters that were already streamed.
         """
         if skip_special_tokens:
             token_ids = [token_id for token_id in token_ids if token_id not in self.special_tokens]
-        # No clean-up of spaces: it changes text that was shown already, when the next token comes.
+        # Cleaning up spaces would change text that was already streamed.
         text = self._tokenizer.decode(
             self._byte_fallback.repaired(token_ids),
             skip_special_tokens=skip_special_tokens,
@@ -210,11 +210,11 @@ class Tokenizer:
         return str(text)
 
     def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
-        """What one token adds to a text, special tokens included; it may be a part of a character.
+        """The bytes that a token adds to a text, maybe part of a character. Special tokens are included.
 
         Args:
-            token_id: Which token.
-            begins_text: Whether nothing stands before it. Many decoders leave out the space that a text begins with.
+            token_id: The token.
+            begins_text: Whether it is the first token. Many decoders remove the space at the beginning of a text.
         """
         key = token_id, begins_text
         known = self._token_bytes.get(key)
@@ -225,7 +225,7 @@ class Tokenizer:
     def _find_bytes(self, token_id: int, *, begins_text: bool) -> bytes:
         text = self.decode([token_id], skip_special_tokens=False)
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(piece, str):  # a row of the logits that no token has
+        if not isinstance(piece, str):  # a logit without a token
             return text.encode()
         if REPLACEMENT in text:
             byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
@@ -240,7 +240,7 @@ class Tokenizer:
 
     @cached_property
     def _word(self) -> int | None:
-        """A token that shows a letter or a digit; what stands behind it does not begin a text."""
+        """A token of letters or digits, to decode other tokens after it."""
         for token_id in range(len(self._tokenizer)):
             if token_id not in self.special_tokens:
                 text = self.decode([token_id], skip_special_tokens=False)
@@ -256,12 +256,12 @@ class Tokenizer:
         return special | dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True))
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
-        """The vocabulary's own text of each token; empty for ids that no token has."""
+        """The entry of each token in the vocabulary; empty for ids without a token."""
         return [text or "" for text in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
 
     @property
     def info(self) -> dict[str, object]:
-        """The tokenizer's configuration, as far as it matters to who writes its text; no path of this machine."""
+        """The part of the tokenizer's configuration that clients need; no paths of this machine."""
         tokenizer = self._tokenizer
         kept = {key: tokenizer.init_kwargs[key] for key in _INFO_KEYS if key in tokenizer.init_kwargs}
         special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -271,17 +271,17 @@ class Tokenizer:
             **special,
             "tokenizer_class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),
-            # Some models come with several by name; the one that is used without a choice is the default.
+            # Some models have several named templates; the default is the one that requests use.
             "chat_template": template.get("default") if isinstance(template, dict) else template,
         }
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._threads.close()
 
 
 def _num_chars(value: object) -> int:
-    """The characters of all strings in a JSON value; a template may write any of them."""
+    """Number of characters of all strings in a JSON value; a template may use any of them."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
@@ -301,7 +301,7 @@ def _words_of(error: Exception) -> str:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in order, in lists that are short work; a long text is alone."""
+    """Group texts, in order, into batches that are short work; a long text is a batch of its own."""
     batch: list[str] = []
     size = 0
     for text in texts:

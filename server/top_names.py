@@ -1,4 +1,4 @@
-"""The names that are used the most now, among any number of names, in memory of fixed size."""
+"""The most used names among any number of names, in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import time
 from collections.abc import Callable
 
 HALF_LIFE_SECONDS = 600.0
-"""After this time a use counts half."""
+"""Time after which a use counts half."""
 
 _CANDIDATES = 4
-"""Names that are counted without being among the top, for each place there."""
+"""Number of other names to count, in multiples of ``size``."""
 
 _MARGIN = 2.0
-"""How much more a name has to be used than the one whose place it takes: two equals do not take turns."""
+"""Factor by which a name must be used more than the one that it replaces, so that equals do not alternate."""
 
 _MOST_HALF_LIVES = 500
 
 
 class TopNames:
-    """Keeps the most used names, each use counting less the longer ago it was (forward decay).
+    """The most used names, with uses weighted by age (forward decay).
 
-    A name that is used gets a free place at once. Where there is none it is counted, and takes the place of the least
-    used name when it is used twice as much as that one.
+    A name gets a free place at its first use. If no place is free, it is counted, and replaces the least used name
+    once it is used twice as much.
 
     Args:
-        size: How many names.
-        clock: Seconds that never go back.
-        half_life: Seconds after which a use counts half.
+        size: Number of places.
+        clock: A monotonic clock, in seconds.
+        half_life: Time after which a use counts half, in seconds.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TopNames:
         """Count a use.
 
         Returns:
-            The name that lost its place to this one, if one did.
+            The name that was replaced by this one, if any.
         """
         if not self._size:
             return None
@@ -65,15 +65,15 @@ class TopNames:
         return None
 
     def _remember(self, name: str, count: float) -> None:
-        """Go on counting a name without a place, instead of the least used one; of equals the oldest goes."""
+        """Count a name without a place; if there are too many, forget the least used one, the oldest of equals."""
         if len(self._candidates) >= _CANDIDATES * self._size:
             del self._candidates[min(self._candidates, key=self._candidates.__getitem__)]
         self._candidates[name] = count
 
     def _weight(self) -> float:
-        """What a use counts now: what later ones count more is what earlier ones have decayed."""
+        """The weight of a use now. It grows with time, instead of decaying earlier counts."""
         half_lives = (self._clock() - self._began) / self._half_life
-        if half_lives > _MOST_HALF_LIVES:  # before the numbers become too large
+        if half_lives > _MOST_HALF_LIVES:  # rescale before the weights overflow
             for counts in (self._top, self._candidates):
                 for name in counts:
                     counts[name] *= 2.0**-half_lives

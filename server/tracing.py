@@ -1,8 +1,8 @@
-"""OpenTelemetry spans of requests, with the attributes of its GenAI conventions and never a text.
+"""OpenTelemetry spans of requests, with the attributes of the GenAI conventions. They contain no text.
 
-A span is written when its request has ended, from the same record as the line in the log: a server span, and in it
-``queue``, ``prefill`` and ``decode`` as far as the request came. Attributes: https://opentelemetry.io/docs/specs/semconv/gen-ai/,
-with vLLM's ``gen_ai.latency.*`` for what the conventions have no name for.
+The spans are written when a request has ended, from the same record as its log line: a server span, with the children
+``queue``, ``prefill`` and ``decode`` as far as the request got. The attributes are those of
+https://opentelemetry.io/docs/specs/semconv/gen-ai/, and vLLM's ``gen_ai.latency.*`` for latencies.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _NANOSECONDS = 10**9
 
 
 class RequestTracer:
-    """Writes the spans of requests for models; others, such as probes and uploads, have none.
+    """Writes the spans of requests that use the model; others, such as uploads, have none.
 
     Args:
-        processor: What spans are handed to.
+        processor: Receives the spans.
     """
 
     def __init__(self, processor: SpanProcessor) -> None:
@@ -43,13 +43,13 @@ class RequestTracer:
 
     @classmethod
     def to(cls, endpoint: str) -> RequestTracer:
-        """One that sends spans to a collector, in batches and from a thread of its own.
+        """Create a tracer that sends spans to a collector, in batches from a separate thread.
 
         Args:
-            endpoint: Where OTLP over HTTP is taken, such as ``http://127.0.0.1:4318/v1/traces``.
+            endpoint: URL for OTLP over HTTP, such as ``http://127.0.0.1:4318/v1/traces``.
 
         Raises:
-            ConfigurationError: If OpenTelemetry is not installed, or the endpoint is no URL.
+            ConfigurationError: If OpenTelemetry is not installed, or the endpoint is not a URL.
         """
         if not has_opentelemetry:
             raise ConfigurationError(
@@ -79,11 +79,11 @@ class RequestTracer:
         span.end(_at(record, record.started + (record.total_seconds or 0.0)))
 
     def close(self) -> None:
-        """Send what has not been sent, for some seconds at most."""
+        """Send the remaining spans, for at most a few seconds."""
         self._provider.shutdown()
 
     def _add_phases(self, record: RequestRecord, parent: Span) -> None:
-        """What the engine did, around the moment at which its first output came."""
+        """Add the spans of the engine's phases, relative to the time of the first output."""
         first = record.first_output
         if first is None:
             return
@@ -101,7 +101,7 @@ class RequestTracer:
 
 
 def _at(record: RequestRecord, moment: float) -> int:
-    """A moment of the monotonic clock in Unix nanoseconds, by the request's beginning."""
+    """Convert a time of the monotonic clock to Unix nanoseconds."""
     return int((record.started_at + moment - record.started) * _NANOSECONDS)
 
 

@@ -114,7 +114,7 @@ def test_what_the_hub_refuses(hub, status, code, words):
 
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
-    monkeypatch.setattr(model_source, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(model_source, "_CHECK_SECONDS", 0.05)
     hub.hangs = True
     assert "cannot be reached (no answer within 0 s)" in refused("org/name")
 

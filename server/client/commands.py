@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False)
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 _PROGRESS_BYTES = 8 * 1024 * 1024
-"""Smaller files need no progress bar."""
+"""Minimum size of a transfer to show a progress bar."""
 
 
 class ExitStatus(IntEnum):
@@ -110,7 +110,7 @@ def push(
         what = "an archive: unpack it, and give" if is_archive(directory) else "a file: give"
         raise typer.BadParameter(f"{directory} is {what} the directory that save_pretrained() wrote")
     sizes = [path.stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE) if (path := directory / file).is_file()]
-    with serving(url, api_key, as_json=as_json) as client, _progress("sending", sum(sizes)) as on_bytes:
+    with serving(url, api_key, as_json=as_json) as client, _progress("uploading", sum(sizes)) as on_bytes:
         version, created = client.push(
             directory,
             name=name,
@@ -141,7 +141,7 @@ def pull(
     ref = _ref(target)
     with serving(url, api_key, as_json=as_json) as client:
         version = client.version(ref)
-        with _progress("receiving", version["size"]) as on_bytes:
+        with _progress("downloading", version["size"]) as on_bytes:
             client.pull(version, directory, force=force, on_bytes=on_bytes)
     answer(version, as_json, f"{version['id']}@{version['version']} is in {directory}")
 
@@ -278,7 +278,7 @@ def status_of(error: ClientError) -> ExitStatus:
 
 @contextmanager
 def serving(url: str, api_key: str | None, *, as_json: bool) -> Iterator[PreludeClient]:
-    """Yield a client. An error is printed in one line, or one per fault of refused files, and ends the command."""
+    """Yield a client. An error is printed in one line, or one per fault of rejected files, and ends the command."""
     try:
         with PreludeClient(url, api_key=api_key) as client:
             yield client

@@ -14,30 +14,32 @@ import httpx
 
 from prompt_store.durable import replace_file
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef
-from server.client.peft_directory import what_is_wrong
+from server.client.peft_directory import explain_directory
 
 _PAGE = 200
 _TIMEOUT_SECONDS = 60.0
 _ENGINE_SECONDS = 600.0
-"""For what the engine does, of which a multitask prompt may need a good deal."""
+"""Timeout of requests that the engine works on; a multitask prompt can take long."""
 _CHUNK_BYTES = 1024 * 1024
 
-_HOW_TO_START = "Start a server by prelude demo or prelude serve --model M, or say where one is: --url or PRELUDE_URL"
-_GIVE_KEY = "Give a key: --api-key or PRELUDE_API_KEY"
-_OTHER_KEY = "The key that was sent is from --api-key or PRELUDE_API_KEY"
+_HOW_TO_START = (
+    "Start a server with prelude demo or prelude serve --model M, or give its address by --url or PRELUDE_URL"
+)
+_GIVE_KEY = "Give a key by --api-key or PRELUDE_API_KEY"
+_OTHER_KEY = "The sent key is from --api-key or PRELUDE_API_KEY"
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes sent or received since the last call."""
 
 
 class ClientError(Exception):
-    """The server refused, or could not be reached, or a file here stands in the way; the text is one line for people.
+    """The server cannot be reached or sends an error, or a local file cannot be used; the message is one line.
 
     Attributes:
-        status: The HTTP status, or None where no answer came.
-        code: The server's ``error.code``; ``unreachable``, ``usage`` or ``local`` where it did not answer.
-        faults: (code, message) of every fault of refused files, else empty.
-        body: The error in the API's shape: the server's own where it sent one.
+        status: The HTTP status; None without a response.
+        code: The server's ``error.code``; ``unreachable``, ``usage`` or ``local`` without a response.
+        faults: (code, message) of every fault of rejected files.
+        body: The error in the API's format: the server's own if it sent one.
     """
 
     def __init__(
@@ -58,14 +60,14 @@ class ClientError(Exception):
 
 
 class _Counted:
-    """A file that tells how much of it has been read; everything else is the file's own."""
+    """A file that reports how much of it has been read."""
 
     def __init__(self, file: IO[bytes], on_bytes: OnBytes) -> None:
         self._file = file
         self._on_bytes = on_bytes
 
     def read(self, size: int = -1) -> bytes:
-        """Read, and tell."""
+        """Read, and report the number of bytes."""
         data = self._file.read(size)
         self._on_bytes(len(data))
         return data
@@ -75,14 +77,14 @@ class _Counted:
 
 
 class PreludeClient:
-    """Talks to one server. Every method raises ClientError if the server refuses or cannot be reached.
+    """Client of one server. Every method raises ClientError if the server answers with an error or not at all.
 
     Args:
-        url: Where it is, such as ``http://127.0.0.1:8000``.
-        api_key: Sent with every request, if given.
+        url: URL of the server, such as ``http://127.0.0.1:8000``.
+        api_key: API key, sent with every request.
 
     Raises:
-        ClientError: If the URL is none of http or https, or no header can carry the key.
+        ClientError: If the URL is not an http or https URL, or the key cannot be sent in a header.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
@@ -115,20 +117,10 @@ class PreludeClient:
         task_type: str | None = None,
         on_bytes: OnBytes = lambda _: None,
     ) -> tuple[dict[str, Any], bool]:
-        """Upload a PEFT directory, streamed from the disk; returns the version, and whether it is new.
+        """Upload a PEFT directory, streamed from disk; the options are those of ``prelude push``.
 
-        Args:
-            directory: Where the two files are.
-            name: The soft prompt's name.
-            alias: Alias to move, instead of latest.
-            description: Free text.
-            tags: Words to list by.
-            metadata: A JSON object, as text.
-            lineage: A JSON object, as text.
-            shared: For every tenant, which takes a key with the scope admin.
-            allow_other_base: Although it names another base than the served one.
-            task_type: Task type, if the adapter's configuration does not state it.
-            on_bytes: Told of the files' bytes as they are sent.
+        Returns:
+            The version, and whether it is new.
 
         Raises:
             ClientError: Also if a file is missing.
@@ -159,39 +151,37 @@ class PreludeClient:
         force: bool = False,
         on_bytes: OnBytes = lambda _: None,
     ) -> None:
-        """Download a version's files, byte for byte as they were uploaded; all of them, or none.
-
-        A file that is there already and is the same is left alone.
+        """Download the files of a version, byte for byte as they were uploaded; all of them or none.
 
         Args:
-            version: The server's record of it.
+            version: The server's record of the version.
             directory: Target directory; created if missing.
             force: Overwrite files that differ.
-            on_bytes: Told of the files' bytes as they come.
+            on_bytes: Called with the number of received bytes.
 
         Raises:
-            ClientError: Also if a different file is there, the disk cannot be written, or what came is not what the
-                record says.
+            ClientError: Also if a different file exists, a file cannot be written, or a digest differs from the
+                record.
         """
         files = {file["filename"]: file for file in version["files"]}
         # Known names only: a name from a server must not choose a path here.
-        wanted = {directory / name: files[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in files}
+        targets = {directory / name: files[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in files}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            missing = {path: file for path, file in wanted.items() if not _is_same(path, file["sha256"])}
+            missing = {path: file for path, file in targets.items() if not _is_same(path, file["sha256"])}
             different = [str(path) for path in missing if path.exists()]
             if different and not force:
                 raise ClientError(f"{' and '.join(different)} would be overwritten; use --force")
-            with ExitStack() as stack:  # no file is replaced before all have come
+            with ExitStack() as stack:  # files are replaced only after all have arrived
                 for path, file in missing.items():
                     self._download(version, file, stack.enter_context(replace_file(path)), on_bytes)
         except OSError as error:
             raise _local(error.filename or directory, error) from error
 
-    # Looking
+    # Reading
 
     def prompts(self, *, tag: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """All soft prompts with a tag, page by page; at most ``limit``."""
+        """Soft prompts with a tag, at most ``limit``, fetched page by page."""
         params: dict[str, str | int] = {"tag": tag} if tag is not None else {}
         while limit is None or limit > 0:
             params["limit"] = _PAGE if limit is None else min(limit, _PAGE)
@@ -203,7 +193,7 @@ class PreludeClient:
             limit = None if limit is None else limit - len(page["data"])
 
     def prompt(self, name: str) -> dict[str, Any]:
-        """A soft prompt with its aliases."""
+        """The record of a soft prompt, with its aliases."""
         return _object(self._send("GET", f"/v1/prompts/{name}"))
 
     def version(self, ref: PromptRef) -> dict[str, Any]:
@@ -219,7 +209,7 @@ class PreludeClient:
         return _object(self._send("GET", f"/v1/prompts/{ref.name}/versions/{number}"))
 
     def model(self, name: str) -> dict[str, Any]:
-        """What a request's ``model`` may name: the base, or a soft prompt."""
+        """The entry of the base model or a soft prompt in ``/v1/models``."""
         return _object(self._send("GET", f"/v1/models/{quote(name)}"))
 
     def versions(self, name: str, *, limit: int) -> dict[str, Any]:
@@ -227,29 +217,29 @@ class PreludeClient:
         return _object(self._send("GET", f"/v1/prompts/{name}/versions", params={"limit": limit}))
 
     def history(self, name: str, *, limit: int) -> dict[str, Any]:
-        """The newest changes of a name."""
+        """The newest changes of a name's aliases and versions."""
         return _object(self._send("GET", f"/v1/prompts/{name}/history", params={"limit": limit}))
 
     def inspect(self, ref: PromptRef, *, top_k: int | None, task_id: int | None) -> dict[str, Any]:
-        """Norms and near tokens of a soft prompt."""
+        """Norms of a soft prompt, and the tokens nearest to its rows."""
         params = _without_nones(version=ref.version, alias=ref.alias, top_k=top_k, task_id=task_id)
         path = f"/v1/prompts/{ref.name}/inspect"
         return _object(self._send("GET", path, params=params, timeout=_ENGINE_SECONDS))
 
-    # Asking
+    # Requests to the model
 
     def models(self) -> list[dict[str, Any]]:
-        """Everything that ``model`` may name; the base first."""
+        """All entries of ``/v1/models``; the base model is first."""
         models: list[dict[str, Any]] = _object(self._send("GET", "/v1/models"))["data"]
         return models
 
     def tokenize(self, body: Mapping[str, Any]) -> list[int]:
-        """The token ids of a text (``prompt``) or of a conversation (``messages``), as a request would have them."""
+        """The token ids of a text (``prompt``) or a conversation (``messages``)."""
         token_ids: list[int] = _object(self._send("POST", "/tokenize", json=body))["tokens"]
         return token_ids
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A completion, not streamed."""
+        """Generate a completion, without streaming."""
         return _object(self._send("POST", "/v1/completions", json=body, timeout=_ENGINE_SECONDS))
 
     # Changing
@@ -260,12 +250,12 @@ class PreludeClient:
         return _object(self._send("PUT", f"/v1/prompts/{name}/aliases/{alias}", json=body))
 
     def rollback(self, name: str, alias: str, *, expected: int | None) -> dict[str, Any]:
-        """Point an alias back at what it pointed at before."""
+        """Point an alias back at its previous version."""
         body = _without_nones(expected_version=expected)
         return _object(self._send("POST", f"/v1/prompts/{name}/aliases/{alias}/rollback", json=body))
 
     def warm(self, ref: PromptRef, *, task_id: int | None, pin: bool | None) -> dict[str, Any]:
-        """Bring a soft prompt onto the device, and pin it or end its pin."""
+        """Load a soft prompt onto the device, and pin or unpin it."""
         body = _without_nones(version=ref.version, alias=ref.alias, task_id=task_id, pin=pin)
         return _object(self._send("POST", f"/v1/prompts/{ref.name}/warm", json=body, timeout=_ENGINE_SECONDS))
 
@@ -274,7 +264,7 @@ class PreludeClient:
         path = f"/v1/prompts/{name}" if version is None else f"/v1/prompts/{name}/versions/{version}"
         return _object(self._send("DELETE", path))
 
-    # Inside
+    # Helpers
 
     def _download(
         self, version: Mapping[str, Any], file: Mapping[str, Any], output: BinaryIO, on_bytes: OnBytes
@@ -285,7 +275,7 @@ class PreludeClient:
             with self._http.stream("GET", self._url + path) as response:
                 if not response.is_success:
                     response.read()
-                    raise self._refusal(response)
+                    raise self._error_of(response)
                 for chunk in response.iter_bytes(_CHUNK_BYTES):
                     digest.update(chunk)
                     output.write(chunk)
@@ -294,8 +284,8 @@ class PreludeClient:
             raise self._unreachable(error) from error
         if digest.hexdigest() != file["sha256"]:
             raise ClientError(
-                f"what came as {file['filename']} is not what the server's record says: "
-                f"sha256 {digest.hexdigest()}, not {file['sha256']}"
+                f"the received {file['filename']} does not match the server's record: "
+                f"its SHA-256 is {digest.hexdigest()}, not {file['sha256']}"
             )
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
@@ -305,7 +295,7 @@ class PreludeClient:
             raise self._unreachable(error) from error
         if response.is_success:
             return response
-        raise self._refusal(response)
+        raise self._error_of(response)
 
     def _unreachable(self, error: Exception) -> ClientError:
         reason = str(error) or type(error).__name__
@@ -313,7 +303,7 @@ class PreludeClient:
             reason += f". {_HOW_TO_START}"
         return ClientError(f"{self._url} cannot be reached: {reason}", code="unreachable")
 
-    def _refusal(self, response: httpx.Response) -> ClientError:
+    def _error_of(self, response: httpx.Response) -> ClientError:
         try:
             body = response.json()
             error = body["error"]
@@ -321,7 +311,7 @@ class PreludeClient:
             details = error.get("details") if code == "invalid_prompt" else None
             faults = [(str(fault["code"]), str(fault["message"])) for fault in details or ()]
         except (ValueError, KeyError, TypeError, AttributeError):
-            return _stranger(response)
+            return _not_prelude(response)
         if response.status_code == httpx.codes.UNAUTHORIZED:
             message = f"{message.rstrip('.')}. {_OTHER_KEY if self._has_key else _GIVE_KEY}"
         elif response.status_code == httpx.codes.FORBIDDEN and self._has_key:
@@ -330,7 +320,7 @@ class PreludeClient:
 
 
 def server_url(text: str) -> httpx.URL:
-    """Read ``--url``: where a server is, without OpenAI's ``/v1`` at its end.
+    """Parse ``--url``, and remove OpenAI's ``/v1`` from its end.
 
     Raises:
         ClientError: If it is not an http or https URL.
@@ -343,21 +333,21 @@ def server_url(text: str) -> httpx.URL:
     if url.scheme not in ("http", "https") or not _is_host(url.raw_host) or not 0 < (url.port or 80) < 65536:
         raise ClientError(f"--url {text[:200]!r} is not an http or https URL: {example}", code="usage")
     if url.query or url.fragment:
-        raise ClientError(f"--url {text[:200]!r} must be only an address: {example}", code="usage")
+        raise ClientError(f"--url {text[:200]!r} must not have a query or a fragment: {example}", code="usage")
     return url
 
 
 def _is_host(raw: bytes) -> bool:
-    """Whether a name or an address can be looked up; the system's own lookup raises strange errors for others."""
+    """Whether a host can be looked up; for malformed names the system's lookup raises misleading errors."""
     labels = raw.removesuffix(b".").split(b".")
     return b":" in raw or all(0 < len(label) < 64 and b"%" not in label for label in labels)
 
 
 def key_headers(api_key: str | None) -> dict[str, str]:
-    """The headers that a key is sent in.
+    """The headers with an API key.
 
     Raises:
-        ClientError: If no header can carry it.
+        ClientError: If the key contains a character that is not allowed in a header.
     """
     if not api_key:
         return {}
@@ -367,29 +357,29 @@ def key_headers(api_key: str | None) -> dict[str, str]:
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of a success; anything else did not come from a Prelude server."""
+    """The JSON object of a successful response; a Prelude server sends nothing else."""
     try:
         value = response.json()
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise _stranger(response)
+        raise _not_prelude(response)
     return value
 
 
-def _stranger(response: httpx.Response) -> ClientError:
+def _not_prelude(response: httpx.Response) -> ClientError:
     message = f"{response.url} answered {response.status_code} {response.reason_phrase}: is this a Prelude server?"
     if response.has_redirect_location:
-        message += f" It points to {response.headers['location'][:200]!r}: give its address as --url"
+        message += f" It redirects to {response.headers['location'][:200]!r}: give that address as --url"
     elif response.status_code in (httpx.codes.BAD_GATEWAY, httpx.codes.GATEWAY_TIMEOUT):
-        message += " A proxy in front of it does not reach it"
+        message += " A proxy in front of it cannot reach it"
     status = None if response.is_success else response.status_code
     return ClientError(message, status=status, code="not_prelude")
 
 
 def _not_an_adapter(directory: Path) -> ClientError:
     try:
-        return ClientError(what_is_wrong(directory))
+        return ClientError(explain_directory(directory))
     except OSError as error:
         return _local(error.filename or directory, error)
 

@@ -1,4 +1,4 @@
-"""What the client commands show to people. Piped output is never cut or coloured; no answer can move a cursor."""
+"""Tables of the client commands. Piped output is neither truncated nor coloured; control characters are replaced."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from rich.text import Text
 
 _GAP = "  "
 _MAX_PADDED = 40
-"""A cell that is wider moves what follows it in its own line, and no other line."""
+"""Maximum width of a padded column; a wider cell shifts only its own line."""
 
 
 def show(*parts: Table | str) -> None:
-    """Print to the standard output: tables that fit a terminal, and lines without padding into anything else."""
+    """Print to standard output: tables that fit a terminal, or plain lines if it is not a terminal."""
     console = Console(highlight=False) if sys.stdout.isatty() else None
     for part in parts:
         if console is None:
             for line in [clean(part)] if isinstance(part, str) else _lines(part):
                 typer.echo(line)
         elif isinstance(part, str):
-            console.print(Text(clean(part)), soft_wrap=True)  # no markup, and no line ends that were not there
+            console.print(Text(clean(part)), soft_wrap=True)  # no markup, no added line ends
         else:
             console.print(part)
 
 
 def _lines(table: Table) -> Iterator[str]:
-    """A table's lines, with columns that are aligned as far as they are narrow, and nothing behind the last cell."""
+    """The lines of a table, with aligned columns and without trailing spaces."""
     rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
     if table.show_header:
         rows.insert(0, tuple(str(column.header) for column in table.columns))
@@ -44,12 +44,12 @@ def _lines(table: Table) -> Iterator[str]:
 
 
 def clean(text: object) -> str:
-    """Text without what a terminal would act on: a description may come from anybody."""
+    """Replace control characters: a description may come from anyone, and must not control the terminal."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
 
 
 def prompts(data: Iterable[Mapping[str, Any]]) -> Table:
-    """Soft prompts, one a line."""
+    """Soft prompts, one per line."""
     table = _table("name", "version", "versions", "aliases", "type", "virtual tokens", "bytes", "tags", "pinned")
     for prompt in data:
         latest = prompt["latest"]
@@ -132,7 +132,7 @@ def version(record: Mapping[str, Any]) -> Iterator[Table | str]:
 
 
 def inspection(found: Mapping[str, Any]) -> Iterator[Table | str]:
-    """Norms and near tokens."""
+    """Norms, and nearest tokens."""
     yield _fields(
         name=f"{found['id']}@{found['version']}",
         type=found["peft_type"],
@@ -159,17 +159,18 @@ def inspection(found: Mapping[str, Any]) -> Iterator[Table | str]:
 
 
 def training(result: Mapping[str, Any]) -> Iterator[Table | str]:
-    """What a training came to: scores without the soft prompt, where it began, and where it ended."""
+    """The result of a training."""
     published = result.get("published")
     check = published and published["golden_check"]
     yield _fields(
         name=f"{published['id']}@{published['version']}" if published else result["name"],
         alias=published and published["alias"],
         method=result["method"],
-        steps=f"{result['steps']}, the best after {result['best_step']}",
+        steps=f"{result['steps']}, best after {result['best_step']}",
         seconds=result["seconds"],
         files=result["adapter"],
-        golden_check=check and f"{check['largest_difference']:.2g} nats off PEFT over {check['tokens']} tokens",
+        golden_check=check
+        and f"{check['largest_difference']:.2g} nats from PEFT at most, over {check['tokens']} tokens",
     )
     if any(result["scores"].values()):
         table = _table("held out", "accuracy", "loss")

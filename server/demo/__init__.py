@@ -1,1 +1,1 @@
-"""The embedded default: a small model, its soft prompts, and the tour that shows them."""
+"""The embedded model, its soft prompts, and the tour of ``prelude demo``."""

@@ -1,4 +1,4 @@
-"""``prelude demo``: serve the embedded model, upload its soft prompts as a user would, and show them at work."""
+"""``prelude demo``: serve the embedded model, upload its soft prompts over HTTP, and show a mixed batch."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ _DISTINCT_METRIC = "prelude_batch_distinct_prompts_max"
 
 
 class TourError(Exception):
-    """The tour cannot go on; the text is for people."""
+    """The tour cannot continue; the message is for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One request of the burst.
+    """One request of the batch.
 
     Attributes:
-        text: What is to be continued.
-        soft_prompt: The soft prompt's name, or None for the bare model.
-        expected: The held-out answer; None for the bare model, which was not trained for any.
+        text: The prompt.
+        soft_prompt: Name of the soft prompt; None for the base model.
+        expected: The held-out answer; None for the base model.
     """
 
     text: str
@@ -63,13 +63,13 @@ class _Question:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What came back.
+    """The response to a question.
 
     Attributes:
-        question: The request.
-        text: The new text.
-        num_tokens: How many tokens it has.
-        first_token_seconds: From sending the request to its first event.
+        question: The question.
+        text: The generated text.
+        num_tokens: Number of generated tokens.
+        first_token_seconds: Time from sending the request to its first event.
     """
 
     question: _Question
@@ -80,7 +80,7 @@ class _Answer:
 
 @contextlib.contextmanager
 def store_directory(chosen: str | None) -> Iterator[str]:
-    """The store that was asked for, or a fresh one that is gone afterwards."""
+    """The chosen store, or a temporary one that is deleted afterwards."""
     if chosen is not None:
         yield chosen
         return
@@ -89,23 +89,23 @@ def store_directory(chosen: str | None) -> Iterator[str]:
 
 
 def run(settings: Settings, *, any_port: bool, exit_after: bool, console: Console) -> int:
-    """Serve the embedded model, tour it, and go on serving until a signal.
+    """Serve the embedded model, run the tour, and continue to serve until a signal.
 
     Args:
-        settings: What to serve; the model is ``MODEL_DIRECTORY``.
-        any_port: Whether another port will do where the asked one is taken.
+        settings: The settings of the server; the model is ``MODEL_DIRECTORY``.
+        any_port: Whether to use another port if the configured one is taken.
         exit_after: Whether to stop after the tour.
-        console: Where the tour is shown.
+        console: Console to print to.
 
     Returns:
-        0 if all of it worked, 1 if something failed.
+        0 if the tour succeeded, 1 if it failed.
 
     Raises:
         ServerError: If the server cannot start.
     """
     key = None
     if settings.http.api_key_file is not None or settings.http.api_keys:
-        # The tour's own, since a file may hold nothing but hashes.
+        # Create a key for the tour, because a key file may contain only hashes.
         key, digest = new_key()
         settings = replace(settings, http=replace(settings.http, api_keys=(*settings.http.api_keys, digest)))
     with contextlib.closing(_bind(settings, any_port=any_port)) as bound:
@@ -197,7 +197,7 @@ def _wait_until_ready(url: str, serving: threading.Thread) -> None:
 
 
 def _questions(names: list[str]) -> list[_Question]:
-    """Held-out inputs of every soft prompt and some for the bare model, mixed as clients would mix them."""
+    """Held-out inputs of every soft prompt, and some for the base model, in random order."""
     questions = []
     for name in names:
         with (HELDOUT_DIRECTORY / f"{name}.jsonl").open(encoding="utf-8") as lines:
@@ -212,7 +212,7 @@ def _questions(names: list[str]) -> list[_Question]:
 async def _burst(
     url: str, base_name: str, questions: list[_Question], headers: dict[str, str]
 ) -> tuple[list[_Answer], int]:
-    """Ask everything at once; returns the answers, and the most soft prompts that one step has mixed."""
+    """Send all questions at once; returns the answers, and the largest number of soft prompts in one step."""
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=_REQUEST_SECONDS) as http:
         answers = await asyncio.gather(*(_ask(http, base_name, question) for question in questions))
         metrics = (await http.get("/metrics")).raise_for_status().text
@@ -263,12 +263,12 @@ def _table(answers: list[_Answer]) -> Table:
 
 
 def _cell(text: str) -> str:
-    """Text on one line, its brackets not taken for markup."""
+    """Put a text on one line, and escape brackets, which are markup."""
     return " ".join(text.split()).replace("[", r"\[")
 
 
 def _print_commands(url: str, base_name: str, questions: list[_Question], console: Console, *, has_key: bool) -> None:
-    """The commands to try next, each on a line of its own so that it can be copied."""
+    """Print commands to try next, one per line, so that they can be copied."""
     auth = " -H 'Authorization: Bearer KEY'" if has_key else ""
     json_type = " -H 'Content-Type: application/json'"
     examples = {question.soft_prompt or base_name: question.text for question in questions}

@@ -1,4 +1,4 @@
-"""The data of a training: read, held against each other, split. Nothing here loads a model."""
+"""Read, check and split the training data. No model is loaded."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from server.datasets import (
 from server.training.settings import Method, TrainSettings
 
 MIN_ROWS_TO_SPLIT = 10
-"""Of fewer rows none is held out: one or two would tell nothing, and be missed."""
+"""With fewer rows none is held out: one or two would measure nothing, and training needs them."""
 
 MAX_HELD_OUT = 500
-"""Enough to tell accuracies two points apart; more would only take time, twenty times over."""
+"""Enough to tell accuracies two points apart. More would only make the twenty evaluations slower."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What is learned from, and what is held out.
+    """The training rows and the held-out rows.
 
     Attributes:
-        train: Rows to learn from.
-        held_out: Rows to measure by; empty where nothing is.
-        held_out_path: The file of those.
-        digests: SHA-256 of each file by role.
-        labels: All labels, sorted; empty for other forms.
-        num_tasks: Tasks of a multitask prompt.
-        warnings: What should be told.
+        train: Rows to train on.
+        held_out: Rows to evaluate on; may be empty.
+        held_out_path: The file of the held-out rows.
+        digests: SHA-256 of each file, by role.
+        labels: All labels, sorted; empty for the other formats.
+        num_tasks: Number of tasks of a multitask prompt.
+        warnings: Warnings for the user.
     """
 
     train: list[Example]
@@ -51,7 +51,7 @@ class Corpus:
 
 
 def load_corpus(settings: TrainSettings) -> Corpus:
-    """Read the files.
+    """Read and check the files.
 
     Raises:
         DatasetError: With every fault.
@@ -62,28 +62,28 @@ def load_corpus(settings: TrainSettings) -> Corpus:
     labels = _labels(examples)
     warnings = []
     if len(labels) == 1:
-        warnings.append(f"every row has the label {labels[0]!r}: there is nothing to tell apart")
+        warnings.append(f"every row has the label {labels[0]!r}: there is nothing to learn")
     num_tasks = 1 + max(example.task_id or 0 for example in examples)
     if settings.eval_data is not None:
         held_out = read_examples(settings.eval_data)
         digests["eval_data"] = digest(settings.eval_data)
         _check_held_out(settings, held_out, form_of(examples), labels, num_tasks)
         if shared := len(set(examples) & set(held_out)):
-            warnings.append(f"{shared} held-out rows are training rows too: the scores will flatter")
+            warnings.append(f"{shared} held-out rows are also training rows: the scores will be too high")
         return Corpus(examples, held_out, settings.eval_data, digests, labels, num_tasks, tuple(warnings))
     train, held_out = _split(examples, settings)
     if not held_out:
-        warnings.append("nothing is held out: no evaluation, no early stopping, and the last state is kept")
+        warnings.append("no rows are held out: no evaluation, no early stopping, and the last state is saved")
     return Corpus(train, held_out, settings.data, digests, labels, num_tasks, tuple(warnings))
 
 
-def opening_text(corpus: Corpus, settings: TrainSettings) -> str | None:
-    """What the task is in words, at which training begins: as given, the description, or the labels named.
+def initial_text(corpus: Corpus, settings: TrainSettings) -> str | None:
+    """The text to initialise from: as configured, the description, or a sentence with the labels.
 
-    Lester et al. 2021 begin at the labels where there are some.
+    Lester et al. 2021 initialise from the labels of a classification.
 
     Returns:
-        None where nothing tells; ``opening_of_data`` then has to do.
+        None if there is none of them; use ``beginning_of_data`` then.
     """
     if settings.init_text is not None:
         return settings.init_text
@@ -92,8 +92,8 @@ def opening_text(corpus: Corpus, settings: TrainSettings) -> str | None:
     return f"Classify the text as {_listed(corpus.labels)}." if corpus.labels else None
 
 
-def opening_of_data(corpus: Corpus) -> str:
-    """The beginning of the data as a text to begin at, as Eyuboglu et al. 2025 begin at that of the corpus."""
+def beginning_of_data(corpus: Corpus) -> str:
+    """The beginning of the data as the text to initialise from, as in Eyuboglu et al. 2025."""
     return "\n".join(_text(example) for example in corpus.train[:64])
 
 
@@ -135,7 +135,7 @@ def _check_tasks(path: Path, examples: Sequence[Example], method: Method) -> Non
     if has_tasks:
         known = {example.task_id for example in examples if example.task_id is not None}
         if missing := sorted(set(range(min(max(known), 10_000))) - known):
-            reason = f"no row has the task_id {missing[0]}, and there is one of {max(known)}: count from 0"
+            reason = f"no row has the task_id {missing[0]}, but one has {max(known)}: count tasks from 0"
             raise DatasetError(path, [(0, reason)])
 
 
@@ -153,7 +153,7 @@ def _check_held_out(
             [
                 (
                     held_out[0].line,
-                    f"of the form {FORM_NAMES[type(held_out[0])]}, where {settings.data} has {FORM_NAMES[form]}",
+                    f"has the format {FORM_NAMES[type(held_out[0])]}, but {settings.data} has {FORM_NAMES[form]}",
                 )
             ],
         )

@@ -1,4 +1,4 @@
-"""The curves of a training as a picture."""
+"""The training curves as a PNG."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, *, title: str) ->
     """Draw loss and accuracy by step.
 
     Args:
-        records: The metrics, as ``metrics.jsonl`` has them.
-        path: The PNG.
-        title: What stands above.
+        records: The entries of ``metrics.jsonl``.
+        path: The PNG to write.
+        title: Title of the figure.
 
     Returns:
-        Whether there is a picture: without matplotlib there is none.
+        False if matplotlib is not installed; then nothing is written.
     """
     if find_spec("matplotlib") is None:
         return False
-    # Not at the top: matplotlib need not be there, and takes a second.
+    # Imported here because matplotlib is optional and takes a second to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    of_loss = figure.subplots()
+    loss_axes = figure.subplots()
     steps = [entry for entry in records if "loss" in entry]
     held_out = [entry for entry in records if "eval_loss" in entry]
-    of_loss.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.7", label="training loss")
+    loss_axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.7", label="training loss")
     if held_out:
         at = [entry["step"] for entry in held_out]
-        of_loss.plot(at, [entry["eval_loss"] for entry in held_out], color="tab:blue", label="held-out loss")
-        of_accuracy = of_loss.twinx()
+        loss_axes.plot(at, [entry["eval_loss"] for entry in held_out], color="tab:blue", label="held-out loss")
+        accuracy_axes = loss_axes.twinx()
         accuracies = [entry["eval_accuracy"] for entry in held_out]
-        of_accuracy.plot(at, accuracies, color="tab:orange", label="held-out accuracy")
-        of_accuracy.set_ylim(-0.02, 1.02)
-        of_accuracy.set_ylabel("accuracy")
-        of_accuracy.legend(loc="center right")
-    of_loss.set_yscale("symlog", linthresh=1e-3)
-    of_loss.set_ylim(bottom=0)
-    of_loss.set_xlabel("step")
-    of_loss.set_ylabel("loss, nats a token")
-    of_loss.set_title(title)
-    of_loss.legend(loc="upper right")
+        accuracy_axes.plot(at, accuracies, color="tab:orange", label="held-out accuracy")
+        accuracy_axes.set_ylim(-0.02, 1.02)
+        accuracy_axes.set_ylabel("accuracy")
+        accuracy_axes.legend(loc="center right")
+    loss_axes.set_yscale("symlog", linthresh=1e-3)
+    loss_axes.set_ylim(bottom=0)
+    loss_axes.set_xlabel("step")
+    loss_axes.set_ylabel("loss, nats per token")
+    loss_axes.set_title(title)
+    loss_axes.legend(loc="upper right")
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return True

@@ -1,8 +1,8 @@
-"""Examples to token ids, so that training sees what the server will see.
+"""Encode examples as the server will encode requests.
 
-What a client sends as ``prompt`` (or as messages, through the chat template) is tokenised as the server does it, by
-itself; the completion's tokens follow as that text's continuation, as ``/v1/classify`` takes labels. So a text ends
-exactly where generation begins, whatever the tokenizer would merge across that border.
+The prompt (a text, or messages formatted by the chat template) is tokenised alone, as the server does. The completion
+is tokenised as its continuation, as ``/v1/classify`` does for labels. So the prompt ends exactly where generation
+starts, even if the tokenizer would merge tokens across this border.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Encoded:
     """One example as token ids.
 
     Attributes:
-        prompt_ids: What is given.
-        completion_ids: What is learned, with the end-of-sequence token where the model has one.
+        prompt_ids: Tokens of the prompt; no loss is computed on them.
+        completion_ids: Tokens to learn, with the end-of-sequence token if the model has one.
         task_id: The task of a multitask prompt.
-        line: Where it stands in its file.
+        line: Line of the example in its file, from 1.
     """
 
     prompt_ids: list[int]
@@ -36,7 +36,7 @@ class Encoded:
 
     @property
     def token_ids(self) -> list[int]:
-        """All of it."""
+        """Prompt and completion."""
         return self.prompt_ids + self.completion_ids
 
 
@@ -45,9 +45,9 @@ class Encoder:
     """Tokenises as the server does.
 
     Attributes:
-        tokenizer: The base model's (transformers).
-        eos_token_ids: The tokens that end a generation.
-        separator: Stands between a text and its label.
+        tokenizer: The base model's tokenizer (transformers).
+        eos_token_ids: Tokens that end a generation.
+        separator: Text between a text and its label.
     """
 
     tokenizer: Any
@@ -55,26 +55,26 @@ class Encoder:
     separator: str
 
     def prompt_of(self, example: Example) -> str:
-        """The text that the server tokenises: with special tokens, or as the chat template wrote it.
+        """The text that the server tokenises: the prompt, or the messages as formatted by the chat template.
 
         Raises:
-            TemplateError, ValueError: If the chat template refuses the messages.
+            TemplateError, ValueError: If the chat template rejects the messages.
         """
         if isinstance(example, Conversation):
-            return self._rendered(example, is_whole=False)
+            return self._render(example, with_answer=False)
         return example.text if isinstance(example, LabelledText) else example.prompt
 
     def completion_of(self, example: Example) -> str:
-        """What is to be generated."""
+        """The text to learn, without the end-of-sequence token."""
         if isinstance(example, Conversation):
             return example.messages[-1].content
         return self.separator + example.label if isinstance(example, LabelledText) else example.completion
 
     def encode(self, example: Example) -> Encoded:
-        """One example.
+        """Encode one example.
 
         Raises:
-            TemplateError, ValueError: If the chat template refuses the messages.
+            TemplateError, ValueError: If the chat template rejects the messages.
         """
         prompt, completion = self.prompt_of(example), self.completion_of(example)
         is_chat = isinstance(example, Conversation)
@@ -85,16 +85,16 @@ class Encoder:
     def encode_all(
         self, path: Path, examples: Sequence[Example], *, max_tokens: int, num_virtual_tokens: int
     ) -> list[Encoded]:
-        """All examples of a file.
+        """Encode all examples of a file.
 
         Args:
-            path: The file, for the error.
+            path: The file, for the error message.
             examples: Its rows.
-            max_tokens: Positions of the model's context.
-            num_virtual_tokens: How many of these the soft prompt takes.
+            max_tokens: Length of the model's context.
+            num_virtual_tokens: Length of the soft prompt, which is part of the context.
 
         Raises:
-            DatasetError: With every row that does not fit the context, or that the chat template refuses.
+            DatasetError: With every row that does not fit the context, or that the chat template rejects.
         """
         encoded: list[Encoded] = []
         faults: list[tuple[int, str]] = []
@@ -103,14 +103,14 @@ class Encoder:
             try:
                 one = self.encode(example)
             except (TemplateError, TypeError, ValueError, KeyError) as error:
-                faults.append((example.line, f"the chat template refuses it: {error}"))
+                faults.append((example.line, f"rejected by the chat template: {error}"))
                 continue
             if (count := len(one.token_ids)) > room:
                 faults.append(
                     (
                         example.line,
-                        f"{count} tokens, where the context of {max_tokens} has room for {room} beside "
-                        f"{num_virtual_tokens} virtual ones",
+                        f"{count} tokens, but at most {room} fit: the context has {max_tokens} tokens, "
+                        f"{num_virtual_tokens} of them virtual",
                     )
                 )
             encoded.append(one)
@@ -119,12 +119,12 @@ class Encoder:
         return encoded
 
     def _end(self, example: Example, prompt: str) -> list[int]:
-        """The token after the completion: the one that the chat template writes, or the tokenizer's own."""
+        """The end-of-sequence token of an example: the chat template's, or the tokenizer's."""
         if isinstance(example, Conversation):
-            whole = self._rendered(example, is_whole=True)
+            full = self._render(example, with_answer=True)
             answered = prompt + example.messages[-1].content
-            if whole.startswith(answered):
-                rest = self._ids(whole.removeprefix(answered), add_special_tokens=False)
+            if full.startswith(answered):
+                rest = self._ids(full.removeprefix(answered), add_special_tokens=False)
                 if rest and rest[0] in self.eos_token_ids:
                     return rest[:1]
         own = self.tokenizer.eos_token_id
@@ -132,12 +132,12 @@ class Encoder:
             return [] if own is None else [own]
         return [self.eos_token_ids[0]]
 
-    def _rendered(self, conversation: Conversation, *, is_whole: bool) -> str:
+    def _render(self, conversation: Conversation, *, with_answer: bool) -> str:
         if not self.tokenizer.chat_template:
-            raise ValueError("the model has none")
-        messages = conversation.messages if is_whole else conversation.messages[:-1]
+            raise ValueError("the model has no chat template")
+        messages = conversation.messages if with_answer else conversation.messages[:-1]
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not is_whole))
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not with_answer))
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

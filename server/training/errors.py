@@ -1,10 +1,10 @@
-"""What ends a training.
+"""Errors of a training.
 
 TrainingError (a ServerError)
-├── SettingsError       the settings do not go together, or not with the model
-├── RunDirectoryError   the run directory is in use, or is another run's
-├── InstabilityError    the loss is not a number any more
-└── GoldenCheckError    the server's answers are not PEFT's
+├── SettingsError       the settings conflict with each other or with the model
+├── RunDirectoryError   the run directory is in use, or holds another run
+├── InstabilityError    the loss became NaN or infinite
+└── GoldenCheckError    the server's log-probabilities differ from PEFT's
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from server.errors import ServerError
 
 
 class TrainingError(ServerError):
-    """Training cannot begin or go on; the message is for people."""
+    """Training cannot start or continue; the message is for the user."""
 
 
 class SettingsError(TrainingError):
-    """The settings do not go together, or not with the model."""
+    """The settings conflict with each other or with the model."""
 
 
 class RunDirectoryError(TrainingError):
@@ -29,11 +29,11 @@ class InstabilityError(TrainingError):
 
 
 class GoldenCheckError(TrainingError):
-    """The server's log-probabilities are not those of PEFT.
+    """The server's log-probabilities differ from PEFT's.
 
     Attributes:
-        difference: The largest difference of one token's log-probability, in nats.
-        tolerance: What was allowed.
+        difference: Largest difference of one token's log-probability, in nats.
+        tolerance: Largest difference allowed, in nats.
     """
 
     def __init__(self, message: str, *, difference: float, tolerance: float) -> None:

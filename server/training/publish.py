@@ -1,9 +1,9 @@
-"""Publishing what was trained, once the server is seen to answer as PEFT does.
+"""Publish a trained soft prompt after checking that the server computes what PEFT computes.
 
-The golden check needs the soft prompt on the server, and a version's record is not changed once it is there. So the
-files are uploaded twice: first under a name of their own, where nobody looks for them, and after the check as the
-next version, with the outcome in its metadata. Both uploads are the same blob, found by the same digest: what was
-checked is what is served. If the check fails, no version is made and no alias moves.
+The golden check needs the soft prompt on the server, and the record of a version cannot be changed later. So the
+files are uploaded twice: under a temporary name for the check, and then as the next version, with the result of the
+check in its metadata. Both uploads have the same digest, so the checked files are the served ones. If the check
+fails, no version is created and no alias moves.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from server.training.scoring import text_logprobs
 from server.training.settings import TrainSettings
 
 EXACT_TOLERANCE = 1e-3
-"""Nats, where the server computes as exactly as we do; what is seen in float32 is near 1e-5."""
+"""Tolerance in nats if the server computes in float32, where differences near 1e-5 are usual."""
 
 ROUNDED_FACTOR = 4.0
-"""How many times the rounding that was seen a token may be off: it is the largest of a few, and sums differ."""
+"""Tolerance as a multiple of the measured rounding error, which is the largest of only a few texts."""
 
 SAME_MODEL = 0.25
-"""Mean nats a token by which the same weights may differ between two dtypes; other weights differ by whole nats."""
+"""Mean difference per token, in nats, up to which weights count as the same. Other weights differ by whole nats."""
 
 _MAX_NAME = 128
 _MAX_TEXT_CHARS = 1000
@@ -42,12 +42,12 @@ _MAX_RUN_CHARS = 128
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far the server's log-probabilities are from ours.
+    """Difference between the server's log-probabilities and the local ones.
 
     Attributes:
-        largest: Of one token, in nats.
-        mean: Over all tokens.
-        num_tokens: How many were compared.
+        largest: Largest difference of one token, in nats.
+        mean: Mean over all tokens, in nats.
+        num_tokens: Number of compared tokens.
     """
 
     largest: float
@@ -55,20 +55,21 @@ class Difference:
     num_tokens: int
 
 
-class Publication:
-    """A server to publish to.
+class Publisher:
+    """Checks a server and publishes to it.
 
     Args:
-        client: It.
-        settings: The training's.
-        directory: The run's.
+        client: Client of the server.
+        settings: The settings of the training.
+        directory: The directory of the run.
     """
 
     def __init__(self, client: PreludeClient, settings: TrainSettings, directory: RunDirectory) -> None:
         self._client = client
         self._settings = settings
         self._directory = directory
-        # One for each run directory: two runs of a name do not meet, and what a killed one left is found again.
+        # One name per run directory: concurrent runs do not collide, and a resumed run removes what a killed one
+        # left.
         run = hashlib.sha256(str(settings.run_dir.resolve()).encode()).hexdigest()[:8]
         suffix = f".golden-check-{run}"
         self._staging = settings.name[: _MAX_NAME - len(suffix)] + suffix
@@ -77,11 +78,15 @@ class Publication:
         self.max_model_len = 0
 
     def check_server(self, encoder: Encoder, examples: Sequence[Example]) -> None:
-        """See, before anything is loaded, whether this server can take what will be trained.
+        """Check the server before a model is loaded.
+
+        Args:
+            encoder: Encoder of the local model.
+            examples: Texts whose tokens are compared.
 
         Raises:
-            ClientError: If it cannot be reached, or the key may not publish.
-            TrainingError: If it serves a model with another tokenizer, or by this name.
+            ClientError: If the server cannot be reached, or the key may not publish.
+            TrainingError: If the server's tokenizer differs, or its base model has the name of the soft prompt.
         """
         try:
             check_name(self._settings.name, "id")
@@ -105,38 +110,39 @@ class Publication:
             if theirs != ours:
                 raise TrainingError(
                     f"the server {self._settings.url} runs {self.base_name!r}, which is a different model from "
-                    f"{self._settings.model!r}: it makes {len(theirs)} tokens of line {example.line}'s text and "
-                    f"{theirs[:8]} of its beginning, where ours are {len(ours)} and {ours[:8]}"
+                    f"{self._settings.model!r}: it encodes the text of line {example.line} as {len(theirs)} tokens "
+                    f"({theirs[:8]}...), the local model as {len(ours)} ({ours[:8]}...)"
                 )
-        self._unstage()  # also tells whether the key may change anything
+        self._unstage()  # also checks that the key may delete and publish
 
     def check_base(self, base: Any, examples: Sequence[Encoded]) -> None:
-        """See, before training, whether the server's weights are the local ones.
+        """Check before training that the server has the local model's weights.
 
         Args:
-            base: The bare model.
+            base: The model without a soft prompt.
             examples: Texts to compare.
 
         Raises:
-            TrainingError: If they are not.
+            TrainingError: If the weights differ.
         """
         bare = [Encoded(example.prompt_ids, example.completion_ids) for example in examples]
         self._noise = self._difference(self.base_name, bare, [text_logprobs(base, example) for example in bare])
         if not self._noise.mean <= SAME_MODEL:
             raise TrainingError(
-                f"the server {self._settings.url} runs {self.base_name!r}, which has other weights than "
-                f"{self._settings.model!r}: without a soft prompt its log-probabilities are {self._noise.mean:.3g} "
-                f"nats off in the mean of {self._noise.num_tokens} tokens"
+                f"the server {self._settings.url} runs {self.base_name!r}, whose weights differ from those of "
+                f"{self._settings.model!r}: without a soft prompt the log-probabilities of {self._noise.num_tokens} "
+                f"tokens differ by {self._noise.mean:.3g} nats on average"
             )
 
     def tolerances(self, rounding: Difference) -> tuple[float, float | None]:
-        """What the worst token may be off, and what the tokens may be in the mean.
+        """The allowed largest and mean difference, in nats.
 
         Args:
-            rounding: What was seen of rounding: in the bare model on the server, or in the soft prompt here.
+            rounding: The measured rounding error: of the bare model on the server, or of the soft prompt here.
 
         Returns:
-            As told, or by how exactly the server computes; there is no bound on the mean where one is enough.
+            The configured tolerance, or one derived from the rounding error. The second is None if the mean is not
+            checked.
         """
         if self._settings.golden_tolerance is not None:
             return self._settings.golden_tolerance, None
@@ -145,19 +151,19 @@ class Publication:
         return ROUNDED_FACTOR * rounding.largest, ROUNDED_FACTOR * rounding.mean
 
     def publish(self, model: Any, examples: Sequence[Encoded], result: dict[str, Any]) -> dict[str, Any]:
-        """Check what was saved against PEFT, and make it the next version if it holds.
+        """Compare the server with PEFT, and publish the saved files as the next version if they agree.
 
         Args:
-            model: PEFT's own, loaded from the saved directory.
+            model: The PEFT model, loaded from the saved directory.
             examples: Texts to compare.
-            result: What ``result.json`` has.
+            result: The contents of ``result.json``.
 
         Returns:
             ``id``, ``version``, ``alias`` and ``golden_check``.
 
         Raises:
-            GoldenCheckError: If the server's log-probabilities are off; nothing is published then.
-            ClientError: If the server refuses.
+            GoldenCheckError: If the log-probabilities differ by more than the tolerance; nothing is published then.
+            ClientError: If the server rejects the files.
         """
         reference = [text_logprobs(model, example) for example in examples]
         golden = [
@@ -172,7 +178,7 @@ class Publication:
         tolerance, mean_tolerance = self.tolerances(rounding)
         settings, adapter = self._settings, self._directory.adapter
         try:
-            staged, _ = self._client.push(adapter, name=self._staging, description="being checked by prelude train")
+            staged, _ = self._client.push(adapter, name=self._staging, description="golden check of prelude train")
             difference = self._difference(f"{self._staging}@{staged['version']}", examples, reference)
         finally:
             self._unstage()
@@ -191,9 +197,9 @@ class Publication:
         self._directory.write("golden_check.json", check)
         if not check["is_passed"]:
             raise GoldenCheckError(
-                f"the golden check failed: a token's log-probability on the server is {difference.largest:.3g} nats "
-                f"from PEFT's, and {tolerance:.3g} is allowed{_of_mean(difference.mean, mean_tolerance)}. "
-                "Nothing was published, and no alias was moved",
+                f"the golden check failed: the log-probability of a token differs from PEFT's by "
+                f"{difference.largest:.3g} nats; the tolerance is {tolerance:.3g}"
+                f"{_mean_suffix(difference.mean, mean_tolerance)}. Nothing was published, and no alias was moved",
                 difference=difference.largest,
                 tolerance=tolerance,
             )
@@ -202,7 +208,7 @@ class Publication:
             "golden_check": check,
             "training": {key: run[key] for key in ("digests", "rows", "learning_rate", "versions")}
             | {key: result[key] for key in ("steps", "best_step", "train_loss", "scores")}
-            | {"init_text": _cut(result["init_text"]), "settings": _for_others(run["settings"])},
+            | {"init_text": _truncate(result["init_text"]), "settings": _public_settings(run["settings"])},
         }
         if run["labels"] and len(json.dumps(run["labels"])) <= _MAX_LABEL_BYTES:
             metadata["labels"] = run["labels"]
@@ -229,7 +235,7 @@ class Publication:
             if example.task_id is not None:
                 body["task_id"] = example.task_id
             theirs.append(self._client.complete(body)["choices"][0]["logprobs"]["token_logprobs"][1:])
-        return _compared(ours, theirs)
+        return _compare(ours, theirs)
 
     def _unstage(self) -> None:
         try:
@@ -239,36 +245,37 @@ class Publication:
                 raise
 
 
-def _compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Difference:
-    offs = [
+def _compare(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Difference:
+    differences = [
         abs(our - their)
-        for one, other in zip(ours, theirs, strict=True)
-        for our, their in zip(one, other, strict=True)
+        for our_text, their_text in zip(ours, theirs, strict=True)
+        for our, their in zip(our_text, their_text, strict=True)
     ]
-    return Difference(max(offs), sum(offs) / len(offs), len(offs))
+    return Difference(max(differences), sum(differences) / len(differences), len(differences))
 
 
 def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[float]]) -> Difference:
-    """How far this very soft prompt is off itself in bfloat16, in which a server that rounds may serve it.
+    """Difference between this soft prompt in bfloat16 and in its own dtype.
 
-    A soft prompt's rows are larger than a vocabulary's, and so is their rounding. The model is left in bfloat16.
+    Rows of a soft prompt are larger than those of a vocabulary, and so are their rounding errors. Leaves the model in
+    bfloat16.
     """
     model.to(torch.bfloat16)
-    return _compared(reference, [text_logprobs(model, example) for example in examples])
+    return _compare(reference, [text_logprobs(model, example) for example in examples])
 
 
-def _of_mean(mean: float, tolerance: float | None) -> str:
-    return "" if tolerance is None else f"; in the mean it is {mean:.3g}, and {tolerance:.3g} is allowed"
+def _mean_suffix(mean: float, tolerance: float | None) -> str:
+    return "" if tolerance is None else f"; the mean difference is {mean:.3g}, its tolerance {tolerance:.3g}"
 
 
-def _for_others(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as a catalog should have them: where files lay on this machine is nobody's business."""
+def _public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings to store in the catalog, without paths of this machine and without texts."""
     hidden = {"data", "eval_data", "run_dir", "url", "resume", "push", "init_text", "description"}
     return {key: value for key, value in settings.items() if key not in hidden and value is not None}
 
 
-def _cut(text: str | None) -> str | None:
-    """A text that may be a whole corpus, short enough for a version's record."""
+def _truncate(text: str | None) -> str | None:
+    """Truncate a text for the record of a version; it may be a whole corpus."""
     return text if text is None or len(text) <= _MAX_TEXT_CHARS else text[:_MAX_TEXT_CHARS] + "..."
 
 

@@ -1,4 +1,4 @@
-"""One training from its files to a saved, scored and published soft prompt."""
+"""A whole training run: from the data files to a saved, scored and published soft prompt."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from server import demo
 from server.client.http import PreludeClient
 from server.errors import ConfigurationError
 from server.model_source import locate
-from server.training.corpus import Corpus, load_corpus, opening_of_data, opening_text
+from server.training.corpus import Corpus, beginning_of_data, initial_text, load_corpus
 from server.training.curves import draw_curves
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import SettingsError, TrainingError
-from server.training.publish import Publication
+from server.training.peft_methods import make_soft_prompt, restore, save_adapter
+from server.training.publish import Publisher
+from server.training.result_warnings import result_warnings
 from server.training.run_directory import RunDirectory, library_versions
 from server.training.scoring import Scores, score
 from server.training.settings import TrainSettings
-from server.training.soft_prompts import make_soft_prompt, restore, save_adapter
-from server.training.trainer import SoftPromptTrainer, Tell, Warn
-from server.training.verdict import doubts
+from server.training.trainer import OnProgress, SoftPromptTrainer, Warn
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(demo.__file__).parent / "model"
@@ -39,22 +39,22 @@ DEMO_NAME = "prelude-demo"
 
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Where a training says how it goes.
+    """Callbacks that report on a training.
 
     Attributes:
-        say: A line for people.
-        warn: A line that should worry them.
-        tell: Where training is.
+        say: Called with a line of information.
+        warn: Called with a warning.
+        on_progress: Called after each step and each evaluation.
     """
 
     say: Callable[[str], None]
     warn: Warn
-    tell: Tell
+    on_progress: OnProgress
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own bars, notes and warnings off a command's screen: none of them can be heeded there."""
+    """Hide progress bars, logs and warnings of the libraries; the user of the command could not act on them."""
     logging: Any = transformers.utils.logging
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -70,23 +70,23 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = None) -> dict[str, Any]:
-    """Do what the settings ask for.
+    """Train, and publish if the settings say so.
 
-    What can go wrong early does: data, settings, the run directory and the server are looked at before a model loads,
-    and the server's model is held against the local one before the first step.
+    Data, settings, run directory and server are checked before the model is loaded, and the server's model is
+    compared with the local one before the first step.
 
     Args:
-        settings: What to do.
-        reporter: Where to say how it goes.
-        api_key: The server's, where it needs one.
+        settings: The settings of the training.
+        reporter: Callbacks that report on it.
+        api_key: API key of the server, if it needs one.
 
     Returns:
-        What ``result.json`` holds.
+        The contents of ``result.json``.
 
     Raises:
         DatasetError: If the data cannot be used.
         TrainingError: If anything else is wrong.
-        ClientError: If the server refuses.
+        ClientError: If the server cannot be reached or rejects a request.
     """
     settings.check()
     corpus = load_corpus(settings)
@@ -97,7 +97,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
     max_tokens = _max_tokens(config)
     if settings.num_virtual_tokens >= max_tokens:
         raise SettingsError(
-            f"num_virtual_tokens is {settings.num_virtual_tokens}; the context has {max_tokens} positions in all"
+            f"num_virtual_tokens is {settings.num_virtual_tokens}, but the context has only {max_tokens} tokens"
         )
     encoder = Encoder(tokenizer, _eos_token_ids(path, config, settings.revision), settings.separator)
     limits = {"max_tokens": max_tokens, "num_virtual_tokens": settings.num_virtual_tokens}
@@ -106,12 +106,12 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
     directory = RunDirectory(settings.run_dir)
     client = PreludeClient(settings.url, api_key=api_key) if settings.push else None
     with client or nullcontext():
-        publication = None
+        publisher = None
         if client is not None:
-            publication = Publication(client, settings, directory)
-            publication.check_server(encoder, (corpus.held_out or corpus.train)[: settings.golden_prompts])
-            if publication.max_model_len < max_tokens:
-                limits["max_tokens"] = publication.max_model_len
+            publisher = Publisher(client, settings, directory)
+            publisher.check_server(encoder, (corpus.held_out or corpus.train)[: settings.golden_prompts])
+            if publisher.max_model_len < max_tokens:
+                limits["max_tokens"] = publisher.max_model_len
                 encoder.encode_all(settings.data, corpus.train, **limits)
                 encoder.encode_all(corpus.held_out_path, corpus.held_out, **limits)
         record = {
@@ -122,7 +122,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
             "learning_rate": settings.rate,
             "versions": library_versions(),
         }
-        with _resources(directory), directory.opened(record, resume=settings.resume):
+        with _storage_errors(directory), directory.locked(record, resume=settings.resume):
             return _Run(
                 settings=settings,
                 reporter=reporter,
@@ -132,22 +132,22 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
                 path=path,
                 train=encoded,
                 held_out=held_out,
-                publication=publication,
+                publisher=publisher,
             ).result()
 
 
 @contextmanager
-def _resources(directory: RunDirectory) -> Iterator[None]:
-    """Tell of a full disk or memory in one line, with what to do.
+def _storage_errors(directory: RunDirectory) -> Iterator[None]:
+    """Report a full disk or full memory in one line, with advice.
 
-    The libraries write checkpoints in their own ways, and not all of them say by its type what went wrong.
+    Torch reports a failed write of a checkpoint as a RuntimeError, which only its text distinguishes from others.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            "the device's memory is full: lower --batch-size (with --gradient-accumulation-steps the steps stay the "
-            "same), or --num-virtual-tokens"
+            "the device is out of memory: lower --batch-size (and raise --gradient-accumulation-steps to keep the "
+            "size of a step), or lower --num-virtual-tokens"
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         if (
@@ -158,25 +158,25 @@ def _resources(directory: RunDirectory) -> Iterator[None]:
             raise
         reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
         raise TrainingError(
-            f"{directory.path} cannot be written: {reason}. Make room and start it again; --resume goes on from the "
-            "last evaluation, if there was one"
+            f"{directory.path} cannot be written: {reason}. Free some space and run the command again; with --resume "
+            "it continues from the last evaluation, if there was one"
         ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """The part of a training for which a model is needed.
+    """The part of a training that needs the model.
 
     Attributes:
-        settings: What to do.
-        reporter: Where to say how it goes.
-        directory: Where everything is kept; taken already.
+        settings: The settings of the training.
+        reporter: Callbacks that report on it.
+        directory: The run directory, already locked.
         corpus: The data.
-        tokenizer: The model's.
-        path: Where the model is, or its hub id.
-        train: Rows to learn from, as tokens.
-        held_out: Rows to measure by, as tokens.
-        publication: The server to publish to, which was looked at; None without a push.
+        tokenizer: The model's tokenizer.
+        path: Directory or hub id of the model.
+        train: Encoded training rows.
+        held_out: Encoded held-out rows.
+        publisher: The server to publish to, already checked; None without ``--push``.
     """
 
     settings: TrainSettings
@@ -187,27 +187,27 @@ class _Run:
     path: str
     train: list[Encoded]
     held_out: list[Encoded]
-    publication: Publication | None
+    publisher: Publisher | None
 
     @property
     def _pad_id(self) -> int:
         return self.tokenizer.pad_token_id or 0
 
     def result(self) -> dict[str, Any]:
-        """Train unless that was done before, then publish if that was asked for."""
+        """Train unless the run is complete, then publish if a publisher is given."""
         base = self._load_base()
         golden = (self.held_out or self.train)[: self.settings.golden_prompts]
-        if self.publication is not None:
-            self.publication.check_base(base, golden)
+        if self.publisher is not None:
+            self.publisher.check_base(base, golden)
         result: dict[str, Any] | None = self.directory.read("result.json")
         if result is None:
             result = self._trained(base)
             self.directory.write("result.json", result)
         else:
-            self.reporter.say(f"{self.directory.path} is trained already")
-        if self.publication is not None:
+            self.reporter.say(f"{self.directory.path} contains a completed training")
+        if self.publisher is not None:
             reloaded = PeftModel.from_pretrained(base, str(self.directory.adapter))
-            result["published"] = self.publication.publish(reloaded, golden, result)
+            result["published"] = self.publisher.publish(reloaded, golden, result)
             self.directory.write("result.json", result)
         return result
 
@@ -215,12 +215,12 @@ class _Run:
         settings, started = self.settings, time.monotonic()
         bare = self._score(base, is_bare=True)
         set_seed(settings.seed)
-        told = opening_text(self.corpus, settings) if settings.method.starts_from_text else None
+        init_text = initial_text(self.corpus, settings) if settings.method.starts_from_text else None
         model = make_soft_prompt(
             base,
             self.tokenizer,
             settings,
-            text=told or opening_of_data(self.corpus),
+            text=init_text or beginning_of_data(self.corpus),
             context=_context(self.train, self.corpus),
             num_tasks=self.corpus.num_tasks,
         )
@@ -234,25 +234,25 @@ class _Run:
             directory=self.directory,
             pad_id=self._pad_id,
             untrained=untrained,
-            tell=self.reporter.tell,
+            on_progress=self.reporter.on_progress,
             warn=self.reporter.warn,
             vocabulary_norm=None if settings.method.is_key_values else float(width_norm),
         )
         checkpoint = self.directory.newest_checkpoint() if settings.resume else None
         if checkpoint is not None:
-            self.reporter.say(f"going on from {checkpoint.name}")
+            self.reporter.say(f"resuming from {checkpoint.name}")
         elif settings.resume:
-            self.directory.cut_records(0)
+            self.directory.truncate_records(0)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         best = trainer.best
         if best is not None:
             restore(model, best.state)
         base_name = self._base_name()
-        save_adapter(model, self.directory.adapter, base_name=base_name, keeps_text=told is not None)
-        draw = draw_curves(
+        save_adapter(model, self.directory.adapter, base_name=base_name, keeps_text=init_text is not None)
+        drawn = draw_curves(
             self.directory.records(), self.directory.curves, title=f"{settings.name}: {settings.method}"
         )
-        if not draw:
+        if not drawn:
             self.reporter.say("no curves.png: matplotlib is not installed")
         model.eval()
         trained = self._score(PeftModel.from_pretrained(model.get_base_model(), str(self.directory.adapter)))
@@ -260,17 +260,17 @@ class _Run:
             losses = [
                 (entry["step"], entry["eval_loss"]) for entry in self.directory.records() if "eval_loss" in entry
             ]
-            for doubt in doubts(
+            for warning in result_warnings(
                 settings.method, untrained=untrained, trained=trained, best_step=best.step, losses=losses
             ):
-                self.reporter.warn(doubt)
+                self.reporter.warn(warning)
         return {
             "name": settings.name,
             "method": settings.method,
             "adapter": str(self.directory.adapter),
             "base_model": base_name,
             "learning_rate": settings.rate,
-            "init_text": told,
+            "init_text": init_text,
             "steps": trainer.state.global_step,
             "best_step": None if best is None else best.step,
             "train_loss": _last_loss(self.directory),
@@ -284,15 +284,15 @@ class _Run:
     def _score(self, model: Any, *, is_bare: bool = False) -> Scores | None:
         if not self.held_out:
             return None
-        # A bare model knows of no tasks, and not every one ignores what it does not know.
+        # A bare model has no tasks, and not every model ignores an unknown argument.
         examples = [replace(example, task_id=None) for example in self.held_out] if is_bare else self.held_out
         return score(model, examples, batch_size=self.settings.batch_size, pad_id=self._pad_id)
 
     def _base_name(self) -> str:
         if self.settings.base_name is not None:
             return self.settings.base_name
-        if self.publication is not None:
-            return self.publication.base_name
+        if self.publisher is not None:
+            return self.publisher.base_name
         return DEMO_NAME if self.settings.model == DEMO else self.settings.model
 
     def _load_base(self) -> Any:
@@ -308,7 +308,7 @@ class _Run:
 
 
 def _context(train: list[Encoded], corpus: Corpus) -> list[Encoded]:
-    """Examples for a CPT prompt: one of each label first, then as the file has them."""
+    """Examples to initialise a CPT prompt from: one of each label first, then in the order of the file."""
     first: dict[str | None, int] = {}
     for place, example in enumerate(corpus.train):
         first.setdefault(getattr(example, "label", None), place)
@@ -347,7 +347,7 @@ def _max_tokens(config: Any) -> int:
 
 
 def _eos_token_ids(path: str, config: Any, revision: str | None) -> tuple[int, ...]:
-    """What ends a generation by the server's rules: the generation configuration's, else the model's."""
+    """The end-of-sequence tokens by the server's rules: the generation configuration's, else the model's."""
     try:
         ids = transformers.GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
     except OSError:
@@ -365,7 +365,7 @@ def _device(settings: TrainSettings) -> torch.device:
 
 
 def _dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    """auto: float32 on a CPU, which is exact and there the fastest that is; bfloat16 on CUDA where it has it."""
+    """Resolve ``auto``: float32 on a CPU, where it is exact and fastest; bfloat16 on CUDA if supported."""
     if settings.dtype == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float32

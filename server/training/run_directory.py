@@ -1,14 +1,14 @@
-"""The directory of one training: everything that is needed to repeat it, to go on with it, and to publish it.
+"""The directory of one training: all that is needed to repeat it, to resume it and to publish its result.
 
 ::
 
-    settings.json    what was asked for, the data's digests, the libraries' versions
-    metrics.jsonl    one object for each step and each evaluation
-    curves.png       the same as a picture, where matplotlib is installed
-    checkpoints/     what resuming needs; transformers' own, with the whole encoder
-    adapter/         the two files that PEFT loads and the server takes
-    golden.json      log-probabilities of a few texts by PEFT, which the server is held against
-    result.json      scores and what became of it
+    settings.json    settings, digests of the data, versions of the libraries
+    metrics.jsonl    one object per step and per evaluation
+    curves.png       the same as a plot, if matplotlib is installed
+    checkpoints/     checkpoints of transformers' Trainer, with the whole encoder
+    adapter/         the two files that PEFT loads and the server accepts
+    golden.json      PEFT's log-probabilities of a few texts, to compare the server with
+    result.json      scores, and what was published
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 
 from prompt_store.durable import write_file
 from server.training.errors import RunDirectoryError
-from server.training.settings import NOT_OF_THE_RESULT
+from server.training.settings import CHANGEABLE_ON_RESUME
 
 LIBRARIES = ("accelerate", "peft", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def library_versions() -> dict[str, str]:
-    """What it was trained with."""
+    """Versions of Python and of the libraries that training uses."""
     versions = {"python": platform.python_version()}
     for name in ("prelude-server", *LIBRARIES):
         try:
@@ -42,11 +42,7 @@ def library_versions() -> dict[str, str]:
 
 
 class RunDirectory:
-    """The paths of a run, and what is written there.
-
-    Args:
-        path: The directory.
-    """
+    """The files of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,16 +52,16 @@ class RunDirectory:
         self.curves = path / "curves.png"
 
     @contextmanager
-    def opened(self, settings: dict[str, Any], *, resume: bool) -> Iterator[None]:
-        """Take the directory for a run, for as long as the block lasts.
+    def locked(self, settings: dict[str, Any], *, resume: bool) -> Iterator[None]:
+        """Create the directory and lock it for the duration of the block.
 
         Args:
-            settings: What ``settings.json`` shall hold: ``settings``, ``digests`` and so on.
-            resume: Whether it holds a run to go on with.
+            settings: Contents of ``settings.json``: ``settings``, ``digests`` and so on.
+            resume: Whether to resume the run in the directory.
 
         Raises:
-            RunDirectoryError: If another process is using it, if it is not empty, or if there is nothing to go on
-                with, or another run.
+            RunDirectoryError: If another process uses the directory. To start: if it is not empty. To resume: if it
+                holds no run, or one with other settings.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +85,7 @@ class RunDirectory:
                 yield
             except BaseException:
                 if not resume and not self.metrics.exists():
-                    (self.path / "settings.json").unlink()  # not a step was done: the same command may come again
+                    (self.path / "settings.json").unlink()  # no step was done: the same command can start again
                 raise
         finally:
             os.close(lock)
@@ -99,7 +95,7 @@ class RunDirectory:
         write_file(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def read(self, name: str) -> Any:
-        """Read a JSON file; None where there is none, or not a whole one."""
+        """Read a JSON file; None if it is missing or incomplete."""
         try:
             return json.loads((self.path / name).read_text())
         except (OSError, ValueError):
@@ -111,7 +107,7 @@ class RunDirectory:
             file.write(json.dumps(entry) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """The metrics so far; a last line that was cut off by a kill is left out."""
+        """The metrics so far, without an incomplete last line."""
         entries = []
         if self.metrics.exists():
             for line in self.metrics.read_text(encoding="utf-8").splitlines():
@@ -121,21 +117,21 @@ class RunDirectory:
                     break
         return entries
 
-    def cut_records(self, step: int) -> list[dict[str, Any]]:
-        """Drop the metrics after a step, from which training goes on; returns those that are left."""
-        kept = [entry for entry in self.records() if entry["step"] <= step]
-        write_file(self.metrics, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-        return kept
+    def truncate_records(self, step: int) -> list[dict[str, Any]]:
+        """Drop the metrics after the step that training resumes from; returns the remaining ones."""
+        remaining = [entry for entry in self.records() if entry["step"] <= step]
+        write_file(self.metrics, "".join(json.dumps(entry) + "\n" for entry in remaining).encode())
+        return remaining
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole: transformers writes ``trainer_state.json`` last."""
-        whole = {}
+        """The newest complete checkpoint: transformers writes ``trainer_state.json`` last."""
+        complete = {}
         for folder in self.checkpoints.glob("checkpoint-*"):
             try:
-                whole[int(json.loads((folder / "trainer_state.json").read_text())["global_step"])] = folder
+                complete[int(json.loads((folder / "trainer_state.json").read_text())["global_step"])] = folder
             except (OSError, ValueError, KeyError):
                 continue
-        return whole[max(whole)] if whole else None
+        return complete[max(complete)] if complete else None
 
     def _check_same(self, settings: dict[str, Any]) -> None:
         before = self.read("settings.json")
@@ -143,8 +139,8 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} contains no run to resume")
         ours, theirs = settings["settings"] | settings["digests"], before["settings"] | before["digests"]
         changed = sorted(
-            key for key in (ours | theirs).keys() - NOT_OF_THE_RESULT if ours.get(key) != theirs.get(key)
+            key for key in (ours | theirs).keys() - CHANGEABLE_ON_RESUME if ours.get(key) != theirs.get(key)
         )
         if changed:
-            told = ", ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in changed[:3])
-            raise RunDirectoryError(f"{self.path} contains a run with other settings: {told}")
+            changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in changed[:3])
+            raise RunDirectoryError(f"{self.path} contains a run with other settings: {changes}")

@@ -1,8 +1,8 @@
-"""Loss and accuracy of completions by one pass over each, and the log-probabilities of texts.
+"""Loss and accuracy of completions by one forward pass, and log-probabilities of texts.
 
-Accuracy is that of greedy generation to the letter, without generating: greedy decoding writes a completion exactly
-if, after each of its beginnings, the next token has the largest logit; and one pass over prompt and completion has
-the logits after all of these. The end-of-sequence token counts as one of the completion's.
+Accuracy is the share of exact greedy answers, computed without generating: greedy decoding produces a completion if
+each of its tokens has the largest logit after the tokens before it, and one forward pass over prompt and completion
+gives all these logits. The end-of-sequence token is part of the completion.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How well completions are known.
+    """Scores of a model on completions.
 
     Attributes:
-        loss: Mean of the completions' tokens, in nats.
-        accuracy: Share of completions that greedy decoding would write to the letter.
+        loss: Mean over all tokens of the completions, in nats.
+        accuracy: Share of completions that greedy decoding would produce exactly.
     """
 
     loss: float
     accuracy: float
 
 
-def keeps_logits(model: Any) -> bool:
-    """Whether a model can leave out the logits that nobody asks for."""
+def can_limit_logits(model: Any) -> bool:
+    """Whether a model can compute the logits of the last positions only."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def collate(examples: Sequence[Encoded], pad_id: int, *, keeps_logits: bool = False) -> dict[str, Any]:
-    """A batch, padded on the right: pads between a soft prompt and its text would move the text.
+def collate(examples: Sequence[Encoded], pad_id: int, *, limit_logits: bool = False) -> dict[str, Any]:
+    """Make a batch, padded on the right: padding between a soft prompt and its text would move the text.
 
     Args:
         examples: At least one.
-        pad_id: What fills rows; it is never attended to.
-        keeps_logits: Whether the model shall compute logits only from where the first completion begins: of a large
-            vocabulary they take more memory than all else.
+        pad_id: Token id for padding; it is masked.
+        limit_logits: Compute logits only from the start of the first completion on; with a large vocabulary logits
+            need more memory than all else.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` [batch, longest], ``task_ids`` [batch] where there are tasks,
-        and ``logits_to_keep`` if that is wanted. Labels are those of the completion; all others are ignored.
+        ``input_ids``, ``attention_mask`` and ``labels`` [batch, longest], ``task_ids`` [batch] if there are tasks,
+        and ``logits_to_keep`` with ``limit_logits``. Labels other than those of the completion are ``IGNORED``.
     """
     width = max(len(example.token_ids) for example in examples)
     ids = torch.full((len(examples), width), pad_id)
@@ -64,7 +64,7 @@ def collate(examples: Sequence[Encoded], pad_id: int, *, keeps_logits: bool = Fa
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if examples[0].task_id is not None:
         batch["task_ids"] = torch.tensor([example.task_id for example in examples])
-    if keeps_logits:
+    if limit_logits:
         first = max(1, min(len(example.prompt_ids) for example in examples))
         return {**batch, "logits_to_keep": width - first + 1}
     return batch
@@ -73,15 +73,15 @@ def collate(examples: Sequence[Encoded], pad_id: int, *, keeps_logits: bool = Fa
 def completion_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Cross-entropy of the labelled tokens, over the text's own positions alone.
+    """Mean cross-entropy of the labelled tokens, for all methods.
 
-    Written here once for all methods: PEFT's CPT takes a loss of its own, over its context too, and forgets to divide
-    by the number of accumulated batches.
+    PEFT's CPT computes a different loss, which includes its context and is not divided by the number of accumulated
+    batches.
 
     Args:
-        outputs: The model's; ``logits`` may have rows for virtual tokens before the text's.
+        outputs: Outputs of the model; ``logits`` may have rows for virtual tokens before those of the text.
         labels: [batch, length].
-        num_items_in_batch: Labelled tokens of all accumulated batches; None takes those of this one.
+        num_items_in_batch: Labelled tokens of all accumulated batches; default: those of this batch.
     """
     logits, targets = _aligned(outputs, labels)
     total = functional.cross_entropy(
@@ -97,10 +97,10 @@ def score(model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_id: i
     was_training = model.training
     model.eval()
     loss, num_tokens, num_right = 0.0, 0, 0
-    keeps = keeps_logits(model)
+    limit_logits = can_limit_logits(model)
     try:
         for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size], pad_id, keeps_logits=keeps)
+            batch = collate(examples[start : start + batch_size], pad_id, limit_logits=limit_logits)
             labels = batch.pop("labels").to(model.device)
             batch = {key: value if isinstance(value, int) else value.to(model.device) for key, value in batch.items()}
             logits, targets = _aligned(model(**batch), labels)
@@ -119,12 +119,7 @@ def score(model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_id: i
 
 @torch.no_grad()
 def text_logprobs(model: Any, example: Encoded) -> list[float]:
-    """Log-probabilities of an example's tokens but the first, each after those before it, at batch 1.
-
-    Args:
-        model: With its soft prompt, or bare.
-        example: The text.
-    """
+    """Log-probabilities of an example's tokens, except the first, at batch size 1."""
     was_training = model.training
     model.eval()
     ids = torch.tensor([example.token_ids], device=model.device)
@@ -138,6 +133,6 @@ def text_logprobs(model: Any, example: Encoded) -> list[float]:
 
 
 def _aligned(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits that foretell labels, and these; rows of virtual tokens, and of those before, are left out."""
+    """Logits and the labels that they predict, without the rows of virtual tokens."""
     logits = outputs.logits[:, -labels.shape[1] :]
     return logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :]

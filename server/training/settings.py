@@ -19,7 +19,7 @@ DEFAULT_ALIAS = "candidate"
 MAX_DESCRIPTION_CHARS = 4096
 """The server's limit, checked before the training."""
 
-NOT_OF_THE_RESULT = frozenset({"run_dir", "resume", "push", "url", "alias", "golden_prompts", "golden_tolerance"})
+CHANGEABLE_ON_RESUME = frozenset({"run_dir", "resume", "push", "url", "alias", "golden_prompts", "golden_tolerance"})
 """Settings that may differ when a run is resumed: they do not affect the result."""
 
 
@@ -41,17 +41,17 @@ class Method(StrEnum):
 
     @property
     def starts_from_text(self) -> bool:
-        """Whether training can begin at a text; the others run rows through a network, which no text inverts."""
+        """Whether the soft prompt can be initialised from a text; a network's output cannot."""
         return self not in (Method.P_TUNING, Method.P_TUNING_V2)
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Defaults of a method; docs/training.md gives the reasons and measurements.
+    """Defaults of a method; benchmarks/training.md contains the measurements.
 
     Attributes:
-        learning_rate: Peak rate of AdamW, in the units of what is trained.
-        source: Where the choice comes from.
+        learning_rate: Peak learning rate of AdamW.
+        source: Reason for the choice.
     """
 
     learning_rate: float
@@ -60,67 +60,42 @@ class Defaults:
 
 DEFAULTS: dict[Method, Defaults] = {
     Method.PROMPT_TUNING: Defaults(
-        3e-2, "PEFT's example for causal models, with AdamW; the 0.3 of Lester et al. 2021 is Adafactor's"
+        3e-2, "PEFT's example for causal models, with AdamW; the 0.3 of Lester et al. 2021 is for Adafactor"
     ),
     Method.P_TUNING: Defaults(
-        3e-3, "measured; Liu et al. 2021 train a network's weights and not the rows, which wants a network's rates"
+        3e-3, "measured; Liu et al. 2021 train a network's weights, which need lower rates than rows"
     ),
     Method.PREFIX_TUNING: Defaults(
-        3e-2, "measured, and PEFT's example for causal models; begins at real activations as in Li & Liang 2021"
+        3e-2, "measured, and PEFT's example for causal models; initialised from activations as in Li & Liang 2021"
     ),
     Method.P_TUNING_V2: Defaults(
-        3e-3, "measured; the network of Li & Liang 2021, whose 5e-5 is for many more steps than a few hundred"
+        3e-3, "measured; the network of Li & Liang 2021, whose 5e-5 is for thousands of steps"
     ),
     Method.CPT: Defaults(
-        3e-2, "measured, as prompt tuning; in Blau et al. 2024 the projection bounds what a rate can do"
+        3e-2, "measured, as prompt tuning; the projection of Blau et al. 2024 bounds the effect of the rate"
     ),
-    Method.MULTITASK: Defaults(5e-2, "measured; rows times matrices as in Wang et al. 2023, so both have to move"),
+    Method.MULTITASK: Defaults(5e-2, "measured; rows times matrices as in Wang et al. 2023, both of them trained"),
     Method.CARTRIDGE: Defaults(2e-2, "the examples in the code of Eyuboglu et al. 2025, with Adam"),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """One training.
+    """The settings of one training; the options of ``prelude train`` describe them all.
 
     Attributes:
-        model: A hub id, a directory, or ``demo``.
-        revision: The hub revision.
-        data: Examples to learn from.
         eval_data: Held-out examples; None holds out ``eval_fraction`` of the data.
-        eval_fraction: Share of the data that is held out where there is no eval_data; 0 evaluates nothing.
-        method: How to train.
-        num_virtual_tokens: Rows of the soft prompt.
-        name: The soft prompt's name.
-        description: What the task is, in words; kept with the version, and a text to begin at.
-        init_text: Text to begin at.
-        separator: Stands between a text and its label.
-        seed: Of initialisation, order and split.
-        epochs: Passes over the data.
-        max_steps: Optimizer steps, instead of epochs.
-        learning_rate: Peak; None takes the method's.
-        batch_size: Examples of one pass.
-        gradient_accumulation_steps: Passes of one step.
-        gradient_checkpointing: Compute activations twice and keep them never.
-        weight_decay: Of AdamW.
-        warmup_ratio: Share of the steps in which the rate rises.
+        description: Description of the task, stored with the version; the default of ``init_text``.
+        init_text: Text to initialise from; None: the description, the labels or the data.
+        learning_rate: Peak learning rate; None: the method's default.
+        warmup_ratio: Share of the steps in which the learning rate rises.
         eval_steps: Steps between evaluations; None evaluates twenty times.
-        patience: Evaluations without a gain until training stops; 0 never stops early.
-        monitor: What a gain is measured by.
-        encoder_hidden_size: Width of the network of p_tuning and p_tuning_v2; None takes the model's, at most 512.
-        num_frozen_tokens: First rows of a cartridge that stay as they are.
-        cpt_epsilon: Radius that CPT leaves each row, as a share of the embeddings' mean norm.
-        num_ranks: Rank of each task's matrix of a multitask prompt.
-        device: Where to train.
-        dtype: Of the frozen model; the soft prompt itself is trained in float32.
-        base_name: What the saved configuration calls the base; None is the server's name for it, or ``model``.
-        run_dir: Where everything is kept.
-        resume: Go on with the run that is in run_dir.
-        push: Publish when it is trained.
-        url: The server to publish to.
-        alias: The alias to move.
-        golden_prompts: How many texts are held against PEFT.
-        golden_tolerance: Nats that a token's log-probability may be off; None follows the server's own rounding.
+        patience: Evaluations without improvement before training stops; 0 never stops early.
+        encoder_hidden_size: Width of the network of p_tuning and p_tuning_v2; None: the model's, at most 512.
+        cpt_epsilon: Radius within which CPT may move a row, as a share of the embeddings' mean norm.
+        dtype: Dtype of the frozen model; the soft prompt is trained in float32.
+        base_name: Name of the base in the saved configuration; None: the server's name for it, or ``model``.
+        golden_tolerance: Largest difference of a token's log-probability in nats; None: from the server's rounding.
     """
 
     model: str
@@ -185,9 +160,7 @@ class TrainSettings:
                 "holds the trained keys and values"
             )
         if self.init_text is not None and not self.method.starts_from_text:
-            raise SettingsError(
-                f"init_text: {self.method} cannot be initialised from a text: it trains a network's weights"
-            )
+            raise SettingsError(f"init_text cannot be used with {self.method}, which trains the weights of a network")
         if self.description is not None and len(self.description) > MAX_DESCRIPTION_CHARS:
             raise SettingsError(
                 f"description has {len(self.description)} characters; at most {MAX_DESCRIPTION_CHARS}"

@@ -1,4 +1,4 @@
-"""transformers' Trainer around a soft prompt: its own checkpoints, evaluations, early stopping and warnings."""
+"""transformers' Trainer for a soft prompt, with separate checkpoints, evaluations, early stopping and warnings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from server.training.encoding import Encoded
 from server.training.errors import InstabilityError
+from server.training.peft_methods import load_state, mean_norm, restore, save_state, state_of
 from server.training.run_directory import RunDirectory
-from server.training.scoring import Scores, collate, completion_loss, keeps_logits, score
+from server.training.scoring import Scores, can_limit_logits, collate, completion_loss, score
 from server.training.settings import TrainSettings
-from server.training.soft_prompts import load_state, mean_norm, restore, save_state, state_of
 
 EVALUATIONS = 20
 """Default number of evaluations per run."""
 
-BLOW_UP = 30.0
+DIVERGENCE_FACTOR = 30.0
 """Factor over the initial mean norm, and the vocabulary's, above which a warning is given."""
 
 _STATE_FILE = "soft_prompt.safetensors"
@@ -32,13 +32,13 @@ _BEST_FILE = "best.safetensors"
 
 @dataclass(slots=True)
 class Progress:
-    """Where a training is.
+    """Progress of a training.
 
     Attributes:
-        step: Optimizer steps done.
-        num_steps: Those of the whole training.
-        loss: Of the newest step.
-        held_out: Of the newest evaluation, None before it or without held-out rows.
+        step: Completed optimizer steps.
+        num_steps: Optimizer steps of the whole training.
+        loss: Loss of the last step.
+        held_out: Scores of the last evaluation; None before the first one.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Progress:
     held_out: Scores | None = None
 
 
-Tell = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 Warn = Callable[[str], None]
 
 
@@ -56,9 +56,9 @@ class Best:
     """The best state so far.
 
     Attributes:
-        step: After how many steps.
-        scores: On the held-out rows.
-        state: The encoder.
+        step: Number of steps before it.
+        scores: Scores on the held-out rows.
+        state: The state of the encoder.
     """
 
     step: int
@@ -66,8 +66,8 @@ class Best:
     state: dict[str, torch.Tensor] = field(repr=False)
 
 
-def is_gain(scores: Scores, best: Scores, monitor: str) -> bool:
-    """Whether scores are better than the best; equal accuracies are told apart by their loss."""
+def is_improvement(scores: Scores, best: Scores, monitor: str) -> bool:
+    """Whether scores are better than the best; equal accuracies are compared by their loss."""
     if monitor == "accuracy" and scores.accuracy != best.accuracy:
         return scores.accuracy > best.accuracy
     return scores.loss < best.loss
@@ -76,19 +76,19 @@ def is_gain(scores: Scores, best: Scores, monitor: str) -> bool:
 class SoftPromptTrainer(Trainer):
     """Trains the soft prompt of a PEFT model.
 
-    Checkpoints hold the whole encoder and the best state so far, and are written at each evaluation.
+    Checkpoints contain the whole encoder and the best state so far, and are written at each evaluation.
 
     Args:
         model: A PEFT model.
-        train: Examples to learn from.
-        held_out: Examples to measure by; may be empty.
-        settings: The training's.
-        directory: The run's.
-        pad_id: What fills rows; it is never attended to.
-        untrained: Scores before the first step, which a gain is one over.
-        tell: Called after each step and each evaluation.
+        train: Training examples.
+        held_out: Held-out examples; may be empty.
+        settings: The settings of the training.
+        directory: The directory of the run.
+        pad_id: Token id for padding; it is masked.
+        untrained: Scores before the first step, the first best state.
+        on_progress: Called after each step and each evaluation.
         warn: Called with warnings.
-        vocabulary_norm: Mean norm of the model's input embeddings; None where keys and values are trained.
+        vocabulary_norm: Mean norm of the model's input embeddings; None if keys and values are trained.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class SoftPromptTrainer(Trainer):
         directory: RunDirectory,
         pad_id: int,
         untrained: Scores | None,
-        tell: Tell,
+        on_progress: OnProgress,
         warn: Warn,
         vocabulary_norm: float | None,
     ) -> None:
@@ -112,24 +112,24 @@ class SoftPromptTrainer(Trainer):
         self.settings = settings
         self.directory = directory
         self.pad_id = pad_id
-        keeps = keeps_logits(model)
+        limit_logits = can_limit_logits(model)
         arguments = _arguments(settings, directory, num_examples=len(train), evaluates=bool(held_out))
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=list(train),
             eval_dataset=list(held_out) or None,
-            data_collator=lambda examples: collate(examples, pad_id, keeps_logits=keeps),
+            data_collator=lambda examples: collate(examples, pad_id, limit_logits=limit_logits),
             compute_loss_func=completion_loss,
-            callbacks=[_Watcher(self, tell, warn, vocabulary_norm)],
+            callbacks=[_TrainingMonitor(self, on_progress, warn, vocabulary_norm)],
         )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the held-out rows, and keep the state if it is the best."""
+        """Score the held-out rows, and store the state if it is the best."""
         scores = score(self.soft_prompt, self.held_out, batch_size=self.settings.batch_size, pad_id=self.pad_id)
-        if self.best is None or is_gain(scores, self.best.scores, self.settings.monitor):
+        if self.best is None or is_improvement(scores, self.best.scores, self.settings.monitor):
             self.best = Best(self.state.global_step, scores, state_of(self.soft_prompt))
         metrics = {"eval_loss": scores.loss, "eval_accuracy": scores.accuracy}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -146,24 +146,26 @@ class SoftPromptTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         restore(self.soft_prompt, load_state(folder / _STATE_FILE))
         step = int(folder.name.removeprefix("checkpoint-"))
-        for entry in self.directory.cut_records(step):
+        for entry in self.directory.truncate_records(step):
             if "eval_loss" in entry and self.best is not None:
                 scores = Scores(entry["eval_loss"], entry["eval_accuracy"])
-                if is_gain(scores, self.best.scores, self.settings.monitor):
+                if is_improvement(scores, self.best.scores, self.settings.monitor):
                     self.best = Best(entry["step"], scores, {})
         if self.best is not None:
             self.best.state = load_state(folder / _BEST_FILE)
 
 
-class _Watcher(TrainerCallback):
-    """Writes the metrics, tells where training is, warns, and stops it."""
+class _TrainingMonitor(TrainerCallback):
+    """Writes metrics, reports progress, warns, and stops training."""
 
-    def __init__(self, trainer: SoftPromptTrainer, tell: Tell, warn: Warn, vocabulary_norm: float | None) -> None:
+    def __init__(
+        self, trainer: SoftPromptTrainer, on_progress: OnProgress, warn: Warn, vocabulary_norm: float | None
+    ) -> None:
         self._trainer = trainer
-        self._tell = tell
+        self._on_progress = on_progress
         self._warn = warn
         self._norm = trainer.initial_norm
-        self._limit = BLOW_UP * max(self._norm, vocabulary_norm or 0.0)
+        self._limit = DIVERGENCE_FACTOR * max(self._norm, vocabulary_norm or 0.0)
         self._has_warned = False
         self._held_out: Scores | None = None
         self._loss = math.nan
@@ -175,14 +177,14 @@ class _Watcher(TrainerCallback):
             return
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm") or 0.0)):
             raise InstabilityError(
-                f"step {state.global_step}: the loss is {logs['loss']} and its gradient's norm "
-                f"{logs.get('grad_norm')}. Lower --learning-rate (it was {self._trainer.settings.rate:g}), or train "
+                f"step {state.global_step}: the loss is {logs['loss']} and the gradient norm "
+                f"{logs.get('grad_norm')}. Lower --learning-rate (now {self._trainer.settings.rate:g}), or train "
                 "in --dtype float32. Nothing was saved after the last evaluation."
             )
         self._loss = logs["loss"]
         entry = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if logs.get(key) is not None}
         self._trainer.directory.record({"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), **entry})
-        self._tell(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
+        self._on_progress(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
@@ -191,19 +193,19 @@ class _Watcher(TrainerCallback):
         norm = mean_norm(trainer.soft_prompt)
         trainer.directory.record({"step": state.global_step, **metrics, "norm": norm})
         self._held_out = Scores(metrics["eval_loss"], metrics["eval_accuracy"])
-        self._tell(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
+        self._on_progress(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
         if not math.isfinite(metrics["eval_loss"]):
             raise InstabilityError(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}")
         if norm > self._limit and not self._has_warned:
             self._has_warned = True
             self._warn(
                 f"step {state.global_step}: the soft prompt's mean norm is {norm:.3g}, up from {self._norm:.3g}: "
-                "it diverges. Lower --learning-rate"
+                "training diverges. Lower --learning-rate"
             )
         control.should_training_stop = control.should_training_stop or self._is_out_of_patience()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # A run that was killed after it had decided to stop shall not decide anew.
+        # A resumed run that had already run out of patience must not train further.
         control.should_training_stop = self._is_out_of_patience()
 
     def _is_out_of_patience(self) -> bool:
@@ -215,7 +217,7 @@ class _Watcher(TrainerCallback):
 
 
 def num_steps(settings: TrainSettings, num_examples: int) -> int:
-    """Optimizer steps of a whole training."""
+    """Number of optimizer steps of a training."""
     if settings.max_steps is not None:
         return settings.max_steps
     batches = math.ceil(num_examples / settings.batch_size)

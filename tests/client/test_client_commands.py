@@ -232,7 +232,7 @@ def test_pull_verifies(live, two, tmp_path):
     with PreludeClient(live.url) as client:
         version = client.versions("sentiment", limit=1)["data"][0]
         version["files"][1]["sha256"] = "0" * 64
-        with pytest.raises(ClientError, match="is not what the server's record says"):
+        with pytest.raises(ClientError, match="does not match the server's record"):
             client.pull(version, tmp_path / "to")
         assert list((tmp_path / "to").iterdir()) == []
         version["version"] = 9
@@ -356,10 +356,10 @@ def test_api_key(serve, tmp_path):
     refused = CliRunner().invoke(cli, ["list", "--url", live.url])
     assert refused.exit_code == 6
     assert "API key" in refused.stderr
-    assert "Give a key: --api-key or PRELUDE_API_KEY" in refused.stderr
+    assert "Give a key by --api-key or PRELUDE_API_KEY" in refused.stderr
     wrong = CliRunner().invoke(cli, ["list", "--url", live.url, "--api-key", "k2"])
     assert wrong.exit_code == 6
-    assert "The key that was sent is from --api-key or PRELUDE_API_KEY" in wrong.stderr
+    assert "The sent key is from --api-key or PRELUDE_API_KEY" in wrong.stderr
     assert "k2" not in wrong.stderr
     assert CliRunner().invoke(cli, ["list", "--url", live.url, "--api-key", "k1"]).exit_code == 0
     assert CliRunner().invoke(cli, ["list"], env={"PRELUDE_URL": live.url, "PRELUDE_API_KEY": "k1"}).exit_code == 0
@@ -373,7 +373,7 @@ def test_a_key_that_may_not(serve, tmp_path, peft_directory):
     refused = CliRunner().invoke(cli, line)
     assert refused.exit_code == 6
     assert "prompts:write" in refused.stderr
-    assert "The key that was sent is from --api-key or PRELUDE_API_KEY" in refused.stderr
+    assert "The sent key is from --api-key or PRELUDE_API_KEY" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -393,8 +393,8 @@ def test_another_server(monkeypatch, status, exit_status, body):
 
 def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch):
     for status, headers, words in (
-        (301, {"location": "https://other/v1/prompts/x"}, "It points to 'https://other/v1/prompts/x'"),
-        (502, {}, "A proxy in front of it does not reach it"),
+        (301, {"location": "https://other/v1/prompts/x"}, "It redirects to 'https://other/v1/prompts/x'"),
+        (502, {}, "A proxy in front of it cannot reach it"),
     ):
         answer = httpx.Response(status, headers=headers, text="<html>")
         client = PreludeClient("http://other")
@@ -431,18 +431,18 @@ def test_piped_columns_are_aligned_by_what_a_terminal_shows(capsys):
 
 def test_progress_only_for_large_files_on_a_terminal(monkeypatch, capsys):
     large = commands._PROGRESS_BYTES
-    with commands._progress("sending", large) as on_bytes:
+    with commands._progress("uploading", large) as on_bytes:
         on_bytes(large)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with commands._progress("sending", large - 1) as on_bytes:
+    with commands._progress("uploading", large - 1) as on_bytes:
         on_bytes(large - 1)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    with commands._progress("sending", large) as on_bytes:
+    with commands._progress("uploading", large) as on_bytes:
         on_bytes(large)
-    assert "sending" in capsys.readouterr().err
+    assert "uploading" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_lines_that_fit(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.client import peft_directory
-from server.client.peft_directory import what_is_wrong
+from server.client.peft_directory import explain_directory
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -24,20 +24,20 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def test_a_pickle_is_told_how_to_be_converted(tmp_path):
-    text = what_is_wrong(make(tmp_path / "p", "adapter_config.json", "adapter_model.bin"))
+    text = explain_directory(make(tmp_path / "p", "adapter_config.json", "adapter_model.bin"))
     assert "a pickle" in text
     assert "save_pretrained(NEW, safe_serialization=True)" in text
 
 
 def test_one_level_too_high_names_the_folder(tmp_path):
     inner = make(tmp_path / "run" / "my-adapter", *ADAPTER)
-    assert what_is_wrong(tmp_path / "run").endswith(f"push the folder that does: {inner}")
+    assert explain_directory(tmp_path / "run").endswith(f"push its folder {inner}")
 
 
 def test_checkpoints_are_named_newest_first_and_some_of_them(tmp_path):
     for step in (900, 1000, 100, 20, 3000, 400, 5):
         make(tmp_path / f"checkpoint-{step}", *ADAPTER)
-    text = what_is_wrong(tmp_path)
+    text = explain_directory(tmp_path)
     assert [Path(part).name.split()[0] for part in text.split(": ", 1)[1].split(", ")] == [
         f"checkpoint-{step}" for step in (3000, 1000, 900, 400, 100)
     ]
@@ -47,15 +47,15 @@ def test_checkpoints_are_named_newest_first_and_some_of_them(tmp_path):
 def test_folders_of_several_adapters(tmp_path):
     for name in ("default", "other", "checkpoint-" + "9" * 30):
         make(tmp_path / name, "adapter_model.bin")
-    text = what_is_wrong(tmp_path)
-    assert "push one of the folders that do" in text
+    text = explain_directory(tmp_path)
+    assert "push one of its folders" in text
     assert text.count("/") >= 3
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (("config.json", "model.safetensors"), "a whole model, or one that an adapter was merged into"),
+        (("config.json", "model.safetensors"), "a whole model, perhaps with a merged adapter"),
         (("model-00001-of-00002.safetensors",), "a whole model"),
         (("pytorch_model.bin",), "a whole model"),
         (("llama.gguf",), "a whole model"),
@@ -64,29 +64,29 @@ def test_folders_of_several_adapters(tmp_path):
         (("README.md",), "give the directory that PEFT's save_pretrained() wrote"),
         ((), "has no adapter_config.json and no adapter_model.safetensors"),
         (("adapter_model.safetensors",), "has no adapter_config.json: give"),
-        (("adapter_config.json",), "has no adapter_model.safetensors: the configuration is there alone"),
-        (("adapter_config.json", "w.zip"), "the configuration is there alone; unpack w.zip first"),
+        (("adapter_config.json",), "has no adapter_model.safetensors: it contains only the configuration"),
+        (("adapter_config.json", "w.zip"), "it contains only the configuration; unpack w.zip first"),
     ],
 )
 def test_what_a_directory_is_told(tmp_path, names, words):
-    text = what_is_wrong(make(tmp_path / "d", *names))
+    text = explain_directory(make(tmp_path / "d", *names))
     assert words in text
     assert "\n" not in text
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"), [('{"peft_type": "LORA"}', "(peft_type LORA)"), ("[", "is there alone"), ("[1]", "alone")]
+    ("config", "kind"), [('{"peft_type": "LORA"}', "(peft_type LORA)"), ("[", "only the"), ("[1]", "only the")]
 )
 def test_a_configuration_alone_is_named_by_its_kind(tmp_path, config, kind):
     (tmp_path / "adapter_config.json").write_text(config)
-    assert kind in what_is_wrong(tmp_path)
+    assert kind in explain_directory(tmp_path)
 
 
 def test_a_directory_of_very_many_files_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(peft_directory, "_MAX_FOLDERS", 3)
     for index in range(10):
         make(tmp_path / f"f{index}", *ADAPTER)
-    assert what_is_wrong(tmp_path).count("/f") <= 3
+    assert explain_directory(tmp_path).count("/f") <= 3
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -112,7 +112,7 @@ def test_push_of_a_file_is_a_usage_error(tmp_path, name, words):
 
 
 def test_a_directory_that_goes_away_meanwhile(tmp_path, monkeypatch):
-    monkeypatch.setattr("server.client.http.what_is_wrong", lambda path: list(Path(path / "gone").iterdir()))
+    monkeypatch.setattr("server.client.http.explain_directory", lambda path: list(Path(path / "gone").iterdir()))
     result = CliRunner().invoke(app, ["push", str(tmp_path), "--id", "x"])
     assert result.exit_code == 1
     assert "gone: No such file" in result.stderr

@@ -71,7 +71,7 @@ def test_held_out_data_of_another_form(prelude_train, tmp_path, no_model):
     result = prelude_train("--eval-data", str(pairs))
 
     assert result.exit_code == ExitStatus.INVALID
-    assert f"{pairs}:1: of the form {{prompt, completion}}, where" in result.stderr
+    assert f"{pairs}:1: has the format {{prompt, completion}}, but" in result.stderr
 
 
 def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatc
 
     assert result.exit_code == ExitStatus.INVALID
     assert f"{data}:4: " in result.stderr
-    assert "where the context of 96 has room for 92 beside 4 virtual ones" in result.stderr
+    assert "at most 92 fit: the context has 96 tokens, 4 of them virtual" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatc
     [
         (["--method", "lora"], "'lora' is not one of"),
         (["--num-virtual-tokens", "0"], "--num-virtual-tokens"),
-        (["--num-virtual-tokens", "96"], "the context has 96 positions in all"),
+        (["--num-virtual-tokens", "96"], "the context has only 96 tokens"),
         (["--method", "cartridge", "--num-virtual-tokens", "1"], "nothing would be trained"),
         (["--method", "prefix_tuning", "--gradient-checkpointing"], "cannot be used with prefix_tuning"),
-        (["--method", "p_tuning", "--init-text", "a"], "cannot be initialised from a text"),
+        (["--method", "p_tuning", "--init-text", "a"], "init_text cannot be used with p_tuning"),
         (["--id", "Not A Name"], "Not A Name"),
         (["--alias", "12"], "12"),
         (["--monitor", "f1"], "'f1' is not one of"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.datasets import DatasetError
-from server.training.corpus import load_corpus, opening_of_data, opening_text
+from server.training.corpus import beginning_of_data, initial_text, load_corpus
 from server.training.settings import Method
 from tests.training.conftest import rows, write_rows
 
@@ -29,7 +29,7 @@ def test_where_nothing_is_held_out_it_is_told(settings, tmp_path, changes):
     corpus = load_corpus(settings(**changes))
 
     assert corpus.held_out == []
-    assert "nothing is held out" in corpus.warnings[0]
+    assert "no rows are held out" in corpus.warnings[0]
 
 
 def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(settings, tmp_path):
@@ -37,14 +37,14 @@ def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(settings,
     corpus = load_corpus(settings(data=one, eval_data=one))
 
     assert len(corpus.held_out) == 2
-    assert "nothing to tell apart" in corpus.warnings[0]
-    assert "2 held-out rows are training rows too" in corpus.warnings[1]
+    assert "nothing to learn" in corpus.warnings[0]
+    assert "2 held-out rows are also training rows" in corpus.warnings[1]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "completion": "b"}, "of the form {prompt, completion}, where"),
+        ({"prompt": "a", "completion": "b"}, "has the format {prompt, completion}, but"),
         ({"text": "a", "label": "unheard"}, "the label 'unheard' is in no training row"),
         ({"text": "a", "label": "call", "task_id": 0}, "have a task_id"),
     ],
@@ -56,11 +56,11 @@ def test_held_out_rows_of_another_kind_are_refused(settings, tmp_path, row, reas
     assert reason in str(caught.value)
 
 
-def test_tasks_go_with_multitask_alone_and_count_from_nought(settings, tmp_path):
+def test_tasks_are_for_multitask_only_and_count_from_0(settings, tmp_path):
     with pytest.raises(DatasetError, match="have no task_id"):
         load_corpus(settings(method=Method.MULTITASK))
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=2))
-    with pytest.raises(DatasetError, match="no row has the task_id 1, and there is one of 2"):
+    with pytest.raises(DatasetError, match="no row has the task_id 1, but one has 2: count tasks"):
         load_corpus(settings(method=Method.MULTITASK, data=tasks))
     with pytest.raises(DatasetError, match="which the method cpt does not support"):
         load_corpus(settings(method=Method.CPT, data=tasks))
@@ -79,10 +79,10 @@ def test_held_out_tasks_have_to_be_trained_ones(settings, tmp_path):
 def test_training_begins_at_what_is_known_of_the_task(settings, tmp_path):
     def begins(**changes) -> str | None:
         made = settings(**changes)
-        return opening_text(load_corpus(made), made)
+        return initial_text(load_corpus(made), made)
 
     def data_begins(data) -> str:
-        return opening_of_data(load_corpus(settings(data=data)))
+        return beginning_of_data(load_corpus(settings(data=data)))
 
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "one ", "completion": "two"}] * 2)
     chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]

@@ -9,10 +9,10 @@ from server.training.run_directory import RunDirectory
 from server.training.settings import DEFAULTS, Method, TrainSettings
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-PROSE = " ".join(DOCUMENT.split())  # where a line of the file ends says nothing
+PROSE = " ".join(DOCUMENT.split())  # without line ends
 
 
-def test_each_method_stands_there_with_its_rate():
+def test_each_method_is_listed_with_its_rate():
     rows = re.findall(r"^\| `(\w+)` \|.*\| (\de-\d) \| `(\w+)`", DOCUMENT, re.MULTILINE)
 
     assert [(name, float(rate)) for name, rate, _ in rows] == [
@@ -20,13 +20,13 @@ def test_each_method_stands_there_with_its_rate():
     ]
 
 
-def test_methods_that_begin_at_chance_are_those_without_a_text():
-    chance = re.findall(r"^\| `(\w+)` \|[^|]*\| chance \|", DOCUMENT, re.MULTILINE)
+def test_methods_initialised_at_random_are_those_without_a_text():
+    random = re.findall(r"^\| `(\w+)` \|[^|]*\| random \|", DOCUMENT, re.MULTILINE)
 
-    assert chance == [method.value for method in Method if not method.starts_from_text]
+    assert random == [method.value for method in Method if not method.starts_from_text]
 
 
-def test_the_files_of_a_run_are_told(settings, trained, tmp_path, curves):
+def test_the_files_of_a_run_are_listed(settings, trained, tmp_path, curves):
     trained(settings())
     written = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     table = DOCUMENT.split("## The run directory")[1].split("\n## ")[0]
@@ -35,7 +35,7 @@ def test_the_files_of_a_run_are_told(settings, trained, tmp_path, curves):
     assert RunDirectory(tmp_path / "run").adapter.name in written
 
 
-def test_defaults_that_are_named_are_the_codes():
+def test_documented_defaults_are_those_of_the_code():
     defaults = TrainSettings(model="m", data=Path("d"), name="n")
 
     assert f"`--alias` (`{defaults.alias}`)" in PROSE

@@ -97,7 +97,7 @@ def test_what_does_not_fit_the_context_is_told_by_line(encoder):
 
     ((line, reason),) = caught.value.faults
     assert line == 4
-    assert "has room for 40 beside 20 virtual ones" in reason
+    assert "at most 40 fit: the context has 60 tokens, 20 of them virtual" in reason
 
 
 def test_a_text_that_just_fits_is_taken(encoder):
@@ -117,4 +117,4 @@ def test_a_conversation_that_the_template_refuses_is_told_by_line(encoder, token
         encoder.encode_all(Path("d"), [replace(CHAT, line=3)], max_tokens=60, num_virtual_tokens=2)
 
     assert caught.value.faults[0][0] == 3
-    assert "the chat template refuses it" in caught.value.faults[0][1]
+    assert "rejected by the chat template" in caught.value.faults[0][1]

@@ -24,10 +24,10 @@ from server.datasets import digest
 from server.training import publish
 from server.training.encoding import Encoded
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError
-from server.training.publish import Difference, Publication
+from server.training.peft_methods import make_soft_prompt
+from server.training.publish import Difference, Publisher
 from server.training.run_directory import RunDirectory
 from server.training.settings import Method
-from server.training.soft_prompts import make_soft_prompt
 from tests.support.serving import BASE, serving
 from tests.training.conftest import make_model, rows, write_rows
 
@@ -86,7 +86,7 @@ def test_what_was_trained_is_served_and_gives_pefts_tokens(push, server, method,
 def test_lineage_and_the_check_are_in_the_catalog(push, server, data, tmp_path):
     result = push("--id", "lineage", "--description", "Find the word.", "--alias", "canary")
     assert result.exit_code == 0, result.output
-    assert "nats off PEFT" in result.stdout
+    assert "nats from PEFT" in result.stdout
 
     version = server.get("/v1/prompts/lineage/versions/1").json()
     told = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -134,7 +134,7 @@ def test_a_failing_check_publishes_nothing_and_says_how_far_off(push, server, mo
     result = push("--id", "failing")
 
     assert result.exit_code == ExitStatus.FAILED
-    assert "the golden check failed: a token's log-probability on the server is 0.5 nats from PEFT's" in result.stderr
+    assert "the log-probability of a token differs from PEFT's by 0.5 nats" in result.stderr
     assert server.get("/v1/prompts/failing").status_code == 404
     assert not json.loads((tmp_path / "run" / "golden_check.json").read_text())["is_passed"]
     names = [prompt["id"] for prompt in server.get("/v1/prompts?limit=100").json()["data"]]
@@ -143,7 +143,7 @@ def test_a_failing_check_publishes_nothing_and_says_how_far_off(push, server, mo
     monkeypatch.setattr(publish, "text_logprobs", own)
     again = push("--id", "failing", "--resume")
     assert again.exit_code == 0, again.output
-    assert "is trained already" in again.stderr
+    assert "contains a completed training" in again.stderr
     assert server.get("/v1/prompts/failing").status_code == 200
 
 
@@ -176,8 +176,8 @@ def test_a_server_of_other_weights_is_told_before_training(push, tmp_path, untra
     result = push("--id", "weights", model=str(other))
 
     assert result.exit_code == ExitStatus.FAILED
-    assert "has other weights than" in result.stderr
-    assert "nats off in the mean" in result.stderr.replace("\n", " ")
+    assert "whose weights differ from those of" in result.stderr
+    assert "nats on average" in result.stderr.replace("\n", " ")
 
 
 def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(push, tmp_path, tiny, monkeypatch, untrained):
@@ -220,7 +220,7 @@ def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(push
 
     assert result.exit_code == ExitStatus.INVALID
     assert f"{data}:4: " in result.stderr
-    assert "the context of 48 has room for 44" in result.stderr
+    assert "at most 44 fit: the context has 48 tokens" in result.stderr
 
 
 def test_conversations_are_published_too(push, server, tmp_path):
@@ -279,9 +279,9 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
     ],
 )
 def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerances):
-    publication = Publication(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
+    publisher = Publisher(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
 
-    assert publication.tolerances(Difference(noise, noise / 10, 9)) == pytest.approx(tolerances)
+    assert publisher.tolerances(Difference(noise, noise / 10, 9)) == pytest.approx(tolerances)
 
 
 def test_a_server_that_rounds_is_held_to_the_mean_too(settings, monkeypatch, tmp_path):
@@ -292,13 +292,11 @@ def test_a_server_that_rounds_is_held_to_the_mean_too(settings, monkeypatch, tmp
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.1, -3.6])
     monkeypatch.setattr(publish, "_rounding", lambda *_: Difference(0.05, 0.01, 2))
-    publication = Publication(client, settings(), RunDirectory(tmp_path))
-    publication._noise = Difference(0.04, 0.02, 2)
+    publisher = Publisher(client, settings(), RunDirectory(tmp_path))
+    publisher._noise = Difference(0.04, 0.02, 2)
 
-    with pytest.raises(
-        GoldenCheckError, match=r"0.1 nats from PEFT's, and 0.2 is allowed; in the mean it is 0.1, and"
-    ):
-        publication.publish(None, [Encoded([1, 2], [0])], {})
+    with pytest.raises(GoldenCheckError, match=r"0.1 nats; the tolerance is 0.2; the mean difference is 0.1, its"):
+        publisher.publish(None, [Encoded([1, 2], [0])], {})
 
 
 def test_the_rounding_is_that_of_the_soft_prompt_itself(settings, base, tokenizer):
@@ -323,26 +321,26 @@ def test_a_server_that_rounds_is_allowed_its_rounding(tiny, prelude_train, tmp_p
 
 
 def test_weights_that_give_no_numbers_are_other_weights(settings, base, monkeypatch):
-    publication = Publication(SimpleNamespace(), settings(), SimpleNamespace())
-    monkeypatch.setattr(publication, "_difference", lambda *_: Difference(float("nan"), float("nan"), 3))
+    publisher = Publisher(SimpleNamespace(), settings(), SimpleNamespace())
+    monkeypatch.setattr(publisher, "_difference", lambda *_: Difference(float("nan"), float("nan"), 3))
 
-    with pytest.raises(TrainingError, match="other weights"):
-        publication.check_base(base, [])
+    with pytest.raises(TrainingError, match="weights differ"):
+        publisher.check_base(base, [])
 
 
 def test_an_alias_that_is_none_is_refused(settings, encoder):
-    publication = Publication(SimpleNamespace(), settings(alias="7"), SimpleNamespace())
+    publisher = Publisher(SimpleNamespace(), settings(alias="7"), SimpleNamespace())
 
     with pytest.raises(SettingsError, match="alias"):
-        publication.check_server(encoder, [])
+        publisher.check_server(encoder, [])
 
 
 def test_the_staging_name_is_one_whatever_the_name(settings):
-    publications = [
-        Publication(SimpleNamespace(), settings(name="n" * 128, run_dir=Path(run)), SimpleNamespace())
+    publishers = [
+        Publisher(SimpleNamespace(), settings(name="n" * 128, run_dir=Path(run)), SimpleNamespace())
         for run in ("a", "a", "b")
     ]
-    names = [publication._staging for publication in publications]
+    names = [publisher._staging for publisher in publishers]
 
     assert all(len(name) == 128 and ".golden-check-" in name for name in names)
     assert names[0] == names[1] != names[2]
@@ -356,9 +354,9 @@ def test_how_far_off_it_was_can_be_read(settings, encoder, tmp_path, monkeypatch
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.25, -3.5])
-    publication = Publication(client, settings(), directory)
+    publisher = Publisher(client, settings(), directory)
 
     with pytest.raises(GoldenCheckError) as caught:
-        publication.publish(None, [Encoded([1, 2], [0])], {})
+        publisher.publish(None, [Encoded([1, 2], [0])], {})
 
     assert (caught.value.difference, caught.value.tolerance) == (0.25, 1e-3)

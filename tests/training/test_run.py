@@ -25,7 +25,7 @@ from server.training.errors import InstabilityError, RunDirectoryError, Settings
 from server.training.run_directory import RunDirectory
 from server.training.scoring import Scores, score
 from server.training.settings import DEFAULTS, Method
-from server.training.trainer import is_gain, num_steps
+from server.training.trainer import is_improvement, num_steps
 from tests.training.conftest import rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
@@ -140,7 +140,7 @@ def test_without_held_out_rows_the_last_state_is_kept(settings, trained, heard):
 
     assert result["scores"] == {"bare": None, "untrained": None, "trained": None}
     assert result["best_step"] is None
-    assert any("nothing is held out" in line for line in heard)
+    assert any("no rows are held out" in line for line in heard)
 
 
 def test_training_stops_early_and_keeps_the_best(settings, trained, tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, mon
     ],
 )
 def test_what_a_gain_is(scores, monitor, gain):
-    assert is_gain(scores, Scores(1.0, 0.5), monitor) is gain
+    assert is_improvement(scores, Scores(1.0, 0.5), monitor) is gain
 
 
 def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_path):
@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_pa
 def test_a_norm_that_blows_up_is_told_once(settings, trained, heard):
     trained(settings(learning_rate=100.0, warmup_ratio=0.0))
 
-    assert sum("it diverges. Lower --learning-rate" in line for line in heard) == 1
+    assert sum("training diverges. Lower --learning-rate" in line for line in heard) == 1
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_run_that_is_done_is_not_done_again(settings, trained, heard):
     again = trained(settings(resume=True))
 
     assert again == first
-    assert any("is trained already" in line for line in heard)
+    assert any("contains a completed training" in line for line in heard)
 
 
 def test_a_run_directory_is_not_shared(settings, trained, tmp_path):
@@ -311,7 +311,7 @@ def test_a_run_directory_is_not_shared(settings, trained, tmp_path):
         trained(settings(resume=True, seed=5))
     record = json.loads((tmp_path / "run" / "settings.json").read_text())
     with (
-        directory.opened(record, resume=True),
+        directory.locked(record, resume=True),
         pytest.raises(RunDirectoryError, match="in use by another process"),
     ):
         trained(settings(resume=True))
@@ -336,7 +336,7 @@ def test_a_run_directory_that_cannot_be_written_is_told(settings, trained, tmp_p
 
 
 def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, monkeypatch):
-    with pytest.raises(SettingsError, match="num_virtual_tokens is 96; the context has 96 positions in all"):
+    with pytest.raises(SettingsError, match="num_virtual_tokens is 96, but the context has only 96 tokens"):
         trained(settings(num_virtual_tokens=96))
     with pytest.raises(TrainingError, match="has no config.json"):
         trained(settings(model=str(tmp_path)))
@@ -355,7 +355,7 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
         ({"num_virtual_tokens": 0}, "it must be at least 1"),
         ({"method": Method.CARTRIDGE, "num_virtual_tokens": 1}, "nothing would be trained"),
         ({"method": Method.P_TUNING_V2, "gradient_checkpointing": True}, "cannot be used with p_tuning_v2"),
-        ({"method": Method.P_TUNING, "init_text": "a"}, "p_tuning cannot be initialised from a text"),
+        ({"method": Method.P_TUNING, "init_text": "a"}, "init_text cannot be used with p_tuning"),
         ({"init_text": "  "}, "init_text is empty"),
         ({"description": "a" * 5000}, "description has 5000 characters"),
     ],
@@ -378,8 +378,11 @@ def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings, train
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot be written: No space left on device. Make room"),
-        (SafetensorError("I/O error: No space left on device"), "No space left on device. Make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device. Free some space",
+        ),
+        (SafetensorError("I/O error: No space left on device"), "No space left on device. Free some space"),
         (
             RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64"),
             "cannot be written: .enforce",

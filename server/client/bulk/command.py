@@ -1,4 +1,4 @@
-"""``prelude run``: its arguments, and how it ends."""
+"""``prelude run``: its options, output and exit status."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import uvloop
 from rich.console import Console
 
 from prompt_store.files.strict_json import refuse_constant
-from server.client.bulk.asking import Asking
-from server.client.bulk.connecting import find_answerer, sequences_at_once
 from server.client.bulk.job import Finished, Job
 from server.client.bulk.job import run as run_job
 from server.client.bulk.journal import Journal, JournalError
-from server.client.bulk.poster import connected
+from server.client.bulk.model_lookup import default_concurrency, resolve_model
+from server.client.bulk.request_template import RequestTemplate
 from server.client.bulk.rows import FileIdentity, identify
-from server.client.bulk.sending import Pace
+from server.client.bulk.sender import SendLimits
 from server.client.bulk.summary import progress_bar
+from server.client.bulk.transport import open_transport
 from server.client.commands import DEFAULT_URL, EXIT_CODES, ApiKey, ExitStatus, Json, TaskId, Url, serving, status_of
 from server.client.http import ClientError
 
 app = typer.Typer(add_completion=False)
 
-_PACE = Pace()
+_LIMITS = SendLimits()
 
 _INTERRUPTED = 130
 """The status that shells report for a process ended by SIGINT."""
@@ -130,9 +130,9 @@ def run(
     options: Annotated[str | None, typer.Option(metavar="JSON", help="Further request fields.")] = None,
     task_id: TaskId = None,
     concurrency: Concurrency = None,
-    rows_per_request: RowsPerRequest = _PACE.rows_per_request,
-    patience: Patience = _PACE.patience,
-    timeout: Timeout = _PACE.timeout,
+    rows_per_request: RowsPerRequest = _LIMITS.rows_per_request,
+    patience: Patience = _LIMITS.patience,
+    timeout: Timeout = _LIMITS.timeout,
     max_errors: Annotated[
         int | None, typer.Option(min=0, help="Stop when more than this number of rows have failed.")
     ] = None,
@@ -157,23 +157,25 @@ def run(
             found = identify(source)
             if output.exists() and output.samefile(source):
                 raise typer.BadParameter("IN and OUT are the same file")
-            asked = {"name": name, "labels": label_set, "classify": classify, "task_id": task_id, "options": body}
-            with Journal(output, _identity(found, asked), restart=restart) as journal:
+            settings = {"name": name, "labels": label_set, "classify": classify, "task_id": task_id, "options": body}
+            with Journal(output, _identity(found, settings), restart=restart) as journal:
                 if journal.is_new:
-                    answerer = find_answerer(client, name)
-                    by_head = not label_set and (answerer.has_head if classify is None else classify)
-                    journal.remember({"model": answerer.model, "by_head": by_head})
+                    resolved = resolve_model(client, name)
+                    by_head = not label_set and (resolved.has_head if classify is None else classify)
+                    journal.start({"model": resolved.model, "by_head": by_head})
                 notes = journal.notes
-                asking = Asking(
+                template = RequestTemplate(
                     model=notes["model"], labels=label_set, by_head=notes["by_head"], task_id=task_id, options=body
                 )
-                pace = Pace(
-                    concurrency=concurrency or sequences_at_once(client, notes["model"]),
+                limits = SendLimits(
+                    concurrency=concurrency or default_concurrency(client, notes["model"]),
                     rows_per_request=rows_per_request,
                     patience=patience,
                     timeout=timeout,
                 )
-                job = Job(source=source, num_rows=found.num_rows, asking=asking, pace=pace, max_errors=max_errors)
+                job = Job(
+                    source=source, num_rows=found.num_rows, template=template, limits=limits, max_errors=max_errors
+                )
                 finished = uvloop.run(_run(job, url, api_key, journal))
         except JournalError as error:
             raise ClientError(str(error)) from error
@@ -183,7 +185,7 @@ def run(
 
 
 async def _run(job: Job, url: str, api_key: str | None, journal: Journal) -> Finished:
-    async with connected(url, api_key) as http:
+    async with open_transport(url, api_key) as http:
         with progress_bar("rows", job.num_rows, journal.progress.num_rows) as on_rows:
             return await run_job(job, http, journal, on_rows)
 
@@ -192,8 +194,8 @@ def _body(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _identity(found: FileIdentity, asked: Mapping[str, Any]) -> dict[str, Any]:
-    return {"input": found.sha256, **asked}
+def _identity(found: FileIdentity, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input": found.sha256, **settings}
 
 
 def _end(finished: Finished, *, as_json: bool) -> None:

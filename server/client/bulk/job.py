@@ -1,4 +1,4 @@
-"""One run: rows from a file, through a server, into a file."""
+"""One bulk run: send the rows of a file to a server and write the answers to another file."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.client.bulk.asking import Asking
 from server.client.bulk.journal import Journal
-from server.client.bulk.poster import Poster
+from server.client.bulk.request_template import RequestTemplate
 from server.client.bulk.rows import RESERVED, read_rows
-from server.client.bulk.sending import Outcome, Pace, Sender, SendingError
+from server.client.bulk.sender import Outcome, Sender, SenderError, SendLimits
 from server.client.bulk.summary import OnRows, State, Stopwatch, Summary
+from server.client.bulk.transport import Transport
 
 
 class _EnoughError(Exception):
-    """There are more errors than were allowed."""
+    """More rows have failed than ``max_errors``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is to be done.
+    """The settings of a run.
 
     Attributes:
-        source: The input.
-        num_rows: Its rows.
-        asking: What is asked of each.
-        pace: How much at once.
-        max_errors: Rows that may be errors, those of earlier starts included; None is without limit.
+        source: The input file.
+        num_rows: Number of rows in it.
+        template: The requests to send.
+        limits: How much is sent at once.
+        max_errors: Maximum number of failed rows, including those of earlier starts; None: no limit.
     """
 
     source: Path
     num_rows: int
-    asking: Asking
-    pace: Pace
+    template: RequestTemplate
+    limits: SendLimits
     max_errors: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
-        summary: What came of it.
-        reason: Why it did not come to the end, else an empty text.
-        failure: What the server said, where that is the reason.
+        summary: The summary.
+        reason: Why the run stopped early; empty if it is complete.
+        failure: The error that stopped the run, if one did.
     """
 
     summary: Summary
     reason: str = ""
-    failure: SendingError | None = None
+    failure: SenderError | None = None
 
 
-async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Finished:
-    """Answer what is not answered yet. SIGINT and SIGTERM end it early; what is written stays.
+async def run(job: Job, http: Transport, journal: Journal, on_rows: OnRows) -> Finished:
+    """Answer the remaining rows. SIGINT and SIGTERM stop the run; written rows are kept.
 
     Raises:
         JournalError: If the output cannot be written.
@@ -66,20 +66,20 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
     """
     watch = Stopwatch()
     before = journal.progress.num_rows
-    sender = Sender(http, job.asking, job.pace)
+    sender = Sender(http, job.template, job.limits)
     state: State = "complete"
     reason, failure = "", None
     task = asyncio.current_task()
     if task is None:
-        raise RuntimeError("a run is a task")
+        raise RuntimeError("not called from a task")
     with _cancelled_by_signals(task) as signals:
         try:
             await _copy(job, sender, journal, on_rows)
             if journal.progress.num_rows != job.num_rows:
-                state, reason = "gave_up", f"{job.source} had {job.num_rows} rows and was changed meanwhile"
+                state, reason = "gave_up", f"{job.source} had {job.num_rows} rows and was changed during the run"
         except _EnoughError:
-            state, reason = "too_many_errors", f"more than {job.max_errors} rows are errors (--max-errors)"
-        except SendingError as error:
+            state, reason = "too_many_errors", f"more than {job.max_errors} rows have failed (--max-errors)"
+        except SenderError as error:
             state, reason, failure = "gave_up", str(error), error
         except asyncio.CancelledError:
             if not signals:
@@ -90,7 +90,7 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
     progress, tally, seconds = journal.progress, sender.tally, watch.seconds
     summary = Summary(
         state=state,
-        model=job.asking.model,
+        model=job.template.model,
         output=str(journal.path),
         rows=job.num_rows,
         rows_done=progress.num_rows,
@@ -109,36 +109,36 @@ async def run(job: Job, http: Poster, journal: Journal, on_rows: OnRows) -> Fini
 
 async def _copy(job: Job, sender: Sender, journal: Journal, on_rows: OnRows) -> None:
     rows = read_rows(job.source, skip=journal.progress.num_rows)
-    outcomes: AsyncGenerator[list[Outcome], None] = sender.outcomes(rows)
-    async with aclosing(outcomes):
-        async for given in outcomes:
-            allowed = _allowed(given, job.max_errors, journal.progress.num_errors)
+    stream: AsyncGenerator[list[Outcome], None] = sender.outcomes(rows)
+    async with aclosing(stream):
+        async for outcomes in stream:
+            allowed = _allowed(outcomes, job.max_errors, journal.progress.num_errors)
             journal.write([output_line(outcome) for outcome in allowed])
             on_rows(len(allowed), journal.progress.num_errors)
-            if len(allowed) < len(given):
+            if len(allowed) < len(outcomes):
                 raise _EnoughError
             if journal.is_sync_due:
                 await asyncio.to_thread(journal.sync)
 
 
-def _allowed(given: list[Outcome], max_errors: int | None, num_errors: int) -> list[Outcome]:
-    """Those before the error that is one too many."""
+def _allowed(outcomes: list[Outcome], max_errors: int | None, num_errors: int) -> list[Outcome]:
+    """The outcomes before the first error beyond ``max_errors``."""
     if max_errors is None:
-        return given
-    for place, outcome in enumerate(given):
+        return outcomes
+    for place, outcome in enumerate(outcomes):
         num_errors += outcome.error is not None
         if num_errors > max_errors:
-            return given[:place]
-    return given
+            return outcomes[:place]
+    return outcomes
 
 
 def output_line(outcome: Outcome) -> tuple[bytes, Mapping[str, Any] | None]:
-    """A line of the output, and its error: the input's fields as they stand there, then what has come of the row."""
+    """A line of the output (the input's fields, then the response or the error), and the error if any."""
     row = outcome.row
     error = None if outcome.error is None else {**outcome.error, "line": row.line}
     added: dict[str, Any] = {"response": outcome.response} if error is None else {"error": error}
-    # The fields are not encoded anew where the line can be gone on with. A carriage return between two of them is
-    # allowed in JSON, but there are readers that end a line at it.
+    # Extend the input line if possible, instead of encoding its fields again. A carriage return between fields is
+    # valid JSON, but some readers end a line there.
     if row.source and row.fields and not RESERVED & row.fields.keys() and b"\r" not in row.source:
         return row.source[:-1].rstrip() + b", " + _encoded(added)[1:] + b"\n", error
     return _encoded({**row.fields, **added}) + b"\n", error
@@ -148,13 +148,13 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 def _encoded(value: Mapping[str, Any]) -> bytes:
-    # Half of a surrogate pair, which a server may answer, is no UTF-8; the escape of JSON is what replaces it.
+    # A server may answer with half of a surrogate pair. UTF-8 cannot encode it, so it is written as a JSON escape.
     return _ENCODER.encode(value).encode(errors="backslashreplace")
 
 
 @contextmanager
 def _cancelled_by_signals(task: asyncio.Task[Any]) -> Iterator[list[signal.Signals]]:
-    """Cancel a task on the first SIGINT or SIGTERM; a second one ends the process as ever."""
+    """Cancel a task on the first SIGINT or SIGTERM; a second one ends the process."""
     loop, seen = asyncio.get_running_loop(), list[signal.Signals]()
 
     def on_signal(number: signal.Signals) -> None:
@@ -168,7 +168,7 @@ def _cancelled_by_signals(task: asyncio.Task[Any]) -> Iterator[list[signal.Signa
         for number in handled:
             loop.add_signal_handler(number, on_signal, number)
     except (RuntimeError, ValueError):
-        pass  # not the main thread: whoever runs this there has its own way to stop
+        pass  # signals can be handled in the main thread only
     try:
         yield seen
     finally:

@@ -1,8 +1,8 @@
-"""The output file and what is known of the run that writes it: enough to go on after a kill, with every row once.
+"""The output file of a run and its state, from which the run can be resumed without losing or repeating a row.
 
-Rows are written in the order of the input, a line each. How far a run has come is therefore the number of whole lines
-in its output and is kept nowhere else, so no two records of it can differ. Beside the output stands ``OUT.state``:
-what the run was asked for, so that another input or other settings are not mixed into the same file.
+Rows are written in the order of the input, one per line, so the number of complete lines in the output is the
+progress of the run; it is stored nowhere else. ``OUT.state`` stores the input's digest and the settings of the run,
+so that another input or other settings are not mixed into the same file.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _SYNC_SECONDS = 10.0
 
 
 class JournalError(Exception):
-    """The output cannot be written or gone on with; the text is one line for people."""
+    """The output cannot be written or resumed; the message is one line."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """What is in the output.
+    """The contents of the output.
 
     Attributes:
-        num_rows: Rows that are written.
-        num_errors: Those of them that are errors.
-        codes: The errors' codes.
+        num_rows: Written rows.
+        num_errors: Written rows with an error.
+        codes: Number of errors by code.
     """
 
     num_rows: int = 0
@@ -47,7 +47,7 @@ class Progress:
     codes: Counter[str] = field(default_factory=Counter)
 
     def count(self, error: Mapping[str, Any] | None) -> None:
-        """One more row."""
+        """Count a row."""
         self.num_rows += 1
         if error is not None:
             self.num_errors += 1
@@ -55,19 +55,19 @@ class Progress:
 
 
 class Journal:
-    """An open output. Nobody else can open it as one meanwhile.
+    """The output of a run, opened exclusively.
 
     Args:
-        path: The output; made where there is none.
-        identity: What makes a run the same run: the input's digest, the settings. Plain JSON.
-        restart: Begin anew whatever is there; it is dropped by ``remember``.
+        path: The output; created if missing.
+        identity: What identifies the run: the input's digest and the settings. Plain JSON.
+        restart: Ignore the existing output; ``start`` discards it.
 
     Attributes:
-        progress: What is in it.
-        notes: What the run remembers of itself, from its first start on; plain JSON.
+        progress: The contents of the output.
+        notes: What ``start`` stored at the first start; plain JSON, empty for a new run.
 
     Raises:
-        JournalError: If it belongs to another run, is no run's output, is in use, or cannot be written.
+        JournalError: If the file belongs to another run, was not written by a run, is in use, or cannot be written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -79,14 +79,14 @@ class Journal:
         self._is_dirty = False
         self._synced_at = time.monotonic()
         try:
-            # Before it is known whether the file may be touched: opening it so changes nothing in it.
+            # The file may belong to something else: open it without changing it.
             self._is_made = not path.exists()
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise JournalError(f"{path}: {error.strerror}") from error
         self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
         try:
-            self._take(restart=restart)
+            self._lock_and_load(restart=restart)
         except OSError as error:
             self._file.close()
             raise JournalError(f"{error.filename or path}: {error.strerror}") from error
@@ -104,19 +104,19 @@ class Journal:
 
     @property
     def is_new(self) -> bool:
-        """Whether no earlier start of this run is known."""
+        """Whether the run starts from the beginning."""
         return not self.notes
 
-    def remember(self, notes: Mapping[str, Any]) -> None:
-        """Begin: drop what is there, and keep what the run has to know to go on. On the disk before this returns.
+    def start(self, notes: Mapping[str, Any]) -> None:
+        """Start a new run: discard the existing output, and store what a resumed run needs. Synced to disk on return.
 
         Raises:
-            JournalError: If it cannot be written.
+            JournalError: If the state cannot be written.
         """
         self.notes = dict(notes)
         state = {"version": _STATE_VERSION, "identity": self._identity, "notes": self.notes}
         try:
-            # Not sooner: a new beginning that fails for another reason shall leave the old output as it is.
+            # Only now: a restart that fails earlier must leave the old output as it is.
             self.state_path.unlink(missing_ok=True)
             self._file.truncate(0)
             write_file(self.state_path, json.dumps(state, indent=1).encode())
@@ -124,10 +124,13 @@ class Journal:
             raise JournalError(f"{self.state_path}: {error.strerror}") from error
 
     def write(self, rows: Sequence[tuple[bytes, Mapping[str, Any] | None]]) -> None:
-        """Append rows: each a line with its end, and its error or None. It outlives this process; see ``sync``.
+        """Append rows. They survive the end of this process, but a power failure only after ``sync``.
+
+        Args:
+            rows: For each row its line, including the line end, and its error or None.
 
         Raises:
-            JournalError: If the disk does not take it; what it took of it is seen by the next start.
+            JournalError: If the rows cannot be written; the next start recovers those that were.
         """
         try:
             self._file.write(b"".join(line for line, _ in rows))
@@ -140,14 +143,14 @@ class Journal:
 
     @property
     def is_sync_due(self) -> bool:
-        """Whether what was written has been only in the system's memory for a while."""
+        """Whether written rows have not been synced for a while."""
         return self._is_dirty and time.monotonic() - self._synced_at > _SYNC_SECONDS
 
     def sync(self) -> None:
-        """Bring what was written onto the disk; may take a while, and may run in a thread.
+        """Sync written rows to disk. This can be slow; it may be called in a thread.
 
         Raises:
-            JournalError: If the disk does not take it.
+            JournalError: If the sync fails.
         """
         self._is_dirty = False
         try:
@@ -157,7 +160,7 @@ class Journal:
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
-        """Write what is left and let go of it."""
+        """Flush, sync and close the file."""
         if self._file.closed:
             return
         try:
@@ -166,10 +169,10 @@ class Journal:
         except OSError as error:
             raise self._failed(error) from error
         finally:
-            # What could not be written is tried once more by close; its failure is told already.
+            # close() flushes again; a failure was reported above.
             with suppress(OSError):
                 self._file.close()
-            if self._is_made and self.is_new:  # the run did not begin, so nothing is to be left of it
+            if self._is_made and self.is_new:  # the run did not start: leave no empty file
                 self.path.unlink(missing_ok=True)
 
     def _failed(self, error: OSError) -> JournalError:
@@ -177,7 +180,7 @@ class Journal:
 
     # Opening
 
-    def _take(self, *, restart: bool) -> None:
+    def _lock_and_load(self, *, restart: bool) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -188,7 +191,7 @@ class Journal:
         if state is None:
             if self._file.read(1):
                 raise JournalError(
-                    f"{self.path} exists already and is not the output of a run; give another path, or --restart"
+                    f"{self.path} already exists and is not the output of a run; give another path, or use --restart"
                 )
             return
         self._check(state["identity"])
@@ -218,20 +221,20 @@ class Journal:
         different = [name for name in names if known.get(name) != self._identity.get(name)]
         raise JournalError(
             f"{self.path} was written by a run with different settings ({', '.join(different)}); "
-            "give another path, or --restart to start over"
+            "give another path, or use --restart to start over"
         )
 
     def _recover(self) -> None:
-        """Count the rows that are there, and cut off what a kill has left of a last one."""
+        """Count the complete rows, and remove an incomplete last line."""
         end, number = 0, 0
         while line := self._file.readline(_MAX_OUTPUT_LINE):
             number += 1
-            row = _read(line)
+            row = _parse_row(line)
             if row is None:
                 if self._file.read(1):
                     raise JournalError(
-                        f"{self.path}:{number} is no row that a run wrote, and others follow: it was changed since; "
-                        "give another path, or --restart to start over"
+                        f"{self.path}:{number} is not a row that a run wrote: the file was changed; "
+                        "give another path, or use --restart to start over"
                     )
                 break
             self.progress.count(row.get("error"))
@@ -240,8 +243,8 @@ class Journal:
         self._file.seek(end)
 
 
-def _read(line: bytes) -> dict[str, Any] | None:
-    """A whole row that a run wrote, or None."""
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """Parse a line that a run wrote; None if it is incomplete or something else."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Results come in any order and leave in the order of the rows."""
+"""A buffer that puts results into the order of the rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ T = TypeVar("T")
 
 
 class ReorderBuffer(Generic[T]):
-    """Holds results until all before them are there. Who adds bounds it, by not running further ahead.
+    """Holds each result until all results before it have been added. The caller bounds how far ahead it runs.
 
     Args:
-        first: The index that leaves first.
+        first: Index of the first result.
     """
 
     def __init__(self, first: int = 0) -> None:
@@ -19,17 +19,17 @@ class ReorderBuffer(Generic[T]):
         self._held: dict[int, T] = {}
 
     def add(self, index: int, item: T) -> None:
-        """Take a result in.
+        """Add a result.
 
         Raises:
-            ValueError: If that index has left already or is held.
+            ValueError: If there already was a result with this index.
         """
         if index < self._next or index in self._held:
-            raise ValueError(f"the result {index} came twice")
+            raise ValueError(f"result {index} was added twice")
         self._held[index] = item
 
     def take(self) -> list[T]:
-        """All that may leave now, in order; they are forgotten here."""
+        """Remove and return the results that are next in order."""
         ready = []
         while self._next in self._held:
             ready.append(self._held.pop(self._next))

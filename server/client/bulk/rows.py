@@ -1,4 +1,4 @@
-"""Read the rows of a JSON Lines file. An invalid row is reported with its line and does not stop the others."""
+"""Read the rows of a JSON Lines file. An invalid row is reported with its line, and the others are read."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _FORMS: tuple[Form, ...] = ("prompt", "text", "messages")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row that can be sent, or what is wrong with it.
+    """One row of the input, valid or not.
 
     Attributes:
-        index: Which row it is, from 0; lines of nothing but white space are none.
-        line: The line in the file, from 1.
-        fields: The row's object as it stands in the file; empty where there is none.
-        form: Which field holds what is to be answered.
-        fault: Why it cannot be sent; None where it can.
-        num_bytes: Length of its line.
-        source: The line itself, without white space around it; empty where it holds no object, or comes from no file.
+        index: Number of the row, from 0; blank lines are not counted.
+        line: Number of the line in the file, from 1.
+        fields: The row's JSON object; empty if the line contains none.
+        form: The field with the text or the conversation.
+        fault: Why the row is invalid; None if it is valid.
+        num_bytes: Length of the line.
+        source: The line without surrounding white space; empty if it contains no object, or the row is not from a
+            file.
     """
 
     index: int
@@ -41,17 +42,17 @@ class Row:
 
     @property
     def content(self) -> Any:
-        """What is to be answered: a text, or a list of messages."""
+        """The text, or the list of messages."""
         return self.fields[self.form]
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What tells one input from another.
+    """Identifies an input file.
 
     Attributes:
-        sha256: Hex digest of the file's bytes.
-        num_rows: Its lines that are not blank.
+        sha256: Hex digest of the file.
+        num_rows: Number of lines that are not blank.
     """
 
     sha256: str
@@ -95,7 +96,7 @@ def _row(index: int, line: JsonLine) -> Row:
 
 
 def _check(fields: dict[str, Any]) -> Form:
-    """Which form a row has. What only the server can know, it is left to say."""
+    """Check a row and return its form. The server checks the rest."""
     for name in RESERVED & fields.keys():
         raise ValueError(f"the field {name!r} is reserved for the output; rename it")
     forms = [name for name in _FORMS if name in fields]

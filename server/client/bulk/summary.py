@@ -30,23 +30,19 @@ OnRows = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A run.
+    """The result of a run. Tokens, requests, retries and times count since the last start or resume.
 
     Attributes:
-        state: How it ended.
-        model: What answered the rows that name nothing themselves.
-        output: Where the rows are.
+        model: The model for rows that name none.
+        output: Path of the output.
         rows: Rows in the input.
         rows_done: Rows in the output.
-        rows_before: Those of them that an earlier start had written.
-        errors: Rows in the output that are errors.
+        rows_before: Rows that were in the output at the start.
+        errors: Rows in the output with an error.
         errors_by_code: The same by code.
-        prompt_tokens: Text tokens of this start's rows.
-        completion_tokens: New tokens of this start's rows.
-        requests: Requests of this start.
-        retries: Requests that had to be sent again, by reason.
-        seconds: How long this start took.
-        rows_per_second: Rows of this start, by that.
+        prompt_tokens: Text tokens.
+        completion_tokens: Generated tokens.
+        retries: Requests that were sent again, by reason.
     """
 
     state: State
@@ -66,14 +62,14 @@ class Summary:
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """The summary as a JSON object."""
         return {"object": "bulk.summary", **asdict(self)}
 
     @property
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """The summary as lines of text."""
         done = f"{self.rows_done:,} of {self.rows:,} rows" if self.rows_done < self.rows else f"{self.rows:,} rows"
-        before = f", {self.rows_before:,} of them before this start" if self.rows_before else ""
+        before = f", {self.rows_before:,} of them from earlier starts" if self.rows_before else ""
         yield f"{self.output}: {done}{before}, answered by {self.model}"
         codes = ", ".join(f"{code} {count:,}" for code, count in sorted(self.errors_by_code.items()))
         yield f"errors: {self.errors:,}" + (f" ({codes})" if codes else "")
@@ -84,14 +80,14 @@ class Summary:
 
 
 class _Rate(ProgressColumn):
-    """Rows a second since this start."""
+    """Rows per second since the start."""
 
     def __init__(self, first: int) -> None:
         super().__init__()
         self._first = first
 
     def render(self, task: Task) -> Text:
-        """The rate, or a dash until it is known."""
+        """The rate, or a dash while it is unknown."""
         elapsed = task.elapsed
         if not elapsed or task.completed <= self._first:
             return Text("- rows/s")
@@ -124,12 +120,12 @@ def progress_bar(what: str, total: int, done: int) -> Iterator[OnRows]:
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """Measures the time since it was created."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """So far."""
+        """Elapsed seconds."""
         return time.monotonic() - self._started

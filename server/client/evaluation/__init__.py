@@ -1,1 +1,1 @@
-"""Scores of soft prompts on labelled examples, by asking a running server."""
+"""``prelude eval``: score soft prompts of a running server on labelled examples."""

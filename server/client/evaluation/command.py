@@ -1,4 +1,4 @@
-"""``prelude eval``, and ``prelude promote`` with its condition."""
+"""The commands ``prelude eval`` and ``prelude promote``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import uvloop
 
 from prompt_store.types import DEFAULT_ALIAS, PromptRef
 from server.client.bulk.command import Concurrency, check_characters
-from server.client.bulk.connecting import find_answerer, sequences_at_once
-from server.client.bulk.poster import connected
-from server.client.bulk.sending import Pace, SendingError
+from server.client.bulk.model_lookup import default_concurrency, resolve_model
+from server.client.bulk.sender import SenderError, SendLimits
 from server.client.bulk.summary import progress_bar
+from server.client.bulk.transport import open_transport
 from server.client.commands import (
     DEFAULT_URL,
     EXIT_CODES,
@@ -32,7 +32,13 @@ from server.client.commands import (
     checked,
     serving,
 )
-from server.client.evaluation.asking import DEFAULT_MAX_TOKENS, Answers, Contestant, Rules, score
+from server.client.evaluation.evaluator import (
+    DEFAULT_MAX_TOKENS,
+    AnswerOptions,
+    EvaluatedModel,
+    EvaluationResult,
+    evaluate_model,
+)
 from server.client.evaluation.report import PictureError, Report, check_drawable, draw
 from server.client.evaluation.significance import compare
 from server.client.http import ClientError, PreludeClient
@@ -97,17 +103,17 @@ def evaluate(
         examples = _read(data)
         if png is not None:
             check_drawable(has_labels=examples.metric == "accuracy")
-        rules = Rules(max_tokens=max_tokens, stop=stop or ())
-        first = _contestant(client, name, separator)
+        options = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
+        first = _evaluated_model(client, name, separator)
         others = []
         if against is not None:
-            others = [_contestant(client, against, separator)]
+            others = [_evaluated_model(client, against, separator)]
         elif against_base or text_prompt is not None:
             base = client.models()[0]["id"]
             called = base if text_prompt is None else f"{base} with a text prompt"
-            others = [Contestant(name=called, model=base, text_prompt=text_prompt, separator=first.separator)]
-        pace = Pace(concurrency=concurrency or sequences_at_once(client, first.model))
-        report = _run(examples, [first, *others], rules, pace, url, api_key)
+            others = [EvaluatedModel(name=called, model=base, text_prompt=text_prompt, separator=first.separator)]
+        limits = SendLimits(concurrency=concurrency or default_concurrency(client, first.model))
+        report = _run(examples, [first, *others], options, limits, url, api_key)
     answer(report.as_json, as_json, *report.parts)
     if png is not None:
         try:
@@ -159,12 +165,12 @@ def promote(
             now = client.prompt(name)["aliases"].get(alias)
             expect = now if expect is None else expect
             examples = _read(data)
-            rules = Rules(max_tokens=max_tokens, stop=stop or ())
-            first, second = (_contestant(client, one, separator) for one in (f"{name}@{version}", rival))
+            options = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
+            first, second = (_evaluated_model(client, one, separator) for one in (f"{name}@{version}", rival))
             if first.model == second.model:
                 _refuse(f"{name}@{if_better_than} is already version {version}: there is nothing to compare", as_json)
-            pace = Pace(concurrency=sequences_at_once(client, first.model))
-            report = _run(examples, [first, second], rules, pace, url, api_key)
+            limits = SendLimits(concurrency=default_concurrency(client, first.model))
+            report = _run(examples, [first, second], options, limits, url, api_key)
             evaluation = report.as_json
             reason = _why_not(report, significant)
             if reason is not None:
@@ -176,12 +182,12 @@ def promote(
 
 
 def _why_not(report: Report, significant: float | None) -> str | None:
-    """Why the first contestant is not better; None if it is."""
+    """Why the first model is not better; None if it is."""
     (ours, theirs), found = report.scores, report.comparison
     if found is None:
-        raise TypeError("two contestants are compared")
+        raise TypeError("two models are compared")
     metric, names = report.metric.replace("_", " "), report.names
-    scores = f"{metric} {ours.accuracy:.4f} of {names[0]} against {theirs.accuracy:.4f} of {names[1]}"
+    scores = f"{metric} {ours.accuracy:.4f} for {names[0]} against {theirs.accuracy:.4f} for {names[1]}"
     rows = f"on {found.num_rows} rows"
     if report.num_errors:
         error = next(error for error in report.first_errors if error is not None)
@@ -189,7 +195,9 @@ def _why_not(report: Report, significant: float | None) -> str | None:
     if found.only_first <= found.only_second:
         return f"{scores} {rows} is not better"
     if significant is not None and found.p_value >= significant:
-        return f"{scores} {rows} may be chance: McNemar's p is {found.p_value:.3g}, not below {significant:g}"
+        return (
+            f"{scores} {rows} is not significant: McNemar's p-value is {found.p_value:.3g}, not below {significant:g}"
+        )
     return None
 
 
@@ -205,13 +213,13 @@ def _read(path: Path) -> _Data:
     return _Data(path, read_examples(path), digest(path))
 
 
-def _contestant(client: PreludeClient, name: str, separator: str | None) -> Contestant:
-    """Resolve a name to a version, as a contestant."""
-    found = find_answerer(client, name)
+def _evaluated_model(client: PreludeClient, name: str, separator: str | None) -> EvaluatedModel:
+    """Resolve a name to a model to evaluate."""
+    found = resolve_model(client, name)
     record: Mapping[str, Any] = found.record or {}
     if separator is None:
         separator = _trained_with(record) or "\n"
-    return Contestant(
+    return EvaluatedModel(
         name=found.model,
         model=found.model,
         has_head=found.has_head,
@@ -229,28 +237,33 @@ def _trained_with(record: Mapping[str, Any]) -> str | None:
 
 
 def _run(
-    data: _Data, contestants: Sequence[Contestant], rules: Rules, pace: Pace, url: str, api_key: str | None
+    data: _Data,
+    models: Sequence[EvaluatedModel],
+    options: AnswerOptions,
+    limits: SendLimits,
+    url: str,
+    api_key: str | None,
 ) -> Report:
-    """Score the contestants one after the other."""
+    """Score the models one after another."""
 
-    async def ask() -> list[Answers]:
+    async def score_all() -> list[EvaluationResult]:
         found = []
-        async with connected(url, api_key) as http:
-            for contestant in contestants:
-                with progress_bar(contestant.name, len(data.examples), 0) as on_rows:
-                    found.append(await score(data.examples, contestant, rules, http, pace, on_rows))
+        async with open_transport(url, api_key) as http:
+            for evaluated in models:
+                with progress_bar(evaluated.name, len(data.examples), 0) as on_rows:
+                    found.append(await evaluate_model(data.examples, evaluated, options, http, limits, on_rows))
         return found
 
     try:
-        found = uvloop.run(ask())
-    except SendingError as error:
+        found = uvloop.run(score_all())
+    except SenderError as error:
         raise ClientError(str(error), status=error.status, code=error.code) from error
     scores = [answers.scores for answers in found]
     return Report(
         data=str(data.path),
         sha256=data.sha256,
         metric=data.metric,
-        names=[contestant.name for contestant in contestants],
+        names=[evaluated.name for evaluated in models],
         scores=scores,
         first_errors=[answers.first_error for answers in found],
         comparison=compare(scores[0].right, scores[1].right) if len(scores) > 1 else None,

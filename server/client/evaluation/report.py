@@ -1,4 +1,4 @@
-"""What an evaluation tells: tables for people, JSON for programs, a picture."""
+"""The report of an evaluation: tables, JSON, and a PNG of the confusion matrices."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from server.client.tables import clean
 
 
 class PictureError(Exception):
-    """The picture cannot be made; the text is one line for people."""
+    """The PNG cannot be drawn; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """An evaluation.
+    """The result of an evaluation of one or two models.
 
     Attributes:
-        data: The file.
-        sha256: Its digest.
+        data: Path of the data.
+        sha256: Digest of the data.
         metric: ``accuracy`` of labels, or ``exact_match`` of texts.
-        names: Contestants, one or two.
-        scores: How they did, in the same order.
-        first_errors: What the server said of the first row that each could not answer.
-        comparison: Of the two, where there are two.
+        names: Names of the models.
+        scores: Scores of each model.
+        first_errors: For each model, the error of the first row without an answer.
+        comparison: Comparison of two models.
     """
 
     data: str
@@ -44,26 +44,26 @@ class Report:
 
     @property
     def num_errors(self) -> int:
-        """Rows without an answer, of all contestants."""
+        """Number of rows without an answer, over all models."""
         return sum(score.num_errors for score in self.scores)
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        contestants = [{"model": name, **score.as_json} for name, score in zip(self.names, self.scores, strict=True)]
+        """The report as a JSON object."""
+        models = [{"model": name, **score.as_json} for name, score in zip(self.names, self.scores, strict=True)]
         return {
             "object": "evaluation",
             "data": self.data,
             "dataset_digest": self.sha256,
             "metric": self.metric,
-            **contestants[0],
-            "against": contestants[1] if len(contestants) > 1 else None,
+            **models[0],
+            "against": models[1] if len(models) > 1 else None,
             "comparison": None if self.comparison is None else self.comparison.as_json,
         }
 
     @property
     def parts(self) -> Iterator[Table | str]:
-        """For people."""
+        """The report as tables and lines of text."""
         yield f"{self.data}: {len(self.scores[0].right):,} rows"
         has_labels = self.scores[0].labels is not None
         table = _table("", self.metric.replace("_", " "), *(["macro F1"] if has_labels else []), "right", "errors")
@@ -86,12 +86,12 @@ class Report:
 def _compared(names: Sequence[str], found: Comparison) -> Iterator[Table | str]:
     low, high = found.interval
     yield (
-        f"{names[0]} less {names[1]}: {found.difference:+.4f}, {CONFIDENCE:.0%} between {low:+.4f} and {high:+.4f} "
-        "(bootstrap over rows)"
+        f"{names[0]} minus {names[1]}: {found.difference:+.4f}, {CONFIDENCE:.0%} confidence interval {low:+.4f} to "
+        f"{high:+.4f} (bootstrap over rows)"
     )
     yield (
-        f"only {names[0]} right: {found.only_first}; only {names[1]} right: {found.only_second}; "
-        f"both: {found.both_right}; neither: {found.both_wrong}"
+        f"rows answered correctly by {names[0]} only: {found.only_first}; by {names[1]} only: {found.only_second}; "
+        f"by both: {found.both_right}; by neither: {found.both_wrong}"
     )
     yield f"McNemar's exact test, two-sided: p = {found.p_value:.3g}"
 
@@ -126,7 +126,7 @@ def _row(table: Table, *cells: object) -> None:
 
 
 def check_drawable(*, has_labels: bool) -> None:
-    """See whether there can be a picture, before anything is asked for it.
+    """Check before the evaluation that a PNG can be drawn.
 
     Raises:
         PictureError: If the data has no labels, or matplotlib is not installed.
@@ -134,11 +134,11 @@ def check_drawable(*, has_labels: bool) -> None:
     if not has_labels:
         raise PictureError("a confusion matrix needs data with labels")
     if find_spec("matplotlib") is None:
-        raise PictureError("a picture needs matplotlib: pip install 'prelude-server[train]'")
+        raise PictureError("--png needs matplotlib: pip install 'prelude-server[train]'")
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw the confusion matrices as a PNG, of a report for which ``check_drawable`` holds.
+    """Draw the confusion matrices as a PNG. Call ``check_drawable`` first.
 
     Raises:
         PictureError: If the file cannot be written.
@@ -148,7 +148,7 @@ def draw(report: Report, path: Path) -> None:
         for name, score in zip(report.names, report.scores, strict=True)
         if score.labels is not None and score.confusion is not None
     ]
-    # Not at the top: it is optional, and takes a second.
+    # Imported here because matplotlib is optional and takes a second to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Scores: accuracy or exact match, F1 of each label, and which label is taken for which."""
+"""Scores: accuracy or exact match, F1 of each label, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 OTHER = "(other)"
-"""The column of the confusion matrix for errors and for labels that are not the data's."""
+"""The column of the confusion matrix for errors and for labels that the data does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:
-    """How one label fares.
+    """Scores of one label; a ratio with denominator 0 is 0.
 
     Attributes:
-        precision: Of the rows that were given it, how many have it; 0 where none was.
-        recall: Of the rows that have it, how many were given it; 0 where none has.
-        f1: Their harmonic mean; 0 where both are.
-        support: Rows that have it.
+        precision: Share of the rows answered with this label that have it.
+        recall: Share of the rows with this label that were answered with it.
+        f1: Harmonic mean of precision and recall.
+        support: Number of rows with this label.
     """
 
     precision: float
@@ -30,13 +30,14 @@ class LabelScore:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How one contestant did.
+    """Scores of one model.
 
     Attributes:
-        right: Of each row, whether it was answered right.
+        right: For each row, whether the answer is correct.
         num_errors: Rows without an answer; they count as wrong.
-        labels: Scores by label, in order; None where rows have no labels.
-        confusion: Rows by label and by answer, the last column being ``OTHER``; None where rows have no labels.
+        labels: Scores by label, in order; None if rows have no labels.
+        confusion: Number of rows by label (rows) and answer (columns, the last is ``OTHER``); None if rows have no
+            labels.
     """
 
     right: list[bool]
@@ -46,19 +47,19 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Share of the rows that were answered right."""
+        """Share of correct answers."""
         return sum(self.right) / len(self.right)
 
     @property
     def macro_f1(self) -> float | None:
-        """Mean F1 of the labels, each with the same weight; None where rows have no labels."""
+        """Unweighted mean F1 of the labels; None if rows have no labels."""
         if self.labels is None:
             return None
         return sum(score.f1 for score in self.labels.values()) / len(self.labels)
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """For programs; what is said of single rows is left out."""
+        """The scores as a JSON object, without those of single rows."""
         found: dict[str, Any] = {
             "rows": len(self.right),
             "right": sum(self.right),
@@ -73,19 +74,19 @@ class Scores:
 
 
 def exact_match(expected: Sequence[str], answers: Sequence[str | None]) -> Scores:
-    """Compare whole texts; white space at either end does not count. None is a row without an answer."""
+    """Compare texts, without white space at both ends. An answer of None is an error."""
     right = [
         answer is not None and answer.strip() == want.strip() for want, answer in zip(expected, answers, strict=True)
     ]
     return Scores(right, sum(answer is None for answer in answers))
 
 
-def of_labels(expected: Sequence[str], answers: Sequence[str | None], labels: Sequence[str]) -> Scores:
+def score_labels(expected: Sequence[str], answers: Sequence[str | None], labels: Sequence[str]) -> Scores:
     """Compare labels.
 
     Args:
         expected: The label of each row, one of ``labels``.
-        answers: What each row was given; None is a row without an answer.
+        answers: The answer of each row; None is an error.
         labels: All labels of the data.
     """
     pairs = Counter(zip(expected, answers, strict=True))

@@ -1,4 +1,4 @@
-"""Whether a difference on the same rows may be chance: McNemar's exact test, and an interval for its size."""
+"""Significance of a difference on the same rows: McNemar's exact test, and a bootstrap confidence interval."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two contestants on the same rows.
+    """Comparison of two models on the same rows.
 
     Attributes:
-        both_right: Rows that both answer right.
-        only_first: Rows that only the first answers right.
-        only_second: Rows that only the second answers right.
-        both_wrong: Rows that neither does.
-        p_value: Two-sided, of McNemar's exact test: the chance of a split of the rows that differ at least as uneven
-            as this one, if either were as likely to be right on each of them. 1 where there are none.
-        interval: Where the difference of the accuracies, first less second, lies with 95 %: the percentiles of a
+        both_right: Rows that both answer correctly.
+        only_first: Rows that only the first answers correctly.
+        only_second: Rows that only the second answers correctly.
+        both_wrong: Rows that neither answers correctly.
+        p_value: Two-sided p-value of McNemar's exact test; 1 if no row differs.
+        interval: 95% confidence interval of the difference of the accuracies, first minus second: percentiles of a
             bootstrap over rows.
     """
 
@@ -34,17 +33,17 @@ class Comparison:
 
     @property
     def num_rows(self) -> int:
-        """Rows in all."""
+        """Number of rows."""
         return self.both_right + self.only_first + self.only_second + self.both_wrong
 
     @property
     def difference(self) -> float:
-        """Accuracy of the first less that of the second."""
+        """Accuracy of the first minus that of the second."""
         return (self.only_first - self.only_second) / self.num_rows
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """The comparison as a JSON object."""
         return {
             "rows": self.num_rows,
             "both_right": self.both_right,
@@ -59,12 +58,12 @@ class Comparison:
 
 
 def compare(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> Comparison:
-    """Compare which rows were answered right.
+    """Compare the answers of two models.
 
     Args:
-        first: Of each row, at least one, whether the first contestant answered it right.
-        second: The same of the second.
-        seed: Of the bootstrap.
+        first: For each row (at least one), whether the first model's answer is correct.
+        second: The same for the second model.
+        seed: Seed of the bootstrap.
     """
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
@@ -82,19 +81,19 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """The two-sided p-value of McNemar's exact test (1947): a binomial test of one half on the rows that differ."""
     count, least = only_first + only_second, min(only_first, only_second)
     tail = ways = 1
-    for successes in range(least):  # C(n, k + 1) from C(n, k): all of them anew would take long for many rows
+    for successes in range(least):  # C(n, k + 1) from C(n, k), which is fast for many rows
         ways = ways * (count - successes) // (successes + 1)
         tail += ways
-    # Whole numbers until here, so that no power of two is too small for a float.
+    # Integers until here, because 2**-count may be too small for a float.
     return float(min(1.0, 2 * tail / 2**count))
 
 
 def bootstrap(only_first: int, only_second: int, count: int, *, seed: int) -> tuple[float, float]:
     """Percentile bootstrap of the difference of two accuracies on the same rows.
 
-    A resample of rows counts only by how many of each kind are in it, so the kinds' numbers are drawn at once.
+    Only the number of rows of each kind matters in a resample, so these numbers are drawn directly.
     """
-    # Not at the top: the command line has to be there before numpy is.
+    # Imported here because numpy is slow to import and other commands do not need it.
     import numpy as np  # noqa: PLC0415
 
     shares = [only_first / count, only_second / count, (count - only_first - only_second) / count]

@@ -180,7 +180,7 @@ def test_an_input_that_shrinks_meanwhile_is_told(bulk, monkeypatch):
     )
     result, written = bulk([{"prompt": "a"}, {"prompt": "b"}])
     assert result.exit_code == 4
-    assert "in.jsonl had 2 rows and was changed meanwhile" in result.stderr
+    assert "in.jsonl had 2 rows and was changed during the run" in result.stderr
     assert len(written) == 1
 
 
@@ -195,7 +195,7 @@ def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk):
     rows = [{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, {"prompt": ""}, {"prompt": "c"}]
     result, written = bulk(rows, "--max-errors", "1")
     assert result.exit_code == 4
-    assert "more than 1 rows are errors" in result.stderr
+    assert "more than 1 rows have failed" in result.stderr
     assert len(written) == 3
     result, written = bulk(rows, "--max-errors", "2")
     assert result.exit_code == 4
@@ -204,7 +204,7 @@ def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk):
 
 
 def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
-    monkeypatch.setattr("server.client.bulk.sending._BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("server.client.bulk.sender._BACKOFF_SECONDS", 0.001)
     engine.failure = RequestFailedError("the row is cursed")
     result, written = bulk([{"prompt": "a"}])
     assert result.exit_code == 4

@@ -10,7 +10,7 @@ import pytest
 
 from server.client.bulk.job import output_line
 from server.client.bulk.rows import Row, read_rows
-from server.client.bulk.sending import Outcome
+from server.client.bulk.sender import Outcome
 
 RESPONSE = {"model": "a@1", "text": "é", "finish_reason": "stop"}
 

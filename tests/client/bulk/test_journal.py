@@ -30,7 +30,7 @@ def row(number: int) -> tuple[bytes, dict[str, Any] | None]:
 def write(path: Path, first: int, last: int, **options: Any) -> None:
     with Journal(path, IDENTITY, **options) as journal:
         if journal.is_new:
-            journal.remember({"model": "a@1"})
+            journal.start({"model": "a@1"})
         journal.write([row(number) for number in range(first, last)])
 
 
@@ -68,7 +68,7 @@ def test_what_was_changed_since_is_not_gone_on_with(tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     changed = lines[0] + b'{"id": 1}\n' + lines[2]
     path.write_bytes(changed)
-    with pytest.raises(JournalError, match=r"out.jsonl:2 is no row that a run wrote"):
+    with pytest.raises(JournalError, match=r"out.jsonl:2 is not a row that a run wrote"):
         Journal(path, IDENTITY)
     assert path.read_bytes() == changed
 
@@ -84,14 +84,14 @@ def test_another_run_is_refused_until_restart(tmp_path):
         assert journal.is_new
         assert journal.progress.num_rows == 0
         assert path.read_bytes() == before  # until it is known that the new one can begin
-        journal.remember({"model": "a@1"})
+        journal.start({"model": "a@1"})
     assert path.read_bytes() == b""
 
 
 def test_a_file_of_somebody_else_is_left_alone(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("mine")
-    with pytest.raises(JournalError, match="exists already"):
+    with pytest.raises(JournalError, match="already exists"):
         Journal(path, IDENTITY)
     assert path.read_text() == "mine"
 
@@ -128,7 +128,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         journal.state_path = tmp_path / "no" / "state"
         with pytest.raises(JournalError, match="No such file"):
-            journal.remember({"a": 1})
+            journal.start({"a": 1})
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_syncs_are_due_after_a_while(tmp_path, monkeypatch):
 def test_a_disk_that_takes_no_more_is_told_with_what_to_do(tmp_path):
     reason = r"No space left on device; run the same command to resume"
     with pytest.raises(JournalError, match=reason), Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
-        journal.remember({"model": "a@1"})
+        journal.start({"model": "a@1"})
         with Path("/dev/full").open("wb") as full:
             os.dup2(full.fileno(), journal._file.fileno())
         journal.write([row(0)])

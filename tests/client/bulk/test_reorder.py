@@ -30,5 +30,5 @@ def test_nothing_comes_twice(index):
     buffer.add(0, 0)
     buffer.take()
     buffer.add(2, 2)
-    with pytest.raises(ValueError, match="came twice"):
+    with pytest.raises(ValueError, match="was added twice"):
         buffer.add(index, index)

@@ -19,7 +19,7 @@ from tests.api.classification.test_classify import classifier_parts
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("server.client.bulk.sending._BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("server.client.bulk.sender._BACKOFF_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_against_another_version(prelude, versions, data, judging):
     assert found["interval"][0] > 0
     text = " ".join(prelude(*arguments).stdout.split())
     assert "p = 0.00781" in text
-    assert "sentiment@2 less sentiment@1: +0.6667" in text
+    assert "sentiment@2 minus sentiment@1: +0.6667" in text
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_picture_needs_matplotlib(prelude, data, tmp_path, monkeypatch):
     monkeypatch.setattr("server.client.evaluation.report.find_spec", lambda _: None)
     result = prelude("eval", "tiny", "--data", str(data()), "--png", str(tmp_path / "x.png"), "--json")
     assert result.exit_code == 1
-    assert "a picture needs matplotlib" in json.loads(result.stdout)["error"]["message"]
+    assert "--png needs matplotlib" in json.loads(result.stdout)["error"]["message"]
 
 
 def aliases(live):
@@ -257,9 +257,9 @@ def test_a_better_version_with_significance_and_json(prelude, live, versions, da
 @pytest.mark.parametrize(
     ("wrong", "options", "reason"),
     [
-        ({4: 4, 5: 4}, [], "accuracy 0.6000 of sentiment@1 against 0.6000 of sentiment@2 on 10 rows is not better"),
+        ({4: 4, 5: 4}, [], "accuracy 0.6000 for sentiment@1 against 0.6000 for sentiment@2 on 10 rows is not better"),
         ({4: 4, 5: 0}, [], "is not better"),
-        ({4: 0, 5: 3}, ["--significant", "0.05"], "may be chance: McNemar's p is 0.25, not below 0.05"),
+        ({4: 0, 5: 3}, ["--significant", "0.05"], "is not significant: McNemar's p-value is 0.25, not below 0.05"),
     ],
 )
 def test_what_is_not_better_is_not_promoted(prelude, live, versions, data, judging, wrong, options, reason):

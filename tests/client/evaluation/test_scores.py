@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.client.evaluation.scores import OTHER, exact_match, of_labels
+from server.client.evaluation.scores import OTHER, exact_match, score_labels
 
 LABELS = ["a", "b", "c"]
 pairs = st.lists(
@@ -17,7 +17,7 @@ pairs = st.lists(
 @given(pairs=pairs)
 def test_labels_against_plain_counting(pairs):
     expected, answers = [want for want, _ in pairs], [got for _, got in pairs]
-    scores = of_labels(expected, answers, LABELS)
+    scores = score_labels(expected, answers, LABELS)
     assert scores.accuracy == pytest.approx(sum(want == got for want, got in pairs) / len(pairs))
     assert scores.num_errors == answers.count(None)
     for place, label in enumerate(LABELS):
@@ -34,7 +34,7 @@ def test_labels_against_plain_counting(pairs):
 
 
 def test_a_known_case():
-    scores = of_labels(["a", "a", "a", "b"], ["a", "a", "b", None], ["a", "b"])
+    scores = score_labels(["a", "a", "a", "b"], ["a", "a", "b", None], ["a", "b"])
     assert scores.as_json == {
         "rows": 4,
         "right": 2,

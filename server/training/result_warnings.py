@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from server.training.scoring import Scores
 from server.training.settings import Method
 
-STILL_FALLING = 0.1
-"""A held-out loss that fell by this part in the last quarter of the steps would have fallen on."""
+MAX_LATE_FALL = 0.1
+"""If the held-out loss fell by more than this share in the last quarter of the steps, training was too short."""
 
 
-def doubts(
+def result_warnings(
     method: Method, *, untrained: Scores, trained: Scores, best_step: int, losses: Sequence[tuple[int, float]]
 ) -> list[str]:
     """Warnings about a finished training; empty if there are none.
 
     Args:
         method: How it was trained.
-        untrained: Scores where training began.
-        trained: Scores of what was saved.
-        best_step: The step that was saved.
+        untrained: Scores before the first step.
+        trained: Scores of the saved soft prompt.
+        best_step: Step of the saved state.
         losses: (step, held-out loss) of each evaluation, in order.
     """
     if best_step == 0:
@@ -38,7 +38,7 @@ def doubts(
         if not method.is_key_values:
             text += "; or use --method p_tuning_v2 or prefix_tuning, which are stronger on small models"
         found.append(text)
-    if (fall := _late_fall(losses)) > STILL_FALLING:
+    if (fall := _late_fall(losses)) > MAX_LATE_FALL:
         found.append(
             f"the held-out loss was still falling at the end, by {fall:.0%} in the last quarter of the steps: "
             "train for more --epochs"
@@ -47,7 +47,7 @@ def doubts(
 
 
 def _late_fall(losses: Sequence[tuple[int, float]]) -> float:
-    """By which part the loss fell in the last quarter of the steps; 0 where the last evaluation is not the best."""
+    """Share by which the loss fell in the last quarter of the steps; 0 if the last evaluation is not the best."""
     if len(losses) < 2:
         return 0.0
     last_step, last = losses[-1]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.client.bulk.connecting import Answerer, find_answerer, sequences_at_once
-from server.client.bulk.sending import Pace
+from server.client.bulk.model_lookup import ResolvedModel, default_concurrency, resolve_model
+from server.client.bulk.sender import SendLimits
 from server.client.http import ClientError
 
 
@@ -40,7 +40,7 @@ def failure(status: int | None) -> ClientError:
 
 
 @pytest.mark.parametrize(
-    ("name", "client", "answerer"),
+    ("name", "client", "resolved"),
     [
         ("a", Client({"id": "a", "version": 3, "task_type": "CAUSAL_LM"}), ("a@3", False)),
         ("a@x", Client({"id": "a", "version": 3, "task_type": "SEQ_CLS"}), ("a@3", True)),
@@ -50,16 +50,16 @@ def failure(status: int | None) -> ClientError:
         ("a@x", Client(failure(403), failure(403)), ("a@x", False)),  # a key for nothing but generation
     ],
 )
-def test_what_answers(name, client, answerer):
-    found = find_answerer(client, name)
-    assert (found.model, found.has_head) == answerer
-    assert found == Answerer(*answerer, found.record)
+def test_what_answers(name, client, resolved):
+    found = resolve_model(client, name)
+    assert (found.model, found.has_head) == resolved
+    assert found == ResolvedModel(*resolved, found.record)
 
 
 @pytest.mark.parametrize("client", [Client(failure(404), failure(404)), Client(failure(None)), Client(failure(500))])
 def test_nothing_answers(client):
     with pytest.raises(ClientError, match="it said no"):
-        find_answerer(client, "a")
+        resolve_model(client, "a")
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_nothing_answers(client):
         ({"max_num_seqs": 256, "max_waiting": 1024}, 512),
         ({"max_num_seqs": 64, "max_waiting": 10}, 74),  # more than these would be refused
         ({"max_num_seqs": 64, "max_waiting": 0}, 64),
-        ({}, Pace().concurrency),  # a server that does not tell
-        ({"max_num_seqs": None, "max_waiting": "x"}, Pace().concurrency),
-        (failure(None), Pace().concurrency),  # one that is away for now, when a run goes on
+        ({}, SendLimits().concurrency),  # a server that does not tell
+        ({"max_num_seqs": None, "max_waiting": "x"}, SendLimits().concurrency),
+        (failure(None), SendLimits().concurrency),  # one that is away for now, when a run goes on
     ],
 )
 def test_how_much_is_asked_at_once_follows_the_server(card, count):
     client = Client({}, card) if isinstance(card, ClientError) else Client({}, card=card)
-    assert sequences_at_once(client, "a@3") == count
+    assert default_concurrency(client, "a@3") == count

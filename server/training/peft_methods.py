@@ -1,8 +1,8 @@
-"""Soft prompts by method: PEFT's configuration of each, where training begins, and what is saved and restored.
+"""PEFT's configuration of each training method; initialising, saving and restoring a soft prompt.
 
-PEFT saves what is served, which is not what is trained: of P-tuning and of prefix tuning with a projection the
-network is left out, of CPT the change is added up. So a checkpoint here holds the whole encoder, and PEFT's own two
-files are written once, at the end.
+PEFT saves what is served, which is not what is trained: P-tuning and prefix tuning with a projection are saved
+without their network, and CPT with its change added to the embeddings. So a checkpoint contains the whole encoder,
+and PEFT's two files are written once, at the end.
 """
 
 from __future__ import annotations
@@ -38,54 +38,54 @@ from server.training.settings import Method, TrainSettings
 ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
 MAX_ENCODER_WIDTH = 512
-"""The code of Li & Liang 2021 takes 512, and 800 for one task; wider is slower."""
+"""The code of Li & Liang 2021 uses 512, and 800 for one task; wider is slower."""
 
 _INPUT_TEMPLATE, _INPUT, _OUTPUT_TEMPLATE, _LABEL = 1, 2, 3, 4
-"""CPT's types of a context's tokens; labels stay as they are."""
+"""CPT's types of the tokens of a context; it does not change labels."""
 
 
 def make_soft_prompt(
     base: Any, tokenizer: Any, settings: TrainSettings, *, text: str, context: Sequence[Encoded], num_tasks: int
 ) -> PeftModel:
-    """Put a fresh soft prompt before a frozen model.
+    """Add an initialised soft prompt to a frozen model.
 
     Args:
         base: The causal model (transformers).
         tokenizer: Its tokenizer.
         settings: The method and its settings.
-        text: Where training begins, for methods that begin at a text.
-        context: Examples that a CPT prompt begins at, unless the settings have a text for it.
-        num_tasks: Tasks of a multitask prompt.
+        text: Text to initialise from, if the method uses one.
+        context: Examples to initialise a CPT prompt from, unless ``settings.init_text`` is given.
+        num_tasks: Number of tasks of a multitask prompt.
     """
     count = settings.num_virtual_tokens
     ids = repeated(tokenizer(text)["input_ids"] or [0], count)
     config = _config(base, tokenizer, settings, text=text, ids=ids, context=context, num_tasks=num_tasks)
     if settings.gradient_checkpointing:
-        # Its name until transformers 5.2x, which now warns of it.
+        # transformers 5.23 renamed the method, and warns about the old name.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     model = get_peft_model(base, config)
     if settings.method in (Method.PREFIX_TUNING, Method.CARTRIDGE):
-        _begin_at_cache(model, ids)
+        _init_from_cache(model, ids)
     elif settings.method is Method.MULTITASK:
-        _begin_at_one(model)
+        _init_tasks_with_ones(model)
     return model
 
 
 def repeated(ids: Sequence[int], count: int) -> list[int]:
-    """The first ``count`` ids, from the beginning again where there are fewer, as PEFT's TEXT initialisation does."""
+    """Repeat or truncate ids to a length, as PEFT's TEXT initialisation does."""
     return (list(ids) * math.ceil(count / len(ids)))[:count]
 
 
 def state_of(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Everything that is trained, and what stands beside it, on the CPU."""
+    """A copy of the encoder's state on the CPU, including its frozen parts."""
     return {
         key: value.detach().to("cpu", copy=True).contiguous() for key, value in _encoder(model).state_dict().items()
     }
 
 
 def restore(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    """Put back what ``state_of`` took."""
+    """Load a state of ``state_of``."""
     _encoder(model).load_state_dict(state)
 
 
@@ -95,20 +95,20 @@ def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:
-    """Read what ``save_state`` wrote."""
+    """Read a file of ``save_state``."""
     state: dict[str, torch.Tensor] = load_file(path)
     return state
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base_name: str, keeps_text: bool) -> None:
-    """Write PEFT's own two files, ready for an upload.
+    """Write PEFT's two files, ready for an upload.
 
     Args:
         model: The trained model.
-        folder: Where to.
-        base_name: What the configuration calls the base; PEFT would write the path that it was loaded from.
-        keeps_text: Whether the text that training began at may stand in the configuration, where PEFT writes it.
-            A piece of the training data may not: whoever may read the soft prompt need not read that.
+        folder: Directory to write to.
+        base_name: Name of the base in the configuration; PEFT would write the path that it was loaded from.
+        keeps_text: Whether to keep the initial text in the configuration. A text from the training data must not be
+            kept: readers of the soft prompt may have no access to the data.
     """
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
@@ -123,7 +123,7 @@ def save_adapter(model: PeftModel, folder: Path, *, base_name: str, keeps_text: 
 
 
 def mean_norm(model: PeftModel) -> float:
-    """Mean Euclidean norm of the rows as they would be saved; of a multitask prompt, of the shared rows."""
+    """Mean Euclidean norm of the rows as they would be saved; for a multitask prompt, of the shared rows."""
     with torch.no_grad():
         if model.peft_config[ADAPTER].peft_type == "MULTITASK_PROMPT_TUNING":
             rows = _encoder(model).embedding.weight
@@ -148,11 +148,11 @@ def _config(
 ) -> PeftConfig:
     common: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
     sized = common | {"num_virtual_tokens": settings.num_virtual_tokens}
-    started = {"prompt_tuning_init_text": text, "tokenizer_name_or_path": tokenizer.name_or_path}
+    init_from_text = {"prompt_tuning_init_text": text, "tokenizer_name_or_path": tokenizer.name_or_path}
     width = settings.encoder_hidden_size or min(base.config.get_text_config().hidden_size, MAX_ENCODER_WIDTH)
     match settings.method:
         case Method.PROMPT_TUNING:
-            return PromptTuningConfig(prompt_tuning_init=PromptTuningInit.TEXT, **started, **sized)
+            return PromptTuningConfig(prompt_tuning_init=PromptTuningInit.TEXT, **init_from_text, **sized)
         case Method.P_TUNING:
             return PromptEncoderConfig(encoder_hidden_size=width, **sized)
         case Method.PREFIX_TUNING:
@@ -164,7 +164,7 @@ def _config(
                 prompt_tuning_init=MultitaskPromptTuningInit.TEXT,
                 num_tasks=num_tasks,
                 num_ranks=settings.num_ranks,
-                **started,
+                **init_from_text,
                 **sized,
             )
         case Method.CARTRIDGE:
@@ -182,11 +182,11 @@ def _cpt_config(
     context: Sequence[Encoded],
     common: dict[str, Any],
 ) -> CPTConfig:
-    """A context of training examples (Blau et al. 2024), or of the text that was given.
+    """A context of training examples (Blau et al. 2024), or of the given text.
 
-    Where more examples come together than there is room for, the first one is cut at its beginning: the end stands
-    nearest to the text. PEFT's radius is absolute and meant for models of 2,048 dimensions; here it is a share of the
-    mean norm of the model's own embeddings.
+    If the examples do not fit, the first one loses its beginning, because the end of the context is nearest to the
+    text. PEFT's radius is absolute and chosen for models of 2,048 dimensions; here it is a share of the mean norm of
+    the model's embeddings.
     """
     count = settings.num_virtual_tokens
     types = [_INPUT_TEMPLATE] * count
@@ -205,7 +205,7 @@ def _cpt_config(
             )
         ids, types = repeated(ids, max(count, len(ids)))[-count:], repeated(types, max(count, len(types)))[-count:]
         if set(types) == {_LABEL}:
-            types[0] = _INPUT  # or nothing would be trained
+            types[0] = _INPUT  # labels are not trained
     width = base.get_input_embeddings().weight.shape[-1]
     norm = float(base.get_input_embeddings().weight.detach().float().norm(dim=-1).mean())
     epsilon = settings.cpt_epsilon * norm / math.sqrt(width / 2048)
@@ -220,18 +220,18 @@ def _cpt_config(
     )
 
 
-def _begin_at_cache(model: PeftModel, ids: list[int]) -> None:
-    """Begin at the keys and values that the frozen model computes for a text (Li & Liang 2021, section 7.4)."""
+def _init_from_cache(model: PeftModel, ids: list[int]) -> None:
+    """Initialise with the frozen model's keys and values of a text (Li & Liang 2021, section 7.4)."""
     tokens = torch.tensor([ids], device=model.device)
     with torch.no_grad(), model.disable_adapter():
         cache = model(input_ids=tokens, use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache, num_virtual_tokens=len(ids))
 
 
-def _begin_at_one(model: PeftModel) -> None:
-    """Let every task's matrix begin as ones, so that each task's rows are the text's own.
+def _init_tasks_with_ones(model: PeftModel) -> None:
+    """Initialise the matrix of every task with ones, so that each task starts with the rows of the text.
 
-    PEFT draws columns and rows around nought: their products, and so all rows, would begin near nought.
+    PEFT draws columns and rows around zero, so that their products, and all rows, would start near zero.
     """
     encoder = _encoder(model)
     with torch.no_grad():

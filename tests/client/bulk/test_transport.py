@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.client.bulk.poster import NoAnswerError, Response, connected
+from server.client.bulk.transport import NoResponseError, Response, open_transport
 from server.client.http import ClientError
 from tests.support.waiting import until
 
@@ -75,7 +75,7 @@ async def echo(_: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
 
 async def test_as_many_connections_as_requests_at_once_and_each_is_used_again() -> None:
     server = Server(echo)
-    async with server.running() as url, connected(f"{url}/under/", "key") as http:
+    async with server.running() as url, open_transport(f"{url}/under/", "key") as http:
         assert http.base_url == f"{url}/under"
         for _ in range(3):
             replies = await asyncio.gather(*(http.post("/v1/x", b"%02d" % i) for i in range(50)))
@@ -107,7 +107,7 @@ def test_an_answer_in_any_pieces_is_the_same(body: bytes, cuts: list[int], is_ch
             await asyncio.sleep(0)
 
     async def ask() -> None:
-        async with Server(answer).running() as url, connected(url, None) as http:
+        async with Server(answer).running() as url, open_transport(url, None) as http:
             for _ in range(2):
                 assert (await http.post("/", b"{}")).content == body
 
@@ -119,7 +119,7 @@ async def test_what_the_server_ends_with_the_connection() -> None:
         writer.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\n\r\n" + body)
         writer.close()
 
-    async with Server(answer).running() as url, connected(url, None) as http:
+    async with Server(answer).running() as url, open_transport(url, None) as http:
         for _ in range(2):
             assert await http.post("/", b"{}") == Response(503, {"retry-after": "2"}, b"{}")
 
@@ -132,7 +132,7 @@ async def test_a_connection_that_the_server_closes_between_two_requests_is_repla
         writer.close()
 
     server = Server(answer)
-    async with server.running() as url, connected(url, None) as http:
+    async with server.running() as url, open_transport(url, None) as http:
         for number in range(5):
             assert (await http.post("/", b"%d" % number)).content == b"%d" % number
     assert server.num_connections == 5
@@ -143,8 +143,8 @@ async def test_a_connection_that_the_server_closes_between_two_requests_is_repla
     ("sent", "reason"),
     [
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", "not completed"),
-        (b"HTTP/1.1 200 OK\r\ncontent-le", "closed the connection before it answered"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n", "closed the connection before it answered"),
+        (b"HTTP/1.1 200 OK\r\ncontent-le", "closed the connection without a response"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "closed the connection without a response"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "Bad status line"),
     ],
 )
@@ -154,8 +154,8 @@ async def test_what_is_no_whole_answer(sent: bytes, reason: str) -> None:
         await writer.drain()
         writer.close()
 
-    async with Server(answer).running() as url, connected(url, None) as http:
-        with pytest.raises(NoAnswerError, match=reason):
+    async with Server(answer).running() as url, open_transport(url, None) as http:
+        with pytest.raises(NoResponseError, match=reason):
             await http.post("/", b"{}")
 
 
@@ -164,7 +164,7 @@ async def test_a_cancelled_request_ends_at_the_server_too() -> None:
         return
 
     server = Server(answer)
-    async with server.running() as url, connected(url, None) as http:
+    async with server.running() as url, open_transport(url, None) as http:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await http.post("/", b"{}")
@@ -172,8 +172,8 @@ async def test_a_cancelled_request_ends_at_the_server_too() -> None:
 
 
 async def test_nobody_listens() -> None:
-    async with connected("http://127.0.0.1:1", None) as http:
-        with pytest.raises(NoAnswerError, match=r"refused|Connect call failed"):
+    async with open_transport("http://127.0.0.1:1", None) as http:
+        with pytest.raises(NoResponseError, match=r"refused|Connect call failed"):
             await http.post("/", b"{}")
 
 
@@ -184,11 +184,11 @@ async def test_over_tls_and_a_certificate_that_nobody_vouches_for(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     async with Server(echo).running(context) as url:
-        async with connected(url, None) as http:
-            with pytest.raises(NoAnswerError, match="certificate verify failed"):
+        async with open_transport(url, None) as http:
+            with pytest.raises(NoResponseError, match="certificate verify failed"):
                 await http.post("/", b"{}")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        async with connected(url, None) as http:
+        async with open_transport(url, None) as http:
             assert (await http.post("/", b"{}")).content == b"{}"
 
 
@@ -226,14 +226,14 @@ def make_certificate(folder: Path) -> Path:
 
 async def test_a_user_and_password_in_the_url_are_sent() -> None:
     server = Server(echo)
-    async with server.running() as url, connected(url.replace("//", "//name:word@"), None) as http:
+    async with server.running() as url, open_transport(url.replace("//", "//name:word@"), None) as http:
         await http.post("/", b"{}")
     assert b"\r\nauthorization: basic bmftztp3b3jk\r\n" in server.heads[0].lower()
 
 
 async def test_a_user_and_a_key_are_one_too_many() -> None:
-    with pytest.raises(ClientError, match="takes no API key"):
-        async with connected("http://name:word@host", "key"):
+    with pytest.raises(ClientError, match="cannot be combined with an API key"):
+        async with open_transport("http://name:word@host", "key"):
             pass
 
 
@@ -243,7 +243,7 @@ async def test_a_request_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("HTTP_PROXY", proxy)
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
-        async with connected("http://prelude.example", "key") as http:
+        async with open_transport("http://prelude.example", "key") as http:
             assert (await http.post("/v1/x", b"{}")).content == b"{}"
     assert server.heads[0].startswith(b"POST http://prelude.example/v1/x HTTP/1.1")
     assert b"authorization: bearer key" in server.heads[0].lower()
@@ -252,7 +252,7 @@ async def test_a_request_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("url", ["nonsense", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port"])
 async def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(ClientError) as refused:
-        async with connected(url, None):
+        async with open_transport(url, None):
             pass
     assert refused.value.code == "usage"
 
@@ -260,5 +260,5 @@ async def test_a_url_that_is_none(url: str) -> None:
 @pytest.mark.parametrize("key", ["é", "a\r\nx: y", "a\0"])
 async def test_a_key_that_no_header_can_carry(key: str) -> None:
     with pytest.raises(ClientError, match="is not allowed in a header"):
-        async with connected("http://127.0.0.1", key):
+        async with open_transport("http://127.0.0.1", key):
             pass

@@ -10,9 +10,7 @@ import torch
 from peft import PeftModel
 
 from server.training.encoding import Encoded
-from server.training.scoring import collate, completion_loss, keeps_logits, score, text_logprobs
-from server.training.settings import DEFAULTS, Method
-from server.training.soft_prompts import (
+from server.training.peft_methods import (
     load_state,
     make_soft_prompt,
     mean_norm,
@@ -22,6 +20,8 @@ from server.training.soft_prompts import (
     save_state,
     state_of,
 )
+from server.training.scoring import can_limit_logits, collate, completion_loss, score, text_logprobs
+from server.training.settings import DEFAULTS, Method
 
 CONTEXT = [Encoded([11, 12, 13], [14, 0]), Encoded([21, 22], [23, 0])]
 PEFT_TYPES = {
@@ -208,18 +208,18 @@ def test_a_batch_is_padded_on_the_right_and_labels_the_completion_alone():
 
 
 @pytest.mark.parametrize("method", Method)
-def test_logits_that_nobody_asks_for_change_nothing_and_are_left_out(make, method):
+def test_logits_before_the_first_completion_are_not_computed(make, method):
     model = make(method).eval()
     task = 1 if method is Method.MULTITASK else None
     examples = [Encoded([31, 32, 33, 35, 36], [34, 0], task), Encoded([41, 42, 43], [44], task)]
     found = []
-    for keeps in (False, True):
-        batch = collate(examples, 1, keeps_logits=keeps)
+    for limit in (False, True):
+        batch = collate(examples, 1, limit_logits=limit)
         labels = batch.pop("labels")
         outputs = model(**batch)
         found.append(float(completion_loss(outputs, labels).detach()))
 
-    assert keeps_logits(model)
+    assert can_limit_logits(model)
     assert outputs.logits.shape[1] == 5  # of the seven tokens, those from the last of the shorter prompt
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 

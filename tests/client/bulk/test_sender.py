@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.client.bulk import sending
-from server.client.bulk.asking import CHAT, CLASSIFY, COMPLETIONS, Asking
-from server.client.bulk.poster import NoAnswerError, Response
+from server.client.bulk import sender as sender_module
+from server.client.bulk.request_template import CHAT, CLASSIFY, COMPLETIONS, RequestTemplate
 from server.client.bulk.rows import Row
-from server.client.bulk.sending import Outcome, Pace, Sender, SendingError
+from server.client.bulk.sender import Outcome, Sender, SenderError, SendLimits
+from server.client.bulk.transport import NoResponseError, Response
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +30,7 @@ Refuse = Callable[[dict[str, Any]], Response | Exception | None]
 Answer = Callable[[str, dict[str, Any]], Awaitable[Response]]
 
 
-class FakePoster:
+class FakeTransport:
     """Hands each request to a function."""
 
     base_url = "http://test"
@@ -84,8 +84,8 @@ class Server:
             reply["choices"].reverse()
         return Response(200, {"x-prelude-prompt": f"{body['model']}@1"}, json.dumps(reply).encode())
 
-    async def all(self, rows: list[Row], asking: Asking | None = None, **pace: Any) -> list[Outcome]:
-        self.sender = Sender(FakePoster(self.answer), asking or Asking(model="a"), Pace(**pace))
+    async def all(self, rows: list[Row], template: RequestTemplate | None = None, **limits: Any) -> list[Outcome]:
+        self.sender = Sender(FakeTransport(self.answer), template or RequestTemplate(model="a"), SendLimits(**limits))
         return [outcome async for given in self.sender.outcomes(iter(rows)) for outcome in given]
 
 
@@ -98,7 +98,7 @@ def refusal(status: int, code: str = "c", **headers: str) -> Response:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sending, "_BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(sender_module, "_BACKOFF_SECONDS", 0.001)
 
 
 async def test_rows_of_one_kind_share_requests_and_keep_their_order():
@@ -122,8 +122,8 @@ async def test_a_mixture_goes_by_what_each_row_names():
         body.setdefault("model", body.get("prompt_id"))
         return await server.answer(path, body)
 
-    asking = Asking(model="a", task_id=1, options={"max_tokens": 2})
-    sender = Sender(FakePoster(answer), asking, Pace())
+    template = RequestTemplate(model="a", task_id=1, options={"max_tokens": 2})
+    sender = Sender(FakeTransport(answer), template, SendLimits())
     outcomes = [outcome async for given in sender.outcomes(iter(rows)) for outcome in given]
     assert [outcome.response["model"] for outcome in outcomes] == [
         "p0@1",
@@ -149,7 +149,7 @@ async def test_a_mixture_goes_by_what_each_row_names():
 @pytest.mark.parametrize(("labels", "by_head"), [(("x", "y"), False), ((), True)])
 async def test_labels_and_heads_classify(labels, by_head):
     server = Server()
-    (outcome,) = await server.all(text_rows(1), Asking(model="a", labels=labels, by_head=by_head))
+    (outcome,) = await server.all(text_rows(1), RequestTemplate(model="a", labels=labels, by_head=by_head))
     assert outcome.response == {"model": "a@1", "label": "t0", "probability": 1.0, "probabilities": {"t0": 1.0}}
     ((path, body),) = server.bodies
     assert path == CLASSIFY
@@ -168,7 +168,9 @@ async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded():
 
     given_out = 0
     sender = Sender(
-        FakePoster(server.answer), Asking(model="a", labels=["x", "y"]), Pace(concurrency=32, rows_per_request=8)
+        FakeTransport(server.answer),
+        RequestTemplate(model="a", labels=["x", "y"]),
+        SendLimits(concurrency=32, rows_per_request=8),
     )
     async for given_rows in sender.outcomes(rows()):
         given_out += len(given_rows)
@@ -212,7 +214,7 @@ async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_t
         (refusal(503, "engine_restarting"), "engine_restarting"),
         (refusal(500, "request_failed"), "request_failed"),
         (Response(502, {}, b"<html>"), "not_prelude"),
-        (NoAnswerError("reset"), "unreachable"),
+        (NoResponseError("reset"), "unreachable"),
     ],
 )
 async def test_what_may_pass_is_tried_again(refused, reason):
@@ -244,14 +246,14 @@ async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error
 
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 405])
 async def test_what_every_row_would_be_told_ends_it(status):
-    with pytest.raises(SendingError, match=f"m{status}") as failed:
+    with pytest.raises(SenderError, match=f"m{status}") as failed:
         await Server(lambda _: refusal(status)).all(text_rows(4))
     assert failed.value.status == status
 
 
 async def test_silence_ends_it_after_a_while():
-    with pytest.raises(SendingError, match="no response for 0.02 s; last error: .* cannot be reached: off"):
-        await Server(lambda _: NoAnswerError("off")).all(text_rows(4), patience=0.02)
+    with pytest.raises(SenderError, match="no response for 0.02 s; last error: .* cannot be reached: off"):
+        await Server(lambda _: NoResponseError("off")).all(text_rows(4), patience=0.02)
 
 
 async def test_an_answer_that_takes_too_long_is_asked_again():
@@ -264,7 +266,7 @@ async def test_an_answer_that_takes_too_long_is_asked_again():
             await asyncio.sleep(30)
         return await server.answer(path, body)
 
-    sender = Sender(FakePoster(answer), Asking(model="a"), Pace(timeout=0.05))
+    sender = Sender(FakeTransport(answer), RequestTemplate(model="a"), SendLimits(timeout=0.05))
     outcomes = [outcome async for given in sender.outcomes(iter(text_rows(1))) for outcome in given]
     assert outcomes[0].error is None
     assert sender.tally.retries == {"timeout": 1}
@@ -275,8 +277,8 @@ async def test_what_is_no_prelude_server_is_told(reply):
     async def answer(_path: str, _body: dict[str, Any]) -> Response:
         return Response(200, {}, reply.encode())
 
-    sender = Sender(FakePoster(answer), Asking(model="a"), Pace())
-    with pytest.raises(SendingError) as failed:
+    sender = Sender(FakeTransport(answer), RequestTemplate(model="a"), SendLimits())
+    with pytest.raises(SenderError) as failed:
         async for _ in sender.outcomes(iter(text_rows(1))):
             pass
     assert failed.value.code == "not_prelude"
@@ -293,7 +295,7 @@ async def test_closing_it_ends_the_requests():
             ended.append(body)
         raise AssertionError
 
-    sender = Sender(FakePoster(answer), Asking(model="a"), Pace(rows_per_request=2))
+    sender = Sender(FakeTransport(answer), RequestTemplate(model="a"), SendLimits(rows_per_request=2))
     task = asyncio.create_task(anext(sender.outcomes(iter(text_rows(6)))))
     await until(lambda: len(begun) == 3)
     task.cancel()

@@ -1,4 +1,4 @@
-"""How a row is asked: which path, which body, and which rows may share one request."""
+"""Build the request of a row: its path, its body, and the rows that can share one request."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ COMPLETIONS, CHAT, CLASSIFY = "/v1/completions", "/v1/chat/completions", "/v1/cl
 
 
 class BatchKey(NamedTuple):
-    """Rows of the same key may be asked in one request.
+    """Rows with the same key can share a request.
 
     Attributes:
-        path: Where to.
-        model: The field ``model``; None where ``prompt_id`` says it.
+        path: Path of the request.
+        model: The field ``model``; None if ``prompt_id`` names the soft prompt.
         prompt_id: The field ``prompt_id``.
         task_id: The task of a multitask prompt.
-        is_rows_own: Whether the row itself named its soft prompt.
+        is_rows_own: Whether the row itself names the soft prompt.
     """
 
     path: str
@@ -30,15 +30,15 @@ class BatchKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asking:
-    """What is asked of every row.
+class RequestTemplate:
+    """The parts of a request that all rows share.
 
     Attributes:
-        model: What answers a row that names nothing itself.
-        labels: What texts are classified into; empty where they are not, or by a head.
-        by_head: Whether texts are classified by the soft prompt's own head.
-        task_id: The task of a row that names none.
-        options: More fields of the body, such as ``max_tokens``.
+        model: The model for rows that name none.
+        labels: Labels to classify texts into; empty if texts are not classified, or by a head.
+        by_head: Whether texts are classified by the soft prompt's head.
+        task_id: The task of rows that name none.
+        options: Additional fields of the body, such as ``max_tokens``.
     """
 
     model: str
@@ -49,11 +49,11 @@ class Asking:
 
     @property
     def sequences_per_row(self) -> int:
-        """Places of the server that one row takes."""
+        """Number of sequences on the server for one row."""
         return max(1, len(self.labels))
 
     def key(self, row: Row) -> BatchKey:
-        """Which request a row may go in."""
+        """The batch key of a row."""
         fields = row.fields
         path = CHAT if row.form == "messages" else CLASSIFY if self.labels or self.by_head else COMPLETIONS
         prompt_id, model = fields.get("prompt_id"), fields.get("model")
@@ -64,7 +64,7 @@ class Asking:
         return BatchKey(path, model, prompt_id, self.task_id if task_id is None else task_id, is_own)
 
     def body(self, key: BatchKey, rows: Sequence[Row]) -> dict[str, Any]:
-        """The body that asks for these rows, which have this key."""
+        """The body of a request for rows with this key."""
         named = {"model": key.model, "prompt_id": key.prompt_id, "task_id": key.task_id}
         body = {**self.options, **{name: value for name, value in named.items() if value is not None}}
         if key.path == CHAT:
@@ -80,21 +80,21 @@ class Asking:
 
 
 def is_shared(key: BatchKey) -> bool:
-    """Whether several rows of this key go in one request; a conversation has one of its own."""
+    """Whether rows of this key can share a request; a conversation cannot."""
     return key.path != CHAT
 
 
 def responses(key: BatchKey, reply: Mapping[str, Any], served_by: str | None, count: int) -> list[dict[str, Any]]:
-    """What each row of a request was answered, as it is written to the output.
+    """The ``response`` of each row, as it is written to the output.
 
     Args:
-        key: The request's key.
+        key: Key of the request.
         reply: The server's JSON.
-        served_by: ``NAME@VERSION`` of what answered; None for the bare base.
-        count: Rows that were asked.
+        served_by: ``NAME@VERSION`` of the soft prompt that answered; None for the base model.
+        count: Number of rows in the request.
 
     Raises:
-        ValueError: If this is no answer to so many rows.
+        ValueError: If the reply does not answer this number of rows.
     """
     try:
         model = served_by or reply["model"]
@@ -121,4 +121,4 @@ def responses(key: BatchKey, reply: Mapping[str, Any], served_by: str | None, co
             raise ValueError(f"the server answered {len(found)} of {count} rows")
         return [found[index] for index in range(count)]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError("the response is not that of a Prelude server") from error
+        raise ValueError("unexpected response") from error
