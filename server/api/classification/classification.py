@@ -20,8 +20,7 @@ from server.api.inference.target import Target
 from server.api.inference.token_ids import check_token_ids
 from server.api.services import Services
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
-from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import FinishReason, SamplingParams
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, TokenEvent
 from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError, WaitTimeoutError
 
 MAX_LABEL_TOKENS = 64
@@ -146,10 +145,10 @@ class Classification:
         labels: Sequence[Label | None] = self.wanted.labels or [None]
         requests = [
             GenerateRequest(
-                f"{request_id}-{member}-{index}-{rank}",
-                text if label is None else text + label.token_ids[index],
-                _params(text, label),
-                source,
+                request_id=f"{request_id}-{member}-{index}-{rank}",
+                prompt_token_ids=text if label is None else text + label.token_ids[index],
+                params=_params(text, label),
+                soft_prompt=source,
                 salt=self.tenant,
                 priority=self.wanted.priority,
                 timeout=self.wanted.timeout,

@@ -24,8 +24,7 @@ from server.api.inference.target import Target
 from server.api.inference.token_ids import check_token_ids
 from server.api.services import Services
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
-from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import FinishReason, SamplingParams
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, TokenEvent
 from server.errors import (
     ConstraintError,
     ContextLengthError,
@@ -262,11 +261,11 @@ class Generation:
         )
         soft_prompt, *others = self._soft_prompts
         return GenerateRequest(
-            f"{self._id}-{index}",
-            self.prompts[prompt],
-            params,
-            soft_prompt,
-            tuple(others),
+            request_id=f"{self._id}-{index}",
+            prompt_token_ids=self.prompts[prompt],
+            params=params,
+            soft_prompt=soft_prompt,
+            others=tuple(others),
             salt=self._tenant,
             priority=body.priority,
             timeout=shorter(body.timeout, self._services.settings.http.max_wait_seconds),
