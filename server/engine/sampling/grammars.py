@@ -69,9 +69,13 @@ seldom takes more than 0.001; ambiguous grammars take longer with each token, up
 METERED_SECONDS = 0.01
 """A step's masks that take longer than this are looked at one by one in the next."""
 
-TOO_SLOW = f"it takes more than {SLOW_SECONDS:g} seconds of processor time to compile: make it smaller"
-TOO_MANY_SLOW = (
-    f"it takes long to compile, and {MAX_WAITING_SLOW} such structures of this client wait already; try again later"
+TOO_SLOW = RequestFailure(
+    ErrorCode.CONSTRAINT,
+    f"it takes more than {SLOW_SECONDS:g} seconds of processor time to compile: make it smaller",
+)
+TOO_MANY_SLOW = RequestFailure(
+    ErrorCode.WAIT_TIMEOUT,
+    f"it takes long to compile, and {MAX_WAITING_SLOW} such structures of this client wait already; try again later",
 )
 TOO_COSTLY = "it takes too long to find which tokens it allows: make it simpler and less ambiguous"
 
@@ -112,16 +116,11 @@ class _Compiled:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """The result of compiling a constraint: ``compiled`` or ``failure`` is set.
-
-    Attributes:
-        is_remembered: Whether later sequences get the same failure without another attempt.
-    """
+    """The result of compiling a constraint: ``compiled`` or ``failure`` is set."""
 
     constraint: Constraint
     compiled: _Compiled | None = None
     failure: RequestFailure | None = None
-    is_remembered: bool = False
 
 
 class Matcher:
@@ -316,8 +315,8 @@ class GrammarCompiler:
             self._compiling.pop(outcome.constraint, None)
             if outcome.compiled is not None:
                 self._compiled[outcome.constraint] = outcome.compiled
-            elif outcome.failure is not None and outcome.is_remembered:
-                self._refused[outcome.constraint] = outcome.failure
+            elif outcome.failure is TOO_SLOW:
+                self._refused[outcome.constraint] = TOO_SLOW
                 while len(self._refused) > MAX_REFUSED:
                     self._refused.popitem(last=False)
             ended.append((outcome.constraint, outcome.failure))
@@ -420,10 +419,9 @@ class GrammarCompiler:
 
     def _be_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
         if lane is self._slow:
-            failure = RequestFailure(ErrorCode.CONSTRAINT, TOO_SLOW)
-            return _Outcome(constraint, failure=failure, is_remembered=True)
+            return _Outcome(constraint, failure=TOO_SLOW)
         if self._slow.queue.count(tenant) >= MAX_WAITING_SLOW:
-            return _Outcome(constraint, failure=RequestFailure(ErrorCode.WAIT_TIMEOUT, TOO_MANY_SLOW))
+            return _Outcome(constraint, failure=TOO_MANY_SLOW)
         self._enqueue(self._slow, constraint, tenant)
         return None
 

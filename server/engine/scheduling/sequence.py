@@ -1,7 +1,7 @@
 """One text being continued, as scheduler, block manager and sampler share it. Plain data: no torch, no HTTP.
 
 An *ensemble* continues one text behind several soft prompts. It has one sequence per soft prompt; all have the same
-tokens, and the next token is drawn from the mean of their distributions. The first sequence, the leader, stands for
+tokens, and the next token is drawn from the mean of their distributions. The first sequence, the leader, represents
 all: they wait, run, are preempted and end together, and the leader's parameters choose the tokens.
 """
 

@@ -278,12 +278,12 @@ def test_what_takes_too_long_is_refused_and_tried_once(folder: Path, monkeypatch
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 0.1)
     compiler = make_compiler(folder)
-    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW.message
     monkeypatch.setattr(GrammarTrials, "try_out", None)
-    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW.message
     monkeypatch.undo()
     monkeypatch.setattr(structured, "MAX_REFUSED", 0)
-    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW.message
     assert not compiler._refused
     compiler.close()
 
