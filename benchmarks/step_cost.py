@@ -30,8 +30,7 @@ from server.config import EngineSettings
 from server.engine.cpu import packed_linear
 from server.engine.cpu.packed_linear import PackedLinear
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import SamplingParams, SoftPromptSource
+from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
 
 STEPS = 12
 BATCHES = (1, 4, 16, 64, 128)
@@ -100,7 +99,9 @@ class Bench:
             source = self._sources[index % prompts] if prompts else None
             length = max(1, context - (source.num_virtual_tokens if source else 0))
             text = [(7919 * index + 31 * position) % VOCABULARY for position in range(length)]
-            engine.add(AddRequest(request_id=f"{index}", prompt_token_ids=text, params=params, soft_prompt=source))
+            engine.add(
+                GenerateRequest(request_id=f"{index}", prompt_token_ids=text, params=params, soft_prompt=source)
+            )
         while sum(seq.num_new_tokens > 0 for seq in engine.scheduler.running) < batch:
             engine.step()
 

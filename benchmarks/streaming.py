@@ -24,9 +24,8 @@ from benchmarks.server import build_served_model, serving, soft_prompt_files
 from benchmarks.ways import default_dtype, machine
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE
 from server.config import EngineSettings
-from server.engine.interface import GenerateRequest
 from server.engine.process.async_engine import AsyncEngine
-from server.engine.types import SamplingParams, SoftPromptSource
+from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
 
 NUM_PROMPTS = 16
 NEW_TOKENS = 64
@@ -76,7 +75,9 @@ async def over_engine(
     async def client(name: str, requests: list[tuple[int, list[int]]]) -> int:
         count = 0
         for number, (prompt, token_ids) in enumerate(requests):
-            request = GenerateRequest(f"{name}-{number}", token_ids, params, sources[prompt])
+            request = GenerateRequest(
+                request_id=f"{name}-{number}", prompt_token_ids=token_ids, params=params, soft_prompt=sources[prompt]
+            )
             async for event in engine.generate(request):
                 count += len(event.token_ids)
         return count

@@ -27,9 +27,8 @@ from benchmarks.workload import VOCABULARY, Text, build_model, make_texts
 from server.config import EngineSettings
 from server.engine.constraints import Constraint, ConstraintKind
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
 from server.engine.sampling.grammars import GrammarCompiler, TokenMasks, load_tokenizer
-from server.engine.types import SamplingParams
+from server.engine.types import GenerateRequest, SamplingParams
 
 SCHEMA = {
     "type": "array",
@@ -74,14 +73,16 @@ def make_way(engine: LLMEngine, texts: list[Text], new_tokens: int, num_constrai
             params = SamplingParams(
                 max_tokens=new_tokens, temperature=0.0, constraint=CONSTRAINT if is_constrained else None
             )
-            refused = engine.add(AddRequest(request_id=str(index), prompt_token_ids=text.token_ids, params=params))
+            refused = engine.add(
+                GenerateRequest(request_id=str(index), prompt_token_ids=text.token_ids, params=params)
+            )
             if refused:
-                raise RuntimeError(refused[0].error)
+                raise RuntimeError(refused[0].failure)
         count = 0
         while engine.num_unfinished:
             for output in engine.step():
-                if output.error is not None:
-                    raise RuntimeError(output.error)
+                if output.failure is not None:
+                    raise RuntimeError(output.failure)
                 count += len(output.token_ids)
         return count
 

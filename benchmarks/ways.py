@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.workload import Text
 from server.engine.cpu.packed_linear import has_fast_bfloat16
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import SamplingParams, SoftPromptSource
+from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
 
 Way = Callable[[], tuple[int, float]]
 """Does all the work once; returns the number of new tokens and the seconds that it took."""
@@ -92,12 +91,12 @@ def engine_way(
     def run() -> int:
         for index, text in enumerate(texts):
             source = sources[text.prompt] if sources else None
-            request = AddRequest(
+            request = GenerateRequest(
                 request_id=str(index), prompt_token_ids=text.token_ids, params=params, soft_prompt=source
             )
             refused = engine.add(request)
             if refused:
-                raise RuntimeError(refused[0].error)
+                raise RuntimeError(refused[0].failure)
         count = 0
         while engine.num_unfinished:
             count += sum(len(output.token_ids) for output in engine.step())

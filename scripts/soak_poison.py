@@ -30,9 +30,8 @@ from prompt_store.types import ROWS_TENSOR, WEIGHTS_FILE
 from server.config import EngineSettings
 from server.demo.tour import MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
 from server.engine.model.platform import CPUPlatform, Platform
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
 
 TASKS = ("sentiment", "intent", "extract")
 NAN_TOKEN = 700
@@ -96,7 +95,7 @@ class Traffic:
             ask = rng.choice(self._asks)
             self._add([*ask.text, NAN_TOKEN, *text], ask.source, 2)
         elif kind < 0.45:
-            self._add(text, rng.choice(self._sources), 4, others=[None, rng.choice(self._poisons)])
+            self._add(text, rng.choice(self._sources), 4, others=(None, rng.choice(self._poisons)))
         else:
             self._add(text, rng.choice(self._poisons), rng.randint(1, 12))
 
@@ -119,18 +118,18 @@ class Traffic:
         for output in self.engine.step():
             tokens = self._tokens.setdefault(output.request_id, [])
             tokens += output.token_ids
-            if output.finish_reason is None:
+            if output.finish_reason is None and output.failure is None:
                 continue
             ask = self._asked.pop(output.request_id)
             got = tuple(self._tokens.pop(output.request_id))
             if ask is None:
-                self.counts[f"poison: {output.finish_reason.value}"] += 1
+                self.counts[f"poison: {output.failure.code if output.failure else output.finish_reason}"] += 1
                 continue
             self.counts["healthy"] += 1
             if got != ask.want or output.finish_reason is not FinishReason.LENGTH:
                 raise AssertionError(
                     f"{output.request_id}: {len(ask.text)} tokens behind {ask.source and ask.source.digest} gave "
-                    f"{got} ({output.finish_reason}, {output.error}), and alone {ask.want}"
+                    f"{got} ({output.finish_reason}, {output.failure}), and alone {ask.want}"
                 )
         self.engine.scheduler.check_integrity()
         if self.counts["steps"] % CHECK_EVERY == 0:
@@ -164,23 +163,23 @@ class Traffic:
         source: SoftPromptSource | None,
         max_tokens: int,
         ask: Ask | None = None,
-        others: list[SoftPromptSource | None] | None = None,
+        others: tuple[SoftPromptSource | None, ...] = (),
     ) -> None:
         self._number += 1
         request_id = f"r{self._number}"
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         refused = self.engine.add(
-            AddRequest(
+            GenerateRequest(
                 request_id=request_id,
                 prompt_token_ids=text,
                 params=params,
                 soft_prompt=source,
-                others=others or [],
+                others=others,
                 salt=self._rng.choice("ab") if ask else "evil",
             )
         )
         if refused:
-            raise AssertionError(refused[0].error)
+            raise AssertionError(refused[0].failure)
         self._asked[request_id] = ask
 
     def _text(self, length: int) -> list[int]:

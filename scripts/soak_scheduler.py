@@ -19,7 +19,7 @@ from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import ErrorCode, FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
 
 NUM_PROMPTS = 7
 NOT_FINITE = "not finite"
@@ -106,20 +106,20 @@ class Drive:
         """
         self.tally.added += 1
         source, *others = (self._source((prompt + index) % NUM_PROMPTS) for index in range(num_members))
-        seq = Sequence(
-            f"s{self.tally.added}",
-            [(index + (variant if index > 4 else 0)) % 3 for index in range(length)],
-            SamplingParams(max_tokens=max_tokens),
-            source,
-            f"t{tenant}",
+        request = GenerateRequest(
+            request_id=f"s{self.tally.added}",
+            prompt_token_ids=[(index + (variant if index > 4 else 0)) % 3 for index in range(length)],
+            params=SamplingParams(max_tokens=max_tokens),
+            soft_prompt=source,
+            others=tuple(others),
+            salt=f"t{tenant}",
             priority=priority,
-            arrival=self.now,
             timeout=timeout,
         )
-        seq.lead(others)
+        seq = Sequence(request, arrival=self.now)
         longest = {member: member.num_positions + max_tokens for member in seq.members}
         needed = sum(
-            self.scheduler.block_manager.blocks_to_finish(member.soft_prompt, length - 1)
+            self.scheduler.block_manager.blocks_to_finish(member.request.soft_prompt, length - 1)
             for member, length in longest.items()
         )
         fits = (
@@ -162,7 +162,10 @@ class Drive:
         blocks = self.scheduler.block_manager
         if blocks.num_available:
             text = [7] * (blocks.num_available * blocks.block_size)
-            big = Sequence("big", text, SamplingParams(max_tokens=1), salt="nobody's")
+            request = GenerateRequest(
+                request_id="big", prompt_token_ids=text, params=SamplingParams(max_tokens=1), salt="nobody's"
+            )
+            big = Sequence(request)
             _expect(blocks.admit(big, None) is not None, "available blocks could not be taken")
             blocks.free(big)
         self.scheduler.check_integrity()
@@ -194,7 +197,7 @@ class Drive:
                 self._sample(chunk.seq)
         self._check_findable()
         began = [seq for seq in self.scheduler.running if seq.request_id in waiting]
-        self.tally.promoted += sum(seq.urgency != seq.priority for seq in began)
+        self.tally.promoted += sum(seq.urgency != seq.request.priority for seq in began)
         self.scheduler.check_integrity()
 
     def finish(self, max_steps: int = 5000) -> None:
@@ -209,7 +212,7 @@ class Drive:
     def _expire(self) -> None:
         for seq in self.scheduler.expire(self.now):
             _expect(seq.first_run is None and seq.deadline is not None, f"{seq.request_id} ended, though it ran")
-            _expect(seq.finish_reason is FinishReason.TIMEOUT, f"{seq.request_id} ended for no reason")
+            _expect(seq.end_reason is ErrorCode.WAIT_TIMEOUT, f"{seq.request_id} ended for no reason")
             del self.live[seq.request_id]
             self.tally.expired += 1
         for seq in self.scheduler.waiting:
@@ -272,7 +275,7 @@ class Drive:
             )
 
     def _end_not_finite(self, seq: Sequence) -> None:
-        self.scheduler.finish(seq, FinishReason.NOT_FINITE)
+        self.scheduler.finish(seq, ErrorCode.NOT_FINITE)
         del self.live[seq.request_id]
 
     def _sample(self, seq: Sequence) -> None:
@@ -281,7 +284,7 @@ class Drive:
             self.tally.not_finite += 1
             return
         seq.token_ids.append(len(seq.token_ids) % 3)
-        if seq.num_new_tokens == seq.params.max_tokens:
+        if seq.num_new_tokens == seq.request.params.max_tokens:
             self.scheduler.finish(seq, FinishReason.LENGTH)
             del self.live[seq.request_id]
             self.tally.finished += 1
@@ -326,8 +329,9 @@ def _is_finite(seq: Sequence) -> bool:
 
 def _contents(seq: Sequence) -> list[object]:
     """What each position of a sequence has to hold: its token, and everything that it was computed from."""
-    contents = [] if seq.soft_prompt is None else _virtual(seq.soft_prompt)
-    before = crc32(f"{seq.salt} {seq.flow}".encode())  # the same in every run
+    soft_prompt = seq.request.soft_prompt
+    contents = [] if soft_prompt is None else _virtual(soft_prompt)
+    before = crc32(f"{seq.request.salt} {seq.flow}".encode())  # the same in every run
     is_finite = NOT_FINITE not in contents
     for token in seq.token_ids:
         before = hash((before, token))

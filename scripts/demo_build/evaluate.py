@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from demo_build.grammar import TASKS
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import SamplingParams, SoftPromptSource
+from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
 
 MAX_TOKENS = 48
 
@@ -36,7 +35,7 @@ def _accuracy(
     answers: dict[str, list[int]] = {str(index): [] for index in range(len(pairs))}
     for index, pair in enumerate(pairs):
         ids = tokenizer.encode(pair["input"], add_special_tokens=False)
-        engine.add(AddRequest(request_id=str(index), prompt_token_ids=ids, params=params, soft_prompt=source))
+        engine.add(GenerateRequest(request_id=str(index), prompt_token_ids=ids, params=params, soft_prompt=source))
     while engine.num_unfinished:
         for output in engine.step():
             answers[output.request_id] += output.token_ids

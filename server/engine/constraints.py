@@ -1,4 +1,4 @@
-"""What a sequence's text may have to be. Plain data: no torch, no HTTP."""
+"""Constraints on a sequence's text. Plain data: no torch, no HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 
 class ConstraintKind(StrEnum):
-    """What a constraint's text is."""
+    """The kind of a constraint's text."""
 
     CHOICE = "choice"
     REGEX = "regex"
@@ -19,13 +19,13 @@ class ConstraintKind(StrEnum):
 
 
 class Constraint(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sequence's text has to be.
+    """A constraint on a sequence's text.
 
     Attributes:
-        kind: How ``text`` is read.
-        text: A JSON list of strings for choice, a regular expression of Rust's ``regex``, a JSON schema, a grammar
-            in llguidance's dialect of Lark, or nothing for any JSON object.
-        is_lenient: Whether what cannot be enforced of a schema is left out instead of refused.
+        kind: How to read ``text``.
+        text: By kind: a JSON list of strings, a regular expression of Rust's ``regex``, a JSON schema, or a grammar
+            in llguidance's dialect of Lark. Empty for any JSON object.
+        is_lenient: Whether to ignore the parts of a schema that cannot be enforced, instead of refusing the schema.
     """
 
     kind: ConstraintKind
@@ -34,22 +34,22 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenMatcher(Protocol):
-    """Where one sequence stands in its grammar (``structured.Matcher``).
+    """The position of one sequence in its grammar (``grammars.Matcher``).
 
     Attributes:
-        lowlevel: What masks are computed from.
-        vocabulary: The tokens that they speak of.
+        lowlevel: llguidance's matcher, from which masks are computed.
+        vocabulary: The tokens of the grammar.
     """
 
     lowlevel: Any
     vocabulary: Any
 
     def advance(self, token_id: int) -> None:
-        """Take the sequence's next token."""
+        """Consume the sequence's next token."""
         ...
 
     def charge(self, seconds: float) -> None:
-        """Take processor time off what the sequence may use."""
+        """Subtract processor time from the sequence's budget."""
         ...
 
     @property
@@ -59,10 +59,10 @@ class TokenMatcher(Protocol):
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing may follow but the end."""
+        """Whether only the end may follow."""
         ...
 
     @property
     def error(self) -> str | None:
-        """Why the grammar cannot be followed any further; None while it can."""
+        """Why the sequence cannot follow the grammar any further; None while it can."""
         ...

@@ -1,7 +1,7 @@
-"""Tokens to text while they arrive, and the stop strings in that text. Runs beside the API, not in the step loop.
+"""Incremental detokenization with stop strings. Runs in the API process, not in the step loop.
 
-The text of new tokens is what they add to the text of all tokens, those of the prompt included: decoders treat the
-first token of a text differently, and an answer does not begin a text.
+The text of new tokens is what they add to the text of all tokens, including the prompt's. Decoders treat the first
+token of a text differently, and the first new token is not the first of the text.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from collections.abc import Callable, Mapping, Sequence
 from server.engine.stop_strings import StopStrings
 
 REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character, or not yet one."""
+"""What a decoder writes for bytes that are not a character, or not a complete one."""
 
 Decode = Callable[[list[int]], str]
 """Token ids to text."""
 
 _MAX_UNDECIDED = 3
-"""A character has at most four bytes, so at most three of them wait for the last one."""
+"""A character has at most four bytes, so an incomplete one has at most three."""
 
 _CONTEXT_TOKENS = 8
-"""Decoders look at a token's neighbours: at the bytes of its character, and at whether anything precedes it."""
+"""Context for the decoder: the other bytes of a token's character, and whether anything precedes the token."""
 
 _MAX_WINDOW_TOKENS = 24
-"""The window is cut back to its context when it is this long, so that the cost of a token stays the same."""
+"""The window is trimmed to its context at this length, so that the cost per token is constant."""
 
 
 class TextWindow:
-    """The last tokens of a sequence and their text, of which the end may still change.
+    """The last tokens of a sequence and their text; the end of the text may still change.
 
     Args:
-        decode: Token ids to text; called with windows of a few tokens. The text of more tokens has to begin with
-            that of fewer, except for the replacement characters at its end.
+        decode: Token ids to text; called with windows of a few tokens. Appending tokens must only extend the text,
+            except for replacement characters at its end.
         prompt_ids: The tokens before the new ones.
-        repeats_prompt: Whether the characters that the prompt only begins belong to the new text as well, because
-            the prompt's own text is shown without them (``decided_length``).
+        repeats_prompt: Whether a character that starts in the prompt and is incomplete there belongs to the new text,
+            because the prompt's text is shown without it (``decided_length``).
 
     Attributes:
         num_chars: Characters of the new text that are final.
-        pending: The text after these; replacement characters that more tokens may turn into others.
+        pending: The text after them: replacement characters that more tokens may complete.
     """
 
     def __init__(self, decode: Decode, prompt_ids: Sequence[int] = (), *, repeats_prompt: bool = False) -> None:
@@ -57,11 +57,11 @@ class TextWindow:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token so far shows anything: the next one begins the text."""
+        """Whether no token so far has any text, so that the next one starts the text."""
         return not self._ids
 
     def append(self, token_id: int) -> str:
-        """Take a new token; returns the text that is final now."""
+        """Append a new token; returns the text that is now final."""
         text = self._decode([*self._ids, token_id])
         if text == self._text and self.is_void(token_id):
             return ""
@@ -70,28 +70,28 @@ class TextWindow:
         return self._take(decided_length(text))
 
     def finish(self) -> str:
-        """The end of the tokens; returns the rest of the text."""
+        """End the text; returns the rest of it."""
         return self._take(len(self._text))
 
     def is_void(self, token_id: int) -> bool:
-        """Whether a token shows nothing wherever it stands, like a special token that is skipped.
+        """Whether a token never has any text, for example a skipped special token.
 
-        Such tokens are left out of the window: with one of them as its context, the next token would begin a text.
+        The window leaves out such tokens, because a token after one of them would count as the first of a text.
         """
         known = self._is_void.get(token_id)
         if known is None:
-            # Twice, because decoders strip the space that a text begins with, which is all that some tokens are.
+            # Twice, because decoders strip a leading space, and some tokens are only a space.
             known = self._is_void[token_id] = not self._decode([token_id, token_id])
         return known
 
     def _take(self, stop: int) -> str:
-        """The new text before index ``stop`` of the window's; what is after it is pending."""
+        """The new text before index ``stop`` of the window's text; the rest is pending."""
         if self._border is not None:
             start = common_length(self._border, self._text[:stop])
-            if start == stop:  # no more than the prompt's own text, as far as it is decided
+            if start == stop:  # the final text is still only the prompt's
                 self.pending = self._text[len(self._border) :]
                 return ""
-            # The prompt's last character may have become another one, which is the answer's then.
+            # New tokens may have changed the prompt's last character; it then belongs to the new text.
             self._num_final, self._border = start, None
         piece = self._text[self._num_final : stop]
         self._num_final = max(self._num_final, stop)
@@ -114,10 +114,10 @@ class TextWindow:
 
 
 class IncrementalDetokenizer:
-    """Decodes one sequence's new tokens and looks for stop strings.
+    """Decodes one sequence's new tokens and finds stop strings.
 
-    Text that may be the beginning of a stop string is held back until it is known not to be. Stop strings are not
-    looked for in the prompt, nor across its end.
+    Text that may be the start of a stop string is held back until it cannot be. Stop strings are not found in the
+    prompt, nor across its end.
 
     Args:
         decode: Token ids to text; called with windows of a few tokens.
@@ -125,8 +125,8 @@ class IncrementalDetokenizer:
         include_stop_str: Whether the text keeps the stop string that ended it.
         prompt_ids: The tokens that the new ones continue.
         repeats_prompt: See ``TextWindow``.
-        hidden: What each token says that ``decode`` leaves out: the special tokens, where they are skipped. Stop
-            strings with one of them in it are found all the same.
+        hidden: The text of each token that ``decode`` skips, such as special tokens. Stop strings that contain such a
+            text are found too.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class IncrementalDetokenizer:
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that was found, or None."""
+        """The stop string that ended the text, or None."""
         return self._stops.found
 
     @property
@@ -154,41 +154,41 @@ class IncrementalDetokenizer:
         return self.stop_string is not None
 
     def append(self, token_ids: list[int]) -> str:
-        """Take new tokens; returns the text that is safe to show now. Nothing more comes once stopped."""
+        """Append new tokens; returns the text that is now safe to show. It is empty once stopped."""
         pieces: list[str] = []
         for token_id in token_ids:
             if self.stopped:
                 break
             if token_id in self._hidden:
-                pieces.append(self._say(token_id))
+                pieces.append(self._append_hidden(token_id))
             elif piece := self._window.append(token_id):
                 pieces.append(self._stops.append(piece))
         return "".join(pieces)
 
     def finish(self) -> str:
-        """The end of the tokens; returns what was held back."""
+        """End the text; returns what was held back."""
         if self.stopped:
             return ""
         return self._stops.append(self._window.finish()) + self._stops.finish()
 
-    def _say(self, token_id: int) -> str:
-        """Take a token that is not shown; returns the text before it where it completes a stop string."""
-        said, pending = self._hidden[token_id], self._window.pending
-        # Bytes that wait may still become a character behind this token, unless it ends the text.
-        if pending and self._stops.would_end(pending, said):
+    def _append_hidden(self, token_id: int) -> str:
+        """Append a token that is not shown; returns the text before it if it completes a stop string."""
+        text, pending = self._hidden[token_id], self._window.pending
+        # Incomplete bytes may still become a character after this token, unless the token ends the text.
+        if pending and self._stops.would_end(pending, text):
             released = self._stops.append(pending)
-            return released if self.stopped else released + self._stops.append(said, is_hidden=True)
-        return self._stops.append(said, is_hidden=True)
+            return released if self.stopped else released + self._stops.append(text, is_hidden=True)
+        return self._stops.append(text, is_hidden=True)
 
 
 def decided_length(text: str) -> int:
-    """Characters of a decoded text that no more tokens can change."""
+    """Number of characters of a decoded text that further tokens cannot change."""
     end = len(text.rstrip(REPLACEMENT)) if text.endswith(REPLACEMENT) else len(text)
     return max(end, len(text) - _MAX_UNDECIDED)
 
 
 def common_length(text: str, other: str) -> int:
-    """Length of the longest beginning that two texts share."""
+    """Length of the longest common prefix of two texts."""
     for index, (own, others) in enumerate(zip(text, other, strict=False)):
         if own != others:
             return index
@@ -196,7 +196,7 @@ def common_length(text: str, other: str) -> int:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-length:]):
             return length

@@ -1,18 +1,18 @@
-"""Whether an exception means that the device itself has failed, and not the computation of some row."""
+"""Distinguishes failures of the device from failed computations."""
 
 from __future__ import annotations
 
 import torch
 
 _MARKS = ("CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")
-"""What such errors say where they are plain RuntimeErrors."""
+"""Texts of device errors that arrive as plain RuntimeErrors."""
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether no further pass can be trusted, or even begun, after this.
+    """Whether an exception means that no further pass on the device can succeed.
 
-    After an illegal access or a failed assertion in a kernel a CUDA context answers every call with the same error,
-    whoever makes it. Memory that is short is another matter: a smaller pass may fit.
+    After an illegal access or a failed assertion in a kernel, a CUDA context fails every call with the same error.
+    Running out of memory is no device fault, because a smaller pass may fit.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return False

@@ -1,4 +1,4 @@
-"""What a checkpoint's ``generation_config.json`` sets: defaults of requests, and rules for every text."""
+"""The contents of a checkpoint's ``generation_config.json``: defaults of requests, and rules for every text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ Bias = tuple[tuple[int, ...], float]
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request gets where it does not say otherwise; None leaves the API's own default.
+    """Defaults for fields that a request leaves out; None keeps the API's default.
+
+    The fields are those of ``SamplingParams``, except for these:
 
     Attributes:
-        temperature: As in ``SamplingParams``; so are the next five.
-        top_p: Likewise.
-        top_k: Likewise.
-        min_p: Likewise.
-        repetition_penalty: Likewise.
-        min_tokens: Likewise.
-        max_tokens: New tokens of a request that sets no limit, where that is less than the API's default.
+        max_tokens: Maximum number of new tokens, if it is less than the API's default.
         stop: Strings that end the text.
     """
 
@@ -32,17 +28,17 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenRules(msgspec.Struct, frozen=True, kw_only=True):
-    """What holds for every text that is generated, since no field of a request speaks of it.
+    """Rules for every generated text, which no field of a request changes.
 
     Attributes:
-        sequence_bias: Added to the logit of a sequence's last token where the text ends with the others.
-        no_repeat_ngram_size: So many tokens in a row stand in the text, prompt included, once at most; 0 is no rule.
+        sequence_bias: (tokens, bias): added to the logit of the last token if the text ends with the ones before it.
+        no_repeat_ngram_size: N-grams of this size occur at most once in the text, including the prompt; 0 is no rule.
         bad_words: Sequences of tokens that are never completed.
-        min_length: Tokens of the text, prompt included, before which no end of sequence is chosen.
-        forced_bos_token_id: The token after a text of one token.
+        min_length: Minimum number of tokens, including the prompt, before an end of sequence may be chosen.
+        forced_bos_token_id: The token after a prompt of one token.
         forced_eos_token_ids: One of these is the last token that ``max_tokens`` allows.
-        suppress_tokens: Never chosen.
-        begin_suppress_tokens: Never chosen as the first new token.
+        suppress_tokens: Tokens that are never chosen.
+        begin_suppress_tokens: Tokens that are never chosen as the first new token.
     """
 
     sequence_bias: tuple[Bias, ...] = ()

@@ -1,6 +1,6 @@
-"""What crosses between the API process and the engine process: msgspec structs, never pickle.
+"""The messages between the API process and the engine process: msgspec structs, never pickle.
 
-A frame is four bytes of length (big endian) and that many bytes of MessagePack, tagged with the struct's name.
+A frame is a length of four bytes (big endian) and that many bytes of MessagePack, tagged with the struct's name.
 """
 
 from __future__ import annotations
@@ -8,56 +8,40 @@ from __future__ import annotations
 import msgspec
 
 from server.config import EngineSettings
-from server.engine.types import EngineStats, Inspection, ModelInfo, SamplingParams, SoftPromptSource, TokenOutput
+from server.engine.types import (
+    EngineStats,
+    GenerateRequest,
+    Inspection,
+    ModelInfo,
+    RequestFailure,
+    SoftPromptSource,
+    TokenEvent,
+)
 
 FRAME_HEADER_BYTES = 4
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """The first message: load the model. Answered by Ready or StartFailed."""
+    """The first message: load the model. The reply is Ready or StartFailed."""
 
     settings: EngineSettings
 
 
-class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Admit a sequence. Exactly one output with a finish reason follows.
-
-    Attributes:
-        request_id: The caller's name for it.
-        prompt_token_ids: At least one text token.
-        params: How to sample.
-        soft_prompt: What stands before the text, or None.
-        others: The same for the other members of an ensemble, whose mean distribution each token is drawn from.
-        salt: The tenant.
-        priority: Lower is more urgent.
-        timeout: Seconds in which it has to begin to run, or it ends; None is no limit.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    soft_prompt: SoftPromptSource | None = None
-    others: list[SoftPromptSource | None] = []
-    salt: str = ""
-    priority: int = 0
-    timeout: float | None = None
-
-
 class AbortRequest(msgspec.Struct, tag=True, frozen=True):
-    """End a sequence now; ignored when it has ended already."""
+    """End a sequence now; ignored if it has ended already."""
 
     request_id: str
 
 
 class Pin(msgspec.Struct, tag=True, frozen=True):
-    """Keep a soft prompt's rows in host memory until Unpin; twice is the same as once."""
+    """Keep a soft prompt's rows in host memory until Unpin. Pinning twice is the same as once."""
 
     soft_prompt: SoftPromptSource
 
 
 class Unpin(msgspec.Struct, tag=True, frozen=True):
-    """Let a pinned soft prompt's rows go like others; ignored when they are not pinned."""
+    """End a pin; ignored if there is none."""
 
     soft_prompt: SoftPromptSource
 
@@ -66,8 +50,8 @@ class Inspect(msgspec.Struct, tag=True, frozen=True):
     """Compare a soft prompt with the model. Exactly one Inspected of the same id follows, after any number of steps.
 
     Attributes:
-        inspection_id: The caller's name for it.
-        soft_prompt: What to look at; its file has to stay until the answer.
+        inspection_id: Unique among the inspections in flight.
+        soft_prompt: The soft prompt; its file must stay until the reply.
         num_nearest: Vocabulary tokens to find for each virtual token, at least 1.
     """
 
@@ -77,7 +61,7 @@ class Inspect(msgspec.Struct, tag=True, frozen=True):
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
-    """Stop after the step under way."""
+    """Stop after the current step."""
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -87,36 +71,35 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class StartFailed(msgspec.Struct, tag=True, frozen=True):
-    """The engine cannot start with these settings, and ends."""
+    """The engine cannot start with these settings; the process ends."""
 
     message: str
 
 
-class StepOutputs(msgspec.Struct, tag=True, frozen=True):
-    """What one step did, and the engine's state after it.
+class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The events of one step, and the engine's state after it.
 
     Attributes:
-        outputs: What is new.
-        stats: The state.
-        num_received: Messages that the step loop has taken since Ready.
-        has_work: Whether another step begins at once.
+        events: The new events, in order.
+        stats: The engine's state.
+        num_received: Messages that the step loop has received since Ready.
+        has_work: Whether another step starts at once.
     """
 
-    outputs: list[TokenOutput]
+    events: list[TokenEvent]
     stats: EngineStats
     num_received: int
     has_work: bool
 
 
 class Inspected(msgspec.Struct, tag=True, frozen=True):
-    """What an inspection found, or why it could not; one of the two is set."""
+    """The outcome of an inspection."""
 
     inspection_id: int
-    result: Inspection | None = None
-    error: str | None = None
+    outcome: Inspection | RequestFailure
 
 
-ToEngine = Start | AddRequest | AbortRequest | Pin | Unpin | Inspect | Shutdown
+ToEngine = Start | GenerateRequest | AbortRequest | Pin | Unpin | Inspect | Shutdown
 FromEngine = Ready | StartFailed | StepOutputs | Inspected
 
 encoder = msgspec.msgpack.Encoder()
@@ -125,10 +108,10 @@ from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decod
 
 
 def encode_frame(message: ToEngine | FromEngine) -> bytes:
-    """One message as it goes over the socket.
+    """Encode one message as a frame.
 
     Raises:
-        ValueError: If it is longer than a frame may be.
+        ValueError: If the message exceeds the frame limit.
     """
     body = encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:

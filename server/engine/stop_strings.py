@@ -1,4 +1,4 @@
-"""Stop strings in a text that arrives in pieces, at a cost that does not depend on what is held back."""
+"""Finds stop strings in a text that arrives in pieces, at a constant cost per character."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from collections.abc import Iterable, Sequence
 
 
 class StopStrings:
-    """Finds the first stop string in a text, and holds back what may be the beginning of one.
+    """Finds the first stop string in a text, and holds back text that may be the start of one.
 
-    Parts of the text may be hidden. Stop strings are looked for in what is shown, and those that have a hidden
-    text in them also in all that is said. The earliest end wins, then the earliest beginning, so that the result
-    does not depend on how the text was cut into pieces.
+    Parts of the text may be hidden. All stop strings are searched in the shown text; those that contain a hidden text
+    are also searched in the whole text. The earliest end wins, then the earliest start, so the result does not depend
+    on how the text was split into pieces.
 
     Args:
         stop: The strings.
-        include: Whether the text keeps the one that ended it.
+        include: Whether the text keeps the stop string that ended it.
         hidden: The texts that may be hidden.
 
     Attributes:
         found: The stop string that ended the text, or None.
-        look_for_hidden: Whether one of them has a hidden text in it; if not, none needs to be appended.
+        look_for_hidden: Whether a stop string contains a hidden text. If not, hidden text need not be appended.
     """
 
     def __init__(self, stop: Sequence[str], *, include: bool = False, hidden: Iterable[str] = ()) -> None:
         texts = [text for text in hidden if text]
         self._in_shown = [_Matcher(text) for text in stop]
-        self._in_said = [_Matcher(text) for text in stop if any(part in text for part in texts)]
+        self._in_whole = [_Matcher(text) for text in stop if any(part in text for part in texts)]
         self._most = max(map(len, stop), default=0)
         self._include = include
         self._held: list[_Part] = []
         self.found: str | None = None
-        self.look_for_hidden = bool(self._in_said)
+        self.look_for_hidden = bool(self._in_whole)
 
     def append(self, text: str, *, is_hidden: bool = False) -> str:
-        """Take more text; returns what is shown and can not be part of a stop string any more.
+        """Append text; returns the shown text that cannot be part of a stop string any more.
 
-        Nothing may be appended once a stop string is found.
+        Do not append after a stop string was found.
         """
         if not self._in_shown:
             return "" if is_hidden else text
@@ -48,8 +48,8 @@ class StopStrings:
         return self._release()
 
     def would_end(self, text: str, hidden: str) -> bool:
-        """Whether a hidden text would complete a stop string if another text were shown before it."""
-        lengths = [(matcher, matcher.length) for matcher in (*self._in_shown, *self._in_said)]
+        """Whether shown ``text`` followed by the hidden text would complete a stop string."""
+        lengths = [(matcher, matcher.length) for matcher in (*self._in_shown, *self._in_whole)]
         for char in text:
             self._advance(char, is_hidden=False)
         ends = any(self._advance(char, is_hidden=True) for char in hidden)
@@ -58,24 +58,24 @@ class StopStrings:
         return ends
 
     def finish(self) -> str:
-        """The end of the text; returns what was held back."""
+        """End the text; returns what was held back."""
         text = _shown(self._held)
         self._held = []
         return text
 
     def _advance(self, char: str, *, is_hidden: bool) -> list[_Matcher]:
-        """Let the matchers take a character; returns those whose stop string ends with it."""
-        reading = self._in_said if is_hidden else [*self._in_said, *self._in_shown]
+        """Advance the matchers by a character; returns those whose stop string ends with it."""
+        reading = self._in_whole if is_hidden else [*self._in_whole, *self._in_shown]
         return [matcher for matcher in reading if matcher.advance(char)]
 
     def _end(self, ended: list[_Matcher]) -> str:
         parts, self._held = self._held, []
         shown, length = _shown(parts), sum(len(part.text) for part in parts)
-        # In what is shown a stop string may begin earlier than in what is said, or later.
+        # A stop string may start earlier or later in the shown text than in the whole text.
         before: list[tuple[int, str]] = []
         for matcher in ended:
             stop = matcher.text
-            if matcher in self._in_said:
+            if matcher in self._in_whole:
                 before.append((len(_shown(_split(parts, length - len(stop))[0])), stop))
             else:
                 before.append((len(shown) - len(stop), stop))
@@ -85,19 +85,19 @@ class StopStrings:
     def _release(self) -> str:
         shown, length = _shown(self._held), sum(len(part.text) for part in self._held)
         of_shown = max(matcher.length for matcher in self._in_shown)
-        of_said = max((matcher.length for matcher in self._in_said), default=0)
-        keep_from = min(_index_of_shown(self._held, len(shown) - of_shown), length - of_said)
+        of_whole = max((matcher.length for matcher in self._in_whole), default=0)
+        keep_from = min(_index_of_shown(self._held, len(shown) - of_shown), length - of_whole)
         released, held = _split(self._held, keep_from)
         self._held = _joined(held, self._most)
         return _shown(released)
 
 
 class _Matcher:
-    """Knuth, Morris and Pratt's automaton of one string; its table grows as far as the string was ever matched.
+    """The Knuth-Morris-Pratt automaton of one string, whose table is computed as far as the string was ever matched.
 
     Attributes:
         text: The string.
-        length: Characters of it that the text ends with.
+        length: Length of the longest prefix of the string that the text ends with.
     """
 
     __slots__ = ("_borders", "length", "text")
@@ -106,10 +106,10 @@ class _Matcher:
         self.text = text
         self.length = 0
         self._borders: list[int] = []
-        """Of each beginning of the string: the length of the longest shorter one that it ends with."""
+        """For each prefix of the string, the length of its longest border (a shorter prefix that it ends with)."""
 
     def advance(self, char: str) -> bool:
-        """Take a character; returns whether the string ends with it."""
+        """Advance by a character; returns whether the string ends with it."""
         length = self.length % len(self.text)
         while length and self.text[length] != char:
             length = self._borders[length - 1]
@@ -129,7 +129,7 @@ class _Matcher:
 
 
 class _Part:
-    """Text of which all or nothing is shown."""
+    """A piece of text that is shown or hidden as a whole."""
 
     __slots__ = ("is_hidden", "text")
 
@@ -143,19 +143,19 @@ def _shown(parts: list[_Part]) -> str:
 
 
 def _index_of_shown(parts: list[_Part], index: int) -> int:
-    """Where the shown character ``index`` stands in what was said; the end of that for the end of the shown text."""
-    said = 0
+    """Index in the whole text of the shown character ``index``; the length of the whole text if there is none."""
+    offset = 0
     for part in parts:
         if not part.is_hidden:
             if index < len(part.text):
-                return said + index
+                return offset + index
             index -= len(part.text)
-        said += len(part.text)
-    return said
+        offset += len(part.text)
+    return offset
 
 
 def _split(parts: list[_Part], index: int) -> tuple[list[_Part], list[_Part]]:
-    """What was said before a character, and what from it on."""
+    """Split the whole text at an index."""
     before: list[_Part] = []
     after: list[_Part] = []
     for part in parts:
@@ -168,9 +168,9 @@ def _split(parts: list[_Part], index: int) -> tuple[list[_Part], list[_Part]]:
 
 
 def _joined(parts: list[_Part], most: int) -> list[_Part]:
-    """As few parts as there are changes, without hidden ones that have ``most`` characters behind them.
+    """Merge adjacent parts of one kind, and drop hidden parts followed by at least ``most`` characters.
 
-    No stop string reaches over these.
+    No stop string can reach across such a part.
     """
     kept: list[_Part] = []
     behind = 0

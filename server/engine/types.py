@@ -1,4 +1,4 @@
-"""The engine's own nouns. Plain data: no torch, no HTTP."""
+"""The engine's data types. Plain data: no torch, no HTTP."""
 
 from __future__ import annotations
 
@@ -18,49 +18,54 @@ from server.engine.stats import (
 )
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
-"""The most and the least urgent priority."""
+"""The most urgent and the least urgent priority."""
 
 SMALLEST_TEMPERATURE = 2.0**-126
-"""The smallest normal number of float32; what is below it, or its reciprocal, is 0 or infinite on some device."""
+"""The smallest normal number of float32. Some devices flush smaller ones to 0, and their reciprocals to infinity."""
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; the values are the API's words, except for the last five, which are errors there."""
+    """Why a text is finished. The values are the API's."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
-    ERROR = "error"
-    REFUSED = "refused"
-    TIMEOUT = "timeout"
-    CONSTRAINT = "constraint"
+
+
+class ErrorCode(StrEnum):
+    """Which error ended a request. ``async_engine.ERRORS`` maps each code to its exception."""
+
+    FAILED = "failed"
     NOT_FINITE = "not_finite"
+    REFUSED = "refused"
+    CONSTRAINT = "constraint"
+    WAIT_TIMEOUT = "wait_timeout"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen, and when to stop.
+    """How to choose the next token, and when to stop.
 
     Attributes:
-        max_tokens: New tokens at most; 0 only computes the prompt.
-        min_tokens: New tokens before which nothing in ``stop_token_ids`` and no end of sequence is chosen.
-        temperature: The logits are divided by it. 0 is greedy, and so is what float32 cannot divide by.
-        top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
-        top_k: Most likely tokens that are kept; 0 keeps all.
-        min_p: Tokens less likely than this share of the likeliest one are left out; 0 keeps all.
-        presence_penalty: Taken off the logit of every token that was generated before.
-        frequency_penalty: Taken off for each time that it was generated.
-        repetition_penalty: Divides a positive logit, and multiplies a negative one, of every token of text so far.
-        logit_bias: Added to the logits of these token ids.
-        logprobs: For each new token its log-probability and those of so many likeliest ones; None for neither.
-        prompt_logprobs: The same for the text's own tokens.
-        prompt_logprobs_start: The first token of the text that they are wanted for; what is computed for those
-            before it may come from the prefix cache.
-        classify: Whether the soft prompt's own head reads the text's last hidden state.
-        seed: Seeds this sequence's own random numbers; None draws them from the operating system.
-        stop_token_ids: Tokens that end the sequence (the tokenizer's end-of-sequence ids come with the model).
+        max_tokens: Maximum number of new tokens; 0 only computes the prompt.
+        min_tokens: New tokens before ``stop_token_ids`` and the end of sequence may be chosen.
+        temperature: Divides the logits. 0, and anything too small for float32, is greedy.
+        top_p: Keeps the smallest set of tokens whose probabilities reach this sum; 1 keeps all.
+        top_k: Keeps this many of the most likely tokens; 0 keeps all.
+        min_p: Drops tokens less likely than this share of the most likely one; 0 keeps all.
+        presence_penalty: Subtracted from the logit of every token that was generated before.
+        frequency_penalty: Subtracted once for each time that the token was generated.
+        repetition_penalty: Divides a positive logit, and multiplies a negative one, of every token in the text.
+        logit_bias: Token id to the value added to its logit.
+        logprobs: For each new token, return its log-probability and those of this many most likely tokens; None
+            returns neither.
+        prompt_logprobs: The same for the prompt's tokens.
+        prompt_logprobs_start: Index of the first prompt token to score. The prefix cache may supply those before it.
+        classify: Whether to apply the soft prompt's classification head to the last hidden state of the prompt.
+        seed: Seeds the random numbers of this sequence; None draws the seed from the operating system.
+        stop_token_ids: Tokens that end the sequence, besides the model's end-of-sequence ids.
         ignore_eos: Whether to continue after end-of-sequence tokens.
-        constraint: What the text has to be; it ends where nothing more may follow, whatever ``min_tokens`` and
-            ``ignore_eos`` say.
+        constraint: Constrains the generated text. The text ends when nothing more may follow, regardless of
+            ``min_tokens`` and ``ignore_eos``.
     """
 
     max_tokens: int = 16
@@ -84,12 +89,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature < SMALLEST_TEMPERATURE
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether logits are changed before temperature, top-k, top-p and min-p."""
+        """Whether anything changes the logits before temperature, top-k, top-p and min-p."""
         return bool(
             self.repetition_penalty != 1.0
             or self.presence_penalty
@@ -101,13 +106,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """How likely one token was, by the log-softmax in float32 of the model's own logits.
-
-    Temperature, penalties, bias and cuts have no part in it.
+    """How likely one token was: the log-softmax, in float32, of the model's unmodified logits.
 
     Attributes:
-        logprob: Natural logarithm of the token's probability; never below MIN_LOGPROB.
-        top: (token id, logprob) of the likeliest tokens, best first; the first is the argmax.
+        logprob: Natural logarithm of the token's probability; at least ``MIN_LOGPROB``.
+        top: (token id, logprob) of the most likely tokens, best first; the first is the argmax.
     """
 
     logprob: float
@@ -115,19 +118,19 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 MIN_LOGPROB = -9999.0
-"""OpenAI's word for impossible: JSON has no infinity."""
+"""OpenAI's value for an impossible token, because JSON has no infinity."""
 
 
 class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
-    """A soft prompt as it crosses to the engine: who it is, and where its tensor lies.
+    """A soft prompt as the engine receives it: its identity, and the file that holds its tensor.
 
     Attributes:
-        digest: Content digest, hex, never a name.
+        digest: Content digest, hex; never a name.
         num_virtual_tokens: Positions that it takes.
         is_key_values: True for keys and values of every layer, False for rows of input embeddings.
-        path: A safetensors file on this machine that holds ``prompt_embeddings``.
-        task_id: Which task of a multitask prompt, counted from 0; None for all others.
-        num_labels: Labels of the classification head in the same file; None where there is none.
+        path: A local safetensors file with the tensor ``prompt_embeddings``.
+        task_id: Index of the task, for a multitask prompt; None for all others.
+        num_labels: Labels of the classification head in the same file; None without a head.
     """
 
     digest: str
@@ -139,53 +142,84 @@ class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def identity(self) -> str:
-        """What its keys and values are known by: the tasks of one multitask prompt have different ones."""
+        """The key of its keys and values; the tasks of one multitask prompt have different keys."""
         return self.digest if self.task_id is None else f"{self.digest}/{self.task_id}"
 
 
-class TokenOutput(msgspec.Struct, array_like=True):
-    """What one step did for one sequence.
+class GenerateRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """One text to continue. The API creates it, it crosses to the engine process, and its ``Sequence`` keeps it.
 
     Attributes:
-        request_id: Which sequence.
-        token_ids: New tokens, in order (none, when it only ended).
-        finish_reason: Set in the last output of a sequence.
-        stop_token_id: The token that ended it, when one did.
-        num_cached_tokens: Text tokens that cached prefixes saved, of all members of an ensemble; in the first output.
-        error: What went wrong, when ``finish_reason`` is ``error``, ``refused``, ``timeout``, ``constraint`` or
-            ``not_finite``.
-        queue_seconds: From its arrival at the engine to its first blocks; in the first output.
-        prefill_seconds: From then to its first token; in the first output.
-        logprobs: One for each of ``token_ids``, where they were asked for.
-        prompt_logprobs: One for each of the text's tokens from ``prompt_logprobs_start``, in the first output, where
-            they were asked for.
-        class_logits: What the soft prompt's head gives each label, in the first output, where it was asked for.
+        request_id: Unique among the requests in flight.
+        prompt_token_ids: The prompt; at least one token.
+        params: How to sample.
+        soft_prompt: The soft prompt before the text, or None.
+        others: The soft prompts of an ensemble's other members. Each token is drawn from the mean of the members'
+            distributions.
+        salt: The tenant. Tenants share no cached text, and they take turns.
+        priority: -100 to 100; lower is more urgent.
+        timeout: Seconds until the request fails if it has not started to run; None is no limit.
     """
 
     request_id: str
-    token_ids: list[int]
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    soft_prompt: SoftPromptSource | None = None
+    others: tuple[SoftPromptSource | None, ...] = ()
+    salt: str = ""
+    priority: int = 0
+    timeout: float | None = None
+
+
+class RequestFailure(msgspec.Struct, tag=True, frozen=True):
+    """The error that ended a request."""
+
+    code: ErrorCode
+    message: str
+
+
+class TokenEvent(msgspec.Struct, kw_only=True, array_like=True):
+    """New tokens of one request. Only the last event has a finish reason or a failure; it has exactly one of them.
+
+    Attributes:
+        request_id: The request.
+        token_ids: New tokens since the last event; empty only if the request ended without one.
+        finish_reason: Set in the last event of a finished text.
+        num_cached_tokens: Prompt tokens found in the prefix cache, summed over the members of an ensemble.
+        stop_token_id: The token that ended the text, if one did; it is the last of ``token_ids``.
+        logprobs: One for each of ``token_ids``, if requested.
+        queue_seconds: From arrival at the engine to the first blocks; in the first event only.
+        prefill_seconds: From the first blocks to the first token; in the first event only.
+        prompt_logprobs: One for each prompt token from ``SamplingParams.prompt_logprobs_start``, if requested; in the
+            first event only. The first may be None.
+        class_logits: The logit of each label, if requested; in the first event only.
+        failure: The error that ended the request. ``Engine.generate`` raises it instead of yielding the event.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
     stop_token_id: int | None = None
-    num_cached_tokens: int | None = None
-    error: str | None = None
+    logprobs: list[Logprobs] | None = None
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
-    logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs | None] | None = None
     class_logits: list[float] | None = None
+    failure: RequestFailure | None = None
 
 
 class StepOutput(msgspec.Struct, frozen=True):
-    """What a forward pass gave.
+    """The result of a forward pass.
 
     Attributes:
-        tokens: A new token for each chunk that samples, in order, one for all members of an ensemble; negative where
-            there is none (see ``sampler``).
-        logprobs: For each of them, None where they were not asked for; empty where nobody asked.
-        prompt_logprobs: By request id, what this step adds to each sequence's ``prompt_logprobs``.
-        class_logits: By request id, what heads give.
-        spoiled: By the chunk's number in the plan, the first of its ``shared`` blocks that holds a key or value that
-            is not finite, as an index of the block table.
+        tokens: A new token for each chunk that samples, in order; one for all members of an ensemble. Negative values
+            mean that there is none (see ``sampler``).
+        logprobs: One for each of ``tokens``, None where not requested; empty if no sequence requested any.
+        prompt_logprobs: By request id, what this step appends to the sequence's ``prompt_logprobs``.
+        class_logits: By request id, the logits of classification heads.
+        spoiled: By the chunk's index in the plan: index in the block table of the first of its ``shared`` blocks that
+            holds a non-finite key or value.
     """
 
     tokens: list[int]
@@ -196,17 +230,17 @@ class StepOutput(msgspec.Struct, frozen=True):
 
 
 class HostTierStats(msgspec.Struct, kw_only=True):
-    """Soft prompts in host memory; counters count from the engine's start.
+    """Soft prompts in host memory. Counters count from the engine's start.
 
     Attributes:
-        resident: Soft prompts held, in use or not (the tasks of one multitask prompt count each).
+        resident: Soft prompts in memory, in use or not; each task of a multitask prompt counts.
         resident_bytes: Bytes of their rows.
-        hits: Uses that found the rows here, or being read already.
-        misses: Uses that had to have them read.
+        hits: Uses that found the rows in memory or being read.
+        misses: Uses that started a read.
         loads: Soft prompts read from their files.
-        evictions: Soft prompts dropped to keep the budget.
-        load_seconds_sum: Seconds that all loads took.
-        load_seconds_buckets: (upper bound in seconds, loads that took at most that), the last bound being infinity.
+        evictions: Soft prompts evicted to stay within the budget.
+        load_seconds_sum: Total seconds of all loads.
+        load_seconds_buckets: (upper bound in seconds, number of loads up to it); the last bound is infinity.
     """
 
     resident: int = 0
@@ -225,37 +259,37 @@ def _empty(bounds: tuple[float, ...]) -> Distribution:
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
-    """The engine's state after a step; counters count from the engine's start.
+    """The engine's state after a step. Counters count from the engine's start.
 
     Attributes:
         num_running: Sequences that hold blocks and take part in steps.
-        num_waiting: Sequences that wait for blocks, for a place, for their soft prompt's file or for their grammar.
-        num_blocks: Total number of key/value blocks.
-        block_size: Tokens that a block holds.
-        num_used_blocks: Blocks that some sequence refers to.
-        num_cached_blocks: Key/value blocks that hold only an idle, reusable prefix.
-        num_preemptions: Sequences whose blocks were taken back, to be computed again.
+        num_waiting: Sequences that wait for blocks, for a slot, for their soft prompt's file or for their grammar.
+        num_blocks: Number of key/value blocks.
+        block_size: Tokens per block.
+        num_used_blocks: Blocks that a sequence references.
+        num_cached_blocks: Blocks that hold only an idle, reusable prefix.
+        num_preemptions: Preemptions of running sequences.
         num_timeouts: Sequences that ended because they had not run by their deadline.
-        prefix_cache_queries: Text tokens looked up in the prefix cache.
-        prefix_cache_hits: Text tokens found there.
-        prompt_tokens: Text tokens of admitted requests.
-        generation_tokens: Tokens generated.
+        prefix_cache_queries: Prompt tokens looked up in the prefix cache.
+        prefix_cache_hits: Prompt tokens found there.
+        prompt_tokens: Prompt tokens of admitted sequences.
+        generation_tokens: Generated tokens.
         virtual_tokens: Virtual tokens of admitted sequences.
         soft_prompts_resident: Soft prompts whose keys and values are on the device.
-        soft_prompt_bytes: Bytes of the blocks that hold them.
-        soft_prompt_loads: Times a soft prompt was filled into blocks.
-        soft_prompt_evictions: Times one was dropped from them.
-        soft_prompt_hits: Sequences whose soft prompt was in blocks, or being filled into them, when they came to run.
-        soft_prompt_misses: Sequences for whose soft prompt blocks had to be taken.
+        soft_prompt_bytes: Bytes of their blocks.
+        soft_prompt_loads: Soft prompts filled into blocks.
+        soft_prompt_evictions: Soft prompts evicted from blocks.
+        soft_prompt_hits: Sequences that found their soft prompt in blocks, or being filled into them.
+        soft_prompt_misses: Sequences that had to allocate blocks for their soft prompt.
         host: Soft prompts in host memory.
         steps: Forward passes.
-        step_seconds: Wall times of the passes, over ``STEP_SECONDS_BOUNDS``.
-        batch_size: Sequences in each, over ``BATCH_SIZE_BOUNDS``.
-        batch_tokens: Tokens computed in each, over ``BATCH_TOKENS_BOUNDS``.
-        batch_distinct_prompts: Distinct soft prompts in each, over ``DISTINCT_PROMPTS_BOUNDS``.
-        max_batch_distinct_prompts: The most distinct soft prompts that any one step has mixed.
-        restarts: Times that the engine's process was replaced, as its front counts them.
-        step_timeouts: Times that it was killed for a step that did not end, likewise.
+        step_seconds: Wall time per pass, over ``STEP_SECONDS_BOUNDS``.
+        batch_size: Sequences per pass, over ``BATCH_SIZE_BOUNDS``.
+        batch_tokens: Tokens computed per pass, over ``BATCH_TOKENS_BOUNDS``.
+        batch_distinct_prompts: Distinct soft prompts per pass, over ``DISTINCT_PROMPTS_BOUNDS``.
+        max_batch_distinct_prompts: Maximum number of distinct soft prompts in one pass.
+        restarts: Restarts of the engine process. Counted in the API process.
+        step_timeouts: Engine processes killed because a step hung. Counted in the API process.
     """
 
     num_running: int = 0
@@ -289,23 +323,23 @@ class EngineStats(msgspec.Struct, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The resident model, as the engine measured it.
+    """The resident model.
 
     Attributes:
-        architecture: transformers' class name.
+        architecture: The class name in transformers.
         dtype: The serving dtype.
         device: ``cpu`` or ``cuda``.
-        embedding_width: Width of a row of input embeddings.
+        embedding_width: Width of an input embedding.
         num_layers: Decoder layers with keys and values.
-        num_kv_heads: Key/value heads of a layer.
+        num_kv_heads: Key/value heads per layer.
         head_dim: Width of a head.
-        vocab_size: Tokens that have an embedding and a logit; token ids are below it.
-        max_model_len: Positions of one sequence, virtual tokens included.
-        block_size: Positions in a block.
+        vocab_size: Tokens with an embedding and a logit; all token ids are below it.
+        max_model_len: Maximum positions of one sequence, including virtual tokens.
+        block_size: Positions per block.
         num_blocks: Blocks of the key/value cache.
         eos_token_ids: Tokens that end a text.
-        hidden_size: Width of the last hidden states; None where it is that of the embeddings.
-        generation_defaults: What requests get where they do not say otherwise, by the checkpoint.
+        hidden_size: Width of the last hidden states; None if it equals ``embedding_width``.
+        generation_defaults: The checkpoint's defaults for fields that a request leaves out.
     """
 
     architecture: str
@@ -329,7 +363,8 @@ class InspectedRow(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         norm: Euclidean norm of its row.
-        nearest: (token id, cosine similarity) of the tokens whose input embeddings are most like it, best first.
+        nearest: (token id, cosine similarity) of the vocabulary tokens with the most similar input embeddings, best
+            first.
     """
 
     norm: float
@@ -351,14 +386,14 @@ class InspectedLayer(msgspec.Struct, frozen=True, array_like=True):
     values: NormRange
 
 
-class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """What a soft prompt looks like beside the model that it stands before.
+class Inspection(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """A soft prompt compared with the model.
 
     Attributes:
-        rows: Each virtual token, where the soft prompt is made of embeddings.
-        vocabulary_norm_mean: Mean norm of the model's own input embeddings; None for keys and values.
-        vocabulary_norm_std: Their standard deviation; None likewise.
-        layers: Each layer, where the soft prompt is made of keys and values.
+        rows: One per virtual token, for a soft prompt made of embeddings.
+        vocabulary_norm_mean: Mean norm of the model's input embeddings; None for keys and values.
+        vocabulary_norm_std: Standard deviation of those norms; None for keys and values.
+        layers: One per layer, for a soft prompt made of keys and values.
     """
 
     rows: list[InspectedRow] = []

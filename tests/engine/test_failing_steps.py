@@ -15,9 +15,18 @@ from server.engine.llm_engine import LLMEngine
 from server.engine.scheduling.scheduler import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
 from server.engine.scheduling.step_parts import retry_in_parts
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, StepOutput, TokenOutput
-from tests.support.engine.harness import Family, add, check_logprobs, greedy, random_text, run, tokens
+from server.engine.types import (
+    ErrorCode,
+    FinishReason,
+    RequestFailure,
+    SamplingParams,
+    SoftPromptSource,
+    StepOutput,
+    TokenEvent,
+)
+from tests.support.engine.harness import Family, add, check_logprobs, failure_of, greedy, random_text, run, tokens
 from tests.support.engine.heads import make_classifier
+from tests.support.engine.sequences import make_sequence
 
 TEXT = random_text(random.Random(5), 30, 30)
 MESSAGE = "the model failed to compute this request (IndexError: bad row)"
@@ -51,7 +60,7 @@ def add_healthy(engine: LLMEngine, family: Family) -> None:
     add(engine, "scored", TEXT, greedy(0, prompt_logprobs=2))
 
 
-def check_healthy(outputs: dict[str, list[TokenOutput]], family: Family, seeded: list[int]) -> None:
+def check_healthy(outputs: dict[str, list[TokenEvent]], family: Family, seeded: list[int]) -> None:
     for name in [*family.soft_prompts, "None"]:
         assert tokens(outputs[name]) == family.expected(None if name == "None" else name, TEXT, 8), name
         assert outputs[name][-1].finish_reason is FinishReason.LENGTH
@@ -88,13 +97,12 @@ def test_one_request_ends_and_no_other_changes(
     if "soft_prompt" in fields:
         fields["soft_prompt"] = llama.soft_prompts[fields["soft_prompt"]]
     if "others" in fields:
-        fields["others"] = [llama.soft_prompts[name] for name in fields["others"]]
+        fields["others"] = tuple(llama.soft_prompts[name] for name in fields["others"])
     sizes = break_steps(engine, is_bad)
     add(engine, "bad", TEXT, **fields)  # before the others, which then find its text's blocks
     add_healthy(engine, llama)
     outputs = run(engine)
-    assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
-    assert outputs["bad"][-1].error == MESSAGE
+    assert failure_of(outputs["bad"][-1]) == RequestFailure(ErrorCode.FAILED, MESSAGE)
     check_healthy(outputs, llama, seeded)
     assert engine.stats.num_used_blocks == 0
     assert len(sizes) < 60
@@ -110,7 +118,7 @@ def test_a_classifier_that_fails_fails_alone(
     add(engine, "good", TEXT, greedy(0, classify=True), soft_prompt=classifiers["prefix"].source)
     add_healthy(engine, llama)
     outputs = run(engine)
-    assert [output.error for output in outputs["bad"]] == [MESSAGE]
+    assert [failure_of(output).message for output in outputs["bad"]] == [MESSAGE]
     assert outputs["good"][0].class_logits == pytest.approx(classifiers["prefix"].expected(TEXT), abs=1e-3)
     check_healthy(outputs, llama, seeded)
 
@@ -129,11 +137,11 @@ def test_a_soft_prompt_that_cannot_be_filled_ends_those_that_use_it(
     )
     for index in range(3):
         add(engine, f"uses{index}", TEXT, greedy(4), soft_prompt=broken)
-    add(engine, "one of several", TEXT, greedy(4), others=[broken])
+    add(engine, "one of several", TEXT, greedy(4), others=(broken,))
     add_healthy(engine, llama)
     outputs = run(engine)
     for name in ("uses0", "uses1", "uses2", "one of several"):
-        assert [output.error for output in outputs[name]] == [MESSAGE], name
+        assert [failure_of(output).message for output in outputs[name]] == [MESSAGE], name
     check_healthy(outputs, llama, seeded)
     assert "broken" not in engine.scheduler.block_manager.runs
 
@@ -164,7 +172,7 @@ def test_sequences_that_only_wait_are_not_ended_by_anothers_step(
     add(engine, "bad", TEXT, greedy(5))
     add(engine, "waits", TEXT, greedy(5))
     outputs = run(engine)
-    assert [output.error for output in outputs["bad"]] == [MESSAGE]
+    assert [failure_of(output).message for output in outputs["bad"]] == [MESSAGE]
     assert tokens(outputs["waits"]) == llama.expected(None, TEXT, 5)
 
 
@@ -185,10 +193,10 @@ def test_a_broken_device_is_not_tried_again(at: int, llama: Family, make_engine:
             add(engine, name, TEXT, greedy(5))
         outputs = run(engine)
     assert len(calls) == at
-    assert {name: [output.finish_reason for output in own] for name, own in outputs.items()} == {
-        name: [FinishReason.ERROR] for name in "abcd"
+    assert {name: [failure_of(output).code for output in own] for name, own in outputs.items()} == {
+        name: [ErrorCode.FAILED] for name in "abcd"
     }
-    assert "AcceleratorError" in outputs["a"][0].error
+    assert "AcceleratorError" in failure_of(outputs["a"][0]).message
     add(engine, "after", TEXT, greedy(5))
     assert tokens(run(engine)["after"]) == llama.expected(None, TEXT, 5)
 
@@ -214,7 +222,7 @@ def test_a_sequence_that_fails_after_its_step_fails_alone(
     engine = make_engine(llama)
     advance = engine._advance
 
-    def advance_or_raise(seq: Sequence, *more: object) -> TokenOutput:
+    def advance_or_raise(seq: Sequence, *more: object) -> TokenEvent:
         if seq.request_id == "bad" and seq.num_new_tokens == 2:
             raise IndexError("bad row")
         return advance(seq, *more)
@@ -224,13 +232,15 @@ def test_a_sequence_that_fails_after_its_step_fails_alone(
     add(engine, "good", TEXT, greedy(5))
     outputs = run(engine)
     assert tokens(outputs["bad"]) == llama.expected(None, TEXT, 2)
-    assert (outputs["bad"][-1].finish_reason, outputs["bad"][-1].error) == (FinishReason.ERROR, MESSAGE)
+    assert failure_of(outputs["bad"][-1]) == RequestFailure(ErrorCode.FAILED, MESSAGE)
     assert tokens(outputs["good"]) == llama.expected(None, TEXT, 5)
     assert engine.stats.num_used_blocks == 0
 
 
-def test_a_reader_without_a_part_in_the_step_is_put_off_too() -> None:
-    writer, reader, other = (Sequence(name, [1, 2, 3, 4], SamplingParams()) for name in ("writer", "reader", "other"))
+def test_a_reader_without_a_part_in_the_step_is_recomputed_too() -> None:
+    writer, reader, other = (
+        make_sequence(name, [1, 2, 3, 4], SamplingParams()) for name in ("writer", "reader", "other")
+    )
     writer.block_table, reader.block_table, other.block_table = [0, 1], [0, 2], [3]
     plan = StepPlan(chunks=[Chunk(writer.block_table, 0, 4, seq=writer), Chunk(other.block_table, 0, 2, seq=other)])
 
@@ -248,7 +258,7 @@ def test_a_reader_without_a_part_in_the_step_is_put_off_too() -> None:
 
 
 def test_a_number_that_chose_no_token_is_drawn_again() -> None:
-    again, once = (Sequence(name, [1], SamplingParams(seed=5)) for name in ("again", "once"))
+    again, once = (make_sequence(name, [1], SamplingParams(seed=5)) for name in ("again", "once"))
     again.keep_draw()  # nothing was drawn yet
     for token in range(4):
         number = once.draw()

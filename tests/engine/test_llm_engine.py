@@ -13,11 +13,20 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
 from server.engine.model.platform import CPUPlatform
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import ErrorCode, FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
 from server.errors import EngineStartError
-from tests.support.engine.harness import CONTEXT, VOCABULARY, Family, add, greedy, random_text, run, tokens
+from tests.support.engine.harness import (
+    CONTEXT,
+    VOCABULARY,
+    Family,
+    add,
+    failure_of,
+    greedy,
+    random_text,
+    run,
+    tokens,
+)
 
 TEXT = random_text(random.Random(3), 24, 24)
 
@@ -86,15 +95,15 @@ def test_what_never_fits_is_refused_with_the_three_lengths(
     llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
     engine = make_engine(llama)
-    request = AddRequest(
+    request = GenerateRequest(
         request_id="r",
         prompt_token_ids=[1] * 230,
         params=greedy(9),
         soft_prompt=llama.soft_prompts["prompt_tuning_20"],
     )
     (output,) = engine.add(request)
-    assert output.finish_reason is FinishReason.REFUSED
-    assert output.error == (
+    assert failure_of(output).code is ErrorCode.REFUSED
+    assert failure_of(output).message == (
         "20 virtual tokens, 230 text tokens and 9 new ones are more than the 256 positions of the context"
     )
 
@@ -116,8 +125,8 @@ def test_deadlines_end_what_waits_for_a_place_or_for_its_soft_prompt(
         assert engine.idle_seconds == 0.0
         outputs = {output.request_id: output for output in engine.step()}
     for name in ("waiting", "loading"):
-        assert outputs[name].finish_reason is FinishReason.TIMEOUT
-        assert re.fullmatch(r"the request timed out after 0\.\d seconds .*", outputs[name].error)
+        assert failure_of(outputs[name]).code is ErrorCode.WAIT_TIMEOUT
+        assert re.fullmatch(r"the request timed out after 0\.\d seconds .*", failure_of(outputs[name]).message)
     assert engine.stats.num_timeouts == 2
     assert len(tokens(run(engine)["runs"])) > 0
     assert engine.num_unfinished == 0
@@ -163,8 +172,8 @@ def test_soft_prompt_that_cannot_be_loaded_fails_its_requests_alone(
     add(engine, "good", TEXT, greedy(5))
     outputs = run(engine)
     (bad,) = outputs["bad"]
-    assert bad.finish_reason is FinishReason.ERROR
-    assert re.search(message, bad.error)
+    assert failure_of(bad).code is ErrorCode.FAILED
+    assert re.search(message, failure_of(bad).message)
     assert tokens(outputs["good"]) == llama.expected(None, TEXT, 5)
     save_file({"prompt_embeddings": torch.ones(4, 48)}, path)
     add(engine, "mended", TEXT, greedy(5), soft_prompt=broken)
@@ -181,7 +190,7 @@ def test_a_step_that_raises_ends_its_sequences_and_the_engine_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("kernel fault")))
         outputs = run(engine)
-    assert {name: [o.error for o in outs] for name, outs in outputs.items()} == {
+    assert {name: [failure_of(o).message for o in outs] for name, outs in outputs.items()} == {
         "a": ["the model failed to compute this request (RuntimeError: kernel fault)"],
         "b": ["the model failed to compute this request (RuntimeError: kernel fault)"],
     }

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from server.engine.llm_engine import NOT_FINITE_SOFT_PROMPT, NOT_FINITE_TEXT, LLMEngine
 from server.engine.model.platform import CPUPlatform, Platform
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, TokenOutput
-from tests.support.engine.harness import VOCABULARY, Family, add, greedy, random_text, run, tokens
+from server.engine.types import ErrorCode, RequestFailure, SamplingParams, SoftPromptSource, TokenEvent
+from tests.support.engine.harness import VOCABULARY, Family, add, failure_of, greedy, random_text, run, tokens
 from tests.support.engine.platforms import PlainPlatform
 
 RNG = random.Random(8)
@@ -46,8 +46,8 @@ def poison_a_token(engine: LLMEngine) -> None:
     engine.runner.model.get_input_embeddings().weight.data[NAN_TOKEN] = torch.nan
 
 
-def end(outputs: list[TokenOutput]) -> tuple[FinishReason | None, str | None]:
-    return outputs[-1].finish_reason, outputs[-1].error
+def end(outputs: list[TokenEvent]) -> RequestFailure:
+    return failure_of(outputs[-1])
 
 
 def check_what_is_left(engine: LLMEngine) -> None:
@@ -83,7 +83,7 @@ def test_embeddings_that_overflow_end_their_requests_and_leave_nothing(
         add(engine, "ensemble", TEXT, greedy(5), soft_prompt=healthy, others=[None, poison])
         outputs = run(engine)
         for name in ("bad0", "bad1", "bad2", "ensemble"):
-            assert end(outputs[name]) == (FinishReason.NOT_FINITE, NOT_FINITE_SOFT_PROMPT), turn
+            assert end(outputs[name]) == RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_SOFT_PROMPT), turn
             assert tokens(outputs[name]) == []
         want = gpt2.expected("prompt_tuning_20", TEXT, 5)
         assert [tokens(outputs[f"good{index}"]) for index in range(3)] == [want] * 3
@@ -111,7 +111,7 @@ def test_a_text_that_is_not_finite_ends_with_those_that_follow_it(
     add(engine, "opening", opening, greedy(5))
     outputs = run(engine)
     for name in ("first", "again", "once more", "longer"):
-        assert end(outputs[name]) == (FinishReason.NOT_FINITE, NOT_FINITE_TEXT)
+        assert end(outputs[name]) == RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
         assert tokens(outputs[name]) == []
     want = llama.expected(None, opening, 5)
     if NAN_TOKEN in want:
@@ -120,7 +120,7 @@ def test_a_text_that_is_not_finite_ends_with_those_that_follow_it(
     check_what_is_left(engine)
     add(engine, "later", text, greedy(5))
     outputs = run(engine)
-    assert end(outputs["later"]) == (FinishReason.NOT_FINITE, NOT_FINITE_TEXT)
+    assert end(outputs["later"]) == RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
 
 
 def test_blocks_that_poison_has_filled_are_as_good_as_new(
@@ -165,8 +165,8 @@ def test_rows_that_are_not_finite_in_the_serving_dtype_are_not_loaded(
     rows = torch.randn(4, SHAPES["llama"][0])
     rows[2, 7] = 7e4
     add(engine, "bad", TEXT, greedy(5), soft_prompt=rows_file(tmp_path / "large.safetensors", rows))
-    assert end(run(engine)["bad"]) == (
-        FinishReason.ERROR,
+    assert end(run(engine)["bad"]) == RequestFailure(
+        ErrorCode.FAILED,
         "soft prompt large holds a value that is not finite in float16",
     )
 
@@ -177,7 +177,7 @@ def test_a_text_that_is_not_finite_keeps_what_was_finite_of_it(
     engine = make_engine(llama, block_size=4, max_num_batched_tokens=17, max_num_seqs=4)
     poison_a_token(engine)
     add(engine, "bad", [*TEXT, NAN_TOKEN], greedy(5))
-    assert end(run(engine)["bad"]) == (FinishReason.NOT_FINITE, NOT_FINITE_TEXT)
+    assert end(run(engine)["bad"]) == RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
     add(engine, "good", TEXT, greedy(5))
     outputs = run(engine)["good"]
     assert tokens(outputs) == llama.expected(None, TEXT, 5)
@@ -199,7 +199,7 @@ def test_who_was_misled_is_computed_again_with_the_same_random_numbers(
     add(engine, "bad", [*TEXT, NAN_TOKEN], greedy(5))
     add(engine, "misled", TEXT, SamplingParams(max_tokens=6, **params))
     outputs = run(engine)
-    assert end(outputs["bad"]) == (FinishReason.NOT_FINITE, NOT_FINITE_TEXT)
+    assert end(outputs["bad"]) == RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
     assert engine.stats.num_preemptions == 1
     assert tokens(outputs["misled"]) == tokens(alone)
     assert outputs["misled"][0].prompt_logprobs == alone[0].prompt_logprobs

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import FinishReason, SamplingParams
-from tests.support.engine.harness import VOCABULARY, Family, add, greedy, run, tokens
+from server.engine.types import ErrorCode, GenerateRequest, SamplingParams
+from tests.support.engine.harness import VOCABULARY, Family, add, failure_of, greedy, run, tokens
 
 TEXT = [3, 1, 4, 1, 5]
 
@@ -32,7 +31,7 @@ TEXT = [3, 1, 4, 1, 5]
         ({}, {"stop_token_ids": (4, VOCABULARY)}, f"token id {VOCABULARY} is not"),
         ({}, {"stop_token_ids": (-2,)}, "token id -2 is not"),
         ({}, {"prompt_logprobs": 0, "prompt_logprobs_start": -1}, "prompt_logprobs_start -1"),
-        ({"others": [None]}, {"logit_bias": {VOCABULARY: 1.0}}, f"token id {VOCABULARY} is not"),
+        ({"others": (None,)}, {"logit_bias": {VOCABULARY: 1.0}}, f"token id {VOCABULARY} is not"),
     ],
 )
 def test_a_request_that_would_fail_a_step_is_refused_alone(
@@ -46,9 +45,9 @@ def test_a_request_that_would_fail_a_step_is_refused_alone(
     add(engine, "healthy", TEXT, greedy(4))
     engine.step()
     fields = {"request_id": "bad", "prompt_token_ids": TEXT, **request_fields}
-    (output,) = engine.add(AddRequest(params=SamplingParams(max_tokens=2, **params), **fields))
-    assert (output.request_id, output.finish_reason) == ("bad", FinishReason.REFUSED)
-    assert message in output.error
+    (output,) = engine.add(GenerateRequest(params=SamplingParams(max_tokens=2, **params), **fields))
+    assert (output.request_id, failure_of(output).code) == ("bad", ErrorCode.REFUSED)
+    assert message in failure_of(output).message
     assert engine.num_unfinished == 1
     first, rest = llama.expected(None, TEXT, 4)[0], tokens(run(engine)["healthy"])
     assert [first, *rest] == llama.expected(None, TEXT, 4)

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
-from server.engine.interface import GenerateRequest, TokenEvent
 from server.engine.types import (
     EngineStats,
     FinishReason,
+    GenerateRequest,
     InspectedLayer,
     InspectedRow,
     Inspection,
@@ -19,6 +20,7 @@ from server.engine.types import (
     ModelInfo,
     NormRange,
     SoftPromptSource,
+    TokenEvent,
 )
 from server.errors import EngineNotReadyError
 from tests.support.byte_tokenizer import EOS
@@ -33,20 +35,18 @@ def logprobs_of(token_id: int, num_top: int) -> Logprobs:
     return Logprobs(-token_id / 512, [((token_id + rank) % 258, -token_id / 512 - rank) for rank in range(num_top)])
 
 
-def scores(
-    request: GenerateRequest, new: list[int], *, is_first: bool
-) -> tuple[list[Logprobs] | None, list[Logprobs | None] | None]:
-    """The logprobs that a request asks for: of new tokens, and of the prompt's in the first event."""
+def scores(request: GenerateRequest, new: list[int], *, is_first: bool) -> dict[str, Any]:
+    """The logprobs in an event: of new tokens, and of the prompt in the first event, if requested."""
     num_top, num_prompt_top = request.params.logprobs, request.params.prompt_logprobs
     of_new = None if num_top is None else [logprobs_of(token_id, num_top) for token_id in new]
     if num_prompt_top is None or not is_first:
-        return of_new, None
+        return {"logprobs": of_new}
     of_prompt: list[Logprobs | None] = [
         logprobs_of(token_id, num_prompt_top) for token_id in request.prompt_token_ids
     ]
     if request.soft_prompt is None:
         of_prompt[0] = None
-    return of_new, of_prompt[request.params.prompt_logprobs_start :]
+    return {"logprobs": of_new, "prompt_logprobs": of_prompt[request.params.prompt_logprobs_start :]}
 
 
 def head_of(request: GenerateRequest) -> list[float] | None:
@@ -133,8 +133,13 @@ class FakeEngine(FakeProbes):
                 ending = "length" if self.failure is None else "error"
                 if self.failure is not None:
                     raise self.failure
-                scored = scores(request, [], is_first=True)
-                yield TokenEvent([], FinishReason.LENGTH, None, 2, None, None, *scored, head_of(request))
+                yield TokenEvent(
+                    request_id=request.request_id,
+                    finish_reason=FinishReason.LENGTH,
+                    num_cached_tokens=2,
+                    class_logits=head_of(request),
+                    **scores(request, [], is_first=True),
+                )
             while num_sent < len(tokens):
                 if self.failure is not None and num_sent >= (self.fail_after or 0):
                     ending = "error"
@@ -143,7 +148,7 @@ class FakeEngine(FakeProbes):
                     while self.stall_after is not None and not self.draining:  # noqa: ASYNC110 - set by another thread
                         await asyncio.sleep(0.005)
                     if self.draining:
-                        yield TokenEvent([], FinishReason.ABORT, None, 0)
+                        yield TokenEvent(request_id=request.request_id, finish_reason=FinishReason.ABORT)
                         return
                 await asyncio.sleep(self.step_seconds)
                 new = tokens[num_sent : num_sent + self.tokens_per_event]
@@ -157,8 +162,16 @@ class FakeEngine(FakeProbes):
                 if reason is not None:
                     ending = reason.value
                 seconds = self.queue_seconds if num_sent == len(new) else None
-                scored = scores(request, new, is_first=num_sent == len(new))
-                yield TokenEvent(new, reason, stop, 2, seconds, seconds, *scored)
+                yield TokenEvent(
+                    request_id=request.request_id,
+                    token_ids=new,
+                    finish_reason=reason,
+                    stop_token_id=stop,
+                    num_cached_tokens=2,
+                    queue_seconds=seconds,
+                    prefill_seconds=seconds,
+                    **scores(request, new, is_first=num_sent == len(new)),
+                )
                 if reason is not None:
                     return
         finally:

@@ -14,8 +14,7 @@ from server.api.inference.target import Target
 from server.api.inference.token_ids import check_token_ids
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
 from server.api.task_group import task_group
-from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import FinishReason, SamplingParams
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, TokenEvent
 from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
 
 MAX_LABEL_TOKENS = 64

@@ -18,8 +18,7 @@ from server.api.inference.logprobs import ScoredToken
 from server.api.inference.target import Target
 from server.api.inference.token_ids import check_token_ids
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
-from server.engine.interface import GenerateRequest
-from server.engine.types import FinishReason, SamplingParams
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams
 from server.errors import ConstraintError, ContextLengthError, InvalidRequestError
 
 

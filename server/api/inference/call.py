@@ -24,8 +24,7 @@ from server.api.inference.responses import PromptTokensDetails, Usage
 from server.api.inference.target import Target
 from server.api.keys.callers import caller_of
 from server.api.services import Services
-from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import FinishReason
+from server.engine.types import FinishReason, GenerateRequest, TokenEvent
 from server.errors import EngineNotReadyError, WaitTimeoutError
 from server.fair_work import current_work
 

@@ -89,7 +89,7 @@ def read_head(path: str, *, num_labels: int, width: int) -> Head:
 
 def wants_head(chunk: Computed) -> bool:
     """Whether the head of the chunk's soft prompt reads its last row."""
-    return chunk.samples and chunk.seq is not None and chunk.seq.params.classify
+    return chunk.samples and chunk.seq is not None and chunk.seq.request.params.classify
 
 
 def head_logits(
@@ -109,7 +109,7 @@ def head_logits(
     row = 0
     for chunk in chunks:
         row += chunk.num_tokens
-        if wants_head(chunk) and chunk.seq is not None and chunk.seq.soft_prompt is not None:
-            head = head_of(chunk.seq.soft_prompt)
+        if wants_head(chunk) and chunk.seq is not None and chunk.seq.request.soft_prompt is not None:
+            head = head_of(chunk.seq.request.soft_prompt)
             result[chunk.seq.request_id] = head.logits(hidden[0, row - 1].float().cpu())
     return result

@@ -14,7 +14,15 @@ import torch
 from server.engine.messages import Inspect, Inspected
 from server.engine.model.model_runner import ModelRunner
 from server.engine.model.soft_prompts import SoftPromptLoadError
-from server.engine.types import InspectedLayer, InspectedRow, Inspection, NormRange, SoftPromptSource
+from server.engine.types import (
+    ErrorCode,
+    InspectedLayer,
+    InspectedRow,
+    Inspection,
+    NormRange,
+    RequestFailure,
+    SoftPromptSource,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +58,15 @@ class Inspector:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
+        outcome: Inspection | RequestFailure
         try:
-            result = self._inspect(message.soft_prompt, message.num_nearest)
+            outcome = self._inspect(message.soft_prompt, message.num_nearest)
         except SoftPromptLoadError as error:
-            on_inspected(Inspected(message.inspection_id, error=str(error)))
+            outcome = RequestFailure(ErrorCode.FAILED, str(error))
         except Exception as error:
             logger.exception("an inspection failed")
-            on_inspected(Inspected(message.inspection_id, error=f"{type(error).__name__}: {error}"))
-        else:
-            on_inspected(Inspected(message.inspection_id, result))
+            outcome = RequestFailure(ErrorCode.FAILED, f"{type(error).__name__}: {error}")
+        on_inspected(Inspected(message.inspection_id, outcome))
 
     @torch.inference_mode()
     def _inspect(self, source: SoftPromptSource, num_nearest: int) -> Inspection:

@@ -281,14 +281,14 @@ class ModelRunner:
 
     def _boundary_logits(self, chunk: Chunk, soft_prompts: SoftPromptLoader) -> torch.Tensor:
         """Logits [1, vocabulary] at the last virtual token of a chunk's sequence, whose soft prompt is filled."""
-        if chunk.seq is None or chunk.seq.soft_prompt is None:
+        if chunk.seq is None or chunk.seq.request.soft_prompt is None:
             raise ValueError("only a sequence with a soft prompt has a last virtual token")
         position = chunk.seq.num_virtual_tokens - 1
         block = chunk.block_table[position // self.cache_spec.block_size]
         # The pass writes that position again. Others share the block, and rounding may differ with the batch, so
         # what stands there is put back.
         kept = self.cache.tensor[:, :, block].clone()
-        rows = soft_prompts.rows(chunk.seq.soft_prompt)[position:].to(self.device, self.dtype)
+        rows = soft_prompts.rows(chunk.seq.request.soft_prompt)[position:].to(self.device, self.dtype)
         try:
             # A copy, for some models scale what they are given in place.
             inputs = {"inputs_embeds": rows[None].clone()}

@@ -100,7 +100,7 @@ class PromptScorer:
         for chunk in chunks:
             seq = chunk.seq
             if seq is not None and _wants(chunk):
-                num_top = seq.params.prompt_logprobs or 0
+                num_top = seq.request.params.prompt_logprobs or 0
                 entries = result.setdefault(seq.request_id, [])
                 index = seq.next_scored
                 if index == 0:
@@ -122,9 +122,9 @@ class PromptScorer:
 
     def _first(self, chunk: Chunk, num_top: int, boundary: Callable[[Chunk], torch.Tensor]) -> Logprobs | None:
         seq = chunk.seq
-        if seq is None or seq.soft_prompt is None or seq.soft_prompt.is_key_values:
+        if seq is None or seq.request.soft_prompt is None or seq.request.soft_prompt.is_key_values:
             return None
-        identity = seq.soft_prompt.identity
+        identity = seq.request.soft_prompt.identity
         if identity not in self._boundaries:
             self._boundaries[identity] = boundary(chunk)
             if len(self._boundaries) > MAX_BOUNDARIES:

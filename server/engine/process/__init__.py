@@ -1,1 +1,1 @@
-"""The engine in a process of its own, and its asyncio front."""
+"""The engine in a separate process, and its asyncio front."""

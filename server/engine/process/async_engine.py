@@ -1,39 +1,31 @@
-"""The engine as seen from the API process: keeps its process alive, sends it requests, hands out its tokens."""
+"""The engine as seen from the API process: supervises its process, sends requests and distributes the events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 import msgspec
 
 from server.config import EngineSettings
-from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.messages import (
-    AbortRequest,
-    AddRequest,
-    Inspect,
-    Inspected,
-    Pin,
-    Shutdown,
-    StepOutputs,
-    ToEngine,
-    Unpin,
-)
+from server.engine.messages import AbortRequest, Inspect, Inspected, Pin, Shutdown, StepOutputs, ToEngine, Unpin
 from server.engine.process.connection import STOP_SECONDS, EngineConnection, launch
+from server.engine.process.cumulative_stats import add_counters, counters_of
 from server.engine.process.supervision import Backoff, StepWatch
-from server.engine.process.totals import totals_of, with_totals
 from server.engine.types import (
     MAX_PRIORITY,
     EngineStats,
+    ErrorCode,
     FinishReason,
+    GenerateRequest,
     Inspection,
     ModelInfo,
+    RequestFailure,
     SamplingParams,
     SoftPromptSource,
-    TokenOutput,
+    TokenEvent,
 )
 from server.errors import (
     ConstraintError,
@@ -52,18 +44,28 @@ from server.errors import (
 logger = logging.getLogger(__name__)
 
 MAX_INSPECTIONS = 16
-"""Inspections that may wait for the one thread that does them."""
+"""Inspections that may wait for the one thread that computes them."""
 
-_LOOKS_PER_TIMEOUT = 8
+ERRORS: Mapping[ErrorCode, type[EngineError]] = {
+    ErrorCode.FAILED: RequestFailedError,
+    ErrorCode.NOT_FINITE: NotFiniteError,
+    ErrorCode.REFUSED: RequestRefusedError,
+    ErrorCode.CONSTRAINT: ConstraintError,
+    ErrorCode.WAIT_TIMEOUT: WaitTimeoutError,
+}
+"""The exception for each code of a ``RequestFailure``."""
+
+_POLLS_PER_TIMEOUT = 8
 
 
 class AsyncEngine:
-    """An ``Engine`` whose model lives in a process of its own, which is started again when it dies or is stuck.
+    """An ``Engine`` whose model runs in a separate process, which is restarted when it dies or hangs.
 
     Args:
-        settings: What the engine process is started with.
-        launch: Starts a process; raises EngineStartError where it cannot serve, and ends it when cancelled.
-        sleep: Waits so many seconds between two attempts to start one.
+        settings: The settings of the engine process.
+        launch: Starts a process. It raises EngineStartError if the process cannot serve, and ends the process when
+            cancelled.
+        sleep: Waits for a number of seconds between two attempts to start a process.
     """
 
     def __init__(
@@ -82,12 +84,12 @@ class AsyncEngine:
         self._outage: str | None = None
         self._on_restarted: list[Callable[[], None]] = []
         self._restarting: asyncio.Task[None] | None = None
-        self._look_seconds = settings.step_timeout / _LOOKS_PER_TIMEOUT
-        self._watch = StepWatch(settings.step_timeout, self._look_seconds)
+        self._poll_seconds = settings.step_timeout / _POLLS_PER_TIMEOUT
+        self._watch = StepWatch(settings.step_timeout, self._poll_seconds)
         self._ended = EngineStats()
         """Counters of the processes that have ended."""
         self._stats = EngineStats()
-        self._queues: dict[str, asyncio.Queue[TokenOutput | EngineError]] = {}
+        self._queues: dict[str, asyncio.Queue[TokenEvent | EngineError]] = {}
         self._inspections: dict[int, asyncio.Future[Inspection]] = {}
         self._pinned: dict[str, SoftPromptSource] = {}
         self._num_inspections = 0
@@ -98,28 +100,28 @@ class AsyncEngine:
 
     @property
     def model(self) -> ModelInfo:
-        """The resident model; EngineNotReadyError while it has never been loaded."""
+        """The resident model; EngineNotReadyError until it is first loaded."""
         if self._model is None:
             raise EngineNotReadyError("the model is still being loaded")
         return self._model
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the engine accepts requests."""
         return self._connection is not None and not self._draining
 
     @property
     def outage(self) -> str | None:
-        """Why the engine is being restarted; None when it is not."""
+        """Why the engine is being restarted; None if it is not."""
         return self._outage
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's state after its newest step; its counters never go back."""
+        """The engine's state after its newest step. Counters keep counting across restarts."""
         return self._stats
 
     def subscribe(self, on_restarted: Callable[[], None]) -> None:
-        """Call something after each restart, before another request is taken."""
+        """Call a function after each restart, before the engine accepts another request."""
         self._on_restarted.append(on_restarted)
 
     async def start(self) -> None:
@@ -130,63 +132,34 @@ class AsyncEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Continue one text; see ``Engine.generate``."""
         self._require_ready()
-        queue: asyncio.Queue[TokenOutput | EngineError] = asyncio.Queue()
+        queue: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
         self._queues[request.request_id] = queue
-        ended = False
-        num_cached = 0
+        has_ended = False
         try:
-            self._send(
-                AddRequest(
-                    request_id=request.request_id,
-                    prompt_token_ids=request.prompt_token_ids,
-                    params=request.params,
-                    soft_prompt=request.soft_prompt,
-                    others=list(request.others),
-                    salt=request.salt,
-                    priority=request.priority,
-                    timeout=request.timeout,
-                )
-            )
-            while not ended:
-                output = await queue.get()
-                if isinstance(output, EngineError):
-                    ended = True
-                    raise output
-                ended = output.finish_reason is not None
-                if output.finish_reason is FinishReason.ERROR:
-                    raise RequestFailedError(output.error or "the engine gave no reason")
-                if output.finish_reason is FinishReason.NOT_FINITE:
-                    raise NotFiniteError(output.error or "the engine gave no reason")
-                if output.finish_reason is FinishReason.REFUSED:
-                    raise RequestRefusedError(output.error or "the engine gave no reason")
-                if output.finish_reason is FinishReason.CONSTRAINT:
-                    raise ConstraintError(output.error or "the constraint cannot be satisfied")
-                if output.finish_reason is FinishReason.TIMEOUT:
-                    raise WaitTimeoutError(output.error or "the request waited too long")
-                if output.num_cached_tokens is not None:
-                    num_cached = output.num_cached_tokens
-                yield TokenEvent(
-                    output.token_ids,
-                    output.finish_reason,
-                    output.stop_token_id,
-                    num_cached,
-                    output.queue_seconds,
-                    output.prefill_seconds,
-                    output.logprobs,
-                    output.prompt_logprobs,
-                    output.class_logits,
-                )
+            self._send(request)
+            while not has_ended:
+                event = await queue.get()
+                if isinstance(event, EngineError):
+                    has_ended = True
+                    raise event
+                has_ended = event.finish_reason is not None or event.failure is not None
+                if event.failure is not None:
+                    raise _error_of(event.failure)
+                yield event
         finally:
             del self._queues[request.request_id]
             self._note_idle()
-            if not ended:
+            if not has_ended:
                 self._send(AbortRequest(request.request_id))
 
     async def prepare(self, soft_prompt: SoftPromptSource) -> None:
-        """Bring a soft prompt onto the device: by one token after one token of text, as any request would."""
+        """Load a soft prompt onto the device, by generating one token after one token of text."""
         self._prepared += 1
         request = GenerateRequest(
-            f"prepare-{self._prepared}", [0], SamplingParams(max_tokens=1, temperature=0.0), soft_prompt
+            request_id=f"prepare-{self._prepared}",
+            prompt_token_ids=[0],
+            params=SamplingParams(max_tokens=1, temperature=0.0),
+            soft_prompt=soft_prompt,
         )
         async for _ in self.generate(request):
             pass
@@ -200,17 +173,17 @@ class AsyncEngine:
         salt: str = "",
         max_wait: float | None = None,
     ) -> None:
-        """See whether the model can compute with a soft prompt; see ``Engine.probe``."""
+        """Check that the model can compute with a soft prompt; see ``Engine.probe``."""
         self._probed += 1
         has_head = soft_prompt.num_labels is not None
         params = SamplingParams(
             max_tokens=0 if has_head else max_tokens, temperature=0.0, ignore_eos=True, classify=has_head
         )
         request = GenerateRequest(
-            f"probe-{self._probed}",
-            token_ids,
-            params,
-            soft_prompt,
+            request_id=f"probe-{self._probed}",
+            prompt_token_ids=token_ids,
+            params=params,
+            soft_prompt=soft_prompt,
             salt=salt,
             priority=MAX_PRIORITY,
             timeout=max_wait,
@@ -220,7 +193,7 @@ class AsyncEngine:
                 raise EngineNotReadyError("the server is shutting down")
 
     def pin(self, soft_prompt: SoftPromptSource) -> None:
-        """Keep a soft prompt's rows in the engine's host memory, also in that of a restarted one."""
+        """Keep a soft prompt's rows in the engine's host memory, also after a restart."""
         self._pinned[soft_prompt.identity] = soft_prompt
         self._send(Pin(soft_prompt))
 
@@ -235,14 +208,14 @@ class AsyncEngine:
         if len(self._inspections) >= MAX_INSPECTIONS:
             raise OverloadedError(f"{MAX_INSPECTIONS} inspections are waiting; try again later")
         self._num_inspections += 1
-        # It stays when its caller is cancelled: the engine works on it all the same, and the bound is of its work.
+        # It stays registered when its caller is cancelled, because the engine still works on it.
         future: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
         self._inspections[self._num_inspections] = future
         self._send(Inspect(self._num_inspections, soft_prompt, num_nearest))
         return await future
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Take no new requests, and end what has not finished after the timeout. A dead engine is left dead."""
+        """Accept no new requests, and end those unfinished after the timeout. A dead engine is not restarted."""
         self._draining = True
         if self._restarting is not None:
             self._restarting.cancel()
@@ -255,7 +228,7 @@ class AsyncEngine:
         self._fail_all(EngineNotReadyError("the server is shutting down"))
 
     async def stop(self) -> None:
-        """End the process: by request, then by signal."""
+        """End the process: by message, then by signal."""
         self._draining = True
         supervising, connection = self._supervising, self._connection
         if supervising is None:
@@ -270,13 +243,13 @@ class AsyncEngine:
                 connection.kill()
         await asyncio.gather(supervising, return_exceptions=True)
 
-    # The life of processes
+    # Supervising the process
 
     def _connect(self, connection: EngineConnection) -> None:
-        self._watch = StepWatch(self._settings.step_timeout, self._look_seconds)
+        self._watch = StepWatch(self._settings.step_timeout, self._poll_seconds)
         self._model = model = connection.model
-        begun = EngineStats(num_blocks=model.num_blocks, block_size=model.block_size)
-        self._stats = with_totals(begun, self._ended)
+        initial = EngineStats(num_blocks=model.num_blocks, block_size=model.block_size)
+        self._stats = add_counters(initial, self._ended)
         self._connection = connection
         self._outage = None
         for source in self._pinned.values():
@@ -295,8 +268,8 @@ class AsyncEngine:
             self._restarting = None
 
     async def _serve(self, connection: EngineConnection) -> None:
-        """Hand out what a process sends, until it ends."""
-        watching = asyncio.create_task(self._look_after(connection), name="engine-watchdog")
+        """Handle the messages of a process until it ends."""
+        watching = asyncio.create_task(self._kill_when_hung(connection), name="engine-watchdog")
         reason = "the engine process ended"
         try:
             while True:
@@ -310,7 +283,7 @@ class AsyncEngine:
             watching.cancel()
             num_failed = len(self._queues) + len(self._inspections)
             self._connection = None
-            self._ended = totals_of(self._stats)
+            self._ended = counters_of(self._stats)
             self._stats = self._ended
             self._outage = None if self._draining else reason
             self._fail_all(EngineDeadError(reason))
@@ -345,15 +318,14 @@ class AsyncEngine:
             return
 
     def _is_same_model(self, model: ModelInfo) -> bool:
-        """Whether tokenizer, stored soft prompts and told limits still fit; only the memory may have changed."""
+        """Whether tokenizer, stored soft prompts and reported limits still apply; only ``num_blocks`` may differ."""
         return msgspec.structs.replace(model, num_blocks=self.model.num_blocks) == self.model
 
-    async def _look_after(self, connection: EngineConnection) -> None:
-        """Kill a process whose step does not end."""
-        if self._look_seconds <= 0:
+    async def _kill_when_hung(self, connection: EngineConnection) -> None:
+        if self._poll_seconds <= 0:
             return
-        while not self._watch.look():  # noqa: ASYNC110 - it counts looks; there is no event to wait for
-            await asyncio.sleep(self._look_seconds)
+        while not self._watch.poll():  # noqa: ASYNC110 - it counts polls; there is no event to wait for
+            await asyncio.sleep(self._poll_seconds)
         for stats in (self._stats, self._ended):
             stats.step_timeouts += 1
         logger.error(
@@ -363,7 +335,7 @@ class AsyncEngine:
         )
         connection.kill()
 
-    # What goes to a process and comes from it
+    # Exchanging messages
 
     def _require_ready(self) -> None:
         if self._outage is not None and not self._draining:
@@ -379,23 +351,23 @@ class AsyncEngine:
     def _handle(self, message: object) -> None:
         if isinstance(message, StepOutputs):
             self._watch.stepped(num_received=message.num_received, has_work=message.has_work)
-            self._stats = with_totals(message.stats, self._ended)
-            for output in message.outputs:
-                queue = self._queues.get(output.request_id)
-                if queue is not None:  # else its reader has gone, and it is aborted already
-                    queue.put_nowait(output)
+            self._stats = add_counters(message.stats, self._ended)
+            for event in message.events:
+                queue = self._queues.get(event.request_id)
+                if queue is not None:  # else its reader has closed, and an abort has been sent
+                    queue.put_nowait(event)
         elif isinstance(message, Inspected):
             self._end_inspection(message)
 
     def _end_inspection(self, message: Inspected) -> None:
         future = self._inspections.pop(message.inspection_id, None)
         self._note_idle()
-        if future is None or future.done():  # its caller has gone
+        if future is None or future.done():  # its caller was cancelled
             return
-        if message.result is not None:
-            future.set_result(message.result)
+        if isinstance(message.outcome, RequestFailure):
+            future.set_exception(_error_of(message.outcome))
         else:
-            future.set_exception(RequestFailedError(message.error or "the engine gave no reason"))
+            future.set_result(message.outcome)
 
     def _note_idle(self) -> None:
         if not self._queues and not self._inspections:
@@ -409,3 +381,7 @@ class AsyncEngine:
                 future.set_exception(type(error)(error.message))
         self._inspections.clear()
         self._note_idle()
+
+
+def _error_of(failure: RequestFailure) -> EngineError:
+    return ERRORS[failure.code](failure.message)

@@ -1,4 +1,4 @@
-"""One engine process, from its start to its end, as the API process holds it."""
+"""One engine process, from its start to its end, seen from the API process."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ STOP_SECONDS = 5.0
 
 
 class EngineConnection(Protocol):
-    """An engine process that has loaded its model; tests put a fake in its place."""
+    """An engine process that has loaded its model; tests replace it with a fake."""
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         ...
 
     @property
     def model(self) -> ModelInfo:
-        """What it has loaded."""
+        """The model that it has loaded."""
         ...
 
     def send(self, message: ToEngine) -> None:
-        """Send a message; nothing happens when the process has ended."""
+        """Send a message; ignored if the process has ended."""
         ...
 
     async def receive(self) -> FromEngine:
-        """The next message.
+        """Wait for the next message.
 
         Raises:
-            EngineDeadError: If the process has ended, or is not understood.
+            EngineDeadError: If the process has ended, or sent an unreadable message.
         """
         ...
 
     def kill(self) -> None:
-        """End the process at once, and ``receive`` with it."""
+        """End the process at once; ``receive`` then raises."""
         ...
 
     async def close(self) -> str:
-        """Wait for the process's end, for some seconds before it is killed; returns how it ended."""
+        """Wait until the process ends, and kill it after ``STOP_SECONDS``; returns how it ended."""
         ...
 
 
 class ProcessConnection:
-    """An ``EngineConnection`` to ``server.engine.process.engine_process``; made by ``launch``."""
+    """An ``EngineConnection`` to ``server.engine.process.engine_process``, created by ``launch``."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class ProcessConnection:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._process.pid
 
     @property
     def model(self) -> ModelInfo:
-        """What it has loaded."""
+        """The model that it has loaded."""
         return self._model
 
     def send(self, message: ToEngine) -> None:
@@ -99,7 +99,7 @@ class ProcessConnection:
             self._writer.write(encode_frame(message))
 
     async def receive(self) -> FromEngine:
-        """The next message; see ``EngineConnection.receive``."""
+        """Wait for the next message; see ``EngineConnection.receive``."""
         try:
             return from_engine_decoder.decode(await _read_frame(self._reader))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -114,13 +114,13 @@ class ProcessConnection:
         self._writer.transport.abort()
 
     async def close(self) -> str:
-        """Wait for the process's end; see ``EngineConnection.close``."""
+        """Wait until the process ends; see ``EngineConnection.close``."""
         self._writer.close()
         return await _end(self._process)
 
 
 async def launch(settings: EngineSettings) -> EngineConnection:
-    """Start a process and wait for its model. Cancelled, or failed, it leaves no process behind.
+    """Start a process and wait for its model. If this fails or is cancelled, no process is left behind.
 
     Raises:
         EngineStartError: If the process cannot serve with these settings.
@@ -166,18 +166,18 @@ async def launch(settings: EngineSettings) -> EngineConnection:
 
 
 def environment() -> dict[str, str]:
-    """The process's environment: it logs as this one does; the operator's settings of threads and memory stay."""
+    """The environment of the process: logging as here; the operator's thread and memory settings take precedence."""
     return {**os.environ, **threads_and_memory(os.environ), **log_variables()}
 
 
 async def _end(process: asyncio.subprocess.Process) -> str:
-    """Wait for a process's end, killing it where that takes too long; returns how it ended."""
+    """Wait until a process ends, and kill it if that takes too long; returns how it ended."""
     try:
         await asyncio.wait_for(process.wait(), STOP_SECONDS)
     except TimeoutError:
         logger.warning("the engine process %d does not stop; killing it", process.pid)
         _kill(process)
-        with contextlib.suppress(TimeoutError):  # in the kernel, a dead device may hold even a killed process
+        with contextlib.suppress(TimeoutError):  # a dead device may block even a killed process in the kernel
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
     return _how_it_ended(process.returncode)
 

@@ -1,8 +1,8 @@
-"""The engine's own process: a step loop between two queues.
+"""The engine process: a step loop between two queues.
 
-Run as ``python -m server.engine.process.engine_process FD``, where FD is one end of a socket pair. A thread reads
-messages into the inbox and another writes outputs from the outbox, so the step loop waits for nobody. When the other
-end closes, the process ends: it never outlives the server that started it.
+Run as ``python -m server.engine.process.engine_process FD``, where FD is one end of a socket pair. One thread reads
+messages into the inbox and another writes frames from the outbox, so the step loop never waits for the socket. When
+the other end closes, the process ends: it never outlives the server that started it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from server.engine.messages import (
     FRAME_HEADER_BYTES,
     MAX_FRAME_BYTES,
     AbortRequest,
-    AddRequest,
     FromEngine,
     Inspect,
     Pin,
@@ -36,7 +35,7 @@ from server.engine.messages import (
     encode_frame,
     to_engine_decoder,
 )
-from server.engine.types import TokenOutput
+from server.engine.types import GenerateRequest, TokenEvent
 from server.errors import EngineStartError
 from server.logs import configure_from_variables
 
@@ -44,10 +43,10 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Feeds one engine from a socket.
+    """Runs one engine with messages from a socket.
 
     Args:
-        connection: A stream socket whose other end speaks ``server.engine.messages``.
+        connection: A stream socket; the other end exchanges the messages of ``server.engine.messages``.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -56,7 +55,7 @@ class EngineLoop:
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
 
     def run(self) -> int:
-        """Serve until told to stop; returns the exit status."""
+        """Serve until a Shutdown arrives; returns the exit status."""
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
         writer = threading.Thread(target=self._write, name="engine-writer")
         writer.start()
@@ -65,7 +64,7 @@ class EngineLoop:
             if not isinstance(first, Start):
                 return 0
             try:
-                # None in the inbox wakes the loop; what has been loaded is taken by the next step.
+                # None in the inbox wakes the loop; the next step takes what has been loaded.
                 engine = LLMEngine(first.settings, on_loaded=lambda: self._inbox.put(None))
             except EngineStartError as error:
                 self._send(StartFailed(error.message))
@@ -81,20 +80,20 @@ class EngineLoop:
     def _loop(self, engine: LLMEngine) -> None:
         num_received = 0
         while True:
-            outputs: list[TokenOutput] = []
+            events: list[TokenEvent] = []
             message = None
             if not engine.has_work:
                 message = self._wait(engine.idle_seconds)
-                if message is None:  # nobody outside knows that a step begins, and it may not end
-                    self._send(StepOutputs([], engine.stats, num_received, has_work=True))
+                if message is None:  # the API process does not know that a step starts, and must detect if it hangs
+                    self._send(StepOutputs(events=[], stats=engine.stats, num_received=num_received, has_work=True))
             while True:
                 num_received += message is not None
                 if isinstance(message, Shutdown):
                     return
-                if isinstance(message, AddRequest):
-                    outputs += engine.add(message)
+                if isinstance(message, GenerateRequest):
+                    events += engine.add(message)
                 elif isinstance(message, AbortRequest):
-                    outputs += engine.abort(message.request_id)
+                    events += engine.abort(message.request_id)
                 elif isinstance(message, Pin | Unpin):
                     engine.pin(message)
                 elif isinstance(message, Inspect):
@@ -103,8 +102,10 @@ class EngineLoop:
                     message = self._inbox.get_nowait()
                 except Empty:
                     break
-            outputs += engine.step()
-            self._send(StepOutputs(outputs, engine.stats, num_received, engine.has_work))
+            events += engine.step()
+            self._send(
+                StepOutputs(events=events, stats=engine.stats, num_received=num_received, has_work=engine.has_work)
+            )
 
     def _wait(self, seconds: float | None) -> ToEngine | None:
         try:
@@ -113,7 +114,7 @@ class EngineLoop:
             return None
 
     def _send(self, message: FromEngine) -> None:
-        # Encoded here, for the statistics are a live object that the next step changes.
+        # Encode here, because the next step changes the statistics in place.
         self._outbox.put(encode_frame(message))
 
     def _read(self) -> None:
@@ -144,20 +145,20 @@ class EngineLoop:
             try:
                 self._connection.sendall(frame)
             except OSError:
-                return  # the other end is gone; the reading thread ends the loop
+                return  # the other end has closed; the reading thread ends the loop
 
 
 def main() -> None:
     """Entry point of the process."""
     configure_from_variables("engine")
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    # Ctrl-C reaches the whole terminal; the server decides when its engine stops.
+    # Ctrl-C reaches every process of the terminal; the server decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     status = EngineLoop(connection).run()
     logging.shutdown()
-    # Everything is closed. Python would still take torch's and transformers' modules apart, which takes a second in
-    # which the server waits for this process to end.
+    # Everything is closed. A normal exit would spend a second on tearing down torch and transformers, and the server
+    # waits for this process to end.
     os._exit(status)
 
 

@@ -14,7 +14,7 @@ class Backoff:
         self._next = FIRST_SECONDS
 
     def served(self, seconds: float) -> None:
-        """A process has served for this long."""
+        """Record that a process has served for this long."""
         if seconds >= GOOD_SERVICE_SECONDS:
             self._next = FIRST_SECONDS
 
@@ -44,24 +44,24 @@ class StepWatch:
         self._silent_seconds = 0.0
 
     def sent(self) -> None:
-        """The process was sent a message."""
+        """Record a message to the process."""
         self._num_sent += 1
         if not self._is_busy:
             self._is_busy = True
             self._silent_seconds = 0.0
 
     def stepped(self, *, num_received: int, has_work: bool) -> None:
-        """The process reports a step.
+        """Record a step that the process reports.
 
         Args:
-            num_received: Messages that it has taken since its start.
-            has_work: Whether it goes on with another step at once.
+            num_received: Messages that the process has received since its start.
+            has_work: Whether another step starts at once.
         """
         self._is_busy = has_work or num_received < self._num_sent
         self._silent_seconds = 0.0
 
-    def look(self) -> bool:
-        """Called every interval; whether the process is stuck."""
+    def poll(self) -> bool:
+        """Call this once per interval; returns whether the process is hung."""
         if not self._is_busy:
             return False
         self._silent_seconds += self._interval

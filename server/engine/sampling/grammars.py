@@ -40,6 +40,7 @@ from server.engine.sampling.grammar_check import STACK_BYTES, GrammarError, comp
 from server.engine.sampling.grammar_queue import GrammarQueue
 from server.engine.sampling.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
 from server.engine.sampling.trial_process import Vocabulary, make_tokenizer
+from server.engine.types import ErrorCode, RequestFailure
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,13 @@ seldom takes more than 0.001; ambiguous grammars take longer with each token, up
 METERED_SECONDS = 0.01
 """A step's masks that take longer than this are looked at one by one in the next."""
 
-TOO_SLOW = f"it takes more than {SLOW_SECONDS:g} seconds of processor time to compile: make it smaller"
-TOO_MANY_SLOW = (
-    f"it takes long to compile, and {MAX_WAITING_SLOW} such structures of this client wait already; try again later"
+TOO_SLOW = RequestFailure(
+    ErrorCode.CONSTRAINT,
+    f"it takes more than {SLOW_SECONDS:g} seconds of processor time to compile: make it smaller",
+)
+TOO_MANY_SLOW = RequestFailure(
+    ErrorCode.WAIT_TIMEOUT,
+    f"it takes long to compile, and {MAX_WAITING_SLOW} such structures of this client wait already; try again later",
 )
 TOO_COSTLY = "it takes too long to find which tokens it allows: make it simpler and less ambiguous"
 
@@ -111,11 +116,11 @@ class _Compiled:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What has come of compiling a constraint: one of these."""
+    """The result of compiling a constraint: ``compiled`` or ``failure`` is set."""
 
     constraint: Constraint
     compiled: _Compiled | None = None
-    error: str | None = None
+    failure: RequestFailure | None = None
 
 
 class Matcher:
@@ -259,7 +264,7 @@ class GrammarCompiler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._on_compiled = on_compiled
         self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
-        self._refused: OrderedDict[Constraint, str] = OrderedDict()
+        self._refused: OrderedDict[Constraint, RequestFailure] = OrderedDict()
         self._compiling: dict[Constraint, str] = {}
         self._done: SimpleQueue[_Outcome] = SimpleQueue()
         self._vocabulary: GrammarVocabulary | None = None
@@ -286,22 +291,22 @@ class GrammarCompiler:
                 f"{MAX_WAITING} different structures of this client are already being compiled; try again later"
             )
         self._compiling[constraint] = tenant
-        error = self._refused.get(constraint)
-        if error is not None:
+        failure = self._refused.get(constraint)
+        if failure is not None:
             self._refused.move_to_end(constraint)
-            self._announce(_Outcome(constraint, error=error))
+            self._announce(_Outcome(constraint, failure=failure))
         else:
             self._enqueue(self._quick, constraint, tenant)
         return None
 
-    def take_compiled(self) -> list[tuple[Constraint, str | None]]:
-        """Constraints whose compiling has ended since the last call, each with what is wrong with it or None.
+    def take_compiled(self) -> list[tuple[Constraint, RequestFailure | None]]:
+        """Constraints whose compiling has ended since the last call, each with its failure or None.
 
-        Those that are right have matchers at least until the next call.
+        Valid ones have matchers at least until the next call.
         """
         while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
             self._compiled.popitem(last=False)
-        ended: list[tuple[Constraint, str | None]] = []
+        ended: list[tuple[Constraint, RequestFailure | None]] = []
         while True:
             try:
                 outcome = self._done.get_nowait()
@@ -310,11 +315,11 @@ class GrammarCompiler:
             self._compiling.pop(outcome.constraint, None)
             if outcome.compiled is not None:
                 self._compiled[outcome.constraint] = outcome.compiled
-            elif outcome.error == TOO_SLOW:
+            elif outcome.failure is TOO_SLOW:
                 self._refused[outcome.constraint] = TOO_SLOW
                 while len(self._refused) > MAX_REFUSED:
                     self._refused.popitem(last=False)
-            ended.append((outcome.constraint, outcome.error))
+            ended.append((outcome.constraint, outcome.failure))
 
     def forget(self, constraint: Constraint) -> None:
         """Compile it anew for the next sequence: the automaton that its matchers share has reached a limit."""
@@ -405,17 +410,18 @@ class GrammarCompiler:
         except TooSlowError:
             return self._be_slow(lane, constraint, tenant)
         except GrammarError as error:
-            return _Outcome(constraint, error=str(error))
+            return _Outcome(constraint, failure=RequestFailure(ErrorCode.CONSTRAINT, str(error)))
         except BaseException as error:  # llguidance's panics are no Exception; a waiting sequence has to end
             logger.exception("a grammar could not be compiled")
-            return _Outcome(constraint, error=f"it cannot be compiled: {type(error).__name__}")
+            message = f"it cannot be compiled: {type(error).__name__}"
+            return _Outcome(constraint, failure=RequestFailure(ErrorCode.CONSTRAINT, message))
         return _Outcome(constraint, compiled=_Compiled(matcher, num_bytes))
 
     def _be_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
         if lane is self._slow:
-            return _Outcome(constraint, error=TOO_SLOW)
+            return _Outcome(constraint, failure=TOO_SLOW)
         if self._slow.queue.count(tenant) >= MAX_WAITING_SLOW:
-            return _Outcome(constraint, error=TOO_MANY_SLOW)
+            return _Outcome(constraint, failure=TOO_MANY_SLOW)
         self._enqueue(self._slow, constraint, tenant)
         return None
 

@@ -75,7 +75,8 @@ class Sampler:
             for or there is no token; no entries where no row asks. One synchronisation with the device.
         """
         tokens = self._tokens(logits, seqs)
-        asked = [(row, seq.params.logprobs) for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
+        num_tops = [seq.request.params.logprobs for seq in seqs]
+        asked = [(row, num_top) for row, num_top in enumerate(num_tops) if num_top is not None]
         result: list[int]
         if not asked:
             result = tokens.tolist()
@@ -113,7 +114,7 @@ class Sampler:
 
     def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """Scores [rows, vocabulary] in float32 after penalties, bias and the masks; ``scores`` is overwritten."""
-        every = [seq.params for seq in seqs]
+        every = [seq.request.params for seq in seqs]
         impossible = scores == float("-inf")
         if not self._rules.is_empty:
             self._rules.add_biases(scores, seqs)
@@ -155,8 +156,8 @@ class Sampler:
         return [
             (row, token)
             for row, seq in enumerate(seqs)
-            if seq.num_new_tokens < seq.params.min_tokens
-            for token in self._ends(seq.params)
+            if seq.num_new_tokens < seq.request.params.min_tokens
+            for token in self._ends(seq.request.params)
             if token < scores.shape[-1]  # some configurations name an end that the model has no row for
         ]
 
@@ -167,16 +168,16 @@ class Sampler:
         self, logits: torch.Tensor, seqs: SequenceOf[Sequence], rows: Iterable[int], tokens: torch.Tensor
     ) -> None:
         """Put drawn tokens into ``tokens`` [all rows] for those of ``rows`` that are not greedy."""
-        drawn = [row for row in rows if not seqs[row].params.is_greedy]
-        plain = [row for row in drawn if not _cuts(seqs[row].params)]
-        cut = [row for row in drawn if _cuts(seqs[row].params)]
+        drawn = [row for row in rows if not seqs[row].request.params.is_greedy]
+        plain = [row for row in drawn if not _cuts(seqs[row].request.params)]
+        cut = [row for row in drawn if _cuts(seqs[row].request.params)]
         if plain:
             probs, draws, index = self._probabilities(logits, seqs, plain)
             tokens[index] = _inverse_transform(probs, draws)
         if cut:
             probs, draws, index = self._probabilities(logits, seqs, cut)
             probs, order = probs.sort(dim=-1, descending=True, stable=True)
-            _cut(probs, [seqs[row].params for row in cut])
+            _cut(probs, [seqs[row].request.params for row in cut])
             tokens[index] = order.gather(-1, _inverse_transform(probs, draws)[:, None])[:, 0]
 
     def _probabilities(
@@ -184,7 +185,7 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = logits.device
         index = to_device(rows, device)
-        temperatures = to_device([min(seqs[row].params.temperature, _LARGEST) for row in rows], device)
+        temperatures = to_device([min(seqs[row].request.params.temperature, _LARGEST) for row in rows], device)
         draws = to_device([seqs[row].draw() for row in rows], device)
         scores = logits[index].float()
         # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.

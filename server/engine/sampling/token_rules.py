@@ -86,7 +86,7 @@ class RuleMasks:
 
     def _forced(self, seq: Sequence) -> tuple[int, ...]:
         rules = self._rules
-        if rules.forced_eos_token_ids and seq.num_new_tokens == seq.params.max_tokens - 1:
+        if rules.forced_eos_token_ids and seq.num_new_tokens == seq.request.params.max_tokens - 1:
             return rules.forced_eos_token_ids
         if rules.forced_bos_token_id is not None and len(seq.token_ids) == 1:
             return (rules.forced_bos_token_id,)

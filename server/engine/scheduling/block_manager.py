@@ -331,8 +331,8 @@ class BlockManager:
     # Inside
 
     def _seed(self, seq: Sequence) -> bytes:
-        identity = seq.soft_prompt.identity if seq.soft_prompt else ""
-        return blake2b(f"{len(seq.salt)}:{seq.salt}:{identity}".encode(), digest_size=HASH_BYTES).digest()
+        salt = seq.request.salt
+        return blake2b(f"{len(salt)}:{salt}:{seq.flow}".encode(), digest_size=HASH_BYTES).digest()
 
     def _hash(self, seq: Sequence, index: int, parent: bytes) -> bytes:
         # A block that starts inside the soft prompt holds fewer text tokens; the seed tells what the others are.

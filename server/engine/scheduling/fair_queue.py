@@ -137,7 +137,7 @@ class _Class:
         return bool(self.returned or self.tenants.members)
 
     def push(self, seq: Sequence) -> None:
-        tenant = self.tenants.members.get(seq.salt)
+        tenant = self.tenants.members.get(seq.request.salt)
         flow = tenant.flows.members.get(seq.flow) if tenant else None
         if flow is None:
             flow = _Flow()
@@ -145,7 +145,7 @@ class _Class:
             if tenant is None:
                 tenant = _Tenant(self._quantum)
                 tenant.flows.add(seq.flow, flow)
-                self.tenants.add(seq.salt, tenant)
+                self.tenants.add(seq.request.salt, tenant)
             else:
                 tenant.flows.add(seq.flow, flow)
         else:
@@ -167,13 +167,13 @@ class _Class:
         if seq.turn is not None:
             self.returned.remove(seq)
             return
-        tenant = self.tenants.members[seq.salt]
+        tenant = self.tenants.members[seq.request.salt]
         flow = tenant.flows.members[seq.flow]
         flow.seqs.remove(seq)
         if not flow.seqs:
             tenant.flows.discard(seq.flow)
         if not tenant.flows.members:
-            self.tenants.discard(seq.salt)
+            self.tenants.discard(seq.request.salt)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.returned

@@ -1,4 +1,4 @@
-"""What one step does: which positions of which sequences it computes. Plain data: no torch."""
+"""What one step computes: positions of sequences and of soft prompts. Plain data: no torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from server.engine.scheduling.sequence import Sequence
 
 @dataclass(slots=True)
 class Chunk:
-    """Consecutive positions of one sequence, or of one soft prompt being filled, that a step computes.
+    """Consecutive positions that a step computes, of one sequence or of one soft prompt being filled.
 
     Attributes:
-        block_table: Where keys and values of its positions lie.
+        block_table: The blocks that hold its keys and values.
         start: First position to compute.
         num_tokens: Positions to compute.
         seq: The sequence, or None for a soft prompt.
         run: The soft prompt being filled, or None.
-        shared: Indices in the block table of what others may use from now on: the blocks that the step completes, or
-            those of the soft prompt that it writes to. They have to come out finite.
+        shared: Indices in the block table of the blocks that other sequences may use from now on: those that the step
+            completes, or those of the soft prompt that it writes. Their contents must be finite.
     """
 
     block_table: list[int]
@@ -66,5 +66,5 @@ class StepPlan:
 
     @property
     def num_distinct_prompts(self) -> int:
-        """Different soft prompts (or tasks of one) that stand before the chunks' sequences."""
-        return len({chunk.seq.soft_prompt.identity for chunk in self.chunks if chunk.seq and chunk.seq.soft_prompt})
+        """Distinct soft prompts, or tasks of one, before the sequences of the chunks."""
+        return len({flow for chunk in self.chunks if chunk.seq and (flow := chunk.seq.flow)})

@@ -1,17 +1,19 @@
-"""Which positions of which sequences the next step computes. Pure logic: no torch, and no clock of its own.
+"""Decides which positions of which sequences the next step computes. Pure logic: no torch, no clock.
 
-A step has a budget of tokens and of sequences. Decodes come first, one token each; then the prefills under way;
-then waiting sequences in the order of ``FairQueue``, whose texts are computed in chunks as the budget allows.
+A step has a budget of tokens and of sequences. Decodes come first, one token each; then the prefills in progress;
+then waiting sequences in the order of ``FairQueue``. Prompts are computed in chunks, as the budget allows.
 
-When blocks run out, the running sequence of the least urgent class that had its turn last gives its own back and is
-computed again later. This cannot go on for ever: of the unfinished sequences of the most urgent class that had a
-turn, take the one that had it first. Nobody is before it in ``running``, so it is never made to give up its blocks
-for another, and ``check`` has made sure that it fits alone; nobody is before it among the waiting either, once it
-was made to wait. So each step takes it further, it ends, and then the same holds for the next. Sequences that arrive
-meanwhile have their turns later, and only finitely many can be more urgent or be promoted with an earlier turn.
+When blocks run out, the last sequence of ``running`` is preempted: it releases its blocks and is recomputed later.
+``running`` is ordered by urgency class, then by turn, so this is the least urgent sequence with the latest turn.
 
-A sequence whose soft prompt is not on the device takes a run of blocks for it. Keys and values are copied in
-within the same step. Embeddings are computed as a chunk of their own, shared by all that wait for them.
+Every sequence ends. Of the unfinished sequences of the most urgent class that had a turn, consider the one with the
+earliest turn. It is the first of ``running``, so no other sequence preempts it, and ``check`` ensures that it fits
+into the cache alone; while it waits, it is the first to resume. So every step advances it until it ends, and then the
+same holds for the next one. Later arrivals get later turns, and only finitely many can be more urgent or be promoted
+with an earlier turn.
+
+A sequence whose soft prompt is not on the device acquires a run of blocks for it. Keys and values are copied into the
+run within the same step. Embeddings are computed as a separate chunk, shared by all sequences that wait for them.
 """
 
 from __future__ import annotations
@@ -24,26 +26,27 @@ from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
 from server.engine.scheduling.fair_queue import FairQueue
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import FinishReason
+from server.engine.types import ErrorCode, FinishReason
 
 AGING_TURNS = 16
-"""Turns, or sequences of the largest size, that may pass a less urgent class before one of its own is promoted."""
+"""Turns, or sequences of maximum size, that may overtake a less urgent class before it has a sequence promoted."""
 
 
 class Scheduler:
     """Admission, chunked prefill, preemption and abort.
 
     Args:
-        block_manager: Where blocks come from.
-        max_num_seqs: Sequences that may run at once.
-        max_num_batched_tokens: Positions that one step may compute.
-        max_model_len: Positions of one sequence.
-        quantum: Tokens of one turn of a waiting tenant; None takes a step's worth.
+        block_manager: Allocates the blocks.
+        max_num_seqs: Maximum number of running sequences.
+        max_num_batched_tokens: Maximum number of positions that one step computes.
+        max_model_len: Maximum number of positions of one sequence.
+        quantum: Tokens of one turn of a waiting tenant; None is ``max_num_batched_tokens``.
 
     Attributes:
-        waiting: Sequences without blocks; an ensemble waits, and runs, as its leader.
-        running: Sequences with blocks, the most urgent class first, in each by turn; the last is preempted first.
-        num_running: Sequences that a step computes a token of, every member of an ensemble counted.
+        waiting: Sequences without blocks; an ensemble is represented by its leader.
+        running: Sequences with blocks, ordered by urgency class, then by turn; the last is preempted first. An
+            ensemble is represented by its leader.
+        num_running: Running sequences; every member of an ensemble counts.
         num_preemptions: Preemptions of running sequences.
 
     Raises:
@@ -85,28 +88,27 @@ class Scheduler:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that wait or run; an ensemble is one."""
+        """Sequences that wait or run; an ensemble counts once."""
         return len(self._seqs)
 
     def check(self, seq: Sequence) -> None:
-        """Refuse a sequence that could never be finished.
+        """Refuse a sequence that could never finish.
 
         Raises:
-            ValueError: With the numbers; or if its id is taken.
+            ValueError: If it exceeds a limit, or its id is in use.
         """
         if seq.request_id in self._seqs:
             raise ValueError(f"request id {seq.request_id!r} is in use")
-        members = seq.members
+        members, max_tokens = seq.members, seq.request.params.max_tokens
         if len(members) > self.max_num_seqs:
             raise ValueError(
                 f"an ensemble of {len(members)} is more than the {self.max_num_seqs} sequences that may run at once"
             )
         for member in members:
-            if member.num_positions + seq.params.max_tokens > self.max_model_len:
+            if member.num_positions + max_tokens > self.max_model_len:
                 raise ValueError(
                     f"{member.num_virtual_tokens} virtual tokens, {seq.num_prompt_tokens} text tokens and "
-                    f"{seq.params.max_tokens} new ones are more than the {self.max_model_len} positions of the "
-                    "context"
+                    f"{max_tokens} new ones are more than the {self.max_model_len} positions of the context"
                 )
         needed = sum(self._blocks_to_finish(member) for member in members)
         if needed > self.block_manager.num_blocks:
@@ -116,7 +118,7 @@ class Scheduler:
             )
 
     def add(self, seq: Sequence) -> None:
-        """Let a sequence wait for its turn.
+        """Put a sequence into the queue.
 
         Raises:
             ValueError: As ``check`` does.
@@ -132,7 +134,7 @@ class Scheduler:
         """End a sequence between two steps.
 
         Returns:
-            The sequence, or None if there is none of that id (it may just have ended).
+            The sequence, or None if none has this id (it may just have ended).
         """
         seq = self._seqs.get(request_id)
         if seq is not None:
@@ -140,22 +142,22 @@ class Scheduler:
         return seq
 
     def expire(self, now: float) -> list[Sequence]:
-        """End the sequences whose deadline has come before they ever ran. Called between two steps.
+        """End the sequences that have not run by their deadline. Call it between two steps.
 
         Args:
-            now: Seconds, of the clock that ``Sequence.deadline`` is in.
+            now: Seconds of the engine's clock.
         """
         if now < self._next_deadline:
             return []
         late = [self._seqs[request_id] for request_id, deadline in self._deadlines.items() if deadline <= now]
         for seq in late:
-            self.finish(seq, FinishReason.TIMEOUT)
+            self.finish(seq, ErrorCode.WAIT_TIMEOUT)
         self._next_deadline = min(self._deadlines.values(), default=inf)
         return late
 
-    def finish(self, seq: Sequence, reason: FinishReason) -> None:
-        """End a sequence and give back all that it holds."""
-        seq.finish_reason = reason
+    def finish(self, seq: Sequence, reason: FinishReason | ErrorCode) -> None:
+        """End a sequence and release everything that it holds."""
+        seq.end_reason = reason
         del self._seqs[seq.request_id]
         self._deadlines.pop(seq.request_id, None)
         if seq.block_table:
@@ -165,25 +167,25 @@ class Scheduler:
         self._release(seq)
 
     def schedule(self, now: float) -> StepPlan:
-        """Plan the next step and advance ``num_computed`` of everything in it.
+        """Plan the next step, and advance ``num_computed`` of everything in it.
 
         Args:
-            now: Seconds; becomes ``first_run`` of sequences that begin to run.
+            now: Seconds of the engine's clock; becomes ``first_run`` of sequences that start to run.
         """
         plan = StepPlan()
         budget = self._schedule_decodes(plan, self.max_num_batched_tokens)
         budget = self._schedule_prefills(plan, budget)
         self._schedule_waiting(plan, budget, now)
         if plan.is_empty and self._release_waiting_runs():
-            # Soft prompts held for later sequences left no block for the first.
+            # Soft prompts held for later sequences had left no block for the first one.
             self._schedule_waiting(plan, budget, now)
         return plan
 
     def undo(self, plan: StepPlan) -> None:
-        """Take back what was planned and could not be computed: nothing is found in blocks that were not written.
+        """Undo a plan that could not be computed, so that no sequence finds blocks that were not written.
 
-        The sequences of these chunks have to be finished or put off before the next step, and so have those that hold
-        these runs.
+        The caller must finish or preempt the sequences of these chunks, and those that hold these runs, before the
+        next step.
         """
         for run in plan.key_value_fills:
             run.num_computed = 0
@@ -193,12 +195,15 @@ class Scheduler:
             elif chunk.seq is not None:
                 self.block_manager.unregister(chunk.seq, chunk.start)
 
-    def put_off(self, seq: Sequence) -> None:
-        """Take a running sequence's blocks; it is computed again in its turn."""
-        self._preempt(seq)
+    def preempt(self, seq: Sequence) -> None:
+        """Release a running sequence's blocks; it waits again and is recomputed in its turn."""
+        self._stop_running(seq)
+        self._release(seq)
+        self.waiting.resume(seq)
+        self.num_preemptions += 1
 
     def holders(self, run: SoftPromptRun) -> list[Sequence]:
-        """The sequences that hold a soft prompt's run, running or waiting; of an ensemble the leader."""
+        """The sequences that hold a soft prompt's run, running or waiting; the leader for an ensemble."""
         return [
             seq
             for seq in self._seqs.values()
@@ -206,25 +211,25 @@ class Scheduler:
         ]
 
     def spoil(self, plan: StepPlan, spoiled: Mapping[int, int]) -> tuple[list[Sequence], list[Sequence]]:
-        """Have nobody find what a step has written that is not finite.
+        """Withdraw the non-finite blocks that a step wrote, so that no other sequence finds them.
 
-        Blocks can no longer be found, a soft prompt that was being filled is dropped with its last reference. What
-        was written behind such blocks in the same step goes with them, whichever sequence it is of.
+        Blocks that were computed after spoiled ones, in the same step and by any sequence, are withdrawn too. A soft
+        prompt that was being filled is dropped with its last reference.
+
+        A sequence that read spoiled blocks which another sequence wrote in the same step may be healthy itself. It is
+        preempted and recomputed.
 
         Args:
-            plan: The step, just done.
+            plan: The step, just computed.
             spoiled: As in ``StepOutput``.
 
-        A sequence that has found such blocks in the same step may be as it should be itself, for a chunk's later
-        positions may have spoiled the earlier ones that it shares. It gives its own back, and is computed again.
-
         Returns:
-            Sequences that the caller has to end: those that wrote such blocks by themselves, and those that hold such
-            a soft prompt, running or waiting.
+            The sequences that the caller must end: those that wrote spoiled blocks themselves, and those that hold a
+            spoiled soft prompt, running or waiting.
         """
         blocks: set[int] = set()
         wrote: set[str] = set()
-        for index, chunk in enumerate(plan.chunks):  # nobody reads what a later chunk writes
+        for index, chunk in enumerate(plan.chunks):  # no chunk reads what a later one writes
             is_misled = not blocks.isdisjoint(chunk.block_table)
             if not is_misled and index not in spoiled:
                 continue
@@ -244,14 +249,14 @@ class Scheduler:
             elif any(member.request_id in wrote for member in seq.members):
                 ended.append(seq)
             elif any(not blocks.isdisjoint(member.block_table) for member in seq.members):
-                self._preempt(seq)
+                self.preempt(seq)
         return ended, holding
 
     def check_integrity(self) -> None:
-        """Hold queues, blocks and soft prompts against each other.
+        """Check that queues, blocks and soft prompts are consistent.
 
         Raises:
-            AssertionError: If they disagree; a fault of this package.
+            AssertionError: If they are not; a bug in this package.
         """
         if len(self._seqs) != len(self.waiting) + len(self.running):
             raise AssertionError("a sequence is lost or queued twice")
@@ -275,7 +280,7 @@ class Scheduler:
             [(seq, self._held_runs.get(seq.request_id)) for seq in [*running, *waiting]]
         )
 
-    # Inside a step
+    # Scheduling one step
 
     def _schedule_decodes(self, plan: StepPlan, budget: int) -> int:
         index = 0
@@ -284,7 +289,7 @@ class Scheduler:
             members = seq.members
             if budget >= len(members) and all(own.num_computed == own.num_positions - 1 for own in members):
                 if not self._make_room(seq):
-                    break  # it was the last, and is preempted itself
+                    break  # it was the last one, and has been preempted itself
                 for member in members:
                     self._add_chunk(plan, member, 1)
                 budget -= len(members)
@@ -300,29 +305,29 @@ class Scheduler:
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         filling = {chunk.run.key for chunk in plan.chunks if chunk.run is not None}
         unserved: list[Sequence] = []
-        places = self.max_num_seqs - self.num_running
-        while budget > 0 and places > 0:
+        num_slots = self.max_num_seqs - self.num_running
+        while budget > 0 and num_slots > 0:
             seq = self.waiting.take()
             if seq is None:
                 break
             members = seq.members
             unserved.append(seq)
-            if len(members) > places:
-                break  # those behind wait, or an ensemble would wait for ever
+            if len(members) > num_slots:
+                break  # later sequences wait, or an ensemble could wait forever
             has_blocks, budget = self._fill_soft_prompts(plan, members, budget, filling)
             if not has_blocks:
-                break  # likewise: no blocks for a soft prompt, and the large would wait for ever
+                break  # later sequences wait, or one with a large soft prompt could wait forever
             if not all(self._is_usable(member, filling) for member in members):
-                places -= len(members)
+                num_slots -= len(members)
                 continue
-            # One block in reserve for every running sequence keeps an admission from preempting at once.
+            # A reserve of one block per running sequence, so that an admission does not cause a preemption at once.
             admissions = self.block_manager.admit_all(
                 [(member, self._held_runs.get(member.request_id)) for member in members], headroom=self.num_running
             )
             if admissions is None:
                 break
             unserved.pop()
-            places -= len(members)
+            num_slots -= len(members)
             plan.block_copies += [admission.copy for admission in admissions if admission.copy is not None]
             if seq.first_run is None:
                 seq.first_run = now
@@ -336,15 +341,15 @@ class Scheduler:
             self.waiting.put_back(seq)
 
     def _prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
-        """Compute as much of a sequence as the budget allows; returns what is left of it.
+        """Plan as much of a sequence as the budget allows; returns the remaining budget.
 
-        The members of an ensemble reach their ends in one step, where their logits are needed together.
+        The members of an ensemble reach their last position in the same step, because it needs their logits together.
         """
         members = seq.members
         missing = [member.num_positions - member.num_computed for member in members]
-        kept_back = 1 if seq.followers and sum(missing) > budget else 0
+        num_deferred = 1 if seq.followers and sum(missing) > budget else 0
         for member, count in zip(members, missing, strict=True):
-            num_tokens = min(count - kept_back, budget)
+            num_tokens = min(count - num_deferred, budget)
             if num_tokens > 0:
                 self._add_chunk(plan, member, num_tokens)
                 budget -= num_tokens
@@ -353,13 +358,13 @@ class Scheduler:
     def _fill_soft_prompts(
         self, plan: StepPlan, members: tuple[Sequence, ...], budget: int, filling: set[str]
     ) -> tuple[bool, int]:
-        """Hold the members' soft prompts and plan what is missing of them.
+        """Acquire the members' soft prompts, and plan their missing positions.
 
         Returns:
-            Whether each was given blocks, and what is left of the budget.
+            Whether every soft prompt has blocks, and the remaining budget.
         """
         for member in members:
-            if member.soft_prompt is not None:
+            if member.request.soft_prompt is not None:
                 run, used = self._fill_soft_prompt(plan, member, budget, filling)
                 budget -= used
                 if run is None:
@@ -369,8 +374,8 @@ class Scheduler:
     def _fill_soft_prompt(
         self, plan: StepPlan, seq: Sequence, budget: int, filling: set[str]
     ) -> tuple[SoftPromptRun | None, int]:
-        """Hold the sequence's soft prompt and plan what is missing of it; returns it and the budget used."""
-        source = seq.soft_prompt
+        """Acquire the sequence's soft prompt, and plan its missing positions; returns its run and the budget used."""
+        source = seq.request.soft_prompt
         if source is None:
             return None, 0
         run = self._held_runs.get(seq.request_id)
@@ -397,11 +402,12 @@ class Scheduler:
         return run, num_tokens
 
     def _is_usable(self, seq: Sequence, filling: set[str]) -> bool:
-        """Whether a sequence may follow its soft prompt, which it holds, in this step.
+        """Whether a sequence, which holds its soft prompt, may read it in this step.
 
-        Full blocks may be read in the step that computes them; a partial last block has to be copied before it.
+        A step may read full blocks that it computes itself. A partial last block is copied before the forward pass,
+        so an earlier step must have computed it.
         """
-        if seq.soft_prompt is None:
+        if seq.request.soft_prompt is None:
             return True
         run = self._held_runs[seq.request_id]
         if not run.is_filled:
@@ -409,10 +415,10 @@ class Scheduler:
         return run.key not in filling or run.source.num_virtual_tokens % self.block_manager.block_size == 0
 
     def _blocks_to_finish(self, seq: Sequence) -> int:
-        """Blocks of one sequence, or one member of an ensemble, at its longest."""
-        # The last new token is returned, never fed back, so it needs no slot.
-        longest = max(seq.num_positions, seq.num_positions + seq.params.max_tokens - 1)
-        return self.block_manager.blocks_to_finish(seq.soft_prompt, longest)
+        """Blocks of one sequence, or one member of an ensemble, at its maximum length."""
+        # The last new token is not fed back, so it needs no slot.
+        longest = max(seq.num_positions, seq.num_positions + seq.request.params.max_tokens - 1)
+        return self.block_manager.blocks_to_finish(seq.request.soft_prompt, longest)
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> None:
         chunk = Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq)
@@ -421,29 +427,23 @@ class Scheduler:
         chunk.shared = self.block_manager.register(seq, seq.num_computed)
 
     def _make_room(self, seq: Sequence) -> bool:
-        """Find blocks for the next position of a sequence and its followers; False if it had to give up its own."""
+        """Allocate blocks for the next position of a sequence and its followers; False if it was preempted itself."""
         for member in seq.members:
             while not self.block_manager.extend(member, member.num_positions):
                 if self._release_waiting_runs():
                     continue
                 victim = self.running[-1]
-                self._preempt(victim)
+                self.preempt(victim)
                 if victim is seq:
                     return False
         return True
-
-    def _preempt(self, seq: Sequence) -> None:
-        self._stop_running(seq)
-        self._release(seq)
-        self.waiting.resume(seq)
-        self.num_preemptions += 1
 
     def _stop_running(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.num_running -= len(seq.members)
 
     def _release_waiting_runs(self) -> bool:
-        """Take soft prompts from waiting sequences; they are acquired again in turn. False if none held any."""
+        """Release the soft prompts of waiting sequences, which acquire them again later. False if none held any."""
         holders = [
             seq
             for seq in self.waiting.returned
@@ -462,5 +462,5 @@ class Scheduler:
 
 
 def _precedence(seq: Sequence) -> tuple[int, int]:
-    """Who keeps its blocks before whom: the most urgent class, and in it who had its turn first."""
+    """The order of ``running``: urgency class, then turn."""
     return seq.urgency, -1 if seq.turn is None else seq.turn

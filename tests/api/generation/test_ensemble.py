@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.inference.ensemble import MAX_MEMBERS, decide, elect
-from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import Logprobs
+from server.engine.types import GenerateRequest, Logprobs, TokenEvent
 from server.errors import EngineDeadError
 from server.logs import FIELDS
 from tests.api.classification.test_classify import classifier_parts

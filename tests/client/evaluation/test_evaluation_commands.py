@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from server.cli import app as cli
 from server.datasets import digest
-from server.engine.interface import GenerateRequest, TokenEvent
-from server.engine.types import Logprobs
+from server.engine.types import GenerateRequest, Logprobs, TokenEvent
 from tests.api.classification.test_classify import classifier_parts
 
 

@@ -21,6 +21,7 @@ from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 from tests.support.engine.families import FAMILIES
 from tests.support.engine.harness import CONFIGS, MORE_CONFIGS, VOCABULARY
+from tests.support.engine.sequences import make_sequence
 
 EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
 META = torch.device("meta")
@@ -75,7 +76,7 @@ PARAMS = {
 
 def make_seqs(names: list[str], **params: object) -> list[Sequence]:
     return [
-        Sequence(str(index), [1, 2, 3], SamplingParams(max_tokens=9, **PARAMS[name], **params))
+        make_sequence(str(index), [1, 2, 3], SamplingParams(max_tokens=9, **PARAMS[name], **params))
         for index, name in enumerate(names)
     ]
 
@@ -99,7 +100,7 @@ def test_the_checkpoints_rules_are_applied_without_waiting() -> None:
         suppress_tokens=(7,),
         begin_suppress_tokens=(8,),
     )
-    seqs = [*make_seqs(list(PARAMS)), Sequence("last", [1], SamplingParams(max_tokens=1))]
+    seqs = [*make_seqs(list(PARAMS)), make_sequence("last", [1], SamplingParams(max_tokens=1))]
     sampler = Sampler((0,), rules)
     assert sampler._tokens(torch.zeros(len(seqs), VOCABULARY, device=META), seqs).device == META
     with NoWaiting():

@@ -13,9 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import FinishReason
-from tests.support.engine.harness import VOCABULARY, Family, add, check_logprobs, greedy, random_text, run, tokens
+from server.engine.types import ErrorCode, FinishReason, GenerateRequest
+from tests.support.engine.harness import (
+    VOCABULARY,
+    Family,
+    add,
+    check_logprobs,
+    failure_of,
+    greedy,
+    random_text,
+    run,
+    tokens,
+)
 from tests.support.engine.heads import CLASSIFIERS, NUM_LABELS, make_classifier
 
 SETTINGS = {
@@ -166,17 +175,17 @@ def test_what_cannot_classify_refuses_to(
     engine = make_engine(llama)
     classifier = make_classifier(llama, "prompt_tuning", tmp_path)
     for source in (None, llama.soft_prompts["prefix_13"]):
-        request = AddRequest(
+        request = GenerateRequest(
             request_id="r", prompt_token_ids=[1], params=greedy(0, classify=True), soft_prompt=source
         )
         (output,) = engine.add(request)
-        assert output.error == "only a soft prompt with a classification head classifies"
+        assert failure_of(output).message == "only a soft prompt with a classification head classifies"
     engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # nothing is kept, as for a model of another make
-    request = AddRequest(
+    request = GenerateRequest(
         request_id="r", prompt_token_ids=[1], params=greedy(0, classify=True), soft_prompt=classifier.source
     )
     (output,) = engine.add(request)
-    assert output.error == "LlamaForCausalLM gives no hidden states to classify by"
+    assert failure_of(output).message == "LlamaForCausalLM gives no hidden states to classify by"
 
 
 @pytest.mark.parametrize(
@@ -198,8 +207,8 @@ def test_a_head_that_is_not_what_was_recorded_fails_its_requests(
     engine = make_engine(llama)
     add(engine, "r", [1], greedy(0, classify=True), soft_prompt=classifier.source)
     (output,) = run(engine)["r"]
-    assert output.finish_reason is FinishReason.ERROR
-    assert re.search(reason, output.error)
+    assert failure_of(output).code is ErrorCode.FAILED
+    assert re.search(reason, failure_of(output).message)
 
 
 def test_logits_that_are_not_finite_are_an_error(
@@ -212,7 +221,7 @@ def test_logits_that_are_not_finite_are_an_error(
     engine = make_engine(llama)
     add(engine, "r", [VOCABULARY - 1], greedy(0, classify=True), soft_prompt=classifier.source)
     (output,) = run(engine)["r"]
-    assert output.error == "the model computed a value that is not finite for this text"
+    assert failure_of(output).message == "the model computed a value that is not finite for this text"
 
 
 def test_a_bias_is_added(llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path) -> None:

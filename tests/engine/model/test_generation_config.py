@@ -21,7 +21,6 @@ from server.engine.llm_engine import LLMEngine
 from server.engine.model.generation_config import read_generation_config
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.ngrams import NgramIndex
-from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 from server.errors import EngineStartError
 from tests.support.engine.harness import (
@@ -36,6 +35,7 @@ from tests.support.engine.harness import (
     run,
     tokens,
 )
+from tests.support.engine.sequences import make_sequence
 
 EOS = 7
 NUM_NEW = 24
@@ -319,7 +319,7 @@ def test_rules_are_the_processors_of_transformers(
         suppress_tokens=tuple(never),
         begin_suppress_tokens=tuple(first),
     )
-    seq = Sequence("s", text, SamplingParams(temperature=0.0, repetition_penalty=penalty))
+    seq = make_sequence("s", text, SamplingParams(temperature=0.0, repetition_penalty=penalty))
     seq.token_ids += new
     got = Sampler((EOS,), rules)._adjust(logits.clone(), [seq])
     if want.amax() == -torch.inf:  # generate would take token 0; here the rules give way

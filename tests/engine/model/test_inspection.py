@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.engine.interface import GenerateRequest
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import Inspect, Inspected, encode_frame, from_engine_decoder
 from server.engine.model import inspection
 from server.engine.process import async_engine
-from server.engine.types import Inspection, SoftPromptSource
+from server.engine.types import ErrorCode, GenerateRequest, Inspection, RequestFailure, SoftPromptSource
 from server.errors import EngineDeadError, EngineNotReadyError, OverloadedError, RequestFailedError
 from tests.engine.process.test_async_engine import TEXT, collect, running
 from tests.support.engine.harness import ALL_PEFT_CONFIGS, VOCABULARY, Family, greedy, make_family
@@ -34,9 +33,8 @@ def inspect(engine: LLMEngine, source: SoftPromptSource, num_nearest: int = 5) -
 
 def result(engine: LLMEngine, source: SoftPromptSource, num_nearest: int = 5) -> Inspection:
     answer = inspect(engine, source, num_nearest)
-    assert answer.error is None
-    assert answer.result is not None
-    return answer.result
+    assert isinstance(answer.outcome, Inspection)
+    return answer.outcome
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +107,9 @@ def test_key_values_are_told_by_layer(llama: Family, make_engine: Callable[..., 
 def test_a_file_that_cannot_be_read(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     source = msgspec.structs.replace(llama.soft_prompts["prompt_tuning_8"], path="/no/such/file")
     answer = inspect(make_engine(llama), source)
-    assert answer.result is None
-    assert "cannot be read" in str(answer.error)
+    assert isinstance(answer.outcome, RequestFailure)
+    assert answer.outcome.code is ErrorCode.FAILED
+    assert "cannot be read" in answer.outcome.message
 
 
 def test_an_unforeseen_fault_is_an_answer_too(
@@ -119,14 +118,15 @@ def test_an_unforeseen_fault_is_an_answer_too(
     engine = make_engine(llama)
     engine.runner.embed_tokens = torch.nn.Embedding(3, 48)
     answer = inspect(engine, llama.soft_prompts["prompt_tuning_8"])
-    assert "IndexError" in str(answer.error)
+    assert isinstance(answer.outcome, RequestFailure)
+    assert "IndexError" in answer.outcome.message
     assert "an inspection failed" in caplog.text
 
 
 @pytest.mark.anyio
 async def test_through_the_engine_process_beside_generation(llama: Family) -> None:
     async with running(llama) as engine:
-        stream = engine.generate(GenerateRequest("r", TEXT, greedy(200)))
+        stream = engine.generate(GenerateRequest(request_id="r", prompt_token_ids=TEXT, params=greedy(200)))
         await anext(stream)
         found = await engine.inspect(llama.soft_prompts["prompt_tuning_8"], num_nearest=3)
         assert [len(row.nearest) for row in found.rows] == [3] * 8
@@ -183,7 +183,9 @@ async def test_pins_reach_the_engine(llama: Family) -> None:
     async with running(llama, soft_prompt_host_bytes=1) as engine:
         engine.pin(source)
         await engine.prepare(source)
-        assert await collect(engine, GenerateRequest("r", TEXT, greedy(2), source))
+        assert await collect(
+            engine, GenerateRequest(request_id="r", prompt_token_ids=TEXT, params=greedy(2), soft_prompt=source)
+        )
         assert (engine.stats.host.resident, engine.stats.host.loads) == (1, 1)
         assert engine.stats.host.resident_bytes == 8 * 48 * 4
         assert engine.stats.host.load_seconds_buckets[-1][1] == 1

@@ -20,14 +20,13 @@ ROOT = Path(__file__).parents[3]
 SERVE = f"""
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import SamplingParams
+from server.engine.types import GenerateRequest, SamplingParams
 
 def serve(platform=None):
     settings = EngineSettings(model={str(MODEL_DIRECTORY)!r}, dtype="float32", kv_cache_memory=1 << 24, num_threads=1)
     engine = LLMEngine(settings, platform=platform)
     params = SamplingParams(max_tokens=5, temperature=0.0)
-    engine.add(AddRequest(request_id="r", prompt_token_ids=[5, 6, 7, 8], params=params))
+    engine.add(GenerateRequest(request_id="r", prompt_token_ids=[5, 6, 7, 8], params=params))
     tokens = []
     while engine.num_unfinished:
         tokens += [token for output in engine.step() for token in output.token_ids]

@@ -9,14 +9,22 @@ import pytest
 import torch
 
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import FinishReason, Logprobs, SamplingParams, TokenOutput
+from server.engine.types import (
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    Logprobs,
+    RequestFailure,
+    SamplingParams,
+    TokenEvent,
+)
 from tests.support.engine.harness import (
     CONFIGS,
     PEFT_CONFIGS,
     Family,
     add,
     check_logprobs,
+    failure_of,
     greedy,
     random_text,
     run,
@@ -32,7 +40,7 @@ SETTINGS = {
 }
 
 
-def gathered(outputs: list[TokenOutput]) -> list[Logprobs | None]:
+def gathered(outputs: list[TokenEvent]) -> list[Logprobs | None]:
     new = [entry for output in outputs for entry in output.logprobs or []]
     return [*outputs[0].prompt_logprobs, *new]
 
@@ -78,7 +86,7 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
             outputs += engine.step()
             (seq,) = engine.scheduler.running
             assert 0 < len(seq.prompt_logprobs) < len(text)
-            engine.scheduler._preempt(seq)
+            engine.scheduler.preempt(seq)
         outputs += run(engine)["r"]
         every = text + tokens(outputs)
         check_logprobs(gathered(outputs), every, llama.expected_logprobs(key, every), num_top=TOP)
@@ -87,9 +95,9 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
 def test_a_model_that_cannot_be_scored_refuses_to_be(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
     engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called, so nothing is kept
-    (output,) = engine.add(AddRequest(request_id="r", prompt_token_ids=[1], params=greedy(1, prompt_logprobs=0)))
-    assert (output.finish_reason, output.error) == (
-        FinishReason.REFUSED,
+    (output,) = engine.add(GenerateRequest(request_id="r", prompt_token_ids=[1], params=greedy(1, prompt_logprobs=0)))
+    assert failure_of(output) == RequestFailure(
+        ErrorCode.REFUSED,
         "LlamaForCausalLM gives no logprobs of the text",
     )
     add(engine, "plain", [1], greedy(1, logprobs=0))

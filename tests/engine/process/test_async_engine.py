@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 
 from server.config import EngineSettings
 from server.engine import messages
-from server.engine.interface import GenerateRequest
 from server.engine.process.async_engine import AsyncEngine
 from server.engine.process.engine_process import EngineLoop
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
 from server.errors import (
     EngineDeadError,
     EngineNotReadyError,
@@ -65,10 +64,18 @@ async def test_many_requests_at_once_equal_peft_and_an_abort_frees_its_blocks(ll
         assert engine.is_ready
         assert engine.model.architecture == "LlamaForCausalLM"
         names = [None, *llama.soft_prompts]
-        requests = [GenerateRequest(str(name), TEXT, greedy(8), llama.soft_prompts.get(name)) for name in names]
+        requests = [
+            GenerateRequest(
+                request_id=str(name),
+                prompt_token_ids=TEXT,
+                params=greedy(8),
+                soft_prompt=llama.soft_prompts.get(name),
+            )
+            for name in names
+        ]
         results = await asyncio.gather(*(collect(engine, request) for request in requests))
         assert results == [(llama.expected(name, TEXT, 8), FinishReason.LENGTH) for name in names]
-        stream = engine.generate(GenerateRequest("gone", TEXT, greedy(200)))
+        stream = engine.generate(GenerateRequest(request_id="gone", prompt_token_ids=TEXT, params=greedy(200)))
         await anext(stream)
         assert engine.stats.num_running == 1
         await stream.aclose()
@@ -95,7 +102,7 @@ async def test_a_probe_tells_whether_the_model_can_compute_with_a_soft_prompt(ll
                 await engine.probe(huge, TEXT, max_tokens=max_tokens, salt="t", max_wait=9.0)
         with pytest.raises(RequestRefusedError, match="more than the 256 positions"):
             await engine.probe(huge, [1] * 300, max_tokens=2)
-        stream = engine.generate(GenerateRequest("r", TEXT, greedy(200)))
+        stream = engine.generate(GenerateRequest(request_id="r", prompt_token_ids=TEXT, params=greedy(200)))
         await anext(stream)
         probing = asyncio.create_task(engine.probe(llama.soft_prompts["p_tuning_7"], TEXT, max_tokens=200))
         await until(lambda: engine.stats.num_running == 2)
@@ -108,8 +115,10 @@ async def test_a_probe_tells_whether_the_model_can_compute_with_a_soft_prompt(ll
 async def test_request_that_cannot_be_served_fails_alone(llama: Family) -> None:
     async with running(llama) as engine:
         with pytest.raises(RequestRefusedError, match="more than the 256 positions"):
-            await collect(engine, GenerateRequest("long", [1] * 300, greedy(8)))
-        assert await collect(engine, GenerateRequest("short", TEXT, greedy(8))) == (
+            await collect(engine, GenerateRequest(request_id="long", prompt_token_ids=[1] * 300, params=greedy(8)))
+        assert await collect(
+            engine, GenerateRequest(request_id="short", prompt_token_ids=TEXT, params=greedy(8))
+        ) == (
             llama.expected(None, TEXT, 8),
             FinishReason.LENGTH,
         )
@@ -117,7 +126,10 @@ async def test_request_that_cannot_be_served_fails_alone(llama: Family) -> None:
 
 async def test_killed_process_ends_every_request_with_one_error(llama: Family) -> None:
     async with running(llama) as engine:
-        streams = [engine.generate(GenerateRequest(f"r{i}", TEXT, greedy(200))) for i in range(3)]
+        streams = [
+            engine.generate(GenerateRequest(request_id=f"r{i}", prompt_token_ids=TEXT, params=greedy(200)))
+            for i in range(3)
+        ]
         for stream in streams:
             await anext(stream)
         os.kill(engine._connection.pid, signal.SIGKILL)
@@ -128,23 +140,25 @@ async def test_killed_process_ends_every_request_with_one_error(llama: Family) -
                 await anext(stream)
         assert not engine.is_ready
         with pytest.raises(EngineNotReadyError):
-            await collect(engine, GenerateRequest("late", TEXT, greedy(2)))
+            await collect(engine, GenerateRequest(request_id="late", prompt_token_ids=TEXT, params=greedy(2)))
 
 
 async def test_drain_lets_requests_finish_and_takes_no_new_ones(llama: Family) -> None:
     async with running(llama) as engine:
-        task = asyncio.create_task(collect(engine, GenerateRequest("r", TEXT, greedy(40))))
+        task = asyncio.create_task(
+            collect(engine, GenerateRequest(request_id="r", prompt_token_ids=TEXT, params=greedy(40)))
+        )
         await until(lambda: engine.stats.num_running == 1)
         await engine.drain(30.0)
         assert len((await task)[0]) == 40
         assert not engine.is_ready
         with pytest.raises(EngineNotReadyError):
-            await collect(engine, GenerateRequest("late", TEXT, greedy(2)))
+            await collect(engine, GenerateRequest(request_id="late", prompt_token_ids=TEXT, params=greedy(2)))
 
 
 async def test_drain_gives_up_after_its_time(llama: Family) -> None:
     async with running(llama) as engine:
-        stream = engine.generate(GenerateRequest("r", TEXT, greedy(240)))
+        stream = engine.generate(GenerateRequest(request_id="r", prompt_token_ids=TEXT, params=greedy(240)))
         await anext(stream)
         await engine.drain(0.0)
         with pytest.raises(EngineNotReadyError, match="shutting down"):
@@ -181,7 +195,7 @@ def test_process_ends_on_a_frame_that_is_too_long() -> None:
 
 def test_messages_survive_the_trip() -> None:
     params = SamplingParams(max_tokens=3, seed=2**63, stop_token_ids=(1, 2))
-    request = messages.AddRequest(request_id="r", prompt_token_ids=[1, 2], params=params, salt="t")
+    request = messages.GenerateRequest(request_id="r", prompt_token_ids=[1, 2], params=params, salt="t")
     frame = messages.encode_frame(request)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
     assert messages.to_engine_decoder.decode(frame[4:]) == request
@@ -189,13 +203,15 @@ def test_messages_survive_the_trip() -> None:
 
 async def test_what_does_not_run_in_time_fails_and_the_others_go_on(llama: Family) -> None:
     async with running(llama, max_num_seqs=1) as engine:
-        stream = engine.generate(GenerateRequest("long", TEXT, greedy(200)))
+        stream = engine.generate(GenerateRequest(request_id="long", prompt_token_ids=TEXT, params=greedy(200)))
         first = await anext(stream)
         assert first.queue_seconds is not None
         assert first.prefill_seconds is not None
         assert min(first.queue_seconds, first.prefill_seconds) >= 0
         with pytest.raises(WaitTimeoutError, match="in the queue"):
-            await collect(engine, GenerateRequest("late", TEXT, greedy(2), timeout=0.001))
+            await collect(
+                engine, GenerateRequest(request_id="late", prompt_token_ids=TEXT, params=greedy(2), timeout=0.001)
+            )
         second = await anext(stream)
         assert second.queue_seconds is None
         assert engine.stats.num_timeouts == 1

@@ -12,31 +12,35 @@ import msgspec
 import pytest
 
 from server.config import EngineSettings
-from server.engine.interface import GenerateRequest
-from server.engine.messages import (
-    AbortRequest,
-    AddRequest,
-    FromEngine,
-    Inspect,
-    Pin,
-    Shutdown,
-    StepOutputs,
-    ToEngine,
-)
+from server.engine.messages import AbortRequest, FromEngine, Inspect, Inspected, Pin, Shutdown, StepOutputs, ToEngine
 from server.engine.process.async_engine import AsyncEngine
+from server.engine.process.cumulative_stats import COUNTERS, DISTRIBUTIONS, HOST_COUNTERS, add_counters, counters_of
 from server.engine.process.supervision import Backoff, StepWatch
-from server.engine.process.totals import COUNTERS, DISTRIBUTIONS, HOST_COUNTERS, totals_of, with_totals
 from server.engine.stats import STEP_SECONDS_BOUNDS
 from server.engine.types import (
     EngineStats,
+    ErrorCode,
     FinishReason,
+    GenerateRequest,
     HostTierStats,
     ModelInfo,
+    RequestFailure,
     SamplingParams,
     SoftPromptSource,
-    TokenOutput,
+    TokenEvent,
 )
-from server.errors import EngineDeadError, EngineNotReadyError, EngineRestartingError, EngineStartError
+from server.errors import (
+    ConstraintError,
+    EngineDeadError,
+    EngineError,
+    EngineNotReadyError,
+    EngineRestartingError,
+    EngineStartError,
+    NotFiniteError,
+    RequestFailedError,
+    RequestRefusedError,
+    WaitTimeoutError,
+)
 from tests.support.waiting import until
 
 anyio = pytest.mark.anyio
@@ -75,13 +79,16 @@ class FakeProcess:
         self.sent.append(message)
         if isinstance(message, Shutdown) and not self.stubborn:
             self.die()
-        if isinstance(message, AddRequest) and not self.silent:
+        if isinstance(message, GenerateRequest) and not self.silent:
             self.stats.generation_tokens += 1
-            self.report(TokenOutput(message.request_id, [7], FinishReason.LENGTH))
+            self.report(TokenEvent(request_id=message.request_id, token_ids=[7], finish_reason=FinishReason.LENGTH))
 
-    def report(self, *outputs: TokenOutput, has_work: bool = False) -> None:
+    def report(self, *events: TokenEvent, has_work: bool = False) -> None:
         stats = msgspec.structs.replace(self.stats)
-        self._messages.put_nowait(StepOutputs(list(outputs), stats, len(self.sent), has_work))
+        self.reply(StepOutputs(events=list(events), stats=stats, num_received=len(self.sent), has_work=has_work))
+
+    def reply(self, message: FromEngine) -> None:
+        self._messages.put_nowait(message)
 
     def die(self) -> None:
         self._messages.put_nowait(None)
@@ -142,7 +149,7 @@ async def fake_engine(**settings: object) -> AsyncIterator[tuple[AsyncEngine, La
 
 
 async def ask(engine: AsyncEngine, name: str) -> list[int]:
-    request = GenerateRequest(name, [1], SamplingParams())
+    request = GenerateRequest(request_id=name, prompt_token_ids=[1], params=SamplingParams())
     return [token async for event in engine.generate(request) for token in event.token_ids]
 
 
@@ -157,13 +164,13 @@ def test_pauses_double_until_half_a_minute_and_start_again_after_good_service() 
 
 def test_a_step_is_stuck_when_a_busy_process_says_nothing() -> None:
     watch = StepWatch(3.0, 1.0)
-    assert not any(watch.look() for _ in range(9))  # it has nothing to do
+    assert not any(watch.poll() for _ in range(9))  # it has nothing to do
     watch.sent()
-    assert [watch.look() for _ in range(4)] == [False, False, False, True]
+    assert [watch.poll() for _ in range(4)] == [False, False, False, True]
     watch.stepped(num_received=1, has_work=True)
-    assert [watch.look() for _ in range(4)] == [False, False, False, True]
+    assert [watch.poll() for _ in range(4)] == [False, False, False, True]
     watch.stepped(num_received=1, has_work=False)
-    assert not any(watch.look() for _ in range(9))
+    assert not any(watch.poll() for _ in range(9))
 
 
 def test_a_message_that_crosses_a_report_keeps_the_process_busy() -> None:
@@ -171,7 +178,7 @@ def test_a_message_that_crosses_a_report_keeps_the_process_busy() -> None:
     watch.sent()
     watch.sent()
     watch.stepped(num_received=1, has_work=False)
-    assert any(watch.look() for _ in range(9))
+    assert any(watch.poll() for _ in range(9))
 
 
 def test_every_number_of_the_engine_is_a_counter_or_not() -> None:
@@ -188,11 +195,11 @@ def test_counters_are_carried_over_and_what_was_held_is_not() -> None:
     host = HostTierStats(hits=2, resident=3, load_seconds_buckets=((0.1, 1), (1.0, 4)), load_seconds_sum=0.5)
     stats = EngineStats(num_running=3, num_blocks=9, steps=5, host=host, max_batch_distinct_prompts=4)
     stats.step_seconds.observe(STEP_SECONDS_BOUNDS, 0.25)
-    ended = totals_of(stats)
+    ended = counters_of(stats)
     assert (ended.num_running, ended.num_blocks, ended.steps, ended.host.resident, ended.host.hits) == (0, 0, 5, 0, 2)
-    began = with_totals(EngineStats(num_blocks=8), ended)
+    began = add_counters(EngineStats(num_blocks=8), ended)
     assert (began.num_blocks, began.steps, began.host.load_seconds_buckets) == (8, 5, host.load_seconds_buckets)
-    both = with_totals(stats, ended)
+    both = add_counters(stats, ended)
     assert (both.steps, both.num_running, both.host.hits, both.host.resident) == (10, 3, 4, 3)
     assert (both.step_seconds.sum, sum(both.step_seconds.counts)) == (0.5, 2)
     assert both.host.load_seconds_buckets == ((0.1, 2), (1.0, 8))
@@ -233,10 +240,39 @@ async def test_a_dead_process_is_replaced_and_counters_go_on() -> None:
         assert (engine.stats.generation_tokens, engine.stats.num_blocks, engine.stats.restarts) == (2, 10, 1)
 
 
+EXCEPTIONS = {
+    ErrorCode.FAILED: RequestFailedError,
+    ErrorCode.NOT_FINITE: NotFiniteError,
+    ErrorCode.REFUSED: RequestRefusedError,
+    ErrorCode.CONSTRAINT: ConstraintError,
+    ErrorCode.WAIT_TIMEOUT: WaitTimeoutError,
+}
+
+
+@anyio
+@pytest.mark.parametrize("code", ErrorCode)
+async def test_a_failure_is_raised_as_the_exception_of_its_code_and_ends_the_request(code: ErrorCode) -> None:
+    async with fake_engine() as (engine, launcher):
+        process = launcher.processes[0]
+        process.silent = True
+        asked = asyncio.create_task(ask(engine, "r"))
+        await until(lambda: process.sent)
+        process.report(TokenEvent(request_id="r", failure=RequestFailure(code, "the reason")))
+        with pytest.raises(EngineError, match="^the reason$") as caught:
+            await asked
+        assert type(caught.value) is EXCEPTIONS[code]
+        inspected = asyncio.create_task(engine.inspect(SOURCE, num_nearest=1))
+        await until(lambda: isinstance(process.sent[-1], Inspect))
+        process.reply(Inspected(1, RequestFailure(code, "the reason")))
+        with pytest.raises(EXCEPTIONS[code]):
+            await inspected
+        assert not any(isinstance(message, AbortRequest) for message in process.sent)
+
+
 @anyio
 async def test_a_stream_that_had_ended_gets_no_error() -> None:
     async with fake_engine() as (engine, launcher):
-        stream = engine.generate(GenerateRequest("r", [1], SamplingParams()))
+        stream = engine.generate(GenerateRequest(request_id="r", prompt_token_ids=[1], params=SamplingParams()))
         task = asyncio.create_task(anext(stream))
         await until(lambda: launcher.processes[0].sent)
         launcher.processes[0].die()  # behind the last token
@@ -249,7 +285,7 @@ async def test_a_stream_that_had_ended_gets_no_error() -> None:
 async def test_a_reader_that_goes_while_the_engine_restarts_aborts_nothing() -> None:
     async with fake_engine() as (engine, launcher):
         launcher.processes[0].silent = True
-        stream = engine.generate(GenerateRequest("r", [1], SamplingParams()))
+        stream = engine.generate(GenerateRequest(request_id="r", prompt_token_ids=[1], params=SamplingParams()))
         task = asyncio.create_task(anext(stream))
         await until(lambda: launcher.processes[0].sent)
         launcher.gate.clear()
@@ -398,7 +434,7 @@ async def test_slow_steps_that_report_are_not_stuck(polls: list[bool]) -> None:
         for count in range(1, 20):
             await until(lambda count=count: len(polls) >= count)
             process.report(has_work=True)
-        process.report(TokenOutput("r", [3], FinishReason.LENGTH))
+        process.report(TokenEvent(request_id="r", token_ids=[3], finish_reason=FinishReason.LENGTH))
         assert await asked == [3]
         assert not process.killed
 

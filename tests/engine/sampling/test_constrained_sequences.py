@@ -16,14 +16,31 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
 from server.engine.sampling import grammars as structured
 from server.engine.sampling.grammar_check import NO_WAY_ON
 from server.engine.sampling.sampler import NO_TOKEN, Sampler
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import (
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    SoftPromptSource,
+)
 from tests.support.engine.grammars import END_ID, compiled, constraint, make_compiler, save_tokenizer
-from tests.support.engine.harness import SHAPE, VOCABULARY, Family, add, greedy, make_family, random_text, run, tokens
+from tests.support.engine.harness import (
+    SHAPE,
+    VOCABULARY,
+    Family,
+    add,
+    failure_of,
+    greedy,
+    make_family,
+    random_text,
+    run,
+    tokens,
+)
+from tests.support.engine.sequences import make_sequence
 
 TEXT = random_text(random.Random(5), 24, 24)
 SCHEMA = {
@@ -231,8 +248,8 @@ def test_a_wrong_constraint_fails_its_requests_alone(model, make_engine) -> None
     outputs = run_all(engine)
     for index in range(2):
         (output,) = outputs[f"wrong{index}"]
-        assert output.finish_reason is FinishReason.CONSTRAINT
-        assert "unclosed group" in output.error
+        assert failure_of(output).code is ErrorCode.CONSTRAINT
+        assert "unclosed group" in failure_of(output).message
     assert tokens(outputs["right"]) == model.expected("prefix_13", TEXT, 5)
     assert engine.soft_prompts.stats.resident == 1
     engine.soft_prompts.acquire(source)
@@ -246,10 +263,10 @@ def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(model, endless,
         add(engine, "stuck", TEXT, greedy(30, constraint=constraint("regex", "abé")))
         add(engine, "large", TEXT, greedy(30, constraint=constraint("regex", "(([a-z]{1,20}){1,20}){1,20}")))
         outputs = run_all(engine)
-        assert outputs["stuck"][-1].finish_reason is FinishReason.CONSTRAINT
-        assert outputs["stuck"][-1].error == NO_WAY_ON
-        assert outputs["large"][-1].finish_reason is FinishReason.CONSTRAINT
-        assert "too many" in outputs["large"][-1].error
+        assert failure_of(outputs["stuck"][-1]).code is ErrorCode.CONSTRAINT
+        assert failure_of(outputs["stuck"][-1]).message == NO_WAY_ON
+        assert failure_of(outputs["large"][-1]).code is ErrorCode.CONSTRAINT
+        assert "too many" in failure_of(outputs["large"][-1]).message
         assert outputs["free"][-1].finish_reason is FinishReason.LENGTH
         # The next of its kind begins with an automaton of its own.
         add(engine, "again", TEXT, greedy(1, constraint=constraint("regex", "(([a-z]{1,20}){1,20}){1,20}")))
@@ -268,15 +285,15 @@ def test_waiting_for_a_grammar_and_a_file_both(
         params = greedy(5, constraint=constraint("choice", '["yes"]'))
         for name, timeout in (("ends", None), ("aborted", None), ("late", 0.05)):
             add(engine, name, TEXT, params, soft_prompt=model.soft_prompts["p_tuning_7"], timeout=timeout)
-        again = AddRequest(request_id="ends", prompt_token_ids=TEXT, params=params)
-        assert engine.add(again)[0].error == "request id 'ends' is in use"
+        again = GenerateRequest(request_id="ends", prompt_token_ids=TEXT, params=params)
+        assert failure_of(engine.add(again)[0]).message == "request id 'ends' is in use"
         assert not engine.has_work
         assert engine.stats.num_waiting == 3
         assert 0 <= engine.idle_seconds <= 0.05
         assert [output.finish_reason for output in engine.abort("aborted")] == [FinishReason.ABORT]
         time.sleep(0.06)
         (late,) = engine.step()
-        assert (late.request_id, late.finish_reason) == ("late", FinishReason.TIMEOUT)
+        assert (late.request_id, failure_of(late).code) == ("late", ErrorCode.WAIT_TIMEOUT)
         assert engine.idle_seconds is None
         deadline = time.monotonic() + 30
         while not woken or not engine.soft_prompts.stats.loads:
@@ -298,8 +315,9 @@ def test_a_soft_prompt_that_cannot_be_read_ends_what_waits_for_a_grammar_besides
     for kind, text in (("regex", "a"), ("regex", "(")):
         add(engine, text, TEXT, greedy(5, constraint=constraint(kind, text)), soft_prompt=missing)
     outputs = run_all(engine)
-    assert {own[-1].finish_reason for own in outputs.values()} <= {FinishReason.ERROR, FinishReason.CONSTRAINT}
-    assert outputs["a"][-1].finish_reason is FinishReason.ERROR
+    codes = {failure_of(own[-1]).code for own in outputs.values()}
+    assert codes <= {ErrorCode.FAILED, ErrorCode.CONSTRAINT}
+    assert failure_of(outputs["a"][-1]).code is ErrorCode.FAILED
     save_file({"prompt_embeddings": torch.ones(4, 48)}, tmp_path / "no")
     add(engine, "mended", TEXT, greedy(5, constraint=constraint("regex", "a")), soft_prompt=missing)
     assert run_all(engine)["mended"][-1].finish_reason is FinishReason.STOP
@@ -316,7 +334,7 @@ def test_a_tenant_with_too_many_grammars_has_to_wait_and_others_have_not(
         patch.setattr(engine._grammars, "_enqueue", lambda *_: None)
         add(engine, "first", TEXT, greedy(5, constraint=bomb), salt="a")
         add(engine, "same", TEXT, greedy(5, constraint=bomb), salt="a")
-        request = AddRequest(
+        request = GenerateRequest(
             request_id="second",
             prompt_token_ids=TEXT,
             params=greedy(5, constraint=constraint("regex", "b")),
@@ -324,8 +342,8 @@ def test_a_tenant_with_too_many_grammars_has_to_wait_and_others_have_not(
             salt="a",
         )
         (refused,) = engine.add(request)
-        assert refused.finish_reason is FinishReason.TIMEOUT
-        assert "1 different structures" in refused.error
+        assert failure_of(refused).code is ErrorCode.WAIT_TIMEOUT
+        assert "1 different structures" in failure_of(refused).message
     add(engine, "other", TEXT, greedy(5, constraint=constraint("regex", "b")), salt="b")
     assert engine.abort("first")
     assert bomb in engine._grammars._compiling  # another waits for it
@@ -341,13 +359,13 @@ def test_a_grammar_that_takes_too_long_fails_its_request_alone(model, make_engin
     add(engine, "bomb", TEXT, greedy(5, constraint=constraint("json_schema", BOMB)))
     add(engine, "right", TEXT, greedy(5, constraint=constraint("choice", '["yes"]')))
     outputs = run_all(engine)
-    assert outputs["bomb"][-1].finish_reason is FinishReason.CONSTRAINT
-    assert outputs["bomb"][-1].error == structured.TOO_SLOW
+    assert failure_of(outputs["bomb"][-1]) == structured.TOO_SLOW
     assert outputs["right"][-1].finish_reason is FinishReason.STOP
     monkeypatch.setattr(structured, "MAX_WAITING_SLOW", 0)
     add(engine, "again", TEXT, greedy(5, constraint=constraint("json_schema", BOMB + " ")))
     again = run_all(engine)["again"][-1]
-    assert (again.finish_reason, again.error) == (FinishReason.TIMEOUT, structured.TOO_MANY_SLOW)
+    assert failure_of(again) == structured.TOO_MANY_SLOW
+    assert structured.TOO_MANY_SLOW.code is ErrorCode.WAIT_TIMEOUT
 
 
 def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(model, make_engine, monkeypatch) -> None:
@@ -361,8 +379,8 @@ def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(model, make
     requests = [(name, costly) for name in ("costly", "costly too")] + [("free", greedy(30, ignore_eos=True))]
     outputs = run_all_of(make_engine(model), requests)
     for name in ("costly", "costly too"):
-        assert outputs[name][-1].finish_reason is FinishReason.CONSTRAINT
-        assert outputs[name][-1].error == structured.TOO_COSTLY
+        assert failure_of(outputs[name][-1]).code is ErrorCode.CONSTRAINT
+        assert failure_of(outputs[name][-1]).message == structured.TOO_COSTLY
     assert tokens(outputs["free"]) == tokens(want)
 
 
@@ -382,7 +400,7 @@ def test_nobody_who_asks_for_nothing_pays(model, make_engine, monkeypatch: pytes
 
 
 def masked_seq(matcher, prompt: list[int], **params: object) -> Sequence:
-    seq = Sequence("s", prompt, SamplingParams(constraint=constraint("regex", "x"), **params))
+    seq = make_sequence("s", prompt, SamplingParams(constraint=constraint("regex", "x"), **params))
     seq.matcher = matcher
     return seq
 

@@ -11,11 +11,21 @@ import pytest
 import torch
 
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
 from server.engine.sampling.ensembles import merge_ensembles
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
-from tests.support.engine.harness import CONFIGS, Family, add, check_logprobs, greedy, random_text, run, tokens
+from server.engine.types import ErrorCode, FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
+from tests.support.engine.harness import (
+    CONFIGS,
+    Family,
+    add,
+    check_logprobs,
+    failure_of,
+    greedy,
+    random_text,
+    run,
+    tokens,
+)
+from tests.support.engine.sequences import make_sequence
 
 MAX_TOKENS = 10
 TEXT = random_text(random.Random(8), 24, 24)
@@ -63,9 +73,9 @@ def wanted(make_family: Callable[[str], Family]) -> Callable[[str], dict[str, tu
 
 
 def sources(family: Family, members: tuple[str | None, ...]) -> dict[str, object]:
-    """The fields of an AddRequest that name members."""
+    """The fields of a GenerateRequest that name members."""
     first, *others = (family.soft_prompts[member] if member else None for member in members)
-    return {"soft_prompt": first, "others": others}
+    return {"soft_prompt": first, "others": tuple(others)}
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -193,7 +203,7 @@ def test_abort_and_deadline_in_every_state(
     assert engine.stats.num_waiting == 2
     time.sleep(0.02)
     late = [output for output in engine.step() if output.request_id == "late"]
-    assert [output.finish_reason for output in late] == [FinishReason.TIMEOUT]
+    assert [failure_of(output).code for output in late] == [ErrorCode.WAIT_TIMEOUT]
     for name in ("running", "waiting"):
         assert [output.finish_reason for output in engine.abort(name)] == [FinishReason.ABORT]
     assert engine.num_unfinished == 0
@@ -220,7 +230,7 @@ def test_a_failed_step_ends_an_ensemble_once(
         patch.setattr(engine.runner, "run", fail)
         (output,) = engine.step()
     assert output.request_id == "e"
-    assert "RuntimeError: broken" in output.error
+    assert "RuntimeError: broken" in failure_of(output).message
     add(engine, "after", TEXT, greedy(2), **sources(llama, MEMBERS["mixed"]))
     assert len(tokens(run(engine)["after"])) == 2
 
@@ -234,11 +244,11 @@ def test_soft_prompts_that_cannot_be_read_let_the_others_go(
         SoftPromptSource(digest=f"b{n}", num_virtual_tokens=4, is_key_values=False, path=str(tmp_path / f"{n}"))
         for n in range(num_broken)
     ]
-    others = [llama.soft_prompts["p_tuning_7"], *broken[1:], None]
+    others = (llama.soft_prompts["p_tuning_7"], *broken[1:], None)
     add(engine, "e", TEXT, greedy(3), soft_prompt=broken[0], others=others)
     (output,) = run(engine)["e"]
-    assert output.finish_reason is FinishReason.ERROR
-    assert str(tmp_path) in output.error or "read" in output.error
+    assert failure_of(output).code is ErrorCode.FAILED
+    assert str(tmp_path) in failure_of(output).message or "read" in failure_of(output).message
     while engine.soft_prompts.stats.loads < 1:
         engine.step()
     assert engine.soft_prompts.stats.resident == 0, "the soft prompt beside it is still referred to"
@@ -264,23 +274,21 @@ def test_what_an_ensemble_cannot_do_is_refused(
     make_engine: Callable[..., LLMEngine],
 ) -> None:
     engine = make_engine(llama, **settings)
-    request = AddRequest(
+    request = GenerateRequest(
         request_id="e", prompt_token_ids=text, params=params, **sources(llama, MEMBERS["embeddings"])
     )
     (output,) = engine.add(request)
-    assert output.finish_reason is FinishReason.REFUSED
-    assert what in output.error
+    assert failure_of(output).code is ErrorCode.REFUSED
+    assert what in failure_of(output).message
     assert (engine.num_unfinished, engine.soft_prompts.stats.hits + engine.soft_prompts.stats.misses) == (0, 0)
 
 
 def make_members(count: int) -> tuple[Sequence, ...]:
-    leader = Sequence("e", [1], SamplingParams())
-    leader.lead([None] * (count - 1))
-    return leader.members
+    return make_sequence("e", [1], SamplingParams(), others=(None,) * (count - 1)).members
 
 
 def test_rows_of_an_ensemble_become_one() -> None:
-    single, members = Sequence("s", [1], SamplingParams()), make_members(2)
+    single, members = make_sequence("s", [1], SamplingParams()), make_members(2)
     logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, -300.0], [0.0, -300.0, -300.0]], dtype=torch.bfloat16)
     merged, leaders = merge_ensembles(logits, [single, *members])
     assert leaders == [single, members[0]]
@@ -288,14 +296,14 @@ def test_rows_of_an_ensemble_become_one() -> None:
     assert merged[0].tolist() == [1.0, 2.0, 3.0]
     assert merged[1, :2].exp().tolist() == pytest.approx([0.75, 0.25])
     assert merged[1, 2].item() == pytest.approx(-300.0, abs=1.5), "it is possible, if not in float32"
-    alone = [single, Sequence("t", [1], SamplingParams())]
+    alone = [single, make_sequence("t", [1], SamplingParams())]
     same, seqs = merge_ensembles(logits[:2], alone)
     assert same.data_ptr() == logits.data_ptr()
     assert seqs is alone
 
 
 def test_a_value_that_is_not_finite_spoils_its_ensemble_alone() -> None:
-    single, members = Sequence("s", [1], SamplingParams()), make_members(2)
+    single, members = make_sequence("s", [1], SamplingParams()), make_members(2)
     logits = torch.zeros(3, 4)
     logits[2, 1] = torch.nan
     merged, _ = merge_ensembles(logits, [single, *members])
@@ -305,6 +313,6 @@ def test_a_value_that_is_not_finite_spoils_its_ensemble_alone() -> None:
 
 def test_members_that_are_not_side_by_side_are_a_fault() -> None:
     first, second = make_members(2)
-    other = Sequence("s", [1], SamplingParams())
+    other = make_sequence("s", [1], SamplingParams())
     with pytest.raises(AssertionError, match="do not sample together"):
         merge_ensembles(torch.zeros(3, 4), [first, other, second])

@@ -21,6 +21,7 @@ from server.engine.sampling.logprobs import logprobs_of
 from server.engine.sampling.sampler import NOT_FINITE, Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SamplingParams
+from tests.support.engine.sequences import make_sequence
 
 VOCABULARY = 24
 EOS = 3
@@ -28,7 +29,7 @@ MAKE = Sampler((EOS,))
 
 
 def make_seq(prompt: list[int], new: list[int], **params: object) -> Sequence:
-    seq = Sequence("s", prompt, SamplingParams(**params))
+    seq = make_sequence("s", prompt, SamplingParams(**params))
     seq.token_ids += new
     return seq
 

@@ -6,10 +6,11 @@ import torch
 from server.engine.sampling.sampler import NOT_FINITE, Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
+from tests.support.engine.sequences import make_sequence
 
 
 def seq(**params: object) -> Sequence:
-    return Sequence("s", [0], SamplingParams(**params))
+    return make_sequence("s", [0], SamplingParams(**params))
 
 
 def frequencies(logits: list[float], draws: int = 4000, **params: object) -> torch.Tensor:

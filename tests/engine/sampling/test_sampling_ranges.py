@@ -15,6 +15,7 @@ from server.engine.sampling.ensembles import merge_ensembles
 from server.engine.sampling.sampler import NO_TOKEN, Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SMALLEST_TEMPERATURE, SamplingParams
+from tests.support.engine.sequences import make_sequence
 
 VOCABULARY = 12
 EOS = 3
@@ -23,8 +24,8 @@ INT64 = 2**63
 TINY = (0.0, 5e-324, 1e-60, 1e-46, 1e-45, 1e-40, 1e-39, SMALLEST_TEMPERATURE / 2)
 
 
-def seq_of(prompt: list[int], new: list[int], **params: object) -> Sequence:
-    seq = Sequence("s", prompt, SamplingParams(**params))
+def seq_of(prompt: list[int], new: list[int], num_members: int = 1, **params: object) -> Sequence:
+    seq = make_sequence("s", prompt, SamplingParams(**params), others=(None,) * (num_members - 1))
     seq.token_ids += new
     return seq
 
@@ -105,12 +106,11 @@ def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensem
     logits = torch.tensor([row[0] for row in rows])
     seqs = []
     for _, params, prompt, new, allowed in rows:
-        seq = seq_of(prompt, new, **params)
+        seq = seq_of(prompt, new, len(rows) if is_ensemble else 1, **params)
         if allowed is not None:
             seq.matcher, seq.adjusts_logits = SimpleNamespace(tokens=allowed), True
         seqs.append(seq)
     if is_ensemble:
-        seqs[0].lead([None] * (len(seqs) - 1))
         logits, seqs = merge_ensembles(logits, seqs[0].members)
     tokens, logprobs = sampler.choose(logits, seqs)
     for row, (token, seq) in enumerate(zip(tokens, seqs, strict=True)):
@@ -121,10 +121,10 @@ def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensem
             assert token == NO_TOKEN
             continue
         assert token in possible
-        ends = set(seq.params.stop_token_ids) | (set() if seq.params.ignore_eos else {EOS})
-        if seq.num_new_tokens < seq.params.min_tokens and possible - ends:
+        ends = set(seq.request.params.stop_token_ids) | (set() if seq.request.params.ignore_eos else {EOS})
+        if seq.num_new_tokens < seq.request.params.min_tokens and possible - ends:
             assert token not in ends
-        if seq.params.logprobs is not None:
+        if seq.request.params.logprobs is not None:
             entry = logprobs[row]
             assert MIN_LOGPROB <= entry.logprob <= 0.0
             assert all(MIN_LOGPROB <= value <= 0.0 for _, value in entry.top)

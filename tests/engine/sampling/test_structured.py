@@ -19,6 +19,7 @@ from server.engine.sampling import grammars as structured
 from server.engine.sampling.grammar_check import MAX_ERROR_CHARS, NO_WAY_ON
 from server.engine.sampling.grammar_trials import GrammarTrials
 from server.engine.sampling.grammars import GrammarCompiler, Matcher, TokenMasks
+from server.engine.types import RequestFailure
 from tests.support.engine.grammars import (
     END,
     END_ID,
@@ -264,11 +265,11 @@ def test_identical_constraints_are_compiled_once(folder: Path, monkeypatch: pyte
 SLOW = constraint("json_schema", '{"type": "integer", "multipleOf": 49999999}')
 
 
-def outcomes(compiler: GrammarCompiler, count: int) -> dict[str, str | None]:
+def outcomes(compiler: GrammarCompiler, count: int) -> dict[str, RequestFailure | None]:
     """What has come of that many constraints, by their text, in the order of their ends."""
-    ended: dict[str, str | None] = {}
+    ended: dict[str, RequestFailure | None] = {}
     wait_until(
-        lambda: ended.update((c.text, error) for c, error in compiler.take_compiled()) or len(ended) >= count, 60
+        lambda: ended.update((c.text, failure) for c, failure in compiler.take_compiled()) or len(ended) >= count, 60
     )
     return ended
 
@@ -277,12 +278,12 @@ def test_what_takes_too_long_is_refused_and_tried_once(folder: Path, monkeypatch
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 0.1)
     compiler = make_compiler(folder)
-    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW.message
     monkeypatch.setattr(GrammarTrials, "try_out", None)
-    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW.message
     monkeypatch.undo()
     monkeypatch.setattr(structured, "MAX_REFUSED", 0)
-    assert compiled(compiler, SLOW) == structured.TOO_SLOW
+    assert compiled(compiler, SLOW) == structured.TOO_SLOW.message
     assert not compiler._refused
     compiler.close()
 

@@ -5,6 +5,7 @@ import pytest
 from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams, SoftPromptSource
+from tests.support.engine.sequences import make_sequence
 
 
 def source(num_virtual_tokens: int, digest: str = "d", *, is_key_values: bool = True) -> SoftPromptSource:
@@ -20,7 +21,7 @@ def task_source(task_id: int | None) -> SoftPromptSource:
 def sequence(
     tokens: list[int], soft_prompt: SoftPromptSource | None = None, salt: str = "", name: str = "s"
 ) -> Sequence:
-    return Sequence(name, tokens, SamplingParams(), soft_prompt, salt=salt)
+    return make_sequence(name, tokens, SamplingParams(), soft_prompt, salt=salt)
 
 
 def filled_run(blocks: BlockManager, soft_prompt: SoftPromptSource) -> SoftPromptRun:

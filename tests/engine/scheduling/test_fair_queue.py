@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from server.engine.scheduling.fair_queue import FairQueue
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_PRIORITY, SamplingParams, SoftPromptSource
+from tests.support.engine.sequences import make_sequence
 
 TENANTS, PROMPTS, LARGEST = 3, 3, 40
 
@@ -19,7 +20,7 @@ def make_seq(name: str, cost: int, tenant: str = "", prompt: str = "", priority:
     source = (
         SoftPromptSource(digest=prompt, num_virtual_tokens=1, is_key_values=True, path="/nowhere") if prompt else None
     )
-    return Sequence(name, [0], SamplingParams(max_tokens=cost - 1), source, tenant, priority=priority)
+    return make_sequence(name, [0], SamplingParams(max_tokens=cost - 1), source, salt=tenant, priority=priority)
 
 
 def serve(queue: FairQueue) -> Sequence | None:
@@ -87,7 +88,7 @@ def test_a_class_that_was_passed_over_long_enough_is_promoted_once() -> None:
         queue.push(make_seq(f"c{index}", 10, priority=5))
     calm = list(queue)[-2]
     assert names(queue) == ["u0", "u1", "u2", "c0", "u3", "u4", "c1", "u5", "u6", "u7"]
-    assert (calm.priority, calm.urgency) == (5, MIN_PRIORITY)
+    assert (calm.request.priority, calm.urgency) == (5, MIN_PRIORITY)
 
 
 def test_a_tiny_quantum_skips_the_rounds_in_which_nobody_can_send() -> None:
@@ -120,7 +121,7 @@ def test_tokens_of_others_before_a_turn_are_bounded(
 
     def push(tenant: int, prompt: int, cost: int) -> None:
         seq = make_seq(f"s{len(own)}", cost, f"t{tenant}", f"p{prompt}")
-        ahead = [other.cost for other in waiting if (other.salt, other.flow) == (seq.salt, seq.flow)]
+        ahead = [other.cost for other in waiting if (other.request.salt, other.flow) == (seq.request.salt, seq.flow)]
         own[seq.request_id] = sum(ahead) + cost
         others[seq.request_id] = [0, 0]
         waiting.append(seq)
@@ -132,7 +133,7 @@ def test_tokens_of_others_before_a_turn_are_bounded(
             return
         waiting.remove(served)
         for seq in waiting:
-            if seq.salt != served.salt:
+            if seq.request.salt != served.request.salt:
                 others[seq.request_id][1] += served.cost
             elif seq.flow != served.flow:
                 others[seq.request_id][0] += served.cost
@@ -166,8 +167,8 @@ def test_every_class_is_served_within_its_bound(steps: list[tuple[int, int] | No
     for number, step in enumerate([*steps, *[None] * len(steps)]):
         if step is not None:
             seq = make_seq(f"s{number}", step[1], priority=step[0])
-            if all(other.priority != seq.priority for other in waiting):
-                passed[seq.priority] = 0
+            if all(other.request.priority != seq.request.priority for other in waiting):
+                passed[seq.request.priority] = 0
             waiting.append(seq)
             queue.push(seq)
             continue
@@ -175,10 +176,10 @@ def test_every_class_is_served_within_its_bound(steps: list[tuple[int, int] | No
         if served is None:
             continue
         waiting.remove(served)
-        for priority in {seq.priority for seq in waiting}:
+        for priority in {seq.request.priority for seq in waiting}:
             passed[priority] += served.cost
-        passed[served.priority] = 0
-        assert all(passed[seq.priority] < aging + 5 * LARGEST for seq in waiting)
+        passed[served.request.priority] = 0
+        assert all(passed[seq.request.priority] < aging + 5 * LARGEST for seq in waiting)
         if served.urgency != MIN_PRIORITY:  # else it was promoted
-            assert all(served.priority <= seq.priority for seq in waiting)
+            assert all(served.request.priority <= seq.request.priority for seq in waiting)
     assert not waiting

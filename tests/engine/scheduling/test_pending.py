@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from server.engine.scheduling.pending import PendingSequences
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
+from tests.support.engine.sequences import make_sequence
 
 
 def make_seq(name: str, timeout: float | None = None) -> Sequence:
-    return Sequence(name, [1], SamplingParams(), arrival=100.0, timeout=timeout)
+    return make_sequence(name, [1], SamplingParams(), arrival=100.0, timeout=timeout)
 
 
 def test_a_sequence_goes_on_when_the_last_of_its_things_has_come() -> None:

@@ -8,7 +8,8 @@ from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.plan import StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import ErrorCode, FinishReason, SamplingParams, SoftPromptSource
+from tests.support.engine.sequences import make_sequence
 
 
 def make(num_blocks: int = 64, block_size: int = 4, seqs: int = 8, budget: int = 16, length: int = 128) -> Scheduler:
@@ -21,7 +22,7 @@ def source(num: int, digest: str, *, is_key_values: bool) -> SoftPromptSource:
 
 
 def seq(name: str, length: int, max_tokens: int = 4, soft_prompt: SoftPromptSource | None = None) -> Sequence:
-    return Sequence(name, list(range(length)), SamplingParams(max_tokens=max_tokens), soft_prompt)
+    return make_sequence(name, list(range(length)), SamplingParams(max_tokens=max_tokens), soft_prompt)
 
 
 def finish_step(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -29,7 +30,7 @@ def finish_step(scheduler: Scheduler, plan: StepPlan) -> None:
     for chunk in plan.chunks:
         if chunk.seq is not None and chunk.samples:
             chunk.seq.token_ids.append(1)
-            if chunk.seq.num_new_tokens == chunk.seq.params.max_tokens:
+            if chunk.seq.num_new_tokens == chunk.seq.request.params.max_tokens:
                 scheduler.finish(chunk.seq, FinishReason.LENGTH)
     scheduler.check_integrity()
 
@@ -152,8 +153,8 @@ def test_abort_gives_everything_back() -> None:
     scheduler.add(seq("waits", 3, soft_prompt=soft_prompt))
     scheduler.add(seq("runs", 20))
     scheduler.schedule(0.0)
-    assert scheduler.abort("waits").finish_reason is FinishReason.ABORT
-    assert scheduler.abort("runs").finish_reason is FinishReason.ABORT
+    assert scheduler.abort("waits").end_reason is FinishReason.ABORT
+    assert scheduler.abort("runs").end_reason is FinishReason.ABORT
     assert scheduler.abort("runs") is None
     scheduler.check_integrity()
     assert scheduler.block_manager.num_available == 64
@@ -179,7 +180,7 @@ def test_all_finish_when_the_blocks_hold_hardly_one(lengths: list[tuple[int, int
     for index, (length, max_tokens, priority) in enumerate(lengths):
         prompt = data.draw(st.integers(0, 2))
         scheduler.add(
-            Sequence(
+            make_sequence(
                 f"s{index}",
                 [index] * min(length, 25 - 3 * prompt - max_tokens),
                 SamplingParams(max_tokens=max_tokens),
@@ -203,7 +204,7 @@ def test_all_finish_when_the_blocks_hold_hardly_one(lengths: list[tuple[int, int
 def test_the_least_urgent_is_preempted_though_it_came_first() -> None:
     scheduler = make(num_blocks=6, seqs=4)
     for name, priority in (("calm", 1), ("urgent", 0), ("also urgent", 0)):
-        scheduler.add(Sequence(name, [1] * 7, SamplingParams(max_tokens=12), salt=name, priority=priority))
+        scheduler.add(make_sequence(name, [1] * 7, SamplingParams(max_tokens=12), salt=name, priority=priority))
         finish_step(scheduler, scheduler.schedule(0.0))
     preempted = []
     while scheduler.has_work:
@@ -217,7 +218,7 @@ def test_the_least_urgent_is_preempted_though_it_came_first() -> None:
 def test_urgent_passes_the_waiting_and_order_of_arrival_decides_within_a_soft_prompt() -> None:
     scheduler = make(seqs=1)
     for name, priority in (("a", 0), ("b", 0), ("later", 7), ("urgent", -3)):
-        scheduler.add(Sequence(name, [1], SamplingParams(max_tokens=1), priority=priority))
+        scheduler.add(make_sequence(name, [1], SamplingParams(max_tokens=1), priority=priority))
     order = []
     while scheduler.has_work:
         plan = scheduler.schedule(0.0)
@@ -230,9 +231,11 @@ def test_a_hot_soft_prompt_and_a_hot_tenant_starve_nobody() -> None:
     scheduler = make(num_blocks=200, seqs=1, budget=16)
     hot = [source(4, f"hot{index}", is_key_values=True) for index in range(10)]
     for index in range(100):
-        scheduler.add(Sequence(f"hot{index}", [1] * 4, SamplingParams(max_tokens=4), hot[index % 10], "hot"))
+        scheduler.add(
+            make_sequence(f"hot{index}", [1] * 4, SamplingParams(max_tokens=4), hot[index % 10], salt="hot")
+        )
     for index in range(3):
-        scheduler.add(Sequence(f"calm{index}", [1] * 4, SamplingParams(max_tokens=4), hot[0], "calm"))
+        scheduler.add(make_sequence(f"calm{index}", [1] * 4, SamplingParams(max_tokens=4), hot[0], salt="calm"))
     order = []
     while scheduler.has_work:
         before = set(scheduler._seqs)
@@ -244,12 +247,12 @@ def test_a_hot_soft_prompt_and_a_hot_tenant_starve_nobody() -> None:
 
 def test_the_least_urgent_runs_while_urgent_ones_never_end() -> None:
     scheduler = make(num_blocks=20, seqs=2, budget=4, length=16)
-    scheduler.add(Sequence("calm", [1] * 8, SamplingParams(max_tokens=8), salt="calm", priority=100))
+    scheduler.add(make_sequence("calm", [1] * 8, SamplingParams(max_tokens=8), salt="calm", priority=100))
     for step in range(200):
         if "calm" not in scheduler._seqs:
             break
         for half in range(2):
-            scheduler.add(Sequence(f"{step}.{half}", [2] * 8, SamplingParams(max_tokens=4), priority=-100))
+            scheduler.add(make_sequence(f"{step}.{half}", [2] * 8, SamplingParams(max_tokens=4), priority=-100))
         finish_step(scheduler, scheduler.schedule(0.0))
     assert "calm" not in scheduler._seqs
 
@@ -264,12 +267,12 @@ def test_deadlines_end_what_has_not_run_and_nothing_else() -> None:
         ("waits longer", 9.0),
         ("for ever", None),
     ):
-        scheduler.add(Sequence(name, [1] * 7, params, arrival=10.0, timeout=timeout))
+        scheduler.add(make_sequence(name, [1] * 7, params, arrival=10.0, timeout=timeout))
     assert scheduler.expire(14.9) == []
     finish_step(scheduler, scheduler.schedule(14.9))
     assert [seq.first_run for seq in scheduler.running] == [14.9, 14.9]
     late = scheduler.expire(15.0)
-    assert [(seq.request_id, seq.finish_reason) for seq in late] == [("waits", FinishReason.TIMEOUT)]
+    assert [(seq.request_id, seq.end_reason) for seq in late] == [("waits", ErrorCode.WAIT_TIMEOUT)]
     while scheduler.num_preemptions == 0:
         finish_step(scheduler, scheduler.schedule(16.0))
     assert scheduler.expire(18.9) == []
@@ -286,7 +289,7 @@ def test_what_is_undone_is_computed_again_from_the_start() -> None:
     assert [chunk.start for chunk in plan.chunks] == [0, 8]
     scheduler.undo(plan)
     for chunk in plan.chunks:
-        scheduler.put_off(chunk.seq)
+        scheduler.preempt(chunk.seq)
     scheduler.check_integrity()
     plan = scheduler.schedule(0.0)
     assert [(chunk.seq.request_id, chunk.start) for chunk in plan.chunks] == [("writer", 0), ("reader", 8)]
@@ -306,8 +309,8 @@ def test_a_soft_prompt_that_was_not_filled_is_given_up_with_all_that_hold_it(is_
     assert [holder.request_id for holder in holders] == ["a", "b"]
     scheduler.undo(plan)
     for holder in holders:
-        scheduler.finish(holder, FinishReason.ERROR)
+        scheduler.finish(holder, ErrorCode.FAILED)
     assert scheduler.block_manager.runs == {}
-    scheduler.put_off(scheduler.running[0])
+    scheduler.preempt(scheduler.running[0])
     scheduler.check_integrity()
     assert [chunk.seq.request_id for chunk in scheduler.schedule(0.0).chunks] == ["bare"]

@@ -101,7 +101,7 @@ def test_a_soak_meets_what_it_is_for() -> None:
 
 
 def _is_filled(self: Scheduler, seq: Sequence, filling: set[str]) -> bool:
-    return seq.soft_prompt is None or self._held_runs[seq.request_id].is_filled
+    return seq.request.soft_prompt is None or self._held_runs[seq.request_id].is_filled
 
 
 def _prefill_apart(self: Scheduler, plan: StepPlan, seq: Sequence, budget: int) -> int:

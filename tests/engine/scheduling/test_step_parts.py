@@ -17,12 +17,20 @@ from hypothesis import strategies as st
 
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest, Pin
+from server.engine.messages import Pin
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.scheduler import Chunk, Scheduler, StepPlan
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, StepOutput, TokenOutput
-from tests.support.engine.harness import VOCABULARY, Family
+from server.engine.types import (
+    ErrorCode,
+    GenerateRequest,
+    RequestFailure,
+    SamplingParams,
+    SoftPromptSource,
+    StepOutput,
+    TokenEvent,
+)
+from tests.support.engine.harness import VOCABULARY, Family, failure_of
 
 SOFT_PROMPTS = (None, "prefix_13", "prompt_tuning_8", "p_tuning_7")
 
@@ -40,15 +48,15 @@ class Request:
     is_greedy: bool
     fails_from: int | None
 
-    def message(self, name: str, sources: list[SoftPromptSource | None]) -> AddRequest:
+    def message(self, name: str, sources: list[SoftPromptSource | None]) -> GenerateRequest:
         source, *others = ([*sources, *sources][self.prompt + index] for index in range(self.members))
         params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0 if self.is_greedy else 1.0, seed=3)
-        return AddRequest(
+        return GenerateRequest(
             request_id=name,
             prompt_token_ids=self.text,
             params=params,
             soft_prompt=source,
-            others=others,
+            others=tuple(others),
             salt=str(self.tenant),
         )
 
@@ -83,7 +91,7 @@ class NotingRunner:
         for index, (seq, _) in enumerate(ends):
             if not seq.is_follower:
                 values = tuple(value for _, value in ends[index : index + len(seq.members)])
-                draw = 0.0 if seq.params.is_greedy else seq.draw()
+                draw = 0.0 if seq.request.params.is_greedy else seq.draw()
                 tokens.append(hash((values, draw)) % VOCABULARY)
         return StepOutput(tokens)
 
@@ -188,7 +196,7 @@ def serve(
     arriving: dict[str, Request],
     sources: list[SoftPromptSource | None],
     **bad: object,
-) -> tuple[dict[str, list[TokenOutput]], NotingRunner]:
+) -> tuple[dict[str, list[TokenEvent]], NotingRunner]:
     """All outputs of each request, with the books checked after every step."""
     runner = NotingRunner(sizes.block_size, **bad)
     engine.runner.run = runner.run  # type: ignore[method-assign]
@@ -198,7 +206,7 @@ def serve(
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=200,
     )
-    outputs: dict[str, list[TokenOutput]] = {name: [] for name in arriving}
+    outputs: dict[str, list[TokenEvent]] = {name: [] for name in arriving}
     step = 0
     while engine.num_unfinished or step <= max((one.arrival for one in arriving.values()), default=0):
         for name, request in arriving.items():
@@ -212,7 +220,7 @@ def serve(
     return outputs, runner
 
 
-def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+def tokens_of(outputs: list[TokenEvent]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
@@ -234,20 +242,24 @@ def test_healthy_sequences_say_what_they_say_without_the_bad_ones(
     num_failed = 0
     for name, request in named.items():
         last = got[name][-1]
-        if want[name][-1].finish_reason is FinishReason.REFUSED:
-            assert last.finish_reason is FinishReason.REFUSED
+        refusal = want[name][-1].failure
+        if refusal is not None:
+            assert last.failure == refusal
+            assert refusal.code is ErrorCode.REFUSED
             continue
         places = [*sources, *sources][request.prompt : request.prompt + request.members]
         uses_bad_run = bad_run is not None and any(own is not None and own.identity == bad_run for own in places)
         # The last token is not fed back.
         reached = len(request.text) + request.max_tokens - 1
         is_bad = uses_bad_run or (request.fails_from is not None and request.fails_from < reached)
-        assert (last.finish_reason is FinishReason.ERROR) == is_bad
+        assert (last.failure is not None) == is_bad
         said = tokens_of(got[name])
         assert said == tokens_of(want[name])[: len(said)]
         if is_bad:
             num_failed += 1
-            assert last.error == "the model failed to compute this request (ValueError: bad row)"
+            assert failure_of(last) == RequestFailure(
+                ErrorCode.FAILED, "the model failed to compute this request (ValueError: bad row)"
+            )
         else:
             assert len(said) == request.max_tokens
     assert (runner.num_raised > 0) == (num_failed > 0)

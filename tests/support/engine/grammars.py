@@ -53,10 +53,10 @@ def compiled(compiler: GrammarCompiler, wanted: Constraint) -> Matcher | str:
     deadline = time.monotonic() + 60
     while matcher is None:
         assert time.monotonic() < deadline
-        for ended, error in compiler.take_compiled():
+        for ended, failure in compiler.take_compiled():
             assert ended == wanted
-            if error is not None:
-                return error
+            if failure is not None:
+                return failure.message
         matcher = compiler.matcher(wanted)
         time.sleep(0.0005)
     return matcher

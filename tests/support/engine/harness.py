@@ -39,8 +39,14 @@ from transformers import (
 from prompt_store.files.validation import validate
 from prompt_store.types import BaseModelSpec
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest
-from server.engine.types import Logprobs, SamplingParams, SoftPromptSource, TokenOutput
+from server.engine.types import (
+    GenerateRequest,
+    Logprobs,
+    RequestFailure,
+    SamplingParams,
+    SoftPromptSource,
+    TokenEvent,
+)
 
 VOCABULARY = 197
 CONTEXT = 256
@@ -256,13 +262,13 @@ def random_text(rng: random.Random, shortest: int, longest: int) -> list[int]:
 
 
 def add(engine: LLMEngine, request_id: str, token_ids: list[int], params: SamplingParams, **more: object) -> None:
-    refused = engine.add(AddRequest(request_id=request_id, prompt_token_ids=token_ids, params=params, **more))
+    refused = engine.add(GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, params=params, **more))
     assert refused == []
 
 
-def run(engine: LLMEngine) -> dict[str, list[TokenOutput]]:
+def run(engine: LLMEngine) -> dict[str, list[TokenEvent]]:
     """Step until all is done, holding the scheduler's books to account after every step."""
-    outputs: dict[str, list[TokenOutput]] = {}
+    outputs: dict[str, list[TokenEvent]] = {}
     while engine.num_unfinished:
         for output in engine.step():
             outputs.setdefault(output.request_id, []).append(output)
@@ -270,5 +276,12 @@ def run(engine: LLMEngine) -> dict[str, list[TokenOutput]]:
     return outputs
 
 
-def tokens(outputs: list[TokenOutput]) -> list[int]:
+def failure_of(event: TokenEvent) -> RequestFailure:
+    """The error that ended a request, by its last event."""
+    assert event.failure is not None
+    assert event.finish_reason is None
+    return event.failure
+
+
+def tokens(outputs: list[TokenEvent]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]

@@ -1,4 +1,4 @@
-"""Counters that go on counting over the lives of several engine processes."""
+"""Statistics that keep counting when the engine process is restarted."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DISTRIBUTIONS = ("step_seconds", "batch_size", "batch_tokens", "batch_distinct_p
 HOST_COUNTERS = ("hits", "misses", "loads", "evictions", "load_seconds_sum")
 
 
-def totals_of(stats: EngineStats) -> EngineStats:
-    """What is left of an engine that has ended: its counters, and nothing that it held."""
+def counters_of(stats: EngineStats) -> EngineStats:
+    """The counters of an engine that has ended; everything else is empty."""
     host = HostTierStats(
         load_seconds_buckets=stats.host.load_seconds_buckets,
         **{name: getattr(stats.host, name) for name in HOST_COUNTERS},
@@ -39,8 +39,8 @@ def totals_of(stats: EngineStats) -> EngineStats:
     )
 
 
-def with_totals(stats: EngineStats, ended: EngineStats) -> EngineStats:
-    """The state of an engine, its counters raised by those of the engines that served before it."""
+def add_counters(stats: EngineStats, ended: EngineStats) -> EngineStats:
+    """The state of an engine, with the counters of the engines before it added."""
     buckets, before = stats.host.load_seconds_buckets, ended.host.load_seconds_buckets
     if buckets and before:
         buckets = tuple((bound, count + old) for (bound, count), (_, old) in zip(buckets, before, strict=True))
