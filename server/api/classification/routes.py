@@ -27,7 +27,8 @@ from server.api.inference.entry import Entry, entered
 from server.api.inference.request_record import begin_record
 from server.api.inference.responses import Usage
 from server.api.inference.target import Target
-from server.api.keys.callers import caller_of
+from server.api.keys.callers import Scope, caller_of
+from server.api.operations import Operation, Quota
 from server.api.request_body import check_unicode
 from server.api.services import Services, ServicesDep, require_json, require_ready
 from server.continuations import Context
@@ -145,6 +146,15 @@ class ClassifyReply(msgspec.Struct, kw_only=True):
 
 
 @router.post("/classify", response_class=Response)
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 429, 503),
+    quota=Quota.TOKENS,
+    work="classify",
+    takes_token_ids=True,
+    example={"model": "sentiment", "input": ["The strap feels flimsy."], "labels": ["\npositive", "\nnegative"]},
+    reply=ClassifyReply,
+)
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
     """Classify one or more texts."""
     arrival = time.monotonic()

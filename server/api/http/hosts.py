@@ -10,6 +10,7 @@ from typing import Self
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.api.http.http_middleware import HttpMiddleware
 from server.errors import ConfigurationError, MisdirectedRequestError
 
 _ANY = "*"
@@ -65,28 +66,27 @@ def name_of(host: str) -> str:
     return host.partition(":")[0].removesuffix(".")
 
 
-class HostMiddleware:
-    """Refuses requests that are meant for another host: 421.
+class HostMiddleware(HttpMiddleware):
+    """Rejects requests for another host with 421.
 
-    A browser sends the name that the page has, whatever address that name has now. So a page that points its name at
-    this machine (DNS rebinding) cannot ask this server as if it were the page's own.
+    A browser sends the host name of the page's URL, whatever address that name has now. So a page that points its
+    name at this machine (DNS rebinding) cannot use this server as its own.
 
     Args:
         app: The rest of the application.
-        hosts: The names that are answered.
+        hosts: The accepted names.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Hosts) -> None:
-        self._app = app
+        super().__init__(app)
         self._hosts = hosts
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check one request's Host. Only HTTP/1.0, which no browser speaks, may lack one."""
-        if scope["type"] == "http":
-            for host in Headers(scope=scope).getlist("host"):
-                if host not in self._hosts:
-                    raise MisdirectedRequestError(_explain(name_of(host)))
-        await self._app(scope, receive, send)
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the Host header of one request. Only HTTP/1.0, which browsers do not use, may lack it."""
+        for host in Headers(scope=scope).getlist("host"):
+            if host not in self._hosts:
+                raise MisdirectedRequestError(_explain(name_of(host)))
+        await self.app(scope, receive, send)
 
 
 def _explain(name: str) -> str:

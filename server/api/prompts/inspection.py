@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from prompt_store.types import PromptVersion, check_name
 from server.api.inference.logprobs import shown_token
-from server.api.keys.callers import CallerDep
+from server.api.keys.callers import CallerDep, Scope
+from server.api.operations import Operation, Quota
 from server.api.prompts.routes import PromptId, ref_of
 from server.api.services import ServicesDep, Tokenizer, require_ready
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
@@ -121,6 +122,7 @@ class InspectionBody(BaseModel):
 
 
 @router.get("/{id}/inspect")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 429, 503), quota=Quota.REQUESTS)
 async def inspect_prompt(
     name: PromptId,
     services: ServicesDep,

@@ -9,7 +9,8 @@ from prompt_store.types import PromptVersion
 from server.api.generation.sampling_defaults import default_fields
 from server.api.inference.leases import version_of
 from server.api.inference.target import resolve
-from server.api.keys.callers import CallerDep
+from server.api.keys.callers import CallerDep, Scope
+from server.api.operations import Operation
 from server.api.services import Services, ServicesDep, require_ready
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_ready)])
@@ -55,6 +56,7 @@ class ModelList(BaseModel):
 
 
 @router.get("")
+@Operation(scopes={Scope.GENERATE, Scope.PROMPTS_READ})
 async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
     """List the base model and all soft prompts."""
     cards = [_base_card(services)]
@@ -70,6 +72,7 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
 
 
 @router.get("/{model_id:path}")
+@Operation(scopes={Scope.GENERATE, Scope.PROMPTS_READ}, errors=(404, 503))
 async def get_model(model_id: str, services: ServicesDep, caller: CallerDep) -> ModelCard:
     """Get a model by any name that requests may use."""
     target = resolve(model_id, None, base_name=services.base_name, access=caller.access)

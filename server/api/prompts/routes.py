@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
+from starlette.types import Scope as AsgiScope
 
 from prompt_store.checking import check_upload
 from prompt_store.errors import PromptStoreError
@@ -25,7 +26,8 @@ from prompt_store.types import (
     check_name,
 )
 from server.api.http.multipart import UploadParser, bounded, discard_rest, gathered
-from server.api.keys.callers import Caller, CallerDep
+from server.api.keys.callers import Caller, CallerDep, Scope
+from server.api.operations import Operation, Quota
 from server.api.prompts.bodies import (
     AliasBody,
     AliasReply,
@@ -49,6 +51,11 @@ router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
 
 _UPLOAD_SLACK_BYTES = 8 * 1024 * 1024
 """What an upload may hold besides its weights: the configuration, text fields and boundaries."""
+
+_FILE_CONTENT: dict[str, Any] = {
+    "application/json": {"schema": {"type": "object"}},
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+}
 
 
 def _name(text: str) -> str:
@@ -75,7 +82,7 @@ class _LeasedWeights(FileResponse):
         self._ref = ref
         self._access = caller.access
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Send the file, or the part of it that was asked for."""
 
         async def send_or_raise(message: Message) -> None:
@@ -158,6 +165,7 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
         }
     },
 )
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(409, 503), quota=Quota.REQUESTS, is_upload=True)
 async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Upload the two files of a PEFT directory as the next version of a soft prompt."""
     services.require_ready()  # for the model has to try it
@@ -213,6 +221,7 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
 
 
 @router.get("")
+@Operation(scopes={Scope.PROMPTS_READ})
 async def list_prompts(
     services: ServicesDep,
     caller: CallerDep,
@@ -230,12 +239,14 @@ async def list_prompts(
 
 
 @router.get("/{id}")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> PromptBody:
     """Get a soft prompt."""
     return _prompt_body(services, await services.store.call(services.store.store.get_prompt, name, caller.access))
 
 
 @router.delete("/{id}")
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
 async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete a soft prompt with all versions and aliases. Running requests finish with their version."""
     await services.store.call(services.store.store.delete_prompt, name, actor=caller.name, access=caller.access)
@@ -244,6 +255,7 @@ async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep
 
 
 @router.get("/{id}/versions")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def list_versions(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> VersionList:
@@ -257,6 +269,7 @@ async def list_versions(
 
 
 @router.get("/{id}/history")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def list_history(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> HistoryList:
@@ -270,6 +283,7 @@ async def list_history(
 
 
 @router.get("/{id}/versions/{version}")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def get_version(
     name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep
 ) -> VersionBody:
@@ -278,7 +292,15 @@ async def get_version(
     return _version_body(services, await services.store.call(services.store.store.resolve, ref, caller.access))
 
 
-@router.get("/{id}/versions/{version}/files/{filename}", response_class=Response)
+@router.get(
+    "/{id}/versions/{version}/files/{filename}",
+    response_class=Response,
+    responses={
+        200: {"content": _FILE_CONTENT},
+        206: {"description": "The requested range.", "content": _FILE_CONTENT},
+    },
+)
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 416, 503))
 async def get_file(
     name: PromptId, version: VersionNumber, filename: str, services: ServicesDep, caller: CallerDep
 ) -> Response:
@@ -295,6 +317,7 @@ async def get_file(
 
 
 @router.delete("/{id}/versions/{version}")
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
 async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete a version. Running requests finish with it."""
     await services.store.call(
@@ -305,6 +328,7 @@ async def delete_version(name: PromptId, version: VersionNumber, services: Servi
 
 
 @router.put("/{id}/aliases/{alias}", dependencies=[Depends(require_json)])
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={"version": 1})
 async def set_alias(
     name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
@@ -323,6 +347,7 @@ async def set_alias(
 
 
 @router.post("/{id}/aliases/{alias}/rollback", dependencies=[Depends(require_json)])
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={})
 async def rollback(
     name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
@@ -340,6 +365,7 @@ async def rollback(
 
 
 @router.post("/{id}/warm", dependencies=[Depends(require_ready), Depends(require_json_or_nothing)])
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 429, 503), quota=Quota.REQUESTS, example={"pin": False})
 async def warm_prompt(
     name: PromptId, services: ServicesDep, caller: CallerDep, body: WarmBody | None = None
 ) -> WarmReply:
@@ -368,6 +394,7 @@ async def warm_prompt(
 
 
 @router.delete("/{id}/aliases/{alias}")
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
 async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete an alias; the version remains."""
     await services.store.call(services.store.store.delete_alias, name, alias, actor=caller.name, access=caller.access)

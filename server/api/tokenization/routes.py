@@ -20,7 +20,8 @@ from server.api.inference.leases import version_of
 from server.api.inference.target import resolve
 from server.api.inference.token_ids import check_token_ids
 from server.api.json_budget import MOST_TOKENS
-from server.api.keys.callers import Caller, CallerDep
+from server.api.keys.callers import Caller, CallerDep, Scope
+from server.api.operations import Operation, Quota
 from server.api.request_body import RequestBody, check_unicode
 from server.api.services import Services, ServicesDep, require_json, require_ready
 from server.errors import InvalidRequestError
@@ -107,6 +108,12 @@ class TokenizerInfoReply(BaseModel):
 
 
 @router.post("/tokenize", dependencies=[Depends(require_json)], response_model=TokenizeReply)
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 503),
+    quota=Quota.TOKENS,
+    example={"prompt": "The strap feels flimsy.", "return_token_strs": True},
+)
 async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Convert text to token ids, as completions and chat completions do."""
     num_chars = len(body.prompt or "") + sum(len(message.content or "") for message in body.messages or ())
@@ -145,6 +152,13 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
 
 
 @router.post("/detokenize", dependencies=[Depends(require_json)])
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 503),
+    quota=Quota.TOKENS,
+    takes_token_ids=True,
+    example={"tokens": [200, 451]},
+)
 async def detokenize(
     body: DetokenizeBody, request: Request, services: ServicesDep, caller: CallerDep
 ) -> DetokenizeReply:
@@ -157,6 +171,7 @@ async def detokenize(
 
 
 @router.get("/tokenizer_info")
+@Operation(scopes={Scope.GENERATE})
 async def tokenizer_info(services: ServicesDep) -> TokenizerInfoReply:
     """Get the tokenizer's configuration: special tokens and chat template."""
     info = {**services.tokenizer.info, "model_max_length": services.engine.model.max_model_len}
