@@ -9,7 +9,6 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import compile_path
 
-from server.api.openapi_fields import FIELDS, PARAMETERS
 from server.api.operations import Operation, Operations
 
 _REF = "#/components/schemas/{name}"
@@ -89,9 +88,6 @@ def _describe(app: FastAPI, operations: Operations) -> dict[str, Any]:
         for method, item in described.items():
             _complete(item, by_route[method, path])
     for name, schema in schemas.items():
-        for field, described in schema.get("properties", {}).items():
-            if "description" not in described and (text := FIELDS.get(field)):
-                described["description"] = text
         schema.setdefault("title", name)
     return document
 
@@ -104,11 +100,8 @@ def _complete(item: dict[str, Any], operation: Operation) -> None:
     for status in sorted(_errors(item, operation)):
         responses[str(status)] = {"description": STATUSES[status], "content": _json_of("Error")}
     for parameter in item.get("parameters", []):
-        known = PARAMETERS.get(parameter["name"])
-        if known is not None:
-            parameter.setdefault("description", known[0])
-            if parameter["in"] == "path":
-                parameter.setdefault("example", known[1])
+        if parameter["in"] == "path":  # FastAPI writes the examples of a parameter into its schema alone
+            parameter["example"] = parameter["schema"].pop("examples")[0]
     if operation.example is not None:
         item["requestBody"]["content"]["application/json"]["example"] = operation.example
     if operation.scopes is not None:

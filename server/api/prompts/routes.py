@@ -58,19 +58,33 @@ _FILE_CONTENT: dict[str, Any] = {
 }
 
 
-def _name(text: str) -> str:
-    return check_name(text, "name")
-
-
-def _alias(text: str) -> str:
-    return check_name(text, "alias")
-
-
-PromptId = Annotated[str, Path(alias="id"), AfterValidator(_name)]
-Alias = Annotated[str, AfterValidator(_alias)]
-VersionNumber = Annotated[int, Path(ge=1, lt=2**63)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Before = Annotated[int | None, Query(ge=1, lt=2**63)]
+PromptId = Annotated[
+    str,
+    Path(alias="id", description="The soft prompt's name.", examples=["sentiment"]),
+    AfterValidator(lambda text: check_name(text, "name")),
+]
+Alias = Annotated[
+    str,
+    Path(description="An alias; a bare name means `latest`.", examples=["latest"]),
+    AfterValidator(lambda text: check_name(text, "alias")),
+]
+VersionNumber = Annotated[int, Path(ge=1, lt=2**63, description="A version number, from 1.", examples=[1])]
+Filename = Annotated[
+    str,
+    Path(description=f"`{CONFIG_FILE}` or `{WEIGHTS_FILE}`.", examples=[CONFIG_FILE]),
+]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum number of entries per page.")]
+Before = Annotated[int | None, Query(ge=1, lt=2**63, description="Return entries below this number.")]
+After = Annotated[
+    str | None,
+    Query(description="Return entries after this name."),
+    AfterValidator(lambda name: name and check_name(name, "name")),
+]
+Tag = Annotated[
+    str | None,
+    Query(description="Return only entries with this tag."),
+    AfterValidator(lambda tag: tag and check_name(tag, "tag")),
+]
 
 
 class _LeasedWeights(FileResponse):
@@ -226,8 +240,8 @@ async def list_prompts(
     services: ServicesDep,
     caller: CallerDep,
     limit: Limit = 20,
-    after: Annotated[str | None, AfterValidator(lambda name: name and _name(name))] = None,
-    tag: Annotated[str | None, AfterValidator(lambda tag: tag and check_name(tag, "tag"))] = None,
+    after: After = None,
+    tag: Tag = None,
 ) -> PromptList:
     """A page of soft prompts, by name."""
     store = services.store.store
@@ -302,7 +316,7 @@ async def get_version(
 )
 @Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 416, 503))
 async def get_file(
-    name: PromptId, version: VersionNumber, filename: str, services: ServicesDep, caller: CallerDep
+    name: PromptId, version: VersionNumber, filename: Filename, services: ServicesDep, caller: CallerDep
 ) -> Response:
     """Download a file of a version, exactly as it was uploaded."""
     threads, ref = services.store, PromptRef(name, version=version, alias=None)

@@ -45,9 +45,14 @@ class TokenizeBody(TemplateOptions):
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
     prompt: Annotated[str, AfterValidator(_text)] | None = Field(
-        None, max_length=MAX_TEXT_CHARS, examples=["My invoice is wrong"]
+        None,
+        max_length=MAX_TEXT_CHARS,
+        examples=["My invoice is wrong"],
+        description="The text; not with `messages`.",
     )
-    messages: Messages | None = None
+    messages: Messages | None = Field(
+        None, description="A conversation to format with the chat template; not with `prompt`."
+    )
     add_special_tokens: bool | None = Field(
         None, description="Add special tokens; default: true for `prompt`, false for `messages`."
     )
@@ -73,10 +78,10 @@ class TokenizeBody(TemplateOptions):
 class TokenizeReply(BaseModel):
     """The tokens of a text; virtual tokens of soft prompts are not among them."""
 
-    count: int
+    count: int = Field(description="Number of tokens.")
     max_model_len: int = Field(description="Maximum length of a sequence, virtual tokens included.")
-    tokens: list[int]
-    token_strs: list[str] | None = None
+    tokens: list[int] = Field(description="Token ids, in order.")
+    token_strs: list[str] | None = Field(None, description="Vocabulary entry of each token; null unless requested.")
 
 
 class DetokenizeBody(RequestBody):
@@ -84,13 +89,15 @@ class DetokenizeBody(RequestBody):
 
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]])]
+    tokens: list[TokenId] = Field(
+        max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]], description="Token ids, in order."
+    )
 
 
 class DetokenizeReply(BaseModel):
     """The text of some tokens."""
 
-    prompt: str
+    prompt: str = Field(description="The text of the tokens.")
 
 
 class TokenizerInfoReply(BaseModel):
@@ -98,13 +105,13 @@ class TokenizerInfoReply(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    tokenizer_class: str
+    tokenizer_class: str = Field(description="Class name in transformers.")
     model_max_length: int = Field(description="Maximum length of a sequence on this server.")
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
-    unk_token: str | None
-    chat_template: str | None
+    bos_token: str | None = Field(description="The beginning-of-sequence token.")
+    eos_token: str | None = Field(description="The end-of-sequence token.")
+    pad_token: str | None = Field(description="The padding token.")
+    unk_token: str | None = Field(description="The unknown token.")
+    chat_template: str | None = Field(description="The chat template of the model, in Jinja.")
 
 
 @router.post("/tokenize", dependencies=[Depends(require_json)], response_model=TokenizeReply)
