@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class RequestBody(BaseModel):
@@ -17,6 +17,11 @@ class RequestBody(BaseModel):
     @classmethod
     def _drop_nulls(cls, value: object) -> object:
         return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+def first_message(error: ValidationError) -> str:
+    """The first fault that pydantic found, without its prefix for our own messages."""
+    return error.errors(include_url=False, include_input=False)[0]["msg"].removeprefix("Value error, ")
 
 
 _MAY_HAVE_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\0")

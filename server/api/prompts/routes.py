@@ -22,7 +22,6 @@ from prompt_store.types import (
     PromptRef,
     PromptSummary,
     PromptVersion,
-    TaskType,
     check_name,
 )
 from server.api.http.multipart import UploadParser, bounded, discard_rest, gathered
@@ -43,6 +42,7 @@ from server.api.prompts.bodies import (
     WarmReply,
 )
 from server.api.prompts.probing import probe
+from server.api.prompts.upload_form import UploadForm
 from server.api.services import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
 from server.api.soft_prompts.async_store import StoreThreads
 from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, PermissionDeniedError, ServerError
@@ -50,7 +50,7 @@ from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeErr
 router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
 
 _UPLOAD_SLACK_BYTES = 8 * 1024 * 1024
-"""What an upload may hold besides its weights: the configuration, text fields and boundaries."""
+"""Size of an upload besides its weights: the configuration, text fields and boundaries."""
 
 _FILE_CONTENT: dict[str, Any] = {
     "application/json": {"schema": {"type": "object"}},
@@ -142,60 +142,27 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["id", "files"],
-                        "properties": {
-                            "id": {"type": "string"},
-                            "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                            "alias": {"type": "string"},
-                            "shared": {
-                                "type": "boolean",
-                                "description": "Share it with all tenants; needs the scope admin.",
-                            },
-                            "allow_other_base": {
-                                "type": "boolean",
-                                "description": "Accept files that name another base model.",
-                            },
-                            "task_type": {
-                                "type": "string",
-                                "enum": list(TaskType),
-                                "description": "Task type, if adapter_config.json does not state it.",
-                            },
-                            "description": {"type": "string"},
-                            "tags": {"type": "array", "items": {"type": "string"}},
-                            "metadata": {"type": "string", "description": "A JSON object"},
-                            "lineage": {
-                                "type": "string",
-                                "description": "A JSON object: training_run, parent (NAME@VERSION), dataset_digest, "
-                                "scores (numbers by name)",
-                            },
-                        },
-                    }
-                }
-            },
+            "content": {"multipart/form-data": {"schema": UploadForm.schema_with_files()}},
         }
     },
 )
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(409, 503), quota=Quota.REQUESTS, is_upload=True)
 async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Upload the two files of a PEFT directory as the next version of a soft prompt."""
-    services.require_ready()  # for the model has to try it
+    services.require_ready()  # because the model tries the soft prompt
     base = services.base_spec
     limit = services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
     if int(request.headers.get("content-length", 0)) > limit:
         raise PayloadTooLargeError(f"the upload exceeds the limit of {limit} bytes")
     threads, store = services.store, services.store.store
-    with store.upload() as upload:  # makes and removes a directory; its files are written in the pool
-        parser = UploadParser(request.headers.get("content-type", ""), upload.open)
+    with store.upload() as upload:  # makes and removes a directory; its files are written in threads
+        parser = UploadParser(request.headers.get("content-type", ""), upload.open, UploadForm.model_fields)
         stream = request.stream()
         try:
             async for data in gathered(bounded(stream, limit)):
                 await threads.call(parser.feed, data)
-            fields = parser.fields()
-            if fields.shared and not caller.access.changes(SHARED):
+            form = UploadForm.parse(parser.texts())
+            if form.shared and not caller.access.changes(SHARED):
                 raise PermissionDeniedError("shared: requires an API key with the scope admin", scopes=["admin"])
         except ClientDisconnect:
             return Response(status_code=499)
@@ -206,30 +173,30 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
             check_upload,
             upload,
             base,
-            require_same_base=not (services.settings.store.allow_other_base or fields.allow_other_base),
+            require_same_base=not (services.settings.store.allow_other_base or form.allow_other_base),
             allow_float64=services.settings.store.allow_float64,
-            task_type=fields.task_type,
+            task_type=form.task_type,
         )
         await probe(services, checked, upload.path(WEIGHTS_FILE), caller)
         try:
             version, created = await threads.call(
                 store.publish,
                 upload,
-                name=fields.name,
+                name=form.id,
                 base=base,
                 checked=checked,
-                alias=fields.alias,
-                description=fields.description,
-                tags=fields.tags,
-                metadata=fields.metadata,
-                lineage=fields.lineage,
+                alias=form.alias,
+                description=form.description,
+                tags=form.tags,
+                metadata=form.metadata,
+                lineage=form.lineage,
                 actor=caller.name,
-                owner=SHARED if fields.shared else caller.tenant,
+                owner=SHARED if form.shared else caller.tenant,
                 reserved_names=(services.base_name,),
             )
-        except ValueError as error:  # its form was checked already; it is the base's own name
+        except ValueError as error:  # the format was checked already: it is the name of the base model
             raise InvalidRequestError(f"id: {error}", param="id") from error
-    services.warmer.promoted(fields.name, fields.alias)
+    services.warmer.promoted(form.id, form.alias)
     body = _version_body(services, version).model_dump(mode="json")
     return JSONResponse(body, 201 if created else 200)
 
