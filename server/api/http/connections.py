@@ -19,6 +19,8 @@ from http import HTTPStatus
 from typing import Any, NoReturn
 
 import httptools
+
+# Private classes: tests/api/http/test_uvicorn.py says what to do when they change.
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import ErrorReply, describe_status
