@@ -378,18 +378,18 @@ async def _stop(services: Services, starting: asyncio.Task[None], *, owns_store:
 
 
 def _reloader(http: HttpSettings, keys: ApiKeys | None, metrics: Metrics) -> KeyReloader | None:
-    """What keeps up with the key file, where there is one."""
+    """The reloader of the key file; None without a file."""
     return None if keys is None or http.api_key_file is None else KeyReloader(http, keys, metrics)
 
 
 @asynccontextmanager
 async def _reloading(reloader: KeyReloader) -> AsyncIterator[None]:
-    """Look after the key file, and read it again on SIGHUP."""
+    """Reload the key file when it changes and on SIGHUP."""
     loop = asyncio.get_running_loop()
     # Only the main thread may take signals; a server in another one, as in tests, polls all the same.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main:
-        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        loop.add_signal_handler(signal.SIGHUP, reloader.request)
     task = asyncio.create_task(reloader.run(), name="reload API keys")
     try:
         yield

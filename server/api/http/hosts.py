@@ -22,10 +22,10 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Hosts:
-    """Names in the Host header that are answered: loopback's own, and those that are added.
+    """The accepted names in the Host header: those of loopback, and the configured ones.
 
     Args:
-        names: Lower case, without a final dot; addresses as Python writes them.
+        names: Names in lower case, without a final dot; addresses in Python's format.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -36,11 +36,11 @@ class Hosts:
         """Read the setting.
 
         Args:
-            names: Names or addresses without a port; ``*`` is any.
-            is_guarded: Whether names are looked at even where none is given.
+            names: Names or addresses without a port; ``*`` accepts any.
+            is_guarded: Whether names are checked even if none is configured.
 
         Returns:
-            The names, or None where every name is answered.
+            The names, or None if every name is accepted.
 
         Raises:
             ConfigurationError: If one of them is neither a name nor an address.
@@ -58,7 +58,7 @@ class Hosts:
 
 
 def name_of(host: str) -> str:
-    """A Host header's value without its port, the brackets and the final dot, in lower case."""
+    """The value of a Host header in lower case, without port, brackets and final dot."""
     host = host.strip().lower()
     if host.startswith("["):
         address, bracket, _ = host[1:].partition("]")
