@@ -29,9 +29,12 @@ import httpx
 import psutil
 
 from server.api.json_budget import MOST_CONTAINERS, most_values
-from server.app import PreludeServer, bind, create_app, freeze_loaded_objects
+from server.api.operations import Operations
+from server.app import ROUTERS, PreludeServer, bind, create_app, freeze_loaded_objects
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from server.demo.tour import MODEL_DIRECTORY
+
+OPERATIONS = Operations(route for router in ROUTERS for route in router.routes)
 
 PROBE_SECONDS = 0.002
 NESTED = frozenset(
@@ -203,7 +206,8 @@ def bodies(document: dict[str, Any], path: str, size: int) -> Iterator[tuple[str
     content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     paths = dict.fromkeys(fields(document, content["schema"]))
     known = dict(values(size, 10**9, 10**9))
-    for what, value in values(size, most_values(path) - 100, MOST_CONTAINERS - 100):
+    most = most_values(OPERATIONS.match("POST", path).operation)
+    for what, value in values(size, most - 100, MOST_CONTAINERS - 100):
         if value != known[what]:
             known[f"{what}, as many values as are taken"] = value
     for what, value in known.items():

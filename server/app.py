@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from prompt_store.errors import PromptStoreError, StoreUnavailableError
 from prompt_store.files.base_names import hub_id
@@ -52,7 +53,7 @@ from server.api.middleware import (
     RequestIdMiddleware,
 )
 from server.api.openapi import describe_api
-from server.api.operations import OPEN_PATHS
+from server.api.operations import ANY_KEY, Operation, Operations, matched
 from server.api.prompts import inspection, models
 from server.api.prompts import routes as prompts
 from server.api.services import Lifecycle, Phase, Services, Tokenizer, get_services
@@ -69,6 +70,9 @@ from server.model_source import locate
 from server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
+
+ROUTERS = tuple(module.router for module in (ops, models, openai, classify, tokenization, prompts, inspection))
+"""Every route of the API."""
 
 _CLOSE_SECONDS = 5
 """Seconds that connections have to send their last bytes after the drain."""
@@ -128,38 +132,54 @@ def create_app(
     endpoint = settings.otlp_traces_endpoint
     tracer = None if endpoint is None else RequestTracer.to(endpoint)
     observers = [log_request] if tracer is None else [log_request, tracer.observe]
-    middleware = [Middleware(ExpectMiddleware)]
-    if origins:
-        middleware.append(Middleware(CorsMiddleware, origins=origins))
-    middleware.append(Middleware(RequestIdMiddleware, metrics=metrics, observers=observers))
-    if hosts is not None:
-        middleware.append(Middleware(HostMiddleware, hosts=hosts))
-    middleware.append(Middleware(CrossOriginMiddleware, origins=origins))
-    if keys is not None:
-        open_paths = OPEN_PATHS | {"/metrics"} if settings.http.open_metrics else OPEN_PATHS
-        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, metrics=metrics, open_paths=open_paths))
-    middleware.append(Middleware(LimitsMiddleware, metrics=metrics))
-    middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
-    middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
-    middleware.append(Middleware(JsonBudgetMiddleware))
-    middleware.append(Middleware(AdmissionMiddleware, services=services))
     app = FastAPI(
         title="Prelude",
         description="One frozen model with many soft prompts in one batch, over an OpenAI-compatible API.",
         lifespan=lambda _: _lifespan(
             services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics), tracer=tracer
         ),
-        middleware=middleware,
         redirect_slashes=False,
     )
     app.state.services = services
     for error in (ServerError, PromptStoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(error, _answer_error)
-    for module in (ops, models, openai, classify, tokenization, prompts, inspection):
-        app.include_router(module.router)
-    # FastAPI would document its own error shape, which this server never sends.
-    app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
+    operations = _include_routes(app)
+    middleware = [Middleware(ExpectMiddleware)]
+    if origins:
+        middleware.append(Middleware(CorsMiddleware, origins=origins))
+    middleware.append(Middleware(RequestIdMiddleware, operations=operations, metrics=metrics, observers=observers))
+    if hosts is not None:
+        middleware.append(Middleware(HostMiddleware, hosts=hosts))
+    middleware.append(Middleware(CrossOriginMiddleware, origins=origins))
+    if keys is not None:
+        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, open_metrics=settings.http.open_metrics))
+    middleware.append(Middleware(LimitsMiddleware, metrics=metrics))
+    middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
+    middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
+    middleware.append(Middleware(JsonBudgetMiddleware))
+    middleware.append(Middleware(AdmissionMiddleware, services=services))
+    app.user_middleware = middleware
+    # FastAPI would document its own error format, which this server never sends.
+    app.openapi = lambda: describe_api(app, operations)  # type: ignore[method-assign]
     return app
+
+
+def _include_routes(app: FastAPI) -> Operations:
+    """Include all routers.
+
+    Returns:
+        The operations of their routes and of FastAPI's own, which are the documentation.
+
+    Raises:
+        TypeError: If a route has no operation.
+    """
+    documentation = list(app.routes)
+    for route in documentation:
+        if isinstance(route, Route):
+            Operation(scopes=ANY_KEY)(route.endpoint)
+    for router in ROUTERS:
+        app.include_router(router)
+    return Operations([*documentation, *(route for router in ROUTERS for route in router.routes)])
 
 
 def _pin_budget(settings: Settings, *, has_keys: bool) -> PinBudget:
@@ -358,18 +378,18 @@ async def _stop(services: Services, starting: asyncio.Task[None], *, owns_store:
 
 
 def _reloader(http: HttpSettings, keys: ApiKeys | None, metrics: Metrics) -> KeyReloader | None:
-    """The reloader of the key file, if there is one."""
+    """The reloader of the key file; None without a file."""
     return None if keys is None or http.api_key_file is None else KeyReloader(http, keys, metrics)
 
 
 @asynccontextmanager
 async def _reloading(reloader: KeyReloader) -> AsyncIterator[None]:
-    """Reload the key file when it changes, and on SIGHUP."""
+    """Reload the key file when it changes and on SIGHUP."""
     loop = asyncio.get_running_loop()
     # Only the main thread can handle signals. A server in another thread, as in tests, only polls the file.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main:
-        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        loop.add_signal_handler(signal.SIGHUP, reloader.request)
     task = asyncio.create_task(reloader.run(), name="reload API keys")
     try:
         yield
@@ -410,7 +430,7 @@ async def _load_tokenizer(services: Services) -> None:
 async def _answer_error(request: Request, error: Exception) -> Response:
     reply = describe(error, request_id=request.state.request_id)
     record_of(request).error = reply.code
-    if request.url.path not in OPEN_PATHS:  # a health probe during loading is not a failed request
+    if not matched(request.scope).is_open:  # a probe that finds the server loading is no failed request
         (await get_services(request)).metrics.count_error(reply.code)
     return reply.response()
 

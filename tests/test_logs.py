@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from server import logs
 from server.api.inference.request_record import MAX_LOGGED_CHARS, RequestRecord, log_request, logged_input
 from server.cli import app
+from tests.support.operations import OPERATIONS
 from tests.support.serving import BASE, adapter, serving, upload
 
 
@@ -47,9 +48,13 @@ def test_errors_and_stacks_are_in_the_line() -> None:
 
 
 @pytest.mark.parametrize(("path", "level"), [("/v1/models", "INFO"), ("/ready", "DEBUG"), ("/metrics", "DEBUG")])
-def test_what_machines_ask_all_day_is_for_debugging(path: str, level: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_probes_and_scrapes_are_logged_at_debug(path: str, level: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    log_request(RequestRecord(request_id="r", method="GET", path=path, total_seconds=0.25, status=200))
+    is_polled = OPERATIONS.match("GET", path).is_polled
+    found = RequestRecord(
+        request_id="r", method="GET", path=path, total_seconds=0.25, status=200, is_polled=is_polled
+    )
+    log_request(found)
     (record,) = caplog.records
     assert record.levelname == level
     assert record.message == f"GET {path} 200 in 0.250 s, request r"

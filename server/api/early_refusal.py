@@ -1,4 +1,4 @@
-"""Early refusal: requests that would wait too long are rejected before routing, validation and tokenisation."""
+"""Early refusal: reject requests that would wait too long before routing, validation and tokenisation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import describe
-from server.api.inference.request_record import OPERATIONS, begin_record
+from server.api.http.http_middleware import HttpMiddleware
+from server.api.inference.request_record import begin_record
 from server.api.keys.callers import caller_of
+from server.api.operations import matched
 from server.api.services import Services
 from server.errors import OverloadedError, WaitTimeoutError
 
@@ -20,36 +21,34 @@ class _Opening(msgspec.Struct):
     priority: int | None = None
 
 
-class AdmissionMiddleware:
-    """Refuses requests for the model while their queue is too long, unless they are urgent.
+class AdmissionMiddleware(HttpMiddleware):
+    """Rejects requests for work of the model while their queue is too long, unless they are urgent.
 
-    The routes ask again, for a request may allow itself less time than the server does.
+    The endpoints check again, because a request may set a shorter time limit than the server.
 
     Args:
         app: The rest of the application.
-        services: Whose queue it is.
+        services: The server with the queue.
     """
 
     def __init__(self, app: ASGIApp, *, services: Services) -> None:
-        self._app = app
+        super().__init__(app)
         self._services = services
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the queue, and the request only if the queue is too long."""
-        if not _asks_the_model(scope) or self._is_open(scope):
-            await self._app(scope, receive, send)
+        operation = matched(scope).operation
+        if operation is None or operation.work is None or self._is_open(scope):
+            await self.app(scope, receive, send)
             return
         messages = await _whole(receive)
         opening = _opening(messages)
         refusal = None if opening is None else self._refusal(scope, opening)
         if opening is None or refusal is None:
-            await self._app(scope, _again(messages, receive), send)
+            await self.app(scope, _again(messages, receive), send)
             return
         record = begin_record(Request(scope), self._services, model=opening.model, text=lambda: None)
-        reply = describe(refusal, request_id=record.request_id)
-        record.error = reply.code
-        self._services.metrics.count_error(reply.code)
-        await reply.response()(scope, receive, send)
+        await record.fail(refusal, self._services.metrics).response()(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         return self._services.admission.is_open(caller_of(Request(scope)).tenant, self._limit)
@@ -66,10 +65,6 @@ class AdmissionMiddleware:
     @property
     def _limit(self) -> float | None:
         return self._services.max_wait(None)
-
-
-def _asks_the_model(scope: Scope) -> bool:
-    return bool(scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in OPERATIONS)
 
 
 async def _whole(receive: Receive) -> list[Message]:

@@ -1,4 +1,4 @@
-"""The table from exceptions to HTTP, and error responses in OpenAI's format."""
+"""The table from exceptions to HTTP responses, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from server.logs import FIELDS
 logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 32
-"""Maximum number of faults reported, so that a long list of wrong items does not make a longer response."""
+"""Maximum number of faults reported, which bounds the response to a long list of invalid items."""
 
 _REQUEST_ERROR = "invalid_request_error"
 _SERVER_ERROR = "server_error"
@@ -148,7 +148,7 @@ class ErrorReply:
         status: HTTP status, if it is a response.
         type: OpenAI's ``error.type``.
         code: Stable error code.
-        message: For people.
+        message: Message in plain text.
         param: The request field that caused the error, if any.
         details: All faults found, for errors that can have several.
         headers: Headers of the response.
@@ -200,7 +200,7 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
     return ErrorReply(row.status, row.type, row.code, message, param, details, {**row.headers, **_own_headers(error)})
 
 
-_AT_THE_DOOR = {
+_BEFORE_PARSING = {
     HTTPStatus.BAD_REQUEST: "this is not an HTTP/1.1 request",
     HTTPStatus.REQUEST_TIMEOUT: "the request was not received in time",
     HTTPStatus.TOO_MANY_REQUESTS: "too many pipelined requests on one connection",
@@ -217,11 +217,11 @@ def describe_status(status: HTTPStatus, reason: str | None = None) -> ErrorReply
     is_full = status is HTTPStatus.SERVICE_UNAVAILABLE
     kind, code = (_UNAVAILABLE, "too_many_connections") if is_full else (_REQUEST_ERROR, _HTTP_CODES[status.value])
     headers = {"retry-after": "1"} if is_full else {}
-    return ErrorReply(status.value, kind, code, reason or _AT_THE_DOOR[status], headers=headers)
+    return ErrorReply(status.value, kind, code, reason or _BEFORE_PARSING[status], headers=headers)
 
 
 def _own_headers(error: Exception) -> Mapping[str, str]:
-    """Headers that depend on more than the class of an exception."""
+    """Headers that depend on the exception, not only on its class."""
     if isinstance(error, PermissionDeniedError) and error.scopes:  # RFC 6750, section 3
         return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{" ".join(error.scopes)}"'}
     if isinstance(error, ServerError) and error.retry_after is not None:

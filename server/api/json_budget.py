@@ -1,39 +1,40 @@
 """Limits on the number of values in a JSON body, counted before parsing.
 
-Parsing, validating and forgetting a million of values takes a second, in which one thread keeps the event loop.
+Parsing, validating and freeing a million values takes a second, during which the event loop is blocked.
 """
 
 from __future__ import annotations
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+
+from server.api.http.http_middleware import HttpMiddleware
+from server.api.operations import Operation, matched
 
 MOST_TOKENS = 300_000
-"""Values of a body that may hold texts as token ids."""
+"""Maximum number of values of a body that may hold texts as token ids."""
 
 MOST_VALUES = 65_536
-"""Values of any other body."""
+"""Maximum number of values of any other body."""
 
 MOST_CONTAINERS = 32_768
-"""Lists and objects among them: each costs as much as many numbers, and the garbage collector's time."""
+"""Maximum number of lists and objects, which cost more than numbers and keep the garbage collector busy."""
 
 MOST_MEMBERS = 65_536
-"""Fields of all objects."""
-
-TOKEN_PATHS = frozenset({"/v1/completions", "/v1/classify", "/detokenize"})
+"""Maximum number of fields of all objects."""
 
 
-def most_values(path: str) -> int:
-    """How many values a body sent to a path may hold."""
-    return MOST_TOKENS if path in TOKEN_PATHS else MOST_VALUES
+def most_values(operation: Operation | None) -> int:
+    """Maximum number of values of an operation's body."""
+    return MOST_TOKENS if operation is not None and operation.takes_token_ids else MOST_VALUES
 
 
 def num_values(body: bytes, most: int) -> int:
-    """How many values a JSON text has, or ``most + 1`` for more; never fewer than there are.
+    """An upper bound of the number of values in a JSON text; ``most + 1`` if there are more.
 
     Each value but the first follows a comma or the opening of a list or an object. Those within strings do not count,
-    unless there are so many strings that they alone are too many.
+    unless the strings alone are too many.
     """
     if _num_openings(body) < most:
         return _num_openings(body) + 1
@@ -45,7 +46,7 @@ def num_values(body: bytes, most: int) -> int:
 
 
 def is_over(body: bytes, most: int) -> bool:
-    """Whether a JSON text has more values, lists and objects, or fields of objects than a body may have."""
+    """Whether a JSON text exceeds the limit of values, of lists and objects, or of fields."""
     if _is_small(body, most):
         return False
     rest = body.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -63,22 +64,15 @@ def _num_openings(text: bytes) -> int:
     return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
-class JsonBudgetMiddleware:
-    """Refuses JSON bodies of too many values. Uploads are read in another way.
+class JsonBudgetMiddleware(HttpMiddleware):
+    """Rejects JSON bodies with too many values. Other content types are not parsed as JSON."""
 
-    Args:
-        app: The rest of the application.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count one body's values when it has come."""
-        if scope["type"] != "http" or "json" not in Headers(scope=scope).get("content-type", "").lower():
-            await self._app(scope, receive, send)
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count the values of one body when all of it was received."""
+        if "json" not in Headers(scope=scope).get("content-type", "").lower():
+            await self.app(scope, receive, send)
             return
-        most = most_values(scope["path"])
+        most = most_values(matched(scope).operation)
         pieces: list[bytes] = []
         is_whole = False
 
@@ -99,4 +93,4 @@ class JsonBudgetMiddleware:
                 pieces.clear()
             return message
 
-        await self._app(scope, counted_receive, send)
+        await self.app(scope, counted_receive, send)

@@ -1,4 +1,4 @@
-"""Middleware for every request. Plain ASGI, because buffering wrappers break streams and disconnects."""
+"""Middleware for every request: ids and records, API keys, and the time and size of bodies."""
 
 from __future__ import annotations
 
@@ -6,50 +6,54 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import describe
+from server.api.http.http_middleware import HttpMiddleware
 from server.api.http.multipart import discard_rest
 from server.api.inference.request_record import RequestRecord
 from server.api.keys.callers import Caller
 from server.api.keys.keys import ApiKeys
-from server.api.operations import OPEN_PATHS, check_access, takes_tokens
-from server.errors import ServerError
+from server.api.operations import Operations, matched
 from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-"""Incoming ids that are accepted: they cannot forge a log line or a header."""
+"""Accepted incoming ids; they cannot forge a log line or a header."""
 
 MIN_BODY_RATE = 4096
 """Minimum rate of a long body, in bytes per second."""
 
 
-class RequestIdMiddleware:
-    """Gives every response an ``X-Request-ID``, every bug a 500 in the error shape, every request a record.
+class RequestIdMiddleware(HttpMiddleware):
+    """Gives every request its operation, an id and a record, and every error raised here the error format.
 
     Args:
         app: The rest of the application.
+        operations: Everything that is served.
         metrics: Where errors are counted.
         observers: Callbacks that get the record of each finished request.
     """
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, observers: Sequence[Callable[[RequestRecord], None]] = ()
+        self,
+        app: ASGIApp,
+        *,
+        operations: Operations,
+        metrics: Metrics,
+        observers: Sequence[Callable[[RequestRecord], None]] = (),
     ) -> None:
-        self._app = app
+        super().__init__(app)
+        self._operations = operations
         self._metrics = metrics
         self._observers = observers
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers = Headers(scope=scope)
+        matched = self._operations.match(scope["method"], scope["path"])
         incoming = headers.get("x-request-id", "")
         request_id = incoming if _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex
         record = RequestRecord(
@@ -57,8 +61,9 @@ class RequestIdMiddleware:
             method=scope["method"],
             path=scope.get("raw_path", scope["path"].encode()).decode("latin-1"),
             traceparent=headers.get("traceparent"),
+            is_polled=matched.is_polled,
         )
-        scope.setdefault("state", {}).update(request_id=request_id, record=record)
+        scope.setdefault("state", {}).update(request_id=request_id, record=record, matched=matched)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -70,11 +75,9 @@ class RequestIdMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self.app(scope, receive, send_with_id)
         except Exception as error:
-            reply = describe(error, request_id=request_id)
-            self._metrics.count_error(reply.code)
-            record.error = reply.code
+            reply = record.fail(error, self._metrics)
             if started:
                 raise  # the server closes the connection, which tells the client that the response is not whole
             await reply.response()(scope, receive, send_with_id)
@@ -84,43 +87,35 @@ class RequestIdMiddleware:
                 observe(record)
 
 
-class ApiKeyMiddleware:
+class ApiKeyMiddleware(HttpMiddleware):
     """Rejects requests without a valid key and scope, before their body is read.
 
     Args:
         app: The rest of the application.
         keys: The keys.
-        metrics: Where errors are counted.
-        open_paths: What needs no key.
+        open_metrics: Whether metrics need no key.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics, open_paths: Set[str] = OPEN_PATHS) -> None:
-        self._app = app
-        self._open_paths = open_paths
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, open_metrics: bool = False) -> None:
+        super().__init__(app)
         self._keys = keys
-        self._metrics = metrics
+        self._open_metrics = open_metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check one request's key."""
-        if scope["type"] == "http" and scope["path"] not in self._open_paths:
-            try:
-                caller = self._keys.check(Headers(scope=scope).get("authorization"))
-                scope["state"]["record"].tenant = caller.tenant
-                check_access(caller, scope["method"], scope["path"])
-            except (ServerError, HTTPException) as error:
-                reply = describe(error, request_id=scope["state"]["request_id"])
-                self._metrics.count_error(reply.code)
-                scope["state"]["record"].error = reply.code
-                await reply.response()(scope, receive, send)
-                return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the key of one request."""
+        found = matched(scope)
+        if not (found.is_open or (self._open_metrics and found.is_metrics)):
+            caller = self._keys.check(Headers(scope=scope).get("authorization"))
+            scope["state"]["record"].tenant = caller.tenant
+            found.check_access(caller)
             scope["state"]["caller"] = caller
-            if takes_tokens(scope["method"], scope["path"]) is not None:
+            if found.operation is not None and found.operation.quota is not None:
                 send = _with_limits(caller, send)
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 def _with_limits(caller: Caller, send: Send) -> Send:
-    """Add the key's remaining limits to the response's headers."""
+    """Add the remaining limits of the key to the headers of the response."""
 
     async def send_with_limits(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -130,28 +125,25 @@ def _with_limits(caller: Caller, send: Send) -> Send:
     return send_with_limits
 
 
-class BodyTimeoutMiddleware:
+class BodyTimeoutMiddleware(HttpMiddleware):
     """Ends a request whose body arrives too slowly; only time spent waiting for the client counts.
 
     Args:
         app: The rest of the application.
-        seconds: How long may be waited; each byte that comes gives ``1 / MIN_BODY_RATE`` seconds of it back.
+        seconds: Maximum time to wait, extended by ``1 / MIN_BODY_RATE`` seconds per received byte.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
-        self._app = app
+        super().__init__(app)
         self._seconds = seconds
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Bound the time for one request's body."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bound the time for the body of one request."""
         left, is_whole = self._seconds, False
 
         async def timely_receive() -> Message:
             nonlocal left, is_whole
-            if is_whole:  # what is waited for now is the client's going
+            if is_whole:  # the caller waits for the client to disconnect
                 return await receive()
             began = time.monotonic()
             try:
@@ -161,29 +153,30 @@ class BodyTimeoutMiddleware:
                 raise HTTPException(
                     408, "the request body was not received in time", headers={"connection": "close"}
                 ) from None
-            # What came quickly buys no longer silence later: that would hold its memory for as long.
+            # Fast data does not allow a longer pause later, during which the received data would stay in memory.
             left += len(message.get("body", b"")) / MIN_BODY_RATE - (time.monotonic() - began)
             left = min(left, self._seconds)
             is_whole = not message.get("more_body", False)
             return message
 
-        await self._app(scope, timely_receive, send)
+        await self.app(scope, timely_receive, send)
 
 
-class BodyLimitMiddleware:
-    """Limits the size of request bodies as they arrive; multipart uploads have separate limits.
+class BodyLimitMiddleware(HttpMiddleware):
+    """Limits the size of request bodies as they arrive; uploads have a separate limit.
 
-    FastAPI passes an ``HTTPException`` out of ``receive`` on to the handlers as it is, and hides any other.
+    Errors are raised as ``HTTPException``: FastAPI hides any other error raised by ``receive``.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
-        self._app = app
+        super().__init__(app)
         self._max_bytes = max_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Bound one request's body."""
-        if scope["type"] != "http" or _is_upload(scope):
-            await self._app(scope, receive, send)
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bound the body of one request."""
+        operation = matched(scope).operation
+        if operation is not None and operation.is_upload:
+            await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
@@ -193,7 +186,7 @@ class BodyLimitMiddleware:
 
         async def limited_receive() -> Message:
             nonlocal received
-            has_rest = not is_held_back  # reading would ask the client to send it
+            has_rest = not is_held_back  # reading would make the client send it
             if not is_too_long:
                 message = await receive()
                 received += len(message.get("body", b""))
@@ -204,7 +197,7 @@ class BodyLimitMiddleware:
                 await discard_rest(_rest(receive))
             raise self._error()
 
-        await self._app(scope, limited_receive, send)
+        await self.app(scope, limited_receive, send)
 
     def _error(self) -> HTTPException:
         return HTTPException(
@@ -218,7 +211,3 @@ async def _rest(receive: Receive) -> AsyncIterator[bytes]:
         message = await receive()
         more = bool(message.get("more_body", False))
         yield message.get("body", b"")
-
-
-def _is_upload(scope: Scope) -> bool:
-    return bool(scope["method"] == "POST" and scope["path"] == "/v1/prompts")

@@ -7,11 +7,9 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import compile_path
 
-from server.api.classification.routes import ClassifyReply
-from server.api.inference.responses import ChatCompletion, ChatCompletionChunk, Completion
-from server.api.openapi_fields import FIELDS, PARAMETERS
-from server.api.operations import OPEN_PATHS
+from server.api.operations import Operation, Operations
 
 _REF = "#/components/schemas/{name}"
 
@@ -56,51 +54,29 @@ STATUSES = {
     503: "The server is loading, restarting, draining or overloaded; retry after `Retry-After` seconds.",
 }
 
-_GENERATION = ("/v1/completions", "/v1/chat/completions", "/v1/classify")
-_CONFLICTS = {
-    ("post", "/v1/prompts"),
-    ("put", "/v1/prompts/{id}/aliases/{alias}"),
-    ("post", "/v1/prompts/{id}/aliases/{alias}/rollback"),
-}
-_LIMITED = {*_GENERATION, "/v1/prompts/{id}/warm", "/v1/prompts/{id}/inspect"}
-_FILE = "/v1/prompts/{id}/versions/{version}/files/{filename}"
 
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"model": "sentiment", "prompt": "The strap feels flimsy.", "max_tokens": 4, "temperature": 0},
-    "/v1/chat/completions": {"model": "dates", "messages": [{"role": "user", "content": "Born the 3rd of May 2021"}]},
-    "/v1/classify": {
-        "model": "sentiment",
-        "input": ["The strap feels flimsy."],
-        "labels": ["\npositive", "\nnegative"],
-    },
-    "/tokenize": {"prompt": "The strap feels flimsy.", "return_token_strs": True},
-    "/detokenize": {"tokens": [200, 451]},
-    "/v1/prompts/{id}/aliases/{alias}": {"version": 1},
-    "/v1/prompts/{id}/aliases/{alias}/rollback": {},
-    "/v1/prompts/{id}/warm": {"pin": False},
-}
-"""An example body for each path that takes JSON; all are valid for the demo's soft prompts."""
-
-
-def describe_api(app: FastAPI) -> dict[str, Any]:
+def describe_api(app: FastAPI, operations: Operations) -> dict[str, Any]:
     """The document; built once per application."""
     if app.openapi_schema is None:
-        app.openapi_schema = _describe(app)
+        app.openapi_schema = _describe(app, operations)
     return app.openapi_schema
 
 
-def _describe(app: FastAPI) -> dict[str, Any]:
+def _describe(app: FastAPI, operations: Operations) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
     )
-    _, replies = msgspec.json.schema_components(
-        (Completion, ChatCompletion, ChatCompletionChunk, ClassifyReply), ref_template=_REF
-    )
+    by_route = {
+        (method.lower(), compile_path(path)[1]): operation
+        for (method, path), operation in operations.by_route.items()
+    }
     components = document["components"]
     schemas: dict[str, Any] = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    schemas |= {name: schema | {"title": name} for name, schema in replies.items()} | ERROR_SCHEMAS
+    structs = {struct for operation in by_route.values() for struct in (operation.reply, operation.event) if struct}
+    _, replies = msgspec.json.schema_components(structs, ref_template=_REF)
+    schemas |= replies | ERROR_SCHEMAS
     components["securitySchemes"] = {
         "key": {
             "type": "http",
@@ -108,94 +84,58 @@ def _describe(app: FastAPI) -> dict[str, Any]:
             "description": "Required if the server was started with API keys.",
         }
     }
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            _describe_operation(method, path, operation)
+    for path, described in document["paths"].items():
+        for method, item in described.items():
+            _complete(item, by_route[method, path])
     for name, schema in schemas.items():
-        for field, described in schema.get("properties", {}).items():
-            if "description" not in described and (text := FIELDS.get(field)):
-                described["description"] = text
         schema.setdefault("title", name)
     return document
 
 
-def _describe_operation(method: str, path: str, operation: dict[str, Any]) -> None:
-    responses = operation["responses"]
+def _complete(item: dict[str, Any], operation: Operation) -> None:
+    """Add the statuses, content, example and security of an operation to what FastAPI wrote about it."""
+    responses = item["responses"]
     for unused in ("422", "default"):
         responses.pop(unused, None)
-    for status in sorted(_statuses(method, path, operation)):
-        responses[str(status)] = {
-            "description": STATUSES[status],
-            "content": {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}},
-        }
-    for parameter in operation.get("parameters", []):
-        known = PARAMETERS.get(parameter["name"])
-        if known is not None:
-            parameter.setdefault("description", known[0])
-            if parameter["in"] == "path":
-                parameter.setdefault("example", known[1])
-    if path in EXAMPLES and method != "delete":
-        operation["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[path]
-    if path not in OPEN_PATHS:
-        operation["security"] = [{}, {"key": []}]
-    content = _content(path)
-    if content is not None and "200" in responses:
-        responses["200"]["content"] = content
-    if path == _FILE:
-        responses["206"] = {"description": "The requested range.", "content": content}
+    for status in sorted(_errors(item, operation)):
+        responses[str(status)] = {"description": STATUSES[status], "content": _json_of("Error")}
+    for parameter in item.get("parameters", []):
+        if parameter["in"] == "path":  # FastAPI writes the examples of a parameter into its schema alone
+            parameter["example"] = parameter["schema"].pop("examples")[0]
+    if operation.example is not None:
+        item["requestBody"]["content"]["application/json"]["example"] = operation.example
+    if operation.scopes is not None:
+        item["security"] = [{}, {"key": []}]
+    if operation.reply is not None:
+        responses["200"]["content"] = _json_of(operation.reply.__name__)
+    if operation.event is not None:
+        responses["200"]["content"] |= _events_of(operation.event.__name__)
 
 
-def _statuses(method: str, path: str, operation: dict[str, Any]) -> set[int]:
-    if path == "/live":
-        return set()
-    found = {503}
-    if path not in OPEN_PATHS:
+def _errors(item: dict[str, Any], operation: Operation) -> set[int]:
+    found = set(operation.errors)
+    if operation.scopes is not None:
         found |= {401, 403}
-    if path == "/metrics":
-        found.discard(503)
-    names_something = "{" in path or path in _GENERATION or path in ("/tokenize", "/detokenize")
-    if "parameters" in operation or "requestBody" in operation:
+    if "parameters" in item or "requestBody" in item:
         found.add(400)
-    if names_something:
-        found.add(404)
-    if "requestBody" in operation:
+    if "requestBody" in item:
         found |= {408, 413, 415}
-    if (method, path) in _CONFLICTS:
-        found.add(409)
-    if path in _LIMITED:
-        found.add(429)
-    if path == _FILE:
-        found.add(416)
     return found
 
 
-def _content(path: str) -> dict[str, Any] | None:
-    """The content of a successful response, if FastAPI does not know it."""
+def _json_of(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REF.format(name=name)}}}
 
-    def json_of(name: str) -> dict[str, Any]:
-        return {"application/json": {"schema": {"$ref": _REF.format(name=name)}}}
 
-    def events_of(name: str) -> dict[str, Any]:
-        payload = {
-            "contentMediaType": "application/json",
-            "contentSchema": {"anyOf": [{"$ref": _REF.format(name=name)}, {"$ref": _REF.format(name="Error")}]},
-        }
-        data = {
-            "type": "string",
-            "description": f"{name} as JSON, one per chunk, then [DONE]. An error after the first event is sent "
-            "as a last event with Error.",
-            "anyOf": [{"const": "[DONE]"}, payload],
-        }
-        return {
-            "text/event-stream": {"schema": {"type": "object", "required": ["data"], "properties": {"data": data}}}
-        }
-
-    text = {"schema": {"type": "string"}}
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    return {
-        "/v1/completions": json_of("Completion") | events_of("Completion"),
-        "/v1/chat/completions": json_of("ChatCompletion") | events_of("ChatCompletionChunk"),
-        "/v1/classify": json_of("ClassifyReply"),
-        "/metrics": {"text/plain": text, "application/openmetrics-text": text},
-        _FILE: {"application/json": {"schema": {"type": "object"}}, "application/octet-stream": binary},
-    }.get(path)
+def _events_of(name: str) -> dict[str, Any]:
+    payload = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [{"$ref": _REF.format(name=name)}, {"$ref": _REF.format(name="Error")}]},
+    }
+    data = {
+        "type": "string",
+        "description": f"{name} as JSON, one per chunk, then [DONE]. An error after the first event is sent as a "
+        "last event with Error.",
+        "anyOf": [{"const": "[DONE]"}, payload],
+    }
+    return {"text/event-stream": {"schema": {"type": "object", "required": ["data"], "properties": {"data": data}}}}

@@ -1,96 +1,158 @@
-"""The scopes that each path needs. Paths that are not in this table are not served."""
+"""The facts of each route in one place, and the lookup of a request's route."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import msgspec
 from starlette.exceptions import HTTPException
-from starlette.routing import compile_path
+from starlette.routing import BaseRoute, Route, compile_path
+from starlette.types import Scope as AsgiScope
 
 from server.api.keys.callers import Caller, Scope
 from server.errors import PermissionDeniedError
 
-OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
-"""Probes carry no key."""
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
-_ANY_KEY: frozenset[Scope] = frozenset()
-_GENERATE = frozenset({Scope.GENERATE})
-_READ = frozenset({Scope.PROMPTS_READ})
-_WRITE = frozenset({Scope.PROMPTS_WRITE})
-_ADMIN = frozenset({Scope.ADMIN})
+ANY_KEY: frozenset[Scope] = frozenset()
+"""Scopes of an operation that every API key may use."""
 
-SCOPES: dict[tuple[str, str], frozenset[Scope]] = {
-    ("POST", "/v1/completions"): _GENERATE,
-    ("POST", "/v1/chat/completions"): _GENERATE,
-    ("POST", "/v1/classify"): _GENERATE,
-    ("POST", "/tokenize"): _GENERATE,
-    ("POST", "/detokenize"): _GENERATE,
-    ("GET", "/tokenizer_info"): _GENERATE,
-    ("GET", "/v1/models"): _GENERATE | _READ,
-    ("GET", "/v1/models/{model_id:path}"): _GENERATE | _READ,
-    ("GET", "/v1/prompts"): _READ,
-    ("POST", "/v1/prompts"): _WRITE,
-    ("GET", "/v1/prompts/{id}"): _READ,
-    ("DELETE", "/v1/prompts/{id}"): _WRITE,
-    ("GET", "/v1/prompts/{id}/inspect"): _READ,
-    ("GET", "/v1/prompts/{id}/history"): _READ,
-    ("POST", "/v1/prompts/{id}/warm"): _WRITE,
-    ("GET", "/v1/prompts/{id}/versions"): _READ,
-    ("GET", "/v1/prompts/{id}/versions/{version}"): _READ,
-    ("DELETE", "/v1/prompts/{id}/versions/{version}"): _WRITE,
-    ("GET", "/v1/prompts/{id}/versions/{version}/files/{filename}"): _READ,
-    ("PUT", "/v1/prompts/{id}/aliases/{alias}"): _WRITE,
-    ("DELETE", "/v1/prompts/{id}/aliases/{alias}"): _WRITE,
-    ("POST", "/v1/prompts/{id}/aliases/{alias}/rollback"): _WRITE,
-    # Admin only, because it shows the soft prompts of all tenants and their use.
-    ("GET", "/metrics"): _ADMIN,
-    ("HEAD", "/metrics"): _ADMIN,
-    **{
-        (method, path): _ANY_KEY
-        for method in ("GET", "HEAD")
-        for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
-    },
-}
-"""By method and path: the scopes of which one is needed; none if empty."""
-
-LIMITED: dict[tuple[str, str], bool] = {
-    ("POST", "/v1/completions"): True,
-    ("POST", "/v1/chat/completions"): True,
-    ("POST", "/v1/classify"): True,
-    ("POST", "/tokenize"): True,
-    ("POST", "/detokenize"): True,
-    ("POST", "/v1/prompts"): False,
-    ("GET", "/v1/prompts/{id}/inspect"): False,
-    ("POST", "/v1/prompts/{id}/warm"): False,
-}
-"""Routes that count against a key's limits, and whether they count against its token limit."""
-
-_LIMITED_PATTERNS = [
-    (method, compile_path(path)[0], takes_tokens) for (method, path), takes_tokens in LIMITED.items()
-]
-
-_PATTERNS = [(compile_path(path)[0], method, needed) for (method, path), needed in SCOPES.items()]
+_ATTRIBUTE = "operation"
+"""Attribute of an endpoint that holds its operation."""
 
 
-def takes_tokens(method: str, path: str) -> bool | None:
-    """Whether a request counts against its key's token limit; None if it counts against no limit."""
-    for known, pattern, found in _LIMITED_PATTERNS:
-        if known == method and pattern.match(path):
-            return found
-    return None
+class Quota(StrEnum):
+    """The limits of an API key that a request counts against."""
+
+    REQUESTS = "requests"
+    TOKENS = "tokens"
+    """Requests and tokens."""
 
 
-def check_access(caller: Caller, method: str, path: str) -> None:
-    """Return if a caller may use a path.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """The facts of one route, declared on its endpoint: ``@Operation(...)`` below the decorator of the route.
+
+    Attributes:
+        scopes: An API key needs one of them; if there are none, any key will do. None: no key is needed.
+        errors: Statuses of errors, besides those that follow from ``scopes``, parameters and the request body.
+        is_metrics: Whether ``--open-metrics`` serves it without an API key.
+        quota: Limits of the API key that a request counts against.
+        work: OpenTelemetry's ``gen_ai.operation.name``, for requests that the model works on. They are refused before
+            validation while the queue is too long.
+        takes_token_ids: Whether the body may hold texts as token ids, and so more JSON values than others.
+        is_upload: Whether the endpoint reads and bounds the body itself.
+        example: An example body, valid for the demo's soft prompts.
+        reply: The JSON response, where FastAPI does not know it.
+        event: The JSON in each event of a stream.
+    """
+
+    scopes: AbstractSet[Scope] | None
+    errors: Collection[int] = (503,)
+    is_metrics: bool = False
+    quota: Quota | None = None
+    work: str | None = None
+    takes_token_ids: bool = False
+    is_upload: bool = False
+    example: Mapping[str, object] | None = None
+    reply: type[msgspec.Struct] | None = None
+    event: type[msgspec.Struct] | None = None
+
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        """Declare this on an endpoint."""
+        setattr(endpoint, _ATTRIBUTE, self)
+        return endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What a request's method and path lead to.
+
+    Attributes:
+        operation: The operation; None if the path has none for this method.
+        by_method: All operations of the path; empty for an unknown path.
+    """
+
+    operation: Operation | None
+    by_method: Mapping[str, Operation]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the path needs no API key; a wrong method needs none either."""
+        return any(operation.scopes is None for operation in self.by_method.values())
+
+    @property
+    def is_polled(self) -> bool:
+        """Whether the path is for probes or metrics, which are requested periodically."""
+        return self.is_open or self.is_metrics
+
+    @property
+    def is_metrics(self) -> bool:
+        """Whether ``--open-metrics`` serves the path without an API key."""
+        return any(operation.is_metrics for operation in self.by_method.values())
+
+    def check_access(self, caller: Caller) -> None:
+        """Check that a caller may use the operation.
+
+        Raises:
+            PermissionDeniedError: If the key has none of the required scopes.
+            HTTPException: 404 or 405 if there is no such operation.
+        """
+        if not self.by_method:
+            raise HTTPException(404)
+        if self.operation is None:
+            raise HTTPException(405, headers={"allow": ", ".join(sorted(self.by_method))})
+        needed = self.operation.scopes
+        if needed and not needed & caller.scopes:
+            words = " or ".join(sorted(needed))
+            raise PermissionDeniedError(f"this requires an API key with the scope {words}", scopes=sorted(needed))
+
+
+class Operations:
+    """The operations of all routes.
+
+    Attributes:
+        by_route: Operations by method and path template.
+
+    Args:
+        routes: Everything that is served.
 
     Raises:
-        PermissionDeniedError: If the key has none of the required scopes.
-        HTTPException: 404 or 405 for paths and methods that are not in the table.
+        TypeError: If a route has no operation.
     """
-    known = {known: needed for pattern, known, needed in _PATTERNS if pattern.match(path)}
-    if not known:
-        raise HTTPException(404)
-    if method not in known:
-        raise HTTPException(405, headers={"allow": ", ".join(sorted(known))})
-    needed = known[method]
-    if needed and not needed & caller.scopes:
-        words = " or ".join(sorted(needed))
-        raise PermissionDeniedError(f"this requires an API key with the scope {words}", scopes=sorted(needed))
+
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        self.by_route: dict[tuple[str, str], Operation] = {}
+        by_path: dict[str, dict[str, Operation]] = {}
+        for route in routes:
+            path, methods, operation = _declared(route)
+            for method in methods:
+                self.by_route[method, path] = by_path.setdefault(path, {})[method] = operation
+        self._patterns = [(compile_path(path)[0], by_method) for path, by_method in by_path.items()]
+
+    def match(self, method: str, path: str) -> Matched:
+        """Find the operation of a request."""
+        by_method: dict[str, Operation] = {}
+        for pattern, operations in self._patterns:
+            if pattern.match(path):
+                by_method |= operations
+        return Matched(by_method.get(method), by_method)
+
+
+def _declared(route: BaseRoute) -> tuple[str, list[str], Operation]:
+    found = getattr(getattr(route, "endpoint", None), _ATTRIBUTE, None)
+    if not isinstance(route, Route) or not isinstance(found, Operation):
+        raise TypeError(f"{route!r} has no operation: add @Operation(...) to its endpoint")
+    return route.path, sorted(route.methods or ()), found
+
+
+def matched(scope: AsgiScope) -> Matched:
+    """What ``RequestIdMiddleware`` found for a request."""
+    found = scope["state"]["matched"]
+    if not isinstance(found, Matched):
+        raise TypeError("the state of a request holds something else than its operation")
+    return found

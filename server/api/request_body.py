@@ -1,11 +1,11 @@
-"""What all JSON bodies, and the objects in them, have in common."""
+"""The base of all JSON bodies and their objects, and checks of their texts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class RequestBody(BaseModel):
@@ -19,27 +19,32 @@ class RequestBody(BaseModel):
         return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
+def first_message(error: ValidationError) -> str:
+    """The first fault that pydantic found, without its prefix for our own messages."""
+    return error.errors(include_url=False, include_input=False)[0]["msg"].removeprefix("Value error, ")
+
+
 _MAY_HAVE_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\0")
-"""A surrogate as an escape or as bytes, which Python's JSON takes; or, by its zeros, a body that is not UTF-8."""
+"""A surrogate as an escape or as bytes, which Python's JSON accepts; or zeros, as in UTF-16 and UTF-32."""
 
 MAX_LOCATION_DEPTH = 8
-"""Of a fault deeper than this, the place where it begins is named."""
+"""Maximum depth of a reported location; deeper faults are reported at this depth."""
 
 
 def may_have_halves(body: bytes) -> bool:
-    """Whether ``half_pair_in`` can find anything in a body's JSON; quick, and few bodies may."""
+    """Whether ``half_pair_in`` may find something in the JSON of a body; a quick check that few bodies fail."""
     return _MAY_HAVE_HALVES.search(body) is not None
 
 
 def half_pair_in(value: object) -> tuple[str | int, ...] | None:
-    """Where parsed JSON has half of a surrogate pair, which is no text; None where it has none.
+    """Find half of a surrogate pair in parsed JSON; it is not valid text.
 
     Args:
-        value: Of any depth.
+        value: A JSON value of any depth.
 
     Returns:
-        Names and indices that lead to the string; to its object where the half is in a name, and to at most
-        ``MAX_LOCATION_DEPTH`` levels.
+        Names and indices that lead to the string, or to its object if the half is in a name; at most
+        ``MAX_LOCATION_DEPTH`` levels. None if there is none.
     """
     nodes: list[tuple[tuple[str | int, ...], object]] = [((), value)]
     while nodes:
@@ -72,7 +77,7 @@ def _has_half(text: str) -> bool:
 
 
 def check_unicode(texts: Sequence[str]) -> None:
-    """JSON can spell half of a surrogate pair; that is no text, and no tokenizer takes it.
+    """Check that texts have no half of a surrogate pair, which JSON can express but tokenizers do not accept.
 
     Raises:
         ValueError: If one of them has such a half.

@@ -17,6 +17,7 @@ from server.api.inference.request_record import MAX_MODEL_CHARS, RequestRecord
 from server.api.middleware import RequestIdMiddleware
 from server.errors import OverloadedError, WaitTimeoutError
 from tests.support.in_process import ready
+from tests.support.operations import OPERATIONS
 
 
 class Clock:
@@ -369,7 +370,8 @@ async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobod
     async def send(message: dict[str, object]) -> None:
         told.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "state": {}}
+    matched = OPERATIONS.match("POST", "/v1/completions")
+    scope = {"type": "http", "method": "POST", "headers": [], "state": {"matched": matched}}
     reached = []
 
     async def app(scope: object, receive: Callable[..., Awaitable[object]], send: object) -> None:

@@ -18,7 +18,7 @@ def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]
     return [(method, path, one) for path, item in document["paths"].items() for method, one in item.items()]
 
 
-async def test_every_field_and_parameter_is_described(document):
+async def test_every_field_and_parameter_is_described(document: dict[str, Any]) -> None:
     lacking = [
         f"{name}.{field}"
         for name, schema in document["components"]["schemas"].items()

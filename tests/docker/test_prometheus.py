@@ -212,9 +212,9 @@ def test_every_metric_of_the_rules_is_there(watched: Prometheus) -> None:
 
 
 def test_rules_and_errors_speak_of_codes_that_exist() -> None:
-    from server.api.errors import _AT_THE_DOOR, _TABLE, describe_status
+    from server.api.errors import _BEFORE_PARSING, _TABLE, describe_status
 
-    codes = {row.code for row in _TABLE.values()} | {describe_status(status).code for status in _AT_THE_DOOR}
+    codes = {row.code for row in _TABLE.values()} | {describe_status(status).code for status in _BEFORE_PARSING}
     for rule in rules():
         for pattern in re.findall(r'code=~"([^"]+)"', rule["expr"]):
             assert set(pattern.split("|")) <= codes

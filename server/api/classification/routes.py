@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from pydantic import Field, PlainValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,9 +23,10 @@ from server.api.generation.routes import tokenize_prompts
 from server.api.inference.call import Call
 from server.api.inference.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
 from server.api.inference.request_record import begin_record
-from server.api.inference.responses import Usage
+from server.api.inference.responses import Created, MemberName, ModelName, ObjectType, ResponseId, Usage
 from server.api.inference.target import Target
-from server.api.keys.callers import caller_of
+from server.api.keys.callers import Scope, caller_of
+from server.api.operations import Operation, Quota
 from server.api.request_body import check_unicode
 from server.api.services import Services, ServicesDep, require_json, require_ready
 from server.continuations import Context
@@ -90,59 +91,59 @@ class ClassifyBody(EnsembleBody):
 
 
 class MemberLabel(msgspec.Struct, kw_only=True):
-    """What one soft prompt of an ensemble says of an input.
+    """The result of one member of an ensemble for an input."""
 
-    Attributes:
-        model: ``NAME@VERSION``, or the base's name.
-        label: The likeliest label.
-        probability: Its probability.
-    """
-
-    model: str
-    label: str
-    probability: float
+    model: MemberName
+    label: Annotated[str, Meta(description="The most likely label.")]
+    probability: Annotated[float, Meta(description="Probability of the most likely label.")]
 
 
 class Classified(msgspec.Struct, kw_only=True):
-    """One input's label.
+    """The result for one input."""
 
-    Attributes:
-        index: Which input.
-        label: The likeliest label.
-        probability: Its probability.
-        num_classes: How many labels there are.
-        probs: The probabilities of all labels in order, as vLLM tells them.
-        probabilities: The same by label.
-        logprobs: Where one soft prompt scored labels: the log-probability of each as the text's continuation.
-        logits: Where one head decided: what it gave each label.
-        votes: Of an ensemble: how many members hold each label to be the likeliest.
-        members: Of an ensemble: what each of them says.
-    """
-
-    index: int
-    label: str
-    probability: float
-    num_classes: int
-    probs: list[float]
-    probabilities: dict[str, float]
-    logprobs: dict[str, float] | UnsetType = UNSET
-    logits: dict[str, float] | UnsetType = UNSET
-    votes: dict[str, int] | UnsetType = UNSET
-    members: list[MemberLabel] | UnsetType = UNSET
+    index: Annotated[int, Meta(description="Index of the input, from 0.")]
+    label: Annotated[str, Meta(description="The most likely label.")]
+    probability: Annotated[float, Meta(description="Probability of the most likely label.")]
+    num_classes: Annotated[int, Meta(description="Number of labels.")]
+    probs: Annotated[list[float], Meta(description="Probabilities in the order of the labels, as vLLM returns them.")]
+    probabilities: Annotated[dict[str, float], Meta(description="Probabilities by label.")]
+    logprobs: Annotated[
+        dict[str, float] | UnsetType,
+        Meta(description="Log-probability of each given label after the text; absent with ensembles and heads."),
+    ] = UNSET
+    logits: Annotated[
+        dict[str, float] | UnsetType,
+        Meta(description="Output of the classification head per label, if a single head decided."),
+    ] = UNSET
+    votes: Annotated[
+        dict[str, int] | UnsetType, Meta(description="Of an ensemble: number of members that voted for each label.")
+    ] = UNSET
+    members: Annotated[
+        list[MemberLabel] | UnsetType, Meta(description="Of an ensemble: the result of each member.")
+    ] = UNSET
 
 
 class ClassifyReply(msgspec.Struct, kw_only=True):
-    """The answer of ``/v1/classify``."""
+    """The response of ``/v1/classify``."""
 
-    id: str
-    object: str = "list"
-    created: int
-    model: str
-    data: list[Classified]
-    usage: Usage
+    id: ResponseId
+    object: ObjectType = "list"
+    created: Created
+    model: ModelName
+    data: Annotated[list[Classified], Meta(description="One entry per input, in order.")]
+    usage: Annotated[Usage, Meta(description="Token counts of the request.")]
 
 
 @router.post("/classify", response_class=Response)
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 429, 503),
+    quota=Quota.TOKENS,
+    work="classify",
+    takes_token_ids=True,
+    example={"model": "sentiment", "input": ["The strap feels flimsy."], "labels": ["\npositive", "\nnegative"]},
+    reply=ClassifyReply,
+)
 async def classify(body: ClassifyBody, request: Request, services: ServicesDep) -> Response:
     """Classify one or more texts."""
     record = begin_record(request, services, model=body.model_text, text=lambda: body.input)

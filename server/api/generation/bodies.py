@@ -130,30 +130,53 @@ class GenerationBody(GuidedBody):
     """Known fields of other servers that are rejected."""
 
     task_id: int | None = Field(None, ge=0, lt=_INT64, description="Task id of a multitask prompt, from 0.")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: float = Field(1.0, ge=0.0, le=2.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    stream: bool = Field(False, description="Whether to stream the response as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Options of the stream; only with `stream`.")
+    temperature: float = Field(
+        1.0, ge=0.0, le=2.0, description="Sampling temperature; 0 selects the most likely token."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Sample from the smallest set of most likely tokens with at least this total probability.",
+    )
     top_k: int = Field(
         0, ge=-1, lt=_INT64, description="Sample from this number of most likely tokens; 0 or -1: all."
     )
     min_p: float = Field(0.0, ge=0.0, le=1.0, description="Drop tokens below this share of the highest probability.")
-    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
-    logit_bias: LogitBias = Field({})
+    presence_penalty: float = Field(
+        0.0, ge=-2.0, le=2.0, description="Subtracted from the logit of every token that was generated."
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2.0, le=2.0, description="Subtracted from the logit of a token for each time that it was generated."
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        ge=0.01,
+        le=100.0,
+        description="Penalty on every token so far: divides positive logits and multiplies negative ones.",
+    )
+    logit_bias: LogitBias = Field({}, description="Bias added to the logits, by token id.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices per prompt.")
-    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    max_tokens: int | None = Field(None, ge=1, lt=_INT64)
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="Random seed of the sampling.")
+    max_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Maximum number of new tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64, description="Newer name of `max_tokens`.")
-    min_tokens: int = Field(0, ge=0, lt=_INT64)
+    min_tokens: int = Field(
+        0,
+        ge=0,
+        lt=_INT64,
+        description="Minimum number of new tokens before an end-of-sequence token; stop strings still apply.",
+    )
     response_format: ResponseFormat | None = Field(None, description="Structured output, in OpenAI's format.")
     structured_outputs: StructuredOutputs | None = Field(None, description="Structured output, in vLLM's format.")
-    stop: Stop = Field([])
-    stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    stop: Stop = Field([], description="Strings that end the text.")
+    stop_token_ids: list[TokenId] = Field(
+        [], max_length=MAX_STOP_TOKEN_IDS, fail_fast=True, description="Tokens that end the text."
+    )
+    ignore_eos: bool = Field(False, description="Whether to continue after end-of-sequence tokens.")
+    include_stop_str_in_output: bool = Field(False, description="Whether the text includes the stop string.")
+    skip_special_tokens: bool = Field(True, description="Whether to leave special tokens out of the text.")
     priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")
     timeout: float | None = Field(
         None,
@@ -241,7 +264,9 @@ class CompletionBody(EnsembleBody, GenerationBody):
 
     unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **COMPLETIONS}
 
-    prompt: Prompts
+    prompt: Prompts = Field(
+        description="One or more texts: a string, a list of strings, token ids, or a list of token id lists."
+    )
     max_tokens: int | None = Field(
         None, ge=0, lt=_INT64, description="Maximum number of new tokens; 0 requires `echo`."
     )
@@ -249,7 +274,7 @@ class CompletionBody(EnsembleBody, GenerationBody):
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="Number of most likely tokens to return per token."
     )
-    add_special_tokens: bool = True
+    add_special_tokens: bool = Field(True, description="Whether to add the tokenizer's special tokens to the text.")
 
     @model_validator(mode="after")
     def _check_that_something_is_asked(self) -> Self:
@@ -292,13 +317,15 @@ class ChatBody(TemplateOptions, GenerationBody):
 
     model: str | None = Field(None, description="The base model, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
     prompt_id: str | None = Field(None, description="A soft prompt, if `model` is the base model or absent.")
-    messages: Messages
-    logprobs: bool = False
+    messages: Messages = Field(description="The conversation.")
+    logprobs: bool = Field(False, description="Whether to return the log-probabilities of the new tokens.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")
     add_special_tokens: bool = Field(
         False, description="Add special tokens; most chat templates already contain them."
     )
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
+    tools: list[Tool] = Field(
+        [], max_length=MAX_TOOLS, fail_fast=True, description="Functions that the model may call."
+    )
     tool_choice: ToolChoice | None = Field(None, description="Default: `auto` if there are tools.")
     parallel_tool_calls: bool = Field(True, description="Whether an answer may contain several calls.")
 

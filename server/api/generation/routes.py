@@ -21,8 +21,10 @@ from server.api.http.sse import DONE, EventStream, event
 from server.api.inference.call import Call
 from server.api.inference.ensemble import targets_of
 from server.api.inference.request_record import RequestRecord, begin_record
+from server.api.inference.responses import ChatCompletion, ChatCompletionChunk, Completion
 from server.api.inference.target import Target, resolve
-from server.api.keys.callers import caller_of
+from server.api.keys.callers import Scope, caller_of
+from server.api.operations import Operation, Quota
 from server.api.services import Services, ServicesDep, require_json, require_ready
 from server.errors import InvalidRequestError
 
@@ -126,6 +128,16 @@ async def tokenize_prompts(
 
 
 @router.post("/completions", response_class=Response)
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 429, 503),
+    quota=Quota.TOKENS,
+    work="text_completion",
+    takes_token_ids=True,
+    example={"model": "sentiment", "prompt": "The strap feels flimsy.", "max_tokens": 4, "temperature": 0},
+    reply=Completion,
+    event=Completion,
+)
 async def create_completion(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
     """Complete one or more prompts, given as text or token ids."""
     record = begin_record(request, services, model=body.model_text, text=lambda: body.prompt)
@@ -154,6 +166,15 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
 
 
 @router.post("/chat/completions", response_class=Response)
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 429, 503),
+    quota=Quota.TOKENS,
+    work="chat",
+    example={"model": "dates", "messages": [{"role": "user", "content": "Born the 3rd of May 2021"}]},
+    reply=ChatCompletion,
+    event=ChatCompletionChunk,
+)
 async def create_chat_completion(body: ChatBody, request: Request, services: ServicesDep) -> Response:
     """Answer a conversation formatted by the model's chat template."""
     if not services.tokenizer.has_chat_template:

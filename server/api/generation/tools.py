@@ -75,16 +75,18 @@ ChatText = Annotated[str, PlainValidator(_chat_text, json_schema_input_type=str 
 class FunctionCall(RequestBody):
     """What the model called."""
 
-    name: str = Field(pattern=_NAME)
-    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
+    name: str = Field(pattern=_NAME, description="Name of the function.")
+    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any])] = (
+        Field(description="Arguments of the call: a JSON object, or a string that contains one.")
+    )
 
 
 class ToolCall(RequestBody):
     """One call in an assistant's message."""
 
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
+    id: str = Field(description="Identifier of the call.")
+    type: Literal["function"] = Field("function", description="Always `function`.")
+    function: FunctionCall = Field(description="The called function.")
 
 
 class ChatMessage(RequestBody):
@@ -93,7 +95,7 @@ class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="Role of the author; `developer` is the same as `system`."
     )
-    name: str | None = None
+    name: str | None = Field(None, description="Name of the author, passed to the template.")
     tool_calls: list[ToolCall] = Field(
         [], max_length=MAX_TOOL_CALLS, fail_fast=True, description="Tool calls of an assistant message."
     )
@@ -192,9 +194,11 @@ Messages = Annotated[
 class Function(RequestBody):
     """A function that the model may call."""
 
-    name: str = Field(pattern=_NAME)
-    description: str | None = Field(None, max_length=MAX_CONSTRAINT_CHARS)
-    parameters: Schema = _NO_PARAMETERS
+    name: str = Field(pattern=_NAME, description="Name of the function.")
+    description: str | None = Field(
+        None, max_length=MAX_CONSTRAINT_CHARS, description="Description of the function, for the model."
+    )
+    parameters: Schema = Field(_NO_PARAMETERS, description="JSON schema of the function's arguments.")
     strict: bool = Field(
         False, description="Reject schema keywords that cannot be enforced instead of ignoring them."
     )
@@ -203,21 +207,21 @@ class Function(RequestBody):
 class Tool(RequestBody):
     """A tool; all are functions."""
 
-    type: Literal["function"]
-    function: Function
+    type: Literal["function"] = Field(description="Always `function`.")
+    function: Function = Field(description="The function.")
 
 
 class NamedFunction(RequestBody):
     """A function by its name."""
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=_NAME, description="Name of the function.")
 
 
 class NamedTool(RequestBody):
     """The one tool that the model has to call."""
 
-    type: Literal["function"]
-    function: NamedFunction
+    type: Literal["function"] = Field(description="Always `function`.")
+    function: NamedFunction = Field(description="The function to call.")
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool

@@ -1,31 +1,31 @@
-"""What every answer carries, and when a connection cannot go on after one."""
+"""The headers of every response, and when a connection closes after one."""
 
 from __future__ import annotations
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+
+from server.api.http.http_middleware import HttpMiddleware
 
 PROTECTIVE_HEADERS = (
     ("x-content-type-options", "nosniff"),
     ("referrer-policy", "no-referrer"),
     ("cross-origin-resource-policy", "same-origin"),
 )
-"""No answer is taken for another type than it has, tells other sites its address, or is embedded in their pages."""
+"""Browsers do not guess the type of a response, send its URL to other sites, or embed it in their pages."""
 
 
-class ExpectMiddleware:
-    """Closes the connection after an answer that comes instead of ``100 Continue``.
+class ExpectMiddleware(HttpMiddleware):
+    """Closes the connection after a response that is sent instead of ``100 Continue``.
 
-    The client may then send its body or not, and the next request could not be told from it (RFC 9110, 10.1.1).
+    The client may or may not send its body then, which cannot be distinguished from the next request (RFC 9110,
+    10.1.1).
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http" or "expect" not in Headers(scope=scope):
-            await self._app(scope, receive, send)
+        if "expect" not in Headers(scope=scope):
+            await self.app(scope, receive, send)
             return
         is_read = False
 
@@ -39,4 +39,4 @@ class ExpectMiddleware:
                 MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        await self._app(scope, noted_receive, closing_send)
+        await self.app(scope, noted_receive, closing_send)

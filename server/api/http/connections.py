@@ -1,8 +1,8 @@
-"""The door: what a connection may send, how slowly, and for how long, before a request has begun.
+"""Limits of connections: the size of a request's head, and the time until it is received.
 
-uvicorn with httptools takes heads of any length and waits for them for ever; ``LimitedProtocol`` bounds both, the
-number of connections, and how long an answer may lie unread. Bodies are bounded by the application's middleware.
-It also refuses heads that RFC 9112 says to refuse, drops trailers, and declines offers to speak another protocol.
+uvicorn with httptools accepts heads of any length and waits for them forever. ``LimitedProtocol`` bounds both, the
+number of connections, and how long a response may stay unread. Bodies are bounded by the application's middleware.
+It also rejects heads that RFC 9112 requires to reject, drops trailers, and declines protocol upgrades.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from http import HTTPStatus
 from typing import Any, NoReturn
 
 import httptools
+
+# Private classes: tests/api/http/test_uvicorn.py says what to do when they change.
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import ErrorReply, describe_status
@@ -27,29 +29,30 @@ from server.api.http.origins import Origins
 from server.api.http.refusal_log import Refusal
 
 MAX_HEADERS = 128
-"""Header lines of one request."""
+"""Maximum number of header lines of one request."""
 
 MAX_PIPELINED = 16
-"""Requests of one connection that may wait behind another's answer; thousands fit into one read, 2 KiB each."""
+"""Maximum number of pipelined requests of a connection. One read may contain thousands, which cost 2 KiB each."""
 
 _BYTES_PER_CHUNK, _BYTES_PER_BYTE = 16, 3
-"""What may come for each chunk of a body, and for each byte in it; the rest is bounded, as in Go's net/http."""
+"""Allowed bytes per chunk of a body, and per byte in it; any excess is bounded, as in Go's net/http."""
 
 _errors_only = logging.getLogger("uvicorn.error.connections")
-"""uvicorn's protocol warns of each request that is no HTTP, without a bound; those have a line of our own."""
+"""uvicorn logs a warning per malformed request, without a limit. ``RefusalLog`` logs them instead."""
 _errors_only.setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """What one server's connections are held to.
+    """The limits of a server's connections.
 
     Attributes:
-        max_connections: Open at once.
-        max_head_bytes: Request line and headers of one request.
-        head_seconds: From a connection's beginning, or a request's first byte, to the end of its head.
-        stall_seconds: How long an answer's bytes may lie without the client taking any of them.
-        on_refused: Told when a connection is refused or ended.
+        max_connections: Maximum number of open connections.
+        max_head_bytes: Maximum size of the request line and headers of a request.
+        head_seconds: Maximum time from the start of a connection, or the first byte of a request, to the end of the
+            head.
+        stall_seconds: Maximum time in which a client reads nothing of a response.
+        on_refused: Called when a connection is rejected or ended.
         origins: Origins whose pages may read the error.
     """
 
@@ -62,7 +65,7 @@ class ConnectionLimits:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol within limits; ``limited`` makes the class that uvicorn is given."""
+    """uvicorn's protocol with limits; ``limited`` makes the class for uvicorn."""
 
     limits: ConnectionLimits
 
@@ -75,7 +78,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._num_trailers = 0
         self._excess_bytes = 0
         self._declined: bytes | None = None
-        """The framing of a body whose request offers another protocol, from its head on; None where there is none."""
+        """The framing of the body of a request that offers another protocol; None if there is no such body."""
         self._is_declining = False
         self._is_in_request = False
         self._has_body_to_come = False
@@ -83,12 +86,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._num_unread = 0
         self._answered: RequestResponseCycle | None = None
-        """The request whose answer is under way or done last; ``cycle`` is the newest, which may wait behind it."""
+        """The request being answered, or the last one; ``cycle`` is the newest request, which may be pipelined."""
 
     # Beginning and end
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, or refuse it where there are too many."""
+        """Accept a connection, or reject it if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -96,7 +99,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection, and tell the request that is being answered, which uvicorn only tells the newest."""
+        """Forget the connection, and notify the request being answered; uvicorn notifies only the newest one."""
         for timer in (self._head_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -109,11 +112,11 @@ class LimitedProtocol(HttpToolsProtocol):
     # Heads
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come, within the limits of a head."""
+        """Parse received bytes within the limits of a head."""
         if self.transport.is_closing():
             return
         if not self._is_in_request:
-            # What follows an answer, the rest of a refused body included, has to become another request in time.
+            # Bytes after a response, even the rest of a rejected body, must become another request in time.
             self._expect_head()
         if self._has_body_to_come:
             self._excess_bytes = max(0, self._excess_bytes) + len(data)
@@ -143,7 +146,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return
 
     def _decline(self) -> None:
-        """Go on after a head with an offer of another protocol; httptools takes its request to have no body."""
+        """Continue after a head that offers another protocol; httptools assumes that the request has no body."""
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         if self._declined is not None:
@@ -160,7 +163,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_bytes = self._num_trailers = 0
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the request's target."""
+        """Receive a part of the request target."""
         if self._is_declining:
             return
         super().on_url(url)
@@ -168,13 +171,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self._fail(HeadError(HTTPStatus.REQUEST_URI_TOO_LONG))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, or drop a trailer: none is known here that would mean anything (RFC 9110, 6.5.1)."""
+        """Receive a header, or drop a trailer: no trailer has a meaning here (RFC 9110, 6.5.1)."""
         if self._is_declining:
             return
         if self._has_body_to_come:
             self._num_trailers += 1
             if name.lower() == b"connection":
-                self.cycle.keep_alive = False  # httptools takes it for a header, and may read nothing after it
+                self.cycle.keep_alive = False  # httptools treats it as a header, and may stop reading after it
         else:
             super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
@@ -200,7 +203,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.headers[:] = [(name, authority if name == b"host" else value) for name, value in self.headers]
         if version == "1.0":
             self.expect_100_continue = False
-        super().on_headers_complete()  # raises where the target is none that it understands: then none has begun
+        super().on_headers_complete()  # raises for a malformed target; then no request has begun
         if self.parser.should_upgrade():
             self._declined = framing_of(self.headers)
         if not self.pipeline:
@@ -216,12 +219,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._excess_bytes -= _BYTES_PER_CHUNK
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of a body."""
+        """Receive a part of a body."""
         self._excess_bytes -= _BYTES_PER_BYTE * len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End a request's body, unless it is the one that httptools does not see."""
+        """End the body of a request, unless httptools does not know of the body."""
         if self._declined is not None and not self._is_declining:
             return
         self._has_body_to_come = False
@@ -229,7 +232,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request; what the client has still to read is looked after."""
+        """Continue with the next request, and watch unread bytes if the connection closes."""
         self._is_in_request = bool(self.pipeline)
         if self.pipeline:
             self._answered, _ = self.pipeline[-1]
@@ -243,7 +246,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(fault.status, fault.reason)
 
     def timeout_keep_alive_handler(self) -> None:
-        """End a connection that sends no other request."""
+        """End a connection without another request."""
         super().timeout_keep_alive_handler()
         self._watch_writes()
 
@@ -255,26 +258,26 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timer = None
         if self._head_bytes:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT)
-        elif not self.transport.is_closing():  # nothing was asked, so nothing is answered
-            self._tell("request_timeout", "nothing was asked in time")
+        elif not self.transport.is_closing():  # no request, so no response
+            self._report("request_timeout", "nothing was asked in time")
             self.transport.close()
 
     def _fail(self, fault: HeadError) -> NoReturn:
-        """Give up parsing: httptools passes the error on without its class."""
+        """Stop parsing. The fault is kept because httptools raises the error without its class."""
         self._head_fault = fault
         raise fault
 
     def _refuse(self, status: HTTPStatus, reason: str | None = None) -> None:
-        """Answer and close, where it would not be taken for the answer to another request."""
+        """Close the connection, with a response unless it would be taken for another request's response."""
         if self.transport.is_closing():
             return
         reply = describe_status(status, reason)
         request_id = None
-        is_of_the_one_that_runs = self._has_body_to_come and not (self.pipeline or self.cycle.response_started)
-        if not self._is_in_request or is_of_the_one_that_runs:
+        is_for_current_request = self._has_body_to_come and not (self.pipeline or self.cycle.response_started)
+        if not self._is_in_request or is_for_current_request:
             request_id = uuid.uuid4().hex
             self.transport.write(self._encoded(status, reply, request_id))
-        self._tell(reply.code, reply.message, status=request_id and reply.status, request_id=request_id)
+        self._report(reply.code, reply.message, status=request_id and reply.status, request_id=request_id)
         self.transport.close()
         self._watch_writes()
 
@@ -294,13 +297,13 @@ class LimitedProtocol(HttpToolsProtocol):
         lines += [f"{name}: {value}".encode("latin-1") for name, value in headers.items()]
         return b"\r\n".join([*lines, b"", reply.body])
 
-    def _tell(self, code: str, reason: str, **known: Any) -> None:
+    def _report(self, code: str, reason: str, **known: Any) -> None:
         self.limits.on_refused(Refusal(code=code, reason=reason, client=self.client and self.client[0], **known))
 
-    # Answers that nobody reads
+    # Unread responses
 
     def pause_writing(self) -> None:
-        """The client does not keep up."""
+        """The client reads too slowly."""
         super().pause_writing()
         self._watch_writes()
 
@@ -308,15 +311,15 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._write_timer is None:
             self._num_unread = self._count_unread()
             if self._num_unread:
-                self._write_timer = self.loop.call_later(self.limits.stall_seconds, self._look_at_writes)
+                self._write_timer = self.loop.call_later(self.limits.stall_seconds, self._check_writes)
 
-    def _look_at_writes(self) -> None:
-        """Give a client up that has taken nothing since the last look; what waits for its reading ends at once."""
+    def _check_writes(self) -> None:
+        """Abort the connection if the client has read nothing since the last check, which ends its requests."""
         self._write_timer = None
         is_waiting = self.flow.write_paused or self.transport.is_closing()
         if is_waiting and self._count_unread() >= self._num_unread:
             state = {} if self._answered is None else self._answered.scope.get("state", {})
-            self._tell(
+            self._report(
                 "client_stalled",
                 "the client takes nothing of its answer",
                 request_id=state.get("request_id"),
@@ -327,7 +330,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._watch_writes()
 
     def _count_unread(self) -> int:
-        """Bytes that the client's machine has not acknowledged, here and in the kernel, which may hold megabytes."""
+        """Bytes that the client has not acknowledged, in our buffer and in the kernel's, which may hold megabytes."""
         descriptor = self.transport.get_extra_info("socket").fileno()
         waiting = fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0" * 4) if descriptor >= 0 else b""
         return self.transport.get_write_buffer_size() + int.from_bytes(waiting, sys.byteorder)
@@ -337,14 +340,14 @@ def limited(limits: ConnectionLimits) -> type[LimitedProtocol]:
     """The protocol for one server."""
 
     class Protocol(LimitedProtocol):
-        """The protocol with its limits, as uvicorn wants a class."""
+        """The protocol with its limits; uvicorn needs a class."""
 
     Protocol.limits = limits
     return Protocol
 
 
 def _fault_of(error: httptools.HttpParserError) -> HeadError | None:
-    """The fault that httptools found, where that is more than that it is no HTTP/1.1; it has no classes for these."""
+    """The fault that httptools found, if it is not just malformed HTTP; httptools has no classes for these."""
     if any(words in str(error) for words in ("HTTP version", "PRI/Upgrade")):
         return HeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
     return None

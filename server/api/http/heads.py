@@ -19,8 +19,8 @@ class HeadError(ValueError):
     """The head is not acceptable; the connection must be closed.
 
     Attributes:
-        status: How it is answered.
-        reason: For people; None where the status says enough.
+        status: Status of the response.
+        reason: Message; None if the status says enough.
     """
 
     def __init__(self, status: HTTPStatus, reason: str | None = None) -> None:
@@ -30,20 +30,20 @@ class HeadError(ValueError):
 
 
 def check_head(method: bytes, version: str, headers: Headers) -> None:
-    """Return if a head may begin a request.
+    """Check the head of a request.
 
     Args:
-        method: As it was sent.
-        version: HTTP's, such as ``1.1``.
+        method: Method of the request.
+        version: HTTP version, such as ``1.1``.
         headers: All header lines.
 
     Raises:
-        HeadError: If it asks for a tunnel, the version is another one, the Host is missing, given twice or malformed,
-            or the body has a transfer coding that is not ``chunked`` alone.
+        HeadError: If the method is CONNECT, the version is not supported, the Host is missing, repeated or malformed,
+            or the body has a transfer coding other than ``chunked`` alone.
     """
     if version not in {"1.0", "1.1"}:
         raise HeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
-    if method == b"CONNECT":  # what follows is no request, whatever its length is said to be
+    if method == b"CONNECT":  # the following bytes are not a request, whatever the headers say
         raise HeadError(HTTPStatus.BAD_REQUEST, "this server is not a proxy")
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1:
@@ -60,11 +60,11 @@ def check_head(method: bytes, version: str, headers: Headers) -> None:
 
 
 def authority_of(target: bytes) -> bytes | None:
-    """The authority of a target in absolute form, which stands for the Host header then; None for other forms.
+    """The authority of a target in absolute form, which replaces the Host header; None for other forms.
 
     Raises:
-        HeadError: If it holds a user name.
-        httptools.HttpParserInvalidURLError: If the target is no URL.
+        HeadError: If it contains a user name.
+        httptools.HttpParserInvalidURLError: If the target is not a URL.
     """
     if target[:1] in {b"/", b"*"}:
         return None
@@ -78,9 +78,9 @@ def authority_of(target: bytes) -> bytes | None:
 
 
 def framing_of(headers: Headers) -> bytes | None:
-    """The header line that says how long a request's body is; None where it has none.
+    """The header line with the length of a request's body; None if there is no body.
 
-    The headers have passed ``check_head`` and httptools, so there is one such line at most.
+    The headers have passed ``check_head`` and httptools, so there is at most one such line.
     """
     for name, value in headers:
         if name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0):

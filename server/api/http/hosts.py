@@ -10,6 +10,7 @@ from typing import Self
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.api.http.http_middleware import HttpMiddleware
 from server.errors import ConfigurationError, MisdirectedRequestError
 
 _ANY = "*"
@@ -21,10 +22,10 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Hosts:
-    """Names in the Host header that are answered: loopback's own, and those that are added.
+    """The accepted names in the Host header: those of loopback, and the configured ones.
 
     Args:
-        names: Lower case, without a final dot; addresses as Python writes them.
+        names: Names in lower case, without a final dot; addresses in Python's format.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -35,11 +36,11 @@ class Hosts:
         """Read the setting.
 
         Args:
-            names: Names or addresses without a port; ``*`` is any.
-            is_guarded: Whether names are looked at even where none is given.
+            names: Names or addresses without a port; ``*`` accepts any.
+            is_guarded: Whether names are checked even if none is configured.
 
         Returns:
-            The names, or None where every name is answered.
+            The names, or None if every name is accepted.
 
         Raises:
             ConfigurationError: If one of them is neither a name nor an address.
@@ -57,7 +58,7 @@ class Hosts:
 
 
 def name_of(host: str) -> str:
-    """A Host header's value without its port, the brackets and the final dot, in lower case."""
+    """The value of a Host header in lower case, without port, brackets and final dot."""
     host = host.strip().lower()
     if host.startswith("["):
         address, bracket, _ = host[1:].partition("]")
@@ -65,28 +66,27 @@ def name_of(host: str) -> str:
     return host.partition(":")[0].removesuffix(".")
 
 
-class HostMiddleware:
-    """Refuses requests that are meant for another host: 421.
+class HostMiddleware(HttpMiddleware):
+    """Rejects requests for another host with 421.
 
-    A browser sends the name that the page has, whatever address that name has now. So a page that points its name at
-    this machine (DNS rebinding) cannot ask this server as if it were the page's own.
+    A browser sends the host name of the page's URL, whatever address that name has now. So a page that points its
+    name at this machine (DNS rebinding) cannot use this server as its own.
 
     Args:
         app: The rest of the application.
-        hosts: The names that are answered.
+        hosts: The accepted names.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Hosts) -> None:
-        self._app = app
+        super().__init__(app)
         self._hosts = hosts
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check one request's Host. Only HTTP/1.0, which no browser speaks, may lack one."""
-        if scope["type"] == "http":
-            for host in Headers(scope=scope).getlist("host"):
-                if host not in self._hosts:
-                    raise MisdirectedRequestError(_explain(name_of(host)))
-        await self._app(scope, receive, send)
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the Host header of one request. Only HTTP/1.0, which browsers do not use, may lack it."""
+        for host in Headers(scope=scope).getlist("host"):
+            if host not in self._hosts:
+                raise MisdirectedRequestError(_explain(name_of(host)))
+        await self.app(scope, receive, send)
 
 
 def _explain(name: str) -> str:

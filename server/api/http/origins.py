@@ -1,7 +1,7 @@
-"""What pages of other origins may do: send nothing that changes anything, and read nothing, unless they are allowed.
+"""Cross-origin protection: pages of other origins may not change or read anything unless they are allowed.
 
-The rule is that of Go's ``http.CrossOriginProtection``. Starlette's CORS middleware is not used: it refuses
-preflights in plain text, without a request id, and lets caches mix up answers to different origins.
+The rule is that of Go's ``http.CrossOriginProtection``. Starlette's CORS middleware is not used: it rejects
+preflights in plain text, without a request id, and lets caches mix up responses to different origins.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.http.http_middleware import HttpMiddleware
 from server.errors import ConfigurationError, CrossOriginError
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""
 
 METHODS = "GET, HEAD, POST, PUT, DELETE"
-"""What an allowed origin may send."""
+"""Methods that an allowed origin may use."""
 
 EXPOSED_HEADERS = (
     *("content-disposition", "etag", "retry-after", "retry-after-ms", "www-authenticate"),
     *("x-prelude-prompt", "x-request-id", "x-should-retry"),
     *(f"x-ratelimit-{what}-{unit}" for unit in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
 )
-"""Headers of answers that a page of an allowed origin may read, beside those that every page may."""
+"""Response headers that pages of allowed origins may read, besides the CORS-safelisted ones."""
 
 PREFLIGHT_SECONDS = 600
-"""How long a browser need not ask again."""
+"""How long a browser may cache a preflight, in seconds."""
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", re.ASCII)
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
@@ -37,13 +38,13 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, \t-]{1,2048}", re.ASCII)
 
 
 class Origins:
-    """The origins that are let in.
+    """The allowed origins.
 
     Args:
         urls: Each ``scheme://host`` or ``scheme://host:port``.
 
     Raises:
-        ConfigurationError: If one of them is no origin.
+        ConfigurationError: If one of them is not an origin.
     """
 
     def __init__(self, urls: Sequence[str] = ()) -> None:
@@ -57,7 +58,7 @@ class Origins:
         return origin is not None and origin.lower() in self._origins
 
     def headers_for(self, origin: str | None) -> dict[str, str]:
-        """The headers that let a page of that origin read an answer, or an error; none for another origin."""
+        """The headers that let a page of this origin read a response; empty if it is not allowed."""
         if origin is None or origin not in self:
             return {}
         return {
@@ -66,8 +67,8 @@ class Origins:
         }
 
 
-class CorsMiddleware:
-    """Lets pages of allowed origins read every answer, errors and streams included.
+class CorsMiddleware(HttpMiddleware):
+    """Lets pages of allowed origins read every response, including errors and streams.
 
     Args:
         app: The rest of the application.
@@ -75,14 +76,11 @@ class CorsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, *, origins: Origins) -> None:
-        self._app = app
+        super().__init__(app)
         self._origins = origins
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         added = self._origins.headers_for(Headers(scope=scope).get("origin"))
 
         async def send_with_origin(message: Message) -> None:
@@ -92,38 +90,37 @@ class CorsMiddleware:
                 headers.add_vary_header("Origin")
             await send(message)
 
-        await self._app(scope, receive, send_with_origin)
+        await self.app(scope, receive, send_with_origin)
 
 
-class CrossOriginMiddleware:
-    """Refuses what a page of another origin sends, before its body is read, and answers allowed origins' preflights.
+class CrossOriginMiddleware(HttpMiddleware):
+    """Rejects unsafe requests from pages of other origins before their body is read; answers allowed preflights.
 
     Args:
         app: The rest of the application.
-        origins: Those that are allowed.
+        origins: The allowed origins.
     """
 
     def __init__(self, app: ASGIApp, *, origins: Origins) -> None:
-        self._app = app
+        super().__init__(app)
         self._origins = origins
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check where one request comes from."""
-        if scope["type"] == "http":
-            headers, method = Headers(scope=scope), scope["method"]
-            if method == "OPTIONS" and "access-control-request-method" in headers:
-                if headers.get("origin") in self._origins:
-                    await _preflight(headers)(scope, receive, send)
-                    return
-            elif method not in SAFE_METHODS and is_foreign(headers) and headers.get("origin") not in self._origins:
-                raise CrossOriginError(_explain(headers.get("origin", "")))
-        await self._app(scope, receive, send)
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the origin of one request."""
+        headers, method = Headers(scope=scope), scope["method"]
+        if method == "OPTIONS" and "access-control-request-method" in headers:
+            if headers.get("origin") in self._origins:
+                await _preflight(headers)(scope, receive, send)
+                return
+        elif method not in SAFE_METHODS and is_foreign(headers) and headers.get("origin") not in self._origins:
+            raise CrossOriginError(_explain(headers.get("origin", "")))
+        await self.app(scope, receive, send)
 
 
 def is_foreign(headers: Headers) -> bool:
-    """Whether a page of another origin sends this. What sends neither header is no browser of today.
+    """Whether a page of another origin sent the request. Every current browser sends one of the two headers.
 
-    Browsers send ``Sec-Fetch-Site`` to https and to loopback, and ``Origin`` with whatever may change something.
+    Browsers send ``Sec-Fetch-Site`` to https and to loopback, and ``Origin`` with unsafe methods.
     """
     sites = headers.getlist("sec-fetch-site")
     if sites:
@@ -139,7 +136,7 @@ def _explain(origin: str) -> str:
 
 
 def _preflight(headers: Headers) -> Response:
-    """All methods, and the headers that are asked for: what may use them is decided by keys, not by names."""
+    """Allow all methods and the requested headers: API keys restrict access, not header names."""
     allowed = {
         "access-control-allow-methods": METHODS,
         "access-control-max-age": str(PREFLIGHT_SECONDS),

@@ -1,4 +1,4 @@
-"""Log a line per connection that is rejected or closed early, at a limited rate."""
+"""Log one line per connection that is rejected or closed early, at a limited rate."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from server.logs import FIELDS
 logger = logging.getLogger(__name__)
 
 LINES_PER_SECOND = 10
-"""Of each code. Being refused costs a client nothing and takes no key, so a line for each could fill a disk."""
+"""Per code. Rejected connections cost a client nothing and need no key, so unlimited lines could fill a disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A connection that was refused or ended before its request had begun, or while its answer lay unread.
+    """A connection that was rejected or ended before its request had begun, or while its response was unread.
 
     Attributes:
-        code: The error's code, as in the metrics.
-        reason: The same for people.
-        status: HTTP status of the answer; None where there was none.
+        code: Error code, as in the metrics.
+        reason: Error message.
+        status: HTTP status of the response; None if there was none.
         request_id: X-Request-ID of the response, or of the request whose response was not read; None if none.
-        client: Address of the other side, which may be a proxy's.
-        tenant: Whose key came with the request, where that is known.
+        client: Address of the client, or of a proxy.
+        tenant: Tenant of the API key, if known.
     """
 
     code: str

@@ -8,10 +8,11 @@ from contextlib import ExitStack, contextmanager
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import describe
+from server.api.http.http_middleware import HttpMiddleware
+from server.api.inference.request_record import record_of
 from server.api.keys.callers import caller_of
 from server.api.keys.limits import Allowance
-from server.api.operations import takes_tokens
+from server.api.operations import Quota, matched
 from server.api.services import Services
 from server.errors import ContextLengthError, PayloadTooLargeError, RateLimitError
 from server.fair_work import Work, current_work, working_for
@@ -28,7 +29,7 @@ _LIKELY_CHARS_PER_TOKEN = 6
 _REFUSALS_OF_OURS = frozenset({429, 503})
 
 
-class LimitsMiddleware:
+class LimitsMiddleware(HttpMiddleware):
     """Enforces the limits of keys before a body is read, and attributes the work to the tenant.
 
     Args:
@@ -37,31 +38,27 @@ class LimitsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self._app = app
+        super().__init__(app)
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let one request in."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        caller = caller_of(Request(scope))
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Admit one request."""
+        request, operation = Request(scope), matched(scope).operation
+        caller = caller_of(request)
         with ExitStack() as stack:
             work = stack.enter_context(working_for(caller.tenant))
-            takes = takes_tokens(scope["method"], scope["path"])
-            if takes is not None:
+            if operation is not None and operation.quota is not None:
+                takes_tokens = operation.quota is Quota.TOKENS
                 try:
-                    allowance = stack.enter_context(caller.limiter.admitted(takes_tokens=takes))
+                    allowance = stack.enter_context(caller.limiter.admitted(takes_tokens=takes_tokens))
                 except RateLimitError as error:
-                    reply = describe(error, request_id=scope["state"]["request_id"])
-                    self._metrics.count_error(reply.code)
-                    scope["state"]["record"].error = reply.code
-                    await reply.response()(scope, receive, send)
+                    # Not raised: the response needs the headers that ``send`` adds.
+                    await record_of(request).fail(error, self._metrics).response()(scope, receive, send)
                     return
                 stack.callback(lambda: allowance.settle(work.num_tokens))
                 scope["state"]["allowance"] = allowance
                 send = _noting_refusals(allowance, work, send)
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
 
 
 def _noting_refusals(allowance: Allowance, work: Work, send: Send) -> Send:

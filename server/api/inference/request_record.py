@@ -9,22 +9,14 @@ from dataclasses import dataclass, field, fields
 
 from starlette.requests import Request
 
+from server.api.errors import ErrorReply, describe
 from server.api.inference.responses import Usage
-from server.api.operations import OPEN_PATHS
+from server.api.operations import matched
 from server.api.services import Services
 from server.logs import FIELDS
+from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-QUIET_PATHS = OPEN_PATHS | {"/metrics"}
-"""Probes and scrapes, logged at the level DEBUG."""
-
-OPERATIONS = {
-    "/v1/completions": "text_completion",
-    "/v1/chat/completions": "chat",
-    "/v1/classify": "classify",
-}
-"""OpenTelemetry's ``gen_ai.operation.name`` by path."""
 
 MAX_MODEL_CHARS = 256
 """Maximum length of the recorded field ``model``."""
@@ -63,6 +55,7 @@ class RequestRecord:
         first_output: When the engine's first output for it arrived, by the monotonic clock.
         started: When its head had come, by the monotonic clock.
         started_at: The same in Unix seconds.
+        is_polled: Whether it is for a probe or metrics; logged at DEBUG.
     """
 
     request_id: str
@@ -90,6 +83,18 @@ class RequestRecord:
     first_output: float | None = None
     started: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
+    is_polled: bool = False
+
+    def fail(self, error: Exception, metrics: Metrics) -> ErrorReply:
+        """Record and count an error.
+
+        Returns:
+            The error as the client gets it.
+        """
+        reply = describe(error, request_id=self.request_id)
+        metrics.count_error(reply.code)
+        self.error = reply.code
+        return reply
 
     def end(self, outcome: str, usage: Usage) -> None:
         """Record the result of an admitted request."""
@@ -109,8 +114,8 @@ class RequestRecord:
         }
 
 
-_MOMENTS = {"first_output", "started", "started_at"}
-_LOGGED = tuple(item.name for item in fields(RequestRecord) if item.name not in _MOMENTS)
+_NOT_LOGGED = {"first_output", "started", "started_at", "is_polled"}
+_LOGGED = tuple(item.name for item in fields(RequestRecord) if item.name not in _NOT_LOGGED)
 
 
 def record_of(request: Request) -> RequestRecord:
@@ -133,7 +138,8 @@ def begin_record(
         text: Returns the prompts or messages; called only if they are logged.
     """
     record = record_of(request)
-    record.operation = OPERATIONS[request.scope["path"]]
+    operation = matched(request.scope).operation
+    record.operation = None if operation is None else operation.work
     record.model = (model or services.base_name)[:MAX_MODEL_CHARS]
     if services.settings.http.log_prompts:
         record.input = logged_input(text())
@@ -142,9 +148,8 @@ def begin_record(
 
 def log_request(record: RequestRecord) -> None:
     """Log a finished request in one line."""
-    level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
     logger.log(
-        level,
+        logging.DEBUG if record.is_polled else logging.INFO,
         "%s %s %s in %.3f s, request %s",
         record.method,
         record.path,

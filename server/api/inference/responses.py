@@ -1,202 +1,215 @@
-"""The JSON of generated text, in OpenAI's shape: msgspec structs, because a stream writes one for each token."""
+"""The JSON of generated text, in OpenAI's format. A stream writes one struct per token, so msgspec is used."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
+
+ResponseId = Annotated[str, Meta(description="Identifier of the response.")]
+ObjectType = Annotated[str, Meta(description="Type of the object.")]
+Created = Annotated[int, Meta(description="Unix time in seconds.")]
+ModelName = Annotated[str, Meta(description="The model that answered, as named in the request.")]
+ChoiceIndex = Annotated[int, Meta(description="Index of the choice, from 0.")]
+FinishReason = Annotated[
+    str | None, Meta(description="`stop`, `length` or, with tools, `tool_calls`; null until the choice ends.")
+]
+TokenIds = Annotated[list[int] | UnsetType, Meta(description="Ids of the new tokens, if requested.")]
+PromptTokenIds = Annotated[list[int] | UnsetType, Meta(description="Token ids of the text, if requested.")]
+TokenText = Annotated[str, Meta(description="Text of the token.")]
+TokenBytes = Annotated[list[int], Meta(description="Bytes of the token, which may be a part of a character.")]
+Logprob = Annotated[float, Meta(description="Natural logarithm of the probability.")]
+Refusal = Annotated[None, Meta(description="Always null.")]
+MemberName = Annotated[str, Meta(description="`NAME@VERSION`, or the name of the base model.")]
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """How the positions of the prompt were computed.
+    """How the positions of the prompt were computed."""
 
-    Attributes:
-        cached_tokens: Text tokens found in the prefix cache.
-        virtual_tokens: Positions that soft prompts took; not part of ``prompt_tokens``.
-    """
-
-    cached_tokens: int
-    virtual_tokens: int
+    cached_tokens: Annotated[int, Meta(description="Text tokens found in the prefix cache.")]
+    virtual_tokens: Annotated[int, Meta(description="Positions of soft prompts; not part of `prompt_tokens`.")]
 
 
 class Usage(msgspec.Struct):
     """Token counts of a request, over all its choices."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens: Annotated[int, Meta(description="Text tokens, without virtual tokens.")]
+    completion_tokens: Annotated[int, Meta(description="Generated tokens of all choices.")]
+    total_tokens: Annotated[int, Meta(description="Sum of `prompt_tokens` and `completion_tokens`.")]
+    prompt_tokens_details: Annotated[
+        PromptTokensDetails, Meta(description="How the positions of the prompt were computed.")
+    ]
 
 
 class CompletionLogprobs(msgspec.Struct):
-    r"""Log-probabilities of the tokens of a text: OpenAI's arrays, one entry per token.
+    """Log-probabilities of the tokens of a text: OpenAI's arrays, one entry per token."""
 
-    Attributes:
-        tokens: What each token shows by itself; ``bytes:\xe2`` and the like for a part of a character.
-        token_logprobs: None only for the first token of a text that nothing stands before.
-        top_logprobs: The likeliest tokens and the one that stands here; None where none were asked for.
-        text_offset: Characters of the choice's text before each token.
-    """
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
+    tokens: Annotated[
+        list[str], Meta(description="Text of each token; `bytes:\\xe2` and the like for a part of a character.")
+    ]
+    token_logprobs: Annotated[
+        list[float | None],
+        Meta(description="Log-probability of each token; null only for a first token with nothing before it."),
+    ]
+    top_logprobs: Annotated[
+        list[dict[str, float] | None] | None,
+        Meta(description="The most likely tokens and the actual one per position; null if not requested."),
+    ]
+    text_offset: Annotated[
+        list[int], Meta(description="Offset of each token in the text of the choice, in characters.")
+    ]
 
 
 class TopLogprob(msgspec.Struct):
     """One of the most likely tokens."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
+    token: TokenText
+    logprob: Logprob
+    bytes: TokenBytes
 
 
 class ChatTokenLogprob(msgspec.Struct):
     """A token of the answer, and the most likely tokens at its position."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
+    token: TokenText
+    logprob: Logprob
+    bytes: TokenBytes
+    top_logprobs: Annotated[list[TopLogprob], Meta(description="The most likely tokens at this position.")]
 
 
 class ChatLogprobs(msgspec.Struct):
     """Log-probabilities of the tokens of an answer."""
 
-    content: list[ChatTokenLogprob]
-    refusal: None = None
+    content: Annotated[list[ChatTokenLogprob], Meta(description="One entry per token.")]
+    refusal: Refusal = None
 
 
 class MemberText(msgspec.Struct, kw_only=True):
-    """The text of one soft prompt of an ensemble.
+    """The text of one member of an ensemble."""
 
-    Attributes:
-        model: ``NAME@VERSION``, or the base's name.
-        text: All of it.
-        logprob: Mean log-probability of its tokens.
-    """
-
-    model: str
-    text: str
-    logprob: float
+    model: MemberName
+    text: Annotated[str, Meta(description="The whole text.")]
+    logprob: Annotated[float, Meta(description="Mean log-probability of its tokens.")]
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One generated text, or a part of it in a stream.
+    """One generated text, or a part of it in a stream."""
 
-    Attributes:
-        votes: Of an ensemble: how many members wrote each text.
-        members: Of an ensemble: what each of them wrote.
-    """
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: str | None = None
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    votes: dict[str, int] | UnsetType = UNSET
-    members: list[MemberText] | UnsetType = UNSET
+    index: ChoiceIndex
+    text: Annotated[str, Meta(description="The text, or its next part in a stream.")]
+    logprobs: Annotated[CompletionLogprobs | None, Meta(description="Log-probabilities of the tokens.")] = None
+    finish_reason: FinishReason = None
+    token_ids: TokenIds = UNSET
+    prompt_token_ids: PromptTokenIds = UNSET
+    votes: Annotated[
+        dict[str, int] | UnsetType, Meta(description="Of a voting ensemble: number of members per text.")
+    ] = UNSET
+    members: Annotated[
+        list[MemberText] | UnsetType, Meta(description="Of a voting ensemble: the text of each member.")
+    ] = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
     """The response of ``/v1/completions``, and each chunk of its stream."""
 
-    id: str
-    object: str = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
+    id: ResponseId
+    object: ObjectType = "text_completion"
+    created: Created
+    model: ModelName
+    choices: Annotated[list[CompletionChoice], Meta(description="The texts, or their next parts in a stream.")]
+    usage: Annotated[Usage | UnsetType | None, Meta(description="Token counts of the request.")] = UNSET
 
 
 class CalledFunction(msgspec.Struct):
     """A function's name and its arguments as a JSON string."""
 
-    name: str
-    arguments: str
+    name: Annotated[str, Meta(description="Name of the function.")]
+    arguments: Annotated[str, Meta(description="Arguments of the call: a JSON object in a string.")]
 
 
 class AnsweredCall(msgspec.Struct, kw_only=True):
     """A tool call of the assistant."""
 
-    id: str
-    type: str = "function"
-    function: CalledFunction
+    id: Annotated[str, Meta(description="Identifier of the call.")]
+    type: Annotated[str, Meta(description="Always `function`.")] = "function"
+    function: Annotated[CalledFunction, Meta(description="The called function.")]
 
 
 class ChatAnswer(msgspec.Struct, kw_only=True):
     """The assistant's message; its content is null if it consists of tool calls only."""
 
-    role: str = "assistant"
-    content: str | None
-    refusal: None = None
-    tool_calls: list[AnsweredCall] | UnsetType = UNSET
+    role: Annotated[str, Meta(description="Always `assistant`.")] = "assistant"
+    content: Annotated[str | None, Meta(description="Text of the message; null if there are only tool calls.")]
+    refusal: Refusal = None
+    tool_calls: Annotated[list[AnsweredCall] | UnsetType, Meta(description="Functions that the model calls.")] = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
     """One choice of a chat completion."""
 
-    index: int
-    message: ChatAnswer
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    index: ChoiceIndex
+    message: Annotated[ChatAnswer, Meta(description="The message of the assistant.")]
+    logprobs: Annotated[ChatLogprobs | None, Meta(description="Log-probabilities of the tokens.")] = None
+    finish_reason: FinishReason = None
+    token_ids: TokenIds = UNSET
+    prompt_token_ids: PromptTokenIds = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
     """The response of ``/v1/chat/completions``."""
 
-    id: str
-    object: str = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
+    id: ResponseId
+    object: ObjectType = "chat.completion"
+    created: Created
+    model: ModelName
+    choices: Annotated[list[ChatChoice], Meta(description="The generated messages.")]
+    usage: Annotated[Usage, Meta(description="Token counts of the request.")]
 
 
 class FunctionDelta(msgspec.Struct, kw_only=True):
     """The name (in a call's first part) and a part of the arguments."""
 
-    name: str | UnsetType = UNSET
-    arguments: str
+    name: Annotated[str | UnsetType, Meta(description="Name of the function, in the first part of a call.")] = UNSET
+    arguments: Annotated[str, Meta(description="The next part of the arguments.")]
 
 
 class CallDelta(msgspec.Struct, kw_only=True):
     """The part of a tool call in one chunk."""
 
-    index: int
-    id: str | UnsetType = UNSET
-    type: str | UnsetType = UNSET
-    function: FunctionDelta
+    index: Annotated[int, Meta(description="Index of the call, from 0.")]
+    id: Annotated[str | UnsetType, Meta(description="Identifier of the call, in its first part.")] = UNSET
+    type: Annotated[str | UnsetType, Meta(description="`function`, in the first part of a call.")] = UNSET
+    function: Annotated[FunctionDelta, Meta(description="The next part of the called function.")]
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
     """The part of the assistant's message in one chunk."""
 
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-    tool_calls: list[CallDelta] | UnsetType = UNSET
+    role: Annotated[str | UnsetType, Meta(description="`assistant`, in the first part of a message.")] = UNSET
+    content: Annotated[str | UnsetType, Meta(description="The next part of the text.")] = UNSET
+    tool_calls: Annotated[list[CallDelta] | UnsetType, Meta(description="The next parts of tool calls.")] = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
     """The part of one choice in a chunk."""
 
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    index: ChoiceIndex
+    delta: Annotated[ChatDelta, Meta(description="The next part of the message.")]
+    logprobs: Annotated[ChatLogprobs | None, Meta(description="Log-probabilities of the tokens of this part.")] = None
+    finish_reason: FinishReason = None
+    token_ids: TokenIds = UNSET
+    prompt_token_ids: PromptTokenIds = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     """One event of a chat stream."""
 
-    id: str
-    object: str = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
+    id: ResponseId
+    object: ObjectType = "chat.completion.chunk"
+    created: Created
+    model: ModelName
+    choices: Annotated[list[ChatChunkChoice], Meta(description="The next parts of the messages.")]
+    usage: Annotated[
+        Usage | UnsetType | None, Meta(description="Token counts so far, or of the whole request in the last chunk.")
+    ] = UNSET

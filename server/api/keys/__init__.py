@@ -1,1 +1,1 @@
-"""Who calls, with which scopes and limits."""
+"""API keys with their tenants, scopes and limits."""

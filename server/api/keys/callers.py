@@ -14,7 +14,7 @@ from server.api.keys.limits import KeyLimiter, Limits
 
 
 class Scope(StrEnum):
-    """What a key may do."""
+    """A permission of an API key."""
 
     GENERATE = "generate"
     PROMPTS_READ = "prompts:read"
@@ -30,10 +30,10 @@ class Caller:
     """The sender of a request.
 
     Attributes:
-        name: What the key is called in records, which does not give it away; None where there are no keys.
-        tenant: Whose soft prompts, cached texts and turns it shares; ``SHARED`` where there are no keys.
-        scopes: What it may do.
-        limiter: Holds the key to its limits.
+        name: Name of the key in records, which does not reveal the key; None without keys.
+        tenant: Owner of soft prompts, cached texts and turns in the queue; ``SHARED`` without keys.
+        scopes: Permissions of the key.
+        limiter: Enforces the limits of the key.
     """
 
     name: str | None
@@ -43,16 +43,16 @@ class Caller:
 
     @property
     def access(self) -> Access:
-        """Which soft prompts it sees and changes."""
+        """The soft prompts that the caller may see and change."""
         return Access(self.tenant, may_change_shared=Scope.ADMIN in self.scopes)
 
 
 ANYBODY = Caller(None, SHARED, ALL_SCOPES)
-"""Every caller of a server without keys."""
+"""The caller of every request to a server without keys."""
 
 
 def caller_of(request: Request) -> Caller:
-    """Whose request it is."""
+    """The caller of a request."""
     caller = getattr(request.state, "caller", ANYBODY)
     if not isinstance(caller, Caller):
         raise TypeError("the state of a request holds something else than a caller")

@@ -25,11 +25,11 @@ _RANDOM_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key that the server takes.
+    """One accepted key.
 
     Attributes:
-        digest: Its sha256, 32 bytes.
-        caller: Who comes with it.
+        digest: SHA-256 of the key, 32 bytes.
+        caller: The caller that the key identifies.
     """
 
     digest: bytes
@@ -53,21 +53,21 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def new_key() -> tuple[str, str]:
-    """A random key of 256 bits, and the ``sha256:HEX`` that a key file may hold in its place."""
+    """A random key of 256 bits, and ``sha256:HEX``, which a key file may contain instead."""
     key = f"prelude-{secrets.token_urlsafe(_RANDOM_BYTES)}"
     return key, _HASHED + hashlib.sha256(key.encode()).hexdigest()
 
 
 def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str]) -> str:
-    """What a key file has to hold: an entry of TOML where the key is not to do everything as itself, else a line.
+    """The text to add to a key file: a TOML entry if the key has a tenant or scopes, otherwise one line.
 
     Args:
         digest: ``sha256:HEX``.
         tenant: Tenant of the key; None for a separate tenant.
-        scopes: What it may do; without any it may do everything.
+        scopes: Scopes of the key; all if there are none.
 
     Raises:
-        ConfigurationError: If tenant or a scope is not well formed.
+        ConfigurationError: If the tenant or a scope is not valid.
     """
     if tenant is None and not scopes:
         return digest
@@ -83,12 +83,12 @@ def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str]) -> s
 
 
 def read_keys(path: Path) -> list[Key]:
-    """Read a key file: TOML or JSON where its name ends so, else one key a line.
+    """Read a key file: TOML or JSON by its suffix, otherwise one key per line.
 
     Empty lines and lines that start with ``#`` are skipped. A key on a line has all scopes and a separate tenant.
 
     Raises:
-        ConfigurationError: If the file cannot be read, is not well formed, or holds no key; names line or entry.
+        ConfigurationError: If the file cannot be read, is malformed, or contains no key; names the line or entry.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -108,15 +108,15 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def parse_plain(keys: Iterable[tuple[str, str]]) -> list[Key]:
-    """Keys, or their ``sha256:HEX``, with all scopes and separate tenants.
+    """Read keys, or their ``sha256:HEX``, with all scopes and separate tenants.
 
     Args:
-        keys: Each with the place that it comes from.
+        keys: Pairs of a place, for messages, and a key.
 
     Raises:
-        ValueError: If one is not well formed, or comes twice; names the place.
+        ValueError: If one is malformed or repeated; names the place.
     """
-    return _without_doubles((place, _key(place, text, None, ALL_SCOPES, Limits())) for place, text in keys)
+    return _without_duplicates((place, _key(place, text, None, ALL_SCOPES, Limits())) for place, text in keys)
 
 
 def _parse_entries(text: str, *, is_toml: bool) -> list[Key]:
@@ -124,7 +124,7 @@ def _parse_entries(text: str, *, is_toml: bool) -> list[Key]:
         file = msgspec.toml.decode(text, type=_File) if is_toml else msgspec.json.decode(text, type=_File)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    return _without_doubles(
+    return _without_duplicates(
         (f"keys[{index}]", _entry(f"keys[{index}]", item)) for index, item in enumerate(file.keys)
     )
 
@@ -142,7 +142,7 @@ def _entry(place: str, entry: _Entry) -> Key:
 
 
 def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], limits: Limits) -> Key:
-    """Errors must not contain any part of a key, because they are logged."""
+    """Make a key. Errors must not contain any part of its text, because they are logged."""
     if text.startswith(_HASHED):
         if not _HEX_DIGEST.fullmatch(text.removeprefix(_HASHED)):
             raise ValueError(f"{place}: after {_HASHED} 64 lower-case hexadecimal digits are expected")
@@ -157,7 +157,7 @@ def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], li
     return Key(digest, Caller(name, tenant or name, scopes, KeyLimiter(limits)))
 
 
-def _without_doubles(keys: Iterable[tuple[str, Key]]) -> list[Key]:
+def _without_duplicates(keys: Iterable[tuple[str, Key]]) -> list[Key]:
     places: dict[bytes, str] = {}
     found = []
     for place, key in keys:

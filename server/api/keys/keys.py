@@ -27,7 +27,7 @@ _Signature = tuple[int, int, int] | None
 
 
 class ApiKeys:
-    """The keys that the server takes. Only their sha256 digests are held.
+    """The accepted keys. Only their SHA-256 digests are stored.
 
     Args:
         keys: At least one.
@@ -40,28 +40,28 @@ class ApiKeys:
         return len(self._keys)
 
     def check(self, authorization: str | None) -> Caller:
-        """Check the value of an ``Authorization`` header, its bytes decoded as Latin-1 (which ASGI does).
+        """Check the value of an ``Authorization`` header, decoded as Latin-1.
 
         Returns:
-            Who comes with the key.
+            The caller that the key identifies.
 
         Raises:
-            AuthenticationError: If it holds none of the keys.
+            AuthenticationError: If it does not contain one of the keys.
         """
         if not authorization:
             raise AuthenticationError("an API key is required: send 'Authorization: Bearer KEY'")
         scheme, _, text = authorization.partition(" ")
         digest = hashlib.sha256(text.strip().encode("latin-1")).digest()
-        # Every digest is compared, so that the time does not tell which key came close.
+        # Every digest is compared, so that the time does not reveal which key was similar.
         matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
         if scheme.lower() != "bearer" or not matches:
             raise AuthenticationError("the API key is not valid")
         return matches[0].caller
 
     def replace(self, keys: Sequence[Key]) -> None:
-        """Take these keys from the next request on; requests under way go on.
+        """Accept these keys from the next request on; running requests continue.
 
-        A key whose limits did not change keeps its use of them.
+        A key with unchanged limits keeps its current use of them.
         """
         limiters = {key.digest: key.caller.limiter for key in self._keys}
 
@@ -79,31 +79,31 @@ class KeyReloader:
 
     Args:
         http: The settings that name the file.
-        keys: Where the new keys go.
-        metrics: Counts the attempts.
+        keys: Updated with the new keys.
+        metrics: Counts reloads.
     """
 
     def __init__(self, http: HttpSettings, keys: ApiKeys, metrics: Metrics) -> None:
         self._http = http
         self._keys = keys
         self._metrics = metrics
-        self._asked = asyncio.Event()
+        self._requested = asyncio.Event()
         self._signature = _signature(http.api_key_file)
 
-    def ask(self) -> None:
-        """Read the file soon, whether it has changed or not; called on the event loop."""
-        self._asked.set()
+    def request(self) -> None:
+        """Request a reload, whether the file has changed or not. Call it on the event loop."""
+        self._requested.set()
 
     async def run(self) -> None:
         """Watch the file until cancelled."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._asked.wait(), POLL_SECONDS)
-            is_asked = self._asked.is_set()
-            self._asked.clear()
-            # Taken before the file is read: what is written meanwhile is found at the next look.
+                await asyncio.wait_for(self._requested.wait(), POLL_SECONDS)
+            is_requested = self._requested.is_set()
+            self._requested.clear()
+            # Taken before the file is read, so that later changes are found by the next check.
             signature = await asyncio.to_thread(_signature, self._http.api_key_file)
-            if is_asked or signature != self._signature:
+            if is_requested or signature != self._signature:
                 self._signature = signature
                 await self._reload()
 
@@ -123,7 +123,7 @@ def collect_keys(http: HttpSettings) -> list[Key]:
     """All keys of the settings: those of the file and those given directly.
 
     Raises:
-        ConfigurationError: If file or keys are not usable, or a key is in both.
+        ConfigurationError: If the file or a key is not valid, or a key is in both.
     """
     found = [] if http.api_key_file is None else read_keys(http.api_key_file)
     try:
@@ -138,11 +138,11 @@ def collect_keys(http: HttpSettings) -> list[Key]:
 
 
 def load_keys(http: HttpSettings) -> ApiKeys | None:
-    """The server's keys; None if it serves every client that can connect.
+    """The accepted keys; None to serve every client that can connect.
 
     Raises:
-        ConfigurationError: If the keys are not usable, or there are none, the host is not loopback and
-            ``allow_open`` is not set.
+        ConfigurationError: If the keys are not valid, or there are none, the host is not loopback and ``allow_open``
+            is not set.
     """
     keys = collect_keys(http)
     if keys:
@@ -158,7 +158,7 @@ def load_keys(http: HttpSettings) -> ApiKeys | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to ``host``. A name other than ``localhost`` is not trusted to be."""
+    """Whether only this machine can connect to ``host``. Of names, only ``localhost`` counts as loopback."""
     if host == "localhost":
         return True
     try:
@@ -168,7 +168,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _signature(path: Path | None) -> _Signature:
-    """What changes with the file; None where it cannot be seen."""
+    """A value that changes with the file; None if the file cannot be read."""
     if path is None:
         return None
     try:

@@ -12,17 +12,17 @@ from server.errors import RateLimitError
 
 _MINUTE = 60.0
 _BUSY_SECONDS = 1.0
-"""``Retry-After`` for too many concurrent requests, whose end is not known."""
+"""``Retry-After`` for too many concurrent requests, because their end is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A key's limits; None is without limit.
+    """The limits of a key; None is unlimited.
 
     Attributes:
-        requests_per_minute: Requests that something is done for.
-        tokens_per_minute: Prompt tokens and new ones together.
-        max_concurrency: Such requests at the same time.
+        requests_per_minute: Accepted requests.
+        tokens_per_minute: Prompt tokens and new tokens together.
+        max_concurrency: Accepted requests at the same time.
     """
 
     requests_per_minute: int | None = None
@@ -34,8 +34,8 @@ class TokenBucket:
     """Token bucket of one minute, filled evenly. In any T seconds it allows at most ``limit * (1 + T / 60)``.
 
     Args:
-        limit: What a minute allows; the bucket begins full.
-        clock: Seconds, never going back.
+        limit: Amount per minute; the bucket is full at first.
+        clock: Monotonic clock, in seconds.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float]) -> None:
@@ -46,18 +46,18 @@ class TokenBucket:
 
     @property
     def level(self) -> float:
-        """What it holds now, at most ``limit``; below 0 it is owed."""
+        """The current amount, at most ``limit``; negative if tokens are owed."""
         now = self._clock()
         self._level = min(float(self.limit), self._level + (now - self._filled_at) * self.limit / _MINUTE)
         self._filled_at = now
         return self._level
 
     def seconds_until(self, amount: float) -> float:
-        """Seconds until the bucket holds this amount if nothing is taken; 0 if it does now."""
+        """Seconds until the bucket contains this amount if nothing is taken; 0 if it does now."""
         return max(0.0, amount - self.level) * _MINUTE / self.limit
 
     def take(self, amount: int) -> None:
-        """Take what it holds; check first."""
+        """Take an amount that the bucket contains; check it first."""
         level = self.level
         if amount > level:
             raise RuntimeError("more was taken than the bucket holds")
@@ -75,14 +75,14 @@ class TokenBucket:
 class Allowance:
     """The part of a key's limits that one request uses.
 
-    Tokens are reserved when it is known how many there may be, and settled when it is known how many there were.
+    Tokens are reserved when their maximum number is known, and settled when their actual number is known.
 
     Attributes:
-        used: Tokens that it has used.
+        used: Tokens used by the request.
 
     Args:
-        requests: The key's bucket of requests, of which it has one; None is without limit.
-        tokens: The key's bucket of tokens; None is without limit.
+        requests: The key's bucket of requests, one of which is taken; None is unlimited.
+        tokens: The key's bucket of tokens; None is unlimited.
     """
 
     def __init__(self, requests: TokenBucket | None, tokens: TokenBucket | None) -> None:
@@ -95,11 +95,11 @@ class Allowance:
         """Check whether the request may be tokenised; takes nothing.
 
         Args:
-            least: Tokens that it takes at least.
-            likely: A guess at how many; a full bucket is enough for any.
+            least: Minimum number of tokens.
+            likely: Estimated number of tokens; a full bucket is enough for any estimate.
 
         Raises:
-            RateLimitError: If the bucket holds too few tokens now, or can never hold enough.
+            RateLimitError: If the bucket contains too few tokens now, or can never contain enough.
         """
         bucket = self._tokens
         if bucket is not None:
@@ -110,26 +110,26 @@ class Allowance:
         """Reserve the maximum number of tokens of the request.
 
         Args:
-            tokens: How many, beside those that it has reserved before.
+            tokens: Number of tokens, in addition to those reserved before.
             done: Tokens already processed; they count even if the request is rejected now.
 
         Raises:
-            RateLimitError: If the bucket holds too few tokens now, or can never hold enough.
+            RateLimitError: If the bucket contains too few tokens now, or can never contain enough.
         """
         bucket = self._tokens
         if bucket is None:
             return
         if bucket.seconds_until(tokens):
-            self.settle(done)  # before the time to wait is told, which becomes longer by it
+            self.settle(done)  # first, because it makes the reported time to wait longer
         self._check(bucket, tokens)
         bucket.take(tokens)
         self._num_taken += tokens
 
     def settle(self, done: int = 0) -> None:
-        """Give back what was reserved and not used, or pay for what was done without; twice is the same as once.
+        """Return unused reserved tokens, or take tokens used without reservation. Idempotent.
 
         Args:
-            done: Tokens that were worked on, where that is more than what was used.
+            done: Tokens already processed, if more than ``used``.
         """
         self.used = max(self.used, done)
         if self._tokens is not None and self.used != self._num_taken:
@@ -167,7 +167,7 @@ class KeyLimiter:
 
     Args:
         limits: The limits.
-        clock: Seconds, never going back.
+        clock: Monotonic clock, in seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -184,7 +184,7 @@ class KeyLimiter:
             takes_tokens: Whether it will use tokens; then at least one must be left.
 
         Raises:
-            RateLimitError: If it is over a limit, or earlier requests owe tokens; says when it would not be.
+            RateLimitError: If a limit is exceeded, or earlier requests owe tokens; has the time until it is not.
         """
         limits = self.limits
         if limits.max_concurrency is not None and self.num_running >= limits.max_concurrency:
@@ -213,7 +213,7 @@ class KeyLimiter:
 
     @property
     def headers(self) -> dict[str, str]:
-        """OpenAI's ``x-ratelimit-*``: the limits, the remainder, and the time until they are reset."""
+        """OpenAI's ``x-ratelimit-*``: the limits, the remaining amounts, and the time until they are reset."""
         found = {}
         for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket:
@@ -224,7 +224,7 @@ class KeyLimiter:
 
 
 def duration(seconds: float) -> str:
-    """A time as OpenAI writes it in headers (Go's ``time.Duration``): ``0s``, ``20ms``, ``8.64s``, ``1m3.5s``."""
+    """Format a time as OpenAI does in headers (Go's ``time.Duration``): ``0s``, ``20ms``, ``8.64s``, ``1m3.5s``."""
     milliseconds = math.ceil(seconds * 1000)
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"

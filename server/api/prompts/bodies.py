@@ -9,33 +9,42 @@ from pydantic import AfterValidator, BaseModel, Field
 from prompt_store.types import SHARED, HistoryEntry, PromptSummary, PromptVersion, check_name
 from server.api.request_body import RequestBody
 
+ObjectType = Annotated[str, Field(description="Type of the object.")]
+PromptName = Annotated[str, Field(description="The soft prompt's name.")]
+HasMore = Annotated[bool, Field(description="Whether there is another page.")]
+ExpectedVersion = Annotated[
+    int | None, Field(ge=1, lt=2**63, description="Fail with 409 unless the alias points at this version.")
+]
+
 
 class FileBody(BaseModel):
     """A stored file; ``size`` is in bytes."""
 
-    filename: str
-    sha256: str
-    size: int
+    filename: str = Field(description="Name of the file.")
+    sha256: str = Field(description="SHA-256 digest of the file, in hexadecimal.")
+    size: int = Field(description="Size in bytes.")
 
 
 class VersionBody(BaseModel):
     """An immutable version of a soft prompt."""
 
-    object: str = "prompt.version"
-    id: str = Field(description="The soft prompt's name.")
-    version: int
+    object: ObjectType = "prompt.version"
+    id: PromptName
+    version: int = Field(description="Version number, from 1.")
     digest: str = Field(description="SHA-256 over the version's files.")
-    peft_type: str
-    task_type: str
-    num_virtual_tokens: int
-    dtype: str
-    base_model_name_or_path: str | None
-    files: list[FileBody]
+    peft_type: str = Field(description="PEFT method that trained the soft prompt.")
+    task_type: str = Field(description="`CAUSAL_LM` or `SEQ_CLS`.")
+    num_virtual_tokens: int = Field(description="Number of positions that the soft prompt takes before the text.")
+    dtype: str = Field(description="Element type of the rows, as named by safetensors.")
+    base_model_name_or_path: str | None = Field(
+        description="The base model named in the configuration of the soft prompt."
+    )
+    files: list[FileBody] = Field(description="The stored files.")
     size: int = Field(description="Total size of the files, in bytes.")
     created_at: int = Field(description="Unix time in seconds.")
-    description: str
-    tags: list[str]
-    metadata: dict[str, Any]
+    description: str = Field(description="Free text.")
+    tags: list[str] = Field(description="Tags to filter by.")
+    metadata: dict[str, Any] = Field(description="JSON object of the uploader.")
     lineage: dict[str, Any] = Field(description="Known values of training_run, parent, dataset_digest and scores.")
     overrides: dict[str, Any] = Field(
         description="Overrides given at upload: allow_other_base (true) if the files name another base model, "
@@ -78,12 +87,12 @@ class VersionBody(BaseModel):
 class PromptBody(BaseModel):
     """A soft prompt with its aliases and its latest version."""
 
-    object: str = "prompt"
-    id: str
-    aliases: dict[str, int]
-    num_versions: int
+    object: ObjectType = "prompt"
+    id: PromptName
+    aliases: dict[str, int] = Field(description="Version numbers by alias.")
+    num_versions: int = Field(description="Number of versions.")
     pinned: list[int] = Field(description="Versions pinned on this server.")
-    latest: VersionBody
+    latest: VersionBody = Field(description="The version that the alias `latest` points at.")
 
     @classmethod
     def of(cls, summary: PromptSummary, *, pinned: list[int]) -> PromptBody:
@@ -100,31 +109,31 @@ class PromptBody(BaseModel):
 class PromptList(BaseModel):
     """A page of soft prompts by name; ``last_id`` is the next page's ``after``."""
 
-    object: str = "list"
-    data: list[PromptBody]
-    has_more: bool
-    last_id: str | None
+    object: ObjectType = "list"
+    data: list[PromptBody] = Field(description="The soft prompts, by name.")
+    has_more: HasMore
+    last_id: str | None = Field(description="Value of `after` that fetches the next page.")
 
 
 class VersionList(BaseModel):
     """A page of a soft prompt's versions, newest first; ``last_id`` is the next page's ``before``."""
 
-    object: str = "list"
-    data: list[VersionBody]
-    has_more: bool
-    last_id: int | None
+    object: ObjectType = "list"
+    data: list[VersionBody] = Field(description="The versions, newest first.")
+    has_more: HasMore
+    last_id: int | None = Field(description="Value of `before` that fetches the next page.")
 
 
 class HistoryBody(BaseModel):
     """One change of a soft prompt."""
 
-    object: str = "prompt.change"
-    id: int
+    object: ObjectType = "prompt.change"
+    id: int = Field(description="Identifier of the change.")
     action: str = Field(
         description="publish, promote, rollback, delete_alias, delete_version or delete_prompt; an upload that moves "
         "an alias adds a publish and a promote."
     )
-    alias: str | None
+    alias: str | None = Field(description="The alias that was moved or deleted.")
     version: int | None = Field(
         description="The version that was published or deleted, or that the alias points at now."
     )
@@ -149,34 +158,32 @@ class HistoryBody(BaseModel):
 class HistoryList(BaseModel):
     """A page of a soft prompt's history, newest first; ``last_id`` is the next page's ``before``."""
 
-    object: str = "list"
-    data: list[HistoryBody]
-    has_more: bool
-    last_id: int | None
+    object: ObjectType = "list"
+    data: list[HistoryBody] = Field(description="The changes, newest first.")
+    has_more: HasMore
+    last_id: int | None = Field(description="Value of `before` that fetches the next page.")
 
 
 class AliasBody(RequestBody):
     """The version that an alias should point at."""
 
-    version: int = Field(ge=1, lt=2**63)
-    expected_version: int | None = Field(
-        None, ge=1, lt=2**63, description="Fail with 409 unless the alias points at this version."
-    )
+    version: int = Field(ge=1, lt=2**63, description="The version that the alias should point at.")
+    expected_version: ExpectedVersion = None
 
 
 class RollbackBody(RequestBody):
     """The condition of a rollback."""
 
-    expected_version: int | None = Field(
-        None, ge=1, lt=2**63, description="Fail with 409 unless the alias points at this version."
-    )
+    expected_version: ExpectedVersion = None
 
 
 class WarmBody(RequestBody):
     """The version to load onto the device; default: the alias latest."""
 
-    version: int | None = Field(None, ge=1, lt=2**63)
-    alias: Annotated[str, AfterValidator(lambda text: check_name(text, "alias"))] | None = None
+    version: int | None = Field(None, ge=1, lt=2**63, description="Version number; not with `alias`.")
+    alias: Annotated[str, AfterValidator(lambda text: check_name(text, "alias"))] | None = Field(
+        None, description="An alias; default: `latest`."
+    )
     task_id: int | None = Field(
         None, ge=0, lt=2**63, description="Task id of a multitask prompt; default: all tasks."
     )
@@ -191,26 +198,26 @@ class WarmBody(RequestBody):
 class WarmReply(BaseModel):
     """The version that was loaded onto the device."""
 
-    object: str = "prompt.warmed"
-    id: str
-    version: int
+    object: ObjectType = "prompt.warmed"
+    id: PromptName
+    version: int = Field(description="The version that was loaded or unpinned.")
     task_ids: list[int] | None = Field(description="Task ids of a multitask prompt.")
-    pinned: bool
+    pinned: bool = Field(description="Whether it is pinned on this server.")
     seconds: float = Field(description="Duration in seconds; 0 if a pin was released.")
 
 
 class AliasReply(BaseModel):
     """The version that an alias points at."""
 
-    object: str = "prompt.alias"
-    id: str
-    alias: str
-    version: int
+    object: ObjectType = "prompt.alias"
+    id: PromptName
+    alias: str = Field(description="The alias.")
+    version: int = Field(description="The version that the alias points at now.")
 
 
 class Deleted(BaseModel):
     """The deleted object."""
 
-    id: str
-    object: str
-    deleted: bool = True
+    id: str = Field(description="Name of the deleted object: NAME, NAME@VERSION or NAME@ALIAS.")
+    object: ObjectType
+    deleted: Annotated[bool, Field(description="Always true.")] = True

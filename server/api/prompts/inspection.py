@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from prompt_store.types import PromptVersion, check_name
 from server.api.inference.logprobs import shown_token
-from server.api.keys.callers import CallerDep
+from server.api.keys.callers import CallerDep, Scope
+from server.api.operations import Operation, Quota
+from server.api.prompts.bodies import ObjectType, PromptName
 from server.api.prompts.routes import PromptId, ref_of
 from server.api.services import ServicesDep, Tokenizer, require_ready
 from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
@@ -24,32 +26,32 @@ MAX_NEAREST = 20
 class NearToken(BaseModel):
     """One token of the vocabulary."""
 
-    token_id: int
-    text: str
+    token_id: int = Field(description="Token id.")
+    text: str = Field(description="Text of the token.")
     similarity: float = Field(description="Cosine of the angle to the token's input embedding, -1 to 1.")
 
 
 class VirtualTokenBody(BaseModel):
     """One virtual token."""
 
-    index: int
-    norm: float
+    index: int = Field(description="Index of the virtual token, from 0.")
+    norm: float = Field(description="Euclidean norm.")
     nearest: list[NearToken] = Field(description="Nearest tokens, best first.")
 
 
 class VocabularyBody(BaseModel):
     """The model's own input embeddings, as its layers get them."""
 
-    norm_mean: float
-    norm_std: float
+    norm_mean: float = Field(description="Mean of the Euclidean norms.")
+    norm_std: float = Field(description="Standard deviation of the Euclidean norms.")
 
 
 class NormsBody(BaseModel):
     """Euclidean norms over the virtual tokens and heads of a layer."""
 
-    mean: float
-    min: float
-    max: float
+    mean: float = Field(description="Mean of the norms.")
+    min: float = Field(description="The smallest norm.")
+    max: float = Field(description="The largest norm.")
 
     @classmethod
     def of(cls, norms: NormRange) -> NormsBody:
@@ -60,23 +62,27 @@ class NormsBody(BaseModel):
 class LayerBody(BaseModel):
     """One layer of a key/value prefix."""
 
-    index: int
-    keys: NormsBody
-    values: NormsBody
+    index: int = Field(description="Index of the layer, from 0.")
+    keys: NormsBody = Field(description="Norms of the keys.")
+    values: NormsBody = Field(description="Norms of the values.")
 
 
 class InspectionBody(BaseModel):
     """A soft prompt made of embeddings has ``tokens`` and ``vocabulary``; one of keys and values has ``layers``."""
 
-    object: str = "prompt.inspection"
-    id: str
-    version: int
-    peft_type: str
-    num_virtual_tokens: int
-    task_id: int | None
-    tokens: list[VirtualTokenBody] | None
-    vocabulary: VocabularyBody | None
-    layers: list[LayerBody] | None
+    object: ObjectType = "prompt.inspection"
+    id: PromptName
+    version: int = Field(description="Version number.")
+    peft_type: str = Field(description="PEFT method that trained the soft prompt.")
+    num_virtual_tokens: int = Field(description="Number of positions that the soft prompt takes before the text.")
+    task_id: int | None = Field(description="Task id of a multitask prompt.")
+    tokens: list[VirtualTokenBody] | None = Field(
+        description="The virtual tokens of a soft prompt made of embeddings, in order."
+    )
+    vocabulary: VocabularyBody | None = Field(
+        description="The input embeddings of the model, for comparison; null for a key/value prefix."
+    )
+    layers: list[LayerBody] | None = Field(description="Norms per layer of a key/value prefix.")
 
     @classmethod
     def of(
@@ -121,12 +127,17 @@ class InspectionBody(BaseModel):
 
 
 @router.get("/{id}/inspect")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 429, 503), quota=Quota.REQUESTS)
 async def inspect_prompt(
     name: PromptId,
     services: ServicesDep,
     caller: CallerDep,
-    version: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
-    alias: Annotated[str | None, AfterValidator(lambda text: text and check_name(text, "alias"))] = None,
+    version: Annotated[int | None, Query(ge=1, lt=2**63, description="A version number; not with `alias`.")] = None,
+    alias: Annotated[
+        str | None,
+        Query(description="An alias; default: `latest`."),
+        AfterValidator(lambda text: text and check_name(text, "alias")),
+    ] = None,
     task_id: Annotated[
         int | None, Query(ge=0, lt=2**63, description="Task id; required for a multitask prompt.")
     ] = None,

@@ -1,59 +1,61 @@
-"""``/v1/models``: the base and the soft prompts, as models that a client can name."""
+"""``/v1/models``: the base model and the soft prompts, as models that a client can name."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
 from pydantic import BaseModel, Field
 
 from prompt_store.types import PromptVersion
 from server.api.generation.sampling_defaults import default_fields
 from server.api.inference.target import resolve, version_of
-from server.api.keys.callers import CallerDep
+from server.api.keys.callers import CallerDep, Scope
+from server.api.operations import Operation
+from server.api.prompts.bodies import ObjectType
 from server.api.services import Services, ServicesDep, require_ready
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_ready)])
 
 _PAGE = 200
 
+ModelId = Annotated[
+    str,
+    Path(
+        description="A model name as in `model` of a request; slashes and colons are allowed.",
+        examples=["sentiment@latest"],
+    ),
+]
+
 
 class ModelCard(BaseModel):
-    """One thing that ``model`` may name.
+    """A model that requests may name."""
 
-    Attributes:
-        id: The name to send.
-        object: Always ``model``.
-        created: When it was published, or the server started; Unix seconds.
-        owned_by: Always ``prelude``.
-        root: The base model.
-        parent: The base model of a soft prompt; null for the base itself.
-        max_model_len: Positions of one sequence, virtual tokens included.
-        max_num_seqs: Maximum number of sequences that run at once, over all models.
-        max_waiting: Sequences that may wait beyond those.
-        default_sampling_params: What the checkpoint sets where a request does not, by the names of its fields.
-    """
-
-    id: str
-    object: str = "model"
-    created: int
-    owned_by: str = "prelude"
-    root: str
-    parent: str | None = None
-    max_model_len: int
-    max_num_seqs: int
-    max_waiting: int
+    id: str = Field(description="The name to send as `model`.")
+    object: ObjectType = "model"
+    created: int = Field(description="When it was published, or the server started; Unix time in seconds.")
+    owned_by: Annotated[str, Field(description="Always `prelude`.")] = "prelude"
+    root: str = Field(description="The base model.")
+    parent: Annotated[str | None, Field(description="The base model of a soft prompt; null for the base itself.")] = (
+        None
+    )
+    max_model_len: int = Field(description="Maximum length of a sequence, virtual tokens included.")
+    max_num_seqs: int = Field(description="Maximum number of sequences that run at once, over all models.")
+    max_waiting: int = Field(description="Maximum number of waiting sequences, in addition to `max_num_seqs`.")
     default_sampling_params: dict[str, float | int | list[str]] = Field(
         description="Default values of request fields, set by the checkpoint."
     )
 
 
 class ModelList(BaseModel):
-    """Everything that ``model`` may name, by its bare name."""
+    """All models, by their bare names."""
 
-    object: str = "list"
-    data: list[ModelCard]
+    object: ObjectType = "list"
+    data: list[ModelCard] = Field(description="The base model, and the soft prompts by name.")
 
 
 @router.get("")
+@Operation(scopes={Scope.GENERATE, Scope.PROMPTS_READ})
 async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
     """List the base model and all soft prompts."""
     cards = [_base_card(services)]
@@ -67,7 +69,8 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
 
 
 @router.get("/{model_id:path}")
-async def get_model(model_id: str, services: ServicesDep, caller: CallerDep) -> ModelCard:
+@Operation(scopes={Scope.GENERATE, Scope.PROMPTS_READ}, errors=(404, 503))
+async def get_model(model_id: ModelId, services: ServicesDep, caller: CallerDep) -> ModelCard:
     """Get a model by any name that requests may use."""
     target = resolve(model_id, None, base_name=services.base_name, access=caller.access)
     version = await version_of(services, target)

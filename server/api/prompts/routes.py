@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
+from starlette.types import Scope as AsgiScope
 
 from prompt_store.checking import check_upload
 from prompt_store.errors import PromptStoreError
@@ -21,12 +22,12 @@ from prompt_store.types import (
     PromptRef,
     PromptSummary,
     PromptVersion,
-    TaskType,
     check_name,
 )
 from server.api.http.disconnect import CLIENT_CLOSED_REQUEST
 from server.api.http.multipart import UploadParser, bounded, discard_rest, gathered
-from server.api.keys.callers import Caller, CallerDep
+from server.api.keys.callers import Caller, CallerDep, Scope
+from server.api.operations import Operation, Quota
 from server.api.prompts.bodies import (
     AliasBody,
     AliasReply,
@@ -42,6 +43,7 @@ from server.api.prompts.bodies import (
     WarmReply,
 )
 from server.api.prompts.probing import probe
+from server.api.prompts.upload_form import UploadForm
 from server.api.services import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
 from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, PermissionDeniedError, ServerError
@@ -49,22 +51,41 @@ from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeErr
 router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
 
 _UPLOAD_SLACK_BYTES = 8 * 1024 * 1024
-"""What an upload may hold besides its weights: the configuration, text fields and boundaries."""
+"""Size of an upload besides its weights: the configuration, text fields and boundaries."""
+
+_FILE_CONTENT: dict[str, Any] = {
+    "application/json": {"schema": {"type": "object"}},
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+}
 
 
-def _name(text: str) -> str:
-    return check_name(text, "name")
-
-
-def _alias(text: str) -> str:
-    return check_name(text, "alias")
-
-
-PromptId = Annotated[str, Path(alias="id"), AfterValidator(_name)]
-Alias = Annotated[str, AfterValidator(_alias)]
-VersionNumber = Annotated[int, Path(ge=1, lt=2**63)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Before = Annotated[int | None, Query(ge=1, lt=2**63)]
+PromptId = Annotated[
+    str,
+    Path(alias="id", description="The soft prompt's name.", examples=["sentiment"]),
+    AfterValidator(lambda text: check_name(text, "name")),
+]
+Alias = Annotated[
+    str,
+    Path(description="An alias; a bare name means `latest`.", examples=["latest"]),
+    AfterValidator(lambda text: check_name(text, "alias")),
+]
+VersionNumber = Annotated[int, Path(ge=1, lt=2**63, description="A version number, from 1.", examples=[1])]
+Filename = Annotated[
+    str,
+    Path(description=f"`{CONFIG_FILE}` or `{WEIGHTS_FILE}`.", examples=[CONFIG_FILE]),
+]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum number of entries per page.")]
+Before = Annotated[int | None, Query(ge=1, lt=2**63, description="Return entries below this number.")]
+After = Annotated[
+    str | None,
+    Query(description="Return entries after this name."),
+    AfterValidator(lambda name: name and check_name(name, "name")),
+]
+Tag = Annotated[
+    str | None,
+    Query(description="Return only entries with this tag."),
+    AfterValidator(lambda tag: tag and check_name(tag, "tag")),
+]
 
 
 class _LeasedWeights(FileResponse):
@@ -76,7 +97,7 @@ class _LeasedWeights(FileResponse):
         self._ref = ref
         self._access = caller.access
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Send the file, or the part of it that was asked for."""
 
         async def send_or_raise(message: Message) -> None:
@@ -122,59 +143,27 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["id", "files"],
-                        "properties": {
-                            "id": {"type": "string"},
-                            "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                            "alias": {"type": "string"},
-                            "shared": {
-                                "type": "boolean",
-                                "description": "Share it with all tenants; needs the scope admin.",
-                            },
-                            "allow_other_base": {
-                                "type": "boolean",
-                                "description": "Accept files that name another base model.",
-                            },
-                            "task_type": {
-                                "type": "string",
-                                "enum": list(TaskType),
-                                "description": "Task type, if adapter_config.json does not state it.",
-                            },
-                            "description": {"type": "string"},
-                            "tags": {"type": "array", "items": {"type": "string"}},
-                            "metadata": {"type": "string", "description": "A JSON object"},
-                            "lineage": {
-                                "type": "string",
-                                "description": "A JSON object: training_run, parent (NAME@VERSION), dataset_digest, "
-                                "scores (numbers by name)",
-                            },
-                        },
-                    }
-                }
-            },
+            "content": {"multipart/form-data": {"schema": UploadForm.schema_with_files()}},
         }
     },
 )
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(409, 503), quota=Quota.REQUESTS, is_upload=True)
 async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Upload the two files of a PEFT directory as the next version of a soft prompt."""
-    services.require_ready()  # for the model has to try it
+    services.require_ready()  # because the model tries the soft prompt
     base = services.base_spec
     limit = services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
     if int(request.headers.get("content-length", 0)) > limit:
         raise PayloadTooLargeError(f"the upload exceeds the limit of {limit} bytes")
     store = services.store
     with store.upload() as upload:  # makes and removes a directory; its files are written in threads
-        parser = UploadParser(request.headers.get("content-type", ""), upload.open)
+        parser = UploadParser(request.headers.get("content-type", ""), upload.open, UploadForm.model_fields)
         stream = request.stream()
         try:
             async for data in gathered(bounded(stream, limit)):
                 await store.call(parser.feed, data)
-            fields = parser.fields()
-            if fields.shared and not caller.access.changes(SHARED):
+            form = UploadForm.parse(parser.texts())
+            if form.shared and not caller.access.changes(SHARED):
                 raise PermissionDeniedError("shared: requires an API key with the scope admin", scopes=["admin"])
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -185,40 +174,41 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
             check_upload,
             upload,
             base,
-            require_same_base=not (services.settings.store.allow_other_base or fields.allow_other_base),
+            require_same_base=not (services.settings.store.allow_other_base or form.allow_other_base),
             allow_float64=services.settings.store.allow_float64,
-            task_type=fields.task_type,
+            task_type=form.task_type,
         )
         await probe(services, checked, upload.path(WEIGHTS_FILE), caller)
         try:
             version, created = await store.publish(
                 upload,
-                name=fields.name,
+                name=form.id,
                 base=base,
                 checked=checked,
-                alias=fields.alias,
-                description=fields.description,
-                tags=fields.tags,
-                metadata=fields.metadata,
-                lineage=fields.lineage,
+                alias=form.alias,
+                description=form.description,
+                tags=form.tags,
+                metadata=form.metadata,
+                lineage=form.lineage,
                 actor=caller.name,
-                owner=SHARED if fields.shared else caller.tenant,
+                owner=SHARED if form.shared else caller.tenant,
                 reserved_names=(services.base_name,),
             )
-        except ValueError as error:  # its form was checked already; it is the base's own name
+        except ValueError as error:  # the format was checked already: it is the name of the base model
             raise InvalidRequestError(f"id: {error}", param="id") from error
-    services.warmer.promoted(fields.name, fields.alias)
+    services.warmer.promoted(form.id, form.alias)
     body = _version_body(services, version).model_dump(mode="json")
     return JSONResponse(body, 201 if created else 200)
 
 
 @router.get("")
+@Operation(scopes={Scope.PROMPTS_READ})
 async def list_prompts(
     services: ServicesDep,
     caller: CallerDep,
     limit: Limit = 20,
-    after: Annotated[str | None, AfterValidator(lambda name: name and _name(name))] = None,
-    tag: Annotated[str | None, AfterValidator(lambda tag: tag and check_name(tag, "tag"))] = None,
+    after: After = None,
+    tag: Tag = None,
 ) -> PromptList:
     """A page of soft prompts, by name."""
     summaries, has_more = await services.store.list_prompts(limit=limit, after=after, tag=tag, access=caller.access)
@@ -227,12 +217,14 @@ async def list_prompts(
 
 
 @router.get("/{id}")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> PromptBody:
     """Get a soft prompt."""
     return _prompt_body(services, await services.store.get_prompt(name, caller.access))
 
 
 @router.delete("/{id}")
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
 async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete a soft prompt with all versions and aliases. Running requests finish with their version."""
     await services.store.delete_prompt(name, actor=caller.name, access=caller.access)
@@ -241,6 +233,7 @@ async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep
 
 
 @router.get("/{id}/versions")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def list_versions(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> VersionList:
@@ -251,6 +244,7 @@ async def list_versions(
 
 
 @router.get("/{id}/history")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def list_history(
     name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
 ) -> HistoryList:
@@ -261,6 +255,7 @@ async def list_history(
 
 
 @router.get("/{id}/versions/{version}")
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def get_version(
     name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep
 ) -> VersionBody:
@@ -269,9 +264,17 @@ async def get_version(
     return _version_body(services, await services.store.resolve(ref, caller.access))
 
 
-@router.get("/{id}/versions/{version}/files/{filename}", response_class=Response)
+@router.get(
+    "/{id}/versions/{version}/files/{filename}",
+    response_class=Response,
+    responses={
+        200: {"content": _FILE_CONTENT},
+        206: {"description": "The requested range.", "content": _FILE_CONTENT},
+    },
+)
+@Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 416, 503))
 async def get_file(
-    name: PromptId, version: VersionNumber, filename: str, services: ServicesDep, caller: CallerDep
+    name: PromptId, version: VersionNumber, filename: Filename, services: ServicesDep, caller: CallerDep
 ) -> Response:
     """Download a file of a version, exactly as it was uploaded."""
     store, ref = services.store, PromptRef(name, version=version, alias=None)
@@ -286,6 +289,7 @@ async def get_file(
 
 
 @router.delete("/{id}/versions/{version}")
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
 async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete a version. Running requests finish with it."""
     await services.store.delete_version(name, version, actor=caller.name, access=caller.access)
@@ -294,6 +298,7 @@ async def delete_version(name: PromptId, version: VersionNumber, services: Servi
 
 
 @router.put("/{id}/aliases/{alias}", dependencies=[Depends(require_json)])
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={"version": 1})
 async def set_alias(
     name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
@@ -311,6 +316,7 @@ async def set_alias(
 
 
 @router.post("/{id}/aliases/{alias}/rollback", dependencies=[Depends(require_json)])
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={})
 async def rollback(
     name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, caller: CallerDep
 ) -> AliasReply:
@@ -327,6 +333,7 @@ async def rollback(
 
 
 @router.post("/{id}/warm", dependencies=[Depends(require_ready), Depends(require_json_or_nothing)])
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 429, 503), quota=Quota.REQUESTS, example={"pin": False})
 async def warm_prompt(
     name: PromptId, services: ServicesDep, caller: CallerDep, body: WarmBody | None = None
 ) -> WarmReply:
@@ -355,6 +362,7 @@ async def warm_prompt(
 
 
 @router.delete("/{id}/aliases/{alias}")
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
 async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, caller: CallerDep) -> Deleted:
     """Delete an alias; the version remains."""
     await services.store.delete_alias(name, alias, actor=caller.name, access=caller.access)

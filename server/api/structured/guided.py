@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from server.api.request_body import RequestBody
+from server.api.request_body import RequestBody, first_message
 from server.api.structured.structured_outputs import MAX_CHOICE_STRINGS, SchemaOrText, StructuredOutputs
 from server.engine.constraints import Constraint
 from server.errors import InvalidRequestError
@@ -47,8 +47,7 @@ class GuidedBody(RequestBody):
             try:
                 constraint = StructuredOutputs.model_validate({key: value}).constraint
             except ValidationError as error:
-                message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-                raise InvalidRequestError(f"{name}: {message}", param=name) from error
+                raise InvalidRequestError(f"{name}: {first_message(error)}", param=name) from error
             if constraint is not None:
                 found.append((name, constraint))
         return found

@@ -62,8 +62,8 @@ SchemaOrText = Annotated[dict[str, Any], PlainValidator(_schema, json_schema_inp
 class JsonSchemaFormat(RequestBody):
     """OpenAI's wrapping of a schema."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    schema_: Schema = Field(alias="schema")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of the schema; it has no effect.")
+    schema_: Schema = Field(alias="schema", description="The JSON schema.")
     strict: bool = Field(
         False, description="Reject schema keywords that cannot be enforced instead of ignoring them."
     )
@@ -72,8 +72,10 @@ class JsonSchemaFormat(RequestBody):
 class ResponseFormat(RequestBody):
     """Structured output, in OpenAI's format."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="`text`: any text; `json_object`: any JSON object; `json_schema`: JSON that satisfies the schema."
+    )
+    json_schema: JsonSchemaFormat | None = Field(None, description="The schema; required with type `json_schema`.")
 
     @model_validator(mode="after")
     def _check_that_the_schema_is_where_it_belongs(self) -> Self:
@@ -94,7 +96,12 @@ class StructuredOutputs(RequestBody):
 
     choice: Annotated[
         list[str] | None,
-        Field(min_length=1, max_length=MAX_CHOICE_STRINGS, fail_fast=True),
+        Field(
+            min_length=1,
+            max_length=MAX_CHOICE_STRINGS,
+            fail_fast=True,
+            description="The allowed texts; the output is one of them.",
+        ),
         AfterValidator(_choice),
     ] = None
     regex: str | None = Field(

@@ -19,7 +19,8 @@ from server.api.inference.entry import entered_for_text
 from server.api.inference.target import resolve, version_of
 from server.api.inference.token_ids import check_token_ids
 from server.api.json_budget import MOST_TOKENS
-from server.api.keys.callers import Caller, CallerDep
+from server.api.keys.callers import Caller, CallerDep, Scope
+from server.api.operations import Operation, Quota
 from server.api.request_body import RequestBody, check_unicode
 from server.api.services import Services, ServicesDep, require_json, require_ready
 from server.errors import InvalidRequestError
@@ -43,9 +44,14 @@ class TokenizeBody(TemplateOptions):
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
     prompt: Annotated[str, AfterValidator(_text)] | None = Field(
-        None, max_length=MAX_TEXT_CHARS, examples=["My invoice is wrong"]
+        None,
+        max_length=MAX_TEXT_CHARS,
+        examples=["My invoice is wrong"],
+        description="The text; not with `messages`.",
     )
-    messages: Messages | None = None
+    messages: Messages | None = Field(
+        None, description="A conversation to format with the chat template; not with `prompt`."
+    )
     add_special_tokens: bool | None = Field(
         None, description="Add special tokens; default: true for `prompt`, false for `messages`."
     )
@@ -71,10 +77,10 @@ class TokenizeBody(TemplateOptions):
 class TokenizeReply(BaseModel):
     """The tokens of a text; virtual tokens of soft prompts are not among them."""
 
-    count: int
+    count: int = Field(description="Number of tokens.")
     max_model_len: int = Field(description="Maximum length of a sequence, virtual tokens included.")
-    tokens: list[int]
-    token_strs: list[str] | None = None
+    tokens: list[int] = Field(description="Token ids, in order.")
+    token_strs: list[str] | None = Field(None, description="Vocabulary entry of each token; null unless requested.")
 
 
 class DetokenizeBody(RequestBody):
@@ -82,13 +88,15 @@ class DetokenizeBody(RequestBody):
 
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]])]
+    tokens: list[TokenId] = Field(
+        max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]], description="Token ids, in order."
+    )
 
 
 class DetokenizeReply(BaseModel):
     """The text of some tokens."""
 
-    prompt: str
+    prompt: str = Field(description="The text of the tokens.")
 
 
 class TokenizerInfoReply(BaseModel):
@@ -96,16 +104,22 @@ class TokenizerInfoReply(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    tokenizer_class: str
+    tokenizer_class: str = Field(description="Class name in transformers.")
     model_max_length: int = Field(description="Maximum length of a sequence on this server.")
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
-    unk_token: str | None
-    chat_template: str | None
+    bos_token: str | None = Field(description="The beginning-of-sequence token.")
+    eos_token: str | None = Field(description="The end-of-sequence token.")
+    pad_token: str | None = Field(description="The padding token.")
+    unk_token: str | None = Field(description="The unknown token.")
+    chat_template: str | None = Field(description="The chat template of the model, in Jinja.")
 
 
 @router.post("/tokenize", dependencies=[Depends(require_json)], response_model=TokenizeReply)
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 503),
+    quota=Quota.TOKENS,
+    example={"prompt": "The strap feels flimsy.", "return_token_strs": True},
+)
 async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """Convert text to token ids, as completions and chat completions do."""
     num_chars = len(body.prompt or "") + sum(len(message.content or "") for message in body.messages or ())
@@ -144,6 +158,13 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
 
 
 @router.post("/detokenize", dependencies=[Depends(require_json)])
+@Operation(
+    scopes={Scope.GENERATE},
+    errors=(404, 503),
+    quota=Quota.TOKENS,
+    takes_token_ids=True,
+    example={"tokens": [200, 451]},
+)
 async def detokenize(
     body: DetokenizeBody, request: Request, services: ServicesDep, caller: CallerDep
 ) -> DetokenizeReply:
@@ -156,6 +177,7 @@ async def detokenize(
 
 
 @router.get("/tokenizer_info")
+@Operation(scopes={Scope.GENERATE})
 async def tokenizer_info(services: ServicesDep) -> TokenizerInfoReply:
     """Get the tokenizer's configuration: special tokens and chat template."""
     info = {**services.tokenizer.info, "model_max_length": services.engine.model.max_model_len}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from server.api.operations import LIMITED, SCOPES
 from server.errors import EngineNotReadyError
 from tests.support.keyed import bearer, key_entry
+from tests.support.operations import OPERATIONS
 
 pytestmark = pytest.mark.anyio
 
@@ -55,11 +55,13 @@ def no_work(tokenizer, store, monkeypatch):
     return forbid
 
 
-def test_what_is_limited_is_served():
-    assert LIMITED.keys() <= SCOPES.keys()
-    # Whatever may do much for one request; the others are a look into the catalog, or a row written there.
-    asking = {path for method, path in SCOPES if method == "POST" and not path.endswith("/rollback")}
-    assert {path for _, path in LIMITED} == asking | {"/v1/prompts/{id}/inspect"}
+LIMITED = [route for route, operation in OPERATIONS.by_route.items() if operation.quota is not None]
+
+
+def test_expensive_operations_are_limited() -> None:
+    # The others read the catalog, or write a row there.
+    posts = {path for method, path in OPERATIONS.by_route if method == "POST" and not path.endswith("/rollback")}
+    assert {path for _, path in LIMITED} == posts | {"/v1/prompts/{id}/inspect"}
 
 
 @pytest.mark.parametrize(("method", "path"), LIMITED)

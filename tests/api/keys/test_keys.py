@@ -11,6 +11,7 @@ from hashlib import sha256
 
 import httpx
 import pytest
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import iter_route_contexts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +21,12 @@ from server.api.keys import keys as auth
 from server.api.keys.callers import ALL_SCOPES, Scope
 from server.api.keys.key_file import new_key, read_keys
 from server.api.keys.keys import ApiKeys, collect_keys
-from server.api.operations import OPEN_PATHS, SCOPES
+from server.app import ROUTERS
 from server.cli import app as cli
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError
 from tests.support.keyed import bearer, locked
+from tests.support.operations import operations_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -190,19 +192,19 @@ def methods_and_paths(app):
     return [(method, route.path) for route in iter_route_contexts(app.routes) for method in sorted(route.methods)]
 
 
-def test_every_route_has_its_scopes(app):
+def test_every_route_has_an_operation(app):
     served = set(methods_and_paths(app))
     assert ("POST", "/v1/completions") in served
-    assert {(method, path) for method, path in served if path not in OPEN_PATHS} == SCOPES.keys()
+    assert served == operations_of(app).keys()
 
 
 async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app, client):
     may = {"key-a": {"generate", "prompts:read"}, "key-b": {"prompts:write"}, "key-c": {"admin"}}
-    for method, path in methods_and_paths(app):
-        if path in OPEN_PATHS:
+    for (method, path), operation in operations_of(app).items():
+        needed = operation.scopes
+        if needed is None:
             continue
         url = path.replace("{version}", "1").replace("{model_id:path}", "x/y").replace("{", "").replace("}", "")
-        needed = SCOPES[method, path]
         for key, scopes in may.items():
             response = await client.request(method, url, headers=bearer(key))
             is_refused = bool(needed) and not needed & scopes
@@ -229,14 +231,34 @@ async def test_metrics_need_no_key_where_the_operator_says_so_and_nothing_else_i
 
 
 @pytest.mark.parametrize("path", ["/no-such", "/v1/", "/live/", "//v1/models", "/v1/prompts/../metrics"])
-async def test_what_is_not_in_the_table_is_not_served(app, client, path):
+async def test_a_route_without_operation_is_not_served(app, client, path):
     @app.get("/no-such")
     async def forgotten() -> str:
-        return "a route without an entry"
+        return "a route that was added later"
 
     response = await client.get(path, headers=bearer("key-c"))
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "not_found"
+
+
+def test_a_route_without_operation_fails_at_start_up(make_app, settings, monkeypatch):
+    router = APIRouter()
+
+    @router.get("/no-such")
+    async def forgotten() -> str:
+        return "a route without operation"
+
+    monkeypatch.setattr("server.app.ROUTERS", (*ROUTERS, router))
+    with pytest.raises(TypeError, match=r"/no-such.* has no operation"):
+        make_app(settings)
+
+
+def test_a_mounted_application_fails_at_start_up(make_app, settings, monkeypatch):
+    router = APIRouter()
+    router.mount("/other", FastAPI())
+    monkeypatch.setattr("server.app.ROUTERS", (*ROUTERS, router))
+    with pytest.raises(TypeError, match="has no operation"):
+        make_app(settings)
 
 
 async def test_wrong_methods(client):

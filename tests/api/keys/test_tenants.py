@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.api.operations import SCOPES
 from tests.support.keyed import bearer, key_entry
+from tests.support.operations import OPERATIONS
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ async def prompts(client, upload_parts):
 async def test_anothers_soft_prompt_is_not_there(client, prompts, is_known):
     """Every route that takes a name says of another tenant's what it says of one that there never was."""
     bodies = {"PUT": {"version": 1}, "POST": {}}
-    routes = [(method, path) for method, path in SCOPES if "{id}" in path or "{model_id" in path]
+    routes = [(method, path) for method, path in OPERATIONS.by_route if "{id}" in path or "{model_id" in path]
     assert len(routes) > 10
     if is_known:
         await client.post("/v1/completions", json={"model": "mine", "prompt": "x"}, headers=bearer("a1"))

@@ -50,7 +50,7 @@ async def test_a_task(client, engine, other_parts):
     body = (await client.get("/v1/prompts/many/inspect?task_id=2")).json()
     assert body["task_id"] == 2
     assert engine.inspected[0].task_id == 2
-    for query, message in (("", "which task is meant"), ("?task_id=3", "no such task")):
+    for query, message in (("", "a task is required"), ("?task_id=3", "no such task")):
         response = await client.get(f"/v1/prompts/many/inspect{query}")
         assert (response.status_code, response.json()["error"]["param"]) == (400, "task_id")
         assert message in response.json()["error"]["message"]

@@ -17,6 +17,7 @@ from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec
 from server.api.errors import describe
 from server.api.http.multipart import UploadParser
+from server.api.prompts.upload_form import UploadForm
 
 BASE = BaseModelSpec("tiny", 32, 2, 2, 8, 64, "float32")
 BOUNDARY = "XboundaryX"
@@ -60,21 +61,21 @@ def send(store: PromptStore, data: bytes, piece: int = 1000) -> int:
     """What an upload of these bytes is answered with."""
     with store.upload() as upload:
         try:
-            parser = UploadParser(f"multipart/form-data; boundary={BOUNDARY}", upload.open)
+            parser = UploadParser(f"multipart/form-data; boundary={BOUNDARY}", upload.open, UploadForm.model_fields)
             for start in range(0, len(data), piece):
                 parser.feed(data[start : start + piece])
-            fields = parser.fields()
+            form = UploadForm.parse(parser.texts())
             _, is_new = store.publish(
                 upload,
-                name=fields.name,
+                name=form.id,
                 base=BASE,
-                require_same_base=not fields.allow_other_base,
-                task_type=fields.task_type,
-                alias=fields.alias,
-                description=fields.description,
-                tags=fields.tags,
-                metadata=fields.metadata,
-                lineage=fields.lineage,
+                require_same_base=not form.allow_other_base,
+                task_type=form.task_type,
+                alias=form.alias,
+                description=form.description,
+                tags=form.tags,
+                metadata=form.metadata,
+                lineage=form.lineage,
             )
         except Exception as error:
             return describe(error, request_id="fuzz").status

@@ -9,8 +9,8 @@ import pytest
 from prompt_store.catalog.catalog import Catalog
 from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.errors import StoreUnavailableError
-from server.api.operations import SCOPES
 from tests.support.keyed import bearer, key_entry
+from tests.support.operations import OPERATIONS
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +35,7 @@ NAMING = [
 REQUESTS = [
     *(
         (method, path.replace("{model_id:path}", "{id}"), {"PUT": {"version": 1}, "POST": {}}.get(method))
-        for method, path in SCOPES
+        for method, path in OPERATIONS.by_route
         if "{id}" in path or "{model_id" in path
     ),
     *(

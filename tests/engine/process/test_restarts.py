@@ -400,13 +400,13 @@ async def test_the_first_start_is_not_tried_again() -> None:
 def polls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What each poll of the watch found."""
     found: list[bool] = []
-    look = StepWatch.look
+    poll = StepWatch.poll
 
     def counted(watch: StepWatch) -> bool:
-        found.append(look(watch))
+        found.append(poll(watch))
         return found[-1]
 
-    monkeypatch.setattr(StepWatch, "look", counted)
+    monkeypatch.setattr(StepWatch, "poll", counted)
     return found
 
 

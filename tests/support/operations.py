@@ -1,0 +1,20 @@
+"""The operations of a server."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from server.api.middleware import RequestIdMiddleware
+from server.api.operations import Operation, Operations
+from server.app import ROUTERS
+
+OPERATIONS = Operations(route for router in ROUTERS for route in router.routes)
+"""The operations of the API, without the documentation, which is FastAPI's own."""
+
+
+def operations_of(app: FastAPI) -> dict[tuple[str, str], Operation]:
+    """All operations of an application, by method and path."""
+    (middleware,) = [item for item in app.user_middleware if item.cls is RequestIdMiddleware]
+    operations = middleware.kwargs["operations"]
+    assert isinstance(operations, Operations)
+    return operations.by_route
