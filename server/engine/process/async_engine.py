@@ -93,8 +93,8 @@ class AsyncEngine:
         self._inspections: dict[int, asyncio.Future[Inspection]] = {}
         self._pinned: dict[str, SoftPromptSource] = {}
         self._num_inspections = 0
-        self._prepared = 0
-        self._probed = 0
+        self._num_prepared = 0
+        self._num_probed = 0
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -142,9 +142,7 @@ class AsyncEngine:
                 if isinstance(event, EngineError):
                     has_ended = True
                     raise event
-                has_ended = event.finish_reason is not None or event.failure is not None
-                if event.failure is not None:
-                    raise _error_of(event.failure)
+                has_ended = event.finish_reason is not None
                 yield event
         finally:
             del self._queues[request.request_id]
@@ -154,9 +152,9 @@ class AsyncEngine:
 
     async def prepare(self, soft_prompt: SoftPromptSource) -> None:
         """Load a soft prompt onto the device, by generating one token after one token of text."""
-        self._prepared += 1
+        self._num_prepared += 1
         request = GenerateRequest(
-            request_id=f"prepare-{self._prepared}",
+            request_id=f"prepare-{self._num_prepared}",
             prompt_token_ids=[0],
             params=SamplingParams(max_tokens=1, temperature=0.0),
             soft_prompt=soft_prompt,
@@ -174,13 +172,13 @@ class AsyncEngine:
         max_wait: float | None = None,
     ) -> None:
         """Check that the model can compute with a soft prompt; see ``Engine.probe``."""
-        self._probed += 1
+        self._num_probed += 1
         has_head = soft_prompt.num_labels is not None
         params = SamplingParams(
             max_tokens=0 if has_head else max_tokens, temperature=0.0, ignore_eos=True, classify=has_head
         )
         request = GenerateRequest(
-            request_id=f"probe-{self._probed}",
+            request_id=f"probe-{self._num_probed}",
             prompt_token_ids=token_ids,
             params=params,
             soft_prompt=soft_prompt,
@@ -355,7 +353,7 @@ class AsyncEngine:
             for event in message.events:
                 queue = self._queues.get(event.request_id)
                 if queue is not None:  # else its reader has closed, and an abort has been sent
-                    queue.put_nowait(event)
+                    queue.put_nowait(event if event.failure is None else _error_of(event.failure))
         elif isinstance(message, Inspected):
             self._end_inspection(message)
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import httpx
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,11 +53,13 @@ def speaking(app, engine, monkeypatch) -> Callable[..., None]:
             async for event in generate(request):
                 if scores is not None:
                     label = bytes(request.prompt_token_ids[request.params.prompt_logprobs_start :]).decode()
-                    event = replace(event, prompt_logprobs=[Logprobs(scores[rows][label], [])])
+                    event = msgspec.structs.replace(event, prompt_logprobs=[Logprobs(scores[rows][label], [])])
                 if logits is not None:
-                    event = replace(event, class_logits=logits[rows])
+                    event = msgspec.structs.replace(event, class_logits=logits[rows])
                 if sure is not None and event.logprobs is not None:
-                    event = replace(event, logprobs=[Logprobs(sure[rows], []) for _ in event.logprobs])
+                    event = msgspec.structs.replace(
+                        event, logprobs=[Logprobs(sure[rows], []) for _ in event.logprobs]
+                    )
                 yield event
 
         monkeypatch.setattr(engine, "generate", answer)
