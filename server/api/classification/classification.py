@@ -28,7 +28,7 @@ class Label:
 
     Attributes:
         name: The label in the request.
-        token_ids: For each text, the label's tokens behind it; at least one.
+        token_ids: For each text, the label's tokens after it; at least one.
     """
 
     name: str

@@ -195,7 +195,7 @@ def _data(body: ClassifyBody, names: list[list[str]], call: Call, verdicts: list
 
 
 def _check_same_labels(names: list[list[str]], targets: Sequence[Target]) -> None:
-    """Heads of an ensemble have the same labels; their order may be another."""
+    """Check that the heads of an ensemble have the same labels, in any order."""
     for own, target in zip(names, targets, strict=True):
         if set(own) != set(names[0]):
             raise InvalidRequestError(
@@ -206,7 +206,7 @@ def _check_same_labels(names: list[list[str]], targets: Sequence[Target]) -> Non
 def _combined(
     index: int, names: list[list[str]], members: list[str], verdicts: Sequence[Verdict], how: Combine
 ) -> Classified:
-    """An ensemble's answer, in the first member's order of labels."""
+    """The combined result of an ensemble, with labels in the first member's order."""
     labels = names[0]
     by_label = [
         dict(zip(own, verdict.probabilities, strict=True)) for own, verdict in zip(names, verdicts, strict=True)
@@ -243,7 +243,7 @@ def _classified(index: int, names: list[str], verdict: Verdict, *, is_by_head: b
 
 
 async def _tokenize(services: Services, body: ClassifyBody) -> tuple[list[list[int]], list[Label] | None]:
-    """The inputs' tokens, and those of the labels behind each input."""
+    """The tokens of the inputs, and those of the labels after each input."""
     tokenizer, names = services.tokenizer, body.labels
     inputs = await tokenize_prompts(services, body.input, add_special_tokens=body.add_special_tokens, field="input")
     check_tokens(inputs, vocab_size=services.engine.model.vocab_size)
@@ -272,9 +272,9 @@ def _check_different(names: Sequence[str], found: Sequence[Sequence[int]]) -> No
 
 
 async def _label_names(services: Services, leased: LeasedPrompt | None) -> list[str]:
-    """What a head's labels are called: by the metadata, or by the configuration that came with the head."""
+    """The names of a head's labels, from the version's metadata or its configuration file."""
     if leased is None or leased.version.num_labels is None:
-        raise TypeError("only a soft prompt with a head has labels of its own")
+        raise TypeError("only a soft prompt with a head has labels")
     version, num_labels = leased.version, leased.version.num_labels
     names = head_label_names(version.metadata, num_labels)
     if names is None:
@@ -287,7 +287,7 @@ def head_label_names(source: Mapping[str, object], num_labels: int) -> list[str]
     """Names of a head's labels in a JSON object: ``labels`` (a list), or transformers' ``id2label``.
 
     Returns:
-        As many different names as there are labels, or None where the object does not hold that.
+        One unique name per label, or None if the object does not have them.
     """
     names = source.get("labels")
     by_id = source.get("id2label")

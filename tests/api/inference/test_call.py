@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import types
 from collections.abc import Callable, Coroutine, Generator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,8 +14,11 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.inference.call import Call
+from server.api.inference.entry import allowance_of
 from server.api.inference.request_record import RequestRecord
 from server.api.inference.responses import Usage
+from server.api.keys.callers import ANYBODY
+from server.api.keys.limits import Allowance, KeyLimiter, Limits
 from server.metrics import Metrics
 from tests.support.api_fixtures import CountingStore
 from tests.support.fake_engine import FakeEngine
@@ -64,16 +68,22 @@ async def cancelled(coroutine: Coroutine[Any, Any, Any], step: int) -> None:
     await cancelled_at(coroutine, step)
 
 
+MINUTE_TOKENS = 1000
+
+
 class Outcomes:
-    """What the calls of one request recorded."""
+    """What one request recorded, and what it took of a key whose limits never refill."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_admitted = 0
+        self.allowance: Allowance | None = None
+        self.limiter = self._new_limiter()
         self.ended: list[str] = []
         self.counted: list[tuple[str | None, str]] = []
         admit, end, count = Call.admit, RequestRecord.end, Metrics.count_request
 
         def admit_and_note(call: Call, *args: Any, **kwargs: Any) -> None:
+            self.allowance = allowance_of(call.request)
             admit(call, *args, **kwargs)
             self.num_admitted += 1
 
@@ -88,11 +98,22 @@ class Outcomes:
         monkeypatch.setattr(Call, "admit", admit_and_note)
         monkeypatch.setattr(RequestRecord, "end", end_and_note)
         monkeypatch.setattr(Metrics, "count_request", count_and_note)
+        monkeypatch.setattr("server.api.inference.entry.caller_of", lambda _: replace(ANYBODY, limiter=self.limiter))
+
+    @property
+    def num_tokens_taken(self) -> int:
+        return MINUTE_TOKENS - int(self.limiter.headers["x-ratelimit-remaining-tokens"])
 
     def reset(self) -> None:
         self.num_admitted = 0
+        self.allowance = None
+        self.limiter = self._new_limiter()
         self.ended.clear()
         self.counted.clear()
+
+    @staticmethod
+    def _new_limiter() -> KeyLimiter:
+        return KeyLimiter(Limits(tokens_per_minute=MINUTE_TOKENS), clock=lambda: 0.0)
 
 
 @pytest.fixture
@@ -114,11 +135,15 @@ async def check(
     for seed, name in enumerate(("a", "b")):
         (await client.post("/v1/prompts", **upload_parts(name, seed=seed))).raise_for_status()
     engine.reply = "hi"
+    outcomes.reset()
 
     def check_all(num_members: int, allowed: set[str]) -> None:
         assert app.state.services.admission.num_in_use == 0
         assert app.state.services.admission.expected_wait("") == 0
         assert engine.in_flight == 0
+        assert outcomes.limiter.num_running == 0
+        if outcomes.allowance is not None:
+            assert outcomes.num_tokens_taken == outcomes.allowance.used > 0
         eventually(lambda: len(store.released) >= len(store.leased))
         assert sorted(map(id, store.released)) == sorted(map(id, store.leased))
         assert outcomes.num_admitted <= 1
@@ -167,3 +192,18 @@ async def test_a_failure_is_one_outcome(
     assert response.status_code == (200 if has_begun else 500)
     check(MEMBERS.get(kind, 1), {"error"})
     assert outcomes.ended == ["error"]
+
+
+@pytest.mark.parametrize("kind", BODIES)
+async def test_a_request_is_measured_once(
+    client: httpx.AsyncClient, check: Callable[[int, set[str]], None], kind: str
+) -> None:
+    path, body = BODIES[kind]
+    before = (await client.get("/metrics")).text
+    assert "prelude_e2e_request_latency_seconds_count 0.0" in before
+    (await client.post(path, json=body)).raise_for_status()
+    check(MEMBERS.get(kind, 1), {"stop"})
+    after = (await client.get("/metrics")).text
+    assert "prelude_e2e_request_latency_seconds_count 1.0" in after
+    num_first_tokens = 0.0 if kind == "labels" else 1.0
+    assert f"prelude_time_to_first_token_seconds_count {num_first_tokens}" in after
