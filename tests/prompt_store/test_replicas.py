@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prompt_store.errors import PromptNotFoundError, PromptStoreError, StoreUnavailableError
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef
 from tests.prompt_store.databases import postgres_url, refuse_connections
@@ -165,7 +165,7 @@ def test_a_catalog_that_hangs_is_noticed(
     replicas: tuple[PromptStore, PromptStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = replicas[0]
-    monkeypatch.setattr("prompt_store.catalog.watch.LONGEST_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("prompt_store.catalog.watch.MAX_POLL_SECONDS", 0.2)
     release = threading.Event()
     monkeypatch.setattr("prompt_store.catalog.database.Listener.scalar", lambda *_: release.wait(20) and 0)
     wait_until(lambda: not store.status.is_available, 5.0)

@@ -18,7 +18,7 @@ from prompt_store.errors import (
     PromptTooLargeError,
     StoreUnavailableError,
 )
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef, StoredFile
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prompt_store.errors import PromptStoreError
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 
 
 def refused(location: Path | str, **options: str) -> str:
