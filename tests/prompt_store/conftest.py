@@ -1,4 +1,4 @@
-"""Soft prompts as PEFT writes them, and a base that they fit."""
+"""Soft prompts written by PEFT, and a base that they fit."""
 
 from __future__ import annotations
 
