@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.server import BASE, build_served_model, serving, soft_prompt_files
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec
 
 NUM_WARM = 8

@@ -31,7 +31,7 @@ from safetensors.numpy import save
 
 from prompt_store.catalog.database import Database
 from prompt_store.catalog.schema import aliases, blobs, prompts, tags, version_files, versions
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec, PromptRef
 
@@ -135,7 +135,7 @@ def resident_mib(location: str, catalog: str, count: int) -> float:
     code = (
         "import sys, random, psutil\n"
         "from benchmarks.registry_scale import name_of\n"
-        "from prompt_store.opening import open_store\n"
+        "from prompt_store.open_store import open_store\n"
         "from prompt_store.types import PromptRef\n"
         "store = open_store(sys.argv[1], catalog_url=sys.argv[2])\n"
         "rng = random.Random(0)\n"

@@ -1,4 +1,4 @@
-"""Whether an upload is a soft prompt that the base can serve, and what identifies it."""
+"""Check that an upload is a soft prompt that the base can serve, and compute its digest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class CheckedUpload:
     """An upload whose files are a soft prompt that the base can serve.
 
     Attributes:
-        soft_prompt: What it holds.
-        files: Both of them.
-        digest: The version's, if it becomes one.
+        soft_prompt: The parsed soft prompt.
+        files: Configuration and weights.
+        digest: The digest of the version to be.
     """
 
     soft_prompt: SoftPrompt
@@ -34,11 +34,11 @@ def check_upload(
     allow_float64: bool,
     task_type: TaskType | None = None,
 ) -> CheckedUpload:
-    """Validate an upload; ``PromptStore.publish`` accepts the result, so that other checks can run in between.
+    """Validate an upload. ``PromptStore.publish`` accepts the result, so that other checks can run in between.
 
     Args:
-        upload: With both files written and closed.
-        base: The resident model, which it has to fit.
+        upload: An upload with both files written and closed.
+        base: The served model.
         require_same_base: See ``validate``.
         allow_float64: See ``validate``.
         task_type: See ``validate``.

@@ -8,7 +8,7 @@ PromptStoreError
 ├── PromptTooLargeError      a file is over the size limit
 ├── CorruptBlobError         stored bytes no longer match their digest
 │   └── BlobNotFoundError    there are no bytes under that digest at all
-└── StoreUnavailableError    what holds the bytes can not be reached now; nothing was lost
+└── StoreUnavailableError    catalog or blobs cannot be reached now; nothing was lost
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Fault:
 
     Attributes:
         code: Stable identifier, such as ``shape_mismatch``.
-        message: What is wrong, with the numbers.
-        file: The file that it was found in, if it was in one.
-        field: The configuration key or tensor name, if there is one.
+        message: The fault, with the numbers.
+        file: The faulty file, if any.
+        field: The faulty configuration field or tensor, if any.
     """
 
     code: str

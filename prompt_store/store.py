@@ -45,22 +45,22 @@ _MAX_REFRESHED = 1000
 
 
 class PromptStore:
-    """Named, versioned soft prompts. Thread-safe. ``prompt_store.opening.open_store`` puts one together.
+    """Named, versioned soft prompts. Thread-safe. ``open_store`` creates one.
 
     Files are on the disk (or in the object store) before the catalog names them, so a version never lacks its bytes.
-    A blob goes when no version has named it for some time and nobody here holds it: at once where this process alone
-    uses the store, after ``COLLECT_GRACE_SECONDS`` where replicas share it and cannot see each other's leases.
+    A blob is removed if no version names it and this process does not hold it: at once if this process alone uses the
+    store, after ``COLLECT_GRACE_SECONDS`` if replicas share it, which cannot see the leases of each other.
 
-    Methods that take an ``access`` raise PromptNotFoundError for what it does not see, PromptForbiddenError where it
-    may not change what it sees; without one everything may be seen and changed.
+    Methods with an ``access`` raise PromptNotFoundError for a name that the caller does not see, and
+    PromptForbiddenError for a change that it may not make. Without ``access`` everything is permitted.
 
     Args:
         catalog: Names and versions.
         blobs: Bytes.
-        staging: Where uploads are written first.
-        max_upload_bytes: Largest file that an upload may hold.
-        collect_grace_seconds: Another time for which blobs without a name are kept.
-        close: Called at the end, when catalog and blobs are closed.
+        staging: Temporary files of uploads.
+        max_upload_bytes: Maximum size of a file.
+        collect_grace_seconds: How long blobs without a name are kept; None for the default.
+        close: Called after catalog and blobs are closed.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class PromptStore:
         self._lease_ids = itertools.count(1)
         self._subscribers: list[Callable[[set[str] | None], None]] = []
         self._totals = (-1, StoreTotals())
-        """With the generation that they are of: counting a hundred thousand names at each scrape would tell."""
+        """With their generation: counting a hundred thousand names at each scrape would be slow."""
         self._watch: CatalogWatch | None = None
         try:
-            self._collector.try_to_collect()  # what a killed process put without coming to name it
+            self._collector.try_to_collect()  # blobs that a killed process put and did not name
             if catalog.is_shared:
-                self._watch = CatalogWatch(catalog, self._take_changes)
+                self._watch = CatalogWatch(catalog, self._apply_changes)
         except BaseException:
             self._collector.close()
             raise
@@ -108,7 +108,7 @@ class PromptStore:
     # Publishing
 
     def upload(self) -> Upload:
-        """A context manager with a temporary directory for the files of an upload, for ``publish``."""
+        """A context manager with a temporary directory for the files of an upload, to be published."""
         with disk_errors():
             return self._staging.upload(self._max_upload_bytes)
 
@@ -134,25 +134,25 @@ class PromptStore:
         """Validate an upload and make it a version, served from the next request on.
 
         Args:
-            upload: With both files written and closed.
-            name: Whose version it becomes.
-            base: The resident model, which it has to fit.
-            require_same_base: Refuse a configuration that names another base.
-            allow_float64: Take float64 files, whose rows the serving dtype can hold.
-            task_type: Task type, if the adapter's configuration does not state it.
-            alias: What to point at it; None leaves the aliases alone.
+            upload: An upload with both files written and closed.
+            name: The soft prompt that gets the version.
+            base: The served model.
+            require_same_base: Reject a configuration that names another base.
+            allow_float64: Accept float64 files whose values the serving dtype can hold.
+            task_type: Task type, if the configuration of the adapter does not state it.
+            alias: The alias to point at the version; None moves no alias.
             description: Free text.
             tags: Words to list by.
             metadata: A JSON object.
-            lineage: Where it comes from.
+            lineage: Origin of the version.
             actor: Who publishes.
-            reserved_names: Names that mean something else, such as the base model's.
-            owner: The tenant that alone sees it.
-            checked: What ``check_upload`` said of it; None lets it be checked here.
+            reserved_names: Names that may not be used, such as the name of the base model.
+            owner: The tenant that alone sees it; ``SHARED`` for all.
+            checked: The result of ``check_upload``; None checks the upload here.
 
         Returns:
-            The version, and whether it is new. The same files under the same name are the version that is there;
-            the alias is pointed at it all the same.
+            The version, and whether it is new. The same files under the same name are the existing version; the
+            alias is moved to it too.
 
         Raises:
             ValueError: If name, alias or a tag is not well formed, or the name is reserved.
@@ -195,13 +195,13 @@ class PromptStore:
             owner=owner,
         )
         self._require_catalog()
-        self._catalog.check_owner(name, owner)  # before any byte is kept that would have to be collected
+        self._catalog.check_owner(name, owner)  # before any byte is stored that would have to be collected
         try:
-            published = self._keep(upload, new, alias, actor)
+            published = self._store(upload, new, alias, actor)
         except BaseException:
             self._collector.collect_if_alone()
             raise
-        self._collector.collect_if_owed()
+        self._collector.retry_if_failed()
         return published
 
     # Using
@@ -211,11 +211,11 @@ class PromptStore:
 
         Raises:
             PromptNotFoundError: If there is none.
-            StoreUnavailableError: If it is not known here and the catalog cannot be reached.
+            StoreUnavailableError: If it is not cached and the catalog cannot be reached.
         """
         version = self._resolved.get(ref)
-        # What is known and another tenant's is looked up like a name that never was: an answer without the catalog
-        # would tell, while it is away or slow, that the name exists.
+        # A cached version of another tenant is looked up like an unknown name: an answer without the catalog, while
+        # it is unreachable or slow, would reveal that the name exists.
         if version is None or not (access is None or access.sees(version.owner)):
             self._require_catalog()
             generation = self._resolved.generation
@@ -224,19 +224,19 @@ class PromptStore:
         return version
 
     def lease(self, ref: PromptRef, access: Access | None = None) -> LeasedPrompt:
-        """Resolve a reference and keep its files until ``release``, even if the version is deleted.
+        """Resolve a reference and hold its files until ``release``, even if the version is deleted.
 
         Raises:
             PromptNotFoundError: If there is no such version.
-            CorruptBlobError: If its weights are missing or not what was uploaded.
-            StoreUnavailableError: If version or weights are not here and cannot be had now.
+            CorruptBlobError: If its weights are missing or damaged.
+            StoreUnavailableError: If version or weights are not cached and cannot be fetched now.
         """
         version = self.resolve(ref, access)
         try:
             return self._lease(version)
         except BlobNotFoundError:
-            # Deleted and collected between our two looks, or truly lost: a second look tells. Nothing is forgotten
-            # before it has succeeded: while the catalog is away, what is known is all there is.
+            # Deleted and collected since it was resolved, or lost: a second lookup decides. The cache is invalidated
+            # only if that succeeds: while the catalog is unreachable, nothing else is known.
             self._require_catalog()
             fresh = self._catalog.resolve(ref, access)
             self._resolved.invalidate([ref.name])
@@ -248,7 +248,7 @@ class PromptStore:
             digests = self._leases.pop(leased.lease_id, ())
         if digests:
             self._blobs.unpin(weights_of(leased.version).sha256)
-            self._collector.let_go(digests)
+            self._collector.release(digests)
 
     @contextmanager
     def leased(self, ref: PromptRef) -> Iterator[LeasedPrompt]:
@@ -265,19 +265,19 @@ class PromptStore:
         """Register a callback for names changed in a shared catalog; it gets None if all may have changed.
 
         Args:
-            callback: Called from a thread of the store's, which it may not keep waiting.
+            callback: Called from a thread of the store; it must return quickly.
         """
         self._subscribers.append(callback)
 
     @property
     def status(self) -> CatalogStatus:
-        """Whether the catalog can be reached."""
+        """Whether the catalog is reachable."""
         if self._watch is None:
             return CatalogStatus(True, None, 0.0, 0)
         return self._watch.status
 
     def tier_stats(self) -> list[TierStats]:
-        """Size and counters of each blob tier; from the last ``totals`` if a tier holds all blobs."""
+        """Size and counters of each blob tier. A tier with all blobs has the size of the last ``totals``."""
         totals = self._totals[1]
         return [
             replace(tier, resident=totals.num_blobs, resident_bytes=totals.blob_bytes)
@@ -287,21 +287,21 @@ class PromptStore:
         ]
 
     def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
-        """A name with its aliases and newest version; PromptNotFoundError if there is none."""
+        """A soft prompt with its aliases and newest version; PromptNotFoundError if there is none."""
         self._require_catalog()
         return self._catalog.get_prompt(name, access)
 
     def list_prompts(
         self, limit: int = 100, after: str | None = None, tag: str | None = None, access: Access | None = None
     ) -> tuple[list[PromptSummary], bool]:
-        """Names in order, behind ``after``, those with ``tag``; and whether there are more."""
+        """Soft prompts by name, after the name ``after``, with ``tag`` if given; and whether there are more."""
         self._require_catalog()
         return self._catalog.list_prompts(limit, after, tag, access)
 
     def list_versions(
         self, name: str, limit: int = 100, before: int | None = None, access: Access | None = None
     ) -> tuple[list[PromptVersion], bool]:
-        """Versions of a name, newest first, those below ``before``; and whether there are more.
+        """Versions of a name below ``before``, newest first; and whether there are more.
 
         Raises:
             PromptNotFoundError: If there is no such name.
@@ -312,7 +312,7 @@ class PromptStore:
     def list_history(
         self, name: str, limit: int = 100, before: int | None = None, access: Access | None = None
     ) -> tuple[list[HistoryEntry], bool]:
-        """What was done to a name, newest first, before the entry ``before``; and whether there is more.
+        """Changes of a name before the entry ``before``, newest first; and whether there are more.
 
         Raises:
             PromptNotFoundError: If the name never existed.
@@ -325,8 +325,8 @@ class PromptStore:
 
         Raises:
             PromptNotFoundError: If there is no such version, or it has no such file.
-            CorruptBlobError: If the bytes are not those that were uploaded.
-            StoreUnavailableError: If they are not here and cannot be had now.
+            CorruptBlobError: If the bytes are damaged.
+            StoreUnavailableError: If they are not cached and cannot be fetched now.
         """
         found = self.resolve(PromptRef(name, version=version, alias=None), access)
         file = found.file(filename)
@@ -344,7 +344,7 @@ class PromptStore:
         return data
 
     def totals(self) -> StoreTotals:
-        """Number of names and versions; the last known one while the catalog is unreachable."""
+        """Number of names, versions and blobs; the last known one while the catalog is unreachable."""
         generation = self._resolved.generation
         known, totals = self._totals
         if known != generation and self.status.is_available:
@@ -382,11 +382,11 @@ class PromptStore:
         actor: str | None = None,
         access: Access | None = None,
     ) -> int:
-        """Point an alias back at what it pointed at before; returns that version.
+        """Point an alias back at its previous version; returns that version.
 
         Raises:
             PromptNotFoundError: If there is no such alias.
-            PromptConflictError: If there is nothing to go back to, or the alias is not at ``expected_version``.
+            PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version``.
         """
         with self._changing(name, access):
             return self._catalog.rollback(name, alias, expected_version, actor, access)
@@ -412,13 +412,13 @@ class PromptStore:
         """Remove unreferenced blobs that are not held and whose grace period is over; returns the number.
 
         Raises:
-            StoreUnavailableError: If catalog or blobs cannot be reached; what is left is collected another time.
+            StoreUnavailableError: If catalog or blobs cannot be reached; the rest is collected later.
         """
         return self._collector.collect()
 
     # Inside
 
-    def _keep(
+    def _store(
         self, upload: Upload, new: NewVersion, alias: str | None, actor: str | None
     ) -> tuple[PromptVersion, bool]:
         """Store the files of a new version and record it; raises what ``publish`` raises."""
@@ -446,15 +446,15 @@ class PromptStore:
                 path = self._blobs.fetch(weights.sha256, weights.size)
         except BaseException:
             self._blobs.unpin(weights.sha256)
-            self._collector.let_go(digests)
+            self._collector.release(digests)
             raise
         lease_id = next(self._lease_ids)
         with self._lock:
             self._leases[lease_id] = digests
         return LeasedPrompt(version, path, lease_id)
 
-    def _take_changes(self, names: set[str] | None) -> None:
-        """Drop changed names from the cache, and resolve those in use again while the catalog is reachable."""
+    def _apply_changes(self, names: set[str] | None) -> None:
+        """Drop changed names from the cache, and resolve the recently used ones again."""
         for ref in self._resolved.invalidate(names)[-_MAX_REFRESHED:]:
             try:
                 self.resolve(ref)
@@ -471,14 +471,14 @@ class PromptStore:
         try:
             yield
         except StoreUnavailableError:
-            # In a shared catalog the watch finds whatever came to be written; meanwhile this is all that is known.
+            # In a shared catalog the watch finds changes that were written; until then the cache stays in use.
             owner = self._resolved.owner(name)
             is_anothers = access is not None and owner is not None and not access.changes(owner)
             if not (self._catalog.is_shared or is_anothers):
                 self._resolved.invalidate([name])
             raise
         except (PromptNotFoundError, PromptForbiddenError):
-            raise  # nothing was changed, and perhaps by somebody who may not even know of the name
+            raise  # nothing was changed, and the caller may not be permitted to see the name
         except BaseException:
             self._resolved.invalidate([name])
             raise

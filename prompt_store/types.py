@@ -11,10 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
-"""What a soft prompt's name, an alias or a tag may look like (matched whole)."""
+"""The pattern of names of soft prompts, aliases and tags (matched whole)."""
 
 DEFAULT_ALIAS = "latest"
-"""The alias that a bare name means, and that an upload moves unless it says otherwise."""
+"""The alias of a bare name, and the default alias of an upload."""
 
 MAX_LINEAGE_CHARS = 1024
 MAX_SCORES = 64
@@ -24,18 +24,18 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 ROWS_TENSOR = "prompt_embeddings"
-"""The trained rows, in every soft prompt's weights file."""
+"""The trained rows, in the weights file of every soft prompt."""
 
 TASK_COLS_TENSOR = "prefix_task_cols"
 TASK_ROWS_TENSOR = "prefix_task_rows"
-"""A multitask prompt's factors: task t multiplies the rows by ``cols[t] @ rows[t]``."""
+"""The factors of a multitask prompt: task t multiplies the rows by ``cols[t] @ rows[t]``."""
 
 HEAD_TENSOR_PATTERN = re.compile(r"base_model\.(score|classifier)\.(weight|bias)")
-"""A classification head's tensors, matched whole; PEFT saves the modules that transformers gives these names."""
+"""The tensors of a classification head, matched whole; PEFT saves the modules with these names of transformers."""
 
 
 class PeftType(StrEnum):
-    """The prompt-learning methods, all of which are served; the values are PEFT's own."""
+    """The prompt-learning methods; all are served. The values are those of PEFT."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
@@ -51,12 +51,12 @@ class PeftType(StrEnum):
 
 
 class TaskType(StrEnum):
-    """What a soft prompt may have been trained for; the values are PEFT's own."""
+    """The tasks of soft prompts that are served; the values are those of PEFT."""
 
     CAUSAL_LM = "CAUSAL_LM"
     """Generation."""
     SEQ_CLS = "SEQ_CLS"
-    """Classification of a text, by a head that comes with the soft prompt."""
+    """Classification of a text by a head in the file of the soft prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,11 @@ class BaseModelSpec:
         num_layers: Decoder layers that hold keys and values.
         num_kv_heads: Key/value heads of each layer.
         head_dim: Width of one head.
-        max_model_len: Positions that one sequence may take, virtual tokens included.
+        max_model_len: Maximum length of a sequence, including virtual tokens.
         dtype: The serving dtype: ``float32``, ``bfloat16`` or ``float16``.
-        hidden_size: Width of the last hidden states, which a classification head reads; None where it is that of
-            the embeddings.
-        other_names: What else the base is called, such as its hub id, where it is served under a name of its own.
+        hidden_size: Width of the last hidden states, which a classification head reads; None if it is that of the
+            embeddings.
+        other_names: Other names of the base, such as its hub id if it is served under another name.
     """
 
     name: str
@@ -88,7 +88,7 @@ class BaseModelSpec:
 
     @property
     def head_width(self) -> int:
-        """Width of what a classification head reads."""
+        """Width of the hidden states that a classification head reads."""
         return self.embedding_width if self.hidden_size is None else self.hidden_size
 
     @property
@@ -102,7 +102,7 @@ class TensorData:
     """One tensor as a safetensors file holds it.
 
     Attributes:
-        dtype: The format's name of the element type, such as ``F32`` or ``BF16``.
+        dtype: The element type as safetensors names it, such as ``F32`` or ``BF16``.
         shape: The sizes of the dimensions.
         data: Little-endian elements in row-major order.
     """
@@ -114,12 +114,12 @@ class TensorData:
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt:
-    """A parsed soft prompt: what was trained, and how it enters the model.
+    """A parsed and validated soft prompt.
 
     Attributes:
         peft_type: The method that trained it.
         task_type: PEFT's task type, one of TaskType's values; ``CAUSAL_LM`` for everything that generates.
-        num_virtual_tokens: Positions that it takes before the text.
+        num_virtual_tokens: Number of positions before the text.
         base_model_name_or_path: The base that its configuration names; informational.
         tensors: The tensors of the weights file, by name.
         overrides: Overrides of the uploader or operator; see ``PromptVersion``.
@@ -139,7 +139,7 @@ class SoftPrompt:
 
     @property
     def num_tasks(self) -> int | None:
-        """Tasks that a multitask prompt was trained for, of which a request names one; None for all others."""
+        """Number of tasks of a multitask prompt; None for all others. A request names one task."""
         if self.peft_type is not PeftType.MULTITASK_PROMPT_TUNING:
             return None
         return self.tensors[TASK_COLS_TENSOR].shape[0]
@@ -161,8 +161,8 @@ class PromptRef:
 
     Attributes:
         name: The soft prompt's name.
-        version: The version asked for, or None.
-        alias: The alias asked for, or None; exactly one of version and alias is set.
+        version: The requested version, or None.
+        alias: The requested alias, or None; exactly one of version and alias is set.
     """
 
     name: str
@@ -197,8 +197,8 @@ class StoredFile:
 
     Attributes:
         filename: ``adapter_config.json`` or ``adapter_model.safetensors``.
-        sha256: Hex digest of its bytes; also its address in the blob directory.
-        size: Bytes.
+        sha256: Hex digest of its bytes, which is also the name of its blob.
+        size: Size in bytes.
     """
 
     filename: str
@@ -211,9 +211,9 @@ class Lineage:
     """Origin of a version, as given by its trainer.
 
     Attributes:
-        training_run: The run's name or address in whatever tracks runs.
-        parent: ``NAME@VERSION`` that the training began from; it need not be in this store.
-        dataset_digest: What identifies the training data.
+        training_run: Name or address of the run in an experiment tracker.
+        parent: ``NAME@VERSION`` from which the training started; it need not be in this store.
+        dataset_digest: Identity of the training data.
         scores: Measurements by name.
     """
 
@@ -273,19 +273,19 @@ class Access:
     """What a caller may see and change: their soft prompts, and shared ones if permitted.
 
     Attributes:
-        tenant: The tenant; ``SHARED`` for none in particular.
-        may_change_shared: Whether they may publish, promote and delete for all.
+        tenant: The tenant; ``SHARED`` for none.
+        may_change_shared: Whether they may publish, promote and delete shared soft prompts.
     """
 
     tenant: str
     may_change_shared: bool = False
 
     def sees(self, owner: str) -> bool:
-        """Whether an owner's soft prompts are there for them."""
+        """Whether they see the soft prompts of an owner."""
         return owner in (SHARED, self.tenant)
 
     def changes(self, owner: str) -> bool:
-        """Whether they may change an owner's soft prompts."""
+        """Whether they may change the soft prompts of an owner."""
         return self.may_change_shared if owner == SHARED else owner == self.tenant
 
 
@@ -296,21 +296,21 @@ class PromptVersion:
     Attributes:
         name: The soft prompt's name.
         version: Its number, counted from 1 for each name.
-        digest: Hex sha256 over the version's files; the identity of its keys and values everywhere.
+        digest: Hex sha256 over the files of the version; the identity of its keys and values everywhere.
         peft_type: The method that trained it.
         task_type: PEFT's task type.
-        num_virtual_tokens: Positions that it takes before the text.
-        dtype: safetensors' name of the trained rows' element type.
+        num_virtual_tokens: Number of positions before the text.
+        dtype: Element type of the trained rows, as safetensors names it.
         base_model_name_or_path: The base that its configuration names, if any.
         files: The stored files.
-        created_at: When it was published, UTC.
+        created_at: Time of publication, UTC.
         description: Free text.
         tags: Words to list by.
-        metadata: The uploader's own JSON object.
-        lineage: Where it comes from.
-        overrides: What was accepted against, or beyond, the word of its files: ``allow_other_base`` (true) where they
-            name another base, ``task_type`` where they name none.
-        created_by: Who published it, as far as the server knows.
+        metadata: A JSON object of the uploader.
+        lineage: Origin of the version.
+        overrides: Statements of the uploader or operator that replace those of the files: ``allow_other_base`` (true)
+            if they name another base, ``task_type`` if they name none.
+        created_by: The publisher, if known.
         owner: The tenant that alone sees it; ``SHARED`` for all.
         num_tasks: Tasks of a multitask prompt, else None.
         num_labels: Labels of a prompt that was trained with a classification head, else None.
@@ -338,7 +338,7 @@ class PromptVersion:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """Size of all files in bytes."""
         return sum(file.size for file in self.files)
 
     def file(self, filename: str) -> StoredFile | None:
@@ -347,7 +347,7 @@ class PromptVersion:
 
 
 class HistoryAction(StrEnum):
-    """What was done to a name."""
+    """The kinds of changes of a name."""
 
     PUBLISH = "publish"
     PROMOTE = "promote"
@@ -362,13 +362,13 @@ class HistoryEntry:
     """One change of one name.
 
     Attributes:
-        id: Grows with every change of the catalog; a page goes on before it.
-        action: What was done.
-        alias: The alias that was moved or removed, if one was.
-        version: The version that was published or deleted, or that the alias points at since.
-        previous_version: What the alias pointed at before, or None.
-        actor: Who did it, as far as the server knows.
-        at: When, UTC.
+        id: Grows with every change of the catalog; the cursor of pages.
+        action: The kind of change.
+        alias: The alias that was moved or removed, if any.
+        version: The version that was published or deleted, or the new target of the alias.
+        previous_version: The previous target of the alias, or None.
+        actor: Who made the change, if known.
+        at: Time of the change, UTC.
     """
 
     id: int
@@ -382,12 +382,12 @@ class HistoryEntry:
 
 @dataclass(frozen=True, slots=True)
 class PromptSummary:
-    """A name with its newest state, as a listing shows it.
+    """A soft prompt in a list.
 
     Attributes:
         name: The soft prompt's name.
         aliases: Version number by alias.
-        latest: The version that the bare name means (alias ``latest``), or the highest that is left.
+        latest: The version of the bare name (alias ``latest``), or else the highest one.
         num_versions: Versions that are not deleted.
     """
 
@@ -399,13 +399,13 @@ class PromptSummary:
 
 @dataclass(frozen=True, slots=True)
 class StoreTotals:
-    """What a catalog holds.
+    """Sizes of a catalog.
 
     Attributes:
         num_prompts: Names with a version.
         num_versions: Versions that are not deleted.
-        num_blobs: Blobs, those included that wait to be collected.
-        blob_bytes: Their size.
+        num_blobs: Blobs, including those that wait to be collected.
+        blob_bytes: Their size in bytes.
     """
 
     num_prompts: int = 0
@@ -419,9 +419,9 @@ class LeasedPrompt:
     """A version that cannot be collected until its lease is released.
 
     Attributes:
-        version: What was resolved.
-        weights_path: The weights file on this machine; readable while the lease lasts.
-        lease_id: Identifies this lease among others of the same version.
+        version: The resolved version.
+        weights_path: The local weights file; readable until the lease is released.
+        lease_id: Distinguishes the leases of one version.
     """
 
     version: PromptVersion

@@ -28,7 +28,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from prompt_store.errors import PromptNotFoundError
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PromptRef
 

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from prompt_store.errors import PromptStoreError, StoreUnavailableError
 from prompt_store.files.base_names import hub_id
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import StoreTotals
 from server import tokenizer as base_tokenizer

@@ -18,21 +18,22 @@ from prompt_store.errors import PromptStoreError
 
 
 class BlobCache:
-    """``blobs/<digest>``, and ``incoming/`` for what is still being written. Thread-safe; one process at a time.
+    """``blobs/<digest>``, and ``incoming/`` for files being written. Thread-safe; one process at a time.
 
-    Pinned copies count against the budget but are never dropped, even when they alone are over it. A copy that is
-    larger than all of it stays until its last pin is gone or, never pinned, until the next one comes in. Only a
-    pinned digest's path is sure to be there later: pin first, then fetch.
+    Pinned copies count against the budget but are never dropped, even if they alone exceed it. A copy larger than the
+    budget stays until its last pin is removed or, if it was never pinned, until the next copy arrives. Only the path
+    of a pinned digest is guaranteed to exist: pin first, then fetch.
 
-    Nothing is synced to the disk, for it can all be had again. What is found at start is therefore in doubt, and its
-    digest is computed at its first use. Files' modification times keep the order of use over a restart.
+    Nothing is synced to the disk, because every copy can be downloaded again. Copies found at the start are therefore
+    not trusted: the digest of each is computed at its first use. The modification times of the files keep the order
+    of use over a restart.
 
     Args:
-        path: Created where it does not exist. What a killed process left half-written is removed.
-        budget_bytes: What the copies may take.
+        path: Created if it does not exist. Partial files of a killed process are removed.
+        budget_bytes: Maximum size of all copies.
 
     Raises:
-        PromptStoreError: If another process has the directory.
+        PromptStoreError: If another process uses the directory.
     """
 
     def __init__(self, path: Path, budget_bytes: int) -> None:
@@ -44,7 +45,7 @@ class BlobCache:
         """Least recently used first."""
         self._resident_bytes = 0
         self._pins = Pins()
-        self._doomed: set[str] = set()
+        self._removed_at_unpin: set[str] = set()
         """Dropped while pinned."""
         self._verifying: SingleFlight[_Copy, bool] = SingleFlight()
         self._counters = TierCounters("disk", budget_bytes)
@@ -67,15 +68,15 @@ class BlobCache:
             raise
 
     def get(self, digest: str, size: int, *, again: bool = False) -> Path | None:
-        """The local copy, now the most recently used; None if there is none, or it was found damaged and dropped.
+        """The local copy, marked as most recently used; None if there is none, or if it was damaged and dropped.
 
         Args:
             digest: Hex sha256 of the bytes.
-            size: How many they are.
-            again: The caller was told None before and looks once more: a second miss is not counted.
+            size: Their number.
+            again: The caller got None before and tries again: a second miss is not counted.
         """
         path = self._blobs / digest
-        if self._is_whole(digest, size):
+        if self._is_intact(digest, size):
             self._counters.count("hits")
             return path
         if not again:
@@ -83,79 +84,79 @@ class BlobCache:
         return None
 
     def new_file(self) -> Path:
-        """An empty file to write what comes in to, for ``admit``; the caller removes it if it comes to nothing."""
+        """An empty file for ``admit``; the caller writes it, and removes it if the transfer fails."""
         descriptor, name = tempfile.mkstemp(dir=self._incoming)
         os.close(descriptor)
         return Path(name)
 
     def admit(self, file: Path, digest: str, size: int, *, is_verified: bool) -> Path:
-        """Take a file, on the same file system, as the copy; the budget is kept by dropping others.
+        """Move a file on the same file system into the cache; other copies are dropped to stay within the budget.
 
         Args:
             file: It is moved.
             digest: Hex sha256 of its bytes.
-            size: How many they are.
-            is_verified: Whether they were seen to have that digest; otherwise the first use computes it.
+            size: Their number.
+            is_verified: Whether the digest was computed; otherwise the first use computes it.
 
         Raises:
-            OSError: If it can not be moved; then nothing has changed.
+            OSError: If it cannot be moved; then nothing has changed.
         """
         path = self._blobs / digest
         with self._lock:
             file.rename(path)
             self._forget(digest)
-            self._doomed.discard(digest)
+            self._removed_at_unpin.discard(digest)
             self._copies[digest] = _Copy(size, is_verified)
             self._resident_bytes += size
             self._keep_budget(but=digest)
         return path
 
     def pin(self, digest: str) -> None:
-        """Keep the copy, once it is there, until ``unpin`` was called as often as this."""
+        """Keep the copy, present or future, until each ``pin`` is matched by an ``unpin``."""
         with self._lock:
             self._pins.add(digest)
 
     def unpin(self, digest: str) -> None:
-        """Take back one ``pin``; ValueError if there is none."""
+        """Undo one ``pin``; ValueError if there is none."""
         with self._lock:
             if self._pins.remove(digest):
-                if digest in self._doomed:
+                if digest in self._removed_at_unpin:
                     self._remove(digest)
                 self._keep_budget()
 
     def drop(self, digest: str) -> None:
-        """Remove the copy, at the last ``unpin`` if it is pinned."""
+        """Remove the copy, by the last ``unpin`` if it is pinned."""
         with self._lock:
             if digest not in self._pins:
                 self._remove(digest)
             elif digest in self._copies:
-                self._doomed.add(digest)
+                self._removed_at_unpin.add(digest)
 
     def stats(self) -> TierStats:
-        """The disk tier's."""
+        """The statistics of the disk tier."""
         with self._lock:
             return self._counters.stats(len(self._copies), self._resident_bytes)
 
     def check_integrity(self) -> None:
-        """Hold the books against the directory.
+        """Compare the records with the directory.
 
         Raises:
-            AssertionError: If they disagree, or the budget is not kept; a fault of this module.
+            AssertionError: If they disagree, or the budget is exceeded: a bug of this module.
         """
         with self._lock:
             sizes = {digest: copy.size for digest, copy in self._copies.items()}
             if {file.name for file in self._blobs.iterdir()} != set(sizes):
-                raise AssertionError("a copy is lost, or there without being known")
+                raise AssertionError("a copy is missing or unknown")
             if self._resident_bytes != sum(sizes.values()):
-                raise AssertionError(f"{self._resident_bytes} bytes are counted of {sum(sizes.values())}")
+                raise AssertionError(f"{self._resident_bytes} bytes are counted, not {sum(sizes.values())}")
             loose = sum(1 for digest in sizes if digest not in self._pins)
             if self._resident_bytes > self._budget_bytes and loose > 1:
-                raise AssertionError(f"{loose} copies that nobody pins are kept over the budget")
-            if not self._doomed <= {digest for digest in sizes if digest in self._pins}:
-                raise AssertionError("a copy is to go with its last pin, but has none, or is gone")
+                raise AssertionError(f"{loose} copies without a pin are kept over the budget")
+            if not self._removed_at_unpin <= {digest for digest in sizes if digest in self._pins}:
+                raise AssertionError("a copy waits for its last unpin, but is missing or not pinned")
 
     def close(self) -> None:
-        """Let other processes have the directory."""
+        """Release the lock of the directory."""
         self._lock_file.close()
 
     # Inside
@@ -167,8 +168,8 @@ class BlobCache:
             self._resident_bytes += size
         self._keep_budget()
 
-    def _is_whole(self, digest: str, size: int) -> bool:
-        """Look up and mark as used; what turns out to be damaged or gone is dropped."""
+    def _is_intact(self, digest: str, size: int) -> bool:
+        """Look a copy up and mark it as used; a damaged or missing one is dropped."""
         path = self._blobs / digest
         with self._lock:
             copy = self._copies.get(digest)
@@ -196,14 +197,14 @@ class BlobCache:
         return copy.is_verified
 
     def _drop_damaged(self, digest: str, copy: _Copy) -> None:
-        # Even where it is pinned: nobody is helped by wrong bytes. Those who have the file open keep it.
+        # Even if it is pinned: wrong bytes are of no use. Readers with the file open keep it.
         with self._lock:
             if self._copies.get(digest) is copy:
                 self._remove(digest)
                 self._counters.count("corrupt")
 
     def _keep_budget(self, but: str | None = None) -> None:
-        """Drop the least recently used that are not pinned, except ``but``, until the rest fits."""
+        """Drop the least recently used copies without a pin, except ``but``, until the rest fits."""
         for digest in list(self._copies) if self._resident_bytes > self._budget_bytes else ():
             if self._resident_bytes <= self._budget_bytes:
                 return
@@ -216,7 +217,7 @@ class BlobCache:
         self._forget(digest)
 
     def _forget(self, digest: str) -> None:
-        self._doomed.discard(digest)
+        self._removed_at_unpin.discard(digest)
         copy = self._copies.pop(digest, None)
         if copy is not None:
             self._resident_bytes -= copy.size

@@ -1,4 +1,4 @@
-"""Files by the sha256 of their content: what every place for them offers, and the local directory."""
+"""The interface of blob stores, which keep files under the sha256 of their content, and the local directory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from prompt_store.errors import BlobNotFoundError, CorruptBlobError, StoreUnavai
 logger = logging.getLogger(__name__)
 
 LOAD_SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, math.inf)
-"""Upper bounds of the buckets of load times, in seconds; the last takes everything."""
+"""Upper bounds of the buckets of load times, in seconds."""
 
 CHUNK_BYTES = 1024 * 1024
-"""How much of a file is read at once."""
+"""Size of one read of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,17 @@ class TierStats:
 
     Attributes:
         tier: Where the bytes are.
-        hits: Fetches that this tier answered.
+        hits: Fetches that this tier served.
         misses: Fetches of blobs that it did not have.
-        loads: Times that the bytes of a blob were read from this tier and their digest computed.
-        evictions: Blobs dropped to keep the budget.
-        corrupt: Copies found that were not what their digest says.
+        loads: Reads of a whole blob from this tier that computed its digest.
+        evictions: Blobs dropped to stay within the budget.
+        corrupt: Copies found that do not match their digest.
         resident: Number of stored blobs; None if only the object store knows it.
         resident_bytes: Their size in bytes; None in the same case.
-        budget_bytes: What they may take; None if that is not bounded.
-        load_seconds_sum: Seconds that all loads took.
-        load_seconds_buckets: (upper bound in seconds, loads that took at most that), the last bound being infinity:
-            what a Prometheus histogram is made of.
+        budget_bytes: Their maximum size; None if it is not bounded.
+        load_seconds_sum: Duration of all loads in seconds.
+        load_seconds_buckets: The buckets of a Prometheus histogram: (upper bound in seconds, number of loads up to
+            it); the last bound is infinity.
     """
 
     tier: Literal["disk", "object_store"]
@@ -62,11 +62,11 @@ class TierStats:
 
 
 class TierCounters:
-    """Counts for one tier's ``TierStats``. Thread-safe.
+    """Counters for the ``TierStats`` of one tier. Thread-safe.
 
     Args:
         tier: Where the bytes are.
-        budget_bytes: What they may take; None if that is not bounded.
+        budget_bytes: Their maximum size; None if it is not bounded.
     """
 
     def __init__(self, tier: Literal["disk", "object_store"], budget_bytes: int | None = None) -> None:
@@ -78,7 +78,7 @@ class TierCounters:
         self._load_seconds = 0.0
 
     def count(self, what: Literal["hits", "misses", "evictions", "corrupt"]) -> None:
-        """Count one more."""
+        """Increment a counter."""
         with self._lock:
             self._counts[what] += 1
 
@@ -89,7 +89,7 @@ class TierCounters:
             self._load_seconds += seconds
 
     def stats(self, resident: int | None = None, resident_bytes: int | None = None) -> TierStats:
-        """The counts so far, with what is held now."""
+        """The counters, with the number and size of the stored blobs."""
         with self._lock:
             return TierStats(
                 tier=self._tier,
@@ -107,49 +107,48 @@ class TierCounters:
 
 
 class BlobStore(ABC):
-    """Immutable files by the sha256 of their content. Thread-safe, and no call waits for another blob's transfer."""
+    """Immutable files under the sha256 of their content. Thread-safe; no call waits for the transfer of another."""
 
     @abstractmethod
     def put(self, staged: Path, digest: str, size: int) -> None:
         """Store a file; it is durable when this returns.
 
-        If the blob is there already and whole, nothing is written. A copy that is damaged is replaced, so uploading
-        again heals.
+        An intact blob is not written again. A damaged one is replaced, so uploading again repairs it.
 
         Args:
-            staged: The complete file. It is gone afterwards: moved, or uploaded and removed.
+            staged: The complete file. It is moved, or uploaded and removed.
             digest: Hex sha256 of its bytes.
-            size: Its bytes.
+            size: Its size in bytes.
 
         Raises:
-            StoreUnavailableError: If it could not be kept; the staged file is still there.
+            StoreUnavailableError: If it could not be stored; the staged file is left.
         """
 
     @abstractmethod
     def fetch(self, digest: str, size: int) -> Path:
-        """A local file with exactly these bytes, there for as long as the blob is pinned.
+        """A local file with exactly these bytes; it exists as long as the blob is pinned.
 
         Args:
             digest: Hex sha256 of the bytes.
-            size: How many they are.
+            size: Their number.
 
         Raises:
             BlobNotFoundError: If there is no such blob.
-            CorruptBlobError: If there is, but not with these bytes. It has been put aside.
+            CorruptBlobError: If the stored bytes do not match. They have been quarantined.
             StoreUnavailableError: If this cannot be determined now.
         """
 
     @abstractmethod
     def pin(self, digest: str) -> None:
-        """Keep the local copy, once it is there, until ``unpin`` was called as often as this."""
+        """Keep the local copy, present or future, until each ``pin`` is matched by an ``unpin``."""
 
     @abstractmethod
     def unpin(self, digest: str) -> None:
-        """Take back one ``pin``; ValueError if there is none."""
+        """Undo one ``pin``; ValueError if there is none."""
 
     @abstractmethod
     def delete(self, digest: str) -> None:
-        """Remove a blob; nothing happens if it is gone. A pinned local copy goes with the last ``unpin``.
+        """Remove a blob, if it exists. A pinned local copy is removed by the last ``unpin``.
 
         Raises:
             StoreUnavailableError: If it could not be removed.
@@ -157,7 +156,7 @@ class BlobStore(ABC):
 
     @abstractmethod
     def stats(self) -> list[TierStats]:
-        """Statistics of each tier, nearest first."""
+        """Statistics of each tier, the nearest one first."""
 
     @abstractmethod
     def close(self) -> None:
@@ -165,7 +164,7 @@ class BlobStore(ABC):
 
 
 class Pins:
-    """How often each digest is pinned. Not thread-safe: its owner has a lock."""
+    """Pin counts by digest. Not thread-safe: the owner locks."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -174,11 +173,11 @@ class Pins:
         return digest in self._counts
 
     def add(self, digest: str) -> None:
-        """Pin once more."""
+        """Add one pin."""
         self._counts[digest] += 1
 
     def remove(self, digest: str) -> bool:
-        """Take one pin back; returns whether it was the last. ValueError if there is none."""
+        """Remove one pin; returns whether it was the last. ValueError if there is none."""
         if digest not in self._counts:
             raise ValueError(f"blob {digest} is not pinned")
         self._counts[digest] -= 1
@@ -189,15 +188,15 @@ class Pins:
 
 
 class BlobDirectory(BlobStore):
-    """``blobs/ab/abcdef...``, each file named by its digest; ``quarantine/`` holds the damaged ones.
+    """``blobs/ab/abcdef...``, each file named by its digest; damaged files are moved to ``quarantine/``.
 
     A blob appears by a rename after its bytes are on the disk, so a reader sees all of it or nothing. Its digest is
-    computed at the first use, and again only when the file is another or has changed. A blob is only held to be lost
-    where the directory itself is there: a volume that is not mounted has lost nothing. Replicas may share the
-    directory; a pin keeps a blob from this process's deletion only, so what replicas share they must agree to delete.
+    computed at the first use, and again only if the file was replaced or changed. A missing blob counts as lost only
+    if the directory itself exists: a volume that is not mounted has lost nothing. Replicas may share the directory; a
+    pin prevents deletion by this process only, so replicas have to agree on deletions.
 
     Args:
-        path: Created where it does not exist.
+        path: Created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -208,15 +207,15 @@ class BlobDirectory(BlobStore):
         self._inode = self._blobs.stat().st_ino
         self._lock = threading.Lock()
         self._pins = Pins()
-        self._doomed: set[str] = set()
+        self._removed_at_unpin: set[str] = set()
         """Deleted while pinned."""
         self._verified: OrderedDict[str, FileIdentity] = OrderedDict()
-        """The file that each digest was last computed of, the most recently used last."""
+        """The identity of the file when its digest was last computed, by digest; the most recently used last."""
         self._verifying: SingleFlight[str, None] = SingleFlight()
         self._counters = TierCounters("disk")
 
     def path(self, digest: str) -> Path:
-        """Where the blob of this digest is, if it is."""
+        """The path of a blob, whether it exists or not."""
         return self._blobs / digest[:2] / digest
 
     def digests(self) -> Iterator[str]:
@@ -226,11 +225,11 @@ class BlobDirectory(BlobStore):
                 yield file.name
 
     def put(self, staged: Path, digest: str, size: int) -> None:
-        """Move a file on the same file system to its place; OSError if the disk does not take it."""
+        """Move a file on the same file system to its place; OSError if the disk is full or fails."""
         target = self.path(digest)
         with self._lock:
-            self._doomed.discard(digest)
-        if self._is_whole_and_synced(digest, size):
+            self._removed_at_unpin.discard(digest)
+        if self._is_intact_and_synced(digest, size):
             staged.unlink()
         else:
             target.parent.mkdir(exist_ok=True)
@@ -240,7 +239,7 @@ class BlobDirectory(BlobStore):
 
     def fetch(self, digest: str, size: int) -> Path:
         """The blob's own file. Raises BlobNotFoundError, CorruptBlobError or StoreUnavailableError."""
-        if not self._is_whole(digest, size):
+        if not self._is_intact(digest, size):
             self._require_directory()
             self._counters.count("misses")
             raise BlobNotFoundError(f"blob {digest} is missing from {self._blobs}")
@@ -248,39 +247,39 @@ class BlobDirectory(BlobStore):
         return self.path(digest)
 
     def pin(self, digest: str) -> None:
-        """Keep the file from ``delete``."""
+        """Protect the file from ``delete``."""
         with self._lock:
             self._pins.add(digest)
 
     def unpin(self, digest: str) -> None:
-        """Take back one ``pin``; ValueError if there is none."""
+        """Undo one ``pin``; ValueError if there is none."""
         with self._lock:
-            if self._pins.remove(digest) and digest in self._doomed:
+            if self._pins.remove(digest) and digest in self._removed_at_unpin:
                 self._remove(digest)
 
     def delete(self, digest: str) -> None:
-        """Remove the file, at the last ``unpin`` if it is pinned. Raises StoreUnavailableError."""
+        """Remove the file, by the last ``unpin`` if it is pinned. Raises StoreUnavailableError."""
         self._require_directory()
         with self._lock:
             if digest in self._pins:
-                self._doomed.add(digest)
+                self._removed_at_unpin.add(digest)
             else:
                 self._remove(digest)
 
     def stats(self) -> list[TierStats]:
-        """One tier, without the number of files, which the catalog knows without listing them."""
+        """One tier. The number of files is left to the catalog, which knows it without listing them."""
         return [self._counters.stats()]
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no resource is held."""
 
     def _remove(self, digest: str) -> None:
-        self._doomed.discard(digest)
+        self._removed_at_unpin.discard(digest)
         self._verified.pop(digest, None)
         self.path(digest).unlink(missing_ok=True)
 
     def _require_directory(self) -> None:
-        """Raise StoreUnavailableError unless the directory is there, and the same as at the start."""
+        """Raise StoreUnavailableError unless the directory exists and is the same as at the start."""
         try:
             is_there = self._blobs.stat().st_ino == self._inode
         except OSError as error:
@@ -290,18 +289,18 @@ class BlobDirectory(BlobStore):
                 f"the directory {self._blobs} is not the same directory as before: is it mounted?"
             )
 
-    def _is_whole_and_synced(self, digest: str, size: int) -> bool:
+    def _is_intact_and_synced(self, digest: str, size: int) -> bool:
         try:
-            if self._is_whole(digest, size):
+            if self._is_intact(digest, size):
                 durable.sync(self.path(digest))
                 durable.sync(self.path(digest).parent)
                 return True
-        except (CorruptBlobError, FileNotFoundError):  # put aside, or deleted meanwhile
+        except (CorruptBlobError, FileNotFoundError):  # quarantined, or deleted meanwhile
             pass
         return False
 
-    def _is_whole(self, digest: str, size: int) -> bool:
-        """Whether the blob is there; CorruptBlobError, after putting it aside, if it is not what it should be."""
+    def _is_intact(self, digest: str, size: int) -> bool:
+        """Whether the blob exists; CorruptBlobError, after quarantining it, if it does not match its digest."""
         path = self.path(digest)
         try:
             identity = FileIdentity.of(path)
@@ -332,28 +331,28 @@ class BlobDirectory(BlobStore):
                     if len(self._verified) > _MAX_VERIFIED:
                         self._verified.popitem(last=False)
                 return
-        self._put_aside(path, identity)
+        self._quarantine_blob(path, identity)
         self._counters.count("corrupt")
         message = f"blob {digest} was not what was stored, with {identity.size} bytes for {size}; it was put aside"
         logger.error("%s in %s", message, self._quarantine)
         raise CorruptBlobError(message)
 
-    def _put_aside(self, path: Path, identity: FileIdentity) -> None:
+    def _quarantine_blob(self, path: Path, identity: FileIdentity) -> None:
         aside = self._quarantine / f"{path.name}-{time.time_ns()}"
         path.rename(aside)
-        # A whole copy may have been put in its place since the bytes were read.
+        # An intact copy may have replaced it since the bytes were read.
         if FileIdentity.of(aside) != identity:
             aside.rename(path)
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What changes when a file is replaced or written to.
+    """The properties of a file that change if it is replaced or written.
 
     Attributes:
         inode: Its number on the file system.
-        mtime_ns: When it was last written to, in nanoseconds since 1970.
-        size: Bytes.
+        mtime_ns: Time of the last write, in nanoseconds since 1970.
+        size: Size in bytes.
     """
 
     inode: int
@@ -362,13 +361,13 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
-        """Of the file that is at ``path`` now; FileNotFoundError if there is none."""
+        """Of the file at a path; FileNotFoundError if there is none."""
         status = path.stat()
         return cls(status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""What is held of blobs, and the removal of those that nothing names or holds."""
+"""Garbage collection of blobs: which ones are held, and the removal of those without a name or a hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prompt_store.errors import StoreUnavailableError
 logger = logging.getLogger(__name__)
 
 COLLECT_GRACE_SECONDS = 3600.0
-"""How long a blob without a name is kept where others may be uploading or reading it."""
+"""How long a blob without a name is kept if other replicas may be uploading or reading it."""
 
 _BATCH = 100
 
@@ -24,14 +24,13 @@ _BATCH = 100
 class Collector:
     """Removes unreferenced blobs after their grace period, unless this process holds them. Thread-safe.
 
-    Where this process alone uses the catalog their time is up at once. Replicas that share a catalog cannot see what
-    the others hold, so there a blob stays for a while after it has lost its last name, and a thread looks for garbage
-    now and then.
+    If this process alone uses the catalog, the period is zero. Replicas that share a catalog cannot see the holds of
+    the others, so a blob stays for some time after it has lost its last name, and a thread collects periodically.
 
     Args:
-        catalog: Knows what is named.
-        blobs: Where the bytes are.
-        grace_seconds: Another time for which blobs without a name are kept.
+        catalog: Knows which blobs have names.
+        blobs: The bytes.
+        grace_seconds: How long blobs without a name are kept; None for the default.
     """
 
     def __init__(self, catalog: Catalog, blobs: BlobStore, grace_seconds: float | None = None) -> None:
@@ -40,32 +39,32 @@ class Collector:
         shared_grace = COLLECT_GRACE_SECONDS if catalog.is_shared else 0.0
         self.grace_seconds = shared_grace if grace_seconds is None else grace_seconds
         self._lock = threading.Lock()
-        """Guards the two below; nothing slow is done under it."""
+        """Guards the two below; held for a short time only."""
         self._held: Counter[str] = Counter()
         self._garbage_held: set[str] = set()
         """Blobs that were not collected because they are held."""
         self._collecting = threading.Lock()
-        self._is_owed = False
-        """Whether the last collection failed, so that something may be left."""
+        self._has_failed = False
+        """Whether the last collection failed, so that garbage may be left."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         if catalog.is_shared:
-            self._thread = threading.Thread(target=self._collect_now_and_then, name="collector", daemon=True)
+            self._thread = threading.Thread(target=self._collect_periodically, name="collector", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
 
     def hold(self, digests: Sequence[str]) -> None:
-        """Keep blobs from being collected here until ``let_go`` was called as often."""
+        """Protect blobs from collection by this process until each ``hold`` is matched by a ``release``."""
         with self._lock:
             self._held.update(digests)
 
-    def let_go(self, digests: Sequence[str]) -> None:
-        """End one hold; what has lost its last name meanwhile goes with the last one."""
+    def release(self, digests: Sequence[str]) -> None:
+        """End one hold. The last one also collects blobs that have lost their last name meanwhile."""
         with self._lock:
             self._held.subtract(digests)
             ended = {digest for digest in digests if self._held[digest] <= 0}
@@ -73,7 +72,7 @@ class Collector:
                 del self._held[digest]
             is_garbage = not ended.isdisjoint(self._garbage_held)
             self._garbage_held -= ended
-        # Only where a collection has met one of them does it have to be asked for again.
+        # A new collection is needed only if one has skipped these blobs.
         if is_garbage:
             self.collect_if_alone()
 
@@ -84,13 +83,13 @@ class Collector:
         try:
             yield
         finally:
-            self.let_go(digests)
+            self.release(digests)
 
     def collect(self) -> int:
-        """Collect now; returns how many blobs went.
+        """Collect now; returns the number of removed blobs.
 
         Raises:
-            StoreUnavailableError: If catalog or blobs cannot be reached; what is left is collected another time.
+            StoreUnavailableError: If catalog or blobs cannot be reached; the rest is collected later.
         """
         total = 0
         with self._collecting:
@@ -106,13 +105,13 @@ class Collector:
                     return total
 
     def collect_if_alone(self) -> None:
-        """Collect what has just become garbage. A failure is only logged: whatever led here has succeeded."""
+        """Collect new garbage unless replicas share the catalog. A failure is only logged."""
         if not self._catalog.is_shared:
             self.try_to_collect()
 
-    def collect_if_owed(self) -> None:
-        """Collect what could not be collected when it became garbage, for catalog or blobs were away."""
-        if self._is_owed:
+    def retry_if_failed(self) -> None:
+        """Collect again if the last collection failed because catalog or blobs were unavailable."""
+        if self._has_failed:
             self.collect_if_alone()
 
     def _is_held(self, digest: str) -> bool:
@@ -123,16 +122,16 @@ class Collector:
             return True
 
     def try_to_collect(self) -> None:
-        """Collect now; a failure is only logged, and what is left is collected another time."""
-        self._is_owed = True
+        """Collect now; a failure is only logged, and the rest is collected later."""
+        self._has_failed = True
         try:
             self.collect()
-            self._is_owed = False
+            self._has_failed = False
         except (StoreUnavailableError, OSError) as error:
             logger.warning("unreferenced blobs could not be collected: %s", error)
         except Exception:
             logger.exception("unreferenced blobs could not be collected")
 
-    def _collect_now_and_then(self) -> None:
+    def _collect_periodically(self) -> None:
         while not self._stopping.wait(max(self.grace_seconds / 4, 1.0)):
             self.try_to_collect()

@@ -1,4 +1,4 @@
-"""Blobs in an object store (S3, Google Cloud Storage, Azure), with a local cache before it."""
+"""Blobs in an object store (S3, Google Cloud Storage, Azure), with a local cache."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ logger = logging.getLogger(__name__)
 
 
 class ObjectBlobs(BlobStore):
-    """``<prefix>/blobs/ab/abcdef...`` in an object store, and whole copies of what is in use in a ``BlobCache``.
+    """``<prefix>/blobs/ab/abcdef...`` in an object store, and copies of the blobs in use in a ``BlobCache``.
 
-    What is in the cache is served while the object store is away. The sha256 of every download is checked; an object
-    that is damaged is copied to ``<prefix>/quarantine/<digest>-<time>`` and removed, and never served.
+    Cached blobs are served while the object store is unreachable. The sha256 of every download is checked; a damaged
+    object is copied to ``<prefix>/quarantine/<digest>-<time>`` and removed, and never served.
 
-    Credentials, region and endpoint come from the environment, as obstore takes them: ``AWS_ACCESS_KEY_ID``,
+    Credentials, region and endpoint come from the environment variables of obstore: ``AWS_ACCESS_KEY_ID``,
     ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT``, ``AWS_ALLOW_HTTP``, or the
     instance's own role; ``GOOGLE_APPLICATION_CREDENTIALS`` or ``GOOGLE_SERVICE_ACCOUNT``;
     ``AZURE_STORAGE_ACCOUNT_NAME`` and ``AZURE_STORAGE_ACCOUNT_KEY``; ``<CLOUD>_PROXY_URL`` for any.
 
     Args:
         url: ``s3://bucket/prefix``, ``gs://bucket/prefix`` or ``az://container/prefix``; also ``file:///folder`` and
-            ``memory:///``, for trying out.
+            ``memory:///``, for tests.
         cache: The directory of the local copies; one process at a time.
-        budget_bytes: What the local copies may take.
-        connect_timeout: Seconds that a connection may take.
-        stall_timeout: Seconds that a request may pass without a byte coming back; a part of an upload, 5 MiB, has to
-            go out in that time.
-        request_timeout: Seconds that one request may take altogether, the transfer of its body included.
-        max_retries: How often a request that failed for the network's or the server's sake is tried again.
+        budget_bytes: Maximum size of the local copies.
+        connect_timeout: Timeout of a connection in seconds.
+        stall_timeout: Maximum seconds without a received byte; one part of an upload, 5 MiB, has to be sent in that
+            time.
+        request_timeout: Timeout of one request in seconds, including the transfer of its body.
+        max_retries: Number of retries after a failure of the network or the server.
 
     Raises:
         PromptStoreError: If obstore is not installed, the URL is not one of these, the configuration is not complete,
-            or another process has the cache.
+            or another process uses the cache.
     """
 
     def __init__(
@@ -97,17 +97,17 @@ class ObjectBlobs(BlobStore):
         self._downloads: SingleFlight[tuple[str, int], Path] = SingleFlight()
         self._lock = threading.Lock()
         self._damaged: set[str] = set()
-        """Seen damaged and not put since: their attributes are not believed."""
+        """Found damaged and not put since: their attributes are not trusted."""
 
     def put(self, staged: Path, digest: str, size: int) -> None:
         """Upload a file, and keep it as the local copy.
 
-        An object of the right size that carries its digest as the attribute ``sha256`` is taken to be whole: it was
-        written at once with its bytes. Any other is written anew.
+        An object of the right size with its digest as the attribute ``sha256`` counts as intact: attribute and bytes
+        were written together. Any other object is written again.
 
         Raises:
-            ValueError: If the file has another size than it should.
-            StoreUnavailableError: If it could not be uploaded; the staged file is still there.
+            ValueError: If the file does not have the given size.
+            StoreUnavailableError: If it could not be uploaded; the staged file is left.
         """
         if staged.stat().st_size != size:
             raise ValueError(f"{staged.name} has {staged.stat().st_size} bytes, not {size}")
@@ -116,7 +116,7 @@ class ObjectBlobs(BlobStore):
         if is_damaged or not self._is_stored(digest, size):
             attributes = {_DIGEST: digest} if self._keeps_attributes else None
             try:
-                with self._reaching(f"storing blob {digest}"):
+                with self._translated_errors(f"storing blob {digest}"):
                     obstore.put(
                         self._store, _key(digest), staged, attributes=attributes, max_concurrency=_MAX_PARTS_AT_ONCE
                     )
@@ -134,43 +134,43 @@ class ObjectBlobs(BlobStore):
             staged.unlink()
 
     def fetch(self, digest: str, size: int) -> Path:
-        """The local copy, downloaded where there is none. Raises what ``BlobStore.fetch`` does."""
+        """The local copy, downloaded if there is none. Raises what ``BlobStore.fetch`` does."""
         path = self._cache.get(digest, size)
         if path is None:
             path = self._downloads.do((digest, size), lambda: self._load(digest, size))
         return path
 
     def pin(self, digest: str) -> None:
-        """Keep the local copy, once it is there, until ``unpin`` was called as often as this."""
+        """Keep the local copy, present or future, until each ``pin`` is matched by an ``unpin``."""
         self._cache.pin(digest)
 
     def unpin(self, digest: str) -> None:
-        """Take back one ``pin``; ValueError if there is none."""
+        """Undo one ``pin``; ValueError if there is none."""
         self._cache.unpin(digest)
 
     def delete(self, digest: str) -> None:
-        """Remove the object, and the local copy, at the last ``unpin`` if it is pinned.
+        """Remove the object and the local copy; a pinned copy is removed by the last ``unpin``.
 
         Raises:
-            StoreUnavailableError: If it could not be removed; the local copy is still there too.
+            StoreUnavailableError: If the object could not be removed; the local copy is left too.
         """
-        with self._reaching(f"deleting blob {digest}"):
+        with self._translated_errors(f"deleting blob {digest}"):
             self._delete_object(_key(digest))
         self._cache.drop(digest)
 
     def stats(self) -> list[TierStats]:
-        """The cache's, and the object store's."""
+        """The statistics of the cache and of the object store."""
         return [self._cache.stats(), self._counters.stats()]
 
     def close(self) -> None:
-        """Let other processes have the cache."""
+        """Release the lock of the cache."""
         self._cache.close()
 
     # Inside
 
     def _is_stored(self, digest: str, size: int) -> bool:
         try:
-            with self._reaching(f"looking for blob {digest}"):
+            with self._translated_errors(f"looking for blob {digest}"):
                 found = obstore.get(self._store, _key(digest), options={"head": True})
                 return found.meta["size"] == size and found.attributes.get(_DIGEST) == digest
         except BlobNotFoundError:
@@ -178,15 +178,15 @@ class ObjectBlobs(BlobStore):
 
     def _load(self, digest: str, size: int) -> Path:
         path = self._cache.get(digest, size, again=True)
-        if path is not None:  # it came between this thread's look and its turn
+        if path is not None:  # another thread has just downloaded it
             return path
         file = self._cache.new_file()
         try:
-            # Twice, for what is put aside should be damaged where it lies and not only on its way here.
+            # Twice: only an object that is damaged in the store is quarantined, not one damaged in transfer.
             for _ in range(2):
                 started = time.perf_counter()
-                e_tag, is_whole = self._download(file, digest, size)
-                if is_whole:
+                e_tag, is_intact = self._download(file, digest, size)
+                if is_intact:
                     self._counters.count_load(time.perf_counter() - started)
                     self._counters.count("hits")
                     return self._cache.admit(file, digest, size, is_verified=True)
@@ -198,12 +198,12 @@ class ObjectBlobs(BlobStore):
         self._counters.count("corrupt")
         with self._lock:
             self._damaged.add(digest)
-        self._put_aside(digest, e_tag)
+        self._quarantine_blob(digest, e_tag)
         raise CorruptBlobError(f"blob {digest} in the object store does not match its digest")
 
     def _download(self, file: Path, digest: str, size: int) -> tuple[str | None, bool]:
-        """(entity tag of the object, whether the file now holds the blob). Never writes more than ``size`` bytes."""
-        with self._reaching(f"downloading blob {digest}"):
+        """(entity tag of the object, whether the file now holds the blob). Writes at most ``size`` bytes."""
+        with self._translated_errors(f"downloading blob {digest}"):
             result: GetResult = obstore.get(self._store, _key(digest))
             e_tag = result.meta["e_tag"]
             if result.meta["size"] != size:
@@ -213,8 +213,8 @@ class ObjectBlobs(BlobStore):
         received = 0
         with file.open("wb") as output:
             while True:
-                # Only what the network does wrong is the store's being away; a full disk is not.
-                with self._reaching(f"downloading blob {digest}"):
+                # Only errors of the network mean that the store is unavailable; a full disk does not.
+                with self._translated_errors(f"downloading blob {digest}"):
                     chunk = next(chunks, None)
                 if chunk is None:
                     break
@@ -225,12 +225,12 @@ class ObjectBlobs(BlobStore):
                 output.write(chunk)
         return e_tag, received == size and sha256.hexdigest() == digest
 
-    def _put_aside(self, digest: str, e_tag: str | None) -> None:
+    def _quarantine_blob(self, digest: str, e_tag: str | None) -> None:
         key, aside = _key(digest), f"quarantine/{digest}-{time.time_ns()}"
         try:
-            with self._reaching(f"putting blob {digest} aside"):
+            with self._translated_errors(f"putting blob {digest} aside"):
                 obstore.copy(self._store, key, aside)
-                # Another replica may have healed it since. What remains of this race is healed by one more upload.
+                # Another replica may have repaired it since. The rest of this race is repaired by one more upload.
                 if obstore.head(self._store, key)["e_tag"] == e_tag:
                     self._delete_object(key)
         except PromptStoreError as error:
@@ -246,10 +246,10 @@ class ObjectBlobs(BlobStore):
                 raise
 
     @contextmanager
-    def _reaching(self, doing: str) -> Iterator[None]:
-        """Turn obstore's errors into ours: what is not there, and all others, which are of reaching the store.
+    def _translated_errors(self, doing: str) -> Iterator[None]:
+        """Translate errors of obstore: a missing object, and all others, which mean that the store is unavailable.
 
-        Obstore's messages go on with a dump of many lines; the first says enough.
+        Only the first line of a message is kept; obstore appends a long dump.
         """
         try:
             yield
@@ -262,12 +262,12 @@ class ObjectBlobs(BlobStore):
 
 
 _SCHEMES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE", "file": None, "memory": None}
-"""What may be opened, and how the environment variables of each begin."""
+"""The supported schemes, with the prefix of their environment variables."""
 
 _CLIENT_SETTINGS = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_excludes", "root_certificate")
 
 _DIGEST = "sha256"
-"""The attribute, kept with the object, that holds its digest."""
+"""The attribute of an object that holds its digest."""
 
 _MAX_PARTS_AT_ONCE = 4
 
@@ -280,7 +280,7 @@ def _open(url: str, client_options: Mapping[str, object], retry_config: Mapping[
     if scheme == "file":
         options = {"mkdir": True}
     elif prefix := _SCHEMES[scheme]:
-        # Obstore takes these from the environment only where it is given no client options at all.
+        # Obstore reads these from the environment only if it gets no client options at all.
         given = {name: os.environ.get(f"{prefix}_{name.upper()}") for name in _CLIENT_SETTINGS}
         taken = {name: value for name, value in given.items() if value is not None}
         options = {"client_options": {**client_options, **taken}, "retry_config": retry_config}
@@ -295,6 +295,6 @@ def _key(digest: str) -> str:
 
 
 def _is_bucket_missing(error: FileNotFoundError) -> bool:
-    """Whether a "not found" is of the bucket itself, by the codes of S3, Azure and Google in the answer's body."""
+    """Whether a "not found" concerns the bucket, by the codes of S3, Azure and Google in the response body."""
     text = str(error)
     return any(code in text for code in ("NoSuchBucket", "ContainerNotFound", "bucket does not exist"))

@@ -1,4 +1,4 @@
-"""Work that several threads want at once, done once."""
+"""Concurrent requests for the same work, done once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ V = TypeVar("V")
 
 
 class SingleFlight(Generic[K, V]):
-    """The first caller of a key does the work; those who come while it lasts wait, and have its result or its error.
+    """The first caller of a key does the work; callers during the work wait for its result or error.
 
-    Nothing is kept once the work is done: the next caller does it afresh.
+    Results are not cached: the next caller does the work again.
     """
 
     def __init__(self) -> None:
@@ -22,10 +22,10 @@ class SingleFlight(Generic[K, V]):
         self._flights: dict[K, Future[V]] = {}
 
     def do(self, key: K, work: Callable[[], V]) -> V:
-        """The result of ``work``, or of the work that another thread is doing for this key.
+        """The result of ``work``, or of the work that another thread does for this key now.
 
         Raises:
-            BaseException: What the work raised, in every thread that waited for it.
+            BaseException: The error of the work, in every thread that waited for it.
         """
         with self._lock:
             flight = self._flights.get(key)
@@ -37,14 +37,14 @@ class SingleFlight(Generic[K, V]):
         try:
             result = work()
         except BaseException as error:
-            self._land(key)
+            self._end_flight(key)
             flight.set_exception(error)
             raise
-        self._land(key)
+        self._end_flight(key)
         flight.set_result(result)
         return result
 
-    def _land(self, key: K) -> None:
-        # Before the result is given out, so that whoever comes after it was seen does not meet the old one.
+    def _end_flight(self, key: K) -> None:
+        # Before the result is set: a caller that has seen it must not join the old flight.
         with self._lock:
             del self._flights[key]

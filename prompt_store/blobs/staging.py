@@ -1,4 +1,4 @@
-"""Where the files of an upload are written before they are blobs."""
+"""Temporary files of uploads, before they become blobs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FILENAMES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 class Staging:
-    """``staging/<random>``, this process's own folder, with a folder in it for each upload.
+    """``staging/<random>``, the folder of this process, with a folder for each upload.
 
-    Replicas may share the directory. Each holds a lock on a file in its own folder for as long as it lives, so a
-    folder whose lock is free was left by a killed process, and is removed when the next one starts.
+    Replicas may share the directory. Each process locks a file in its folder as long as it runs, so a folder without
+    a lock was left by a killed process. The next process that starts removes it.
 
     Args:
-        path: The directory of the blobs, on the same file system, so that publishing is a rename. Created where it
-            does not exist.
+        path: The directory of the blobs, on the same file system, so that publishing is a rename. Created if it does
+            not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,17 +35,17 @@ class Staging:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(path / "staging.lock"):
             for left in root.iterdir():
-                _remove_if_left(left)
+                _remove_if_abandoned(left)
             self._folder = Path(tempfile.mkdtemp(dir=root))
             self._lock_file = (self._folder / _LOCK).open("wb")
             fcntl.flock(self._lock_file, fcntl.LOCK_EX)
 
     def upload(self, max_bytes: int) -> Upload:
-        """Begin an upload whose files have at most ``max_bytes`` each; a context manager that cleans up."""
+        """Start an upload whose files have at most ``max_bytes`` each; a context manager that cleans up."""
         return Upload(Path(tempfile.mkdtemp(dir=self._folder)), max_bytes)
 
     def close(self) -> None:
-        """Remove this process's folder, with every upload that is still going on."""
+        """Remove the folder of this process, with every upload in progress."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock_file.close()
 
@@ -54,8 +54,8 @@ class StagedFile:
     """One file of an upload while it is written.
 
     Attributes:
-        path: Where it is.
-        size: Bytes so far.
+        path: Its path.
+        size: Number of bytes so far.
         is_complete: Whether it was written to its end and closed.
     """
 
@@ -78,11 +78,11 @@ class StagedFile:
         return StoredFile(self.path.name, self._sha256.hexdigest(), self.size)
 
     def write(self, data: bytes) -> None:
-        """Append bytes; after an error the file takes no more, and never becomes complete.
+        """Append bytes; after an error the file is closed and never becomes complete.
 
         Raises:
-            PromptTooLargeError: If the file becomes larger than it may be.
-            StoreUnavailableError: If the disk is full, or gone.
+            PromptTooLargeError: If the file exceeds its size limit.
+            StoreUnavailableError: If the disk is full or unavailable.
         """
         try:
             if self.size + len(data) > self._max_bytes:
@@ -99,7 +99,7 @@ class StagedFile:
         self._sha256.update(data)
 
     def close(self) -> None:
-        """End the file; StoreUnavailableError if the disk is full or gone. ``BlobStore.put`` makes it durable."""
+        """Complete the file; StoreUnavailableError if the disk is full or unavailable. ``BlobStore.put`` syncs it."""
         if not self._file.closed:
             try:
                 self._file.close()
@@ -109,7 +109,7 @@ class StagedFile:
             self.is_complete = True
 
     def discard(self) -> None:
-        """Close without waiting for the disk, and without asking whether it is full."""
+        """Close the file and ignore errors of the disk."""
         with suppress(OSError):
             self._file.close()
 
@@ -129,10 +129,10 @@ class StagedFile:
 
 
 class Upload:
-    """The files of one upload, in a folder of their own that is removed at the end.
+    """The files of one upload, in a temporary folder.
 
     Attributes:
-        files: What has been opened, by filename.
+        files: Opened files by filename.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -141,11 +141,11 @@ class Upload:
         self.files: dict[str, StagedFile] = {}
 
     def open(self, filename: str) -> StagedFile:
-        """Begin a file.
+        """Start a file.
 
         Raises:
-            InvalidPromptError: If the name is not one of the two that are taken, or was opened before.
-            StoreUnavailableError: If the disk is full, or gone.
+            InvalidPromptError: If the name is not one of ``FILENAMES``, or was opened before.
+            StoreUnavailableError: If the disk is full or unavailable.
         """
         if filename not in FILENAMES:
             message = f"{filename[:128]!r} is not taken; a soft prompt is {' and '.join(FILENAMES)}, and nothing else"
@@ -160,7 +160,7 @@ class Upload:
         return self.files[filename]
 
     def path(self, filename: str) -> Path:
-        """Where a file is that was written to its end and closed.
+        """The path of a complete file.
 
         Raises:
             InvalidPromptError: If it was not uploaded, or is not complete.
@@ -189,14 +189,14 @@ _LOCK = "lock"
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; waits for it."""
+    """Wait for a lock between processes, and hold it."""
     with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Remove the folder of a process that is gone; also one without a lock, as nobody is making one meanwhile."""
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove the folder of a killed process; also one without a lock, because no process creates one meanwhile."""
     lock_file: BinaryIO | None = None
     try:
         lock_file = (folder / _LOCK).open("rb")

@@ -1,4 +1,4 @@
-"""The files of a version: which ones they are, their digest, and what goes wrong with their disk."""
+"""The files of a version: the weights, the digest, and errors of their disk."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def weights_of(version: PromptVersion) -> StoredFile:
 
 
 def version_digest(files: tuple[StoredFile, ...]) -> str:
-    """sha256 over ``NAME LENGTH SHA256`` lines in order of name: the same files, the same digest."""
+    """sha256 over ``NAME LENGTH SHA256`` lines in order of name; equal for equal files."""
     lines = [f"{file.filename} {file.size} {file.sha256}\n" for file in sorted(files, key=lambda file: file.filename)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Names, immutable versions, aliases, history: what is kept of soft prompts besides their bytes.
+"""Names, immutable versions, aliases and history of soft prompts; everything except their bytes.
 
-Every write is one transaction that first locks the ``state`` row, so that writes of all replicas follow each other,
-each with a separate revision. A reader of revision R has seen every change up to it.
+Every write is one transaction that first locks the ``state`` row. So the writes of all replicas are serial, each with
+its own revision, and a reader of revision R has seen every change up to it.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from prompt_store.types import (
 )
 
 CHANNEL = "prelude_catalog"
-"""What PostgreSQL notifies replicas on, with the new revision as payload."""
+"""The channel of PostgreSQL that notifies replicas; the payload is the new revision."""
 
 _MAX_CHANGES = 10_000
 
 
 class BlobsGoneError(Exception):
-    """The files of a publication were collected before it: they have to be put again."""
+    """The files of a publication were collected before it; they have to be put again."""
 
 
 class Catalog:
-    """The tables and what is done with them. Thread-safe.
+    """Queries and changes of the tables. Thread-safe.
 
-    Every method raises StoreUnavailableError where the database cannot be reached.
+    Every method raises StoreUnavailableError if the database cannot be reached.
 
-    Where an ``access`` is given, what it does not see is not there (PromptNotFoundError), what it may only use is not
-    changed (PromptForbiddenError); without one everything may be seen and changed.
+    Methods with an ``access`` raise PromptNotFoundError for a name that the caller does not see, and
+    PromptForbiddenError for a change that it may not make. Without ``access`` everything is permitted.
 
     Args:
-        database: Where the tables are; closed with the catalog.
+        database: The database with the tables; closed with the catalog.
     """
 
     def __init__(self, database: Database) -> None:
@@ -69,29 +69,29 @@ class Catalog:
     # Reading
 
     def resolve(self, ref: PromptRef, access: Access | None = None) -> PromptVersion:
-        """The version that a reference means now; PromptNotFoundError if there is none."""
+        """The version that a reference names now; PromptNotFoundError if there is none."""
         with self._database.reading() as connection:
             prompt = lookups.find(connection, ref.name, access)
             version = ref.version
             if version is None:
-                version = lookups.pointed(connection, prompt, ref.alias or DEFAULT_ALIAS)
+                version = lookups.alias_target(connection, prompt, ref.alias or DEFAULT_ALIAS)
                 if version is None:
                     raise PromptNotFoundError(f"soft prompt {ref.name!r} has no alias {ref.alias!r}")
             return lookups.version_of(connection, prompt, version)
 
     def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
-        """A name with its aliases and newest version; PromptNotFoundError if there is none."""
+        """A soft prompt with its aliases and newest version; PromptNotFoundError if there is none."""
         with self._database.reading() as connection:
             return records.summaries(connection, [lookups.find(connection, name, access).id])[0]
 
     def list_prompts(
         self, limit: int, after: str | None, tag: str | None, access: Access | None = None
     ) -> tuple[list[PromptSummary], bool]:
-        """Names in order, those behind ``after`` (which need not exist any more); and whether there are more."""
+        """Soft prompts by name, after the name ``after``, which need not exist; and whether there are more."""
         visible = sa.true() if access is None else prompts.c.owner.in_((SHARED, access.tenant))
         query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0, visible)
         if tag is not None:
-            # The index on (tag, name) gives the names of one page in order, however many carry the tag.
+            # The index on (tag, name) gives the names of one page in order, whatever the number of tagged names.
             tagged = sa.select(tags.c.name).where(tags.c.tag == tag)
             if access is not None:
                 owned = prompts.alias()
@@ -111,7 +111,7 @@ class Catalog:
     def list_versions(
         self, name: str, limit: int, before: int | None, access: Access | None = None
     ) -> tuple[list[PromptVersion], bool]:
-        """Versions of a name, newest first, those below ``before``; and whether there are more.
+        """Versions of a name below ``before``, newest first; and whether there are more.
 
         Raises:
             PromptNotFoundError: If there is no such name.
@@ -127,7 +127,7 @@ class Catalog:
     def list_history(
         self, name: str, limit: int, before: int | None, access: Access | None = None
     ) -> tuple[list[HistoryEntry], bool]:
-        """What was done to a name, newest first, before the entry ``before``; and whether there is more.
+        """Changes of a name before the entry ``before``, newest first; and whether there are more.
 
         The history remains after deletion. PromptNotFoundError if the name never existed.
         """
@@ -142,12 +142,12 @@ class Catalog:
             return [records.history_entry(row) for row in rows[:limit]], len(rows) > limit
 
     def check_owner(self, name: str, owner: str) -> None:
-        """Return if an owner may publish under a name; PromptConflictError if it is, or was, another owner's."""
+        """Raise PromptConflictError if a name belongs, or belonged, to another owner."""
         with self._database.reading() as connection:
-            lookups.claimed(connection, name, owner)
+            lookups.publishable_prompt(connection, name, owner)
 
     def totals(self) -> StoreTotals:
-        """How much there is."""
+        """Number of names, versions and blobs."""
         names = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(prompts.c.num_versions), 0)).where(
             prompts.c.num_versions > 0
         )
@@ -158,7 +158,7 @@ class Catalog:
         return StoreTotals(int(num_prompts), int(num_versions), int(num_blobs), int(blob_bytes))
 
     def revision(self) -> int:
-        """How many changes there have been."""
+        """Number of changes so far."""
         with self._database.reading() as connection:
             found: int = connection.execute(_revision).scalar_one()
         return found
@@ -171,34 +171,34 @@ class Catalog:
         return names if len(names) <= _MAX_CHANGES else None
 
     def listen(self) -> Listener:
-        """A connection that hears of changes; only where the catalog is shared."""
+        """A connection that receives notifications of changes; only for a shared catalog."""
         return self._database.listen(CHANNEL)
 
     # Writing
 
     def reserve(self, files: Collection[StoredFile]) -> None:
-        """Announce blobs that are about to be put, so that no collection takes them before they have a name."""
+        """Record blobs that are about to be put, so that no collection removes them before they have a name."""
         insert = (postgresql.insert if self.is_shared else sqlite.insert)(blobs)
         now = _now()
         statement = insert.on_conflict_do_update(
             index_elements=[blobs.c.sha256],
             set_={"unnamed_since": sa.case((blobs.c.unnamed_since.is_not(None), now), else_=None)},
         )
-        # Ordered, so that two uploads of the same files wait for each other and not in a circle.
+        # Ordered, so that two uploads of the same files cannot deadlock.
         values = {file.sha256: {"sha256": file.sha256, "size": file.size, "unnamed_since": now} for file in files}
         with self._database.writing() as connection:
             for _, row in sorted(values.items()):
                 connection.execute(statement, row)
 
     def publish(self, new: NewVersion, alias: str | None, actor: str | None = None) -> tuple[PromptVersion, bool]:
-        """Record a version whose blobs are in place, and point an alias at it.
+        """Record a version whose blobs are stored, and point an alias at it.
 
         Returns:
-            The version, and whether it is new: the same files under the same name are the version that is there.
+            The version, and whether it is new: the same files under the same name are the existing version.
 
         Raises:
             BlobsGoneError: If its blobs were collected since they were reserved.
-            PromptConflictError: If the name is, or was, another owner's.
+            PromptConflictError: If the name belongs, or belonged, to another owner.
         """
         with self._changing(actor) as change:
             connection = change.connection
@@ -209,7 +209,7 @@ class Catalog:
             ).rowcount
             if named != len(digests):
                 raise BlobsGoneError
-            prompt = lookups.claimed(connection, new.name, new.owner)
+            prompt = lookups.publishable_prompt(connection, new.name, new.owner)
             if prompt is None:
                 values = {"name": new.name, "owner": new.owner, "last_version": 0, "num_versions": 0}
                 prompt = Prompt(records.insert(connection, prompts, values), new.name, 0, new.owner)
@@ -227,9 +227,9 @@ class Catalog:
                     .where(prompts.c.id == prompt.id)
                     .values(last_version=version, num_versions=prompts.c.num_versions + 1)
                 )
-                change.note(new.name, HistoryAction.PUBLISH, version=version)
+                change.add_entry(new.name, HistoryAction.PUBLISH, version=version)
             if alias is not None:
-                change.point(prompt, alias, version, HistoryAction.PROMOTE)
+                change.move_alias(prompt, alias, version, HistoryAction.PROMOTE)
             return lookups.version_of(connection, prompt, version), is_new
 
     def set_alias(
@@ -250,8 +250,8 @@ class Catalog:
         with self._changing(actor) as change:
             prompt = lookups.find(change.connection, name, access, to_change=True)
             lookups.require_version(change.connection, prompt, version)
-            lookups.expect(change.connection, prompt, alias, expected_version)
-            change.point(prompt, alias, version, HistoryAction.PROMOTE)
+            lookups.require_target(change.connection, prompt, alias, expected_version)
+            change.move_alias(prompt, alias, version, HistoryAction.PROMOTE)
 
     def rollback(
         self,
@@ -261,29 +261,29 @@ class Catalog:
         actor: str | None = None,
         access: Access | None = None,
     ) -> int:
-        """Point an alias back at the version that it pointed at before the newest promotion that is not undone yet.
+        """Undo the last promotion of an alias.
 
-        Rolling back again goes one promotion further back. Versions deleted meanwhile are passed over.
+        Another rollback undoes the promotion before it. Versions deleted meanwhile are skipped.
 
         Returns:
-            The version that it points at now.
+            The version that the alias points at now.
 
         Raises:
             PromptNotFoundError: If there is no such alias.
-            PromptConflictError: If nothing is left to go back to, or the alias is not at ``expected_version``.
+            PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version``.
         """
         with self._changing(actor) as change:
             connection = change.connection
             prompt = lookups.find(connection, name, access, to_change=True)
-            current = lookups.pointed(connection, prompt, alias)
+            current = lookups.alias_target(connection, prompt, alias)
             if current is None:
                 raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
-            lookups.expect(connection, prompt, alias, expected_version)
+            lookups.require_target(connection, prompt, alias, expected_version)
             earlier = lookups.earlier_versions(connection, name, alias)
             while earlier:
                 version = earlier.pop()
                 if version != current and lookups.has_version(connection, prompt, version):
-                    change.point(prompt, alias, version, HistoryAction.ROLLBACK)
+                    change.move_alias(prompt, alias, version, HistoryAction.ROLLBACK)
                     return version
             raise PromptConflictError(
                 f"alias {alias!r} of {name!r} points at {current}, and there is no earlier version to go back to"
@@ -293,22 +293,22 @@ class Catalog:
         """Remove an alias; PromptNotFoundError if there is none."""
         with self._changing(actor) as change:
             prompt = lookups.find(change.connection, name, access, to_change=True)
-            previous = lookups.pointed(change.connection, prompt, alias)
+            previous = lookups.alias_target(change.connection, prompt, alias)
             if previous is None:
                 raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
-            change.unpoint(prompt, alias, previous)
+            change.remove_alias(prompt, alias, previous)
 
     def delete_version(self, name: str, version: int, actor: str | None = None, access: Access | None = None) -> None:
         """Delete one version; PromptNotFoundError if there is none.
 
-        ``latest`` falls back to the highest version that is left; other aliases of the version are removed.
+        ``latest`` moves to the highest remaining version; other aliases of the version are removed.
         """
         with self._changing(actor) as change:
             connection = change.connection
             prompt = lookups.find(connection, name, access, to_change=True)
             lookups.require_version(connection, prompt, version)
             change.drop_versions(prompt, versions.c.version == version)
-            change.note(name, HistoryAction.DELETE_VERSION, version=version)
+            change.add_entry(name, HistoryAction.DELETE_VERSION, version=version)
             pointing = sa.select(aliases.c.alias).where(
                 aliases.c.prompt_id == prompt.id, aliases.c.version == version
             )
@@ -317,9 +317,9 @@ class Catalog:
             ).scalar_one()
             for alias in connection.execute(pointing.order_by(aliases.c.alias)).scalars().all():
                 if alias == DEFAULT_ALIAS and highest is not None:
-                    change.point(prompt, alias, highest, HistoryAction.PROMOTE)
+                    change.move_alias(prompt, alias, highest, HistoryAction.PROMOTE)
                 else:
-                    change.unpoint(prompt, alias, version)
+                    change.remove_alias(prompt, alias, version)
 
     def delete_prompt(self, name: str, actor: str | None = None, access: Access | None = None) -> None:
         """Delete all versions and aliases of a name; PromptNotFoundError if there is none."""
@@ -327,18 +327,19 @@ class Catalog:
             prompt = lookups.find(change.connection, name, access, to_change=True)
             change.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id))
             change.drop_versions(prompt, sa.true())
-            change.note(name, HistoryAction.DELETE_PROMPT)
+            change.add_entry(name, HistoryAction.DELETE_PROMPT)
 
     @contextmanager
     def garbage(self, unnamed_before: int, limit: int, is_held: Callable[[str], bool]) -> Iterator[list[str]]:
-        """Blobs that no version names; their records are removed when the block ends without an error.
+        """Blobs that no version names; their records are removed if the block ends without an error.
 
-        Until then nobody can reserve them: an upload of the same bytes waits, and puts them again.
+        During the block they cannot be reserved: an upload of the same bytes waits, and puts them again.
 
         Args:
-            unnamed_before: Only what lost its last name, or was reserved, before this time (microseconds, UTC).
-            limit: How many at most.
-            is_held: Whether a blob may not go yet; asked when nothing can change that its names are none.
+            unnamed_before: Skip blobs that lost their last name, or were reserved, after this time (microseconds,
+                UTC).
+            limit: Maximum number.
+            is_held: Whether a blob must be kept; called while the rows are locked, so that none can get a name.
         """
         query = (
             sa.select(blobs.c.sha256)
@@ -356,11 +357,11 @@ class Catalog:
     @contextmanager
     def _changing(self, actor: str | None) -> Iterator[_Change]:
         with self._database.writing() as connection:
-            # On SQLite, FOR UPDATE says nothing and BEGIN IMMEDIATE has locked everything.
+            # On SQLite, FOR UPDATE has no effect, and BEGIN IMMEDIATE has locked everything.
             revision = connection.execute(_revision.with_for_update()).scalar_one()
             change = _Change(connection, revision + 1, actor)
             yield change
-            if change.is_noted:
+            if change.has_entries:
                 connection.execute(state.update().values(revision=revision + 1))
                 if self.is_shared:
                     connection.execute(sa.select(sa.func.pg_notify(CHANNEL, str(revision + 1))))
@@ -372,11 +373,11 @@ class _Change:
     def __init__(self, connection: sa.Connection, revision: int, actor: str | None) -> None:
         self.connection = connection
         self.at = _now()
-        self.is_noted = False
+        self.has_entries = False
         self._revision = revision
         self._actor = actor
 
-    def note(
+    def add_entry(
         self,
         name: str,
         action: HistoryAction,
@@ -385,8 +386,8 @@ class _Change:
         version: int | None = None,
         previous: int | None = None,
     ) -> None:
-        """Write it into the history."""
-        self.is_noted = True
+        """Add an entry to the history."""
+        self.has_entries = True
         values = {
             "revision": self._revision,
             "name": name,
@@ -399,9 +400,9 @@ class _Change:
         }
         self.connection.execute(history.insert().values(values))
 
-    def point(self, prompt: Prompt, alias: str, version: int, action: HistoryAction) -> None:
-        """Let an alias point at a version; nothing is noted where it does already."""
-        previous = lookups.pointed(self.connection, prompt, alias)
+    def move_alias(self, prompt: Prompt, alias: str, version: int, action: HistoryAction) -> None:
+        """Point an alias at a version; no entry is added if it points there already."""
+        previous = lookups.alias_target(self.connection, prompt, alias)
         if previous == version:
             return
         mine = sa.and_(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
@@ -410,15 +411,15 @@ class _Change:
             self.connection.execute(aliases.insert().values(values))
         else:
             self.connection.execute(aliases.update().where(mine).values(version=version))
-        self.note(prompt.name, action, alias=alias, version=version, previous=previous)
+        self.add_entry(prompt.name, action, alias=alias, version=version, previous=previous)
 
-    def unpoint(self, prompt: Prompt, alias: str, previous: int) -> None:
+    def remove_alias(self, prompt: Prompt, alias: str, previous: int) -> None:
         """Remove an alias."""
         self.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias))
-        self.note(prompt.name, HistoryAction.DELETE_ALIAS, alias=alias, previous=previous)
+        self.add_entry(prompt.name, HistoryAction.DELETE_ALIAS, alias=alias, previous=previous)
 
     def drop_versions(self, prompt: Prompt, which: sa.ColumnElement[bool]) -> None:
-        """Leave tombstones of versions; blobs that lose their last name become garbage from now on."""
+        """Mark versions as deleted; blobs that lose their last name become garbage."""
         connection = self.connection
         rows = connection.execute(
             versions.update()
@@ -443,7 +444,7 @@ _revision = sa.select(state.c.revision)
 
 
 def _lock_blobs(connection: sa.Connection, digests: Collection[str]) -> None:
-    """Lock in the order in which ``reserve`` does, or two uploads of the same files could wait in a circle."""
+    """Lock in the order of ``reserve``; otherwise two uploads of the same files could deadlock."""
     query = sa.select(blobs.c.sha256).where(blobs.c.sha256.in_(digests)).order_by(blobs.c.sha256)
     connection.execute(query.with_for_update()).all()
 

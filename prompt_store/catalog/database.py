@@ -1,6 +1,6 @@
-"""The catalog's database: connecting, bringing its schema up to date, transactions. SQLite or PostgreSQL.
+"""The database of the catalog, SQLite or PostgreSQL: connections, schema migrations, transactions.
 
-SQLite runs in write-ahead mode with ``synchronous=FULL``: what was acknowledged survives ``kill -9`` and a power cut.
+SQLite runs in write-ahead mode with ``synchronous=FULL``: acknowledged changes survive ``kill -9`` and a power cut.
 PostgreSQL does the same by default (``synchronous_commit``).
 """
 
@@ -23,22 +23,22 @@ from prompt_store.errors import PromptStoreError, StoreUnavailableError
 
 CONNECT_SECONDS = 3
 STATEMENT_SECONDS = 30
-"""No statement of ours takes this long, unless it waits for a lock that somebody holds for good."""
+"""No statement takes this long, unless it waits for a lock that is never released."""
 
 _MIGRATION_LOCK = 0x7072656C756465
-"""PostgreSQL's advisory lock around migrations: replicas start together."""
+"""The advisory lock of PostgreSQL for migrations: replicas may start at the same time."""
 
 _UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, sa.exc.InternalError)
 
 
 class Database:
-    """One database with its pool of connections.
+    """One database with its connection pool.
 
     Args:
         url: ``sqlite:///PATH`` or ``postgresql://USER@HOST:PORT/DATABASE``.
 
     Attributes:
-        is_shared: Whether other processes write to it too.
+        is_shared: Whether other processes may write to it.
 
     Raises:
         PromptStoreError: If the URL or its driver cannot be used, or a newer release has written the database.
@@ -49,7 +49,7 @@ class Database:
         parsed = read_url(url)
         self.is_shared = parsed.get_backend_name() == "postgresql"
         self._url = parsed
-        self._is_made = False
+        self._is_created = False
         if self.is_shared:
             self._engine = _postgresql(parsed)
         elif parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -59,13 +59,13 @@ class Database:
             raise PromptStoreError(f"the catalog must be sqlite:///PATH or postgresql://..., not {str(parsed)!r}")
         try:
             self._upgrade()
-        except sa.exc.DatabaseError as error:  # what is there is no catalog, or this user may not use it
+        except sa.exc.DatabaseError as error:  # the file is not a catalog, or this user has no permission
             self._engine.dispose()
             raise PromptStoreError(f"the catalog {self} cannot be used: {_reason(error)}") from error
         except BaseException:
             self._engine.dispose()
             raise
-        self._is_made = True
+        self._is_created = True
 
     def __str__(self) -> str:
         return self._url.render_as_string(hide_password=True)
@@ -76,10 +76,10 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A connection whose statements see one state of the database.
+        """A connection whose statements see one snapshot of the database.
 
         Raises:
-            StoreUnavailableError: If the database cannot be reached, or breaks off.
+            StoreUnavailableError: If the database cannot be reached, or the connection is lost.
         """
         with _translated(self), self._engine.connect() as connection:
             if self.is_shared:
@@ -93,11 +93,11 @@ class Database:
         """A transaction, committed unless the block raises; on SQLite the only one that writes.
 
         Raises:
-            StoreUnavailableError: If the database cannot be reached, breaks off or cannot write.
+            StoreUnavailableError: If the database cannot be reached or written, or the connection is lost.
         """
         with _translated(self), self._engine.connect() as connection:
             if not self.is_shared:
-                # SQLite would take the lock at the first write, and fail where another had written since our read.
+                # SQLite would lock at the first write, and fail if another process had written since our read.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -107,7 +107,7 @@ class Database:
             connection.commit()
 
     def listen(self, channel: str) -> Listener:
-        """A connection of its own that hears what is notified on a channel.
+        """A separate connection that receives the notifications of a channel.
 
         Raises:
             StoreUnavailableError: If the database cannot be reached.
@@ -120,8 +120,8 @@ class Database:
         return listener
 
     def _connect_sqlite(self) -> sqlite3.Connection:
-        """Open the file, and make it only at the start: later, one that is missing is on a volume that is away."""
-        mode = "rw" if self._is_made else "rwc"
+        """Open the file, and create it only at the start: later, a missing file means an unmounted volume."""
+        mode = "rw" if self._is_created else "rwc"
         path = quote(self._url.database or "")
         return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, check_same_thread=False)
 
@@ -142,19 +142,19 @@ class Database:
 
 
 def read_url(url: str) -> sa.URL:
-    """Read a catalog's URL.
+    """Parse the URL of a catalog.
 
     Raises:
-        PromptStoreError: If it is none.
+        PromptStoreError: If it is not valid.
     """
     try:
         return sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: the port is not a number
         raise PromptStoreError(f"the catalog's URL {url[:200]!r} cannot be read: {error}") from error
 
 
 class Listener:
-    """A connection that hears notifications; made by ``Database.listen``."""
+    """A connection that receives notifications; created by ``Database.listen``."""
 
     def __init__(self, database: Database, connection: sa.Connection) -> None:
         self._database = database
@@ -164,7 +164,7 @@ class Listener:
         """Return at the next notification, or after the given number of seconds.
 
         Raises:
-            StoreUnavailableError: If the connection breaks off.
+            StoreUnavailableError: If the connection is lost.
         """
         with _translated(self._database):
             driver: Any = self._connection.connection.dbapi_connection
@@ -178,17 +178,17 @@ class Listener:
                 ) from error
 
     def scalar(self, query: sa.Select[Any]) -> Any:
-        """The one value of a query.
+        """The only value of a query.
 
         Raises:
-            StoreUnavailableError: If the connection breaks off.
+            StoreUnavailableError: If the connection is lost.
         """
         with _translated(self._database):
             return self._connection.execute(query).scalar_one()
 
     def close(self) -> None:
         """Close the connection."""
-        with suppress(sa.exc.SQLAlchemyError):  # it may be broken, which is why it is closed
+        with suppress(sa.exc.SQLAlchemyError):  # it may be broken already
             self._connection.close()
 
 
@@ -201,14 +201,14 @@ def _postgresql(url: sa.URL) -> sa.Engine:
             max_overflow=10,
             connect_args={
                 "connect_timeout": CONNECT_SECONDS,
-                # A partner that went without a word is noticed in seconds, not in TCP's quarter of an hour.
+                # A server that disappeared is noticed in seconds, not after the quarter of an hour of TCP.
                 "keepalives_idle": CONNECT_SECONDS,
                 "keepalives_interval": 1,
                 "keepalives_count": 3,
                 "tcp_user_timeout": CONNECT_SECONDS * 1000,
                 "options": f"-c statement_timeout={STATEMENT_SECONDS * 1000}",
                 "application_name": "prelude",
-                # Prepared statements do not survive a pooler that hands each transaction another connection.
+                # Prepared statements do not work with a pooler that changes the connection for each transaction.
                 "prepare_threshold": None,
             },
         )
@@ -219,7 +219,7 @@ def _postgresql(url: sa.URL) -> sa.Engine:
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:
-    # sqlite3 would begin transactions by itself, and late; reading() and writing() begin them.
+    # reading() and writing() begin transactions; sqlite3 would begin them later.
     connection.isolation_level = None
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
         connection.execute(f"PRAGMA {pragma}")
@@ -234,6 +234,6 @@ def _translated(database: Database) -> Iterator[None]:
 
 
 def _reason(error: sa.exc.SQLAlchemyError) -> str:
-    """The database's own first line."""
+    """The first line of the message of the database."""
     lines = str(getattr(error, "orig", None) or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

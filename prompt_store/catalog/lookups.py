@@ -1,4 +1,4 @@
-"""Looking names, versions and aliases up inside a transaction of the catalog."""
+"""Lookups of names, versions and aliases inside a transaction of the catalog."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prompt_store.errors import PromptConflictError, PromptForbiddenError, Promp
 from prompt_store.types import Access, HistoryAction, PromptVersion
 
 live = versions.c.deleted_at.is_(None)
-"""Versions that were not deleted."""
+"""The condition that a version is not deleted."""
 
 
 def find(connection: sa.Connection, name: str, access: Access | None, *, to_change: bool = False) -> Prompt:
@@ -19,7 +19,7 @@ def find(connection: sa.Connection, name: str, access: Access | None, *, to_chan
 
     Raises:
         PromptNotFoundError: If it does not exist or belongs to another tenant; the error is the same.
-        PromptForbiddenError: If it is to be changed and may only be used.
+        PromptForbiddenError: If ``to_change`` is set and the caller may only use it.
     """
     query = sa.select(prompts).where(prompts.c.name == name, prompts.c.num_versions > 0)
     row = connection.execute(query).one_or_none()
@@ -30,11 +30,11 @@ def find(connection: sa.Connection, name: str, access: Access | None, *, to_chan
     return Prompt(row.id, row.name, row.last_version, row.owner)
 
 
-def claimed(connection: sa.Connection, name: str, owner: str) -> Prompt | None:
+def publishable_prompt(connection: sa.Connection, name: str, owner: str) -> Prompt | None:
     """A name that an owner may publish under, with or without versions; None if it never existed.
 
     Raises:
-        PromptConflictError: If the name is, or was, another owner's.
+        PromptConflictError: If the name belongs, or belonged, to another owner.
     """
     row = connection.execute(sa.select(prompts).where(prompts.c.name == name)).one_or_none()
     if row is None:
@@ -66,18 +66,18 @@ def require_version(connection: sa.Connection, prompt: Prompt, version: int) -> 
         raise PromptNotFoundError(f"soft prompt {prompt.name!r} has no version {version}")
 
 
-def pointed(connection: sa.Connection, prompt: Prompt, alias: str) -> int | None:
-    """What an alias points at; None if there is no such alias."""
+def alias_target(connection: sa.Connection, prompt: Prompt, alias: str) -> int | None:
+    """The version that an alias points at; None if there is no such alias."""
     query = sa.select(aliases.c.version).where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
     found: int | None = connection.execute(query).scalar_one_or_none()
     return found
 
 
-def expect(connection: sa.Connection, prompt: Prompt, alias: str, expected: int | None) -> None:
-    """Raise PromptConflictError if an alias is not where it is expected; None expects nothing."""
+def require_target(connection: sa.Connection, prompt: Prompt, alias: str, expected: int | None) -> None:
+    """Raise PromptConflictError if an alias does not point at the expected version; None expects nothing."""
     if expected is None:
         return
-    found = pointed(connection, prompt, alias)
+    found = alias_target(connection, prompt, alias)
     if found != expected:
         raise PromptConflictError(
             f"alias {alias!r} of {prompt.name!r} points at {found or 'nothing'}, not at {expected}"
@@ -85,7 +85,7 @@ def expect(connection: sa.Connection, prompt: Prompt, alias: str, expected: int 
 
 
 def earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[int]:
-    """What an alias found at before, oldest first, without the promotions that were rolled back."""
+    """The earlier versions of an alias, oldest first, without promotions that were rolled back."""
     query = (
         sa.select(history.c.action, history.c.version)
         .where(

@@ -1,4 +1,4 @@
-"""Rows of the catalog's tables and the nouns that they stand for."""
+"""Conversion between rows of the tables and the types of the store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewVersion:
-    """What a publication records; the catalog adds number and time.
+    """A version to be published; the catalog adds number and time.
 
     Attributes have the same meaning as in ``PromptVersion``.
     """
@@ -109,8 +109,8 @@ def versions_of(
     """Rows of ``versions`` with their files and tags, in the order of the rows.
 
     Args:
-        connection: Where the files and tags are read.
-        rows: Whole rows.
+        connection: Used to read files and tags.
+        rows: Complete rows.
         of: The soft prompts by ``prompt_id``.
     """
     ids = [row.id for row in rows]
@@ -130,7 +130,7 @@ def versions_of(
 
 
 def summaries(connection: sa.Connection, prompt_ids: Sequence[int]) -> list[PromptSummary]:
-    """Names with their aliases and newest versions, in the order of the ids: four queries for any number."""
+    """Soft prompts with aliases and newest versions, in the order of the ids, by four queries."""
     prompt_rows = {row.id: row for row in connection.execute(sa.select(prompts).where(prompts.c.id.in_(prompt_ids)))}
     of = {row.id: Prompt(row.id, row.name, row.last_version, row.owner) for row in prompt_rows.values()}
     pointed: dict[int, dict[str, int]] = {prompt_id: {} for prompt_id in prompt_ids}
@@ -158,7 +158,7 @@ def summaries(connection: sa.Connection, prompt_ids: Sequence[int]) -> list[Prom
 
 
 def history_entry(row: sa.Row[Any]) -> HistoryEntry:
-    """A row of ``history``."""
+    """Convert a row of ``history``."""
     action = HistoryAction(row.action)
     return HistoryEntry(row.id, action, row.alias, row.version, row.previous_version, row.actor, _datetime(row.at))
 

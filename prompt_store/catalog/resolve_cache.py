@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from prompt_store.types import PromptRef, PromptVersion
 
 MAX_NAMES = 16_384
-"""About 2 KB each: the cache is bounded, whatever the number of registered names."""
+"""About 2 KB each."""
 
 MAX_REFS_PER_NAME = 64
 
 
 class ResolveCache:
-    """Versions by reference, least recently used names out first. Thread-safe.
+    """Versions by reference; the least recently used names are evicted first. Thread-safe.
 
-    A lookup that began before a change must not be kept after it, or the old meaning would stay for good. So a
-    lookup takes the ``generation`` first, and ``add`` forgets what comes from an earlier one.
+    The result of a lookup that began before a change must not be cached after it, or the old version would stay
+    forever. So a lookup reads ``generation`` first, and ``add`` ignores results of an earlier generation.
     """
 
     def __init__(self, max_names: int = MAX_NAMES) -> None:
@@ -29,11 +29,11 @@ class ResolveCache:
 
     @property
     def generation(self) -> int:
-        """Counts the changes."""
+        """Number of invalidations."""
         return self._generation
 
     def get(self, ref: PromptRef) -> PromptVersion | None:
-        """What a reference means, if that is known."""
+        """The version of a reference, if it is cached."""
         with self._lock:
             refs = self._names.get(ref.name)
             if refs is None:
@@ -42,13 +42,13 @@ class ResolveCache:
             return refs.get(ref)
 
     def owner(self, name: str) -> str | None:
-        """Whose a name is, if that is known; the name counts no more used than before."""
+        """The owner of a name, if it is cached; this does not count as a use of the name."""
         with self._lock:
             refs = self._names.get(name)
             return next(iter(refs.values())).owner if refs else None
 
     def add(self, ref: PromptRef, version: PromptVersion, generation: int) -> None:
-        """Keep a lookup's result, unless something has changed since its ``generation``."""
+        """Cache the result of a lookup, unless an invalidation has happened since its ``generation``."""
         with self._lock:
             if generation != self._generation:
                 return
@@ -61,7 +61,7 @@ class ResolveCache:
                 self._names.popitem(last=False)
 
     def invalidate(self, names: Iterable[str] | None) -> list[PromptRef]:
-        """Forget what names meant, None being all of them; returns the references that were known."""
+        """Drop names, or all for None; returns the references that were cached."""
         with self._lock:
             self._generation += 1
             if names is None:

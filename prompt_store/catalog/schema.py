@@ -1,6 +1,6 @@
-"""The catalog's tables, the same on SQLite and PostgreSQL. ``migrations/`` brings a database to them.
+"""The tables of the catalog, the same on SQLite and PostgreSQL. ``migrations/`` creates them.
 
-Times are microseconds since 1970, UTC: an integer means the same in every database.
+Times are microseconds since 1970, UTC, because integers mean the same in every database.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 Identity = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-"""SQLite numbers rows by itself only where the type is INTEGER."""
+"""SQLite numbers rows automatically only if the type is INTEGER."""
 
 Name = sa.String(128).with_variant(sa.String(128, collation="C"), "postgresql")
-"""Names sort by bytes in both databases, so that a page's last name means the same to each."""
+"""Names sort by bytes in both databases, so that cursors of pages mean the same."""
 
 Digest = sa.String(64)
 
@@ -21,7 +21,7 @@ state = sa.Table(
     "state",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    # Counts the changes. Every write locks this one row first, so that revisions become visible in order.
+    # The number of changes. Every write locks this row first, so that revisions become visible in order.
     sa.Column("revision", sa.BigInteger, nullable=False),
 )
 prompts = sa.Table(
@@ -29,9 +29,9 @@ prompts = sa.Table(
     metadata,
     sa.Column("id", Identity, primary_key=True),
     sa.Column("name", Name, nullable=False, unique=True),
-    # The tenant that alone sees it, empty for all. It stays with the name through deletions: so does the history.
+    # The tenant that alone sees it, empty for all. It is kept after a deletion, as the history is.
     sa.Column("owner", Name, nullable=False, server_default=""),
-    # Counts on through deletions: a version number never comes to mean something else.
+    # Not reset by deletions: a version number is never reused.
     sa.Column("last_version", sa.BigInteger, nullable=False),
     sa.Column("num_versions", sa.BigInteger, nullable=False),
     sa.Index("prompts_by_owner", "owner", "name"),
@@ -65,8 +65,8 @@ blobs = sa.Table(
     metadata,
     sa.Column("sha256", Digest, primary_key=True),
     sa.Column("size", sa.BigInteger, nullable=False),
-    # NULL while a version names it. Otherwise when an upload or a deletion last had to do with it: garbage is only
-    # what nobody has named for some time.
+    # NULL while a version names it. Otherwise the time of the last upload or deletion that concerned it; a blob is
+    # garbage some time after that.
     sa.Column("unnamed_since", sa.BigInteger, index=True),
 )
 version_files = sa.Table(
@@ -74,7 +74,7 @@ version_files = sa.Table(
     metadata,
     sa.Column("version_id", sa.ForeignKey("versions.id"), primary_key=True),
     sa.Column("filename", sa.String(64), primary_key=True),
-    # The key into blobs is what keeps a version from being recorded without its bytes.
+    # The foreign key prevents a version without its bytes.
     sa.Column("sha256", sa.ForeignKey("blobs.sha256"), nullable=False, index=True),
 )
 tags = sa.Table(

@@ -1,1 +1,1 @@
-"""PEFT's files, read without trusting them."""
+"""Parsers and validation of the files of PEFT, which are not trusted."""

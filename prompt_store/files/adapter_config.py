@@ -254,7 +254,7 @@ class _Reader:
 
 
 def _task_of_class(name: object) -> str | None:
-    """PEFT's task type of a transformers class, or None where its name does not say."""
+    """The task type of a class of transformers, or None if its name does not show it."""
     if not isinstance(name, str):
         return None
     return next((task for suffix, task in _TASK_OF_SUFFIX.items() if name.endswith(suffix)), None)
@@ -270,9 +270,9 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _shown(value: object) -> str:
-    """A value as a message quotes it: short and in ASCII, whatever was uploaded."""
+    """A value in a message: short, and in ASCII."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
-        return "a huge integer"  # Python refuses to print beyond 4,300 digits
+        return "a huge integer"  # Python refuses to print more than 4,300 digits
     if isinstance(value, dict | list):
         return f"a JSON {'object' if isinstance(value, dict) else 'array'}"
     text = ascii(value) if isinstance(value, str) else json.dumps(value)

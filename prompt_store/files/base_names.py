@@ -1,7 +1,7 @@
-"""What a base model is called, whatever form its name has: a hub id, a URL, or a path on somebody's machine.
+"""The name of a base model in any form: a hub id, a URL, or a path on another machine.
 
-PEFT writes into ``adapter_config.json`` what the trainer gave to ``from_pretrained``. The same checkpoint may be a
-hub id here and a directory there, so models are compared by their own names, without what stands before them.
+PEFT writes the argument of ``from_pretrained`` into ``adapter_config.json``. The same checkpoint may be a hub id on
+one machine and a directory on another, so models are compared by their names, without owner and folders.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import re
 from urllib.parse import unquote, urlsplit
 
 _HUB_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
-"""A repository's folder in the hub's cache; neither owners nor names may hold two hyphens in a row."""
+"""The folder of a repository in the cache of the hub; owners and names cannot contain two hyphens in a row."""
 
 _HUB_FOLDER_WITHOUT_OWNER = re.compile(r"models--(?P<name>.+)")
 
 _HUB_PAGES = frozenset({"tree", "blob", "resolve", "raw", "commit", "commits", "discussions"})
-"""What follows ``owner/name`` in an address of a hub's web page."""
+"""The path components after ``owner/name`` in the address of a web page of a hub."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 _DOT = "___"
-"""ModelScope's cache writes this for a dot."""
+"""The cache of ModelScope replaces dots by this."""
 
 
 def model_name(text: str) -> str:
-    """The model's own name in lower case, without owner, path and revision; empty where the text names no model."""
+    """The name of a model in lower case, without owner, path and revision; empty if the text names no model."""
     parts = _parts(text)
     if not parts:
         return ""
@@ -34,18 +34,18 @@ def model_name(text: str) -> str:
 
 
 def hub_id(path: str) -> str | None:
-    """``owner/name`` of a directory in the hub's cache, or None for any other path."""
+    """``owner/name`` of a directory in the cache of the hub, or None for any other path."""
     return _hub_repository(_parts(path))
 
 
 def _parts(text: str) -> list[str]:
-    """The components, with ``.`` and ``..`` resolved as far as the text alone can."""
+    """The components, with ``.`` and ``..`` resolved without looking at files."""
     text = text.strip()
     is_url = _URL.match(text) is not None
     if is_url:
         try:
             split = urlsplit(text)
-        except ValueError:  # such as brackets that hold no address
+        except ValueError:  # such as brackets without an address
             return []
         text = unquote(split.path)
         is_url = split.scheme in ("http", "https")
@@ -64,9 +64,9 @@ def _parts(text: str) -> list[str]:
 
 
 def _hub_repository(parts: list[str]) -> str | None:
-    """The repository that a path in the hub's cache belongs to.
+    """The repository of a path in the cache of the hub.
 
-    A folder inside a snapshot is a model of its own: a repository may hold several.
+    A folder inside a snapshot is a separate model: a repository may contain several.
     """
     for index, part in enumerate(parts):
         match = _HUB_FOLDER.fullmatch(part) or _HUB_FOLDER_WITHOUT_OWNER.fullmatch(part)

@@ -1,4 +1,4 @@
-"""Tensors that are in a weights file without belonging to a soft prompt: what they are, and how to be rid of them."""
+"""Tensors in a weights file that do not belong to a soft prompt: what they are, and how to remove them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _HEAD = re.compile(
     r"(base_model\.)*(model\.)?(?P<module>score|classifier)\."
     r"((?P<untrained>original_module)\.|modules_to_save\.[^.]+\.)?(?P<part>weight|bias)"
 )
-"""A classification head as states, older releases and other tools name it, matched whole."""
+"""The names of a classification head in training states, older releases and other tools, matched whole."""
 
 _MAX_NAMED = 8
 
 
 def foreign_faults(foreign: Collection[str], tensors: Mapping[str, TensorData]) -> list[Fault]:
-    """One fault for all copies of embeddings, and one for each other tensor up to a bound.
+    """One fault for all copies of embeddings, and one for each other tensor up to a maximum number.
 
     Args:
-        foreign: Names of the tensors that have no place in the file.
+        foreign: Names of the tensors that do not belong to the file.
         tensors: All tensors of the file, by name.
     """
     copies = [name for name in sorted(foreign) if _is_embedding(name, tensors[name])]
@@ -48,8 +48,8 @@ def foreign_faults(foreign: Collection[str], tensors: Mapping[str, TensorData]) 
     return faults
 
 
-def what_it_holds(names: Collection[str]) -> str | None:
-    """What a file without a soft prompt's rows seems to be, as the end of a sentence; None if there is no guess."""
+def guess_content(names: Collection[str]) -> str | None:
+    """A guess at the content of a file without rows of a soft prompt, as a clause; None if there is none."""
     if any(".lora_" in name for name in names):
         return "the file contains LoRA tensors, not a soft prompt"
     if any(name.startswith(("prompt_encoder.", "base_model.prompt_encoder.")) for name in names):

@@ -1,6 +1,6 @@
-"""Whether the classification head that comes with a SEQ_CLS prompt fits the base.
+"""Check that the classification head of a SEQ_CLS prompt fits the base.
 
-PEFT keeps the whole module that transformers calls ``score`` (most decoders) or ``classifier``: one linear layer.
+PEFT saves the module that transformers calls ``score`` (most decoders) or ``classifier``: one linear layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def head_faults(heads: Mapping[str, TensorData], base: BaseModelSpec) -> list[Fa
 
     Args:
         heads: The tensors whose names match HEAD_TENSOR_PATTERN: weight [labels, hidden size], bias [labels].
-        base: The resident model.
+        base: The served model.
     """
     modules = sorted({name.rpartition(".")[0] for name in heads})
     if len(modules) > 1:

@@ -1,4 +1,4 @@
-"""Whether the tensors of a multitask prompt fit each other (https://huggingface.co/papers/2303.02861).
+"""Check that the tensors of a multitask prompt fit each other (https://huggingface.co/papers/2303.02861).
 
 All tasks share the rows; task t multiplies them by ``prefix_task_cols[t] @ prefix_task_rows[t]``, element by element
 (``peft.tuners.multitask_prompt_tuning``).
@@ -28,7 +28,7 @@ _DIMENSIONS = {
 
 
 def factor_faults(config: AdapterConfig, tensors: Mapping[str, TensorData]) -> list[Fault]:
-    """Faults of the factors' names and shapes, against each other, the rows and the configuration."""
+    """Faults of the names and shapes of the factors, compared with each other, the rows and the configuration."""
     faults = []
     for name, dimensions in _DIMENSIONS.items():
         if name not in tensors:
@@ -51,7 +51,7 @@ def factor_faults(config: AdapterConfig, tensors: Mapping[str, TensorData]) -> l
 
 
 def product_faults(tensors: Mapping[str, TensorData], base: BaseModelSpec) -> list[Fault]:
-    """The fault that some task's rows are not finite in the serving dtype; the tensors have no other fault."""
+    """The fault that the rows of a task are not finite in the serving dtype; the tensors must have no other fault."""
     found = find_task_overflow(tensors[ROWS_TENSOR], tensors[TASK_COLS_TENSOR], tensors[TASK_ROWS_TENSOR], base.dtype)
     if found is None:
         return []

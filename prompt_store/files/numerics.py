@@ -1,4 +1,4 @@
-"""Whether every value of a tensor is finite, and still is in the dtype that it is served in."""
+"""Check that all values of a tensor are finite, also in the serving dtype."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Mask = npt.NDArray[np.bool_]
 Stored = npt.NDArray[Any]
 
 _CHUNK_ELEMENTS = 1 << 20
-"""Values looked at together: the scratch memory is a few times 8 MiB, whatever the tensor's size."""
+"""Values processed together: the scratch memory is a few times 8 MiB for any tensor."""
 
 _BFLOAT16_OVERFLOW = np.uint32(0x7F7F8000)
-"""Halfway between bfloat16's largest value and 2**128, as float32 bits: ties go to even, which is infinity."""
+"""Halfway between the largest bfloat16 and 2**128, as float32 bits: ties round to even, which is infinity."""
 
 
 def count_non_finite(tensor: TensorData) -> tuple[int, int]:
-    """How many values are NaN or infinite, and the flat index of the first (-1 if there is none).
+    """Number of values that are NaN or infinite, and the flat index of the first (-1 if there is none).
 
     Raises:
-        KeyError: If the dtype is none of F32, F16, BF16 and F64.
+        KeyError: If the dtype is not F32, F16, BF16 or F64.
     """
     return _count(tensor, lambda values: ~np.isfinite(values))
 
 
 def count_overflows(tensor: TensorData, dtype: str) -> tuple[int, int]:
-    """How many finite values become infinite when rounded to a serving dtype, and the flat index of the first.
+    """Number of finite values that a serving dtype rounds to infinity, and the flat index of the first (or -1).
 
     F64 values are rounded to float32 first, as PEFT does when it reads them.
 
@@ -41,7 +41,7 @@ def count_overflows(tensor: TensorData, dtype: str) -> tuple[int, int]:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        KeyError: If either dtype is another.
+        KeyError: If a dtype is not one of these.
     """
     is_infinite = _INFINITE[dtype]
     return _count(tensor, lambda values: np.isfinite(values) & is_infinite(_to_float32(values)))
@@ -52,7 +52,7 @@ def find_task_overflow(
 ) -> tuple[int, int, int] | None:
     """The first value of a multitask prompt's products that is not finite in the serving dtype.
 
-    What is served for task t is ``rows * (task_cols[t] @ task_rows[t])``, in float32 and then rounded.
+    The rows of task t are ``rows * (task_cols[t] @ task_rows[t])``, computed in float32 and then rounded.
 
     Args:
         rows: [virtual tokens, width] finite values.
@@ -61,12 +61,12 @@ def find_task_overflow(
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Returns:
-        (task, row, column), or None where all is finite.
+        (task, row, column), or None if all values are finite.
     """
     is_infinite = _INFINITE[dtype]
     num_tasks, num_tokens, num_ranks = task_cols.shape
     width = rows.shape[1]
-    # Hardly a prompt comes near the limit, and then the products need not be computed.
+    # Most prompts are far from the limit; then the products need not be computed.
     bound = num_ranks * math.prod(_largest(tensor) for tensor in (rows, task_cols, task_rows))
     if bound < _HARMLESS[dtype]:
         return None
@@ -97,14 +97,14 @@ def find_task_overflow(
 def _part(
     tensor: TensorData, shape: tuple[int, int], start: int, count: int, columns: slice
 ) -> npt.NDArray[np.float32]:
-    """Some columns of ``count`` rows of a tensor seen as a matrix, as float32; only these are read."""
+    """Part of a tensor viewed as a matrix, as float32: some columns of ``count`` rows. Only these are read."""
     decode, element, _ = _DECODERS[tensor.dtype]
     stored = np.frombuffer(tensor.data, element).reshape(shape)[start : start + count, columns]
     return _to_float32(decode(np.ascontiguousarray(stored)))
 
 
 def _largest(tensor: TensorData) -> float:
-    """The largest magnitude of finite values; 0 where there are none."""
+    """The largest magnitude of the values; 0 if there are none."""
     return max((float(np.max(np.abs(values))) for values in _chunks(tensor)), default=0.0)
 
 
@@ -121,7 +121,7 @@ def _count(tensor: TensorData, is_bad: Callable[[Floats], Mask]) -> tuple[int, i
 
 
 def _chunks(tensor: TensorData) -> Iterator[Floats]:
-    """The values, a piece at a time: F64 as float64, the others as float32, which holds all of them exactly."""
+    """The values in chunks: F64 as float64, all others as float32, which represents them exactly."""
     decode, element, size = _DECODERS[tensor.dtype]
     data = memoryview(tensor.data)
     for start in range(0, len(data), _CHUNK_ELEMENTS * size):
@@ -173,7 +173,7 @@ _INFINITE: dict[str, Callable[[npt.NDArray[np.float32]], Mask]] = {
     "float16": _infinite_float16,
     "bfloat16": _infinite_bfloat16,
 }
-"""By serving dtype: which float32 values are infinite once rounded to it."""
+"""By serving dtype: which float32 values it rounds to infinity."""
 
 _HARMLESS = {"float32": 3e38, "float16": 6e4, "bfloat16": 3e38}
-"""By serving dtype: what no rounding on the way turns into infinity."""
+"""By serving dtype: a bound below which no intermediate rounding gives infinity."""

@@ -1,4 +1,4 @@
-"""What PEFT's other methods are, so that a refusal can say why such an adapter is no soft prompt.
+"""The other methods of PEFT, so that a rejection can say why an adapter is not a soft prompt.
 
 The names are those of PEFT 0.21 (``peft.utils.PeftType``).
 """
@@ -27,12 +27,12 @@ _WHAT_IT_IS = {
 
 
 def is_other(peft_type: str) -> bool:
-    """Whether PEFT has such a method, and it is not one of those that train soft prompts."""
+    """Whether PEFT has a method of this name that does not train soft prompts."""
     return peft_type in _WHAT_IT_IS
 
 
 def why_not_served(peft_type: str) -> str:
-    """Why a ``peft_type`` that is not one of PeftType's is refused, as the end of a sentence about it."""
+    """Why a ``peft_type`` outside PeftType is rejected, as the end of a sentence about it."""
     what = _WHAT_IT_IS.get(peft_type)
     if what is not None:
         return f"is {what}, not a soft prompt"

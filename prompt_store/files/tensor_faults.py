@@ -1,4 +1,4 @@
-"""What can be wrong with one tensor's values, and how faults of the weights file are put."""
+"""Faults of the dtype and the values of a tensor, and their messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SERVED_DTYPES = ("F32", "F16", "BF16")
 
 
 def weights_fault(code: str, message: str, tensor: str = ROWS_TENSOR) -> Fault:
-    """A fault of a tensor; the message goes on after the tensor's name."""
+    """A fault of a tensor; the message follows the name of the tensor."""
     return Fault(code, f"{WEIGHTS_FILE}: {tensor} {message}", WEIGHTS_FILE, tensor)
 
 
@@ -20,8 +20,8 @@ def value_faults(name: str, tensor: TensorData, dtype: str, *, allow_float64: bo
     Args:
         name: The tensor's name.
         tensor: Of any dtype and shape.
-        dtype: What its values will be rounded to: ``float32``, ``bfloat16`` or ``float16``.
-        allow_float64: Whether F64 is taken.
+        dtype: The dtype to which the values are rounded: ``float32``, ``bfloat16`` or ``float16``.
+        allow_float64: Whether F64 is accepted.
     """
     if tensor.dtype not in SERVED_DTYPES and not (allow_float64 and tensor.dtype == "F64"):
         return [_dtype_fault(name, tensor.dtype)]
@@ -38,7 +38,7 @@ def value_faults(name: str, tensor: TensorData, dtype: str, *, allow_float64: bo
 
 
 def shown_number(value: int | None) -> str:
-    """A number as a message quotes it; Python refuses to print integers beyond 4,300 digits."""
+    """A number in a message; Python refuses to print integers of more than 4,300 digits."""
     return str(value) if value is not None and value < 10**18 else "a huge number"
 
 

@@ -1,8 +1,9 @@
-"""Safetensors files as raw tensors, read by the format's own library: nothing executed, nothing unpickled.
+"""Safetensors files as raw tensors, read by the library of the format: nothing is executed or unpickled.
 
 The library checks that the header is well formed and that the tensors cover the file without gaps or overlaps
-(https://github.com/huggingface/safetensors#format). A path is mapped, not read: a file of 512 MiB costs no memory of
-its own. The mapping is safe because staged files and blobs are ours alone and are never truncated.
+(https://github.com/huggingface/safetensors#format). A path is mapped, not read, so that a file of 512 MiB
+needs no memory. The mapping is safe because no other program writes staged files and blobs, and they are never
+truncated.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.types import WEIGHTS_FILE, TensorData
 
 MAX_HEADER_BYTES = 1024 * 1024
-"""A soft prompt has a handful of tensors; the library alone would parse a header of 100 MB."""
+"""A soft prompt has a few tensors; the library alone would parse a header of 100 MB."""
 
 _LENGTH_BYTES = 8
-"""The file begins with the header's length, a little-endian 64-bit integer."""
+"""The file begins with the length of the header, a little-endian 64-bit integer."""
 
 _ELEMENT_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -40,14 +41,14 @@ _TEXTS = {
     b"<!doctyp": "this is a web page; download the file itself",
     b"<html": "this is a web page; download the file itself",
 }
-"""Other file types often uploaded as weights, by their first bytes."""
+"""Other files that are often uploaded as weights, by their first bytes."""
 
 
 def read_tensors(weights: bytes | Path) -> dict[str, TensorData]:
     """Read the tensors of a safetensors file, by name.
 
     Args:
-        weights: The file's bytes, or its path; a path's data are views of the mapped file.
+        weights: The bytes of the file, or its path. With a path, the data are views of the mapped file.
 
     Raises:
         InvalidPromptError: If it is not a safetensors file, with the fault ``pickle_file``, ``header_too_large``,
@@ -55,7 +56,7 @@ def read_tensors(weights: bytes | Path) -> dict[str, TensorData]:
         OSError: If the path cannot be read.
     """
     if isinstance(weights, bytes):
-        _check_opening(weights[:_LENGTH_BYTES], len(weights))
+        _check_first_bytes(weights[:_LENGTH_BYTES], len(weights))
         try:
             return {
                 name: TensorData(tensor["dtype"], tuple(tensor["shape"]), tensor["data"])
@@ -64,23 +65,23 @@ def read_tensors(weights: bytes | Path) -> dict[str, TensorData]:
         except SafetensorError as error:
             raise _invalid("invalid_safetensors", f"not a valid safetensors file: {error}") from error
     with weights.open("rb") as file:
-        opening = file.read(_LENGTH_BYTES)
-        _check_opening(opening, weights.stat().st_size)
+        first_bytes = file.read(_LENGTH_BYTES)
+        _check_first_bytes(first_bytes, weights.stat().st_size)
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    return _map_tensors(weights, mapped, data_start=_LENGTH_BYTES + int.from_bytes(opening, "little"))
+    return _map_tensors(weights, mapped, data_start=_LENGTH_BYTES + int.from_bytes(first_bytes, "little"))
 
 
-def _check_opening(opening: bytes, size: int) -> None:
+def _check_first_bytes(first_bytes: bytes, size: int) -> None:
     """Reject other file types and oversized headers before the library parses the file."""
-    header_bytes = int.from_bytes(opening, "little")
-    # A pickle's first byte could also open a valid header of 128 bytes; its length then tells.
-    if opening.startswith(_PICKLE_MAGICS) and header_bytes > max(0, size - _LENGTH_BYTES):
+    header_bytes = int.from_bytes(first_bytes, "little")
+    # The first byte of a pickle may also begin the length of a valid header; then the size of the file decides.
+    if first_bytes.startswith(_PICKLE_MAGICS) and header_bytes > max(0, size - _LENGTH_BYTES):
         raise _invalid(
             "pickle_file",
             "this is a pickle / torch.save file; only safetensors is taken: "
             "re-save with save_pretrained(..., safe_serialization=True)",
         )
-    what = next((what for magic, what in _TEXTS.items() if opening.startswith(magic)), None)
+    what = next((what for magic, what in _TEXTS.items() if first_bytes.startswith(magic)), None)
     if what is not None and header_bytes > max(0, size - _LENGTH_BYTES):
         raise _invalid("invalid_safetensors", f"not a safetensors file: {what}")
     if size <= _LENGTH_BYTES:
@@ -96,7 +97,7 @@ def _check_opening(opening: bytes, size: int) -> None:
 
 
 def _map_tensors(path: Path, mapped: memoryview, data_start: int) -> dict[str, TensorData]:
-    """Views of the mapped file: the library vouches that the tensors follow each other without a gap."""
+    """Views of the mapped file; the library has checked that the tensors are contiguous."""
     tensors: dict[str, TensorData] = {}
     position = data_start
     try:

@@ -6,30 +6,30 @@ The codes are stable; programs may switch on them.
 code                            what is wrong
 ==============================  ====================================================================================
 ``config_too_large``            the configuration is over 1 MiB
-``invalid_json``                the configuration is not strict JSON: encoding, syntax, a key twice, NaN, depth
+``invalid_json``                the configuration is not strict JSON: encoding, syntax, repeated keys, NaN, depth
 ``missing_field``               a field that serving needs is absent or null
 ``invalid_field``               a field has the wrong type or is out of range
 ``unsupported_peft_type``       not one of PEFT's prompt-learning methods, such as LORA
-``unsupported_task_type``       another task than CAUSAL_LM or, where the method has it, SEQ_CLS
-``task_type_conflict``          the uploader names another task than the configuration does
+``unsupported_task_type``       a task other than CAUSAL_LM or, if the method supports it, SEQ_CLS
+``task_type_conflict``          the uploader states another task than the configuration
 ``unsupported_submodules``      ``num_transformer_submodules`` is not 1 (an encoder-decoder prompt)
-``inconsistent_token_dim``      ``token_dim`` is not the width of the rows that it describes
-``base_model_mismatch``         trained on another base, where the server insists on its own
+``inconsistent_token_dim``      ``token_dim`` is not the width of the rows
+``base_model_mismatch``         trained on another base, and the server does not accept that
 ``pickle_file``                 the weights are a torch.save file
-``invalid_safetensors``         the weights are not a well-formed safetensors file, or are cut short
+``invalid_safetensors``         the weights are not a well-formed safetensors file, or are truncated
 ``header_too_large``            the safetensors header is over 1 MiB
 ``missing_tensor``              no ``prompt_embeddings``, no task factors (multitask), no head (SEQ_CLS)
-``unexpected_tensor``           there is another tensor, which PEFT would load over the frozen base
-``several_heads``               the file holds both ``base_model.score`` and ``base_model.classifier``
+``unexpected_tensor``           another tensor, which PEFT would load over the frozen base
+``several_heads``               the file has both ``base_model.score`` and ``base_model.classifier``
 ``unsupported_dtype``           a tensor is not F32, F16 or BF16 (or F64, where that is allowed)
-``shape_mismatch``              a tensor has not the shape that the base, or another tensor, asks of it
+``shape_mismatch``              a tensor does not have the shape that the base, or another tensor, requires
 ``layer_count_mismatch``        a key/value prefix for another number of layers
-``num_virtual_tokens_mismatch`` the file has another number of rows than the configuration says
-``num_tasks_mismatch``          the multitask factors are for another number of tasks than the configuration says
-``num_ranks_mismatch``          the multitask factors have another rank than the configuration says
-``context_exceeded``            no room is left for one token of text and one new token
+``num_virtual_tokens_mismatch`` the number of rows is not that of the configuration
+``num_tasks_mismatch``          the number of tasks of the multitask factors is not that of the configuration
+``num_ranks_mismatch``          the rank of the multitask factors is not that of the configuration
+``context_exceeded``            no room for one token of text and one new token
 ``non_finite_values``           NaN or infinity
-``dtype_overflow``              values, or a task's products, that become infinite in the serving dtype
+``dtype_overflow``              values, or products of a task, that become infinite in the serving dtype
 ==============================  ====================================================================================
 """
 
@@ -41,7 +41,7 @@ from pathlib import Path
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files.adapter_config import AdapterConfig, parse_adapter_config
 from prompt_store.files.base_names import model_name
-from prompt_store.files.foreign_tensors import foreign_faults, what_it_holds
+from prompt_store.files.foreign_tensors import foreign_faults, guess_content
 from prompt_store.files.head_validation import head_faults
 from prompt_store.files.multitask import factor_faults, product_faults
 from prompt_store.files.tensor_faults import shown_number, value_faults, weights_fault
@@ -70,29 +70,29 @@ def validate(
     allow_float64: bool = False,
     task_type: TaskType | None = None,
 ) -> SoftPrompt:
-    """Read a soft prompt's two files and check that the base can serve it.
+    """Read the two files of a soft prompt and check that the base can serve it.
 
-    Of weights that are given by their path, no more than a few MiB are in this process's own memory at a time.
+    Weights given by a path are mapped; this uses at most a few MiB of memory.
 
     Args:
         config_bytes: ``adapter_config.json``.
         weights: ``adapter_model.safetensors``: its bytes or its path.
-        base: The resident model.
-        require_same_base: Refuse a prompt whose configuration names another base.
-        allow_float64: Take F64 tensors whose values the serving dtype can hold. They lose precision when served,
-            so that this is for the operator to decide.
-        task_type: What the uploader says that it was trained for. It stands in for a task that the configuration
-            does not name, where nothing in the files speaks against it.
+        base: The served model.
+        require_same_base: Reject a configuration that names another base.
+        allow_float64: Accept F64 tensors whose values the serving dtype can hold. They lose precision when served, so
+            this is a decision of the operator.
+        task_type: The task that the uploader states. It replaces a missing task of the configuration, unless the
+            files contradict it.
 
     Returns:
-        The soft prompt; its ``overrides`` say what was accepted on somebody's word.
+        The soft prompt; its ``overrides`` are the statements of the uploader or operator that were used.
 
     Raises:
         InvalidPromptError: With all faults of both files.
         OSError: If the path cannot be read.
     """
     config, faults = parse_adapter_config(config_bytes, task_type)
-    if config.is_other_method:  # its tensors are those of another kind of adapter
+    if config.is_other_method:  # its tensors belong to another kind of adapter
         raise InvalidPromptError(faults)
     overrides: dict[str, object] = {}
     other_base = _base_faults(config, base)
@@ -121,9 +121,9 @@ def validate(
 
 
 def _base_faults(config: AdapterConfig, base: BaseModelSpec) -> list[Fault]:
-    """Names match by the model's own name: the same checkpoint may be a hub id here and a directory there.
+    """Compare the base of the configuration with the served one, by ``model_name``.
 
-    A configuration that names no base cannot be held against it.
+    A configuration without a base has no fault.
     """
     name = config.base_model_name_or_path
     ours = {model_name(known) for known in (base.name, *base.other_names)} - {""}
@@ -150,7 +150,7 @@ def _tensor_faults(
     ]
     for name in names:
         if name in tensors:
-            # PEFT multiplies the factors in float32: of them, only the products are rounded to the serving dtype.
+            # PEFT multiplies the factors in float32; only their products are rounded to the serving dtype.
             dtype = "float32" if is_multitask and name not in heads else base.dtype
             faults += value_faults(name, tensors[name], dtype, allow_float64=allow_float64)
     if ROWS_TENSOR in tensors:
@@ -177,10 +177,10 @@ def _row_faults(config: AdapterConfig, rows: TensorData, base: BaseModelSpec) ->
 
 
 def _name_faults(config: AdapterConfig, tensors: Mapping[str, TensorData]) -> list[Fault]:
-    """Tensors that have no place in the file.
+    """Missing rows, and tensors that do not belong to the file.
 
-    Where the configuration does not say what the prompt is, another fault refuses it, and what some soft prompt may
-    hold is let pass.
+    If the configuration does not name a valid method or task, there is a fault for that already, and every tensor
+    that some soft prompt may have is accepted here.
     """
     extra = tensors.keys() - {ROWS_TENSOR}
     if config.peft_type in (None, PeftType.MULTITASK_PROMPT_TUNING):
@@ -189,7 +189,7 @@ def _name_faults(config: AdapterConfig, tensors: Mapping[str, TensorData]) -> li
         extra = {name for name in extra if not HEAD_TENSOR_PATTERN.fullmatch(name)}
     faults = foreign_faults(extra, tensors)
     if ROWS_TENSOR not in tensors:
-        guess = what_it_holds(tensors)
+        guess = guess_content(tensors)
         faults.append(weights_fault("missing_tensor", f"is missing: {guess}" if guess else "is missing"))
     return faults
 
@@ -207,11 +207,11 @@ def _embedding_faults(config: AdapterConfig, width: int, base: BaseModelSpec) ->
 
 
 def _key_value_faults(config: AdapterConfig, width: int, base: BaseModelSpec) -> list[Fault]:
-    """Distinguish a wrong number of layers from wrong heads, which the width alone does not show.
+    """Distinguish a wrong number of layers from wrong heads, which the width alone cannot.
 
-    A row holds ``num_layers * 2 * num_kv_heads * head_dim`` values, so that 4 layers of width 8 and 2 of width 16
-    look alike: where the configuration states its layers, they decide. ``token_dim`` and ``num_attention_heads`` are
-    not checked, because PEFT replaces them by the base's own.
+    A row has ``num_layers * 2 * num_kv_heads * head_dim`` values, so 4 layers of width 8 and 2 of width 16 have the
+    same size; the number of layers in the configuration decides, if any. ``token_dim`` and ``num_attention_heads``
+    are not checked, because PEFT replaces them by those of the base.
     """
     layer_width = 2 * base.num_kv_heads * base.head_dim
     num_layers = config.num_layers

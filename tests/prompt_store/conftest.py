@@ -1,4 +1,4 @@
-"""Soft prompts as PEFT writes them, and a base that they fit."""
+"""Soft prompts written by PEFT, and a base that they fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec
 

@@ -1,4 +1,4 @@
-"""Databases for the catalog's tests: an SQLite file, or a new PostgreSQL database that is dropped at the end."""
+"""Databases for tests of the catalog: an SQLite file, or a PostgreSQL database that is dropped at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sqlite_url(folder: Path) -> str:
 
 @contextmanager
 def postgres_url() -> Iterator[str]:
-    """A database of its own; skips the test where no server answers."""
+    """A new database; skips the test if no server is running."""
     server = sa.create_engine(
         sa.make_url(POSTGRES_URL).set(drivername="postgresql+psycopg"),
         isolation_level="AUTOCOMMIT",
@@ -45,7 +45,7 @@ def postgres_url() -> Iterator[str]:
 
 
 def refuse_connections(url: str, *, refuse: bool) -> None:
-    """Take a database away as an outage would, or bring it back."""
+    """Make a database unreachable, or reachable again."""
     parsed = sa.make_url(url)
     server = sa.create_engine(
         sa.make_url(POSTGRES_URL).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT"

@@ -1,4 +1,4 @@
-"""An S3 server of moto's for the tests."""
+"""An S3 server (moto) for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKET = "soft-prompts"
 
 
 class Server:
-    """An S3 server in a process of its own."""
+    """An S3 server in a separate process."""
 
     def __init__(self) -> None:
         with socket.socket() as probe:
@@ -64,7 +64,7 @@ class Server:
 
 @contextmanager
 def s3_server() -> Iterator[Server]:
-    """A running server with a bucket; skips the test where moto is missing."""
+    """A running server with a bucket; skips the test if moto is not installed."""
     if importlib.util.find_spec("moto") is None:
         pytest.skip("moto is not installed: pip install 'moto[server]'")
     started = Server()

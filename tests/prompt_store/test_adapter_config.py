@@ -95,13 +95,13 @@ def test_a_configuration_is_frozen() -> None:
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper"),
     ],
 )
-def test_refuses_what_is_not_strict_json(data: bytes, message: str) -> None:
+def test_json_that_is_not_strict_is_rejected(data: bytes, message: str) -> None:
     code, text = refusal(data)
     assert code == "invalid_json"
     assert message in text
 
 
-def test_refuses_a_large_configuration() -> None:
+def test_a_large_configuration_is_rejected() -> None:
     padded = b"{" + b" " * (MAX_CONFIG_BYTES - 2) + b"}"
     assert read_config(padded) == {}
     assert refusal(padded + b" ")[0] == "config_too_large"
@@ -180,7 +180,7 @@ def test_other_tasks_are_named_and_explained(task_type: str | None, reason: str)
     assert f"task_type must be CAUSAL_LM or SEQ_CLS, {reason}" in fault.message
 
 
-def test_fields_of_other_methods_do_not_matter() -> None:
+def test_fields_of_other_methods_are_ignored() -> None:
     assert codes(config_of(num_tasks="many", num_ranks=0, num_frozen_tokens=-1, cpt_token_ids=None)) == []
 
 
@@ -208,7 +208,7 @@ def test_nothing_in_the_configuration_is_acted_on(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_an_object_or_refused(data: bytes) -> None:
+def test_any_bytes_are_an_object_or_rejected(data: bytes) -> None:
     try:
         fields = read_config(data)
     except InvalidPromptError:

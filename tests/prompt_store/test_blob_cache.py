@@ -62,7 +62,7 @@ def test_the_least_recently_used_goes_first(cache: BlobCache) -> None:
     assert (stats.hits, stats.misses, stats.evictions, stats.loads) == (1, 1, 1, 0)
 
 
-def test_the_pinned_stay_whatever_the_budget_says(cache: BlobCache) -> None:
+def test_pinned_copies_stay_over_the_budget(cache: BlobCache) -> None:
     for digest in DIGESTS[3:6]:  # 55, 70, 85 bytes
         cache.pin(digest)
         admit(cache, digest)
@@ -76,7 +76,7 @@ def test_the_pinned_stay_whatever_the_budget_says(cache: BlobCache) -> None:
     cache.unpin(DIGESTS[5])
 
 
-def test_a_blob_over_the_whole_budget_is_there_while_pinned(cache: BlobCache) -> None:
+def test_a_blob_larger_than_the_budget_stays_while_pinned(cache: BlobCache) -> None:
     cache.pin(DIGESTS[7])
     assert admit(cache, DIGESTS[7]).read_bytes() == BLOBS[DIGESTS[7]]
     cache.unpin(DIGESTS[7])
@@ -86,7 +86,7 @@ def test_a_blob_over_the_whole_budget_is_there_while_pinned(cache: BlobCache) ->
     assert resident(cache) == {DIGESTS[0]}
 
 
-def test_dropping_waits_for_the_last_pin_and_admitting_takes_it_back(cache: BlobCache) -> None:
+def test_dropping_waits_for_the_last_unpin_and_admitting_cancels_it(cache: BlobCache) -> None:
     digest = DIGESTS[0]
     cache.drop(digest)
     cache.pin(digest)
@@ -103,7 +103,7 @@ def test_dropping_waits_for_the_last_pin_and_admitting_takes_it_back(cache: Blob
     assert resident(cache) == {digest}
 
 
-def test_a_restart_keeps_copies_and_their_order_but_not_half_files(tmp_path: Path) -> None:
+def test_a_restart_keeps_copies_and_their_order_and_removes_partial_files(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path, BUDGET)
     for turn, digest in enumerate((DIGESTS[2], DIGESTS[1], DIGESTS[0])):
         os.utime(admit(cache, digest), ns=(turn, turn))
@@ -122,7 +122,7 @@ def test_a_restart_keeps_copies_and_their_order_but_not_half_files(tmp_path: Pat
     cache.close()
 
 
-def test_what_is_found_at_start_is_verified_at_its_first_use(tmp_path: Path) -> None:
+def test_copies_found_at_the_start_are_verified_at_first_use(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path, BUDGET)
     whole, damaged, short = DIGESTS[:3]
     for digest in (whole, damaged, short):
@@ -142,14 +142,14 @@ def test_what_is_found_at_start_is_verified_at_its_first_use(tmp_path: Path) -> 
     cache.close()
 
 
-def test_a_copy_that_somebody_removed_is_a_miss(cache: BlobCache) -> None:
+def test_a_copy_removed_by_another_program_is_a_miss(cache: BlobCache) -> None:
     admit(cache, DIGESTS[0]).unlink()
     assert get(cache, DIGESTS[0]) is None
     assert cache.get(DIGESTS[0], 10, again=True) is None
     assert (cache.stats().resident_bytes, cache.stats().misses) == (0, 1)
 
 
-def test_one_process_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
+def test_one_process_at_a_time_and_unlocked_after_a_kill(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from prompt_store.blobs.blob_cache import BlobCache
@@ -169,7 +169,7 @@ input()
     cache.close()
 
 
-def test_threads_keep_the_budget_and_find_the_right_bytes(cache: BlobCache) -> None:
+def test_threads_stay_within_the_budget_and_read_the_right_bytes(cache: BlobCache) -> None:
     def work(seed: int) -> None:
         choice = random.Random(seed)
         for _ in range(60):
@@ -188,7 +188,7 @@ def test_threads_keep_the_budget_and_find_the_right_bytes(cache: BlobCache) -> N
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Any order of fetches, pins, deletions, damage and restarts."""
+    """Fetches, pins, deletions, damage and restarts in any order."""
 
     def __init__(self) -> None:
         super().__init__()

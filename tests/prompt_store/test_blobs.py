@@ -50,7 +50,7 @@ def quarantined(tmp_path: Path) -> list[bytes]:
     return [file.read_bytes() for file in (tmp_path / "quarantine").iterdir()]
 
 
-def test_what_is_put_is_fetched(blobs: BlobDirectory, tmp_path: Path) -> None:
+def test_a_stored_blob_is_fetched(blobs: BlobDirectory, tmp_path: Path) -> None:
     put(blobs, tmp_path)
     path = blobs.fetch(DIGEST, len(DATA))
     assert path == tmp_path / "blobs" / DIGEST[:2] / DIGEST
@@ -58,7 +58,7 @@ def test_what_is_put_is_fetched(blobs: BlobDirectory, tmp_path: Path) -> None:
     assert list(blobs.digests()) == [DIGEST]
 
 
-def test_a_missing_blob_is_told(blobs: BlobDirectory) -> None:
+def test_a_missing_blob_is_an_error(blobs: BlobDirectory) -> None:
     with pytest.raises(BlobNotFoundError, match=f"{DIGEST} is missing"):
         blobs.fetch(DIGEST, len(DATA))
     blobs.delete(DIGEST)
@@ -84,7 +84,7 @@ def test_the_digest_is_computed_once_and_again_only_after_a_change(
 
 
 @pytest.mark.parametrize("damage", [b"same bytes", b"short", b"", b"longer than it was"])
-def test_a_damaged_blob_is_put_aside_and_healed_by_putting_it_again(
+def test_a_damaged_blob_is_quarantined_and_repaired_by_another_put(
     damage: bytes, blobs: BlobDirectory, tmp_path: Path
 ) -> None:
     put(blobs, tmp_path)
@@ -101,7 +101,7 @@ def test_a_damaged_blob_is_put_aside_and_healed_by_putting_it_again(
 
 
 @pytest.mark.parametrize("damage", [b"same bytes", b"short"])
-def test_putting_again_heals_damage_that_nobody_has_seen(damage: bytes, blobs: BlobDirectory, tmp_path: Path) -> None:
+def test_another_put_repairs_undetected_damage(damage: bytes, blobs: BlobDirectory, tmp_path: Path) -> None:
     put(blobs, tmp_path)
     blobs.path(DIGEST).write_bytes(damage)
     put(blobs, tmp_path)
@@ -109,7 +109,7 @@ def test_putting_again_heals_damage_that_nobody_has_seen(damage: bytes, blobs: B
     assert quarantined(tmp_path) == [damage]
 
 
-def test_a_whole_blob_is_not_written_again_but_synced(
+def test_an_intact_blob_is_synced_and_not_written_again(
     blobs: BlobDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(blobs, tmp_path)
@@ -121,7 +121,7 @@ def test_a_whole_blob_is_not_written_again_but_synced(
     assert synced == [blobs.path(DIGEST), blobs.path(DIGEST).parent, tmp_path / "blobs"]
 
 
-def test_a_blob_deleted_while_it_is_put_is_written(
+def test_a_blob_deleted_during_a_put_is_written(
     blobs: BlobDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(blobs, tmp_path)
@@ -137,7 +137,7 @@ def test_a_blob_deleted_while_it_is_put_is_written(
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
 
 
-def test_a_whole_copy_that_came_meanwhile_is_not_put_aside(
+def test_an_intact_copy_that_replaced_a_damaged_one_is_not_quarantined(
     blobs: BlobDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(blobs, tmp_path)
@@ -156,7 +156,7 @@ def test_a_whole_copy_that_came_meanwhile_is_not_put_aside(
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
 
 
-def test_a_pinned_blob_is_deleted_at_the_last_unpin(blobs: BlobDirectory, tmp_path: Path) -> None:
+def test_a_pinned_blob_is_deleted_by_the_last_unpin(blobs: BlobDirectory, tmp_path: Path) -> None:
     put(blobs, tmp_path)
     blobs.pin(DIGEST)
     blobs.pin(DIGEST)
@@ -170,7 +170,7 @@ def test_a_pinned_blob_is_deleted_at_the_last_unpin(blobs: BlobDirectory, tmp_pa
         blobs.unpin(DIGEST)
 
 
-def test_putting_again_takes_a_pending_deletion_back(blobs: BlobDirectory, tmp_path: Path) -> None:
+def test_another_put_cancels_a_pending_deletion(blobs: BlobDirectory, tmp_path: Path) -> None:
     put(blobs, tmp_path)
     blobs.pin(DIGEST)
     blobs.delete(DIGEST)
@@ -188,7 +188,7 @@ def test_threads_compute_the_digest_of_a_first_use_once(blobs: BlobDirectory, tm
     assert blobs.stats()[0].loads == 1
 
 
-def test_threads_put_the_same_and_others(blobs: BlobDirectory, tmp_path: Path) -> None:
+def test_threads_put_equal_and_different_blobs(blobs: BlobDirectory, tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         digests = set(pool.map(lambda turn: put(blobs, tmp_path, b"%d" % (turn % 5)), range(40)))
     assert set(blobs.digests()) == digests
@@ -197,7 +197,7 @@ def test_threads_put_the_same_and_others(blobs: BlobDirectory, tmp_path: Path) -
     assert (stats.tier, stats.resident, stats.resident_bytes, stats.budget_bytes) == ("disk", None, None, None)
 
 
-def test_a_killed_process_leaves_whole_blobs_only(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_no_partial_blob(tmp_path: Path) -> None:
     code = f"""
 import hashlib, itertools
 from pathlib import Path
@@ -230,7 +230,7 @@ for turn in itertools.count():
     staging.close()
 
 
-def test_counts_make_a_histogram() -> None:
+def test_the_counts_are_a_prometheus_histogram() -> None:
     counters = TierCounters("disk", budget_bytes=9)
     for seconds in (0.001, 0.3, 99.0):
         counters.count_load(seconds)

@@ -80,7 +80,7 @@ def garbage(catalog: Catalog, is_held: Callable[[str], bool] = lambda _: False) 
         return set(digests)
 
 
-def test_everything_that_was_published_comes_back(catalog: Catalog) -> None:
+def test_a_published_version_is_read_back(catalog: Catalog) -> None:
     lineage = Lineage("run-7", "p@1", "sha256:abc", {"accuracy": 0.5})
     version = new(
         "p",
@@ -108,7 +108,7 @@ def test_everything_that_was_published_comes_back(catalog: Catalog) -> None:
     assert catalog.resolve(PromptRef.parse("p@1")) == published
 
 
-def test_same_content_is_the_same_version_and_numbers_are_not_used_again(catalog: Catalog) -> None:
+def test_equal_content_is_one_version_and_numbers_are_not_reused(catalog: Catalog) -> None:
     assert [publish(catalog, "p", content) for content in ("a", "b", "a")] == [1, 2, 1]
     assert resolve(catalog, "p") == 1
     catalog.delete_version("p", 2)
@@ -129,7 +129,7 @@ def test_a_version_is_never_recorded_without_its_blobs(catalog: Catalog) -> None
     assert catalog.totals() == StoreTotals()
 
 
-def test_blobs_become_garbage_with_their_last_name(catalog: Catalog) -> None:
+def test_blobs_without_a_name_become_garbage(catalog: Catalog) -> None:
     publish(catalog, "p", "a")
     publish(catalog, "q", "a")
     publish(catalog, "q", "b")
@@ -174,7 +174,7 @@ def test_upload_waits_for_a_collection_of_the_same_bytes(catalog: Catalog) -> No
     assert catalog.publish(version, "latest")[1]
 
 
-def test_aliases_move_only_from_where_they_are_expected(catalog: Catalog) -> None:
+def test_aliases_move_only_from_the_expected_version(catalog: Catalog) -> None:
     for content in "abc":
         publish(catalog, "p", content)
     catalog.set_alias("p", "prod", 1, None)
@@ -198,7 +198,7 @@ def test_aliases_move_only_from_where_they_are_expected(catalog: Catalog) -> Non
     assert resolve(catalog, "p") == 3
 
 
-def test_rollback_goes_back_through_promotions(catalog: Catalog) -> None:
+def test_rollbacks_undo_promotions_one_by_one(catalog: Catalog) -> None:
     for content in "abcd":
         publish(catalog, "p", content, alias=None)
     for version in (1, 2, 3):
@@ -215,7 +215,7 @@ def test_rollback_goes_back_through_promotions(catalog: Catalog) -> None:
         catalog.rollback("p", "canary", None)
 
 
-def test_rollback_passes_over_deleted_versions_and_removed_aliases(catalog: Catalog) -> None:
+def test_rollback_skips_deleted_versions_and_removed_aliases(catalog: Catalog) -> None:
     for content in "abc":
         publish(catalog, "p", content, alias=None)
     for version in (1, 2, 3):
@@ -228,7 +228,7 @@ def test_rollback_passes_over_deleted_versions_and_removed_aliases(catalog: Cata
         catalog.rollback("p", "prod", None)
 
 
-def test_latest_falls_back_to_the_highest_that_is_left(catalog: Catalog) -> None:
+def test_latest_moves_to_the_highest_remaining_version(catalog: Catalog) -> None:
     for content in "abc":
         publish(catalog, "p", content)
     catalog.set_alias("p", "prod", 3, None)
@@ -238,7 +238,7 @@ def test_latest_falls_back_to_the_highest_that_is_left(catalog: Catalog) -> None
     assert catalog.rollback("p", "latest", None) == 1
 
 
-def test_history_tells_who_did_what_and_outlives_the_name(catalog: Catalog) -> None:
+def test_the_history_records_actors_and_outlives_the_name(catalog: Catalog) -> None:
     publish(catalog, "p", "a")
     version = new("p", "b")
     catalog.reserve(version.files)
@@ -265,7 +265,7 @@ def test_history_tells_who_did_what_and_outlives_the_name(catalog: Catalog) -> N
         catalog.list_history("q", 10, None)
 
 
-def test_listings_go_on_behind_the_last_key(catalog: Catalog) -> None:
+def test_pages_continue_after_the_last_key(catalog: Catalog) -> None:
     names = ["a-1", "a.1", "a1", "a_1", "b"]
     for name in reversed(names):
         publish(catalog, name, name, tags=("odd",) if name in {"a1", "b"} else ())
@@ -292,7 +292,7 @@ def test_listings_go_on_behind_the_last_key(catalog: Catalog) -> None:
     assert ([version.version for version in versions], has_more) == ([1], False)
 
 
-def test_revisions_tell_what_changed(catalog: Catalog) -> None:
+def test_changes_since_a_revision_are_listed(catalog: Catalog) -> None:
     start = catalog.revision()
     publish(catalog, "p", "a")
     publish(catalog, "q", "a")
@@ -338,7 +338,7 @@ def test_migrations_give_the_tables_of_the_schema(url: str) -> None:
     assert {index.name for table in schema.metadata.tables.values() for index in table.indexes} <= indexes
 
 
-def test_newer_schema_and_other_databases_are_refused(url: str) -> None:
+def test_a_newer_schema_and_other_databases_are_rejected(url: str) -> None:
     Database(url).close()
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
@@ -369,7 +369,7 @@ def test_replicas_that_start_together_migrate_once() -> None:
         assert errors == []
 
 
-def test_database_that_is_away_is_told_and_nothing_is_lost() -> None:
+def test_an_unreachable_database_is_reported_and_nothing_is_lost() -> None:
     with postgres_url() as url:
         catalog = Catalog(Database(url))
         publish(catalog, "p", "a")
@@ -397,7 +397,7 @@ def test_password_is_not_shown() -> None:
 
 
 def test_owners(catalog: Catalog) -> None:
-    """A tenant sees its own names and the shared ones; others' are not there, nor free."""
+    """A tenant sees its own and shared names; names of others look missing, and cannot be used."""
     for name, owner in (("a-own", "a"), ("b-own", "b"), ("shared", SHARED)):
         publish(catalog, name, name, owner=owner, tags=("t",))
     tenant, admin, other = Access("a"), Access("a", may_change_shared=True), Access("b")
@@ -447,7 +447,7 @@ def test_owners(catalog: Catalog) -> None:
 
 
 def downgraded(url: str, revision: str, table: str) -> set[str]:
-    """Bring a database back to a revision; the columns that a table has there."""
+    """Downgrade a database to a revision; returns the columns of a table there."""
     config = Config()
     config.set_main_option("script_location", str(Path(prompt_store.__file__).with_name("catalog") / "migrations"))
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
@@ -459,7 +459,7 @@ def downgraded(url: str, revision: str, table: str) -> set[str]:
     return columns
 
 
-def test_of_what_was_there_before_overrides_nothing_was_overridden(url: str) -> None:
+def test_versions_older_than_overrides_have_none(url: str) -> None:
     before = Catalog(Database(url))
     publish(before, "p", "one")
     before.close()
@@ -469,7 +469,7 @@ def test_of_what_was_there_before_overrides_nothing_was_overridden(url: str) -> 
     after.close()
 
 
-def test_what_was_there_before_owners_is_shared(url: str) -> None:
+def test_soft_prompts_older_than_owners_are_shared(url: str) -> None:
     before = Catalog(Database(url))
     publish(before, "p", "one")
     before.close()

@@ -1,4 +1,4 @@
-"""The script that kills a writing store, on few rounds; and that it would notice."""
+"""A few rounds of the script that kills a writing store, and proof that its checks can fail."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from scripts import crash_store
 
 
-def test_killed_at_random_moments_nothing_is_lost_or_left(tmp_path: Path) -> None:
+def test_a_store_killed_at_random_moments_loses_and_leaves_nothing(tmp_path: Path) -> None:
     assert crash_store.run_rounds(tmp_path / "store", 20, seed=1, is_quiet=True) >= 20
 
 
-def test_the_check_notices(tmp_path: Path) -> None:
+def test_the_check_detects_losses_and_leftovers(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     states = {"name-0": crash_store.Expected()}
     assert crash_store.run_round(folder, states, seed=3) > 0

@@ -1,4 +1,4 @@
-"""Files that other tools, other releases and other trainings leave: what is taken, and what a refusal advises."""
+"""Files of other tools and other releases: which are accepted, and the advice of a rejection."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def validated(folder: Path) -> list[Fault]:
     return []
 
 
-def test_embeddings_that_peft_saves_are_refused_with_the_way_out(model, tmp_path):
+def test_embeddings_that_peft_saves_are_rejected_with_advice(model, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trained = get_peft_model(model, config)
     trained.save_pretrained(tmp_path / "with", save_embedding_layers=True)
@@ -86,7 +86,7 @@ def test_the_embeddings_of_every_family_are_known(name):
     assert "save_embedding_layers=False" in fault.message
 
 
-def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
+def test_other_tensors_are_reported_one_by_one():
     more = {f"other.{index:02}": np.ones(1, np.float32) for index in range(10)}
     found = check(CONFIG, **{"base_model.lm_head.weight": np.ones((60, 32), np.float32)}, **more)
     assert len(found) == 1 + 8 + 1
@@ -109,14 +109,14 @@ def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
         ("CAUSAL_LM", "base_model.norm.weight", "it would replace weights of the shared base model"),
     ],
 )
-def test_a_head_by_another_name_is_told_its_name(task, name, words):
+def test_a_head_by_another_name_is_reported_with_the_right_name(task, name, words):
     found = check(CONFIG | {"task_type": task}, **{name: np.ones((2, 32), np.float32)})
     told = next(fault for fault in found if fault.field == name)
     assert told.code == "unexpected_tensor"
     assert words in told.message
 
 
-def test_a_lora_is_told_that_it_is_one_and_nothing_else(model, tmp_path):
+def test_a_lora_has_one_fault_that_names_it(model, tmp_path):
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
     (fault,) = validated(tmp_path)
     assert (fault.code, fault.field) == ("unsupported_peft_type", "peft_type")
@@ -132,7 +132,7 @@ def test_a_lora_is_told_that_it_is_one_and_nothing_else(model, tmp_path):
         ("transformer.h.0.attn.c_attn.weight", "weights of a whole model"),
     ],
 )
-def test_a_file_without_rows_is_told_what_it_seems_to_be(name, guess):
+def test_a_file_without_rows_is_reported_with_a_guess(name, guess):
     weights = save({name: np.ones((2, 2), np.float32)})
     with pytest.raises(InvalidPromptError) as caught:
         validate(json.dumps(CONFIG).encode(), weights, BASE, require_same_base=True)
@@ -140,12 +140,12 @@ def test_a_file_without_rows_is_told_what_it_seems_to_be(name, guess):
     assert guess in missing.message
 
 
-def test_a_models_configuration_is_told_that_it_is_one():
+def test_the_configuration_of_a_model_is_recognised():
     found = check({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32})
     assert "the configuration of a whole model" in found[0].message
 
 
-def test_a_task_type_on_the_uploaders_word():
+def test_the_uploader_states_a_missing_task():
     prompt = check(CONVERTED, task=TaskType.CAUSAL_LM)
     assert (prompt.task_type, prompt.overrides) == ("CAUSAL_LM", {"task_type": "CAUSAL_LM"})
     prompt = check(CONVERTED | {"task_type": None}, task=TaskType.SEQ_CLS, **HEAD)
@@ -153,7 +153,7 @@ def test_a_task_type_on_the_uploaders_word():
     assert check(CONFIG, task=TaskType.CAUSAL_LM).overrides == {}
 
 
-def test_without_the_uploaders_word_there_is_advice():
+def test_a_missing_task_is_reported_with_advice():
     (fault,) = check(CONVERTED)
     assert (fault.code, fault.field) == ("unsupported_task_type", "task_type")
     assert "upload with task_type=CAUSAL_LM (prelude push --task-type CAUSAL_LM)" in fault.message
@@ -199,7 +199,7 @@ def test_without_the_uploaders_word_there_is_advice():
         ),
     ],
 )
-def test_what_speaks_against_the_uploaders_word(config, said, more, want):
+def test_files_that_contradict_the_stated_task_are_rejected(config, said, more, want):
     assert faults(config, task=said, **more) == want
 
 
@@ -216,12 +216,12 @@ def test_what_speaks_against_the_uploaders_word(config, said, more, want):
     ],
 )
 @pytest.mark.parametrize("saved", [None, [], "score", ["other"]])
-def test_what_does_not_speak_against_it(mapping, saved):
+def test_fields_that_do_not_contradict_the_stated_task_are_ignored(mapping, saved):
     config = CONVERTED | {"auto_mapping": mapping, "modules_to_save": saved}
     assert faults(config, task=TaskType.CAUSAL_LM) == []
 
 
-def test_another_base_that_was_accepted_is_recorded():
+def test_an_accepted_other_base_is_recorded():
     other = CONFIG | {"base_model_name_or_path": "org/large"}
     assert check(other, same=False).overrides == {"allow_other_base": True}
     assert check(CONFIG | {"base_model_name_or_path": "org/tiny"}, same=False).overrides == {}

@@ -1,4 +1,4 @@
-"""Whatever is uploaded is a soft prompt or an InvalidPromptError, at a price that its size bounds."""
+"""Any upload is a soft prompt or an InvalidPromptError, and uses memory in proportion to its size."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from prompt_store.types import BaseModelSpec, SoftPrompt
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float16")
 PEAK_BYTES = 256 * 1024
-"""What a refusal or a small file may cost, beside a few times the files' own size."""
+"""Memory of a rejection or a small file, in addition to a multiple of the size of the files."""
 BYTES_PER_BYTE = 40
-"""JSON's worst: a list of small numbers or empty lists, as Python objects."""
+"""The worst case of JSON: a list of small numbers or empty lists, as Python objects."""
 
 
 def config(peft_type: str, task_type: str = "CAUSAL_LM", **more: object) -> bytes:
@@ -82,7 +82,7 @@ JSON = st.recursive(
 
 
 def measure(config_bytes: bytes, weights: bytes | Path, **options: bool) -> SoftPrompt | InvalidPromptError:
-    """Validate, and hold what it took to account."""
+    """Validate, and check the memory used."""
     tracemalloc.start()
     try:
         outcome: SoftPrompt | InvalidPromptError = validate(
@@ -100,7 +100,7 @@ def measure(config_bytes: bytes, weights: bytes | Path, **options: bool) -> Soft
 
 
 def check(config_bytes: bytes, weights: bytes) -> bool:
-    """The same by bytes and by path, with F64 allowed or not; returns whether it was taken."""
+    """Validate by bytes and by path, with F64 allowed and not; returns whether it was accepted."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(weights)
         file.flush()
@@ -143,7 +143,7 @@ def test_any_bytes_changed(valid, changes):
 
 @hostile(60)
 @given(st.sampled_from(VALID), st.integers(0, 10**6), st.binary(max_size=20))
-def test_any_file_cut_or_lengthened(valid, position, tail):
+def test_any_file_truncated_or_extended(valid, position, tail):
     check(valid[0], valid[1][: position % len(valid[1])] + tail)
     check(valid[0], valid[1] + tail)
     check(valid[0][: position % len(valid[0])] + tail, valid[1])
@@ -199,7 +199,7 @@ CLAIMS = [
 
 @pytest.mark.parametrize("header", CLAIMS, ids=lambda header: str(next(iter(header.values()))["shape"]))
 @pytest.mark.parametrize("valid", VALID, ids=lambda files: json.loads(files[0])["peft_type"])
-def test_claims_in_a_header_cost_nothing(valid, header):
+def test_false_sizes_in_a_header_use_no_memory(valid, header):
     text = json.dumps(header).encode()
     huge = json.dumps(json.loads(valid[0]) | {"num_virtual_tokens": 10**12}).encode()
     assert not check(huge, struct.pack("<Q", len(text)) + text)
@@ -222,14 +222,14 @@ text = json.dumps(header).encode()
 with path.open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     file.truncate(8 + len(text) + end)
-    # Large factors that never meet: so the products have to be looked at one by one.
+    # Large factors that are never multiplied with each other: the products have to be checked one by one.
     large = struct.pack("<d", 1e30) if element == 8 else struct.pack("<f", 1e30)[2:]
     for name, index in (("prompt_embeddings", 0), ("prefix_task_cols", 512), ("prefix_task_rows", 8192)):
         file.seek(8 + len(text) + header[name]["data_offsets"][0] + element * index)
         file.write(large)
 config = {"peft_type": "MULTITASK_PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1024}
 base = BaseModelSpec("tiny", 8192, 1, 1, 8, 4096, "bfloat16")
-# The library takes its work space once, here; with AVX-512 it takes none for small products.
+# The library allocates its work space once, here; with AVX-512 it needs none for small products.
 np.ones((512, 512), np.float32) @ np.ones((512, 512), np.float32)
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 used = int(status["VmData"].split()[0]) * 1024
@@ -241,7 +241,7 @@ print(prompt.num_tasks, path.stat().st_size >> 20)
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="a limit that Linux has")
 @pytest.mark.parametrize(("dtype", "element"), [("F64", 8), ("BF16", 2)])
-def test_a_large_file_by_its_path_is_looked_at_in_40_mib(tmp_path, dtype, element):
+def test_a_large_file_is_checked_in_40_mib(tmp_path, dtype, element):
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LARGE, tmp_path / "large", dtype, str(element)],

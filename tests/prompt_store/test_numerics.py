@@ -20,21 +20,21 @@ def tensor_of(values: torch.Tensor) -> TensorData:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_counts_what_is_not_finite_and_says_where_it_begins(dtype, value):
+def test_non_finite_values_are_counted_with_the_first_index(dtype, value):
     rows = torch.ones(4, 8, dtype=dtype)
     assert count_non_finite(tensor_of(rows)) == (0, -1)
     rows[1, 3] = rows[2, 0] = value
     assert count_non_finite(tensor_of(rows)) == (2, 11)
 
 
-def test_looks_at_every_piece(monkeypatch):
+def test_every_chunk_is_checked(monkeypatch):
     monkeypatch.setattr(numerics, "_CHUNK_ELEMENTS", 5)
     rows = torch.ones(23)
     rows[[7, 22]] = float("nan")
     assert count_non_finite(tensor_of(rows)) == (2, 7)
 
 
-def test_takes_data_that_are_not_aligned():
+def test_unaligned_data_are_read():
     data = memoryview(b"x" + struct.pack("<2f", 1.0, float("inf")))[1:]
     assert count_non_finite(TensorData("F32", (2,), data)) == (1, 1)
 
@@ -56,7 +56,7 @@ def test_overflow_is_what_torch_rounds_to_infinity(source, serving, target):
     assert first == (int(want.nonzero()[0]) if count else -1)
 
 
-def test_values_that_are_not_finite_do_not_count_as_overflow():
+def test_non_finite_values_are_not_overflows():
     assert count_overflows(tensor_of(torch.tensor([float("nan"), float("inf")])), "bfloat16") == (0, -1)
     assert count_overflows(tensor_of(torch.tensor([float("nan"), float("-inf")])), "float16") == (0, -1)
 

@@ -1,4 +1,4 @@
-"""Blobs in an object store: folders, and an S3 server of moto's."""
+"""Blobs in an object store: a folder, and an S3 server (moto)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def s3(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A URL with a prefix of this test's own."""
+    """A URL with a prefix for this test."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{tmp_path.name}/prefix"
@@ -89,7 +89,7 @@ def downloads(blobs: ObjectBlobs) -> int:
     return blobs.stats()[1].loads
 
 
-def test_what_is_put_is_fetched_from_the_cache_and_from_the_store(url: str, open_blobs: Open, tmp_path: Path) -> None:
+def test_a_stored_blob_is_fetched_from_the_cache_and_the_store(url: str, open_blobs: Open, tmp_path: Path) -> None:
     blobs = open_blobs(url)
     put(blobs, tmp_path)
     assert keys(blobs) == [KEY]
@@ -116,7 +116,7 @@ def test_replicas_see_each_others_blobs(s3: str, open_blobs: Open, tmp_path: Pat
     assert open_blobs(s3, "other").fetch(DIGEST, len(DATA)).read_bytes() == DATA
 
 
-def test_a_missing_blob_is_told(url: str, open_blobs: Open) -> None:
+def test_a_missing_blob_is_an_error(url: str, open_blobs: Open) -> None:
     blobs = open_blobs(url)
     with pytest.raises(BlobNotFoundError, match=DIGEST):
         blobs.fetch(DIGEST, len(DATA))
@@ -136,7 +136,7 @@ def test_a_missing_bucket_is_not_a_missing_blob(s3: str, open_blobs: Open, tmp_p
 
 
 @pytest.mark.parametrize("damage", [b"same bytes", b"short", b"", b"longer than it was"])
-def test_a_damaged_object_is_put_aside_and_healed_by_putting_it_again(
+def test_a_damaged_object_is_quarantined_and_repaired_by_another_put(
     damage: bytes, url: str, open_blobs: Open, tmp_path: Path
 ) -> None:
     blobs = open_blobs(url)
@@ -158,7 +158,7 @@ def test_a_damaged_object_is_put_aside_and_healed_by_putting_it_again(
     assert list((tmp_path / "cache" / "incoming").iterdir()) == []
 
 
-def test_damage_that_can_not_be_put_aside_stays_and_is_healed(
+def test_damage_that_cannot_be_quarantined_stays_and_is_repaired(
     s3: str, open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs = open_blobs(s3)
@@ -179,7 +179,7 @@ def test_damage_that_can_not_be_put_aside_stays_and_is_healed(
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
 
 
-def test_damage_on_the_way_condemns_nothing(
+def test_damage_in_transfer_quarantines_nothing(
     url: str, open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs = open_blobs(url)
@@ -192,7 +192,7 @@ def test_damage_on_the_way_condemns_nothing(
     assert keys(blobs) == [KEY]
 
 
-def test_an_object_that_was_healed_meanwhile_is_not_removed(
+def test_an_object_repaired_meanwhile_is_not_removed(
     s3: str, open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs = open_blobs(s3)
@@ -211,7 +211,7 @@ def test_an_object_that_was_healed_meanwhile_is_not_removed(
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
 
 
-def test_no_more_bytes_are_taken_than_there_should_be(
+def test_at_most_the_expected_bytes_are_downloaded(
     open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs = open_blobs("memory:///")
@@ -225,14 +225,14 @@ def test_no_more_bytes_are_taken_than_there_should_be(
         blobs.fetch(DIGEST, len(DATA))
 
 
-def test_a_copy_that_came_before_a_threads_turn_is_not_downloaded(open_blobs: Open, tmp_path: Path) -> None:
+def test_a_copy_that_another_thread_downloaded_is_used(open_blobs: Open, tmp_path: Path) -> None:
     blobs = open_blobs("memory:///")
     put(blobs, tmp_path)
     assert blobs._load(DIGEST, len(DATA)).read_bytes() == DATA
     assert downloads(blobs) == 0
 
 
-def test_a_killed_process_leaves_whole_objects_and_a_cache_that_opens(open_blobs: Open, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_intact_objects_and_a_usable_cache(open_blobs: Open, tmp_path: Path) -> None:
     code = f"""
 import hashlib, itertools
 from pathlib import Path
@@ -262,7 +262,7 @@ for turn in itertools.count():
     blobs._cache.check_integrity()
 
 
-def test_a_whole_object_is_not_uploaded_again(
+def test_an_intact_object_is_not_uploaded_again(
     s3: str, open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs = open_blobs(s3)
@@ -282,7 +282,7 @@ def test_a_whole_object_is_not_uploaded_again(
     assert uploads == [KEY, KEY]
 
 
-def test_a_file_of_another_size_is_refused(open_blobs: Open, tmp_path: Path) -> None:
+def test_a_file_of_another_size_is_rejected(open_blobs: Open, tmp_path: Path) -> None:
     blobs = open_blobs("memory:///")
     (tmp_path / "staged").write_bytes(DATA)
     with pytest.raises(ValueError, match="has 10 bytes, not 11"):
@@ -305,7 +305,9 @@ def test_a_cache_on_another_file_system_is_filled_at_first_use(
     assert downloads(blobs) == 1
 
 
-def test_deleting_spares_the_pinned_copy_until_its_last_unpin(url: str, open_blobs: Open, tmp_path: Path) -> None:
+def test_a_deleted_blob_keeps_its_pinned_copy_until_the_last_unpin(
+    url: str, open_blobs: Open, tmp_path: Path
+) -> None:
     blobs = open_blobs(url)
     put(blobs, tmp_path)
     blobs.pin(DIGEST)
@@ -353,7 +355,7 @@ def test_the_budget_is_kept_under_concurrent_fetches(open_blobs: Open, tmp_path:
     assert disk.evictions > 0
 
 
-def test_a_stopped_server_is_told_within_seconds_and_the_cache_still_serves(
+def test_a_stopped_server_is_reported_and_the_cache_still_serves(
     open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("moto")
@@ -387,7 +389,7 @@ HALF_AN_ANSWER = (
 
 
 @pytest.mark.parametrize("answer", [b"", HALF_AN_ANSWER], ids=["at once", "in the middle"])
-def test_a_server_that_stalls_is_given_up(
+def test_a_stalled_request_times_out(
     answer: bytes, open_blobs: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -420,18 +422,18 @@ def test_a_server_that_stalls_is_given_up(
 
 
 @pytest.mark.parametrize("url", ["http://example.org/x", "/a/folder", "s3://", "file://not-local/x"])
-def test_other_urls_are_refused(url: str, open_blobs: Open) -> None:
+def test_other_urls_are_rejected(url: str, open_blobs: Open) -> None:
     with pytest.raises(PromptStoreError, match="is not an object store|cannot be opened"):
         open_blobs(url)
 
 
-def test_the_cache_is_one_processs(open_blobs: Open) -> None:
+def test_the_cache_belongs_to_one_process(open_blobs: Open) -> None:
     open_blobs("memory:///")
     with pytest.raises(PromptStoreError, match="in use by another process"):
         open_blobs("memory:///")
 
 
-def test_without_obstore_the_extra_is_named(open_blobs: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_obstore_the_error_names_the_extra(open_blobs: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "has_obstore", False)
     with pytest.raises(PromptStoreError, match=r"pip install 'prelude-server\[objects\]'"):
         open_blobs("memory:///")

@@ -1,4 +1,4 @@
-"""Two stores on one PostgreSQL catalog: what one changes, the other serves; and outages of what they share."""
+"""Two stores on one PostgreSQL catalog: each serves the changes of the other; and outages of the catalog."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prompt_store.errors import PromptNotFoundError, PromptStoreError, StoreUnavailableError
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef
 from tests.prompt_store.databases import postgres_url, refuse_connections
@@ -48,7 +48,7 @@ def replicas(url: str, tmp_path: Path) -> Iterator[tuple[PromptStore, PromptStor
         yield opened[0], opened[1]
 
 
-def test_changes_on_one_are_served_by_the_other_within_a_second(
+def test_changes_of_one_replica_are_served_by_the_other(
     replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files
 ) -> None:
     here, there = replicas
@@ -67,10 +67,10 @@ def test_changes_on_one_are_served_by_the_other_within_a_second(
     assert there.totals().num_prompts == 0
 
 
-def test_polling_alone_is_enough(
+def test_changes_arrive_by_polling_alone(
     url: str, tmp_path: Path, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As behind a pooler that loses LISTEN: notifications go to a channel that nobody sends on.
+    # Like a pooler that drops LISTEN: the store listens on a channel without notifications.
     monkeypatch.setattr("prompt_store.catalog.catalog.CHANNEL", "nothing_is_sent_here")
     deaf = open_store(tmp_path / "shared", catalog_url=url)
     monkeypatch.undo()
@@ -85,7 +85,7 @@ def test_polling_alone_is_enough(
         here.close()
 
 
-def test_what_is_held_is_served_while_the_catalog_is_away(
+def test_cached_versions_are_served_while_the_catalog_is_unreachable(
     url: str, replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files
 ) -> None:
     here, there = replicas
@@ -120,7 +120,7 @@ def test_what_is_held_is_served_while_the_catalog_is_away(
     wait_until(resolves_to(here, "p", 2), 10.0)
 
 
-def test_blobs_without_a_name_stay_for_a_while_where_others_may_use_them(
+def test_blobs_without_a_name_stay_for_the_grace_period(
     url: str, tmp_path: Path, publish: Callable, peft_files: Files
 ) -> None:
     folder = tmp_path / "shared"
@@ -139,7 +139,7 @@ def test_blobs_without_a_name_stay_for_a_while_where_others_may_use_them(
     store.close()
 
 
-def test_a_lost_blob_does_not_unlearn_the_rest_while_the_catalog_is_away(
+def test_a_lost_blob_keeps_the_cache_while_the_catalog_is_unreachable(
     url: str, replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files, tmp_path: Path
 ) -> None:
     store = replicas[0]
@@ -161,11 +161,11 @@ def test_a_lost_blob_does_not_unlearn_the_rest_while_the_catalog_is_away(
     refuse_connections(url, refuse=False)
 
 
-def test_a_catalog_that_hangs_is_noticed(
+def test_a_hung_catalog_is_detected(
     replicas: tuple[PromptStore, PromptStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = replicas[0]
-    monkeypatch.setattr("prompt_store.catalog.watch.LONGEST_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("prompt_store.catalog.watch.MAX_POLL_SECONDS", 0.2)
     release = threading.Event()
     monkeypatch.setattr("prompt_store.catalog.database.Listener.scalar", lambda *_: release.wait(20) and 0)
     wait_until(lambda: not store.status.is_available, 5.0)
@@ -177,7 +177,7 @@ def test_a_catalog_that_hangs_is_noticed(
     wait_until(lambda: store.status.is_available, 5.0)
 
 
-def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
+def test_contradictory_arguments_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(PromptStoreError, match="needs --catalog"):
         open_store("s3://bucket/prefix", cache_path=tmp_path)
     with pytest.raises(PromptStoreError, match="needs a directory for local copies"):

@@ -1,4 +1,4 @@
-"""Work that several threads want at once."""
+"""Concurrent requests for the same work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THREADS = 8
 
 
 def run_together(flight: SingleFlight[str, object], error: Exception | None = None) -> tuple[list[object], int]:
-    """What each thread got, and how often the work was done: it lasts until all the others wait for it."""
+    """The result of each thread, and the number of runs; the work lasts until all other threads wait for it."""
     arrived = threading.Semaphore(0)
     calls = []
 
@@ -45,16 +45,16 @@ def run_together(flight: SingleFlight[str, object], error: Exception | None = No
     return results, len(calls)
 
 
-def test_all_who_wait_have_the_first_ones_result() -> None:
+def test_all_waiting_threads_get_the_first_result() -> None:
     flight: SingleFlight[str, object] = SingleFlight()
     results, calls = run_together(flight)
     assert calls == 1
-    # The last to arrive may come just after the end, and does the work afresh.
+    # The last thread may arrive just after the end, and does the work again.
     assert results.count(results[0]) >= 1
     assert all(result is results[0] or result == "done again" for result in results)
 
 
-def test_an_error_goes_to_all_who_wait_and_a_later_try_is_fresh() -> None:
+def test_all_waiting_threads_get_the_error_and_the_next_call_works_again() -> None:
     flight: SingleFlight[str, object] = SingleFlight()
     error = OSError("no way")
     results, calls = run_together(flight, error)
@@ -64,7 +64,7 @@ def test_an_error_goes_to_all_who_wait_and_a_later_try_is_fresh() -> None:
     assert flight.do("key", lambda: 7) == 7
 
 
-def test_followers_wait_for_a_slow_leader() -> None:
+def test_threads_wait_for_slow_work() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     release, started = threading.Event(), threading.Event()
 

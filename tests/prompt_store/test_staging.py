@@ -1,4 +1,4 @@
-"""Uploads while they are written."""
+"""Temporary files of uploads."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_file_that_is_not_closed_is_not_read_as_empty(staging: Staging) -> Non
         assert upload.read(CONFIG) == b"abc"
 
 
-def test_a_file_whose_writing_broke_off_never_becomes_complete(staging: Staging) -> None:
+def test_a_file_after_a_failed_write_never_becomes_complete(staging: Staging) -> None:
     with staging.upload(100) as upload:
         with pytest.raises(RuntimeError), upload.open(CONFIG) as file:
             file.write(b"abc")
@@ -62,7 +62,7 @@ def test_a_file_whose_writing_broke_off_never_becomes_complete(staging: Staging)
             upload.path(CONFIG)
 
 
-def test_missing_unexpected_and_duplicate_files_are_refused(staging: Staging) -> None:
+def test_missing_unexpected_and_duplicate_files_are_rejected(staging: Staging) -> None:
     with staging.upload(100) as upload:
         with pytest.raises(InvalidPromptError, match="adapter_config.json is missing"):
             upload.path(CONFIG)
@@ -73,7 +73,7 @@ def test_missing_unexpected_and_duplicate_files_are_refused(staging: Staging) ->
             upload.open(CONFIG)
 
 
-def test_a_file_over_the_limit_is_refused_and_stays_so(staging: Staging) -> None:
+def test_a_file_over_the_limit_is_rejected_for_good(staging: Staging) -> None:
     with staging.upload(3) as upload:
         file = upload.open(WEIGHTS)
         file.write(b"abc")
@@ -84,7 +84,7 @@ def test_a_file_over_the_limit_is_refused_and_stays_so(staging: Staging) -> None
             upload.read(WEIGHTS)
 
 
-def test_a_broken_off_upload_leaves_nothing(staging: Staging, tmp_path: Path) -> None:
+def test_a_failed_upload_leaves_nothing(staging: Staging, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), staging.upload(100) as upload:
         upload.open(CONFIG).write(b"abc")
         raise RuntimeError
@@ -104,7 +104,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(staging: Staging, tmp_path: 
     assert staged(tmp_path) == []
 
 
-def test_processes_share_the_directory_and_clean_up_after_the_killed(staging: Staging, tmp_path: Path) -> None:
+def test_processes_share_the_directory_and_clean_up_after_a_kill(staging: Staging, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from prompt_store.blobs.staging import Staging

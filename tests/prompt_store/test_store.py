@@ -18,7 +18,7 @@ from prompt_store.errors import (
     PromptTooLargeError,
     StoreUnavailableError,
 )
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef, StoredFile
 
@@ -47,7 +47,7 @@ def test_versions_count_up_and_the_alias_moves(store: PromptStore, publish: Call
     assert (store.totals().num_prompts, store.totals().num_versions) == (1, 2)
 
 
-def test_same_bytes_are_the_same_version_and_take_the_alias(
+def test_equal_bytes_are_one_version_and_move_the_alias(
     store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
 ) -> None:
     first, _ = publish(store, peft_files["prompt_tuning"])
@@ -61,7 +61,7 @@ def test_same_bytes_are_the_same_version_and_take_the_alias(
     assert num_blobs(tmp_path) == 4
 
 
-def test_upload_beside_the_alias(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_an_upload_without_an_alias_moves_none(store: PromptStore, publish: Callable, peft_files: Files) -> None:
     publish(store, peft_files["prompt_tuning"])
     publish(store, peft_files["prefix_tuning"], alias="canary")
     publish(store, peft_files["p_tuning"], alias=None)
@@ -88,7 +88,7 @@ def test_files_come_back_byte_for_byte(store: PromptStore, publish: Callable, pe
         ({"name": "base", "reserved_names": {"base"}}, "the name of the base model"),
     ],
 )
-def test_bad_names(
+def test_invalid_names_are_rejected(
     options: dict[str, object], message: str, store: PromptStore, publish: Callable, peft_files: Files
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -96,7 +96,7 @@ def test_bad_names(
     assert store.totals().num_prompts == 0
 
 
-def test_refused_upload_leaves_nothing(
+def test_a_rejected_upload_leaves_nothing(
     store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
 ) -> None:
     config, weights = peft_files["p_tuning"]
@@ -112,12 +112,12 @@ def test_refused_upload_leaves_nothing(
 
 
 @pytest.mark.parametrize("filename", ["README.md", "adapter_model.bin", "../x", "/etc/passwd", ""])
-def test_other_files_are_not_taken(filename: str, store: PromptStore) -> None:
+def test_other_files_are_rejected(filename: str, store: PromptStore) -> None:
     with store.upload() as upload, pytest.raises(InvalidPromptError, match="nothing else"):
         upload.open(filename)
 
 
-def test_a_file_is_taken_once_and_up_to_its_limit(tmp_path: Path) -> None:
+def test_a_file_is_accepted_once_and_up_to_its_limit(tmp_path: Path) -> None:
     store = open_store(tmp_path / "store", max_upload_bytes=10)
     with store.upload() as upload:
         file = upload.open("adapter_config.json")
@@ -130,7 +130,9 @@ def test_a_file_is_taken_once_and_up_to_its_limit(tmp_path: Path) -> None:
     store.close()
 
 
-def test_what_does_not_exist(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_missing_names_versions_and_aliases_are_errors(
+    store: PromptStore, publish: Callable, peft_files: Files
+) -> None:
     publish(store, peft_files["p_tuning"])
     for call in (
         lambda: store.resolve(PromptRef.parse("q")),
@@ -148,7 +150,9 @@ def test_what_does_not_exist(store: PromptStore, publish: Callable, peft_files: 
             call()
 
 
-def test_alias_moves_only_from_where_it_is_expected(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_an_alias_moves_only_from_the_expected_version(
+    store: PromptStore, publish: Callable, peft_files: Files
+) -> None:
     publish(store, peft_files["p_tuning"])
     publish(store, peft_files["prompt_tuning"])
     with pytest.raises(PromptConflictError, match="points at 2, not at 1"):
@@ -161,7 +165,7 @@ def test_alias_moves_only_from_where_it_is_expected(store: PromptStore, publish:
         store.resolve(PromptRef.parse("p@canary"))
 
 
-def test_latest_falls_back_and_numbers_are_never_used_again(
+def test_latest_moves_back_and_numbers_are_never_reused(
     store: PromptStore, publish: Callable, peft_files: Files
 ) -> None:
     publish(store, peft_files["p_tuning"])
@@ -175,7 +179,7 @@ def test_latest_falls_back_and_numbers_are_never_used_again(
     assert publish(store, peft_files["prompt_tuning"])[0].version == 4
 
 
-def test_deleted_files_stay_while_leased_and_go_with_the_last_lease(
+def test_deleted_files_are_removed_with_the_last_lease(
     store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
 ) -> None:
     publish(store, peft_files["p_tuning"])
@@ -200,7 +204,9 @@ def test_files_that_another_version_shares_are_not_collected(
         assert leased.weights_path.exists()
 
 
-def test_listing_goes_on_behind_a_name_and_by_tag(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_lists_continue_after_a_name_and_filter_by_tag(
+    store: PromptStore, publish: Callable, peft_files: Files
+) -> None:
     for name in ("d", "a", "c", "b"):
         publish(store, peft_files["p_tuning"], name=name, tags=["odd"] if name in "ac" else [])
     page, more = store.list_prompts(limit=2)
@@ -210,7 +216,7 @@ def test_listing_goes_on_behind_a_name_and_by_tag(store: PromptStore, publish: C
     assert [item.name for item in store.list_prompts(tag="odd")[0]] == ["a", "c"]
 
 
-def test_everything_is_there_after_a_restart(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
+def test_a_restart_loses_nothing(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
     store = open_store(tmp_path / "store")
     version, _ = publish(store, peft_files["prefix_tuning"], tags=["t"], metadata={"a": 1})
     file = StoredFile("adapter_config.json", hashlib.sha256(b"x").hexdigest(), 1)
@@ -240,7 +246,7 @@ def test_one_process_at_a_time_and_no_newer_schema(tmp_path: Path) -> None:
         open_store(tmp_path / "store")
 
 
-def test_damaged_and_missing_blobs_are_told(
+def test_damaged_and_missing_blobs_are_errors(
     store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
 ) -> None:
     version, _ = publish(store, peft_files["p_tuning"])
@@ -274,7 +280,7 @@ def test_threads_publish_without_gaps(store: PromptStore, publish: Callable, pef
     assert sorted(numbers) == list(range(1, 31))
 
 
-def test_a_full_disk_is_no_bug(
+def test_a_full_disk_is_reported_as_unavailable(
     store: PromptStore, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(store, peft_files["prompt_tuning"])
@@ -298,7 +304,7 @@ def test_a_full_disk_is_no_bug(
 
 
 def away(root: Path, how: str) -> Callable[[], None]:
-    """Take a store's directory away as an unmounted volume is; returns what brings it back."""
+    """Remove the directory of a store like an unmounted volume; returns a function that restores it."""
     kept = root.with_name("kept")
     root.rename(kept)
     if how != "gone":
@@ -317,7 +323,7 @@ def away(root: Path, how: str) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("how", ["gone", "an empty folder", "an empty folder of blobs"])
-def test_a_directory_that_is_away_has_lost_nothing(
+def test_an_unmounted_directory_has_lost_nothing(
     store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path, how: str
 ) -> None:
     publish(store, peft_files["prompt_tuning"])
@@ -345,7 +351,7 @@ def test_a_directory_that_is_away_has_lost_nothing(
     assert num_blobs(tmp_path) == 2
 
 
-def test_one_blob_that_is_gone_is_damage(
+def test_a_single_missing_blob_is_damage(
     store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
 ) -> None:
     version, _ = publish(store, peft_files["prompt_tuning"])
@@ -356,7 +362,7 @@ def test_one_blob_that_is_gone_is_damage(
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE])
-def test_a_disk_that_fails_has_lost_nothing(
+def test_a_failing_disk_has_lost_nothing(
     store: PromptStore, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     publish(store, peft_files["prompt_tuning"])
@@ -376,8 +382,8 @@ def test_a_disk_that_fails_has_lost_nothing(
     store.release(store.lease(PromptRef("p")))
 
 
-def test_a_catalog_that_is_away_is_not_made_anew(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
-    """A connection that is opened while the volume is away finds no file, and leaves none."""
+def test_a_missing_catalog_is_not_created_again(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
+    """A connection that is opened while the volume is unmounted finds no file, and creates none."""
     root = tmp_path / "store ?#%"
     store = open_store(root)
     publish(store, peft_files["prompt_tuning"])

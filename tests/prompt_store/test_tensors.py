@@ -37,7 +37,7 @@ def saved_by_torch(*, legacy: bool) -> bytes:
 
 @pytest.fixture(params=["bytes", "path"])
 def read(request, tmp_path):
-    """Read from memory and from a file: the same is taken and refused."""
+    """Read from memory and from a file; both accept and reject the same."""
 
     def run(data: bytes):
         if request.param == "bytes":
@@ -114,7 +114,7 @@ def test_a_header_that_only_looks_like_a_pickle_is_read(read):
         archive({"__metadata__": {"format": 1}}),
     ],
 )
-def test_what_is_not_well_formed_is_refused(read, data):
+def test_malformed_files_are_rejected(read, data):
     assert refusal(read, data)[0] == "invalid_safetensors"
 
 
@@ -127,22 +127,22 @@ def test_what_is_not_well_formed_is_refused(read, data):
         (b"<html", "a web page"),
     ],
 )
-def test_what_is_often_found_in_its_place_is_named(read, data, words):
+def test_common_other_files_are_named(read, data, words):
     code, message = refusal(read, data)
     assert code == "invalid_safetensors"
     assert words in message
 
 
-def test_a_large_header_is_refused_before_it_is_parsed(read):
+def test_a_large_header_is_rejected_before_it_is_parsed(read):
     many = {str(index): tensor([0], 0, 0) for index in range(MAX_HEADER_BYTES // 40)}
     assert refusal(read, archive(many))[0] == "header_too_large"
 
 
-def test_a_cut_file_says_what_it_claims_and_has(read):
+def test_a_truncated_file_is_reported_with_both_sizes(read):
     assert f"the whole file has {len(VALID[:20])}" in refusal(read, VALID[:20])[1]
 
 
-def test_a_path_costs_no_memory_of_its_own(tmp_path):
+def test_reading_a_path_uses_no_memory(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(save({"prompt_embeddings": np.ones((1024, 4096), np.float32)}))
     tracemalloc.start()
@@ -162,7 +162,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=300), keep=st.integers(0, len(VALID)), at=st.integers(0, len(VALID)))
 @example(data=b"", keep=len(VALID), at=len(VALID))
-def test_mutated_files_are_read_or_refused(read, data, keep, at):
+def test_mutated_files_are_read_or_rejected(read, data, keep, at):
     try:
         tensors = read(VALID[:at] + data + VALID[at:keep])
     except InvalidPromptError:

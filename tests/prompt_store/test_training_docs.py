@@ -1,4 +1,4 @@
-"""The examples of docs/soft-prompts.md: each method trains for a step, and what it saves is taken."""
+"""The examples of docs/soft-prompts.md: each method trains for a step, and its files are accepted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", make_configs())
-def test_each_method_trains_and_its_files_are_taken(
+def test_each_method_trains_and_its_files_are_accepted(
     name: str, base: BaseModelSpec, base_folder: Path, tmp_path: Path
 ):
     ids = torch.arange(12).view(2, 6)

@@ -24,7 +24,7 @@ def test_parse(text: str, want: PromptRef) -> None:
 @pytest.mark.parametrize(
     "text", ["", "A", "-a", "a@", "a@0", "a@03", "a@b@c", "a@" + "9" * 19, "a" * 129, "../a", "a\n", "a@٣"]
 )
-def test_parse_refuses(text: str) -> None:
+def test_parse_rejects_malformed_references(text: str) -> None:
     with pytest.raises(ValueError, match="not"):
         PromptRef.parse(text)
 
@@ -38,7 +38,7 @@ def test_parse_never_fails_otherwise(text: str) -> None:
     assert PromptRef.parse(str(ref)) == ref
 
 
-def test_alias_of_digits_is_refused_but_a_name_of_digits_is_not() -> None:
+def test_an_alias_of_digits_is_rejected_and_a_name_of_digits_is_not() -> None:
     assert check_name("123", "name") == "123"
     with pytest.raises(ValueError, match="read as a version"):
         check_name("123", "alias")

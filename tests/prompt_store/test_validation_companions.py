@@ -1,4 +1,4 @@
-"""The tensors that stand beside the rows (a multitask prompt's factors, a classification head), and float64."""
+"""The other tensors (factors of a multitask prompt, a classification head), and float64."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def faults(*arguments, **options) -> list[tuple[str, str | None]]:
     return [] if isinstance(found, SoftPrompt) else [(fault.code, fault.field) for fault in found]
 
 
-def test_a_multitask_prompt_knows_its_tasks():
+def test_the_number_of_tasks_is_that_of_the_factors():
     assert check(MULTITASK, multitask()).num_tasks == 4
     assert check(MULTITASK | {"num_tasks": 4, "num_ranks": 2}, multitask()).num_labels is None
 
@@ -74,7 +74,7 @@ def test_a_multitask_prompt_knows_its_tasks():
         ({WEIGHT: ones(2, 32)}, [("unexpected_tensor", WEIGHT)]),
     ],
 )
-def test_factors_have_to_fit_the_rows_and_each_other(changes, want):
+def test_factors_must_fit_the_rows_and_each_other(changes, want):
     assert faults(MULTITASK, multitask(**changes)) == want
 
 
@@ -93,7 +93,7 @@ def test_the_message_on_a_factor_shows_the_shapes():
         ({"num_tasks": None}, []),
     ],
 )
-def test_the_tensors_decide_and_the_configuration_has_to_agree(stated, want):
+def test_the_configuration_must_agree_with_the_factors(stated, want):
     assert faults(MULTITASK | stated, multitask()) == want
 
 
@@ -104,7 +104,7 @@ def test_factors_belong_to_multitask_prompts_alone():
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float16", 70000.0), ("bfloat16", 3.4e38), ("float32", 1e38)])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_products_have_to_stay_finite(monkeypatch, dtype, factor, chunk):
+def test_products_must_be_finite(monkeypatch, dtype, factor, chunk):
     monkeypatch.setattr(numerics, "_CHUNK_ELEMENTS", chunk)
     base = dataclasses.replace(BASE, dtype=dtype)
     tensors = multitask()
@@ -118,13 +118,13 @@ def test_products_have_to_stay_finite(monkeypatch, dtype, factor, chunk):
     assert isinstance(check(MULTITASK, tensors, base), SoftPrompt)
 
 
-def test_factors_beyond_the_serving_dtype_do_not_matter_where_the_products_fit():
+def test_factors_may_exceed_the_serving_dtype_if_the_products_do_not():
     tensors = multitask(**{TASK_ROWS: ones(4, 2, 32) * 1e-6, COLS: ones(4, 3, 2) * 1e5})
     assert isinstance(check(MULTITASK, tensors, dataclasses.replace(BASE, dtype="float16")), SoftPrompt)
 
 
 @pytest.mark.parametrize("module", ["score", "classifier"])
-def test_a_head_is_taken(module):
+def test_a_head_is_accepted(module):
     assert check(HEAD, with_head(labels=5, module=module)).num_labels == 5
     bias = {f"base_model.{module}.bias": ones(5)}
     assert check(HEAD, with_head(labels=5, module=module, **bias)).num_labels == 5
@@ -132,7 +132,7 @@ def test_a_head_is_taken(module):
 
 
 @pytest.mark.parametrize("peft_type", ["P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "MULTITASK_PROMPT_TUNING"])
-def test_other_methods_may_come_with_a_head(peft_type):
+def test_other_methods_may_have_a_head(peft_type):
     tensors = multitask() if peft_type == "MULTITASK_PROMPT_TUNING" else {}
     rows = ones(3, 64 if peft_type in ("PREFIX_TUNING", "CARTRIDGE") else 32)
     prompt = check(HEAD | {"peft_type": peft_type}, tensors | {ROWS: rows, WEIGHT: ones(2, 32)})
@@ -168,7 +168,7 @@ def test_a_head_reads_hidden_states_not_embeddings():
         (with_head(**{f"{WEIGHT}\n": ones(2, 32)}), [("unexpected_tensor", f"{WEIGHT}\n")]),
     ],
 )
-def test_heads_that_do_not_fit(tensors, want):
+def test_heads_of_a_wrong_shape_or_name_are_rejected(tensors, want):
     assert faults(HEAD, tensors) == want
 
 
@@ -178,17 +178,17 @@ def test_a_head_beyond_the_serving_dtype():
     assert faults(HEAD, tensors) == []
 
 
-def test_a_head_does_not_belong_to_a_prompt_that_generates():
+def test_a_head_in_a_generation_prompt_is_rejected():
     assert faults(HEAD | {"task_type": "CAUSAL_LM"}, with_head()) == [("unexpected_tensor", WEIGHT)]
 
 
 @pytest.mark.parametrize("broken", [None, {}, "NO_SUCH"])
-def test_what_the_configuration_does_not_explain_is_not_called_unexpected(broken):
+def test_tensors_are_not_unexpected_if_the_method_is_unknown(broken):
     found = faults(MULTITASK | {"peft_type": broken, "task_type": broken}, multitask() | {WEIGHT: ones(2, 32)})
     assert {field for _, field in found} == {"peft_type", "task_type"}
 
 
-def test_float64_is_refused_unless_it_is_allowed():
+def test_float64_is_rejected_unless_it_is_allowed():
     tensors = multitask(**{name: tensor.astype(np.float64) for name, tensor in multitask().items()})
     assert faults(MULTITASK, tensors) == [("unsupported_dtype", name) for name in (ROWS, COLS, TASK_ROWS)]
     assert check(MULTITASK, tensors, allow_float64=True).num_tasks == 4
@@ -211,14 +211,14 @@ def test_float64_is_refused_unless_it_is_allowed():
         (1e-320, "float16", []),
     ],
 )
-def test_float64_has_to_be_finite_before_and_after_the_cast(value, dtype, want):
+def test_float64_must_be_finite_before_and_after_the_cast(value, dtype, want):
     rows = ones(3, 32, dtype=np.float64)
     rows[1, 2] = value
     config, base = HEAD | {"task_type": "CAUSAL_LM"}, dataclasses.replace(BASE, dtype=dtype)
     assert [code for code, _ in faults(config, {ROWS: rows}, base, allow_float64=True)] == want
 
 
-def test_other_dtypes_are_refused_whatever_is_allowed():
+def test_other_dtypes_are_always_rejected():
     config = HEAD | {"task_type": "CAUSAL_LM"}
     assert faults(config, {ROWS: ones(3, 32, dtype=np.int64)}, allow_float64=True) == [("unsupported_dtype", ROWS)]
 

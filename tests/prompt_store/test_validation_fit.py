@@ -1,4 +1,4 @@
-"""Whether a soft prompt fits its base, and that the message says why it does not."""
+"""Whether a soft prompt fits its base, and the messages if it does not."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_wrong_hidden_size_of_embeddings():
         (10**400, 64, ["layer_count_mismatch", "shape_mismatch"]),
     ],
 )
-def test_layers_and_heads_of_a_prefix_are_told_apart(num_layers, width, want):
+def test_wrong_layers_and_wrong_heads_of_a_prefix_are_distinguished(num_layers, width, want):
     assert codes(PREFIX | {"num_layers": num_layers}, ones(3, width)) == want
 
 
@@ -100,7 +100,7 @@ def test_peft_ignores_the_head_fields_of_a_prefix():
     assert codes(PREFIX | {"token_dim": 32, "num_attention_heads": 4}, ones(3, 64)) == []
 
 
-def test_token_dim_has_to_describe_the_rows():
+def test_token_dim_must_be_the_width_of_the_rows():
     assert codes(EMBEDS | {"token_dim": 32}, ones(3, 32)) == []
     assert codes(EMBEDS | {"token_dim": 48}, ones(3, 32)) == ["inconsistent_token_dim"]
 
@@ -115,14 +115,14 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("stated", [2, 4, 10**12, 10**400])
-def test_the_rows_decide_and_the_configuration_has_to_agree(stated):
+def test_the_configuration_must_agree_with_the_rows(stated):
     (fault,) = faults(EMBEDS | {"num_virtual_tokens": stated}, ones(3, 32))
     assert fault.code == "num_virtual_tokens_mismatch"
     assert "3 rows" in fault.message
 
 
 @pytest.mark.parametrize(("rows", "want"), [(62, []), (63, ["context_exceeded"]), (64, ["context_exceeded"])])
-def test_room_for_text_and_a_new_token(rows, want):
+def test_the_context_has_room_for_text_and_a_new_token(rows, want):
     assert codes(EMBEDS | {"num_virtual_tokens": rows}, ones(rows, 32)) == want
 
 
@@ -135,7 +135,7 @@ def test_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_not_finite_names_the_place(value):
+def test_a_non_finite_value_is_reported_with_its_place(value):
     rows = ones(3, 32)
     rows[1, 5:7] = value
     (fault,) = faults(EMBEDS, rows)
@@ -196,7 +196,7 @@ def test_a_base_served_from_the_hubs_cache_is_its_hub_id():
     validate(config, save({"prompt_embeddings": ones(3, 32)}), base, require_same_base=True)
 
 
-def test_a_served_name_that_names_no_model_matches_nothing():
+def test_a_served_name_without_a_model_matches_nothing():
     base = replace(BASE, other_names=(".", ".."))
     config = json.dumps(EMBEDS | {"base_model_name_or_path": "."}).encode()
     with pytest.raises(InvalidPromptError, match="allow_other_base=true"):
@@ -204,13 +204,13 @@ def test_a_served_name_that_names_no_model_matches_nothing():
 
 
 @pytest.mark.parametrize("name", ["org/large", "tiny/large"])
-def test_another_base_is_refused_only_where_the_server_insists(name):
+def test_another_base_is_rejected_only_if_the_server_requires_its_own(name):
     config = EMBEDS | {"base_model_name_or_path": name}
     assert codes(config, ones(3, 32)) == []
     assert codes(config, ones(3, 32), same=True) == ["base_model_mismatch"]
 
 
-def test_every_fault_is_told_at_once():
+def test_all_faults_are_reported_together():
     config = {"peft_type": "PREFIX_TUNING", "task_type": "TOKEN_CLS", "num_virtual_tokens": 4, "num_layers": 3}
     config["base_model_name_or_path"] = "org/large"
     assert set(
@@ -227,7 +227,7 @@ def test_every_fault_is_told_at_once():
     }
 
 
-def test_weights_are_judged_even_where_the_configuration_cannot_be_read():
+def test_weights_are_checked_even_if_the_configuration_is_unreadable():
     weights = save({"prompt_embeddings": np.full((70, 32), np.nan, np.float32)})
     with pytest.raises(InvalidPromptError) as caught:
         validate(b"{", weights, BASE, require_same_base=True)
@@ -253,7 +253,7 @@ def test_the_table_of_codes_is_complete():
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 70), st.integers(0, 200), st.none() | st.integers(1, 10), st.sampled_from([EMBEDS, PREFIX]))
-def test_any_shape_is_taken_exactly_where_it_fits(num_rows, width, num_layers, config):
+def test_any_shape_is_accepted_exactly_if_it_fits(num_rows, width, num_layers, config):
     config = config | {"num_virtual_tokens": max(1, num_rows), "num_layers": num_layers}
     is_prefix = config["peft_type"] == "PREFIX_TUNING"
     fits = (

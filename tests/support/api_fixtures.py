@@ -17,7 +17,7 @@ import pytest
 from fastapi import FastAPI
 from safetensors.numpy import save_file
 
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from server.app import create_app
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings

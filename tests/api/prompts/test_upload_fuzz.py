@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec
 from server.api.errors import describe

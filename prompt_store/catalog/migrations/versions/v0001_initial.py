@@ -15,7 +15,7 @@ _Name = sa.String(128).with_variant(sa.String(128, collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    """Bring the tables to this revision."""
+    """Upgrade the tables to this revision."""
     op.create_table(
         "blobs",
         sa.Column("sha256", sa.String(length=64), nullable=False),
@@ -124,7 +124,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Bring them back to the one before."""
+    """Downgrade them to the previous revision."""
     op.drop_index("ix_version_files_sha256", table_name="version_files")
     op.drop_table("version_files")
     op.drop_index("tags_by_tag", table_name="tags")

@@ -1,4 +1,4 @@
-"""Soft prompts belong to a tenant; those that are there already belong to everybody."""
+"""Add owners; existing soft prompts are shared."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _Name = sa.String(128).with_variant(sa.String(128, collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    """Bring the tables to this revision."""
+    """Upgrade the tables to this revision."""
     op.add_column("prompts", sa.Column("owner", _Name, nullable=False, server_default=""))
     op.create_index("prompts_by_owner", "prompts", ["owner", "name"], unique=False)
 
 
 def downgrade() -> None:
-    """Bring them back to the one before."""
+    """Downgrade them to the previous revision."""
     op.drop_index("prompts_by_owner", table_name="prompts")
     op.drop_column("prompts", "owner")

@@ -12,10 +12,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Bring the tables to this revision."""
+    """Upgrade the tables to this revision."""
     op.add_column("versions", sa.Column("overrides", sa.Text(), nullable=False, server_default="{}"))
 
 
 def downgrade() -> None:
-    """Bring them back to the one before."""
+    """Downgrade them to the previous revision."""
     op.drop_column("versions", "overrides")

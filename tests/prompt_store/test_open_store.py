@@ -1,4 +1,4 @@
-"""Places that cannot be a prompt store: one line for the operator, never a traceback, and nothing is damaged."""
+"""Locations that cannot be a prompt store: one line for the operator, no traceback, and nothing is damaged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prompt_store.errors import PromptStoreError
-from prompt_store.opening import open_store
+from prompt_store.open_store import open_store
 
 
 def refused(location: Path | str, **options: str) -> str:
@@ -17,7 +17,7 @@ def refused(location: Path | str, **options: str) -> str:
     return str(caught.value)
 
 
-def test_a_file(tmp_path: Path) -> None:
+def test_a_file_is_not_a_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "File exists" in refused(tmp_path / "file")
     assert "Not a directory" in refused(tmp_path / "file" / "store")
@@ -25,18 +25,18 @@ def test_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["catalog.sqlite3", "catalog.sqlite3.lock", "staging.lock"])
-def test_a_directory_in_a_files_place(tmp_path: Path, name: str) -> None:
+def test_a_directory_in_place_of_a_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     assert name in refused(tmp_path)
 
 
-def test_a_file_in_a_directorys_place(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "staging").write_text("x")
     assert "staging: File exists" in refused(tmp_path)
     assert (tmp_path / "staging").read_text() == "x"
 
 
-def test_what_is_no_catalog(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_catalog(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite3").write_text("this is a text, and no database of SQLite's")
     assert "file is not a database" in refused(tmp_path)
     assert (tmp_path / "catalog.sqlite3").read_text().startswith("this is a text")
@@ -49,11 +49,11 @@ def test_a_catalog_whose_directory_is_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["nonsense", "", "sqlite://", "postgresql://host:port/x", "://", "mysql://host/x"])
-def test_a_catalog_url_that_is_none(tmp_path: Path, url: str) -> None:
+def test_an_invalid_catalog_url(tmp_path: Path, url: str) -> None:
     assert "catalog" in refused(tmp_path / "store", catalog_url=url or " ")
 
 
-def test_a_refused_place_can_be_opened_once_it_is_mended(tmp_path: Path) -> None:
+def test_a_rejected_location_can_be_opened_once_it_is_repaired(tmp_path: Path) -> None:
     (tmp_path / "staging").write_text("x")
     refused(tmp_path)
     (tmp_path / "staging").unlink()

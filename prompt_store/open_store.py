@@ -36,16 +36,16 @@ def open_store(
 
     Args:
         location: A directory, or the URL of an object store (``s3://BUCKET/PREFIX``, ``gs://``, ``az://``).
-        catalog_url: ``postgresql://...``, which replicas may share, or ``sqlite:///PATH``, which one process has for
-            itself; None is an SQLite file in the directory.
-        cache_path: The directory for local copies of an object store's blobs, and for uploads under way.
-        cache_bytes: What the local copies may take.
-        max_upload_bytes: Largest file that an upload may hold.
-        collect_grace_seconds: How long blobs without a name are kept; None is right in all but tests.
+        catalog_url: ``postgresql://...``, which replicas may share, or ``sqlite:///PATH``, for one process; None for
+            an SQLite file in the directory.
+        cache_path: The directory for local copies of blobs of an object store, and for uploads in progress.
+        cache_bytes: Maximum size of the local copies.
+        max_upload_bytes: Maximum size of a file.
+        collect_grace_seconds: How long blobs without a name are kept; None for the default.
 
     Raises:
-        PromptStoreError: If another process has the catalog or the cache, a newer release has written the catalog,
-            its directory cannot be written, or the arguments do not go together.
+        PromptStoreError: If another process uses the catalog or the cache, a newer release has written the catalog,
+            its directory cannot be written, or the arguments contradict each other.
         StoreUnavailableError: If catalog or object store cannot be reached.
     """
     is_remote = "://" in str(location)
@@ -79,7 +79,7 @@ def open_store(
             collect_grace_seconds=collect_grace_seconds,
             close=lambda: lock.close() if lock is not None else None,
         )
-        stack.pop_all()  # the store closes them from here on
+        stack.pop_all()  # from now on the store closes them
         return store
 
 
@@ -94,7 +94,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _lock(url: str) -> IO[str] | None:
-    """Lock an SQLite catalog for this process, so that it need not poll for changes."""
+    """Lock an SQLite catalog, so that this process need not poll for changes of others."""
     parsed = read_url(url)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         return None
