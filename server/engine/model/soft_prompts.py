@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from queue import Empty, SimpleQueue
 
 import torch
 from safetensors import safe_open
 
-from prompt_store.blobs.blobs import LOAD_SECONDS_BOUNDS
+from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
 from server.engine.model.classification_head import Head, read_head
 from server.engine.types import HostTierStats, SoftPromptSource
@@ -76,8 +74,7 @@ class SoftPromptLoader:
         self._hits = 0
         self._misses = 0
         self._evictions = 0
-        self._load_seconds = 0.0
-        self._buckets = [0] * len(LOAD_SECONDS_BOUNDS)
+        self._load_seconds = Histogram.empty(LOAD_SECONDS_BOUNDS)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-loader")
         self._done: SimpleQueue[tuple[str, Future[tuple[torch.Tensor, Head | None, float]]]] = SimpleQueue()
 
@@ -89,10 +86,8 @@ class SoftPromptLoader:
             resident_bytes=self._resident_bytes,
             hits=self._hits,
             misses=self._misses,
-            loads=sum(self._buckets),
             evictions=self._evictions,
-            load_seconds_sum=self._load_seconds,
-            load_seconds_buckets=tuple(zip(LOAD_SECONDS_BOUNDS, accumulate(self._buckets), strict=True)),
+            load_seconds=self._load_seconds,
         )
 
     def acquire(self, source: SoftPromptSource) -> bool:
@@ -160,8 +155,7 @@ class SoftPromptLoader:
             entry.rows, entry.head, seconds = future.result()
             self._num_resident += 1
             self._resident_bytes += entry.nbytes
-            self._load_seconds += seconds
-            self._buckets[bisect_left(LOAD_SECONDS_BOUNDS, seconds)] += 1
+            self._load_seconds.observe(LOAD_SECONDS_BOUNDS, seconds)
             if entry.ref_count == 0:  # everybody who wanted it has gone meanwhile
                 self._make_idle(identity, entry)
             ended.append((identity, None))
