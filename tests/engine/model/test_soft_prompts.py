@@ -34,8 +34,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
             digest="d", num_virtual_tokens=ROWS, is_key_values=False, path=str(path), task_id=task_id
         )
         assert not loader.acquire(source)
-        loader.close()
-        ((identity, error),) = loader.take_loaded()
+        ((identity, error),) = wait_loaded(loader, 1)
         assert identity == source.identity
         return error if error is not None else loader.rows(source)
 
