@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from server.engine.interface import PROBE_PREFIX
 from server.engine.types import (
     EngineStats,
     FinishReason,
@@ -122,6 +123,10 @@ class FakeEngine(FakeProbes):
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if not self.is_ready:
             raise EngineNotReadyError("the engine does not accept requests now")
+        if request.request_id.startswith(PROBE_PREFIX):
+            self.try_out(request)
+            yield TokenEvent(request_id=request.request_id, token_ids=[], finish_reason=FinishReason.LENGTH)
+            return
         self.requests.append(request)
         ending = "abort"
         try:

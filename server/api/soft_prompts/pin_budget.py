@@ -44,15 +44,6 @@ class PinBudget:
         self._used: Counter[str | None] = Counter()
         self._used_in_all = 0
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of all pins."""
-        return self._used_in_all
-
-    def used_by(self, tenant: str | None) -> int:
-        """Bytes of the pins of a tenant, or of the operator."""
-        return self._used[tenant]
-
     def check(
         self,
         tenant: str | None,

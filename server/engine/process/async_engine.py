@@ -15,10 +15,8 @@ from server.engine.process.connection import STOP_SECONDS, EngineConnection, lau
 from server.engine.process.cumulative_stats import add_counters, counters_of
 from server.engine.process.supervision import Backoff, StepWatch
 from server.engine.types import (
-    MAX_PRIORITY,
     EngineStats,
     ErrorCode,
-    FinishReason,
     GenerateRequest,
     Inspection,
     ModelInfo,
@@ -94,7 +92,6 @@ class AsyncEngine:
         self._pinned: dict[str, SoftPromptSource] = {}
         self._num_inspections = 0
         self._num_prepared = 0
-        self._num_probed = 0
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -161,34 +158,6 @@ class AsyncEngine:
         )
         async for _ in self.generate(request):
             pass
-
-    async def probe(
-        self,
-        soft_prompt: SoftPromptSource,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        salt: str = "",
-        max_wait: float | None = None,
-    ) -> None:
-        """Check that the model can compute with a soft prompt; see ``Engine.probe``."""
-        self._num_probed += 1
-        has_head = soft_prompt.num_labels is not None
-        params = SamplingParams(
-            max_tokens=0 if has_head else max_tokens, temperature=0.0, ignore_eos=True, classify=has_head
-        )
-        request = GenerateRequest(
-            request_id=f"probe-{self._num_probed}",
-            prompt_token_ids=token_ids,
-            params=params,
-            soft_prompt=soft_prompt,
-            salt=salt,
-            priority=MAX_PRIORITY,
-            timeout=max_wait,
-        )
-        async for event in self.generate(request):
-            if event.finish_reason is FinishReason.ABORT:
-                raise EngineNotReadyError("the server is shutting down")
 
     def pin(self, soft_prompt: SoftPromptSource) -> None:
         """Keep a soft prompt's rows in the engine's host memory, also after a restart."""
