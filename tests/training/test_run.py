@@ -416,6 +416,6 @@ def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(set
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(TrainingError, match="cannot be written: No space"):
-        patch.setattr(Path, "write_text", fail)
+        patch.setattr(os, "fsync", fail)
         trained(settings())
     assert trained(settings())["steps"] == 4
