@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.support.waiting import seconds_until
 
@@ -58,6 +60,19 @@ def server_process(
             finally:
                 process.kill()
                 process.wait()
+
+
+def engine_of(server: psutil.Process) -> psutil.Process:
+    """The engine process of a server now."""
+    children = server.children(recursive=True)
+    (engine,) = [child for child in children if "server.engine.process.engine_process" in child.cmdline()]
+    return engine
+
+
+def metric(exposition: str, name: str) -> float:
+    """The value of a sample, by its name and labels; 0 if there is none."""
+    found = re.search(rf"^{re.escape(name)} (\S+)$", exposition, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def _is_ready(http: httpx.Client, url: str) -> bool:
