@@ -32,11 +32,11 @@ import psutil
 from benchmarks.server import serving
 from server.client.bulk.sender import SendLimits
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
+from tests.support.processes import PRELUDE
 
 FLAGS = ["--no-enable-prefix-caching", "--allow-other-base"]
 
 WORDS = ["lamp", "strap", "kettle", "bicycle", "phone", "chair", "bag", "clock"]
-PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ import psutil
 from benchmarks.server import serving
 from benchmarks.ways import machine
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
+from tests.support.processes import engine_of, metric
 
 TASKS = ("sentiment", "intent", "extract", "dates")
 NEW_TOKENS = (64, 192)
@@ -61,14 +62,10 @@ class Work:
         """Read the metrics and the processes' times."""
         text = httpx.get(f"{url}/metrics").text
         names = ("generation_tokens_total", "engine_steps_total", "batch_size_sum")
-        values = [
-            float(next(line for line in text.splitlines() if line.startswith(f"prelude_{name} ")).split()[1])
-            for name in names
-        ]
+        values = [metric(text, f"prelude_{name}") for name in names]
         here = psutil.Process()
-        children = here.children(recursive=True)
-        (engine,) = [child for child in children if "server.engine.process.engine_process" in child.cmdline()]
-        (api,) = [child for child in children if child.pid == engine.ppid()]
+        engine = engine_of(here)
+        api = psutil.Process(engine.ppid())
         times = [process.cpu_times() for process in (engine, api, here)]
         return cls(time.monotonic(), *values, tuple(item.user + item.system for item in times))
 

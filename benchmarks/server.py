@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import numpy as np
 from safetensors.numpy import save
 
 from benchmarks.workload import HIDDEN_SIZE, KEY_VALUES_PER_LAYER, build_model
 from server.demo.tour import MODEL_DIRECTORY
+from tests.support.processes import PRELUDE, free_port, server_process
 
 BASE = "bench"
-START_SECONDS = 120
 
 
 def build_served_model(folder: Path, *, layers: int) -> Path:
@@ -45,26 +40,9 @@ def soft_prompt_files(
 @contextmanager
 def serving(model: Path, store: Path, *flags: str) -> Iterator[str]:
     """``prelude serve`` until the block ends; gives its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--model", str(model)]
-    command += ["--served-model-name", BASE, "--port", str(port), "--store", str(store), "--log-level", "WARNING"]
-    process = subprocess.Popen([*command, *flags], env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"})
+    port = free_port()
+    command = [*PRELUDE, "serve", "--model", str(model), "--served-model-name", BASE, "--port", str(port)]
+    command += ["--store", str(store), "--log-level", "WARNING", *flags]
     url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _is_ready(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start (status {process.poll()})")
-            time.sleep(0.2)
+    with server_process(command, f"{url}/ready", env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"}):
         yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,13 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent))
 from demo_build.grammar import EXTRA_TASKS, TASKS
 
+from tests.support.processes import PRELUDE
+from tests.support.serving import BASE, serving
+
 EXAMPLES = Path(__file__).parent.parent / "server" / "demo" / "examples"
-PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "cpt", "multitask", "cartridge")
 MORE = {"cpt": ["--num-virtual-tokens", "60", "--cpt-epsilon", "4"]}
 """What a method is told besides: the context of CPT are whole examples, of which two would fit 20 tokens."""
-BASE = "prelude-demo"
 OWN = "Classify the text as call, delivery, great or support."
 MAX_TOKENS = 8
 
@@ -67,18 +66,6 @@ class Asker:
     def _post(self, path: str, body: dict[str, object]) -> dict[str, list[dict[str, object]]]:
         found: dict[str, list[dict[str, object]]] = self._client.post(path, json=body).raise_for_status().json()
         return found
-
-
-def _wait(client: httpx.Client) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            if client.get("/ready").is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise SystemExit("the server is not ready")
 
 
 def in_words(asker: Asker, rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
@@ -124,38 +111,26 @@ def main() -> None:
     parser.add_argument("--skip-words", action="store_true", help="ask the bare model nothing in words")
     parser.add_argument("arguments", nargs="*", help="more arguments of prelude train, after --")
     options = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     figures: dict[str, Any] = {}
-    with (
-        tempfile.TemporaryDirectory() as name,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as http,
-    ):
+    flags = ("--dtype", "float32", "--kv-cache-memory", "128MiB", "--log-level", "WARNING", "--num-threads", "1")
+    with tempfile.TemporaryDirectory() as name, serving(Path(name) / "server", *flags) as (http, _):
         folder = Path(name)
-        model = EXAMPLES.parent / "model"
-        command = [*PRELUDE, "serve", "--model", str(model), "--served-model-name", BASE, "--port", str(port)]
-        command += ["--dtype", "float32", "--store", str(folder / "store"), "--kv-cache-memory", "128MiB"]
-        server = subprocess.Popen([*command, "--log-level", "WARNING", "--num-threads", "1"])
-        try:
-            _wait(http)
-            asker, rows = Asker(http), _rows("triage-test.jsonl")
-            figures["bare"] = asker.accuracy(BASE, rows)
-            if not options.skip_words:
-                words = in_words(asker, rows)
-                figures["in words"] = dict(sorted(words.items(), key=lambda item: -item[1]["likeliest_label"])[:5])
-            for method in options.methods:
-                runs = []
-                for seed in options.seeds:
-                    result = train(method, seed, str(http.base_url), folder, options.arguments)
-                    test = _rows("tasks-test.jsonl") if method == "multitask" else rows
-                    served = asker.accuracy(f"{method.replace('_', '-')}@candidate", test)
-                    runs.append({"seed": seed, "served": served, **result})
-                    print(method, seed, served, result["steps"], result["seconds"], flush=True)
-                    figures[method] = {"over_seeds": over_seeds(runs), "runs": runs}
-                    options.out.write_text(json.dumps(figures, indent=2) + "\n")
-        finally:
-            server.terminate()
-            server.wait()
+        http.timeout = 600
+        asker, rows = Asker(http), _rows("triage-test.jsonl")
+        figures["bare"] = asker.accuracy(BASE, rows)
+        if not options.skip_words:
+            words = in_words(asker, rows)
+            figures["in words"] = dict(sorted(words.items(), key=lambda item: -item[1]["likeliest_label"])[:5])
+        for method in options.methods:
+            runs = []
+            for seed in options.seeds:
+                result = train(method, seed, str(http.base_url), folder, options.arguments)
+                test = _rows("tasks-test.jsonl") if method == "multitask" else rows
+                served = asker.accuracy(f"{method.replace('_', '-')}@candidate", test)
+                runs.append({"seed": seed, "served": served, **result})
+                print(method, seed, served, result["steps"], result["seconds"], flush=True)
+                figures[method] = {"over_seeds": over_seeds(runs), "runs": runs}
+                options.out.write_text(json.dumps(figures, indent=2) + "\n")
     options.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -16,7 +16,6 @@ import json
 import mmap
 import os
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from server.api.operations import Operations
 from server.app import ROUTERS, PreludeServer, bind, create_app, freeze_loaded_objects
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from server.demo.tour import MODEL_DIRECTORY
+from tests.support.processes import free_port, server_process
 
 OPERATIONS = Operations(route for router in ROUTERS for route in router.routes)
 
@@ -258,45 +258,27 @@ def run(paths: list[str], size: int, seconds: float, only: list[str]) -> list[Co
     with tempfile.TemporaryDirectory() as folder:
         board_path = Path(folder) / "board"
         board_path.write_bytes(bytes(mmap.PAGESIZE))
-        with bind(HttpSettings(port=0)) as probe:
-            port = probe.getsockname()[1]
+        url = f"http://127.0.0.1:{(port := free_port())}"
         command = [sys.executable, "-m", "scripts.worst_bodies", "--serve", str(board_path), "--port", str(port)]
-        server = subprocess.Popen(
-            [*command, "--store", f"{folder}/store"], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        try:
-            with (
-                board_path.open("r+b") as file,
-                mmap.mmap(file.fileno(), 24) as board,
-                httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
-            ):
-                _wait_until_ready(client, server)
-                document = client.get("/openapi.json").json()
-                process = psutil.Process(server.pid)
-                for path in paths:
-                    deadline = time.monotonic() + seconds
-                    for what, body in bodies(document, path, size):
-                        if only and not any(words in what for words in only):
-                            continue
-                        costs.append(measure(client, process, board, path, what, body))
-                        if time.monotonic() > deadline:
-                            print(f"{path}: out of time at {what}", file=sys.stderr)
-                            break
-        finally:
-            server.terminate()
-            server.wait(30)
+        command += ["--store", f"{folder}/store"]
+        with (
+            server_process(command, f"{url}/ready", env={**os.environ, "OMP_NUM_THREADS": "1"}) as server,
+            board_path.open("r+b") as file,
+            mmap.mmap(file.fileno(), 24) as board,
+            httpx.Client(base_url=url, timeout=120) as client,
+        ):
+            document = client.get("/openapi.json").json()
+            process = psutil.Process(server.pid)
+            for path in paths:
+                deadline = time.monotonic() + seconds
+                for what, body in bodies(document, path, size):
+                    if only and not any(words in what for words in only):
+                        continue
+                    costs.append(measure(client, process, board, path, what, body))
+                    if time.monotonic() > deadline:
+                        print(f"{path}: out of time at {what}", file=sys.stderr)
+                        break
     return costs
-
-
-def _wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            if client.get("/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.2)
-    raise SystemExit("the server did not start")
 
 
 def report(costs: list[Cost], *, count: int) -> str:

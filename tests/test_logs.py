@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from server.api.inference.request_record import MAX_LOGGED_CHARS, RequestRecord,
 from server.cli import app
 from tests.support.operations import OPERATIONS
 from tests.support.serving import BASE, adapter, serving, upload
+from tests.support.waiting import wait_until
 
 
 def made(**values: object) -> logging.LogRecord:
@@ -99,14 +99,9 @@ def lines_of(folder: Path) -> list[dict[str, object]]:
 
 def ended(folder: Path, request_id: str) -> dict[str, object]:
     """The line of a request; it is written a moment after the answer."""
-    deadline = time.monotonic() + 10
-    while True:
-        found = [line for line in lines_of(folder) if line.get("request_id") == request_id]
-        if found:
-            (line,) = found
-            return line
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: any(line.get("request_id") == request_id for line in lines_of(folder)))
+    (line,) = [line for line in lines_of(folder) if line.get("request_id") == request_id]
+    return line
 
 
 def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import random
-import re
 import socket
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from rich.table import Table
 from safetensors.numpy import load, save
 
 from server.demo.tour import HELDOUT_DIRECTORY
+from tests.support.processes import engine_of, metric
 from tests.support.serving import adapter, serving, upload
 from tests.support.waiting import seconds_until
 
@@ -75,17 +75,11 @@ class Server:
     @property
     def engine(self) -> psutil.Process:
         """The engine's process now."""
-        children = self.process.children(recursive=True)
-        (engine,) = [
-            child for child in children if "server.engine.process.engine_process" in " ".join(child.cmdline())
-        ]
-        return engine
+        return engine_of(self.process)
 
     def value(self, name: str) -> float:
         """A metric, by its name and labels."""
-        text = self.client.get("/metrics").raise_for_status().text
-        found = re.search(rf"^prelude_{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        return metric(self.client.get("/metrics").raise_for_status().text, f"prelude_{name}")
 
     def is_ready(self) -> bool:
         """Whether it takes requests."""

@@ -1,6 +1,6 @@
 """The messages between the API process and the engine process: msgspec structs, never pickle.
 
-A frame is a length of four bytes (big endian) and that many bytes of MessagePack, tagged with the struct's name.
+The body of a frame is MessagePack, tagged with the struct's name.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from server.config import EngineSettings
+from server.engine.frames import frame
 from server.engine.types import (
     EngineStats,
     GenerateRequest,
@@ -17,9 +18,6 @@ from server.engine.types import (
     SoftPromptSource,
     TokenEvent,
 )
-
-FRAME_HEADER_BYTES = 4
-MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
@@ -113,7 +111,4 @@ def encode_frame(message: ToEngine | FromEngine) -> bytes:
     Raises:
         ValueError: If the message exceeds the frame limit.
     """
-    body = encoder.encode(message)
-    if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"a message of {len(body)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body
+    return frame(encoder.encode(message))

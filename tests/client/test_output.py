@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from server import cli
+from tests.support.processes import PRELUDE
 
-PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
 KEY = re.compile(r"prelude-[\w-]{43}\n")
 FULL = Path("/dev/full")
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import secrets
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 
-import httpx
 import openai
 import pytest
 
 from tests.clients.documents import example
 from tests.clients.running import ClientEnvironment, heldout
+from tests.support.processes import free_port, server_process
 
 _START_SECONDS = 120.0
 
@@ -28,36 +26,24 @@ def proxy(
     folder = tmp_path_factory.mktemp("litellm")
     config = folder / "litellm.yaml"
     config.write_text(example("LiteLLM proxy", "yaml", server))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     key = f"sk-{secrets.token_hex(32)}"
     command = [python_clients.command("litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-    log = (folder / "log").open("wb")
-    process = subprocess.Popen(
-        command, cwd=folder, env={**python_clients.variables, "LITELLM_MASTER_KEY": key}, stdout=log, stderr=log
-    )
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            try:
-                if httpx.get(f"{url}/health/readiness").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass  # it does not listen yet
-            time.sleep(0.2)
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
-            yield client
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        finally:
-            process.kill()
-            process.wait()
-            log.close()
+    url = f"http://127.0.0.1:{port}"
+    environment = {**python_clients.variables, "LITELLM_MASTER_KEY": key}
+    with (
+        server_process(
+            command,
+            f"{url}/health/readiness",
+            log=folder / "log",
+            seconds=_START_SECONDS,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        ),
+        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
+    ):
+        yield client
 
 
 @pytest.mark.parametrize(("model", "task"), NAMES.items())

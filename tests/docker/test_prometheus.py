@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,9 @@ import pytest
 import yaml
 
 from tests.docker.tools import DOCKER, ROOT, run, tool
+from tests.support.processes import free_port, server_process
 from tests.support.serving import BASE, adapter, serving, upload
+from tests.support.waiting import seconds_until
 
 RULES = DOCKER / "prometheus" / "rules.yml"
 DASHBOARDS = sorted((DOCKER / "grafana" / "dashboards").glob("*.json"))
@@ -108,28 +108,15 @@ def prometheus(folder: Path, target: str, keep_busy: Callable[[], None]) -> Iter
     (scrape,) = config["scrape_configs"]
     config["scrape_configs"] = [{"job_name": scrape["job_name"], "static_configs": [{"targets": [target]}]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [tool("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}", "--log.level=warn"]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://{address}", timeout=20) as client:
-            deadline = time.monotonic() + _SECONDS
-            while True:
-                assert process.poll() is None, (folder / "prometheus.log").read_text()
-                try:
-                    if client.get("/-/ready").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass  # it does not listen yet
-                assert time.monotonic() < deadline, (folder / "prometheus.log").read_text()
-                time.sleep(0.1)
-            yield Prometheus(client, keep_busy)
-    finally:
-        process.kill()
-        process.wait()
+    log = folder / "prometheus.log"
+    with (
+        server_process(command, f"http://{address}/-/ready", log=log, seconds=_SECONDS, stdout=subprocess.DEVNULL),
+        httpx.Client(base_url=f"http://{address}", timeout=20) as client,
+    ):
+        yield Prometheus(client, keep_busy)
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +151,13 @@ def without_variables(expression: str) -> str:
 
 def unanswered(watched: Prometheus, expressions: dict[str, str]) -> list[str]:
     """Which expressions have no data yet after a while under load."""
-    deadline = time.monotonic() + _SECONDS
-    while left := [name for name, expression in expressions.items() if not watched.query(expression)]:
-        if time.monotonic() > deadline:
-            break
+
+    def left() -> list[str]:
         watched.keep_busy()
-        time.sleep(0.5)
-    return left
+        return [name for name, expression in expressions.items() if not watched.query(expression)]
+
+    seconds_until(lambda: not left(), _SECONDS, pause=0.5)
+    return left()
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
@@ -193,13 +180,11 @@ def test_the_server_variable_finds_servers(watched: Prometheus, path: Path) -> N
 
 
 def test_every_rule_is_evaluated(watched: Prometheus) -> None:
-    deadline = time.monotonic() + _SECONDS
-    while True:
-        found = [rule for group in watched.ask("rules")["groups"] for rule in group["rules"]]
-        if all(rule["health"] != "unknown" for rule in found):
-            break
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
+    def ask() -> list[dict[str, Any]]:
+        return [rule for group in watched.ask("rules")["groups"] for rule in group["rules"]]
+
+    seconds_until(lambda: all(rule["health"] != "unknown" for rule in ask()), _SECONDS, pause=0.2)
+    found = ask()
     assert [rule["name"] for rule in found] == [rule["alert"] for rule in rules()]
     assert {rule["health"]: rule.get("lastError") for rule in found} == {"ok": None}
     assert [rule["name"] for rule in found if rule["state"] == "firing"] == []

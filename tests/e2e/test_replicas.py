@@ -15,7 +15,7 @@ import pytest
 from tests.prompt_store.databases import postgres_url, refuse_connections
 from tests.prompt_store.s3_server import BUCKET, Server, s3_server
 from tests.support.serving import adapter, serving, upload
-from tests.support.waiting import wait_until
+from tests.support.waiting import seconds_until, wait_until
 
 
 @dataclass
@@ -54,10 +54,7 @@ def answer(client: httpx.Client, model: str, text: str = "Will it rain in Oslo o
 
 
 def within_a_second(look: Callable[[], object], wanted: object) -> None:
-    deadline = time.monotonic() + 1.0
-    while (found := look()) != wanted:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
+    assert seconds_until(lambda: look() == wanted, 1.0) < 1.0, look()
 
 
 def test_uploads_and_promotions_reach_the_other_within_a_second(pair: Pair) -> None:

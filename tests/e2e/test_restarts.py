@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -15,20 +14,15 @@ import psutil
 import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY
+from tests.support.processes import engine_of, metric
 from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.waiting import wait_until
 
 FLAGS = ("--dtype", "float32", "--num-threads", "1")
 
 
-def engine_of(server: int) -> psutil.Process:
-    children = psutil.Process(server).children(recursive=True)
-    (engine,) = [child for child in children if "server.engine.process.engine_process" in " ".join(child.cmdline())]
-    return engine
-
-
 def value(client: httpx.Client, name: str) -> float:
-    return float(re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)[1])
+    return metric(client.get("/metrics").text, name)
 
 
 def stream(client: httpx.Client, model: str, begun: list[str]) -> tuple[int, list[dict]]:
@@ -48,7 +42,7 @@ def test_an_engine_killed_under_load_comes_back_with_right_answers(tmp_path: Pat
         assert upload(client, "intent", *adapter("intent")).status_code == 201
         right = client.post("/v1/completions", json=question).json()["choices"][0]["text"]
         assert right.strip() == pair["output"]
-        engine = engine_of(process.pid)
+        engine = engine_of(psutil.Process(process.pid))
         begun: list[str] = []
         streams = [pool.submit(stream, client, model, begun) for model in [BASE, "intent"] * 4]
         wait_until(lambda: value(client, "prelude_num_requests_running") == 8, 60)
@@ -83,7 +77,7 @@ def test_a_held_engine_is_replaced_and_one_that_cannot_start_is_told(tmp_path: P
     model = tmp_path / "model"
     shutil.copytree(MODEL_DIRECTORY, model)
     with serving(tmp_path, *FLAGS, "--step-timeout", "1", model=model) as (client, process):
-        engine = engine_of(process.pid)
+        engine = engine_of(psutil.Process(process.pid))
         os.kill(engine.pid, signal.SIGSTOP)
         reply = client.post("/v1/completions", json={"model": BASE, "prompt": "x"})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_dead")
@@ -91,13 +85,13 @@ def test_a_held_engine_is_replaced_and_one_that_cannot_start_is_told(tmp_path: P
         wait_until(lambda: client.get("/ready").status_code == 200, 60)
         assert client.post("/v1/completions", json={"model": BASE, "prompt": "x"}).status_code == 200
         model.rename(tmp_path / "gone")
-        engine_of(process.pid).kill()
+        engine_of(psutil.Process(process.pid)).kill()
         wait_until(lambda: "cannot start again: cannot load the model" in client.get("/ready").text, 60)
         (tmp_path / "gone").rename(model)
         wait_until(lambda: client.get("/ready").status_code == 200, 60)
         assert client.post("/v1/completions", json={"model": BASE, "prompt": "x"}).status_code == 200
         model.rename(tmp_path / "gone")
-        engine_of(process.pid).kill()
+        engine_of(psutil.Process(process.pid)).kill()
         wait_until(lambda: client.get("/ready").status_code == 503, 60)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
@@ -109,7 +103,7 @@ def test_a_held_engine_is_replaced_and_one_that_cannot_start_is_told(tmp_path: P
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, *FLAGS, "--drain-seconds", "60") as (client, process), ThreadPoolExecutor(64) as pool:
-        engine = engine_of(process.pid)
+        engine = engine_of(psutil.Process(process.pid))
         streams = [pool.submit(stream, client, BASE, []) for _ in range(64)]
         wait_until(lambda: value(client, "prelude_num_requests_running") == 64, 60)
         process.send_signal(number)

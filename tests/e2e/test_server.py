@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 from tests.support.demo_server import TASKS
-from tests.support.serving import BASE, PRELUDE, adapter, upload
+from tests.support.processes import PRELUDE
+from tests.support.serving import BASE, adapter, upload
 from tests.support.waiting import wait_until
 
 

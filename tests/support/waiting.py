@@ -10,23 +10,23 @@ from collections.abc import Awaitable, Callable
 PAUSE_SECONDS = 0.01
 
 
-def seconds_until(condition: Callable[[], object], limit: float) -> float:
-    """Seconds until a condition held; ``limit`` where it did not until then."""
+def seconds_until(condition: Callable[[], object], limit: float, *, pause: float = PAUSE_SECONDS) -> float:
+    """Seconds until a condition held; ``limit`` if it did not hold by then."""
     began = time.monotonic()
     while time.monotonic() - began < limit:
         if condition():
             return time.monotonic() - began
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(pause)
     return limit
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> float:
+def wait_until(condition: Callable[[], object], seconds: float = 10.0, *, pause: float = PAUSE_SECONDS) -> float:
     """Seconds until a condition held.
 
     Raises:
-        TimeoutError: If it did not in so many.
+        TimeoutError: If it did not hold in time.
     """
-    waited = seconds_until(condition, seconds)
+    waited = seconds_until(condition, seconds, pause=pause)
     if waited == seconds:
         raise TimeoutError(f"the condition did not come true in {seconds:g} seconds")
     return waited

@@ -14,8 +14,8 @@ from typing import Protocol
 import msgspec
 
 from server.config import EngineSettings
+from server.engine.frames import HEADER_BYTES
 from server.engine.messages import (
-    FRAME_HEADER_BYTES,
     FromEngine,
     Ready,
     Start,
@@ -199,5 +199,5 @@ def _how_it_ended(status: int | None) -> str:
 
 
 async def _read_frame(reader: asyncio.StreamReader) -> bytes:
-    header = await reader.readexactly(FRAME_HEADER_BYTES)
+    header = await reader.readexactly(HEADER_BYTES)
     return await reader.readexactly(int.from_bytes(header, "big"))

@@ -17,10 +17,9 @@ from queue import Empty, SimpleQueue
 
 from transformers.utils.logging import disable_progress_bar
 
+from server.engine.frames import receive
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import (
-    FRAME_HEADER_BYTES,
-    MAX_FRAME_BYTES,
     AbortRequest,
     FromEngine,
     Inspect,
@@ -119,26 +118,10 @@ class EngineLoop:
 
     def _read(self) -> None:
         try:
-            while (header := self._receive(FRAME_HEADER_BYTES)) is not None:
-                length = int.from_bytes(header, "big")
-                body = self._receive(length) if length <= MAX_FRAME_BYTES else None
-                if body is None:
-                    break
+            while (body := receive(self._connection)) is not None:
                 self._inbox.put(to_engine_decoder.decode(body))
         finally:
             self._inbox.put(Shutdown())
-
-    def _receive(self, length: int) -> bytes | None:
-        buffer = bytearray()
-        while len(buffer) < length:
-            try:
-                part = self._connection.recv(min(length - len(buffer), 1 << 20))
-            except ConnectionError:
-                return None
-            if not part:
-                return None
-            buffer += part
-        return bytes(buffer)
 
     def _write(self) -> None:
         while (frame := self._outbox.get()) is not None:

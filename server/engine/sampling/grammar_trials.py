@@ -11,8 +11,9 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
+from server.engine.frames import receive
 from server.engine.sampling.grammar_check import GrammarError
-from server.engine.sampling.trial_process import MEMORY_BYTES, NOTHING, Trial, Verdict, Vocabulary, encode, receive
+from server.engine.sampling.trial_process import MEMORY_BYTES, NOTHING, Trial, Verdict, Vocabulary, encode
 
 
 class TooSlowError(Exception):

@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
+from server.engine.frames import frame, receive
 from server.engine.sampling.grammar_check import STACK_BYTES, GrammarError, compile_grammar
 
 MEMORY_BYTES = 256 * 1024 * 1024
@@ -31,9 +32,7 @@ MEMORY_BYTES = 256 * 1024 * 1024
 _WALL_FACTOR, _WALL_SECONDS = 20, 30
 """A child that waits instead of computing is ended, too; a busy machine gives it a part of a processor only."""
 
-_HEADER_BYTES = 4
-
-NOTHING = bytes(_HEADER_BYTES)
+NOTHING = frame(b"")
 """An empty frame."""
 
 
@@ -86,27 +85,7 @@ def make_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
 
 def encode(message: msgspec.Struct) -> bytes:
     """A message as a frame."""
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(_HEADER_BYTES, "big") + body
-
-
-def receive(connection: socket.socket) -> bytes | None:
-    """The body of the next frame; None where the other end has closed."""
-    header = _receive_exactly(connection, _HEADER_BYTES)
-    return None if header is None else _receive_exactly(connection, int.from_bytes(header, "big"))
-
-
-def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
-    buffer = bytearray()
-    while len(buffer) < length:
-        try:
-            part = connection.recv(min(length - len(buffer), 1 << 20))
-        except ConnectionError:
-            return None
-        if not part:
-            return None
-        buffer += part
-    return bytes(buffer)
+    return frame(msgspec.msgpack.encode(message))
 
 
 class _Child:

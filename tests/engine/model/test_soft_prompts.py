@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.types import SoftPromptSource
+from tests.support.waiting import wait_until
 
 WIDTH, ROWS, TASKS, RANKS = 8, 5, 3, 2
 
@@ -124,11 +124,7 @@ def make_source(tmp_path: Path) -> Callable[[str], SoftPromptSource]:
 
 def wait_loaded(loader: SoftPromptLoader, count: int) -> list[tuple[str, str | None]]:
     ended: list[tuple[str, str | None]] = []
-    deadline = time.monotonic() + 10
-    while len(ended) < count:
-        assert time.monotonic() < deadline
-        ended += loader.take_loaded()
-        time.sleep(0.001)
+    wait_until(lambda: ended.extend(loader.take_loaded()) or len(ended) >= count)
     return ended
 
 

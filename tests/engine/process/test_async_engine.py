@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from server.config import EngineSettings
-from server.engine import messages
+from server.engine import frames, messages
 from server.engine.interface import probe_soft_prompt
 from server.engine.process.async_engine import AsyncEngine
 from server.engine.process.engine_process import EngineLoop
@@ -192,7 +192,7 @@ def test_process_ends_when_its_server_does() -> None:
 def test_process_ends_on_a_frame_that_is_too_long() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall((messages.MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
+        ours.sendall((frames.MAX_BODY_BYTES + 1).to_bytes(4, "big"))
         assert EngineLoop(theirs).run() == 0
 
 
