@@ -51,7 +51,7 @@ def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train, data, no_m
     result = prelude_train()
 
     assert result.exit_code == ExitStatus.INVALID
-    assert f"prelude: {data}:2: not JSON: Expecting value at column 1\n" in result.stderr
+    assert f"prelude: {data}:2: not JSON: Expecting value (character 1)\n" in result.stderr
     assert f"prelude: {data}:3: has no 'label'\n" in result.stderr
     assert result.stdout == ""
 
