@@ -104,7 +104,7 @@ async def test_errors_are_the_callers(threads: FairThreads) -> None:
 
 
 def test_one_thread_is_not_enough() -> None:
-    with pytest.raises(ValueError, match="there have to be two"):
+    with pytest.raises(ValueError, match="at least two threads"):
         FairThreads(1, name="test")
 
 

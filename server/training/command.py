@@ -24,7 +24,7 @@ from server.training.errors import GoldenCheckError, RunDirectoryError, Settings
 from server.training.settings import DEFAULT_ALIAS, Device, DType, Method, Monitor, TrainSettings
 
 if TYPE_CHECKING:
-    from server.training.trainer import Progress as Where
+    from server.training.trainer import TrainingProgress
 
 app = typer.Typer(add_completion=False)
 
@@ -177,13 +177,13 @@ def _run(settings: TrainSettings, api_key: str | None) -> dict[str, Any]:
         raise SettingsError(f"training needs {' and '.join(missing)}: pip install 'prelude-server[train]'")
     from server.training.run import Reporter, quiet_libraries, train  # noqa: PLC0415
 
-    with quiet_libraries(), _shown() as (report, say):
+    with quiet_libraries(), _reporting() as (report, say):
         warn = lambda text: say(f"warning: {text}")  # noqa: E731 - one line, used once
         return train(settings, Reporter(say, warn, report), api_key=api_key)
 
 
 @contextmanager
-def _shown() -> Iterator[tuple[Callable[[Where], None], Callable[[str], None]]]:
+def _reporting() -> Iterator[tuple[Callable[[TrainingProgress], None], Callable[[str], None]]]:
     """A progress bar on standard error if that is a terminal, otherwise one line per evaluation."""
     console = Console(stderr=True, highlight=False)
 
@@ -191,29 +191,29 @@ def _shown() -> Iterator[tuple[Callable[[Where], None], Callable[[str], None]]]:
         console.print(f"prelude: {tables.clean(text)}", markup=False, soft_wrap=True)
 
     if not sys.stderr.isatty():
-        yield _lines(say), say
+        yield _line_per_evaluation(say), say
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=None)
-        yield lambda at: progress.update(task, completed=at.step, total=at.num_steps, description=_described(at)), say
+        yield lambda at: progress.update(task, completed=at.step, total=at.num_steps, description=_describe(at)), say
 
 
-def _lines(say: Callable[[str], None]) -> Callable[[Where], None]:
+def _line_per_evaluation(say: Callable[[str], None]) -> Callable[[TrainingProgress], None]:
     seen: list[Any] = [None]
 
-    def report(where: Where) -> None:
-        if where.held_out is not seen[0]:
-            seen[0] = where.held_out
-            say(f"step {where.step} of {where.num_steps}: {_described(where)}")
+    def report(state: TrainingProgress) -> None:
+        if state.held_out is not seen[0]:
+            seen[0] = state.held_out
+            say(f"step {state.step} of {state.num_steps}: {_describe(state)}")
 
     return report
 
 
-def _described(where: Where) -> str:
-    text = f"loss {where.loss:.4f}"
-    if where.held_out is not None:
-        text += f", held out: loss {where.held_out.loss:.4f}, accuracy {where.held_out.accuracy:.3f}"
+def _describe(state: TrainingProgress) -> str:
+    text = f"loss {state.loss:.4f}"
+    if state.held_out is not None:
+        text += f", held out: loss {state.held_out.loss:.4f}, accuracy {state.held_out.accuracy:.3f}"
     return text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.training.scoring import Scores
+from server.training.scoring import CompletionScores
 from server.training.settings import Method
 
 MAX_LATE_FALL = 0.1
@@ -12,7 +12,12 @@ MAX_LATE_FALL = 0.1
 
 
 def result_warnings(
-    method: Method, *, untrained: Scores, trained: Scores, best_step: int, losses: Sequence[tuple[int, float]]
+    method: Method,
+    *,
+    untrained: CompletionScores,
+    trained: CompletionScores,
+    best_step: int,
+    losses: Sequence[tuple[int, float]],
 ) -> list[str]:
     """Warnings about a finished training; empty if there are none.
 

@@ -28,7 +28,7 @@ from server.training.peft_methods import make_soft_prompt, restore, save_adapter
 from server.training.publish import Publisher
 from server.training.result_warnings import result_warnings
 from server.training.run_directory import RunDirectory, library_versions
-from server.training.scoring import Scores, score
+from server.training.scoring import CompletionScores, score
 from server.training.settings import TrainSettings
 from server.training.trainer import OnProgress, SoftPromptTrainer, Warn
 
@@ -281,7 +281,7 @@ class _Run:
             },
         }
 
-    def _score(self, model: Any, *, is_bare: bool = False) -> Scores | None:
+    def _score(self, model: Any, *, is_bare: bool = False) -> CompletionScores | None:
         if not self.held_out:
             return None
         # A bare model has no tasks, and not every model ignores an unknown argument.

@@ -21,7 +21,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class CompletionScores:
     """Scores of a model on completions.
 
     Attributes:
@@ -92,7 +92,7 @@ def completion_loss(
 
 
 @torch.no_grad()
-def score(model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_id: int) -> Scores:
+def score(model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_id: int) -> CompletionScores:
     """Loss and accuracy of a model, with its soft prompt if it has one."""
     was_training = model.training
     model.eval()
@@ -114,7 +114,7 @@ def score(model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_id: i
             num_right += int(((logits.argmax(-1) == targets) | ~counted).all(-1).sum())
     finally:
         model.train(was_training)
-    return Scores(loss / num_tokens, num_right / len(examples))
+    return CompletionScores(loss / num_tokens, num_right / len(examples))
 
 
 @torch.no_grad()

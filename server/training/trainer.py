@@ -17,7 +17,7 @@ from server.training.encoding import Encoded
 from server.training.errors import InstabilityError
 from server.training.peft_methods import load_state, mean_norm, restore, save_state, state_of
 from server.training.run_directory import RunDirectory
-from server.training.scoring import Scores, can_limit_logits, collate, completion_loss, score
+from server.training.scoring import CompletionScores, can_limit_logits, collate, completion_loss, score
 from server.training.settings import TrainSettings
 
 EVALUATIONS = 20
@@ -31,7 +31,7 @@ _BEST_FILE = "best.safetensors"
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingProgress:
     """Progress of a training.
 
     Attributes:
@@ -44,10 +44,10 @@ class Progress:
     step: int
     num_steps: int
     loss: float
-    held_out: Scores | None = None
+    held_out: CompletionScores | None = None
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[TrainingProgress], None]
 Warn = Callable[[str], None]
 
 
@@ -62,11 +62,11 @@ class Best:
     """
 
     step: int
-    scores: Scores
+    scores: CompletionScores
     state: dict[str, torch.Tensor] = field(repr=False)
 
 
-def is_improvement(scores: Scores, best: Scores, monitor: str) -> bool:
+def is_improvement(scores: CompletionScores, best: CompletionScores, monitor: str) -> bool:
     """Whether scores are better than the best; equal accuracies are compared by their loss."""
     if monitor == "accuracy" and scores.accuracy != best.accuracy:
         return scores.accuracy > best.accuracy
@@ -100,7 +100,7 @@ class SoftPromptTrainer(Trainer):
         settings: TrainSettings,
         directory: RunDirectory,
         pad_id: int,
-        untrained: Scores | None,
+        untrained: CompletionScores | None,
         on_progress: OnProgress,
         warn: Warn,
         vocabulary_norm: float | None,
@@ -148,7 +148,7 @@ class SoftPromptTrainer(Trainer):
         step = int(folder.name.removeprefix("checkpoint-"))
         for entry in self.directory.truncate_records(step):
             if "eval_loss" in entry and self.best is not None:
-                scores = Scores(entry["eval_loss"], entry["eval_accuracy"])
+                scores = CompletionScores(entry["eval_loss"], entry["eval_accuracy"])
                 if is_improvement(scores, self.best.scores, self.settings.monitor):
                     self.best = Best(entry["step"], scores, {})
         if self.best is not None:
@@ -167,7 +167,7 @@ class _TrainingMonitor(TrainerCallback):
         self._norm = trainer.initial_norm
         self._limit = DIVERGENCE_FACTOR * max(self._norm, vocabulary_norm or 0.0)
         self._has_warned = False
-        self._held_out: Scores | None = None
+        self._held_out: CompletionScores | None = None
         self._loss = math.nan
 
     def on_log(
@@ -184,7 +184,7 @@ class _TrainingMonitor(TrainerCallback):
         self._loss = logs["loss"]
         entry = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if logs.get(key) is not None}
         self._trainer.directory.record({"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), **entry})
-        self._on_progress(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
+        self._on_progress(TrainingProgress(state.global_step, state.max_steps, self._loss, self._held_out))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
@@ -192,8 +192,8 @@ class _TrainingMonitor(TrainerCallback):
         trainer = self._trainer
         norm = mean_norm(trainer.soft_prompt)
         trainer.directory.record({"step": state.global_step, **metrics, "norm": norm})
-        self._held_out = Scores(metrics["eval_loss"], metrics["eval_accuracy"])
-        self._on_progress(Progress(state.global_step, state.max_steps, self._loss, self._held_out))
+        self._held_out = CompletionScores(metrics["eval_loss"], metrics["eval_accuracy"])
+        self._on_progress(TrainingProgress(state.global_step, state.max_steps, self._loss, self._held_out))
         if not math.isfinite(metrics["eval_loss"]):
             raise InstabilityError(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}")
         if norm > self._limit and not self._has_warned:

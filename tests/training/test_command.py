@@ -15,8 +15,8 @@ from server.client.commands import ExitStatus
 from server.demo.tour import MODEL_DIRECTORY
 from server.training import command
 from server.training.run import DEMO_DIRECTORY
-from server.training.scoring import Scores
-from server.training.trainer import Progress
+from server.training.scoring import CompletionScores
+from server.training.trainer import TrainingProgress
 from tests.training.conftest import rows, write_rows
 
 
@@ -51,7 +51,7 @@ def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train, data, no_m
     result = prelude_train()
 
     assert result.exit_code == ExitStatus.INVALID
-    assert f"prelude: {data}:2: not JSON: Expecting value at column 1\n" in result.stderr
+    assert f"prelude: {data}:2: not JSON: Expecting value (character 1)\n" in result.stderr
     assert f"prelude: {data}:3: has no 'label'\n" in result.stderr
     assert result.stdout == ""
 
@@ -160,8 +160,8 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(
         command, "Console", lambda **_: Console(file=shown, force_terminal=True, width=120, highlight=False)
     )
-    with command._shown() as (tell, say):
-        tell(Progress(3, 10, 0.5, Scores(0.25, 0.75)))
+    with command._reporting() as (tell, say):
+        tell(TrainingProgress(3, 10, 0.5, CompletionScores(0.25, 0.75)))
         say("warning: \x1b[2Jsomething")
 
     assert "warning: \N{REPLACEMENT CHARACTER}[2Jsomething" in shown.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.training.result_warnings import result_warnings
-from server.training.scoring import Scores
+from server.training.scoring import CompletionScores
 from server.training.settings import Method
 
 FALLING = [(25, 8.0), (50, 6.0), (75, 4.0), (100, 3.0)]
@@ -15,8 +15,10 @@ FLAT = [(25, 0.5), (50, 0.2), (75, 0.11), (100, 0.105)]
 def told(
     method: Method = Method.PROMPT_TUNING, accuracy: float = 0.9, best_step: int = 100, losses=FLAT
 ) -> list[str]:
-    trained = Scores(losses[-1][1], accuracy)
-    return result_warnings(method, untrained=Scores(12.0, 0.0), trained=trained, best_step=best_step, losses=losses)
+    trained = CompletionScores(losses[-1][1], accuracy)
+    return result_warnings(
+        method, untrained=CompletionScores(12.0, 0.0), trained=trained, best_step=best_step, losses=losses
+    )
 
 
 def test_a_training_that_went_well_is_not_doubted():

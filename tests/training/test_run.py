@@ -21,7 +21,7 @@ from server.datasets import digest
 from server.training import trainer as trainer_module
 from server.training.errors import InstabilityError, RunDirectoryError, SettingsError, TrainingError
 from server.training.run_directory import RunDirectory
-from server.training.scoring import Scores, score
+from server.training.scoring import CompletionScores, score
 from server.training.settings import DEFAULTS, Method
 from server.training.trainer import is_improvement, num_steps
 from tests.support.processes import PRELUDE
@@ -145,7 +145,7 @@ def test_without_held_out_rows_the_last_state_is_kept(settings, trained, heard):
 
 def test_training_stops_early_and_keeps_the_best(settings, trained, tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 4.0, 4.5, 4.4, 4.3, 1.0, 1.0])  # bare, untrained, then evaluations, then what was saved
-    monkeypatch.setattr(trainer_module, "score", lambda *_, **__: Scores(next(losses), 0.0))
+    monkeypatch.setattr(trainer_module, "score", lambda *_, **__: CompletionScores(next(losses), 0.0))
     next(losses), next(losses)
     result = trained(settings(max_steps=40, patience=3))
 
@@ -154,7 +154,7 @@ def test_training_stops_early_and_keeps_the_best(settings, trained, tmp_path, mo
 
 
 def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, monkeypatch):
-    monkeypatch.setattr(trainer_module, "score", lambda *_, **__: Scores(1e9, 0.0))
+    monkeypatch.setattr(trainer_module, "score", lambda *_, **__: CompletionScores(1e9, 0.0))
     result = trained(settings())
 
     assert result["best_step"] == 0
@@ -165,16 +165,16 @@ def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, mon
 @pytest.mark.parametrize(
     ("scores", "monitor", "gain"),
     [
-        (Scores(0.9, 0.1), "loss", True),
-        (Scores(1.1, 0.9), "loss", False),
-        (Scores(1.1, 0.9), "accuracy", True),
-        (Scores(0.9, 0.4), "accuracy", False),
-        (Scores(0.9, 0.5), "accuracy", True),
-        (Scores(math.nan, 0.5), "loss", False),
+        (CompletionScores(0.9, 0.1), "loss", True),
+        (CompletionScores(1.1, 0.9), "loss", False),
+        (CompletionScores(1.1, 0.9), "accuracy", True),
+        (CompletionScores(0.9, 0.4), "accuracy", False),
+        (CompletionScores(0.9, 0.5), "accuracy", True),
+        (CompletionScores(math.nan, 0.5), "loss", False),
     ],
 )
 def test_what_a_gain_is(scores, monitor, gain):
-    assert is_improvement(scores, Scores(1.0, 0.5), monitor) is gain
+    assert is_improvement(scores, CompletionScores(1.0, 0.5), monitor) is gain
 
 
 def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_path):

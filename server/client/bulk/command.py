@@ -186,7 +186,7 @@ def run(
 
 async def _run(job: Job, url: str, api_key: str | None, journal: Journal) -> Finished:
     async with open_transport(url, api_key) as http:
-        with progress_bar("rows", job.num_rows, journal.progress.num_rows) as on_rows:
+        with progress_bar("rows", job.num_rows, journal.written.num_rows) as on_rows:
             return await run_job(job, http, journal, on_rows)
 
 

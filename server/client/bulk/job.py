@@ -65,7 +65,7 @@ async def run(job: Job, http: Transport, journal: Journal, on_rows: OnRows) -> F
         OSError: If the input cannot be read.
     """
     watch = Stopwatch()
-    before = journal.progress.num_rows
+    before = journal.written.num_rows
     sender = Sender(http, job.template, job.limits)
     state: State = "complete"
     reason, failure = "", None
@@ -75,7 +75,7 @@ async def run(job: Job, http: Transport, journal: Journal, on_rows: OnRows) -> F
     with _cancelled_by_signals(task) as signals:
         try:
             await _copy(job, sender, journal, on_rows)
-            if journal.progress.num_rows != job.num_rows:
+            if journal.written.num_rows != job.num_rows:
                 state, reason = "gave_up", f"{job.source} had {job.num_rows} rows and was changed during the run"
         except _EnoughError:
             state, reason = "too_many_errors", f"more than {job.max_errors} rows have failed (--max-errors)"
@@ -87,34 +87,34 @@ async def run(job: Job, http: Transport, journal: Journal, on_rows: OnRows) -> F
             task.uncancel()
             state, reason = "interrupted", f"stopped by {signals[0].name}"
     journal.close()
-    progress, tally, seconds = journal.progress, sender.tally, watch.seconds
+    written, tally, seconds = journal.written, sender.tally, watch.seconds
     summary = Summary(
         state=state,
         model=job.template.model,
         output=str(journal.path),
         rows=job.num_rows,
-        rows_done=progress.num_rows,
+        rows_done=written.num_rows,
         rows_before=before,
-        errors=progress.num_errors,
-        errors_by_code=dict(progress.codes),
+        errors=written.num_errors,
+        errors_by_code=dict(written.codes),
         prompt_tokens=tally.prompt_tokens,
         completion_tokens=tally.completion_tokens,
         requests=tally.requests,
         retries=dict(tally.retries),
         seconds=round(seconds, 3),
-        rows_per_second=round((progress.num_rows - before) / seconds, 3) if seconds else 0.0,
+        rows_per_second=round((written.num_rows - before) / seconds, 3) if seconds else 0.0,
     )
     return Finished(summary, reason, failure)
 
 
 async def _copy(job: Job, sender: Sender, journal: Journal, on_rows: OnRows) -> None:
-    rows = read_rows(job.source, skip=journal.progress.num_rows)
+    rows = read_rows(job.source, skip=journal.written.num_rows)
     stream: AsyncGenerator[list[Outcome], None] = sender.outcomes(rows)
     async with aclosing(stream):
         async for outcomes in stream:
-            allowed = _allowed(outcomes, job.max_errors, journal.progress.num_errors)
+            allowed = _allowed(outcomes, job.max_errors, journal.written.num_errors)
             journal.write([output_line(outcome) for outcome in allowed])
-            on_rows(len(allowed), journal.progress.num_errors)
+            on_rows(len(allowed), journal.written.num_errors)
             if len(allowed) < len(outcomes):
                 raise _EnoughError
             if journal.is_sync_due:

@@ -33,7 +33,7 @@ class JournalError(Exception):
 
 
 @dataclass(slots=True)
-class Progress:
+class WrittenRows:
     """The contents of the output.
 
     Attributes:
@@ -63,7 +63,7 @@ class Journal:
         restart: Ignore the existing output; ``start`` discards it.
 
     Attributes:
-        progress: The contents of the output.
+        written: The contents of the output.
         notes: What ``start`` stored at the first start; plain JSON, empty for a new run.
 
     Raises:
@@ -73,7 +73,7 @@ class Journal:
     def __init__(self, path: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
         self.path = path
         self.state_path = path.with_name(path.name + STATE_SUFFIX)
-        self.progress = Progress()
+        self.written = WrittenRows()
         self.notes: dict[str, Any] = {}
         self._identity = json.loads(json.dumps(identity))
         self._is_dirty = False
@@ -139,7 +139,7 @@ class Journal:
             raise self._failed(failure) from failure
         self._is_dirty = True
         for _, error in rows:
-            self.progress.count(error)
+            self.written.count(error)
 
     @property
     def is_sync_due(self) -> bool:
@@ -237,7 +237,7 @@ class Journal:
                         "give another path, or use --restart to start over"
                     )
                 break
-            self.progress.count(row.get("error"))
+            self.written.count(row.get("error"))
             end += len(line)
         self._file.truncate(end)
         self._file.seek(end)

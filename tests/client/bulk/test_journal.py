@@ -43,12 +43,12 @@ def test_a_cut_at_any_byte_is_gone_on_from(tmp_path_factory, count, data):
     cut = data.draw(st.integers(0, len(whole)))
     os.truncate(path, cut)
     with Journal(path, IDENTITY) as journal:
-        num_rows = journal.progress.num_rows
+        num_rows = journal.written.num_rows
         assert num_rows == whole[:cut].count(b"\n")
-        assert journal.progress.num_errors == sum(number % 3 == 2 for number in range(num_rows))
+        assert journal.written.num_errors == sum(number % 3 == 2 for number in range(num_rows))
         assert journal.notes == {"model": "a@1"}
         journal.write([row(number) for number in range(num_rows, count)])
-        assert journal.progress.num_rows == count
+        assert journal.written.num_rows == count
     assert path.read_bytes() == whole
 
 
@@ -58,7 +58,7 @@ def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole + b"\0" * 100)
     with Journal(path, IDENTITY) as journal:
-        assert journal.progress.num_rows == 2
+        assert journal.written.num_rows == 2
     assert path.read_bytes() == whole
 
 
@@ -82,7 +82,7 @@ def test_another_run_is_refused_until_restart(tmp_path):
     assert path.read_bytes() == before
     with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal:
         assert journal.is_new
-        assert journal.progress.num_rows == 0
+        assert journal.written.num_rows == 0
         assert path.read_bytes() == before  # until it is known that the new one can begin
         journal.start({"model": "a@1"})
     assert path.read_bytes() == b""
@@ -144,7 +144,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         journal.sync()
     monkeypatch.undo()
     with Journal(path, IDENTITY) as journal:
-        assert journal.progress.num_rows == 2
+        assert journal.written.num_rows == 2
 
 
 def test_syncs_are_due_after_a_while(tmp_path, monkeypatch):
