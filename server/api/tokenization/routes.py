@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's shapes: what the evaluation harness asks for."""
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info`` in vLLM's format, which the evaluation harness uses."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TokenizeBody(TemplateOptions):
 
 
 class TokenizeReply(BaseModel):
-    """The tokens of a text; virtual tokens of soft prompts are not among them."""
+    """The tokens of a text, without virtual tokens of soft prompts."""
 
     count: int = Field(description="Number of tokens.")
     max_model_len: int = Field(description="Maximum length of a sequence, virtual tokens included.")
@@ -85,7 +85,7 @@ class TokenizeReply(BaseModel):
 
 
 class DetokenizeBody(RequestBody):
-    """``POST /detokenize``: tokens to text, special tokens shown."""
+    """``POST /detokenize``: convert tokens to text, including special tokens."""
 
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
@@ -95,13 +95,13 @@ class DetokenizeBody(RequestBody):
 
 
 class DetokenizeReply(BaseModel):
-    """The text of some tokens."""
+    """The text of the tokens."""
 
     prompt: str = Field(description="The text of the tokens.")
 
 
 class TokenizerInfoReply(BaseModel):
-    """What the tokenizer's own configuration says, other keys among it."""
+    """The configuration of the tokenizer, including other keys."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -137,7 +137,7 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
                 tools=shown_tools(body.tools),
                 options=body.template_options,
             )
-            if len(text) > MAX_TEXT_CHARS:  # tools, reasoning and calls are in it too
+            if len(text) > MAX_TEXT_CHARS:  # it includes tools, reasoning and calls
                 raise InvalidRequestError(
                     f"messages: the template writes {len(text)} characters; at most {MAX_TEXT_CHARS} are allowed",
                     param="messages",
@@ -147,7 +147,7 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
             text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
         (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
         token_strs = await asyncio.to_thread(tokenizer.token_strings, tokens) if body.return_token_strs else None
-    # There may be a million of tokens, which pydantic would look at one by one.
+    # Pydantic would check up to a million tokens one by one.
     reply = {
         "count": len(tokens),
         "max_model_len": services.engine.model.max_model_len,
