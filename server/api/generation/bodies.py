@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, PlainValidator, PrivateAttr, model_validator
 
-from server.api.generation.known_fields import CHAT, COMPLETIONS, EVERYWHERE, Refused, refuse_unsupported
+from server.api.generation.known_fields import CHAT, COMPLETIONS, EVERYWHERE, KnownFieldsBody, Refused
 from server.api.generation.template_options import TemplateOptions
 from server.api.generation.tool_calls import (
     CLOSING,
@@ -114,6 +114,16 @@ Prompts = Annotated[
 Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str])]
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+TaskId = Annotated[int | None, Field(ge=0, lt=_INT64, description="Task id of a multitask prompt, from 0.")]
+Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")]
+Timeout = Annotated[
+    float | None,
+    Field(
+        gt=0.0,
+        le=MAX_TIMEOUT_SECONDS,
+        description="Maximum time in the queue, in seconds; then the request fails.",
+    ),
+]
 
 
 class StreamOptions(RequestBody):
@@ -123,13 +133,12 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool = Field(False, description="Include the usage so far in every chunk.")
 
 
-class GenerationBody(GuidedBody):
+class GenerationBody(GuidedBody, KnownFieldsBody):
     """Fields that completions and chat completions share."""
 
     unsupported: ClassVar[Mapping[str, Refused]] = EVERYWHERE
-    """Known fields of other servers that are rejected."""
 
-    task_id: int | None = Field(None, ge=0, lt=_INT64, description="Task id of a multitask prompt, from 0.")
+    task_id: TaskId = None
     stream: bool = Field(False, description="Whether to stream the response as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Options of the stream; only with `stream`.")
     temperature: float = Field(
@@ -177,22 +186,10 @@ class GenerationBody(GuidedBody):
     ignore_eos: bool = Field(False, description="Whether to continue after end-of-sequence tokens.")
     include_stop_str_in_output: bool = Field(False, description="Whether the text includes the stop string.")
     skip_special_tokens: bool = Field(True, description="Whether to leave special tokens out of the text.")
-    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")
-    timeout: float | None = Field(
-        None,
-        gt=0.0,
-        le=MAX_TIMEOUT_SECONDS,
-        description="Maximum time in the queue, in seconds; then the request fails.",
-    )
+    priority: Priority = 0
+    timeout: Timeout = None
     return_token_ids: bool = Field(False, description="Add `token_ids` and `prompt_token_ids` to each choice.")
     _constraint: tuple[str, Constraint] | None = PrivateAttr(None)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, value: object) -> object:
-        if isinstance(value, dict):
-            refuse_unsupported(value, cls.unsupported)
-        return value
 
     @model_validator(mode="after")
     def _check_single_structure(self) -> Self:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import model_validator
+
+from server.api.request_body import RequestBody
 from server.errors import UnsupportedError
 
 
@@ -192,6 +195,19 @@ IGNORED: dict[str, str] = {
     "routed_experts_prompt_start": "refers to data that this server does not return",
 }
 """Ignored by both, with the reason why that changes no output."""
+
+
+class KnownFieldsBody(RequestBody):
+    """A body that rejects the fields in ``unsupported`` by name."""
+
+    unsupported: ClassVar[Mapping[str, Refused]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            refuse_unsupported(value, cls.unsupported)
+        return value
 
 
 def refuse_unsupported(body: Mapping[str, Any], refused: Mapping[str, Refused]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant
+from prompt_store.files.strict_json import parse_json
 from server.engine.detokenizer import REPLACEMENT, overlap
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -186,9 +186,8 @@ class HermesReader:
     def _read(self, block: str) -> list[Piece] | None:
         """The call in a block; None if it is not a call."""
         try:
-            call = json.loads(block, parse_constant=refuse_constant, parse_float=finite_float)
-            check_depth(call, MAX_CALL_DEPTH)
-        except (ValueError, RecursionError):
+            call = parse_json(block, max_depth=MAX_CALL_DEPTH)
+        except ValueError:
             return None
         if not isinstance(call, dict):
             return None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
-from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant
+from prompt_store.files.strict_json import parse_json
 from server.api.json_budget import num_values
 from server.api.request_body import RequestBody, check_unicode, half_pair_in
 from server.api.structured.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
@@ -58,8 +58,7 @@ def _arguments(value: object) -> dict[str, Any]:
     """The arguments of a call as an object, which the chat template formats; they are sent as JSON text or object."""
     try:
         text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-        arguments = json.loads(text or "{}", parse_constant=refuse_constant, parse_float=finite_float)
-        check_depth(arguments, MAX_SCHEMA_DEPTH)
+        arguments = parse_json(text or "{}", max_depth=MAX_SCHEMA_DEPTH)
     except (ValueError, RecursionError) as error:
         raise ValueError("should be a JSON object, or a string that holds one") from error
     if not isinstance(arguments, dict):

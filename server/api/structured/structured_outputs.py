@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from prompt_store.files.strict_json import finite_float, refuse_constant
+from prompt_store.files.strict_json import parse_json
 from server.api.request_body import RequestBody, half_pair_in
 from server.api.structured.closed_schemas import closed
 from server.api.structured.schema_checks import MAX_CONSTRAINT_CHARS, check_grammar, check_schema, text_of
@@ -37,8 +37,8 @@ def _schema(value: object) -> dict[str, Any]:
         if len(value) > MAX_CONSTRAINT_CHARS:
             raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters")
         try:
-            value = json.loads(value, parse_constant=refuse_constant, parse_float=finite_float)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise ValueError("should be a JSON schema: an object, or a string that holds one") from error
     if not isinstance(value, dict):
         raise ValueError("should be a JSON schema: an object, or a string that holds one")

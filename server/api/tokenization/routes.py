@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Self
 
 import msgspec
 from fastapi import APIRouter, Depends
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.generation.bodies import TokenId
-from server.api.generation.known_fields import CHAT, EVERYWHERE, refuse_unsupported
+from server.api.generation.known_fields import CHAT, EVERYWHERE, KnownFieldsBody, Refused
 from server.api.generation.template_options import TemplateOptions
 from server.api.generation.tools import MAX_TOOLS, Messages, Tool, shown_tools
 from server.api.inference.entry import entered_for_text
@@ -31,16 +32,19 @@ router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
 MAX_TEXT_CHARS = 1_000_000
 MAX_TOKENS = MOST_TOKENS
 
-UNSUPPORTED = {"chat_template": CHAT["chat_template"], "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"]}
-
 
 def _text(value: str) -> str:
     check_unicode([value])
     return value
 
 
-class TokenizeBody(TemplateOptions):
+class TokenizeBody(TemplateOptions, KnownFieldsBody):
     """``POST /tokenize``: a text, or a conversation to format with the model's chat template."""
+
+    unsupported: ClassVar[Mapping[str, Refused]] = {
+        "chat_template": CHAT["chat_template"],
+        "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"],
+    }
 
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
@@ -60,13 +64,6 @@ class TokenizeBody(TemplateOptions):
         [], max_length=MAX_TOOLS, description="Tools of the conversation, passed to the template."
     )
     return_token_strs: bool = Field(False, description="Return the vocabulary entry of each token.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, value: object) -> object:
-        if isinstance(value, dict):
-            refuse_unsupported(value, UNSUPPORTED)
-        return value
 
     @model_validator(mode="after")
     def _check_that_there_is_one_text(self) -> Self:
