@@ -1,4 +1,4 @@
-"""Strict parsing of JSON from outside: hooks for ``json.loads``, and a limit of its depth."""
+"""Stricter checks of JSON than those of Python: hooks for ``json.loads``, and a limit of the depth."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 
 
 def refuse_constant(text: str) -> NoReturn:
-    """``parse_constant``: NaN and the infinities are not JSON; raises ValueError."""
+    """``parse_constant``: raises ValueError, because NaN and the infinities are not JSON."""
     raise ValueError(f"{text} is not JSON")
 
 
 def finite_float(text: str) -> float:
-    """``parse_float``: a number that a float can hold; raises ValueError for others, such as 1e999."""
+    """``parse_float``: raises ValueError for numbers that a float cannot represent, such as 1e999."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"number {text[:32]} is out of range")

@@ -210,7 +210,7 @@ async def list_prompts(
     after: After = None,
     tag: Tag = None,
 ) -> PromptList:
-    """List soft prompts by name."""
+    """A page of soft prompts, by name."""
     store = services.store.store
     summaries, has_more = await services.store.call(
         store.list_prompts, limit=limit, after=after, tag=tag, access=caller.access
