@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def refuse_constant(text: str) -> NoReturn:
@@ -16,6 +17,21 @@ def finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"number {text[:32]} is out of range")
+    return value
+
+
+def parse_json(text: str, *, max_depth: int | None = None) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is not valid JSON, has a number out of range, or is nested deeper than ``max_depth`` levels.
+    """
+    try:
+        value = json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if max_depth is not None:
+        check_depth(value, max_depth)
     return value
 
 

@@ -14,7 +14,7 @@ from server.api.services import Services
 from server.errors import OverloadedError, WaitTimeoutError
 
 
-class _Opening(msgspec.Struct):
+class _Fields(msgspec.Struct):
     """The fields of a body that an early refusal needs; msgspec skips the others."""
 
     model: str | None = None
@@ -42,21 +42,21 @@ class AdmissionMiddleware(HttpMiddleware):
             await self.app(scope, receive, send)
             return
         messages = await _whole(receive)
-        opening = _opening(messages)
-        refusal = None if opening is None else self._refusal(scope, opening)
-        if opening is None or refusal is None:
+        fields = _fields_of(messages)
+        refusal = None if fields is None else self._refusal(scope, fields)
+        if fields is None or refusal is None:
             await self.app(scope, _again(messages, receive), send)
             return
-        record = begin_record(Request(scope), self._services, model=opening.model, text=lambda: None)
+        record = begin_record(Request(scope), self._services, model=fields.model, text=lambda: None)
         await record.fail(refusal, self._services.metrics).response()(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         return self._services.admission.is_open(caller_of(Request(scope)).tenant, self._limit)
 
-    def _refusal(self, scope: Scope, opening: _Opening) -> OverloadedError | WaitTimeoutError | None:
+    def _refusal(self, scope: Scope, fields: _Fields) -> OverloadedError | WaitTimeoutError | None:
         try:
             self._services.admission.check(
-                caller_of(Request(scope)).tenant, self._limit, priority=opening.priority or 0
+                caller_of(Request(scope)).tenant, self._limit, priority=fields.priority or 0
             )
         except (OverloadedError, WaitTimeoutError) as error:
             return error
@@ -84,12 +84,12 @@ def _again(messages: list[Message], receive: Receive) -> Receive:
     return receive_again
 
 
-def _opening(messages: list[Message]) -> _Opening | None:
+def _fields_of(messages: list[Message]) -> _Fields | None:
     """The fields of a body; None if the client disconnected, or the route should report what is wrong."""
     if messages[-1]["type"] != "http.request":
         return None
     body = b"".join(message.get("body", b"") for message in messages)
     try:
-        return msgspec.json.decode(body, type=_Opening)
+        return msgspec.json.decode(body, type=_Fields)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None

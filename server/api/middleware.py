@@ -53,7 +53,7 @@ class RequestIdMiddleware(HttpMiddleware):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         headers = Headers(scope=scope)
-        matched = self._operations.match(scope["method"], scope["path"])
+        found = self._operations.match(scope["method"], scope["path"])
         incoming = headers.get("x-request-id", "")
         request_id = incoming if _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex
         record = RequestRecord(
@@ -61,9 +61,9 @@ class RequestIdMiddleware(HttpMiddleware):
             method=scope["method"],
             path=scope.get("raw_path", scope["path"].encode()).decode("latin-1"),
             traceparent=headers.get("traceparent"),
-            is_polled=matched.is_polled,
+            is_polled=found.is_polled,
         )
-        scope.setdefault("state", {}).update(request_id=request_id, record=record, matched=matched)
+        scope.setdefault("state", {}).update(request_id=request_id, record=record, matched=found)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -79,7 +79,7 @@ class RequestIdMiddleware(HttpMiddleware):
         except Exception as error:
             reply = record.fail(error, self._metrics)
             if started:
-                raise  # the server closes the connection, which tells the client that the response is not whole
+                raise  # the server closes the connection, so that the client notices the incomplete response
             await reply.response()(scope, receive, send_with_id)
         finally:
             record.total_seconds = time.monotonic() - record.started

@@ -74,7 +74,7 @@ def _describe(app: FastAPI, operations: Operations) -> dict[str, Any]:
     schemas: dict[str, Any] = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    structs = {struct for operation in by_route.values() for struct in (operation.reply, operation.event) if struct}
+    structs = [struct for operation in by_route.values() for struct in (operation.reply, operation.event) if struct]
     _, replies = msgspec.json.schema_components(structs, ref_template=_REF)
     schemas |= replies | ERROR_SCHEMAS
     components["securitySchemes"] = {

@@ -38,7 +38,7 @@ class Operation:
     """The facts of one route, declared on its endpoint: ``@Operation(...)`` below the decorator of the route.
 
     Attributes:
-        scopes: An API key needs one of them; if there are none, any key will do. None: no key is needed.
+        scopes: An API key needs one of them; any key is enough if there are none. None: no key is needed.
         errors: Statuses of errors, besides those that follow from ``scopes``, parameters and the request body.
         is_metrics: Whether ``--open-metrics`` serves it without an API key.
         quota: Limits of the API key that a request counts against.
@@ -70,7 +70,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """What a request's method and path lead to.
+    """The match of a request's method and path.
 
     Attributes:
         operation: The operation; None if the path has none for this method.
@@ -151,7 +151,7 @@ def _declared(route: BaseRoute) -> tuple[str, list[str], Operation]:
 
 
 def matched(scope: AsgiScope) -> Matched:
-    """What ``RequestIdMiddleware`` found for a request."""
+    """The match of a request, found by ``RequestIdMiddleware``."""
     found = scope["state"]["matched"]
     if not isinstance(found, Matched):
         raise TypeError("the state of a request holds something else than its operation")

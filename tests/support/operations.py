@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from server.api.middleware import RequestIdMiddleware
 from server.api.operations import Operation, Operations
 from server.app import ROUTERS
 
@@ -14,7 +13,6 @@ OPERATIONS = Operations(route for router in ROUTERS for route in router.routes)
 
 def operations_of(app: FastAPI) -> dict[tuple[str, str], Operation]:
     """All operations of an application, by method and path."""
-    (middleware,) = [item for item in app.user_middleware if item.cls is RequestIdMiddleware]
-    operations = middleware.kwargs["operations"]
+    (operations,) = [item.kwargs["operations"] for item in app.user_middleware if "operations" in item.kwargs]
     assert isinstance(operations, Operations)
     return operations.by_route

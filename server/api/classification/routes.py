@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 from fastapi import APIRouter, Depends
 from msgspec import UNSET, Meta, UnsetType
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from prompt_store.files.adapter_config import read_config
 from prompt_store.types import CONFIG_FILE, LeasedPrompt
 from server.api.classification.classification import Inputs, Label, Verdict, check_tokens, prepare, score
-from server.api.generation.bodies import MAX_TIMEOUT_SECONDS, Prompts
-from server.api.generation.known_fields import CLASSIFY, refuse_unsupported
+from server.api.generation.bodies import Priority, Prompts, TaskId, Timeout
+from server.api.generation.known_fields import CLASSIFY, KnownFieldsBody, Refused
 from server.api.generation.routes import tokenize_prompts
 from server.api.inference.call import Call
 from server.api.inference.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
@@ -30,7 +30,6 @@ from server.api.operations import Operation, Quota
 from server.api.request_body import check_unicode
 from server.api.services import Services, ServicesDep, require_json, require_ready
 from server.continuations import Context
-from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
 from server.errors import InvalidRequestError
 
 router = APIRouter(
@@ -60,10 +59,12 @@ def _labels(value: object) -> list[str]:
     return value
 
 
-class ClassifyBody(EnsembleBody):
+class ClassifyBody(EnsembleBody, KnownFieldsBody):
     """``POST /v1/classify``."""
 
-    task_id: int | None = Field(None, ge=0, lt=2**63, description="Task id of a multitask prompt, from 0.")
+    unsupported: ClassVar[Mapping[str, Refused]] = CLASSIFY
+
+    task_id: TaskId = None
     input: Annotated[Prompts, Field(description="One or more texts, as strings or token ids.")]
     labels: Annotated[
         list[str] | None,
@@ -74,20 +75,8 @@ class ClassifyBody(EnsembleBody):
         ),
     ] = None
     add_special_tokens: bool = Field(True, description="Whether to add the tokenizer's special tokens.")
-    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")
-    timeout: float | None = Field(
-        None,
-        gt=0.0,
-        le=MAX_TIMEOUT_SECONDS,
-        description="Maximum time in the queue, in seconds; then the request fails.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, value: object) -> object:
-        if isinstance(value, dict):
-            refuse_unsupported(value, CLASSIFY)
-        return value
+    priority: Priority = 0
+    timeout: Timeout = None
 
 
 class MemberLabel(msgspec.Struct, kw_only=True):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, PlainValidator, PrivateAttr, model_validator
 
-from server.api.generation.known_fields import CHAT, COMPLETIONS, EVERYWHERE, Refused, refuse_unsupported
+from server.api.generation.known_fields import CHAT, COMPLETIONS, EVERYWHERE, KnownFieldsBody, Refused
 from server.api.generation.template_options import TemplateOptions
 from server.api.generation.tool_calls import (
     CLOSING,
@@ -53,7 +53,7 @@ _INT64 = 2**63
 
 
 def _prompts(value: object) -> list[str] | list[list[int]]:
-    """Bring the four forms of ``prompt`` to a list of texts or a list of token-id lists."""
+    """Convert the four forms of ``prompt`` to a list of texts or a list of token id lists."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -92,7 +92,7 @@ def _stop(value: object) -> list[str]:
 
 
 def _logit_bias(value: object) -> dict[int, float]:
-    """Biases by token id: JSON's keys are strings."""
+    """Biases by token id, which is a string in JSON."""
     if not isinstance(value, dict):
         raise ValueError("should be an object of token ids and biases")
     if len(value) > MAX_LOGIT_BIAS_TOKENS:
@@ -114,6 +114,16 @@ Prompts = Annotated[
 Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str])]
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+TaskId = Annotated[int | None, Field(ge=0, lt=_INT64, description="Task id of a multitask prompt, from 0.")]
+Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")]
+Timeout = Annotated[
+    float | None,
+    Field(
+        gt=0.0,
+        le=MAX_TIMEOUT_SECONDS,
+        description="Maximum time in the queue, in seconds; then the request fails.",
+    ),
+]
 
 
 class StreamOptions(RequestBody):
@@ -123,13 +133,12 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool = Field(False, description="Include the usage so far in every chunk.")
 
 
-class GenerationBody(GuidedBody):
+class GenerationBody(GuidedBody, KnownFieldsBody):
     """Fields that completions and chat completions share."""
 
     unsupported: ClassVar[Mapping[str, Refused]] = EVERYWHERE
-    """Known fields of other servers that are rejected."""
 
-    task_id: int | None = Field(None, ge=0, lt=_INT64, description="Task id of a multitask prompt, from 0.")
+    task_id: TaskId = None
     stream: bool = Field(False, description="Whether to stream the response as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Options of the stream; only with `stream`.")
     temperature: float = Field(
@@ -177,34 +186,22 @@ class GenerationBody(GuidedBody):
     ignore_eos: bool = Field(False, description="Whether to continue after end-of-sequence tokens.")
     include_stop_str_in_output: bool = Field(False, description="Whether the text includes the stop string.")
     skip_special_tokens: bool = Field(True, description="Whether to leave special tokens out of the text.")
-    priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")
-    timeout: float | None = Field(
-        None,
-        gt=0.0,
-        le=MAX_TIMEOUT_SECONDS,
-        description="Maximum time in the queue, in seconds; then the request fails.",
-    )
+    priority: Priority = 0
+    timeout: Timeout = None
     return_token_ids: bool = Field(False, description="Add `token_ids` and `prompt_token_ids` to each choice.")
     _constraint: tuple[str, Constraint] | None = PrivateAttr(None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, value: object) -> object:
-        if isinstance(value, dict):
-            refuse_unsupported(value, cls.unsupported)
-        return value
-
     @model_validator(mode="after")
-    def _check_that_one_structure_is_asked(self) -> Self:
-        demands = self.guided_constraints
+    def _check_single_structure(self) -> Self:
+        constraints = self.guided_constraints
         if self.structured_outputs is not None and self.structured_outputs.constraint is not None:
-            demands.insert(0, ("structured_outputs", self.structured_outputs.constraint))
+            constraints.insert(0, ("structured_outputs", self.structured_outputs.constraint))
         if self.response_format is not None and self.response_format.constraint is not None:
-            demands.insert(0, ("response_format", self.response_format.constraint))
-        if len(demands) > 1:
-            first, second = demands[0][0], demands[1][0]
+            constraints.insert(0, ("response_format", self.response_format.constraint))
+        if len(constraints) > 1:
+            first, second = constraints[0][0], constraints[1][0]
             raise InvalidRequestError(f"{second}: cannot be combined with {first}", param=second)
-        self._constraint = demands[0] if demands else None
+        self._constraint = constraints[0] if constraints else None
         return self
 
     @model_validator(mode="after")
@@ -215,7 +212,7 @@ class GenerationBody(GuidedBody):
 
     @property
     def constraint(self) -> Constraint | None:
-        """The structure that the text must have; None for any."""
+        """The required structure of the text; None for any text."""
         return None if self._constraint is None else self._constraint[1]
 
     @property
@@ -255,7 +252,7 @@ class GenerationBody(GuidedBody):
 
     @property
     def text_field(self) -> str:
-        """The field that the text is from."""
+        """The field that contains the text."""
         return "prompt"
 
 
@@ -277,7 +274,7 @@ class CompletionBody(EnsembleBody, GenerationBody):
     add_special_tokens: bool = Field(True, description="Whether to add the tokenizer's special tokens to the text.")
 
     @model_validator(mode="after")
-    def _check_that_something_is_asked(self) -> Self:
+    def _check_token_limit(self) -> Self:
         if self.token_limit == 0 and not self.echo:
             raise InvalidRequestError("max_tokens: 0 is only allowed with echo", param="max_tokens")
         return self
@@ -292,8 +289,8 @@ class CompletionBody(EnsembleBody, GenerationBody):
                     "echo: with logprobs, cannot be combined with several soft prompts", param="echo"
                 )
             return self
-        for name, asked in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):
-            if asked:
+        for name, is_set in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):
+            if is_set:
                 raise InvalidRequestError(
                     f'{name}: not allowed when several soft prompts vote; use "ensemble": "mean"', param=name
                 )
@@ -344,7 +341,7 @@ class ChatBody(TemplateOptions, GenerationBody):
 
     @property
     def text_field(self) -> str:
-        """The field that the text is from."""
+        """The field that contains the text."""
         return "messages"
 
     @property
@@ -359,7 +356,7 @@ class ChatBody(TemplateOptions, GenerationBody):
 
     @property
     def make_reader(self) -> MakeReader | None:
-        """The parser of tool calls in the answer's text; None if no calls are possible."""
+        """The reader of tool calls in the generated text; None if no calls are possible."""
         if isinstance(self.tool_choice, NamedTool):
             return partial(NamedCallReader, self.tool_choice.function.name)
         if self.tool_choice == "required":

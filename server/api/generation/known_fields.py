@@ -1,27 +1,30 @@
-"""Fields that other servers know and this one does not: which are refused by name, and which may be ignored.
+"""Fields that other servers support and this one does not: some are rejected by name, others are ignored.
 
-A field that would change the answer is refused where it asks for anything: an answer without it would look right and
-be wrong. A field that changes no token of the answer is ignored, for a reason. Only what neither these tables nor a
-body know is ignored unseen. docs/generation.md has the same tables.
+A field that would change the output is rejected unless its value has no effect, because an output without it would
+look right and be wrong. A field that changes no token is ignored, with a reason given here. Fields that are neither
+in these tables nor in a body are ignored silently. docs/generation.md has the same tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import model_validator
+
+from server.api.request_body import RequestBody
 from server.errors import UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """How a field is refused.
+    """How a field is rejected.
 
     Attributes:
-        no_ops: Values that ask for nothing, besides null and what is empty.
-        instead: What to do about it.
-        same_as: A field of this server's whose value asks for nothing here, either: clients send both names.
+        no_ops: Accepted values without effect, besides null and empty values.
+        instead: Advice for the client.
+        same_as: Field of this server; its value is accepted here too, because clients send both names.
     """
 
     no_ops: tuple[object, ...] = ()
@@ -95,17 +98,17 @@ EVERYWHERE: dict[str, Refused] = {
     "lora_path": Refused(instead=_SOFT_PROMPT),
     "lora_request": Refused(instead=_SOFT_PROMPT),
     "prompt_adapter_request": Refused(instead=_SOFT_PROMPT),
-    # What the answer holds.
+    # Contents of the response.
     "prompt_logprobs": Refused((False,), "send echo with logprobs"),
     "logprob_token_ids": Refused(instead="send logprobs"),
     "logprobs_mode": Refused(("raw_logprobs",)),
     "return_tokens_as_token_ids": Refused((False,), "send return_token_ids"),
     "return_timings": Refused((False,)),
     "detokenize": Refused((True,), "send return_token_ids"),
-    # What the text is.
+    # The text.
     "prompt_embeds": Refused(instead="upload a soft prompt"),
     "apply_format": Refused((False,)),
-    # The Python client's word for fields beside the others.
+    # The Python client's name for additional fields.
     "extra_body": Refused(instead="send its fields at the top level"),
     # Between servers.
     "cache_salt": Refused(instead="use a key of a separate tenant: tenants do not share the cache"),
@@ -113,10 +116,10 @@ EVERYWHERE: dict[str, Refused] = {
     "ec_transfer_params": Refused(),
     "vllm_xargs": Refused(),
 }
-"""Refused by completions and chat."""
+"""Rejected by completions and chat completions."""
 
 COMPLETIONS: dict[str, Refused] = {
-    # As many candidates as choices leave nothing to select.
+    # With as many candidates as choices, there is nothing to select.
     "best_of": Refused((1,), "send n", "n"),
     "suffix": Refused(),
     "tools": Refused(instead="use /v1/chat/completions"),
@@ -129,18 +132,18 @@ COMPLETIONS: dict[str, Refused] = {
     "documents": Refused(instead="use /v1/chat/completions"),
     "reasoning_effort": Refused(instead="use /v1/chat/completions"),
 }
-"""Refused by completions alone."""
+"""Rejected by completions only."""
 
 CHAT: dict[str, Refused] = {
-    # As many candidates as choices leave nothing to select.
+    # With as many candidates as choices, there is nothing to select.
     "best_of": Refused((1,), "send n", "n"),
     "suffix": Refused(instead="use /v1/completions"),
     "echo": Refused((False,), "send continue_final_message"),
-    # The template comes from the model only: a template from a client is a program.
+    # Templates come only from the model: a template is a program.
     "chat_template": Refused(instead="send chat_template_kwargs"),
     "functions": Refused(instead=_TOOLS),
     "function_call": Refused(("none", "auto"), _TOOLS),
-    # Of completions and classifications: ignored, the answer would be the bare base's.
+    # Fields of completions and classification: if ignored, the bare base model would answer.
     "prompt_ids": Refused(instead="use /v1/completions"),
     "ensemble": Refused(instead="use /v1/completions"),
     "modalities": Refused((["text"],), "only text is supported"),
@@ -153,7 +156,7 @@ CHAT: dict[str, Refused] = {
     "separate_reasoning": Refused((False,)),
     "return_prompt_text": Refused((False,), "send return_token_ids"),
 }
-"""Refused by chat alone."""
+"""Rejected by chat completions only."""
 
 CLASSIFY: dict[str, Refused] = {
     "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"],
@@ -161,7 +164,7 @@ CLASSIFY: dict[str, Refused] = {
     "use_activation": Refused((True,)),
     "softmax": Refused((True,)),
 }
-"""Refused by classifications."""
+"""Rejected by classification."""
 
 _OPENAI_BOOKKEEPING = "OpenAI's own bookkeeping"
 _SPEED = "affects only the speed of the answer"
@@ -191,28 +194,41 @@ IGNORED: dict[str, str] = {
     "return_mm_kwargs": _RENDERED,
     "routed_experts_prompt_start": "refers to data that this server does not return",
 }
-"""Ignored by both, and why that changes no answer."""
+"""Ignored by both, with the reason why that changes no output."""
+
+
+class KnownFieldsBody(RequestBody):
+    """A body that rejects the fields in ``unsupported`` by name."""
+
+    unsupported: ClassVar[Mapping[str, Refused]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        if isinstance(value, dict):
+            refuse_unsupported(value, cls.unsupported)
+        return value
 
 
 def refuse_unsupported(body: Mapping[str, Any], refused: Mapping[str, Refused]) -> None:
-    """Refuse a field that asks for what this server does not do.
+    """Reject fields that this server does not support.
 
     Args:
-        body: A request's JSON object, not validated yet.
-        refused: What its route refuses.
+        body: JSON object of a request, before validation.
+        refused: Fields that the route rejects.
 
     Raises:
-        UnsupportedError: Naming the first such field.
+        UnsupportedError: If there is such a field; names the first one.
     """
-    for name, asked in body.items():
+    for name, value in body.items():
         how = refused.get(name)
-        if how is None or asked is None or asked in ([], {}, "") or any(_same(asked, no_op) for no_op in how.no_ops):
+        if how is None or value is None or value in ([], {}, "") or any(_same(value, no_op) for no_op in how.no_ops):
             continue
-        if how.same_as is not None and _same(asked, body.get(how.same_as)):
+        if how.same_as is not None and _same(value, body.get(how.same_as)):
             continue
         raise UnsupportedError(f"{name}: not supported by this server; {how.instead}", param=name)
 
 
-def _same(asked: Any, no_op: Any) -> bool:
+def _same(one: Any, other: Any) -> bool:
     """Equality in which ``true`` is not 1."""
-    return isinstance(asked, bool) == isinstance(no_op, bool) and bool(asked == no_op)
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)

@@ -1,4 +1,4 @@
-"""What a request gets where it does not say otherwise: the checkpoint's defaults, before the API's own."""
+"""Default values of request fields: those of the checkpoint take precedence over those of the API."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_
 
 
 def with_defaults(body: Body, defaults: GenerationDefaults, *, room: int) -> Body:
-    """A request with the checkpoint's values in the fields that it does not set.
+    """Fill the fields that a request does not set with the checkpoint's values.
 
     Args:
-        body: The request; an explicit null sets nothing.
-        defaults: The checkpoint's.
-        room: The fewest new tokens that one of its texts may have; a default of ``min_tokens`` gives way to it.
+        body: The request; an explicit null does not set a field.
+        defaults: Defaults of the checkpoint.
+        room: Number of new tokens that fit after the longest text; limits a default of ``min_tokens``.
     """
     own: dict[str, object] = {}
     for name in _FIELDS:
@@ -33,7 +33,7 @@ def with_defaults(body: Body, defaults: GenerationDefaults, *, room: int) -> Bod
 
 
 def default_fields(defaults: GenerationDefaults) -> dict[str, float | int | list[str]]:
-    """What a checkpoint sets, by the names of a request's fields."""
+    """The defaults of a checkpoint, by request field."""
     found: dict[str, float | int | list[str]] = {}
     for name in (*_FIELDS, "max_tokens"):
         value = getattr(defaults, name)
@@ -43,7 +43,7 @@ def default_fields(defaults: GenerationDefaults) -> dict[str, float | int | list
 
 
 def shorter_default(limit: int | None, defaults: GenerationDefaults) -> int | None:
-    """The new tokens of a request that sets no limit: the endpoint's default or the checkpoint's, the smaller one."""
+    """The token limit of a request without one: the smaller default of endpoint and checkpoint."""
     if defaults.max_tokens is None:
         return limit
     return defaults.max_tokens if limit is None else min(limit, defaults.max_tokens)

@@ -1,4 +1,4 @@
-"""What a client may say about how a conversation is written out by the model's chat template."""
+"""Request fields that are passed to the chat template of the model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from server.api.request_body import RequestBody, check_unicode
 from server.errors import InvalidRequestError
 
 MAX_TEMPLATE_CHARS = 32 * 1024
-"""Of ``chat_template_kwargs`` or ``documents`` as JSON."""
+"""Maximum size of ``chat_template_kwargs`` or ``documents`` as JSON."""
 
 MAX_TEMPLATE_DEPTH = 64
 MAX_DOCUMENTS = 128
 
 RESERVED = frozenset(
     {
-        # What the request says elsewhere, or may not say.
+        # Set by other fields, or not allowed.
         *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
         *("continue_final_message", "tokenize", "tokenizer_kwargs", "sanitize_control_tokens"),
         *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
     }
 )
-"""Names that transformers' ``apply_chat_template`` has for itself."""
+"""Parameter names of transformers' ``apply_chat_template``."""
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -46,7 +46,7 @@ def _variables(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class TemplateOptions(RequestBody):
-    """Fields of vLLM, and OpenAI's effort, that reach the chat template."""
+    """vLLM's template fields, and OpenAI's reasoning effort."""
 
     add_generation_prompt: bool | None = Field(
         None, description="Whether the template starts an answer; default: true unless `continue_final_message`."
@@ -65,7 +65,7 @@ class TemplateOptions(RequestBody):
     reasoning_effort: Effort | None = Field(None, description="Reasoning effort, passed to the template.")
 
     @model_validator(mode="after")
-    def _check_how_it_ends(self) -> Self:
+    def _check_ending(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
                 "add_generation_prompt: cannot be combined with continue_final_message", param="add_generation_prompt"
@@ -82,7 +82,7 @@ class TemplateOptions(RequestBody):
         if self.documents:
             options["documents"] = self.documents
         if self.reasoning_effort is not None:
-            # As vLLM does: templates know one of the two.
+            # As in vLLM: templates use one of the two.
             options["reasoning_effort"] = self.reasoning_effort
             options["enable_thinking"] = self.reasoning_effort != "none"
         return options | self.chat_template_kwargs

@@ -1,4 +1,4 @@
-"""Text of the model to tool calls, whole or while it arrives."""
+"""Parsers of tool calls in generated text, complete or streamed."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant
+from prompt_store.files.strict_json import parse_json
 from server.engine.detokenizer import REPLACEMENT, overlap
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
-"""How Hermes, Qwen and many others write a call: JSON with a name and arguments between these."""
+"""Tags around a call in the format of Hermes, Qwen and many others: JSON with a name and arguments."""
 
 MAX_CALL_DEPTH = 128
-"""Objects and lists within each other; what is deeper than that is text."""
+"""Maximum nesting of objects and lists; a deeper block is text."""
 
 _LONE_HALF = re.compile("[\ud800-\udfff]")
-"""Half of a surrogate pair, which JSON can spell, and which is no text; of pairs, Python has made one character."""
+"""Half of a surrogate pair, which JSON can express but is not valid text."""
 
 _CALL = re.compile(r'\{"name": "([a-zA-Z0-9_-]+)", "arguments": ')
-"""How a call begins that was forced by a schema: the engine writes JSON in one layout only."""
+"""The beginning of a call forced by a schema: the engine writes JSON in only one layout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text that is no call."""
+    """Text outside calls."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call begins."""
+    """The start of a call."""
 
     index: int
     id: str
@@ -43,7 +43,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A piece of a call's arguments, which are JSON."""
+    """A part of the arguments of a call, in JSON."""
 
     index: int
     text: str
@@ -53,14 +53,14 @@ Piece = Text | CallStart | CallArguments
 
 
 class ToolCallReader(Protocol):
-    """Reads one choice's text as it comes."""
+    """Reads the text of one choice as it arrives."""
 
     def append(self, text: str) -> list[Piece]:
-        """Take more text; returns what is certain now."""
+        """Add text; returns the pieces that are certain now."""
         ...
 
     def finish(self, reason: str) -> tuple[list[Piece], str]:
-        """The end of the text; returns what was held back, and the reason as a client is told it."""
+        """End the text; returns the remaining pieces, and the finish reason for the client."""
         ...
 
 
@@ -75,7 +75,7 @@ class NamedCallReader:
         self._has_begun = False
 
     def append(self, text: str) -> list[Piece]:
-        """Take more text."""
+        """Add text."""
         if not text:
             return []
         pieces: list[Piece] = [] if self._has_begun else [CallStart(0, _new_id(), self._name)]
@@ -83,19 +83,19 @@ class NamedCallReader:
         return [*pieces, CallArguments(0, text)]
 
     def finish(self, reason: str) -> tuple[list[Piece], str]:
-        """The end of the text."""
+        """End the text."""
         return [], reason
 
 
 class RequiredCallReader:
-    """A forced call of any function: an object whose layout is known."""
+    """A forced call of any function: an object with a known layout."""
 
     def __init__(self) -> None:
         self._held = ""
         self._has_begun = False
 
     def append(self, text: str) -> list[Piece]:
-        """Take more text; its last character may be the object's own brace."""
+        """Add text; its last character may be the closing brace of the object."""
         self._held += text
         pieces: list[Piece] = []
         if not self._has_begun:
@@ -111,7 +111,7 @@ class RequiredCallReader:
         return pieces
 
     def finish(self, reason: str) -> tuple[list[Piece], str]:
-        """The end of the text; one that was cut off early has no brace to leave out."""
+        """End the text; a truncated text has no closing brace to leave out."""
         if reason == "stop" and self._has_begun:
             return [], "tool_calls"
         if not self._held:
@@ -120,13 +120,13 @@ class RequiredCallReader:
 
 
 class HermesReader:
-    """Free text in which calls may stand between ``<tool_call>`` and ``</tool_call>``.
+    """Free text with calls between ``<tool_call>`` and ``</tool_call>``.
 
-    A block that is no call of a known function is shown as the text that it is. White space around calls is not.
+    A block that is not a call of a known function is kept as text. White space around calls is removed.
 
     Args:
         names: The known functions.
-        allows_several: Whether calls after the first are told; otherwise nothing after it is.
+        allows_several: Whether calls after the first are returned.
     """
 
     def __init__(self, names: Collection[str], *, allows_several: bool) -> None:
@@ -137,7 +137,7 @@ class HermesReader:
         self._follows_call = False
 
     def append(self, text: str) -> list[Piece]:
-        """Take more text; a block is told when it is complete."""
+        """Add text; a block is returned when it is complete."""
         self._held += text
         pieces: list[Piece] = []
         while (start := self._held.find(OPENING)) >= 0:
@@ -151,13 +151,13 @@ class HermesReader:
             self._held = self._held[end:]
         if start < 0:
             start = len(self._held) - overlap(self._held, OPENING)
-        safe = len(self._held[:start].rstrip())  # white space may stand before a call
+        safe = len(self._held[:start].rstrip())  # white space may precede a call
         pieces += self._show(self._held[:safe])
         self._held = self._held[safe:]
         return pieces
 
     def finish(self, reason: str) -> tuple[list[Piece], str]:
-        """The end of the text. A last block that is not closed is a call if it is complete otherwise."""
+        """End the text. A last block without closing tag is a call if it is otherwise complete."""
         pieces: list[Piece] = []
         start = self._held.find(OPENING)
         if start >= 0 and reason == "stop":
@@ -184,11 +184,10 @@ class HermesReader:
         return [Text(text)]
 
     def _read(self, block: str) -> list[Piece] | None:
-        """A block's call; None where it is none."""
+        """The call in a block; None if it is not a call."""
         try:
-            call = json.loads(block, parse_constant=refuse_constant, parse_float=finite_float)
-            check_depth(call, MAX_CALL_DEPTH)
-        except (ValueError, RecursionError):
+            call = parse_json(block, max_depth=MAX_CALL_DEPTH)
+        except ValueError:
             return None
         if not isinstance(call, dict):
             return None

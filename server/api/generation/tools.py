@@ -1,4 +1,4 @@
-"""Tools and the messages that speak of them: OpenAI's shapes, and what a forced choice holds the answer to."""
+"""Tools and messages in OpenAI's format, and the constraint of a forced tool call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
-from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant
+from prompt_store.files.strict_json import parse_json
 from server.api.json_budget import num_values
 from server.api.request_body import RequestBody, check_unicode, half_pair_in
 from server.api.structured.schema_checks import MAX_CONSTRAINT_CHARS, MAX_SCHEMA_DEPTH, text_of
@@ -21,23 +21,23 @@ MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
-"""Text parts of one message."""
+"""Maximum number of text parts of one message."""
 
 MAX_CALLS_IN_ALL = 4096
-"""Calls of all messages of a conversation."""
+"""Maximum number of calls in all messages of a conversation."""
 
 MAX_ARGUMENT_CHARS = 1024 * 1024
-"""Arguments of all calls together, as JSON."""
+"""Maximum size of the arguments of all calls together, as JSON."""
 
 MAX_ARGUMENT_VALUES = 32_768
-"""Values in them."""
+"""Maximum number of JSON values in them."""
 
 _NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _chat_text(value: object) -> str:
-    """A message's content: a string, or text parts that are joined by line ends as they stand."""
+    """The content of a message: a string, or text parts, which are joined by newlines."""
     if isinstance(value, str):
         check_unicode([value])
         return value
@@ -55,11 +55,10 @@ def _chat_text(value: object) -> str:
 
 
 def _arguments(value: object) -> dict[str, Any]:
-    """A call's arguments, for the chat template, which writes them in its own way: JSON in a string, or an object."""
+    """The arguments of a call as an object, which the chat template formats; they are sent as JSON text or object."""
     try:
         text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-        arguments = json.loads(text or "{}", parse_constant=refuse_constant, parse_float=finite_float)
-        check_depth(arguments, MAX_SCHEMA_DEPTH)
+        arguments = parse_json(text or "{}", max_depth=MAX_SCHEMA_DEPTH)
     except (ValueError, RecursionError) as error:
         raise ValueError("should be a JSON object, or a string that holds one") from error
     if not isinstance(arguments, dict):
@@ -73,7 +72,7 @@ ChatText = Annotated[str, PlainValidator(_chat_text, json_schema_input_type=str 
 
 
 class FunctionCall(RequestBody):
-    """What the model called."""
+    """The function that the model called."""
 
     name: str = Field(pattern=_NAME, description="Name of the function.")
     arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any])] = (
@@ -110,7 +109,7 @@ class ChatMessage(RequestBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_templates_have_no_place_for(cls, value: object) -> object:
+    def _refuse_unsupported(cls, value: object) -> object:
         if isinstance(value, dict):
             for name, instead in (("function_call", "tool_calls"), ("audio", "content")):
                 if value.get(name) is not None:
@@ -120,33 +119,33 @@ class ChatMessage(RequestBody):
 
     @field_validator("tool_calls")
     @classmethod
-    def _check_who_calls(cls, value: list[ToolCall], info: ValidationInfo) -> list[ToolCall]:
+    def _check_caller_role(cls, value: list[ToolCall], info: ValidationInfo) -> list[ToolCall]:
         if value and info.data.get("role") != "assistant":
             raise ValueError("is only allowed in assistant messages")
         return value
 
     @field_validator("content")
     @classmethod
-    def _check_that_something_is_said(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _check_content(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None and info.data.get("role") not in ("assistant", "tool"):
             raise ValueError("should be a string or a list of text parts")
         return value
 
     @field_validator("tool_call_id")
     @classmethod
-    def _check_what_is_answered(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _check_answered_call(cls, value: str | None, info: ValidationInfo) -> str | None:
         if (value is not None) != (info.data.get("role") == "tool"):
             raise ValueError("is required in messages of role tool, and only there")
         return value
 
     @property
     def turn(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
+        """The message as chat templates expect it."""
         role = "system" if self.role == "developer" else self.role
         turn: dict[str, Any] = {"role": role, "content": self.content or ""}
-        thought = self.reasoning if self.reasoning is not None else self.reasoning_content
-        if thought is not None:
-            turn["reasoning"] = turn["reasoning_content"] = thought
+        reasoning = self.reasoning if self.reasoning is not None else self.reasoning_content
+        if reasoning is not None:
+            turn["reasoning"] = turn["reasoning_content"] = reasoning
         if self.tool_calls:
             turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id is not None:
@@ -157,7 +156,7 @@ class ChatMessage(RequestBody):
 
 
 def _messages(value: object) -> object:
-    """Bound a conversation before any of its messages is looked at."""
+    """Bound a conversation before any message is validated."""
     if not isinstance(value, list):
         return value
     if not value:
@@ -212,13 +211,13 @@ class Tool(RequestBody):
 
 
 class NamedFunction(RequestBody):
-    """A function by its name."""
+    """The name of a function."""
 
     name: str = Field(pattern=_NAME, description="Name of the function.")
 
 
 class NamedTool(RequestBody):
-    """The one tool that the model has to call."""
+    """The tool that the model must call."""
 
     type: Literal["function"] = Field(description="Always `function`.")
     function: NamedFunction = Field(description="The function to call.")
@@ -228,15 +227,15 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 def shown_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Tools as chat templates take them."""
+    """Tools as chat templates expect them."""
     return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
 
 
 def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
-    """Hold a tool choice against the tools.
+    """Check a tool choice.
 
     Raises:
-        InvalidRequestError: If two tools have one name, or the choice forces one that there is not.
+        InvalidRequestError: If two tools have the same name, or the choice forces a tool that does not exist.
     """
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
@@ -250,10 +249,10 @@ def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
 
 
 def forced_constraint(tools: Sequence[Tool], choice: ToolChoice | None) -> Constraint | None:
-    """What a choice holds the answer to: a named function's arguments, or one call of any; None where it is free.
+    """The constraint of a tool choice: the arguments of a named function, or one call of any; None if free.
 
     Raises:
-        InvalidRequestError: If the tools together are too long for it.
+        InvalidRequestError: If the tools together are too long.
     """
     if isinstance(choice, NamedTool):
         function = next(tool.function for tool in tools if tool.function.name == choice.function.name)
@@ -287,11 +286,11 @@ def _call_schema(name: str) -> dict[str, Any]:
 
 
 def _embedded(schema: dict[str, Any], uri: str) -> dict[str, Any]:
-    """A schema as a resource of its own inside another, so that its references and anchors mean what they meant.
+    """Embed a schema in another as a separate resource, so that its references and anchors stay valid.
 
     Args:
-        schema: Of bounded depth.
-        uri: Its name there, in place of its own: two functions may have the same.
+        schema: A schema of bounded depth.
+        uri: New ``$id`` of the schema, because two functions may have the same.
     """
     own = schema.get("$id")
     old = own.removesuffix("#") if isinstance(own, str) else ""
@@ -300,7 +299,7 @@ def _embedded(schema: dict[str, Any], uri: str) -> dict[str, Any]:
 
 
 def _renamed(node: Any, old: str, new: str) -> Any:
-    """A schema whose references to one resource lead to another."""
+    """Change the references to one resource in a schema to another resource."""
     if isinstance(node, list):
         return [_renamed(item, old, new) for item in node]
     if not isinstance(node, Mapping):
@@ -313,10 +312,10 @@ def _renamed(node: Any, old: str, new: str) -> Any:
 
 
 def _check_identifiers(functions: Sequence[Function]) -> None:
-    """Look for two schemas inside different functions that have one absolute ``$id`` and are not the same.
+    """Check that different schemas inside the functions do not have the same absolute ``$id``.
 
     Raises:
-        InvalidRequestError: If there are.
+        InvalidRequestError: If two have.
     """
     known: dict[str, Any] = {}
     for function in functions:

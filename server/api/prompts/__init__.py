@@ -1,1 +1,1 @@
-"""The registry's routes."""
+"""The routes of the registry."""

@@ -196,7 +196,7 @@ class WarmBody(RequestBody):
 
 
 class WarmReply(BaseModel):
-    """The version that was loaded onto the device."""
+    """The version that was loaded onto the device or unpinned."""
 
     object: ObjectType = "prompt.warmed"
     id: PromptName

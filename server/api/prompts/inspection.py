@@ -1,4 +1,4 @@
-"""``/v1/prompts/{id}/inspect``: what a soft prompt looks like beside the model."""
+"""``/v1/prompts/{id}/inspect``: nearest tokens and norms of a soft prompt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VirtualTokenBody(BaseModel):
 
 
 class VocabularyBody(BaseModel):
-    """The model's own input embeddings, as its layers get them."""
+    """The input embeddings of the model, scaled as its layers receive them."""
 
     norm_mean: float = Field(description="Mean of the Euclidean norms.")
     norm_std: float = Field(description="Standard deviation of the Euclidean norms.")
@@ -55,7 +55,7 @@ class NormsBody(BaseModel):
 
     @classmethod
     def of(cls, norms: NormRange) -> NormsBody:
-        """The engine's numbers as the API shows them."""
+        """Convert the engine's numbers."""
         return cls(mean=norms.mean, min=norms.min, max=norms.max)
 
 
@@ -88,7 +88,7 @@ class InspectionBody(BaseModel):
     def of(
         cls, version: PromptVersion, task_id: int | None, inspection: Inspection, tokenizer: Tokenizer
     ) -> InspectionBody:
-        """The engine's findings with the tokens' texts."""
+        """Convert the engine's result, and add the texts of tokens."""
         texts = {
             token_id: shown_token(tokenizer.token_bytes(token_id))
             for token_id in {token_id for row in inspection.rows for token_id, _ in row.nearest}
@@ -145,7 +145,7 @@ async def inspect_prompt(
         int, Query(ge=1, le=MAX_NEAREST, description="Number of nearest tokens to show per virtual token.")
     ] = 5,
 ) -> InspectionBody:
-    """Norms of a version (of the alias latest, where none is named), and the tokens that its rows are near to."""
+    """Get the norms of a version (default: the alias latest), and the tokens nearest to its rows."""
     with services.admission.permits(1, tenant=caller.tenant, waits=False):
         async with services.store.lease(ref_of(name, version, alias), caller.access) as leased:
             check_task(leased.version, task_id)

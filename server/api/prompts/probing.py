@@ -1,7 +1,7 @@
-"""A short text through the engine before an upload is published: whether the model can compute with the soft prompt.
+"""Run a short text through the engine before an upload is published, to check that the model can use it.
 
-Every value of a file may be finite, and what the model computes from it not: keys of 3e38 make scores infinite. Such
-a soft prompt would fail every request.
+All values of a file may be finite while the results of the model are not: keys of 3e38 make scores infinite. Such a
+soft prompt would fail every request.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from server.errors import NotFiniteError
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog: 0, 1 and 23.\nWhy?"
 
 NEW_TOKENS = 2
-"""By which the probe goes through a decode too."""
+"""Number of new tokens, so that the probe includes a decode step."""
 
 MAX_TASKS = 16
-"""Tasks of a multitask prompt that are tried, the first ones; they may be thousands."""
+"""Maximum number of tasks of a multitask prompt to try; there may be thousands."""
 
 
 async def probe(services: Services, checked: CheckedUpload, weights: Path, caller: Caller) -> None:
-    """Try an upload, each of its first tasks where it has several, and take a permit meanwhile.
+    """Try an upload, or each of its first tasks if it has several, with one permit.
 
     Args:
-        services: Where engine and tokenizer are.
+        services: The server.
         checked: The upload.
-        weights: Where its weights lie, until this returns.
-        caller: Whose it is, and whose turn it takes.
+        weights: The weights file; it must exist until this returns.
+        caller: The uploader, whose turn in the queue is used.
 
     Raises:
         InvalidPromptError: If the model computes NaN or an infinity.

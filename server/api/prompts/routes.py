@@ -1,4 +1,4 @@
-"""The routes of soft prompts: upload, look up, point aliases, delete."""
+"""The routes of soft prompts: upload, read, move aliases, delete."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ Tag = Annotated[
 
 
 class _LeasedWeights(FileResponse):
-    """A weights file straight from the store's directory, leased while it is sent: it may be too large for memory."""
+    """A weights file sent from disk, leased meanwhile, because it may be too large for memory."""
 
     def __init__(self, store: AsyncPromptStore, ref: PromptRef, caller: Caller, *, sha256: str) -> None:
         super().__init__("", headers=_file_headers(WEIGHTS_FILE, sha256), media_type="application/octet-stream")
@@ -98,7 +98,7 @@ class _LeasedWeights(FileResponse):
         self._access = caller.access
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """Send the file, or the part of it that was asked for."""
+        """Send the file, or the requested range."""
 
         async def send_or_raise(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
@@ -111,7 +111,7 @@ class _LeasedWeights(FileResponse):
 
 
 def ref_of(name: str, version: int | None, alias: str | None) -> PromptRef:
-    """The version or the alias that a request names; the alias latest where it names neither.
+    """The version or alias that a request names; default: the alias latest.
 
     Raises:
         InvalidRequestError: If it names both.

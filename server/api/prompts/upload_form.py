@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, PlainValidator, ValidationError, model_validator
 
-from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant
+from prompt_store.files.strict_json import parse_json
 from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, Lineage, TaskType, check_name
 from server.api.http.multipart import FILES_FIELD
 from server.api.request_body import first_message
@@ -38,10 +38,9 @@ def _tags(values: list[str]) -> tuple[str, ...]:
 
 def _json_object(text: str) -> dict[str, object]:
     try:
-        value = json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
+        value = parse_json(text, max_depth=MAX_JSON_DEPTH)
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be sent back
-        check_depth(value, MAX_JSON_DEPTH)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")

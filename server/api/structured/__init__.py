@@ -1,1 +1,1 @@
-"""What an answer is held to: schemas, grammars, choices, patterns."""
+"""Constraints on generated text: schemas, grammars, choices and patterns."""

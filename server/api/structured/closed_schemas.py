@@ -17,10 +17,10 @@ _TOGETHER = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "$ref", "$d
 """Keywords that apply to the same object as their siblings."""
 
 _LEAVES_OPEN = ("not", "if", "then", "else", "dependentSchemas")
-"""What these hold has to hold with something else, or not to hold."""
+"""Keywords whose schemas apply together with others, or are negated."""
 
 _SPOKEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties")
-"""Who writes one of these has thought of further properties."""
+"""Keywords that show that the author considered additional properties."""
 
 _SCHEMA = ("items", "contains", "additionalProperties", "additionalItems")
 _SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -28,12 +28,12 @@ _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a schema whose objects have the properties that they name, where nothing else is said.
+    """A copy of a schema without additional properties, unless the schema mentions them.
 
     Args:
-        schema: Of bounded depth.
+        schema: A schema of bounded depth.
     """
-    # Where references lead is not followed: one from a place that is left open leaves everything open.
+    # References are not followed: if an open schema has one, everything stays open.
     if any(_open_references(schema)):
         return schema
     made: dict[str, Any] = _closed(schema)

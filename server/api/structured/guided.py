@@ -1,4 +1,4 @@
-"""``guided_*``: the names that vLLM had for ``structured_outputs``, which clients still send."""
+"""``guided_*``: vLLM's older names of ``structured_outputs``, which clients still send."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-"""Each one's name in ``structured_outputs``."""
+"""Name in ``structured_outputs`` by older name."""
 
 
 class GuidedBody(RequestBody):
@@ -34,15 +34,15 @@ class GuidedBody(RequestBody):
 
     @property
     def guided_constraints(self) -> list[tuple[str, Constraint]]:
-        """What is demanded, and by which field.
+        """The given constraints, each with its field.
 
         Raises:
-            InvalidRequestError: If it is not what ``structured_outputs`` would take.
+            InvalidRequestError: If ``structured_outputs`` does not accept one.
         """
         found = []
         for name, key in GUIDED.items():
             value = getattr(self, name)
-            if value is None or value in ("", []):  # clients with a field for each send those that are not filled in
+            if value is None or value in ("", []):  # some clients send all fields, even unused ones
                 continue
             try:
                 constraint = StructuredOutputs.model_validate({key: value}).constraint

@@ -1,4 +1,4 @@
-"""What is checked of JSON schemas and grammars before they are compiled, in no time: sizes, depths and numbers."""
+"""Quick checks of JSON schemas and grammars before compilation: sizes, depths and numbers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from prompt_store.files.strict_json import check_depth
 from server.api.structured.schema_numbers import check_numbers
 
 MAX_CONSTRAINT_CHARS = 64 * 1024
-"""Of a schema as JSON, of a grammar, or of all choices together."""
+"""Maximum size of a schema as JSON, of a grammar, or of all choices together."""
 
 MAX_SCHEMA_DEPTH = 64
-"""Objects and lists within each other, those of the schema language included."""
+"""Maximum nesting of objects and lists, including those of the schema language."""
 
 MAX_MULTIPLE = 50_000
 """Maximum least common multiple of a schema's ``multipleOf``: the divisibility automaton has this many states."""
 
 MAX_MULTIPLE_PLACES = 9
-"""Decimal places of each."""
+"""Maximum number of decimal places of ``multipleOf``."""
 
 _OPTIONS, _SCHEMA = "%llguidance", "%json"
 """Keywords of grammars: options, which are rejected, and a JSON schema."""
@@ -69,18 +69,18 @@ def check_grammar(text: str) -> str:
 
 
 def text_of(schema: dict[str, Any]) -> str:
-    """A schema as the engine takes it, the same for the same schema; its order is the order of the output.
+    """Format a schema for the engine. Equal schemas have equal texts; the order of keys is that of the output.
 
     Raises:
-        ValueError: If it holds a number that JSON has not.
+        ValueError: If it contains a number that JSON does not have.
     """
     return json.dumps(schema, separators=(",", ":"), allow_nan=False)
 
 
 def _json_at(text: str, start: int) -> Any:
-    """The JSON that begins at a place; None where there is none, as the compiler finds there, too.
+    """The JSON value that begins at an offset; None if there is none, which the compiler will report.
 
-    Python's parser takes whatever the compiler's does, and more.
+    Python's parser accepts everything that the compiler's parser accepts, and more.
     """
     while start < len(text) and text[start] in " \t\n\r":
         start += 1
@@ -91,7 +91,7 @@ def _json_at(text: str, start: int) -> Any:
 
 
 def _divisors(schema: dict[str, Any]) -> Iterator[Decimal]:
-    """Every multipleOf in a schema, each positive number once."""
+    """All positive values of multipleOf in a schema, each one once."""
     seen: set[Decimal] = set()
     nodes: list[Any] = [schema]
     while nodes:
@@ -107,7 +107,7 @@ def _divisors(schema: dict[str, Any]) -> Iterator[Decimal]:
 
 
 def _common_multiple(divisors: Iterator[Decimal]) -> int:
-    """The least common multiple, in units of its last decimal place; of more than is allowed some larger number."""
+    """The least common multiple, in units of its last decimal place; any larger number if over the limit."""
     multiple = 1
     for divisor in divisors:
         if divisor > MAX_MULTIPLE or divisor != round(divisor, MAX_MULTIPLE_PLACES):

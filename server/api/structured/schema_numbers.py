@@ -1,7 +1,6 @@
-"""Numbers of a JSON schema that the compiler would round: it reads them as 64-bit floats and writes 64-bit integers.
+"""Numbers of a JSON schema that the compiler would round: it reads 64-bit floats and writes 64-bit integers.
 
-A bound that is rounded lets values through that the schema does not take, so what is not exact is refused. No schema
-is made less than it says.
+A rounded bound would allow values that the schema forbids, so schemas with inexact numbers are rejected.
 """
 
 from __future__ import annotations
@@ -12,32 +11,32 @@ from typing import Any, TypeGuard
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _EXACT = 2**53
-"""Up to here, every integer is a float, and so are its neighbours."""
+"""Up to here, every integer and its neighbours are exact as floats."""
 
 _MAX_EXCLUSIVE = 10**15
-"""Beyond it, up to 2**53, the compiler writes the digits of an exclusive bound with a zero behind the point."""
+"""From here up to 2**53, the compiler writes an exclusive bound with a zero after the decimal point."""
 
 _EXACT_POWERS = 22
-"""Powers of ten that are floats, so that one product or quotient of a number's digits with them is rounded once."""
+"""Largest power of ten that is exact as a float, so that scaling a number's digits by it rounds only once."""
 
 _INCLUSIVE, _EXCLUSIVE = ("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")
 VALUE_KEYWORDS = ("const", "enum")
-"""What these hold is JSON, however much it looks like a schema."""
+"""Keywords with JSON values, even if the values look like schemas."""
 
 _ANNOTATIONS = ("default", "examples", "example", "x-guidance")
-"""What these hold is neither a schema nor a value that is demanded."""
+"""Keywords with values that are neither schemas nor constraints."""
 
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def check_numbers(schema: dict[str, Any]) -> None:
-    """Look for numbers that cannot be held to exactly.
+    """Check that all numbers of a schema can be enforced exactly.
 
     Args:
-        schema: Of bounded depth.
+        schema: A schema of bounded depth.
 
     Raises:
-        ValueError: If it has one; the keyword is named.
+        ValueError: If one cannot; the keyword is named.
     """
     for node in subschemas(schema):
         for key in _INCLUSIVE:
@@ -61,7 +60,7 @@ def check_numbers(schema: dict[str, Any]) -> None:
 
 
 def subschemas(schema: object) -> Iterator[dict[str, Any]]:
-    """A schema and all in it, wherever a keyword may have one; not what it says of values."""
+    """A schema and all schemas inside it, without JSON values and annotations."""
     nodes: list[object] = [schema]
     while nodes:
         node = nodes.pop()
@@ -96,9 +95,9 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 def _is_exact_bound(value: Any, *, is_integer: bool) -> bool:
     if not _is_number(value):
         return True
-    if not is_integer:  # of a range of floats, the bounds' digits are written
+    if not is_integer:  # the digits of a float range's bounds are written
         return _is_exact_float(value)
-    # The largest is rounded up, and cut off there again.
+    # The largest integer is rounded up, and clamped again.
     return value in (_INT64_MIN, _INT64_MAX) or (_INT64_MIN < value < _INT64_MAX and _is_read(value))
 
 
@@ -109,14 +108,14 @@ def _is_exact_value(value: int | float) -> bool:
 
 
 def _is_exact_float(value: int | float) -> bool:
-    """Whether a number is read, and written: large ones as the digits that tell a float from others, and zeros."""
+    """Whether a number is read and written exactly; large floats are written as their shortest digits and zeros."""
     if -_EXACT < value < _EXACT:
         return _is_read(value)
     return _is_read(value) and Decimal(repr(float(value))) == Decimal(value)
 
 
 def _is_read(value: int | float) -> bool:
-    """Whether the compiler's parser reads exactly this float: of long numbers it may take the next one."""
+    """Whether the compiler's parser reads exactly this float; it may round long numbers to the next one."""
     try:
         number = float(value)
     except OverflowError:
@@ -125,16 +124,16 @@ def _is_read(value: int | float) -> bool:
         return number == value
     written = Decimal(repr(number))
     if isinstance(value, int):
-        written = written.normalize()  # it is written without a point, and without the zero behind one
+        written = written.normalize()  # it is written without decimal point
     _, digits, exponent = written.as_tuple()
     significand = int("".join(map(str, digits)))
-    # The zero behind a float's point is one of the digits that are read.
+    # The zero after the decimal point of a float is one of the digits that are read.
     is_float = significand <= _EXACT or (digits[-1] == 0 and float(significand) == significand)
     return number == value and is_float and abs(int(exponent)) <= _EXACT_POWERS
 
 
 def _with_parts(node: dict[str, Any]) -> dict[str, Any]:
-    """A schema and those that have to hold with it, as one."""
+    """A schema merged with the schemas of its ``allOf``."""
     parts = node.get("allOf", [])
     whole = dict(node)
     for part in parts if isinstance(parts, list) else []:
@@ -143,7 +142,7 @@ def _with_parts(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loses_its_zero(node: dict[str, Any], exclusive: str, sign: int) -> bool:
-    """Whether llguidance would allow 0 where it is excluded, which it does when all that is left begins with 0."""
+    """Whether llguidance would allow an excluded 0, as it does if all remaining numbers begin with 0."""
     types = node.get("type", "number")
     if "number" not in (types if isinstance(types, list) else [types]):
         return False

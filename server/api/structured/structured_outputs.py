@@ -1,7 +1,7 @@
-"""``response_format`` and ``structured_outputs``: what a client may demand of a text, and its bounds.
+"""``response_format`` and ``structured_outputs``: constraints on the generated text, and their bounds.
 
-Whether a constraint can be compiled is the engine's to find out, in its own time. What is checked here takes none:
-shapes, sizes, depths, and the few things that no limit of the compiler holds back.
+The engine compiles constraints and reports errors of compilation. Only quick checks are made here: types, sizes,
+depths, and the few things that no limit of the compiler covers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from prompt_store.files.strict_json import finite_float, refuse_constant
+from prompt_store.files.strict_json import parse_json
 from server.api.request_body import RequestBody, half_pair_in
 from server.api.structured.closed_schemas import closed
 from server.api.structured.schema_checks import MAX_CONSTRAINT_CHARS, check_grammar, check_schema, text_of
@@ -24,9 +24,9 @@ MAX_REGEX_CHARS = 8192
 
 
 def schema_constraint(schema: dict[str, Any], *, is_strict: bool) -> Constraint:
-    """The constraint to what satisfies a schema; without ``is_strict`` as far as it can be enforced.
+    """Constrain the text to a schema; without ``is_strict``, keywords that cannot be enforced are ignored.
 
-    Objects have the properties that they name and no others, where the schema does not speak of others.
+    Objects get no additional properties unless the schema mentions them.
     """
     return Constraint(kind=ConstraintKind.JSON_SCHEMA, text=text_of(closed(schema)), is_lenient=not is_strict)
 
@@ -37,8 +37,8 @@ def _schema(value: object) -> dict[str, Any]:
         if len(value) > MAX_CONSTRAINT_CHARS:
             raise ValueError(f"should have at most {MAX_CONSTRAINT_CHARS} characters")
         try:
-            value = json.loads(value, parse_constant=refuse_constant, parse_float=finite_float)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise ValueError("should be a JSON schema: an object, or a string that holds one") from error
     if not isinstance(value, dict):
         raise ValueError("should be a JSON schema: an object, or a string that holds one")
@@ -60,7 +60,7 @@ SchemaOrText = Annotated[dict[str, Any], PlainValidator(_schema, json_schema_inp
 
 
 class JsonSchemaFormat(RequestBody):
-    """OpenAI's wrapping of a schema."""
+    """A JSON schema in OpenAI's format."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of the schema; it has no effect.")
     schema_: Schema = Field(alias="schema", description="The JSON schema.")
@@ -78,21 +78,21 @@ class ResponseFormat(RequestBody):
     json_schema: JsonSchemaFormat | None = Field(None, description="The schema; required with type `json_schema`.")
 
     @model_validator(mode="after")
-    def _check_that_the_schema_is_where_it_belongs(self) -> Self:
+    def _check_json_schema(self) -> Self:
         if (self.json_schema is not None) != (self.type == "json_schema"):
             raise ValueError("json_schema is required with type json_schema, and not allowed otherwise")
         return self
 
     @property
     def constraint(self) -> Constraint | None:
-        """The structure that the text must have; None for any."""
+        """The required structure of the text; None for any text."""
         if self.json_schema is not None:
             return schema_constraint(self.json_schema.schema_, is_strict=self.json_schema.strict)
         return Constraint(kind=ConstraintKind.JSON_OBJECT) if self.type == "json_object" else None
 
 
 class StructuredOutputs(RequestBody):
-    """vLLM's way to demand any structure: one of these."""
+    """Structured output in vLLM's format: one of these fields."""
 
     choice: Annotated[
         list[str] | None,
@@ -128,7 +128,7 @@ class StructuredOutputs(RequestBody):
         return value
 
     @model_validator(mode="after")
-    def _check_that_there_is_one(self) -> Self:
+    def _check_single_field(self) -> Self:
         given = [self.choice, self.regex, self.json_, self.grammar, self.json_object or None]
         if len(given) - given.count(None) > 1:
             raise ValueError("should have only one of choice, regex, json, json_object and grammar")
@@ -136,7 +136,7 @@ class StructuredOutputs(RequestBody):
 
     @property
     def constraint(self) -> Constraint | None:
-        """The structure that the text must have; None for any."""
+        """The required structure of the text; None for any text."""
         if self.choice is not None:
             return Constraint(kind=ConstraintKind.CHOICE, text=json.dumps(self.choice))
         if self.regex is not None:

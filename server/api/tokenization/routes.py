@@ -1,9 +1,10 @@
-"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's shapes: what the evaluation harness asks for."""
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info`` in vLLM's format, which the evaluation harness uses."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Self
 
 import msgspec
 from fastapi import APIRouter, Depends
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.generation.bodies import TokenId
-from server.api.generation.known_fields import CHAT, EVERYWHERE, refuse_unsupported
+from server.api.generation.known_fields import CHAT, EVERYWHERE, KnownFieldsBody, Refused
 from server.api.generation.template_options import TemplateOptions
 from server.api.generation.tools import MAX_TOOLS, Messages, Tool, shown_tools
 from server.api.inference.entry import entered_for_text
@@ -30,16 +31,19 @@ router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
 MAX_TEXT_CHARS = 1_000_000
 MAX_TOKENS = MOST_TOKENS
 
-UNSUPPORTED = {"chat_template": CHAT["chat_template"], "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"]}
-
 
 def _text(value: str) -> str:
     check_unicode([value])
     return value
 
 
-class TokenizeBody(TemplateOptions):
+class TokenizeBody(TemplateOptions, KnownFieldsBody):
     """``POST /tokenize``: a text, or a conversation to format with the model's chat template."""
+
+    unsupported: ClassVar[Mapping[str, Refused]] = {
+        "chat_template": CHAT["chat_template"],
+        "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"],
+    }
 
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
@@ -60,13 +64,6 @@ class TokenizeBody(TemplateOptions):
     )
     return_token_strs: bool = Field(False, description="Return the vocabulary entry of each token.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, value: object) -> object:
-        if isinstance(value, dict):
-            refuse_unsupported(value, UNSUPPORTED)
-        return value
-
     @model_validator(mode="after")
     def _check_that_there_is_one_text(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
@@ -75,7 +72,7 @@ class TokenizeBody(TemplateOptions):
 
 
 class TokenizeReply(BaseModel):
-    """The tokens of a text; virtual tokens of soft prompts are not among them."""
+    """The tokens of a text, without virtual tokens of soft prompts."""
 
     count: int = Field(description="Number of tokens.")
     max_model_len: int = Field(description="Maximum length of a sequence, virtual tokens included.")
@@ -84,7 +81,7 @@ class TokenizeReply(BaseModel):
 
 
 class DetokenizeBody(RequestBody):
-    """``POST /detokenize``: tokens to text, special tokens shown."""
+    """``POST /detokenize``: convert tokens to text, including special tokens."""
 
     model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
     prompt_id: str | None = Field(None, description="As in completions.")
@@ -94,13 +91,13 @@ class DetokenizeBody(RequestBody):
 
 
 class DetokenizeReply(BaseModel):
-    """The text of some tokens."""
+    """The text of the tokens."""
 
     prompt: str = Field(description="The text of the tokens.")
 
 
 class TokenizerInfoReply(BaseModel):
-    """What the tokenizer's own configuration says, other keys among it."""
+    """The configuration of the tokenizer, including other keys."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -136,7 +133,7 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
                 tools=shown_tools(body.tools),
                 options=body.template_options,
             )
-            if len(text) > MAX_TEXT_CHARS:  # tools, reasoning and calls are in it too
+            if len(text) > MAX_TEXT_CHARS:  # it includes tools, reasoning and calls
                 raise InvalidRequestError(
                     f"messages: the template writes {len(text)} characters; at most {MAX_TEXT_CHARS} are allowed",
                     param="messages",
@@ -146,7 +143,7 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
             text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
         (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
         token_strs = await asyncio.to_thread(tokenizer.token_strings, tokens) if body.return_token_strs else None
-    # There may be a million of tokens, which pydantic would look at one by one.
+    # Pydantic would check up to a million tokens one by one.
     reply = {
         "count": len(tokens),
         "max_model_len": services.engine.model.max_model_len,

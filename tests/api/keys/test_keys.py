@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 
@@ -23,7 +24,7 @@ from server.api.keys.key_file import new_key, read_keys
 from server.api.keys.keys import ApiKeys, collect_keys
 from server.app import ROUTERS
 from server.cli import app as cli
-from server.config import HttpSettings
+from server.config import HttpSettings, Settings
 from server.errors import AuthenticationError, ConfigurationError
 from tests.support.keyed import bearer, locked
 from tests.support.operations import operations_of
@@ -192,7 +193,7 @@ def methods_and_paths(app):
     return [(method, route.path) for route in iter_route_contexts(app.routes) for method in sorted(route.methods)]
 
 
-def test_every_route_has_an_operation(app):
+def test_every_route_has_an_operation(app: FastAPI) -> None:
     served = set(methods_and_paths(app))
     assert ("POST", "/v1/completions") in served
     assert served == operations_of(app).keys()
@@ -241,7 +242,9 @@ async def test_a_route_without_operation_is_not_served(app, client, path):
     assert response.json()["error"]["code"] == "not_found"
 
 
-def test_a_route_without_operation_fails_at_start_up(make_app, settings, monkeypatch):
+def test_a_route_without_operation_fails_at_start_up(
+    make_app: Callable[[Settings], FastAPI], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     router = APIRouter()
 
     @router.get("/no-such")
@@ -253,7 +256,9 @@ def test_a_route_without_operation_fails_at_start_up(make_app, settings, monkeyp
         make_app(settings)
 
 
-def test_a_mounted_application_fails_at_start_up(make_app, settings, monkeypatch):
+def test_a_mounted_application_fails_at_start_up(
+    make_app: Callable[[Settings], FastAPI], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     router = APIRouter()
     router.mount("/other", FastAPI())
     monkeypatch.setattr("server.app.ROUTERS", (*ROUTERS, router))

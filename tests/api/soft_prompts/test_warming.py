@@ -192,7 +192,7 @@ async def test_tasks(client, engine, other_parts):
 def settled(app):
     """Wait until every promotion has been followed, or need not be."""
     warmer = app.state.services.warmer
-    return lambda: until(lambda: not warmer._following)
+    return lambda: until(lambda: not warmer._tasks)
 
 
 async def test_a_pin_by_alias_follows_promotions(client, engine, store, push, sentiment, eventually, settled):
