@@ -54,11 +54,13 @@ def read_json_lines(path: Path, *, skip: int = 0) -> Iterator[JsonLine]:
                 yield JsonLine(number, {}, f"the line is longer than {MAX_LINE_BYTES} bytes")
                 continue
             try:
-                yield JsonLine(number, _parse(line), None, line.strip(), len(line))
+                fields = _parse(line)
             except ValueError as error:
                 # Python's advice on integers of too many digits is for programmers.
                 fault = str(error).partition("; use sys.set_int_max_str_digits")[0]
                 yield JsonLine(number, {}, fault, num_bytes=len(line))
+            else:
+                yield JsonLine(number, fields, None, line.strip(), len(line))
 
 
 def count_lines(path: Path) -> int:
