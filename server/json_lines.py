@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from prompt_store.files.strict_json import finite_float, refuse_constant
 
@@ -16,8 +15,7 @@ MAX_LINE_BYTES = 8 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class JsonLine:
+class JsonLine(NamedTuple):
     """One line that is not blank.
 
     Attributes:
@@ -56,9 +54,13 @@ def read_json_lines(path: Path, *, skip: int = 0) -> Iterator[JsonLine]:
                 yield JsonLine(number, {}, f"the line is longer than {MAX_LINE_BYTES} bytes")
                 continue
             try:
-                yield JsonLine(number, _parse(line), None, line.strip(), len(line))
+                fields = _parse(line)
             except ValueError as error:
-                yield JsonLine(number, {}, str(error), num_bytes=len(line))
+                # Python's advice on integers of too many digits is for programmers.
+                fault = str(error).partition("; use sys.set_int_max_str_digits")[0]
+                yield JsonLine(number, {}, fault, num_bytes=len(line))
+            else:
+                yield JsonLine(number, fields, None, line.strip(), len(line))
 
 
 def count_lines(path: Path) -> int:
@@ -86,7 +88,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         number += 1
         line = piece.removeprefix(_BOM) if number == 1 else piece
         line = line.rstrip(b"\r\n")
-        is_blank = not line.strip()
+        is_blank = not line or line.isspace()
         is_long = len(line) > MAX_LINE_BYTES
         while len(piece) == size and not piece.endswith(b"\n"):
             is_long = True
@@ -126,14 +128,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:  # Python limits the digits of an integer
-        raise ValueError(f"a number has {len(text)} digits") from error
-
-
 # One for all lines: ``json.loads`` would make one for each.
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_constant=refuse_constant, parse_float=finite_float, parse_int=_integer
-)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=refuse_constant, parse_float=finite_float)
