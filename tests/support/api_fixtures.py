@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import tempfile
@@ -24,7 +25,7 @@ from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.fake_engine import BASE, WIDTH, FakeEngine
 from tests.support.live_server import LiveServer
-from tests.support.waiting import until_ready, wait_until
+from tests.support.waiting import wait_until
 
 
 class CountingStore:
@@ -103,7 +104,8 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http,
     ):
-        await until_ready(http)
+        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
+            await asyncio.sleep(0.001)
         yield http
 
 
