@@ -32,7 +32,7 @@ import psutil
 from benchmarks.server import serving
 from server.client.bulk.sending import Pace
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
-from tests.support.serving import PRELUDE
+from tests.support.processes import PRELUDE
 
 FLAGS = ["--no-enable-prefix-caching", "--allow-other-base"]
 

@@ -31,7 +31,7 @@ import psutil
 from benchmarks.server import serving
 from benchmarks.ways import machine
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
-from tests.support.serving import engine_of, metric
+from tests.support.processes import engine_of, metric
 
 TASKS = ("sentiment", "intent", "extract", "dates")
 NEW_TOKENS = (64, 192)

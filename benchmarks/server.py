@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from benchmarks.workload import HIDDEN_SIZE, KEY_VALUES_PER_LAYER, build_model
 from server.demo.tour import MODEL_DIRECTORY
-from tests.support.serving import PRELUDE, free_port, server_process
+from tests.support.processes import PRELUDE, free_port, server_process
 
 BASE = "bench"
 

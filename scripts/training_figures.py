@@ -22,7 +22,8 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent))
 from demo_build.grammar import EXTRA_TASKS, TASKS
 
-from tests.support.serving import BASE, PRELUDE, serving
+from tests.support.processes import PRELUDE
+from tests.support.serving import BASE, serving
 
 EXAMPLES = Path(__file__).parent.parent / "server" / "demo" / "examples"
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "cpt", "multitask", "cartridge")

@@ -31,7 +31,7 @@ from server.api.json_budget import MOST_CONTAINERS, most_values
 from server.app import PreludeServer, bind, create_app, keep_what_is_loaded
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from server.demo.tour import MODEL_DIRECTORY
-from tests.support.serving import free_port, server_process
+from tests.support.processes import free_port, server_process
 
 PROBE_SECONDS = 0.002
 NESTED = frozenset(

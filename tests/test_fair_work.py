@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.fair_work import SHORT_CHARS, FairThreads, current_work, working_for
+from tests.support.waiting import until
 
 LONG = SHORT_CHARS + 1
 
@@ -41,19 +42,14 @@ class Steps:
         with working_for(tenant):  # the task takes the context with it
             return asyncio.create_task(self.threads.run(work, size=size))
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not condition():  # noqa: ASYNC110 - set by another thread
-                await asyncio.sleep(0.001)
-
 
 @pytest.mark.anyio
 async def test_a_short_text_does_not_wait_for_long_ones(threads: FairThreads) -> None:
     steps = Steps(threads)
     tasks = [steps.start("a", f"long{index}", LONG) for index in range(3)]
-    await steps.until(lambda: steps.began == ["long0"])
+    await until(lambda: steps.began == ["long0"])
     tasks.append(steps.start("b", "short", 10))
-    await steps.until(lambda: steps.began == ["long0", "short"])
+    await until(lambda: steps.began == ["long0", "short"])
     for gate in steps.gates.values():
         gate.set()
     await asyncio.gather(*tasks)
@@ -64,13 +60,13 @@ async def test_a_short_text_does_not_wait_for_long_ones(threads: FairThreads) ->
 async def test_turns_go_from_tenant_to_tenant(threads: FairThreads) -> None:
     steps = Steps(threads)
     tasks = [steps.start("a", f"a{index}", 1000) for index in range(6)]
-    await steps.until(lambda: len(steps.began) == 2)
+    await until(lambda: len(steps.began) == 2)
     tasks += [steps.start("b", f"b{index}", 1000) for index in range(2)]
     await asyncio.sleep(0)  # the tasks come to wait
     steps.gates["a0"].set()
-    await steps.until(lambda: len(steps.began) == 3)
+    await until(lambda: len(steps.began) == 3)
     steps.gates["b0"].set()
-    await steps.until(lambda: len(steps.began) == 4)
+    await until(lambda: len(steps.began) == 4)
     for gate in steps.gates.values():
         gate.set()
     await asyncio.gather(*tasks)
@@ -82,7 +78,7 @@ async def test_turns_go_from_tenant_to_tenant(threads: FairThreads) -> None:
 async def test_what_is_cancelled_while_it_waits_is_never_begun(threads: FairThreads) -> None:
     steps = Steps(threads)
     running = [steps.start("a", name, 1) for name in ("first", "second")]
-    await steps.until(lambda: len(steps.began) == 2)
+    await until(lambda: len(steps.began) == 2)
     waiting = steps.start("a", "third", 1)
     await asyncio.sleep(0)
     waiting.cancel()

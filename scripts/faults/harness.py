@@ -24,7 +24,8 @@ from rich.table import Table
 from safetensors.numpy import load, save
 
 from server.demo.tour import HELDOUT_DIRECTORY
-from tests.support.serving import adapter, engine_of, metric, serving, upload
+from tests.support.processes import engine_of, metric
+from tests.support.serving import adapter, serving, upload
 from tests.support.waiting import seconds_until
 
 TASKS = ("sentiment", "intent", "extract", "dates")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -17,6 +16,7 @@ from server.api.early_refusal import AdmissionMiddleware
 from server.api.inference.request_record import MAX_MODEL_CHARS, RequestRecord
 from server.api.middleware import RequestIdMiddleware
 from server.errors import OverloadedError, WaitTimeoutError
+from tests.support.waiting import until_ready
 
 
 class Clock:
@@ -272,8 +272,7 @@ async def queued(long_queue, records) -> AsyncIterator[httpx.AsyncClient]:
         long_queue.router.lifespan_context(long_queue),
         httpx.AsyncClient(transport=httpx.ASGITransport(long_queue), base_url="http://localhost") as client,
     ):
-        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+        await until_ready(client)
         yield client
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.json_budget import MOST_CONTAINERS, MOST_MEMBERS, MOST_TOKENS, MOST_VALUES, is_over, num_values
+from tests.support.waiting import until_ready
 
 pytestmark = pytest.mark.anyio
 
@@ -98,8 +98,7 @@ async def serve_large(make_app, settings):
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
     ):
-        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+        await until_ready(http)
         yield http
 
 

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server import cli
-from tests.support.serving import PRELUDE
+from tests.support.processes import PRELUDE
 
 KEY = re.compile(r"prelude-[\w-]{43}\n")
 FULL = Path("/dev/full")

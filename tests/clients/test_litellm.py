@@ -11,7 +11,7 @@ import pytest
 
 from tests.clients.documents import example
 from tests.clients.running import ClientEnvironment, heldout
-from tests.support.serving import free_port, server_process
+from tests.support.processes import free_port, server_process
 
 _START_SECONDS = 120.0
 

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from tests.docker.tools import DOCKER, ROOT, run, tool
-from tests.support.serving import BASE, adapter, free_port, server_process, serving, upload
+from tests.support.processes import free_port, server_process
+from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.waiting import seconds_until
 
 RULES = DOCKER / "prometheus" / "rules.yml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import httpx
 import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY
-from tests.support.serving import PRELUDE, adapter, serving, upload
+from tests.support.processes import PRELUDE
+from tests.support.serving import adapter, serving, upload
+from tests.support.waiting import wait_until
 
 NUM_ROWS = 300
 
@@ -50,11 +51,8 @@ def test_killed_twice_every_row_is_there_once_with_its_own_answer(client: httpx.
     command += ["--rows-per-request", "4", "--url", str(client.base_url)]
     for share in (0.3, 0.6):
         process = subprocess.Popen([*PRELUDE, *command])
-        deadline = time.monotonic() + 60
-        while not output.exists() or output.read_bytes().count(b"\n") < share * NUM_ROWS:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        enough = share * NUM_ROWS
+        wait_until(lambda enough=enough: output.exists() and output.read_bytes().count(b"\n") >= enough, 60)
         process.kill()
         process.wait()
     done = output.read_bytes().count(b"\n")

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY
-from tests.support.serving import BASE, adapter, engine_of, metric, serving, upload
+from tests.support.processes import engine_of, metric
+from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.waiting import wait_until
 
 FLAGS = ("--dtype", "float32", "--num-threads", "1")

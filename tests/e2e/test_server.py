@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
-from tests.support.serving import BASE, PRELUDE, adapter, serving, upload
+from tests.support.processes import PRELUDE
+from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.waiting import wait_until
 
 TASKS = ("sentiment", "intent", "extract", "dates")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import tempfile
@@ -25,7 +24,7 @@ from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.fake_engine import BASE, WIDTH, FakeEngine
 from tests.support.live_server import LiveServer
-from tests.support.waiting import wait_until
+from tests.support.waiting import until_ready, wait_until
 
 
 class CountingStore:
@@ -104,8 +103,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http,
     ):
-        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+        await until_ready(http)
         yield http
 
 

@@ -9,8 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,8 @@ from server.training.run_directory import RunDirectory
 from server.training.scoring import Scores, score
 from server.training.settings import DEFAULTS, Method
 from server.training.trainer import is_gain, num_steps
+from tests.support.processes import PRELUDE
+from tests.support.waiting import wait_until
 from tests.training.conftest import rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
@@ -234,16 +234,13 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(settings, trained,
 def test_kill_9_and_resume_give_the_same_loss(settings, trained, tmp_path):
     whole = trained(settings(run_dir=tmp_path / "whole", max_steps=40, eval_steps=5, patience=0))
     made = settings(max_steps=40, eval_steps=5, patience=0)
-    command = [sys.executable, "-c", "from server.cli import main; main()", "train", "--model", made.model]
+    command = [*PRELUDE, "train", "--model", made.model]
     command += ["--data", str(made.data), "--id", "words", "--run-dir", str(made.run_dir), "--device", "cpu"]
     command += ["--num-virtual-tokens", "4", "--max-steps", "40", "--batch-size", "8", "--eval-steps", "5"]
     command += ["--patience", "0"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
-    while RunDirectory(made.run_dir).newest_checkpoint() is None:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: process.poll() is not None or RunDirectory(made.run_dir).newest_checkpoint(), 60)
+    assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (made.run_dir / "result.json").exists()

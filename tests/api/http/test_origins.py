@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from server.api.http.origins import EXPOSED_HEADERS, METHODS, Origins, is_foreig
 from server.config import Settings
 from server.errors import ConfigurationError
 from tests.support.keyed import bearer, locked
+from tests.support.waiting import until_ready
 
 EVIL = "https://evil.example"
 OWN = "http://localhost"
@@ -189,8 +189,7 @@ async def test_an_allowed_origin_sends_and_reads(
     app, client = allowing(make_app, settings)
     page = {"origin": PAGE, "sec-fetch-site": "cross-site"}
     async with app.router.lifespan_context(app), client:
-        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+        await until_ready(client)
         assert_readable(await upload(client, upload_parts("sentiment"), origin=PAGE, sec_fetch_site="cross-site"))
         body = {"model": "sentiment", "prompt": "abc", "stream": True}
         stream = await client.post("/v1/completions", json=body, headers=page)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from server.cli import app as cli
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError
 from tests.support.keyed import bearer, locked
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -59,12 +59,6 @@ def key_file(tmp_path):
 def app(make_app, settings, key_file, monkeypatch):
     monkeypatch.setattr(auth, "POLL_SECONDS", 0.01)
     return locked(make_app, settings, key_file, ENTRIES)
-
-
-async def until(condition):
-    async with asyncio.timeout(5):
-        while not await condition():  # noqa: ASYNC110 - as a client would wait
-            await asyncio.sleep(0.01)
 
 
 def test_entries(key_file, tmp_path):

@@ -14,6 +14,7 @@ from server.api.keys.keys import ApiKeys
 from server.api.keys.limits import KeyLimiter, Limits, TokenBucket, duration
 from server.errors import ConfigurationError, RateLimitError
 from tests.support.keyed import bearer, locked
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -239,9 +240,7 @@ async def test_a_refusal_for_another_reason_costs_no_tokens(app, client):
 async def test_requests_at_once(client, engine):
     engine.step_seconds = 0.05
     first = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone")))
-    async with asyncio.timeout(5):
-        while not engine.requests:  # noqa: ASYNC110 - another task's doing
-            await asyncio.sleep(0.001)
+    await until(lambda: engine.requests)
     second = await client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone"))
     assert second.status_code == 429
     assert second.headers["retry-after"] == "1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from server.config import Settings
+from tests.support.waiting import until_ready
 
 pytestmark = pytest.mark.anyio
 
@@ -42,8 +42,7 @@ async def test_every_name_is_found(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
     ):
-        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+        await until_ready(client)
         config = parts["files"][0][1][1].replace(b'"tiny"', f'"{base}"'.encode())
         parts["files"][0] = ("files", ("adapter_config.json", config))
         assert (await client.post("/v1/prompts", **parts)).status_code == 201

@@ -13,6 +13,7 @@ from server.api.prompts.probing import MAX_TASKS, NEW_TOKENS, PROBE_TEXT
 from server.errors import EngineDeadError, NotFiniteError, RequestFailedError, WaitTimeoutError
 from tests.support.byte_tokenizer import BOS
 from tests.support.fake_engine import CONTEXT
+from tests.support.waiting import until, until_ready
 
 pytestmark = pytest.mark.anyio
 
@@ -125,14 +126,12 @@ async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(make_app,
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
     ):
-        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-            await asyncio.sleep(0.001)
+        await until_ready(client)
         assert (await client.post("/v1/prompts", **upload_parts())).status_code == 201
         assert engine.probed[0][-1] == 7.0
         engine.stall_after = 1
         busy = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}))
-        while not engine.in_flight:  # noqa: ASYNC110 - a count, not an event
-            await asyncio.sleep(0.001)
+        await until(lambda: engine.in_flight)
         response = await client.post("/v1/prompts", **upload_parts("other"))
         assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
         engine.stall_after = None

@@ -15,8 +15,8 @@ from server.api.soft_prompts.pin_budget import LEAST_BYTES, PinBudget, pinned_by
 from server.app import _pin_budget
 from server.engine.types import SoftPromptSource
 from server.errors import PinBudgetError
-from tests.api.soft_prompts.test_warming import until
 from tests.support.keyed import bearer, locked
+from tests.support.waiting import until
 
 KEYS = """
 [[keys]]

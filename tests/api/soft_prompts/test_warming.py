@@ -8,18 +8,11 @@ import httpx
 import pytest
 
 from server.errors import EngineDeadError, RequestFailedError
+from tests.support.waiting import until, until_ready
 
 pytestmark = pytest.mark.anyio
 
 URL = "/v1/prompts/sentiment/warm"
-
-
-async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.002)
-    pytest.fail("the condition did not come true")
 
 
 async def pinned(client, name="sentiment"):
@@ -284,16 +277,11 @@ async def started(make_app, settings, **store):
         yield http
 
 
-async def ready(http):
-    while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - as a user would wait
-        await asyncio.sleep(0.002)
-
-
 async def test_settings_are_applied_before_the_server_is_ready(
     make_app, settings, engine, store, upload_parts, caplog, eventually
 ):
     async with started(make_app, settings) as http:
-        await ready(http)
+        await until_ready(http)
         for name in ("one", "two"):
             (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
     engine.step_seconds = 0.02
@@ -302,7 +290,7 @@ async def test_settings_are_applied_before_the_server_is_ready(
         while not engine.prepared:
             assert (await http.get("/ready")).status_code == 503
             await asyncio.sleep(0.002)
-        await ready(http)
+        await until_ready(http)
         assert len(engine.prepared) == 2
         assert await pinned(http, "one") == []
         assert await pinned(http, "two") == [1]
@@ -322,7 +310,7 @@ async def test_the_server_can_be_stopped_while_it_preloads(
     make_app, settings, engine, store, upload_parts, eventually
 ):
     async with started(make_app, settings) as http:
-        await ready(http)
+        await until_ready(http)
         (await http.post("/v1/prompts", **upload_parts("one"))).raise_for_status()
     engine.step_seconds = 60.0
     async with started(make_app, settings, pin=("one",)):
@@ -334,11 +322,11 @@ async def test_a_restarted_engine_gets_everything_back(
     make_app, settings, engine, store, upload_parts, caplog, eventually
 ):
     async with started(make_app, settings) as http:
-        await ready(http)
+        await until_ready(http)
         for name in ("one", "two", "three"):
             (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
     async with started(make_app, settings, preload=("one", "two@1"), pin=("three@1",)) as http:
-        await ready(http)
+        await until_ready(http)
         lost = {source.digest for source in engine.prepared}
         assert len(lost) == 3
         engine.prepared.clear()
@@ -352,7 +340,7 @@ async def test_a_restarted_engine_gets_everything_back(
         engine.on_restarted()
         response = await http.get("/ready")
         assert (response.status_code, "reloaded" in response.text) == (503, True)
-        await ready(http)
+        await until_ready(http)
         assert {source.digest for source in engine.prepared} == lost
         assert await pinned(http, "three") == [1]
         # What was unpinned or deleted meanwhile does not come back.
@@ -361,7 +349,7 @@ async def test_a_restarted_engine_gets_everything_back(
         engine.prepared.clear()
         engine.on_restarted()
         engine.on_restarted()  # it died again at once
-        await ready(http)
+        await until_ready(http)
         assert len(engine.prepared) == 1
         assert await pinned(http, "three") == []
     assert len(store.leased) == len(store.released)
@@ -372,5 +360,5 @@ async def test_a_pin_that_cannot_be_brought_back_is_a_warning(make_app, settings
     engine.prepare_failure = EngineDeadError("it died again")
     engine.on_restarted()
     await until(lambda: "cannot be warmed: it died again" in caplog.text)
-    await ready(client)
+    await until_ready(client)
     assert await pinned(client) == [1]

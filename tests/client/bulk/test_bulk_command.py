@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from server.cli import app as cli
 from server.client.bulk.command import parse_labels
 from server.client.bulk.rows import read_rows
 from server.errors import RequestFailedError
+from tests.support.processes import PRELUDE
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_a_signal_leaves_what_can_be_gone_on_from(live, engine, bulk, tmp_path, 
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     engine.step_seconds = 0.005
     output = tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", "from server.cli import main; main()", "run", "tiny", str(tmp_path / "in.jsonl")]
+    command = [*PRELUDE, "run", "tiny", str(tmp_path / "in.jsonl")]
     command += [str(output), "--concurrency", "8", "--rows-per-request", "4", "--json"]
     environment = {**os.environ, "PRELUDE_URL": live.url}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

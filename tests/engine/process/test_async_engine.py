@@ -29,6 +29,7 @@ from server.errors import (
     WaitTimeoutError,
 )
 from tests.support.engine.harness import Family, greedy
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 TEXT = [5, 9, 2, 30, 41, 7]
@@ -57,14 +58,6 @@ async def collect(engine: AsyncEngine, request: GenerateRequest) -> tuple[list[i
 async def exhaust(stream: AsyncIterator[object]) -> None:
     async for _ in stream:
         pass
-
-
-async def until(condition: object) -> None:
-    for _ in range(400):
-        if condition():
-            return
-        await asyncio.sleep(0.025)
-    pytest.fail("it did not happen within ten seconds")
 
 
 async def test_many_requests_at_once_equal_peft_and_an_abort_frees_its_blocks(llama: Family) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -38,6 +38,7 @@ from server.engine.types import (
     TokenOutput,
 )
 from server.errors import EngineDeadError, EngineNotReadyError, EngineRestartingError, EngineStartError
+from tests.support.waiting import until
 
 anyio = pytest.mark.anyio
 MODEL = ModelInfo(
@@ -139,12 +140,6 @@ async def fake_engine(**settings: object) -> AsyncIterator[tuple[AsyncEngine, La
     finally:
         await engine.stop()
     assert all(process.closed for process in launcher.processes)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - a state, not an event
-            await asyncio.sleep(0.001)
 
 
 async def ask(engine: AsyncEngine, name: str) -> list[int]:
