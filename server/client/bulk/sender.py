@@ -205,6 +205,7 @@ class Sender:
                         if buffer is not None:
                             buffer.add(outcome.row.index, outcome)
         finally:
+            # Not a TaskGroup: in a generator, it would wrap the GeneratorExit of an early close in a group of errors.
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)

@@ -366,7 +366,7 @@ class GrammarCompiler:
         except CancelledTrialError:
             return None
         except TooSlowError:
-            return self._be_slow(lane, constraint, tenant)
+            return None if cancelled.is_set() else self._be_slow(lane, constraint, tenant)
         except GrammarError as error:
             return RequestFailure(ErrorCode.CONSTRAINT, str(error))
         return _Compiled(matcher, num_bytes)
