@@ -19,7 +19,18 @@ from server.engine import frames, messages
 from server.engine.interface import probe_soft_prompt
 from server.engine.process.async_engine import AsyncEngine
 from server.engine.process.engine_process import EngineLoop
-from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
+from server.engine.types import (
+    EngineStats,
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    Inspection,
+    Logprobs,
+    RequestFailure,
+    SamplingParams,
+    SoftPromptSource,
+    TokenEvent,
+)
 from server.errors import (
     EngineDeadError,
     EngineNotReadyError,
@@ -196,12 +207,45 @@ def test_process_ends_on_a_frame_that_is_too_long() -> None:
         assert EngineLoop(theirs).run() == 0
 
 
-def test_messages_survive_the_trip() -> None:
-    params = SamplingParams(max_tokens=3, seed=2**63, stop_token_ids=(1, 2))
-    request = messages.GenerateRequest(request_id="r", prompt_token_ids=[1, 2], params=params, salt="t")
+def test_a_request_survives_the_trip() -> None:
+    soft_prompt = SoftPromptSource(digest="d", num_virtual_tokens=2, is_key_values=True, path="/p", task_id=0)
+    request = GenerateRequest(
+        request_id="r",
+        prompt_token_ids=[1, 2],
+        params=SamplingParams(max_tokens=3, seed=2**63, stop_token_ids=(1, 2)),
+        soft_prompt=soft_prompt,
+        others=(None, soft_prompt),
+        salt="t",
+        priority=-3,
+        timeout=0.5,
+    )
     frame = messages.encode_frame(request)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
     assert messages.to_engine_decoder.decode(frame[4:]) == request
+
+
+def test_events_and_outcomes_survive_the_trip() -> None:
+    scored = [Logprobs(-0.5, [(3, -0.5)])]
+    events = [
+        TokenEvent(
+            request_id="a",
+            token_ids=[3],
+            num_cached_tokens=16,
+            logprobs=scored,
+            queue_seconds=0.25,
+            prefill_seconds=0.5,
+            prompt_logprobs=[None, *scored],
+            class_logits=[1.5, -2.0],
+        ),
+        TokenEvent(request_id="b", token_ids=[4], finish_reason=FinishReason.STOP, stop_token_id=4),
+        *(TokenEvent(request_id=code, failure=RequestFailure(code, "the reason")) for code in ErrorCode),
+    ]
+    for message in (
+        messages.StepOutputs(events=events, stats=EngineStats(num_running=2), num_received=3, has_work=True),
+        messages.Inspected(1, Inspection(vocabulary_norm_mean=1.5)),
+        messages.Inspected(2, RequestFailure(ErrorCode.FAILED, "the reason")),
+    ):
+        assert messages.from_engine_decoder.decode(messages.encode_frame(message)[4:]) == message
 
 
 async def test_what_does_not_run_in_time_fails_and_the_others_go_on(llama: Family) -> None:
