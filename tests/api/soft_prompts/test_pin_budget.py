@@ -136,7 +136,7 @@ async def test_a_tenants_pins(app, client, engine, store, push, pin, eventually)
     error = refused.json()["error"]
     assert (refused.status_code, error["code"], error["param"]) == (409, "pin_budget_exceeded", "pin")
     assert refused.headers["x-should-retry"] == "false"
-    assert f"hold {2 * LEAST_BYTES} of the {2 * LEAST_BYTES} that they may" in error["message"]
+    assert f"hold {2 * LEAST_BYTES} of at most {2 * LEAST_BYTES}" in error["message"]
     assert (len(engine.prepared), len(engine.pinned)) == (prepared, 2)
     assert (await client.get("/v1/prompts/r", headers=bearer("a"))).json()["pinned"] == []
     eventually(lambda: len(store.leased) == len(store.released) + 2)

@@ -241,7 +241,7 @@ async def test_unpinned_while_a_promotion_is_followed(
     engine.step_seconds = 0.05
     await push(seed=1)
     if has_begun:
-        await until(app.state.services.warmer._turn.locked)
+        await until(app.state.services.warmer._follow_lock.locked)
     assert not (await client.post(URL, json={"pin": False})).json()["pinned"]
     await push(seed=2)
     await settled()
