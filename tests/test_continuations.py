@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +60,7 @@ def test_tokens_are_those_of_both_together_behind_those_of_the_text(
 @given(words.filter(str.strip), labels)
 @settings(deadline=None)
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe])
-def test_tokens_add_the_continuations_text(make, text: str, label: str) -> None:
+def test_tokens_add_the_continuations_text(make: Callable[..., Any], text: str, label: str) -> None:
     theirs = make()
     ours = continuations_of(theirs)
     token_ids = ids_of(theirs, text)
@@ -79,7 +82,9 @@ def test_tokens_add_the_continuations_text(make, text: str, label: str) -> None:
         (byte_level, "the ", "cat", ["c", "at"]),
     ],
 )
-def test_a_merged_border_keeps_the_texts_own_tokens(make, text: str, label: str, pieces: list[str]) -> None:
+def test_a_merged_border_keeps_the_texts_own_tokens(
+    make: Callable[..., Any], text: str, label: str, pieces: list[str]
+) -> None:
     theirs = make()
     for given_text in (text, None):
         (found,) = continuations_of(theirs).encode(Context(ids_of(theirs, text), given_text), [label])

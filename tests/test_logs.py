@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from server.cli import app
 from tests.support.serving import BASE, adapter, serving, upload
 
 
-def made(**values: object) -> logging.LogRecord:
+def made(**values: Any) -> logging.LogRecord:
     record = logging.LogRecord("a.b", logging.WARNING, "file", 1, "say %s\nmore", ("it",), None)
     record.__dict__.update(values)
     return record

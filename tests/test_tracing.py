@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -32,7 +33,7 @@ def tracer(exporter: InMemorySpanExporter) -> Iterator[RequestTracer]:
     tracer.close()
 
 
-def made(**values: object) -> RequestRecord:
+def made(**values: Any) -> RequestRecord:
     fields = {
         "request_id": "r",
         "method": "POST",

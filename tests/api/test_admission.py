@@ -6,17 +6,23 @@ import asyncio
 import itertools
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.api.admission import LATEST_SECONDS, SOONEST_SECONDS, Admission
+from server.api.admission import LATEST_SECONDS, SOONEST_SECONDS, Admission, Permits
 from server.api.early_refusal import AdmissionMiddleware
 from server.api.inference.request_record import MAX_MODEL_CHARS, RequestRecord
 from server.api.middleware import RequestIdMiddleware
+from server.config import Settings
 from server.errors import OverloadedError, WaitTimeoutError
+from tests.support.api_fixtures import MakeApp
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.fake_engine import FakeEngine
 
 
 class Clock:
@@ -27,7 +33,9 @@ class Clock:
         return self.now
 
 
-def queue_of(admission: Admission, clock: Clock, stack, tenant: str, count: int, *, begun: int, every: float):
+def queue_of(
+    admission: Admission, clock: Clock, stack: ExitStack, tenant: str, count: int, *, begun: int, every: float
+) -> Permits:
     """One request of ``count`` sequences, of which ``begun`` have begun, one ``every`` so many seconds."""
     permits = stack.enter_context(admission.permits(count, tenant=tenant))
     for _ in range(begun):
@@ -46,7 +54,7 @@ def admission(clock: Clock) -> Admission:
     return Admission(1000, clock=clock)
 
 
-def test_a_queue_is_as_long_as_it_moves(admission, clock) -> None:
+def test_a_queue_is_as_long_as_it_moves(admission: Admission, clock: Clock) -> None:
     with admission.permits(60, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.1
@@ -66,7 +74,7 @@ def test_a_queue_is_as_long_as_it_moves(admission, clock) -> None:
     assert admission.num_in_use == 0
 
 
-def test_tenants_share_the_rate(admission, clock) -> None:
+def test_tenants_share_the_rate(admission: Admission, clock: Clock) -> None:
     with admission.permits(40, tenant="a") as a, admission.permits(10, tenant="b") as b:
         for _ in range(10):
             clock.now += 0.1
@@ -78,7 +86,7 @@ def test_tenants_share_the_rate(admission, clock) -> None:
         assert admission.expected_wait("b") == pytest.approx(5 * 2 * 0.1, rel=0.1)
 
 
-def test_an_idle_time_is_no_slow_queue(admission, clock) -> None:
+def test_an_idle_time_is_no_slow_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(20, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.01
@@ -89,7 +97,7 @@ def test_an_idle_time_is_no_slow_queue(admission, clock) -> None:
         admission.check("a", 0.1)
 
 
-def test_what_ends_before_it_began_waits_no_more(admission, clock) -> None:
+def test_what_ends_before_it_began_waits_no_more(admission: Admission, clock: Clock) -> None:
     with admission.permits(12, tenant="a") as permits:
         for _ in range(9):
             clock.now += 1
@@ -111,7 +119,7 @@ def test_what_ends_before_it_began_waits_no_more(admission, clock) -> None:
     assert admission.num_in_use == 0
 
 
-def test_what_takes_a_place_and_no_turn_says_nothing_of_the_queue(admission, clock) -> None:
+def test_what_takes_a_place_and_no_turn_says_nothing_of_the_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(1, tenant="a", waits=False), admission.permits(20, tenant="a") as permits:
         for _ in range(20):
             clock.now += 1
@@ -126,7 +134,7 @@ def told(error: pytest.ExceptionInfo[OverloadedError | WaitTimeoutError]) -> flo
     return error.value.retry_after
 
 
-def test_who_is_refused_is_told_a_turn_of_its_own(admission, clock) -> None:
+def test_who_is_refused_is_told_a_turn_of_its_own(admission: Admission, clock: Clock) -> None:
     with admission.permits(60, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.1
@@ -147,7 +155,7 @@ def test_who_is_refused_is_told_a_turn_of_its_own(admission, clock) -> None:
         admission.check("b", 2.0)
 
 
-def test_nobody_is_told_to_come_back_at_once(admission, clock) -> None:
+def test_nobody_is_told_to_come_back_at_once(admission: Admission, clock: Clock) -> None:
     with admission.permits(40, tenant="a") as permits:
         for _ in range(30):
             clock.now += 0.01
@@ -158,7 +166,7 @@ def test_nobody_is_told_to_come_back_at_once(admission, clock) -> None:
         assert first < second < first + 0.02
 
 
-def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock) -> None:
+def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock: Clock) -> None:
     drawn: list[tuple[float, float]] = []
 
     def between(low: float, high: float) -> float:
@@ -178,7 +186,7 @@ def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock) -> None:
         assert admission.retry_after("a") != 42.0  # turns have passed, so there are some to be had
 
 
-def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission, clock) -> None:
+def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(20, tenant="b") as b:
         with admission.permits(30, tenant="a") as a:
             for _ in range(10):
@@ -194,7 +202,7 @@ def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission, cloc
     assert admission._turns == {}
 
 
-def test_without_a_queue_nothing_is_known_of_turns(admission) -> None:
+def test_without_a_queue_nothing_is_known_of_turns(admission: Admission) -> None:
     assert admission.retry_after("a") is None
     with admission.permits(1000, tenant="a"):
         with pytest.raises(OverloadedError) as error:
@@ -202,7 +210,7 @@ def test_without_a_queue_nothing_is_known_of_turns(admission) -> None:
         assert error.value.retry_after is None
 
 
-def test_a_full_server_tells_when_its_queue_has_moved(admission, clock) -> None:
+def test_a_full_server_tells_when_its_queue_has_moved(admission: Admission, clock: Clock) -> None:
     with admission.permits(1000, tenant="a") as permits:
         for _ in range(10):
             clock.now += 0.01
@@ -215,7 +223,7 @@ def test_a_full_server_tells_when_its_queue_has_moved(admission, clock) -> None:
         assert told(error) == pytest.approx(991 * 0.009)
 
 
-def test_a_full_server_is_told_before_any_work(admission) -> None:
+def test_a_full_server_is_told_before_any_work(admission: Admission) -> None:
     with admission.permits(1000, tenant="a"), pytest.raises(OverloadedError, match="all 1000 places"):
         admission.check("b", None)
 
@@ -229,7 +237,9 @@ def test_a_full_server_is_told_before_any_work(admission) -> None:
         ("/v1/classify", {"input": "a", "labels": ["x", "y"]}),
     ],
 )
-async def test_who_would_wait_too_long_is_refused_at_once(app, client, engine, path, body) -> None:
+async def test_who_would_wait_too_long_is_refused_at_once(
+    app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
     admission = app.state.services.admission
     with admission.permits(4, tenant=""):
         admission._begun.extend([0.0] * 8)
@@ -249,7 +259,7 @@ LIMITED = [
 
 
 @pytest.fixture
-def long_queue(make_app, settings) -> Iterator[FastAPI]:
+def long_queue(make_app: MakeApp, settings: Settings) -> Iterator[FastAPI]:
     """A server whose shared queue is longer than it lets anybody wait."""
     app = make_app(replace(settings, http=replace(settings.http, max_wait_seconds=3.0)))
     admission = app.state.services.admission
@@ -259,7 +269,7 @@ def long_queue(make_app, settings) -> Iterator[FastAPI]:
 
 
 @pytest.fixture
-def records(long_queue, monkeypatch) -> list[RequestRecord]:
+def records(long_queue: FastAPI, monkeypatch: pytest.MonkeyPatch) -> list[RequestRecord]:
     found: list[RequestRecord] = []
     (middleware,) = [item for item in long_queue.user_middleware if item.cls is RequestIdMiddleware]
     monkeypatch.setitem(middleware.kwargs, "observers", [found.append])
@@ -267,7 +277,7 @@ def records(long_queue, monkeypatch) -> list[RequestRecord]:
 
 
 @pytest.fixture
-async def queued(long_queue, records) -> AsyncIterator[httpx.AsyncClient]:
+async def queued(long_queue: FastAPI, records: list[RequestRecord]) -> AsyncIterator[httpx.AsyncClient]:
     async with (
         long_queue.router.lifespan_context(long_queue),
         httpx.AsyncClient(transport=httpx.ASGITransport(long_queue), base_url="http://localhost") as client,
@@ -280,7 +290,15 @@ async def queued(long_queue, records) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.mark.anyio
 @pytest.mark.parametrize(("path", "body", "operation"), LIMITED)
 async def test_what_would_wait_too_long_costs_no_validation(
-    queued, long_queue, records, engine, tokenizer, monkeypatch, path, body, operation
+    queued: httpx.AsyncClient,
+    long_queue: FastAPI,
+    records: list[RequestRecord],
+    engine: FakeEngine,
+    tokenizer: ByteTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+    operation: str,
 ) -> None:
     async def encode(*_: object, **__: object) -> list[list[int]]:
         raise AssertionError("a refused request was tokenised")
@@ -318,20 +336,22 @@ async def test_what_would_wait_too_long_costs_no_validation(
         b'{"x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
     ],
 )
-async def test_what_cannot_be_judged_is_told_what_is_wrong_with_it(queued, body) -> None:
+async def test_what_cannot_be_judged_is_told_what_is_wrong_with_it(queued: httpx.AsyncClient, body: bytes) -> None:
     answer = await queued.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 @pytest.mark.anyio
-async def test_a_name_as_long_as_a_body_is_not_kept(queued, records) -> None:
+async def test_a_name_as_long_as_a_body_is_not_kept(queued: httpx.AsyncClient, records: list[RequestRecord]) -> None:
     refused = await queued.post("/v1/completions", json={"model": "m" * 50_000, "prompt": "a"})
     assert refused.status_code == 503
     assert records[-1].model == "m" * MAX_MODEL_CHARS
 
 
 @pytest.mark.anyio
-async def test_only_what_is_refused_takes_a_turn(queued, long_queue, monkeypatch) -> None:
+async def test_only_what_is_refused_takes_a_turn(
+    queued: httpx.AsyncClient, long_queue: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     monkeypatch.setattr(long_queue.state.services.admission, "retry_after", asked.append)
     for body in ({"prompt": "a", "priority": -1}, {"prompt": "a", "priority": "soon"}):
@@ -342,20 +362,20 @@ async def test_only_what_is_refused_takes_a_turn(queued, long_queue, monkeypatch
 
 
 @pytest.mark.anyio
-async def test_a_long_queue_is_nothing_to_other_paths_and_methods(queued) -> None:
+async def test_a_long_queue_is_nothing_to_other_paths_and_methods(queued: httpx.AsyncClient) -> None:
     assert (await queued.post("/tokenize", json={"prompt": "a"})).status_code == 200
     assert (await queued.get("/v1/models")).status_code == 200
     assert (await queued.get("/v1/completions")).status_code == 405
 
 
 @pytest.mark.anyio
-async def test_a_body_over_the_limit_is_413_in_a_long_queue_too(queued) -> None:
+async def test_a_body_over_the_limit_is_413_in_a_long_queue_too(queued: httpx.AsyncClient) -> None:
     answer = await queued.post("/v1/completions", json={"prompt": "a" * 70_000})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
 
 
 @pytest.mark.anyio
-async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued) -> None:
+async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued: httpx.AsyncClient) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for piece in (b'{"prior', b'ity": -1, "prompt"', b': "abc", "max_tokens": 20}'):
             yield piece
@@ -365,7 +385,7 @@ async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobody(long_queue) -> None:
+async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobody(long_queue: FastAPI) -> None:
     told = []
 
     async def receive() -> dict[str, object]:

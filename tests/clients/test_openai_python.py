@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -44,7 +45,7 @@ def test_documented_example(server: str) -> None:
 
 @by_either_name
 @pytest.mark.parametrize("task", TASKS)
-def test_completion(sdk: openai.OpenAI, named, task: str) -> None:
+def test_completion(sdk: openai.OpenAI, named: Callable[..., Any], task: str) -> None:
     pair = heldout(task)[0]
     answer = sdk.completions.create(**named(task), prompt=pair["input"], temperature=0, max_tokens=40)
     assert answer.choices[0].text.strip() == pair["output"]
@@ -54,7 +55,7 @@ def test_completion(sdk: openai.OpenAI, named, task: str) -> None:
 
 
 @by_either_name
-def test_chat_with_every_null_that_a_caller_may_write(sdk: openai.OpenAI, named) -> None:
+def test_chat_with_every_null_that_a_caller_may_write(sdk: openai.OpenAI, named: Callable[..., Any]) -> None:
     pair = heldout("extract")[0]
     nothing = dict.fromkeys(
         ["frequency_penalty", "logit_bias", "logprobs", "n", "presence_penalty", "response_format"]
@@ -65,7 +66,7 @@ def test_chat_with_every_null_that_a_caller_may_write(sdk: openai.OpenAI, named)
 
 
 @by_either_name
-def test_streams_are_the_whole_in_pieces(sdk: openai.OpenAI, named) -> None:
+def test_streams_are_the_whole_in_pieces(sdk: openai.OpenAI, named: Callable[..., Any]) -> None:
     text = heldout("extract")[1]["input"]
     ask = {**named("extract"), "temperature": 0, "max_tokens": 40}
     whole = sdk.completions.create(**ask, prompt=text)

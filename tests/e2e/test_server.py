@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -27,7 +28,7 @@ def heldout(task: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (HELDOUT_DIRECTORY / f"{task}.jsonl").read_text().splitlines()]
 
 
-def complete(client: httpx.Client, model: str, prompt: object, **fields: object) -> dict[str, object]:
+def complete(client: httpx.Client, model: str, prompt: object, **fields: Any) -> dict[str, object]:
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 40, **fields}
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jsonschema
 import openai
@@ -73,7 +73,7 @@ def test_a_pydantic_model_is_parsed(sdk: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("model", [BASE, "intent"])
 def test_choices_and_regexes(sdk: openai.OpenAI, model: str) -> None:
-    def ask(**structure: object) -> list[str]:
+    def ask(**structure: Any) -> list[str]:
         answer = sdk.completions.create(
             model=model,
             prompt="when can you deliver the blue lamp?",
@@ -168,7 +168,7 @@ def test_forced_calls(sdk: openai.OpenAI, choice: object) -> None:
 
 
 def test_tools_and_their_answers_reach_the_template(sdk: openai.OpenAI) -> None:
-    def count(**fields: object) -> int:
+    def count(**fields: Any) -> int:
         ask = {"model": BASE, "messages": MESSAGES, "max_tokens": 1} | fields
         return sdk.chat.completions.create(**ask).usage.prompt_tokens
 

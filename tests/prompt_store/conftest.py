@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def store(tmp_path: Path) -> Iterator[PromptStore]:
 
 @pytest.fixture
 def publish(base: BaseModelSpec) -> Callable[..., tuple]:
-    def run(store: PromptStore, files: tuple[bytes, bytes], name: str = "p", **options: object) -> tuple:
+    def run(store: PromptStore, files: tuple[bytes, bytes], name: str = "p", **options: Any) -> tuple:
         with store.upload() as upload:
             for filename, data in zip(("adapter_config.json", "adapter_model.safetensors"), files, strict=True):
                 with upload.open(filename) as file:

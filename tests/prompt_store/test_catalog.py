@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -50,7 +51,7 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def new(name: str, content: str, **fields: object) -> NewVersion:
+def new(name: str, content: str, **fields: Any) -> NewVersion:
     files = (
         StoredFile("adapter_config.json", digest_of("config"), 100),
         StoredFile("adapter_model.safetensors", digest_of(content), 2000),
@@ -65,7 +66,7 @@ def new(name: str, content: str, **fields: object) -> NewVersion:
     return NewVersion(name=name, digest=digest_of(content), files=files, **{**common, **fields})
 
 
-def publish(catalog: Catalog, name: str, content: str, alias: str | None = "latest", **fields: object) -> int:
+def publish(catalog: Catalog, name: str, content: str, alias: str | None = "latest", **fields: Any) -> int:
     version = new(name, content, **fields)
     catalog.reserve(version.files)
     return catalog.publish(version, alias)[0].version

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.numpy import save
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files.validation import validate
@@ -23,7 +24,9 @@ ROWS = np.ones((3, 32), np.float32)
 HEAD = {"base_model.score.weight": np.ones((2, 32), np.float32)}
 
 
-def check(config: dict[str, object], *, same: bool = True, task: TaskType | None = None, **more: np.ndarray):
+def check(
+    config: dict[str, object], *, same: bool = True, task: TaskType | None = None, **more: np.ndarray
+) -> SoftPrompt | list[Fault]:
     weights = save({"prompt_embeddings": ROWS, **more})
     try:
         return validate(json.dumps(config).encode(), weights, BASE, require_same_base=same, task_type=task)
@@ -31,13 +34,13 @@ def check(config: dict[str, object], *, same: bool = True, task: TaskType | None
         return list(error.faults)
 
 
-def faults(*arguments, **options) -> list[tuple[str, str | None]]:
+def faults(*arguments: object, **options: Any) -> list[tuple[str, str | None]]:
     found = check(*arguments, **options)
     return [] if isinstance(found, SoftPrompt) else [(fault.code, fault.field) for fault in found]
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -57,7 +60,7 @@ def validated(folder: Path) -> list[Fault]:
     return []
 
 
-def test_embeddings_that_peft_saves_are_refused_with_the_way_out(model, tmp_path):
+def test_embeddings_that_peft_saves_are_refused_with_the_way_out(model: PreTrainedModel, tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trained = get_peft_model(model, config)
     trained.save_pretrained(tmp_path / "with", save_embedding_layers=True)
@@ -81,12 +84,12 @@ def test_embeddings_that_peft_saves_are_refused_with_the_way_out(model, tmp_path
         "lm_head.weight",
     ],
 )
-def test_the_embeddings_of_every_family_are_known(name):
+def test_the_embeddings_of_every_family_are_known(name: str) -> None:
     (fault,) = check(CONFIG, **{name: np.ones((60, 32), np.float32)})
     assert "save_embedding_layers=False" in fault.message
 
 
-def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
+def test_other_tensors_are_told_one_by_one_beside_the_embeddings() -> None:
     more = {f"other.{index:02}": np.ones(1, np.float32) for index in range(10)}
     found = check(CONFIG, **{"base_model.lm_head.weight": np.ones((60, 32), np.float32)}, **more)
     assert len(found) == 1 + 8 + 1
@@ -109,14 +112,14 @@ def test_other_tensors_are_told_one_by_one_beside_the_embeddings():
         ("CAUSAL_LM", "base_model.norm.weight", "it would replace weights of the shared base model"),
     ],
 )
-def test_a_head_by_another_name_is_told_its_name(task, name, words):
+def test_a_head_by_another_name_is_told_its_name(task: str, name: str, words: str) -> None:
     found = check(CONFIG | {"task_type": task}, **{name: np.ones((2, 32), np.float32)})
     told = next(fault for fault in found if fault.field == name)
     assert told.code == "unexpected_tensor"
     assert words in told.message
 
 
-def test_a_lora_is_told_that_it_is_one_and_nothing_else(model, tmp_path):
+def test_a_lora_is_told_that_it_is_one_and_nothing_else(model: PreTrainedModel, tmp_path: Path) -> None:
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
     (fault,) = validated(tmp_path)
     assert (fault.code, fault.field) == ("unsupported_peft_type", "peft_type")
@@ -132,7 +135,7 @@ def test_a_lora_is_told_that_it_is_one_and_nothing_else(model, tmp_path):
         ("transformer.h.0.attn.c_attn.weight", "weights of a whole model"),
     ],
 )
-def test_a_file_without_rows_is_told_what_it_seems_to_be(name, guess):
+def test_a_file_without_rows_is_told_what_it_seems_to_be(name: str, guess: str) -> None:
     weights = save({name: np.ones((2, 2), np.float32)})
     with pytest.raises(InvalidPromptError) as caught:
         validate(json.dumps(CONFIG).encode(), weights, BASE, require_same_base=True)
@@ -140,12 +143,12 @@ def test_a_file_without_rows_is_told_what_it_seems_to_be(name, guess):
     assert guess in missing.message
 
 
-def test_a_models_configuration_is_told_that_it_is_one():
+def test_a_models_configuration_is_told_that_it_is_one() -> None:
     found = check({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32})
     assert "the configuration of a whole model" in found[0].message
 
 
-def test_a_task_type_on_the_uploaders_word():
+def test_a_task_type_on_the_uploaders_word() -> None:
     prompt = check(CONVERTED, task=TaskType.CAUSAL_LM)
     assert (prompt.task_type, prompt.overrides) == ("CAUSAL_LM", {"task_type": "CAUSAL_LM"})
     assert prompt.config == CONVERTED  # as it was uploaded
@@ -154,7 +157,7 @@ def test_a_task_type_on_the_uploaders_word():
     assert check(CONFIG, task=TaskType.CAUSAL_LM).overrides == {}
 
 
-def test_without_the_uploaders_word_there_is_advice():
+def test_without_the_uploaders_word_there_is_advice() -> None:
     (fault,) = check(CONVERTED)
     assert (fault.code, fault.field) == ("unsupported_task_type", "task_type")
     assert "upload with task_type=CAUSAL_LM (prelude push --task-type CAUSAL_LM)" in fault.message
@@ -200,7 +203,9 @@ def test_without_the_uploaders_word_there_is_advice():
         ),
     ],
 )
-def test_what_speaks_against_the_uploaders_word(config, said, more, want):
+def test_what_speaks_against_the_uploaders_word(
+    config: dict[str, Any], said: TaskType, more: dict[str, Any], want: list[tuple[str, str]]
+) -> None:
     assert faults(config, task=said, **more) == want
 
 
@@ -217,12 +222,14 @@ def test_what_speaks_against_the_uploaders_word(config, said, more, want):
     ],
 )
 @pytest.mark.parametrize("saved", [None, [], "score", ["other"]])
-def test_what_does_not_speak_against_it(mapping, saved):
+def test_what_does_not_speak_against_it(
+    mapping: list[Any] | dict[str, Any] | None, saved: str | list[Any] | None
+) -> None:
     config = CONVERTED | {"auto_mapping": mapping, "modules_to_save": saved}
     assert faults(config, task=TaskType.CAUSAL_LM) == []
 
 
-def test_another_base_that_was_accepted_is_recorded():
+def test_another_base_that_was_accepted_is_recorded() -> None:
     other = CONFIG | {"base_model_name_or_path": "org/large"}
     assert check(other, same=False).overrides == {"allow_other_base": True}
     assert check(CONFIG | {"base_model_name_or_path": "org/tiny"}, same=False).overrides == {}

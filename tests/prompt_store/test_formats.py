@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -23,7 +25,7 @@ CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_t
 WEIGHTS = save({"prompt_embeddings": np.ones((3, 8), np.float32)})
 
 
-def config_of(**changes: object) -> dict[str, object]:
+def config_of(**changes: Any) -> dict[str, object]:
     return {**CONFIG, **changes}
 
 
@@ -52,7 +54,9 @@ def refusal(data: bytes) -> tuple[str, str]:
         ("head", PeftType.PROMPT_TUNING, 3),
     ],
 )
-def test_reads_what_peft_writes_value_for_value(peft_folders, name, peft_type, num_virtual_tokens):
+def test_reads_what_peft_writes_value_for_value(
+    peft_folders: dict[str, Path], name: str, peft_type: PeftType, num_virtual_tokens: int
+) -> None:
     config = (peft_folders[name] / "adapter_config.json").read_bytes()
     path = peft_folders[name] / "adapter_model.safetensors"
     want = load(path.read_bytes())["prompt_embeddings"]
@@ -86,13 +90,13 @@ def test_reads_what_peft_writes_value_for_value(peft_folders, name, peft_type, n
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper"),
     ],
 )
-def test_refuses_what_is_not_strict_json(data, message):
+def test_refuses_what_is_not_strict_json(data: bytes, message: str) -> None:
     code, text = refusal(data)
     assert code == "invalid_json"
     assert message in text
 
 
-def test_refuses_a_large_configuration():
+def test_refuses_a_large_configuration() -> None:
     padded = b"{" + b" " * (MAX_CONFIG_BYTES - 2) + b"}"
     assert read_config(padded) == {}
     assert refusal(padded + b" ")[0] == "config_too_large"
@@ -128,7 +132,7 @@ def test_refuses_a_large_configuration():
         ({"base_model_name_or_path": "a" * 1025}, "invalid_field", "base_model_name_or_path"),
     ],
 )
-def test_field_faults(changes, code, field):
+def test_field_faults(changes: dict[str, Any], code: str, field: str) -> None:
     assert codes(config_of(**changes)) == [(code, field)]
 
 
@@ -142,14 +146,14 @@ def test_field_faults(changes, code, field):
         ("NO_SUCH", "'NO_SUCH' is not a method that this server supports;"),
     ],
 )
-def test_other_methods_are_named_and_explained(peft_type, reason):
+def test_other_methods_are_named_and_explained(peft_type: str, reason: str) -> None:
     (fault,) = config_faults(config_of(peft_type=peft_type))
     assert fault.code == "unsupported_peft_type"
     assert reason in fault.message
     assert fault.message.endswith(f"supported are {', '.join(PeftType)}")
 
 
-def test_every_method_of_peft_is_served_or_explained():
+def test_every_method_of_peft_is_served_or_explained() -> None:
     for peft_type in peft.PeftType:
         faults = config_faults(config_of(peft_type=peft_type.value))
         if peft_type.value in PeftType.__members__:
@@ -166,16 +170,16 @@ def test_every_method_of_peft_is_served_or_explained():
         ("SEQ_2_SEQ_LM", "not 'SEQ_2_SEQ_LM': prompts for other tasks come with a head or an encoder"),
     ],
 )
-def test_other_tasks_are_named_and_explained(task_type, reason):
+def test_other_tasks_are_named_and_explained(task_type: str | None, reason: str) -> None:
     (fault,) = config_faults(config_of(task_type=task_type))
     assert f"task_type must be CAUSAL_LM or SEQ_CLS, {reason}" in fault.message
 
 
-def test_fields_of_other_methods_do_not_matter():
+def test_fields_of_other_methods_do_not_matter() -> None:
     assert codes(config_of(num_tasks="many", num_ranks=0, num_frozen_tokens=-1, cpt_token_ids=None)) == []
 
 
-def test_an_empty_configuration_has_every_fault_at_once():
+def test_an_empty_configuration_has_every_fault_at_once() -> None:
     assert codes({}) == [
         ("missing_field", "peft_type"),
         ("unsupported_task_type", "task_type"),
@@ -183,13 +187,13 @@ def test_an_empty_configuration_has_every_fault_at_once():
     ]
 
 
-def test_faults_of_both_files_are_told_together():
+def test_faults_of_both_files_are_told_together() -> None:
     with pytest.raises(InvalidPromptError) as caught:
         parse_soft_prompt(b"{}", b"")
     assert {fault.file for fault in caught.value.faults} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_nothing_in_the_configuration_is_acted_on(tmp_path):
+def test_nothing_in_the_configuration_is_acted_on(tmp_path: Path) -> None:
     trap = tmp_path / "trap.bin"  # a path that is opened would be missed
     config = config_of(
         prompt_tuning_init="EXACT_SOURCE_TASK",
@@ -204,7 +208,7 @@ def test_nothing_in_the_configuration_is_acted_on(tmp_path):
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_an_object_or_refused(data):
+def test_any_bytes_are_an_object_or_refused(data: bytes) -> None:
     try:
         config = read_config(data)
     except InvalidPromptError:
@@ -221,7 +225,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from([*CONFIG, "num_layers", "token_dim", "base_model_name_or_path"]), VALUES))
-def test_any_fields_are_taken_or_refused_in_printable_words(changes):
+def test_any_fields_are_taken_or_refused_in_printable_words(changes: dict[str, Any]) -> None:
     config = config_of(**changes)
     try:
         parse_soft_prompt(json.dumps(config).encode(), WEIGHTS)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import obstore
 import pytest
@@ -269,7 +270,7 @@ def test_a_whole_object_is_not_uploaded_again(
     uploads = []
     real_put = obstore.put
 
-    def counting(*args: object, **options: object) -> object:
+    def counting(*args: object, **options: Any) -> object:
         uploads.append(args[1])
         return real_put(*args, **options)
 
@@ -295,7 +296,7 @@ def test_a_cache_on_another_file_system_is_filled_at_first_use(
 ) -> None:
     blobs = open_blobs("memory:///")
 
-    def refuse(*args: object, **options: object) -> Path:
+    def refuse(*args: object, **options: Any) -> Path:
         raise OSError(18, "Invalid cross-device link")
 
     with monkeypatch.context() as patch:

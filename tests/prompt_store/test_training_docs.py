@@ -43,7 +43,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", make_configs())
 def test_each_method_trains_and_its_files_are_taken(
     name: str, base: BaseModelSpec, base_folder: Path, tmp_path: Path
-):
+) -> None:
     ids = torch.arange(12).view(2, 6)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if name == "multitask":
@@ -54,7 +54,7 @@ def test_each_method_trains_and_its_files_are_taken(
     assert prompt.num_virtual_tokens == namespace["config"].num_virtual_tokens
 
 
-def test_every_method_is_in_the_document():
+def test_every_method_is_in_the_document() -> None:
     trained = {config.peft_type.value for config in make_configs().values()}
     assert trained == set(PeftType)
     assert all(f"| `{peft_type}`" in DOCUMENT for peft_type in PeftType)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.numpy import save
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files import numerics
 from prompt_store.files.validation import validate
+from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec, SoftPrompt
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
@@ -43,12 +46,12 @@ def check(
         return list(error.faults)
 
 
-def faults(*arguments, **options) -> list[tuple[str, str | None]]:
+def faults(*arguments: object, **options: Any) -> list[tuple[str, str | None]]:
     found = check(*arguments, **options)
     return [] if isinstance(found, SoftPrompt) else [(fault.code, fault.field) for fault in found]
 
 
-def test_a_multitask_prompt_knows_its_tasks():
+def test_a_multitask_prompt_knows_its_tasks() -> None:
     assert check(MULTITASK, multitask()).num_tasks == 4
     assert check(MULTITASK | {"num_tasks": 4, "num_ranks": 2}, multitask()).num_labels is None
 
@@ -74,11 +77,11 @@ def test_a_multitask_prompt_knows_its_tasks():
         ({WEIGHT: ones(2, 32)}, [("unexpected_tensor", WEIGHT)]),
     ],
 )
-def test_factors_have_to_fit_the_rows_and_each_other(changes, want):
+def test_factors_have_to_fit_the_rows_and_each_other(changes: dict[str, Any], want: list[tuple[str, str]]) -> None:
     assert faults(MULTITASK, multitask(**changes)) == want
 
 
-def test_the_message_on_a_factor_shows_the_shapes():
+def test_the_message_on_a_factor_shows_the_shapes() -> None:
     (fault,) = check(MULTITASK, multitask(**{TASK_ROWS: ones(4, 1, 32)}))
     assert "prefix_task_rows has shape [4, 1, 32]; [num_tasks, num_ranks, width] is [4, 2, 32]" in fault.message
     assert "prompt_embeddings has [3, 32], prefix_task_cols has [4, 3, 2]" in fault.message
@@ -93,18 +96,18 @@ def test_the_message_on_a_factor_shows_the_shapes():
         ({"num_tasks": None}, []),
     ],
 )
-def test_the_tensors_decide_and_the_configuration_has_to_agree(stated, want):
+def test_the_tensors_decide_and_the_configuration_has_to_agree(stated: dict[str, Any], want: list[Any]) -> None:
     assert faults(MULTITASK | stated, multitask()) == want
 
 
-def test_factors_belong_to_multitask_prompts_alone():
+def test_factors_belong_to_multitask_prompts_alone() -> None:
     config = MULTITASK | {"peft_type": "PROMPT_TUNING"}
     assert faults(config, multitask()) == [("unexpected_tensor", COLS), ("unexpected_tensor", TASK_ROWS)]
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float16", 70000.0), ("bfloat16", 3.4e38), ("float32", 1e38)])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_products_have_to_stay_finite(monkeypatch, dtype, factor, chunk):
+def test_products_have_to_stay_finite(monkeypatch: pytest.MonkeyPatch, dtype: str, factor: float, chunk: int) -> None:
     monkeypatch.setattr(numerics, "_CHUNK_ELEMENTS", chunk)
     base = dataclasses.replace(BASE, dtype=dtype)
     tensors = multitask()
@@ -118,13 +121,13 @@ def test_products_have_to_stay_finite(monkeypatch, dtype, factor, chunk):
     assert isinstance(check(MULTITASK, tensors, base), SoftPrompt)
 
 
-def test_factors_beyond_the_serving_dtype_do_not_matter_where_the_products_fit():
+def test_factors_beyond_the_serving_dtype_do_not_matter_where_the_products_fit() -> None:
     tensors = multitask(**{TASK_ROWS: ones(4, 2, 32) * 1e-6, COLS: ones(4, 3, 2) * 1e5})
     assert isinstance(check(MULTITASK, tensors, dataclasses.replace(BASE, dtype="float16")), SoftPrompt)
 
 
 @pytest.mark.parametrize("module", ["score", "classifier"])
-def test_a_head_is_taken(module):
+def test_a_head_is_taken(module: str) -> None:
     assert check(HEAD, with_head(labels=5, module=module)).num_labels == 5
     bias = {f"base_model.{module}.bias": ones(5)}
     assert check(HEAD, with_head(labels=5, module=module, **bias)).num_labels == 5
@@ -132,14 +135,14 @@ def test_a_head_is_taken(module):
 
 
 @pytest.mark.parametrize("peft_type", ["P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "MULTITASK_PROMPT_TUNING"])
-def test_other_methods_may_come_with_a_head(peft_type):
+def test_other_methods_may_come_with_a_head(peft_type: str) -> None:
     tensors = multitask() if peft_type == "MULTITASK_PROMPT_TUNING" else {}
     rows = ones(3, 64 if peft_type in ("PREFIX_TUNING", "CARTRIDGE") else 32)
     prompt = check(HEAD | {"peft_type": peft_type}, tensors | {ROWS: rows, WEIGHT: ones(2, 32)})
     assert prompt.num_labels == 2
 
 
-def test_a_head_reads_hidden_states_not_embeddings():
+def test_a_head_reads_hidden_states_not_embeddings() -> None:
     base = dataclasses.replace(BASE, hidden_size=48)
     assert faults(HEAD, with_head(), base) == [("shape_mismatch", WEIGHT)]
     assert check(HEAD, with_head(**{WEIGHT: ones(2, 48)}), base).num_labels == 2
@@ -168,27 +171,29 @@ def test_a_head_reads_hidden_states_not_embeddings():
         (with_head(**{f"{WEIGHT}\n": ones(2, 32)}), [("unexpected_tensor", f"{WEIGHT}\n")]),
     ],
 )
-def test_heads_that_do_not_fit(tensors, want):
+def test_heads_that_do_not_fit(tensors: dict[str, Any], want: list[tuple[str, str]]) -> None:
     assert faults(HEAD, tensors) == want
 
 
-def test_a_head_beyond_the_serving_dtype():
+def test_a_head_beyond_the_serving_dtype() -> None:
     tensors = with_head(**{WEIGHT: ones(2, 32) * 70000})
     assert faults(HEAD, tensors, dataclasses.replace(BASE, dtype="float16")) == [("dtype_overflow", WEIGHT)]
     assert faults(HEAD, tensors) == []
 
 
-def test_a_head_does_not_belong_to_a_prompt_that_generates():
+def test_a_head_does_not_belong_to_a_prompt_that_generates() -> None:
     assert faults(HEAD | {"task_type": "CAUSAL_LM"}, with_head()) == [("unexpected_tensor", WEIGHT)]
 
 
 @pytest.mark.parametrize("broken", [None, {}, "NO_SUCH"])
-def test_what_the_configuration_does_not_explain_is_not_called_unexpected(broken):
+def test_what_the_configuration_does_not_explain_is_not_called_unexpected(
+    broken: dict[str, Any] | str | None,
+) -> None:
     found = faults(MULTITASK | {"peft_type": broken, "task_type": broken}, multitask() | {WEIGHT: ones(2, 32)})
     assert {field for _, field in found} == {"peft_type", "task_type"}
 
 
-def test_float64_is_refused_unless_it_is_allowed():
+def test_float64_is_refused_unless_it_is_allowed() -> None:
     tensors = multitask(**{name: tensor.astype(np.float64) for name, tensor in multitask().items()})
     assert faults(MULTITASK, tensors) == [("unsupported_dtype", name) for name in (ROWS, COLS, TASK_ROWS)]
     assert check(MULTITASK, tensors, allow_float64=True).num_tasks == 4
@@ -211,19 +216,21 @@ def test_float64_is_refused_unless_it_is_allowed():
         (1e-320, "float16", []),
     ],
 )
-def test_float64_has_to_be_finite_before_and_after_the_cast(value, dtype, want):
+def test_float64_has_to_be_finite_before_and_after_the_cast(value: float, dtype: str, want: list[Any]) -> None:
     rows = ones(3, 32, dtype=np.float64)
     rows[1, 2] = value
     config, base = HEAD | {"task_type": "CAUSAL_LM"}, dataclasses.replace(BASE, dtype=dtype)
     assert [code for code, _ in faults(config, {ROWS: rows}, base, allow_float64=True)] == want
 
 
-def test_other_dtypes_are_refused_whatever_is_allowed():
+def test_other_dtypes_are_refused_whatever_is_allowed() -> None:
     config = HEAD | {"task_type": "CAUSAL_LM"}
     assert faults(config, {ROWS: ones(3, 32, dtype=np.int64)}, allow_float64=True) == [("unsupported_dtype", ROWS)]
 
 
-def test_what_peft_saves_by_every_method_can_be_published(store, publish, peft_files):
+def test_what_peft_saves_by_every_method_can_be_published(
+    store: PromptStore, publish: Callable[..., tuple], peft_files: dict[str, tuple[bytes, bytes]]
+) -> None:
     for name, files in peft_files.items():
         version, created = publish(store, files, name=name)
         stored = json.loads(files[0])

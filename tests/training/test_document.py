@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from server.training.run_directory import RunDirectory
 from server.training.settings import DEFAULTS, Method, TrainSettings
@@ -12,7 +14,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 PROSE = " ".join(DOCUMENT.split())  # where a line of the file ends says nothing
 
 
-def test_each_method_stands_there_with_its_rate():
+def test_each_method_stands_there_with_its_rate() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (\de-\d) \| `(\w+)`", DOCUMENT, re.MULTILINE)
 
     assert [(name, float(rate)) for name, rate, _ in rows] == [
@@ -20,13 +22,18 @@ def test_each_method_stands_there_with_its_rate():
     ]
 
 
-def test_methods_that_begin_at_chance_are_those_without_a_text():
+def test_methods_that_begin_at_chance_are_those_without_a_text() -> None:
     chance = re.findall(r"^\| `(\w+)` \|[^|]*\| chance \|", DOCUMENT, re.MULTILINE)
 
     assert chance == [method.value for method in Method if not method.starts_from_text]
 
 
-def test_the_files_of_a_run_are_told(settings, trained, tmp_path, curves):
+def test_the_files_of_a_run_are_told(
+    settings: Callable[..., TrainSettings],
+    trained: Callable[[TrainSettings], dict[str, Any]],
+    tmp_path: Path,
+    curves: None,
+) -> None:
     trained(settings())
     written = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     table = DOCUMENT.split("## The run directory")[1].split("\n## ")[0]
@@ -35,7 +42,7 @@ def test_the_files_of_a_run_are_told(settings, trained, tmp_path, curves):
     assert RunDirectory(tmp_path / "run").adapter.name in written
 
 
-def test_defaults_that_are_named_are_the_codes():
+def test_defaults_that_are_named_are_the_codes() -> None:
     defaults = TrainSettings(model="m", data=Path("d"), name="n")
 
     assert f"`--alias` (`{defaults.alias}`)" in PROSE

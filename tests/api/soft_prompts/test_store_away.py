@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from prompt_store.catalog.catalog import Catalog
 from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.errors import StoreUnavailableError
 from server.api.operations import SCOPES
+from server.config import Settings
+from tests.support.api_fixtures import CountingStore, MakeApp, UploadParts
+from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, locked
 
 pytestmark = pytest.mark.anyio
@@ -56,16 +64,16 @@ REQUESTS = [
 
 
 @pytest.fixture
-def app(make_app, settings, tmp_path):
+def app(make_app: MakeApp, settings: Settings, tmp_path: Path) -> FastAPI:
     return locked(make_app, settings, tmp_path / "keys.toml", KEYS)
 
 
-async def upload(client, upload_parts, name, key):
+async def upload(client: httpx.AsyncClient, upload_parts: UploadParts, name: str, key: str) -> None:
     response = await client.post("/v1/prompts", headers=bearer(key), **upload_parts(name))
     assert response.status_code == 201
 
 
-def filled(value, name):
+def filled(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {key: filled(item, name) for key, item in value.items()}
     if isinstance(value, list):
@@ -73,7 +81,9 @@ def filled(value, name):
     return value.replace("{id}", name) if isinstance(value, str) else value
 
 
-async def answer(client, method, path, body, name):
+async def answer(
+    client: httpx.AsyncClient, method: str, path: str, body: Any, name: str
+) -> tuple[int, str, dict[str, str]]:
     for part, value in VALUES.items():
         path = path.replace(part, value)
     response = await client.request(method, path.replace("{id}", name), json=filled(body, name), headers=bearer("b"))
@@ -89,7 +99,9 @@ async def answer(client, method, path, body, name):
 
 
 @pytest.fixture(params=["there", "breaks off", "known to be away", "too slow"])
-def catalog(request, monkeypatch, store):
+def catalog(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, store: CountingStore
+) -> Callable[[], int]:
     """Puts the catalog into a state in which to be asked."""
 
     def fail(*_: object, **__: object) -> None:
@@ -114,7 +126,13 @@ def catalog(request, monkeypatch, store):
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["cold", "in the cache"])
-async def test_existence_is_not_told(client, upload_parts, catalog, engine, is_known):
+async def test_existence_is_not_told(
+    client: httpx.AsyncClient,
+    upload_parts: UploadParts,
+    catalog: Callable[[], int],
+    engine: FakeEngine,
+    is_known: bool,
+) -> None:
     """On every route that takes a name, in every state of the catalog and of what is known of it."""
     await upload(client, upload_parts, "mine", "a")
     if is_known:
@@ -134,7 +152,9 @@ async def test_existence_is_not_told(client, upload_parts, catalog, engine, is_k
         assert done.status_code == 200
 
 
-async def test_nobody_makes_the_server_forget_anothers_name(client, upload_parts, store):
+async def test_nobody_makes_the_server_forget_anothers_name(
+    client: httpx.AsyncClient, upload_parts: UploadParts, store: CountingStore
+) -> None:
     await upload(client, upload_parts, "mine", "a")
     await client.post("/v1/completions", json={"model": "mine", "prompt": "x"}, headers=bearer("a"))
     for method, path, body in REQUESTS:
@@ -142,7 +162,9 @@ async def test_nobody_makes_the_server_forget_anothers_name(client, upload_parts
     assert len(store._store._resolved._names) == 1
 
 
-async def test_a_directory_that_is_away_is_503_and_then_serves_again(client, upload_parts, settings):
+async def test_a_directory_that_is_away_is_503_and_then_serves_again(
+    client: httpx.AsyncClient, upload_parts: UploadParts, settings: Settings
+) -> None:
     await upload(client, upload_parts, "mine", "b")
     root = settings.store.location
     asked = [("POST", "/v1/completions", {"model": "{id}", "prompt": "x"}), ("POST", "/v1/prompts/{id}/warm", {})]

@@ -50,14 +50,14 @@ def failure(status: int | None) -> ClientError:
         ("a@x", Client(failure(403), failure(403)), ("a@x", False)),  # a key for nothing but generation
     ],
 )
-def test_what_answers(name, client, answerer):
+def test_what_answers(name: str, client: Client, answerer: tuple[str, bool]) -> None:
     found = find_answerer(client, name)
     assert (found.model, found.has_head) == answerer
     assert found == Answerer(*answerer, found.record)
 
 
 @pytest.mark.parametrize("client", [Client(failure(404), failure(404)), Client(failure(None)), Client(failure(500))])
-def test_nothing_answers(client):
+def test_nothing_answers(client: Client) -> None:
     with pytest.raises(ClientError, match="it said no"):
         find_answerer(client, "a")
 
@@ -73,6 +73,6 @@ def test_nothing_answers(client):
         (failure(None), Pace().concurrency),  # one that is away for now, when a run goes on
     ],
 )
-def test_how_much_is_asked_at_once_follows_the_server(card, count):
+def test_how_much_is_asked_at_once_follows_the_server(card: dict[str, Any] | ClientError, count: int) -> None:
     client = Client({}, card) if isinstance(card, ClientError) else Client({}, card=card)
     assert sequences_at_once(client, "a@3") == count

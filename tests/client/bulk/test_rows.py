@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "in.jsonl"
 
 
-def test_the_three_forms_and_what_a_row_carries(path):
+def test_the_three_forms_and_what_a_row_carries(path: Path) -> None:
     fields = [
         {"prompt": "a", "id": 7, "n": 12345678901234567890123},
         {"text": "b", "prompt_id": "x@2", "task_id": 1},
@@ -40,7 +40,7 @@ def test_the_three_forms_and_what_a_row_carries(path):
     assert found[1].content == "b"
 
 
-def test_blank_lines_and_a_mark_are_no_rows(path):
+def test_blank_lines_and_a_mark_are_no_rows(path: Path) -> None:
     data = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}'
     assert [(row.index, row.line) for row in rows_of(path, data)] == [(0, 1), (1, 4)]
     assert [(row.index, row.line) for row in rows_of(path, data, skip=1)] == [(1, 4)]
@@ -72,7 +72,7 @@ def test_blank_lines_and_a_mark_are_no_rows(path):
         (b'{"text": "a", "error": 1}', "'error' is reserved for the output"),
     ],
 )
-def test_what_is_wrong_is_told_and_stops_no_other(path, line, reason):
+def test_what_is_wrong_is_told_and_stops_no_other(path: Path, line: bytes, reason: str) -> None:
     first, bad, last = rows_of(path, b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert first.fault is last.fault is None
     assert bad.fault is not None
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_told_and_stops_no_other(path, line, reason):
     assert (bad.index, bad.line, last.index) == (1, 2, 2)
 
 
-def test_a_long_line_is_not_held(path, monkeypatch):
+def test_a_long_line_is_not_held(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 64)
     data = b'{"text": "' + b"x" * 1000 + b'"}\n' + b" " * 500 + b'\n{"text": "b"}\n'
@@ -91,7 +91,9 @@ def test_a_long_line_is_not_held(path, monkeypatch):
 
 
 @given(lines=st.lists(st.sampled_from([b"", b" ", b"\t\r", b'{"text": "a"}', b"x", b"  y"])), ends=st.booleans())
-def test_the_count_is_that_of_the_rows(tmp_path_factory, lines, ends):
+def test_the_count_is_that_of_the_rows(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], ends: bool
+) -> None:
     path = tmp_path_factory.getbasetemp() / "count.jsonl"
     found = rows_of(path, b"\n".join(lines) + b"\n" * ends)
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +102,7 @@ def test_the_count_is_that_of_the_rows(tmp_path_factory, lines, ends):
     assert [row.index for row in found] == list(range(len(found)))
 
 
-def test_another_content_is_another_file(path):
+def test_another_content_is_another_file(path: Path) -> None:
     path.write_text('{"text": "a"}')
     first = identify(path)
     path.write_text('{"text": "b"}')

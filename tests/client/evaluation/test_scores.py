@@ -15,7 +15,7 @@ pairs = st.lists(
 
 
 @given(pairs=pairs)
-def test_labels_against_plain_counting(pairs):
+def test_labels_against_plain_counting(pairs: list[tuple[str, str | None]]) -> None:
     expected, answers = [want for want, _ in pairs], [got for _, got in pairs]
     scores = of_labels(expected, answers, LABELS)
     assert scores.accuracy == pytest.approx(sum(want == got for want, got in pairs) / len(pairs))
@@ -33,7 +33,7 @@ def test_labels_against_plain_counting(pairs):
     assert scores.macro_f1 == pytest.approx(sum(own.f1 for own in scores.labels.values()) / 3)
 
 
-def test_a_known_case():
+def test_a_known_case() -> None:
     scores = of_labels(["a", "a", "a", "b"], ["a", "a", "b", None], ["a", "b"])
     assert scores.as_json == {
         "rows": 4,
@@ -49,7 +49,7 @@ def test_a_known_case():
     }
 
 
-def test_texts_match_but_for_white_space_at_the_ends():
+def test_texts_match_but_for_white_space_at_the_ends() -> None:
     scores = exact_match(["\nyes", "no", "a b", "x"], [" yes\n", "No", "a  b", None])
     assert scores.right == [True, False, False, False]
     assert (scores.accuracy, scores.num_errors, scores.macro_f1) == (0.25, 1, None)

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,17 +131,17 @@ def test_an_mlp_of_another_activation_or_formula_is_left_alone() -> None:
 
 def test_attention_of_another_formula_or_other_weights_is_left_alone() -> None:
     class Scaled(MistralAttention):
-        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> object:
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: Any) -> object:
             return super().forward(hidden_states * 2, *arguments, **others)
 
     class ClampedFarAway(MistralAttention):
         """As some models do, by the value (OLMo) or by the position (Llama 4): nothing happens near 0."""
 
-        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> object:
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: Any) -> object:
             return super().forward(hidden_states.clamp(-50.0, 50.0), *arguments, **others)
 
     class ScaledFarAway(MistralAttention):
-        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> object:
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: Any) -> object:
             far = (others["position_ids"] > 100)[..., None]
             return super().forward(torch.where(far, hidden_states * 1.5, hidden_states), *arguments, **others)
 
@@ -159,7 +160,7 @@ def test_attention_of_another_formula_or_other_weights_is_left_alone() -> None:
 
 def test_a_layer_of_another_formula_keeps_its_own_pass() -> None:
     class Residual(MistralDecoderLayer):
-        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: object) -> torch.Tensor:
+        def forward(self, hidden_states: torch.Tensor, *arguments: object, **others: Any) -> torch.Tensor:
             return super().forward(hidden_states, *arguments, **others) * 0.5
 
     model = build(MistralConfig(**UNTIED))

@@ -73,7 +73,7 @@ PARAMS = {
 }
 
 
-def make_seqs(names: list[str], **params: object) -> list[Sequence]:
+def make_seqs(names: list[str], **params: Any) -> list[Sequence]:
     return [
         Sequence(str(index), [1, 2, 3], SamplingParams(max_tokens=9, **PARAMS[name], **params))
         for index, name in enumerate(names)

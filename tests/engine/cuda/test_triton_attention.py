@@ -15,7 +15,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention.backend import AttentionCall, SDPABackend, make_metadata
+from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec
 from server.engine.model import exactness
 from server.errors import EngineStartError
@@ -158,7 +158,9 @@ def test_keys_are_divided_only_where_that_keeps_the_gpu_busy() -> None:
 class Wrong(triton_attention.TritonBackend):
     """What a kernel that is compiled wrongly would do: keys beyond the first tile are lost."""
 
-    def attend(self, query, layer, metadata, call):
+    def attend(
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
+    ) -> torch.Tensor:
         return super().attend(query, layer, metadata, replace(call, window=min(call.window or 64, 64)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def gemma3n(num_shared: int) -> Gemma3nTextConfig:
     return Gemma3nTextConfig(**FOUR_LAYERS, **PER_LAYER, **sparsity, num_kv_shared_layers=num_shared)
 
 
-def gemma4(**more: object) -> Gemma4TextConfig:
+def gemma4(**more: Any) -> Gemma4TextConfig:
     return Gemma4TextConfig(**FOUR_LAYERS, **{"hidden_size_per_layer_input": 0, "global_head_dim": 16, **more})
 
 
@@ -73,7 +74,7 @@ def save_model(config: PreTrainedConfig, path: Path) -> None:
     model.save_pretrained(path)
 
 
-def start(path: Path, **settings: object) -> LLMEngine:
+def start(path: Path, **settings: Any) -> LLMEngine:
     return LLMEngine(EngineSettings(model=str(path), dtype="float32", kv_cache_memory=2**22, **settings))
 
 

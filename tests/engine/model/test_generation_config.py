@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_a_file_that_transformers_cannot_read_ends_the_start_with_a_message(
         make_engine(family)
 
 
-def read(**values: object) -> object:
+def read(**values: Any) -> object:
     return read_generation_config(
         GenerationConfig(**values), vocab_size=VOCABULARY, max_model_len=64, eos_token_ids=(EOS,)
     )

@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -67,7 +68,7 @@ def test_nearest_tokens_are_those_of_the_whole_vocabulary(
 
 
 def test_a_row_that_is_a_token_is_found_as_that_token(
-    llama: Family, make_engine: Callable[..., LLMEngine], tmp_path
+    llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
     vocabulary = llama.model.get_input_embeddings().weight
     rows = torch.stack([3 * vocabulary[11], torch.zeros(48), 1e30 * vocabulary[196]]).detach()

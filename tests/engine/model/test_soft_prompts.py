@@ -24,7 +24,9 @@ def load(tmp_path: Path) -> Iterator[Load]:
     """Write tensors and load them: the rows, or what the loader said was wrong."""
     loaders = []
 
-    def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32):
+    def run(
+        tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor | str:
         loader = SoftPromptLoader(
             head_width=8, embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype, budget_bytes=1 << 20
         )
@@ -136,7 +138,9 @@ def wait_loaded(loader: SoftPromptLoader, count: int) -> list[tuple[str, str | N
 SIZE = ROWS * WIDTH * 4
 
 
-def test_the_budget_and_its_numbers(make_loader, make_source) -> None:
+def test_the_budget_and_its_numbers(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(2 * SIZE)
     assert loader.stats.load_seconds_buckets[-1] == (math.inf, 0)
     sources = [make_source(name) for name in "abc"]
@@ -156,7 +160,9 @@ def test_the_budget_and_its_numbers(make_loader, make_source) -> None:
     assert (loader.stats.hits, loader.stats.misses) == (2, 4)
 
 
-def test_a_pin_outlasts_the_budget(make_loader, make_source) -> None:
+def test_a_pin_outlasts_the_budget(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(0)
     source = make_source("a")
     loader.pin(source)
@@ -171,7 +177,9 @@ def test_a_pin_outlasts_the_budget(make_loader, make_source) -> None:
     assert (loader.stats.misses, loader.stats.loads) == (0, 1)
 
 
-def test_a_pin_of_a_file_that_cannot_be_read_ends(make_loader, make_source) -> None:
+def test_a_pin_of_a_file_that_cannot_be_read_ends(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(0)
     source = make_source("a")
     Path(source.path).unlink()
@@ -183,7 +191,9 @@ def test_a_pin_of_a_file_that_cannot_be_read_ends(make_loader, make_source) -> N
     assert (loader.stats.resident, loader.stats.loads) == (0, 0)
 
 
-def test_unpinned_while_it_is_read(make_loader, make_source) -> None:
+def test_unpinned_while_it_is_read(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(0)
     source = make_source("a")
     loader.pin(source)

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ TEXT = [5, 9, 2, 30, 41, 7]
 
 
 @asynccontextmanager
-async def running(family: Family, **settings: object) -> AsyncIterator[AsyncEngine]:
+async def running(family: Family, **settings: Any) -> AsyncIterator[AsyncEngine]:
     options = {"dtype": "float32", "kv_cache_memory": 4 * 2**20, "num_threads": 1, **settings}
     engine = AsyncEngine(EngineSettings(model=str(family.path), **options))
     await engine.start()

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -129,7 +130,7 @@ class Launcher:
 
 
 @asynccontextmanager
-async def fake_engine(**settings: object) -> AsyncIterator[tuple[AsyncEngine, Launcher]]:
+async def fake_engine(**settings: Any) -> AsyncIterator[tuple[AsyncEngine, Launcher]]:
     launcher = Launcher()
     engine = AsyncEngine(EngineSettings(model="tiny", **settings), launch=launcher.launch, sleep=launcher.sleep)
     await engine.start()

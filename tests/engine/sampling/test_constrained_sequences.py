@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -19,9 +20,10 @@ from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.sampling import grammars as structured
 from server.engine.sampling.grammar_check import NO_WAY_ON
+from server.engine.sampling.grammars import Matcher
 from server.engine.sampling.sampler import NO_TOKEN, Sampler
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
+from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, TokenOutput
 from tests.support.engine.grammars import END_ID, compiled, constraint, make_compiler, save_tokenizer
 from tests.support.engine.harness import SHAPE, VOCABULARY, Family, add, greedy, make_family, random_text, run, tokens
 
@@ -60,7 +62,7 @@ def tokenizer(model: Family) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(model.path)
 
 
-def run_all(engine: LLMEngine):
+def run_all(engine: LLMEngine) -> dict[str, list[TokenOutput]]:
     """Step until all is done, also what waits for a grammar."""
     deadline = time.monotonic() + 60
     outputs = run(engine)
@@ -68,11 +70,13 @@ def run_all(engine: LLMEngine):
     return outputs
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, outputs) -> str:
+def text_of(tokenizer: PreTrainedTokenizerFast, outputs: list[TokenOutput]) -> str:
     return tokenizer.decode(tokens(outputs), skip_special_tokens=True)
 
 
-def test_constraints_hold_in_a_mixed_batch_and_touch_no_neighbour(model, make_engine, tokenizer) -> None:
+def test_constraints_hold_in_a_mixed_batch_and_touch_no_neighbour(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model, block_size=4, max_num_batched_tokens=48, max_num_seqs=24)
     names = [None, *model.soft_prompts]
     for index, name in enumerate(names):
@@ -97,7 +101,9 @@ def test_constraints_hold_in_a_mixed_batch_and_touch_no_neighbour(model, make_en
         assert {output.finish_reason for output in regex[:-1]} == {None}
 
 
-def test_the_greedy_token_is_the_likeliest_that_is_allowed(model, make_engine, tokenizer) -> None:
+def test_the_greedy_token_is_the_likeliest_that_is_allowed(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     add(engine, "r", TEXT, greedy(20, constraint=constraint("regex", "[0-9]{20}"), logprobs=0))
     ids = list(TEXT)
@@ -117,7 +123,9 @@ def test_the_greedy_token_is_the_likeliest_that_is_allowed(model, make_engine, t
     assert re.fullmatch("[0-9]{20}", text_of(tokenizer, outputs))
 
 
-def test_sampling_with_a_seed_does_not_depend_on_the_batch(model, make_engine) -> None:
+def test_sampling_with_a_seed_does_not_depend_on_the_batch(
+    model: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
     params = SamplingParams(
         max_tokens=30,
         temperature=1.5,
@@ -138,7 +146,9 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(model, make_engine) -
     assert len(want) > 3
 
 
-def test_preemption_leaves_matchers_as_they_are(model, make_engine, tokenizer) -> None:
+def test_preemption_leaves_matchers_as_they_are(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     params = [
         greedy(120, constraint=constraint("regex", f"(?:[ab]{{{index + 2}}} )*"), logit_bias={END_ID: -100.0})
         for index in range(4)
@@ -158,7 +168,13 @@ def test_preemption_leaves_matchers_as_they_are(model, make_engine, tokenizer) -
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_a_complete_grammar_ends_the_sequence(model, endless, make_engine, tokenizer, ignore_eos: bool) -> None:
+def test_a_complete_grammar_ends_the_sequence(
+    model: Family,
+    endless: Family,
+    make_engine: Callable[..., LLMEngine],
+    tokenizer: PreTrainedTokenizerFast,
+    ignore_eos: bool,
+) -> None:
     for family in (model, endless):
         engine = make_engine(family)
         # More tokens than there can be: the grammar is right, not min_tokens.
@@ -176,7 +192,9 @@ def test_a_complete_grammar_ends_the_sequence(model, endless, make_engine, token
         assert engine.stats.num_used_blocks == 0
 
 
-def test_the_end_of_sequence_ends_a_grammar_that_could_go_on(model, make_engine, tokenizer) -> None:
+def test_the_end_of_sequence_ends_a_grammar_that_could_go_on(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     for ignore_eos in (False, True):
         for min_tokens in (0, 5):
@@ -195,7 +213,9 @@ def test_the_end_of_sequence_ends_a_grammar_that_could_go_on(model, make_engine,
         assert (own[-1].finish_reason, own[-1].stop_token_id) == (FinishReason.STOP, END_ID)
 
 
-def test_stop_tokens_and_limits_end_it_early(model, make_engine, tokenizer) -> None:
+def test_stop_tokens_and_limits_end_it_early(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     (a,) = tokenizer.encode("a")
     add(engine, "stop", TEXT, greedy(20, constraint=constraint("regex", "a+b"), stop_token_ids=(a,)))
@@ -208,7 +228,9 @@ def test_stop_tokens_and_limits_end_it_early(model, make_engine, tokenizer) -> N
     assert outputs["last"][-1].finish_reason is FinishReason.STOP
 
 
-def test_a_constraint_holds_for_an_ensemble(model, make_engine, tokenizer) -> None:
+def test_a_constraint_holds_for_an_ensemble(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     first, *others = model.soft_prompts.values()
     for kind, text in (("regex", "[a-c]{3}-[0-9]{4}"), ("choice", '["yes", "no"]')):
@@ -222,7 +244,7 @@ def test_a_constraint_holds_for_an_ensemble(model, make_engine, tokenizer) -> No
         assert all(entry.logprob < 0 for output in own for entry in output.logprobs or ())
 
 
-def test_a_wrong_constraint_fails_its_requests_alone(model, make_engine) -> None:
+def test_a_wrong_constraint_fails_its_requests_alone(model: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(model)
     source = model.soft_prompts["prefix_13"]
     for index in range(2):
@@ -239,7 +261,9 @@ def test_a_wrong_constraint_fails_its_requests_alone(model, make_engine) -> None
     engine.soft_prompts.release(source)  # nobody else refers to it
 
 
-def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(model, endless, make_engine) -> None:
+def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
+    model: Family, endless: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
     for family in (model, endless):
         engine = make_engine(family)
         add(engine, "free", TEXT, greedy(30, ignore_eos=True))
@@ -334,7 +358,9 @@ def test_a_tenant_with_too_many_grammars_has_to_wait_and_others_have_not(
     assert run_all(engine)["other"][-1].finish_reason is FinishReason.STOP
 
 
-def test_a_grammar_that_takes_too_long_fails_its_request_alone(model, make_engine, monkeypatch) -> None:
+def test_a_grammar_that_takes_too_long_fails_its_request_alone(
+    model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 0.05)
     engine = make_engine(model)
@@ -350,7 +376,9 @@ def test_a_grammar_that_takes_too_long_fails_its_request_alone(model, make_engin
     assert (again.finish_reason, again.error) == (FinishReason.TIMEOUT, structured.TOO_MANY_SLOW)
 
 
-def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(model, make_engine, monkeypatch) -> None:
+def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(
+    model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its cost grows with each token, without a limit of llguidance's."""
     want = run_all_of(make_engine(model), [("free", greedy(30, ignore_eos=True))])["free"]
     monkeypatch.setattr(structured, "BURST_SECONDS", 0.02)
@@ -366,13 +394,15 @@ def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(model, make
     assert tokens(outputs["free"]) == tokens(want)
 
 
-def run_all_of(engine: LLMEngine, requests: list[tuple[str, SamplingParams]]):
+def run_all_of(engine: LLMEngine, requests: list[tuple[str, SamplingParams]]) -> dict[str, list[TokenOutput]]:
     for name, params in requests:
         add(engine, name, TEXT, params)
     return run_all(engine)
 
 
-def test_nobody_who_asks_for_nothing_pays(model, make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_who_asks_for_nothing_pays(
+    model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(model)
     add(engine, "free", TEXT, greedy(3))
     run_all(engine)
@@ -381,7 +411,7 @@ def test_nobody_who_asks_for_nothing_pays(model, make_engine, monkeypatch: pytes
     assert "_executor" not in engine.runner.sampler._masks.__dict__
 
 
-def masked_seq(matcher, prompt: list[int], **params: object) -> Sequence:
+def masked_seq(matcher: Matcher, prompt: list[int], **params: Any) -> Sequence:
     seq = Sequence("s", prompt, SamplingParams(constraint=constraint("regex", "x"), **params))
     seq.matcher = matcher
     return seq
@@ -396,7 +426,7 @@ def test_the_mask_acts_after_penalties_and_bias_and_before_the_cuts(model: Famil
     logits[0, a] = 3.0
     sampler = Sampler((END_ID,))
 
-    def choose(**params: object) -> int:
+    def choose(**params: Any) -> int:
         matcher = compiled(compiler, constraint("regex", "[ab]"))
         return sampler.choose(logits, [masked_seq(matcher, [a], **params)])[0][0]
 

@@ -32,7 +32,9 @@ operations = st.lists(
 
 
 @given(operations)
-def test_it_holds_what_was_added_and_a_tenant_waits_for_one_turn_of_each_other(steps) -> None:
+def test_it_holds_what_was_added_and_a_tenant_waits_for_one_turn_of_each_other(
+    steps: list[tuple[str, int, str]],
+) -> None:
     queue = GrammarQueue()
     model: dict[Constraint, str] = {}
     passed: dict[str, set[str]] = {}

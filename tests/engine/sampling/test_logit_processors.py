@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ EOS = 3
 MAKE = Sampler((EOS,))
 
 
-def make_seq(prompt: list[int], new: list[int], **params: object) -> Sequence:
+def make_seq(prompt: list[int], new: list[int], **params: Any) -> Sequence:
     seq = Sequence("s", prompt, SamplingParams(**params))
     seq.token_ids += new
     return seq

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ INT64 = 2**63
 TINY = (0.0, 5e-324, 1e-60, 1e-46, 1e-45, 1e-40, 1e-39, SMALLEST_TEMPERATURE / 2)
 
 
-def seq_of(prompt: list[int], new: list[int], **params: object) -> Sequence:
+def seq_of(prompt: list[int], new: list[int], **params: Any) -> Sequence:
     seq = Sequence("s", prompt, SamplingParams(**params))
     seq.token_ids += new
     return seq

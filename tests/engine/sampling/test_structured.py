@@ -89,7 +89,13 @@ def follows(tokenizer: PreTrainedTokenizerFast, matcher: Matcher, text: str) -> 
     ],
 )
 def test_what_each_kind_takes(
-    kind: str, text: str, taken: list[str], refused: list[str], compiler, endless, tokenizer
+    kind: str,
+    text: str,
+    taken: list[str],
+    refused: list[str],
+    compiler: GrammarCompiler,
+    endless: GrammarCompiler,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     for own in (compiler, endless):
         for sample in taken:
@@ -127,12 +133,16 @@ def test_what_cannot_be_used_is_told(kind: str, text: str, reason: str, compiler
     assert "no_forcing" not in error
 
 
-def test_lenient_schemas_leave_out_what_cannot_be_enforced(compiler, tokenizer) -> None:
+def test_lenient_schemas_leave_out_what_cannot_be_enforced(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     schema = '{"type": "array", "uniqueItems": true, "items": {"enum": [1]}}'
     assert follows(tokenizer, compiled(compiler, constraint("json_schema", schema, is_lenient=True)), "[1, 1]")
 
 
-def test_special_tokens_and_rows_without_a_token_are_never_text(compiler, endless, tokenizer) -> None:
+def test_special_tokens_and_rows_without_a_token_are_never_text(
+    compiler: GrammarCompiler, endless: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     for own, ends in ((compiler, [END_ID]), (endless, [])):
         matcher = compiled(own, constraint("regex", r"(?s:.*)"))
         allowed = allowed_ids(TokenMasks(), matcher)
@@ -140,14 +150,16 @@ def test_special_tokens_and_rows_without_a_token_are_never_text(compiler, endles
         assert max(allowed) < len(tokenizer)
 
 
-def test_logits_narrower_than_the_tokenizer(folder: Path, tokenizer) -> None:
+def test_logits_narrower_than_the_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     compiler = make_compiler(folder, vocab_size=20)
     matcher = compiled(compiler, constraint("regex", r"[!-~]*"))
     assert allowed_ids(TokenMasks(), matcher, 20) == [END_ID, *range(2, 20)]
     compiler.close()
 
 
-def test_a_finite_grammar_is_finished_with_its_last_token(compiler, endless, tokenizer) -> None:
+def test_a_finite_grammar_is_finished_with_its_last_token(
+    compiler: GrammarCompiler, endless: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     for own in (compiler, endless):
         matcher = compiled(own, constraint("choice", '["ab", "abab"]'))
         for token_id in tokenizer.encode("abab"):
@@ -157,14 +169,16 @@ def test_a_finite_grammar_is_finished_with_its_last_token(compiler, endless, tok
         assert matcher.error is None
 
 
-def test_a_model_without_an_end_has_nothing_to_choose_where_only_that_is_left(endless) -> None:
+def test_a_model_without_an_end_has_nothing_to_choose_where_only_that_is_left(endless: GrammarCompiler) -> None:
     matcher = compiled(endless, constraint("regex", "a{0}"))
     assert allowed_ids(TokenMasks(), matcher) == []
     assert matcher.is_complete
     assert matcher.error is None
 
 
-def test_masks_of_many_matchers_are_those_of_each(compiler, tokenizer) -> None:
+def test_masks_of_many_matchers_are_those_of_each(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     texts = [("regex", "[a-f]+"), ("choice", '["x", "y"]'), ("json_object", ""), ("regex", "[a-f]+")]
     matchers = [compiled(compiler, constraint(*text)) for text in texts]
     matchers[3].advance(tokenizer.encode("a")[0])
@@ -177,7 +191,9 @@ def test_masks_of_many_matchers_are_those_of_each(compiler, tokenizer) -> None:
     assert together[3, END_ID]
 
 
-def test_a_failed_matcher_allows_nothing_and_says_why(compiler, tokenizer) -> None:
+def test_a_failed_matcher_allows_nothing_and_says_why(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     matcher = compiled(compiler, constraint("regex", "b+"))
     other = compiled(compiler, constraint("regex", "b+"))
     matcher.advance(tokenizer.encode("x")[0])
@@ -375,7 +391,7 @@ def test_closing_while_grammars_are_compiled(folder: Path) -> None:
     assert not compiler._quick.thread.is_alive()
 
 
-def test_a_sequences_allowance_is_spent_once(compiler: GrammarCompiler, tokenizer) -> None:
+def test_a_sequences_allowance_is_spent_once(compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast) -> None:
     matcher = compiled(compiler, constraint("regex", "a+"))
     (a,) = tokenizer.encode("a")
     for _ in range(5):
@@ -424,7 +440,9 @@ regexes = st.recursive(
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(regex=regexes, seed=st.integers(0, 99))
-def test_what_follows_a_regex_matches_it(regex: str, seed: int, compiler, tokenizer) -> None:
+def test_what_follows_a_regex_matches_it(
+    regex: str, seed: int, compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     matcher = compiled(compiler, constraint("regex", regex))
     token_ids = follow(matcher, random.Random(seed))
     assert matcher.error is None
@@ -436,7 +454,9 @@ def test_what_follows_a_regex_matches_it(regex: str, seed: int, compiler, tokeni
 @given(
     choices=st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1), min_size=1, max_size=8)
 )
-def test_what_follows_a_choice_is_one_of_it(choices: list[str], compiler, tokenizer) -> None:
+def test_what_follows_a_choice_is_one_of_it(
+    choices: list[str], compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     matcher = compiled(compiler, constraint("choice", json.dumps(choices)))
     assert text_of(tokenizer, follow(matcher, random.Random(0), patience=0)) in choices
 
@@ -484,7 +504,9 @@ schemas = st.recursive(
 
 @settings(deadline=None, max_examples=80)
 @given(schema=schemas, seed=st.integers(0, 99))
-def test_what_follows_a_schema_validates(schema: dict[str, Any], seed: int, compiler, tokenizer) -> None:
+def test_what_follows_a_schema_validates(
+    schema: dict[str, Any], seed: int, compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
     matcher = compiled(compiler, constraint("json_schema", json.dumps(schema)))
     token_ids = follow(matcher, random.Random(seed))
     assert matcher.error is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -187,7 +188,7 @@ def serve(
     sizes: Limits,
     arriving: dict[str, Request],
     sources: list[SoftPromptSource | None],
-    **bad: object,
+    **bad: Any,
 ) -> tuple[dict[str, list[TokenOutput]], NotingRunner]:
     """All outputs of each request, with the books checked after every step."""
     runner = NotingRunner(sizes.block_size, **bad)

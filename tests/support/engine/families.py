@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import (
     Cohere2Config,
@@ -34,10 +35,13 @@ from transformers import (
 
 from tests.support.engine.harness import CONTEXT, SHAPE, VOCABULARY
 
-UNTIED = {**SHAPE, "tie_word_embeddings": False}  # a random tied model repeats its last token
-MIXED = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-OPT = {
+UNTIED: dict[str, Any] = {**SHAPE, "tie_word_embeddings": False}  # a random tied model repeats its last token
+MIXED: dict[str, Any] = {
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+OPT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "ffn_dim": 80,

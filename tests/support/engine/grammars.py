@@ -41,7 +41,9 @@ def constraint(kind: str, text: str = "", **more: bool) -> Constraint:
     return Constraint(kind=ConstraintKind(kind), text=text, **more)
 
 
-def make_compiler(path: Path, *, eos_token_ids: tuple[int, ...] = (END_ID,), vocab_size: int = VOCABULARY):
+def make_compiler(
+    path: Path, *, eos_token_ids: tuple[int, ...] = (END_ID,), vocab_size: int = VOCABULARY
+) -> GrammarCompiler:
     return GrammarCompiler(
         lambda: load_tokenizer(str(path), None), vocab_size=vocab_size, eos_token_ids=eos_token_ids
     )

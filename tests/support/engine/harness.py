@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ from server.engine.types import Logprobs, SamplingParams, SoftPromptSource, Toke
 
 VOCABULARY = 197
 CONTEXT = 256
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -57,19 +58,19 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-MIXED_WINDOWS = {
+MIXED_WINDOWS: dict[str, Any] = {
     "head_dim": 16,  # not hidden_size / num_attention_heads
     "query_pre_attn_scalar": 20,
     "tie_word_embeddings": False,  # a random tied model repeats its last token
     "sliding_window": 11,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
-CONFIGS = {
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=11),  # shorter than every longer text of the tests
 }
-MORE_CONFIGS = {
+MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
     "gemma2": lambda: Gemma2Config(**SHAPE, **MIXED_WINDOWS, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, **MIXED_WINDOWS),
@@ -85,7 +86,7 @@ MORE_CONFIGS = {
         eos_token_id=None,
     ),
 }
-PEFT_CONFIGS = {
+PEFT_CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "prompt_tuning_20": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=20),
     "prompt_tuning_8": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=8),
     "p_tuning_7": lambda: PromptEncoderConfig(
@@ -96,7 +97,7 @@ PEFT_CONFIGS = {
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=16, prefix_projection=True, encoder_hidden_size=32
     ),
 }
-MORE_PEFT_CONFIGS = {
+MORE_PEFT_CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "p_tuning_lstm_5": lambda: PromptEncoderConfig(
         task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=5,
@@ -233,7 +234,7 @@ def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
         assert all((source.task_id is None) == (prompt.num_tasks is None) for source in sources)
 
 
-def greedy(max_tokens: int, **params: object) -> SamplingParams:
+def greedy(max_tokens: int, **params: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, **params)
 
 
@@ -255,7 +256,7 @@ def random_text(rng: random.Random, shortest: int, longest: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(rng.randint(shortest, longest))]
 
 
-def add(engine: LLMEngine, request_id: str, token_ids: list[int], params: SamplingParams, **more: object) -> None:
+def add(engine: LLMEngine, request_id: str, token_ids: list[int], params: SamplingParams, **more: Any) -> None:
     refused = engine.add(AddRequest(request_id=request_id, prompt_token_ids=token_ids, params=params, **more))
     assert refused == []
 
