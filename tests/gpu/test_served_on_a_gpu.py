@@ -53,7 +53,7 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Famil
 
 def answers(engine: LLMEngine, family: Family, requests: dict[str, tuple], max_tokens: int) -> dict[str, list[int]]:
     for request_id, (key, text) in requests.items():
-        add(engine, request_id, text, greedy(max_tokens), soft_prompt=family.soft_prompts.get(key))
+        add(engine, request_id, text, greedy(max_tokens), soft_prompt=family.source(key))
     return {request_id: tokens(outputs) for request_id, outputs in run(engine).items()}
 
 
@@ -83,7 +83,7 @@ def test_half_precision_is_near_to_peft(
     text = random_text(random.Random(name), 40, 40)
     for key in [*family.soft_prompts, None]:
         params = greedy(1, prompt_logprobs=0)
-        add(engine, str(key), text, params, soft_prompt=family.soft_prompts.get(key))
+        add(engine, str(key), text, params, soft_prompt=family.source(key))
     outputs = run(engine)
     for key in [*family.soft_prompts, None]:
         (output,) = outputs[str(key)]

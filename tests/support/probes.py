@@ -11,13 +11,15 @@ from server.errors import EngineNotReadyError
 class FakeProbes:
     """A part of the scripted engine: every upload passes, but for the tasks that ``probe_failures`` names."""
 
-    is_ready: bool
-
     def __init__(self) -> None:
         self.probed: list[tuple[SoftPromptSource, list[int], int, str, float | None]] = []
         """Soft prompt, text, new tokens, tenant, seconds of waiting."""
         self.probe_failures: dict[int | None, Exception] = {}
         """By task; None is of soft prompts that have none."""
+
+    @property
+    def is_ready(self) -> bool:
+        raise NotImplementedError
 
     async def probe(
         self,

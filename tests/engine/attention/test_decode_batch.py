@@ -150,7 +150,7 @@ def test_replayed_decodes_are_those_of_peft(
     for index, key in enumerate(["prompt_tuning_20", "prefix_13", None, None]):
         text = random_text(rng, 1, 12)
         want[f"r{index}"] = family.expected(key, text, MAX_TOKENS)
-        add(engine, f"r{index}", text, greedy(MAX_TOKENS), soft_prompt=family.soft_prompts.get(key))
+        add(engine, f"r{index}", text, greedy(MAX_TOKENS), soft_prompt=family.source(key))
     outputs = run(engine)
     assert {key: tokens(output) for key, output in outputs.items()} == want
     assert recorder.replays >= MAX_TOKENS - 2

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from server.engine.types import SoftPromptSource
 
 WIDTH, ROWS, TASKS, RANKS = 8, 5, 3, 2
 
-Load = Callable[..., torch.Tensor | str]
+Load = Callable[..., Any]
 
 
 @pytest.fixture
@@ -24,9 +25,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
     """Write tensors and load them: the rows, or what the loader said was wrong."""
     loaders = []
 
-    def run(
-        tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor | str:
+    def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
         loader = SoftPromptLoader(
             head_width=8, embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype, budget_bytes=1 << 20
         )

@@ -73,7 +73,7 @@ async def test_many_requests_at_once_equal_peft_and_an_abort_frees_its_blocks(ll
         assert engine.is_ready
         assert engine.model.architecture == "LlamaForCausalLM"
         names = [None, *llama.soft_prompts]
-        requests = [GenerateRequest(str(name), TEXT, greedy(8), llama.soft_prompts.get(name)) for name in names]
+        requests = [GenerateRequest(str(name), TEXT, greedy(8), llama.source(name)) for name in names]
         results = await asyncio.gather(*(collect(engine, request) for request in requests))
         assert results == [(llama.expected(name, TEXT, 8), FinishReason.LENGTH) for name in names]
         stream = engine.generate(GenerateRequest("gone", TEXT, greedy(200)))

@@ -26,6 +26,7 @@ from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, TokenOutput
 from tests.support.engine.grammars import END_ID, compiled, constraint, make_compiler, save_tokenizer
 from tests.support.engine.harness import SHAPE, VOCABULARY, Family, add, greedy, make_family, random_text, run, tokens
+from tests.support.presence import present
 
 TEXT = random_text(random.Random(5), 24, 24)
 SCHEMA = {
@@ -59,7 +60,8 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture(scope="module")
 def tokenizer(model: Family) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(model.path)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model.path)
+    return tokenizer
 
 
 def run_all(engine: LLMEngine) -> dict[str, list[TokenOutput]]:
@@ -71,7 +73,7 @@ def run_all(engine: LLMEngine) -> dict[str, list[TokenOutput]]:
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, outputs: list[TokenOutput]) -> str:
-    return tokenizer.decode(tokens(outputs), skip_special_tokens=True)
+    return str(tokenizer.decode(tokens(outputs), skip_special_tokens=True))
 
 
 def test_constraints_hold_in_a_mixed_batch_and_touch_no_neighbour(
@@ -109,6 +111,7 @@ def test_the_greedy_token_is_the_likeliest_that_is_allowed(
     ids = list(TEXT)
     outputs = run_all(engine)["r"]
     digits = tokenizer.convert_tokens_to_ids([*"0123456789", "12"])
+    assert isinstance(digits, list)
     for output in outputs:
         with torch.no_grad():
             logits = model.model(torch.tensor([ids])).logits[0, -1]
@@ -118,7 +121,7 @@ def test_the_greedy_token_is_the_likeliest_that_is_allowed(
             assert output.token_ids == [best]
         # By the model's own logits, of which the mask is no part.
         want = torch.log_softmax(logits, -1)[output.token_ids[0]].item()
-        assert output.logprobs[0].logprob == pytest.approx(want, abs=1e-4)
+        assert present(output.logprobs)[0].logprob == pytest.approx(want, abs=1e-4)
         ids += output.token_ids
     assert re.fullmatch("[0-9]{20}", text_of(tokenizer, outputs))
 
@@ -164,7 +167,7 @@ def test_preemption_leaves_matchers_as_they_are(
     assert tight.stats.num_preemptions > 0
     assert got[0] == got[1]
     for index, ids in enumerate(got[0]):
-        assert re.match(f"(?:[ab]{{{index + 2}}} )+", tokenizer.decode(ids))
+        assert re.match(f"(?:[ab]{{{index + 2}}} )+", str(tokenizer.decode(ids)))
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
@@ -254,7 +257,7 @@ def test_a_wrong_constraint_fails_its_requests_alone(model: Family, make_engine:
     for index in range(2):
         (output,) = outputs[f"wrong{index}"]
         assert output.finish_reason is FinishReason.CONSTRAINT
-        assert "unclosed group" in output.error
+        assert "unclosed group" in present(output.error)
     assert tokens(outputs["right"]) == model.expected("prefix_13", TEXT, 5)
     assert engine.soft_prompts.stats.resident == 1
     engine.soft_prompts.acquire(source)
@@ -273,7 +276,7 @@ def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
         assert outputs["stuck"][-1].finish_reason is FinishReason.CONSTRAINT
         assert outputs["stuck"][-1].error == NO_WAY_ON
         assert outputs["large"][-1].finish_reason is FinishReason.CONSTRAINT
-        assert "too many" in outputs["large"][-1].error
+        assert "too many" in present(outputs["large"][-1].error)
         assert outputs["free"][-1].finish_reason is FinishReason.LENGTH
         # The next of its kind begins with an automaton of its own.
         add(engine, "again", TEXT, greedy(1, constraint=constraint("regex", "(([a-z]{1,20}){1,20}){1,20}")))
@@ -296,7 +299,7 @@ def test_waiting_for_a_grammar_and_a_file_both(
         assert engine.add(again)[0].error == "request id 'ends' is in use"
         assert not engine.has_work
         assert engine.stats.num_waiting == 3
-        assert 0 <= engine.idle_seconds <= 0.05
+        assert 0 <= present(engine.idle_seconds) <= 0.05
         assert [output.finish_reason for output in engine.abort("aborted")] == [FinishReason.ABORT]
         time.sleep(0.06)
         (late,) = engine.step()
@@ -349,7 +352,7 @@ def test_a_tenant_with_too_many_grammars_has_to_wait_and_others_have_not(
         )
         (refused,) = engine.add(request)
         assert refused.finish_reason is FinishReason.TIMEOUT
-        assert "1 different structures" in refused.error
+        assert "1 different structures" in present(refused.error)
     add(engine, "other", TEXT, greedy(5, constraint=constraint("regex", "b")), salt="b")
     assert engine.abort("first")
     assert bomb in engine._grammars._compiling  # another waits for it

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,18 @@ from server.engine.sampling.ensembles import merge_ensembles
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from tests.support.engine.harness import CONFIGS, Family, add, check_logprobs, greedy, random_text, run, tokens
+from tests.support.presence import present
 
 MAX_TOKENS = 10
 TEXT = random_text(random.Random(8), 24, 24)
-MEMBERS = {
+MEMBERS: dict[str, tuple[str | None, ...]] = {
     "embeddings": ("prompt_tuning_20", "p_tuning_7", "prompt_tuning_8"),
     "mixed": ("prefix_13", None, "p_tuning_7"),
     "key_values": ("prefix_projected_16", "prefix_13"),
 }
-SETTINGS = {
+Ensembles = dict[str, tuple[tuple[str | None, ...], list[int], list[int], torch.Tensor]]
+"""Ensembles with their answers: id -> (members, text, tokens, logprobs)."""
+SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "small_blocks": {"block_size": 4, "max_num_batched_tokens": 13, "max_num_seqs": 7},
     "few_blocks": {"block_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 12, "kv_cache_memory": 160_000},
@@ -44,11 +48,11 @@ def expected(family: Family, members: tuple[str | None, ...], text: list[int]) -
 
 
 @pytest.fixture(scope="module")
-def wanted(make_family: Callable[[str], Family]) -> Callable[[str], dict[str, tuple]]:
-    """Ensembles of a family with their answers: id -> (members, text, tokens, logprobs)."""
-    made: dict[str, dict[str, tuple]] = {}
+def wanted(make_family: Callable[[str], Family]) -> Callable[[str], Ensembles]:
+    """Ensembles of a family with their answers."""
+    made: dict[str, Ensembles] = {}
 
-    def make(name: str) -> dict[str, tuple]:
+    def make(name: str) -> Ensembles:
         if name not in made:
             rng, family = random.Random(name), make_family(name)
             made[name] = {
@@ -62,7 +66,7 @@ def wanted(make_family: Callable[[str], Family]) -> Callable[[str], dict[str, tu
     return make
 
 
-def sources(family: Family, members: tuple[str | None, ...]) -> dict[str, object]:
+def sources(family: Family, members: tuple[str | None, ...]) -> dict[str, Any]:
     """The fields of an AddRequest that name members."""
     first, *others = (family.soft_prompts[member] if member else None for member in members)
     return {"soft_prompt": first, "others": others}
@@ -75,7 +79,7 @@ def test_the_mean_of_what_peft_says(
     settings: str,
     make_family: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
-    wanted: Callable[[str], dict[str, tuple]],
+    wanted: Callable[[str], Ensembles],
 ) -> None:
     family, ensembles = make_family(name), wanted(name)
     engine = make_engine(family, **SETTINGS[settings])
@@ -93,7 +97,7 @@ def test_the_mean_of_what_peft_says(
         own = outputs[request_id]
         assert tokens(own) == want, request_id
         assert own[-1].finish_reason is FinishReason.LENGTH
-        check_logprobs([entry for output in own for entry in output.logprobs], want, logprobs, num_top=3)
+        check_logprobs([entry for output in own for entry in present(output.logprobs)], want, logprobs, num_top=3)
     assert set(outputs) == {*ensembles, *alone}
     assert engine.stats.num_used_blocks == 0
 
@@ -220,7 +224,7 @@ def test_a_failed_step_ends_an_ensemble_once(
         patch.setattr(engine.runner, "run", fail)
         (output,) = engine.step()
     assert output.request_id == "e"
-    assert "RuntimeError: broken" in output.error
+    assert "RuntimeError: broken" in present(output.error)
     add(engine, "after", TEXT, greedy(2), **sources(llama, MEMBERS["mixed"]))
     assert len(tokens(run(engine)["after"])) == 2
 
@@ -238,7 +242,7 @@ def test_soft_prompts_that_cannot_be_read_let_the_others_go(
     add(engine, "e", TEXT, greedy(3), soft_prompt=broken[0], others=others)
     (output,) = run(engine)["e"]
     assert output.finish_reason is FinishReason.ERROR
-    assert str(tmp_path) in output.error or "read" in output.error
+    assert str(tmp_path) in present(output.error) or "read" in present(output.error)
     while engine.soft_prompts.stats.loads < 1:
         engine.step()
     assert engine.soft_prompts.stats.resident == 0, "the soft prompt beside it is still referred to"
@@ -269,7 +273,7 @@ def test_what_an_ensemble_cannot_do_is_refused(
     )
     (output,) = engine.add(request)
     assert output.finish_reason is FinishReason.REFUSED
-    assert what in output.error
+    assert what in present(output.error)
     assert (engine.num_unfinished, engine.soft_prompts.stats.hits + engine.soft_prompts.stats.misses) == (0, 0)
 
 

@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from server.engine.sampling import grammar_trials
 from server.engine.sampling.grammar_check import GrammarError
 from server.engine.sampling.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
 from server.engine.sampling.trial_process import Trial, Vocabulary, encode
 from tests.support.engine.grammars import END_ID, save_tokenizer
+from tests.support.presence import present
 from tests.support.waiting import wait_until
 
 BOMB = 'start: %json {"type": "integer", "multipleOf": 49999999}'
@@ -91,7 +92,7 @@ def test_a_trial_that_is_cancelled_ends(trials: GrammarTrials) -> None:
 
 def test_a_process_that_has_ended_is_started_again(trials: GrammarTrials) -> None:
     trials.try_out('start: "a"', 10)
-    first = trials._process
+    first = present(trials._process)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert trials.try_out('start: "a"', 10) >= 0
@@ -99,10 +100,10 @@ def test_a_process_that_has_ended_is_started_again(trials: GrammarTrials) -> Non
 
 
 def test_a_process_that_cannot_work_is_an_error(trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_trials.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GrammarError, match="crashed twice"):
         trials.try_out('start: "a"', 10)
-    monkeypatch.setattr(grammar_trials.sys, "executable", "/nonexistent")
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
     with pytest.raises(GrammarError, match="cannot be started"):
         trials.try_out('start: "a"', 10)
 
@@ -120,7 +121,7 @@ def test_closing_ends_what_is_being_tried_out(vocabulary: Vocabulary) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     wait_until(lambda: trials._is_running, 60)
-    process = trials._process
+    process = present(trials._process)
     trials.close()
     thread.join()
     assert isinstance(raised[0], CancelledTrialError)
@@ -137,13 +138,14 @@ def test_the_process_does_not_outlive_its_connection(vocabulary: Vocabulary, lar
         connection.sendall(encode(vocabulary))
         if lark is not None:
             connection.sendall(encode(Trial(lark, 10_000)))
-    assert trials._process.wait(60) == 0
+    assert present(trials._process).wait(60) == 0
 
 
 def test_no_child_is_left_behind(trials: GrammarTrials) -> None:
     with pytest.raises(TooSlowError):
         trials.try_out(BOMB, 0.05)
     trials.try_out('start: "a"', 10)
-    children = Path(f"/proc/{trials._process.pid}/task/{trials._process.pid}/children")
+    pid = present(trials._process).pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
     if children.exists():
         assert children.read_text() == ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from collections.abc import Sequence as SequenceOf
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 
 from server.engine.generation_defaults import NO_RULES, TokenRules
 from server.engine.sampling.ensembles import merge_ensembles
+from server.engine.sampling.grammars import TokenMasks
 from server.engine.sampling.sampler import NO_TOKEN, Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SMALLEST_TEMPERATURE, SamplingParams
+from tests.support.presence import present
 
 VOCABULARY = 12
 EOS = 3
@@ -30,10 +33,10 @@ def seq_of(prompt: list[int], new: list[int], **params: Any) -> Sequence:
     return seq
 
 
-class Masks:
+class Masks(TokenMasks):
     """In the place of a grammar's masks: the matcher is the list of the tokens that it allows."""
 
-    def allowed(self, matchers: list[SimpleNamespace], vocab_size: int, device: torch.device) -> torch.Tensor:
+    def allowed(self, matchers: SequenceOf[Any], vocab_size: int, device: torch.device) -> torch.Tensor:
         masks = torch.zeros(len(matchers), vocab_size, dtype=torch.bool, device=device)
         for row, matcher in enumerate(matchers):
             masks[row, matcher.tokens] = True
@@ -100,7 +103,9 @@ params_strategy = st.fixed_dictionaries(
     is_ensemble=st.booleans(),
     rules=rules_strategy,
 )
-def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensemble: bool, rules: TokenRules) -> None:
+def test_the_token_is_possible_whatever_is_asked_for(
+    rows: list[tuple[Any, ...]], is_ensemble: bool, rules: TokenRules
+) -> None:
     sampler = Sampler((EOS, VOCABULARY + 5), rules)
     sampler._masks = Masks()
     logits = torch.tensor([row[0] for row in rows])
@@ -108,16 +113,17 @@ def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensem
     for _, params, prompt, new, allowed in rows:
         seq = seq_of(prompt, new, **params)
         if allowed is not None:
-            seq.matcher, seq.adjusts_logits = SimpleNamespace(tokens=allowed), True
+            seq.matcher, seq.adjusts_logits = mock.Mock(tokens=allowed), True
         seqs.append(seq)
     if is_ensemble:
         seqs[0].lead([None] * (len(seqs) - 1))
-        logits, seqs = merge_ensembles(logits, seqs[0].members)
+        logits, members = merge_ensembles(logits, seqs[0].members)
+        seqs = [*members]
     tokens, logprobs = sampler.choose(logits, seqs)
     for row, (token, seq) in enumerate(zip(tokens, seqs, strict=True)):
         possible = {index for index, value in enumerate(logits[row].tolist()) if math.isfinite(value)}
         if seq.matcher is not None:
-            possible &= set(seq.matcher.tokens)
+            possible &= set(vars(seq.matcher)["tokens"])
         if not possible:
             assert token == NO_TOKEN
             continue
@@ -126,7 +132,7 @@ def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensem
         if seq.num_new_tokens < seq.params.min_tokens and possible - ends:
             assert token not in ends
         if seq.params.logprobs is not None:
-            entry = logprobs[row]
+            entry = present(logprobs[row])
             assert MIN_LOGPROB <= entry.logprob <= 0.0
             assert all(MIN_LOGPROB <= value <= 0.0 for _, value in entry.top)
 
@@ -159,7 +165,7 @@ def test_top_p_of_one_keeps_every_token() -> None:
     """Cumulated in float32, most of these reach 1 before the end."""
     logits = torch.full((1, 200_000), -1.0)
     seq = seq_of([1], [], top_p=1.0, min_p=1e-9)
-    seq.rng = SimpleNamespace(random=lambda: 1.0 - 2.0**-25)
+    seq.rng = mock.Mock(random=lambda: 1.0 - 2.0**-25)
     assert Sampler().choose(logits, [seq])[0][0] >= 199_000
 
 
@@ -175,7 +181,7 @@ def test_what_a_request_demands_goes_before_what_the_checkpoint_says() -> None:
     logits = torch.randn(1, VOCABULARY)
     for allowed in ([4], [4, 5], [6]):
         seq = seq_of([1], [], temperature=0.0)
-        seq.matcher, seq.adjusts_logits = SimpleNamespace(tokens=allowed), True
+        seq.matcher, seq.adjusts_logits = mock.Mock(tokens=allowed), True
         assert sampler.choose(logits, [seq])[0][0] in allowed
     free = seq_of([1, 1], [], temperature=0.0, logit_bias={4: 100.0, 6: 50.0})
     assert sampler.choose(logits, [free])[0] == [6]

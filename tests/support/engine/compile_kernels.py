@@ -32,7 +32,8 @@ class Launches:
     """Stands for a kernel, and keeps what it is launched with."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.made = kernel, []
+        self.kernel = kernel
+        self.made: list[tuple[tuple[object, ...], dict[str, Any]]] = []
 
     def __getitem__(self, _grid: object) -> Any:
         return lambda *arguments, **named: self.made.append((arguments, named))

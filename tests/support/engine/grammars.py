@@ -49,7 +49,14 @@ def make_compiler(
     )
 
 
-def compiled(compiler: GrammarCompiler, wanted: Constraint) -> Matcher | str:
+def compiled(compiler: GrammarCompiler, wanted: Constraint) -> Matcher:
+    """A matcher of a constraint that can be compiled."""
+    matcher = compiled_or_error(compiler, wanted)
+    assert isinstance(matcher, Matcher), matcher
+    return matcher
+
+
+def compiled_or_error(compiler: GrammarCompiler, wanted: Constraint) -> Matcher | str:
     """A matcher, or what is wrong with the constraint."""
     matcher = compiler.matcher(wanted)
     deadline = time.monotonic() + 60
