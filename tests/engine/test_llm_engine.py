@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from server.engine.model.platform import CPUPlatform
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
 from server.errors import EngineStartError
 from tests.support.engine.harness import CONTEXT, VOCABULARY, Family, add, greedy, random_text, run, tokens
+from tests.support.presence import present
 
 TEXT = random_text(random.Random(3), 24, 24)
 
@@ -104,7 +106,8 @@ def test_deadlines_end_what_waits_for_a_place_or_for_its_soft_prompt(
 ) -> None:
     engine = make_engine(llama, max_num_seqs=1)
     add(engine, "runs", TEXT, greedy(9), timeout=0.05)
-    assert engine.idle_seconds is None
+    idle = engine.idle_seconds
+    assert idle is None
     engine.step()
     add(engine, "waiting", TEXT, greedy(9), timeout=0.05)
     with monkeypatch.context() as patch:
@@ -117,7 +120,7 @@ def test_deadlines_end_what_waits_for_a_place_or_for_its_soft_prompt(
         outputs = {output.request_id: output for output in engine.step()}
     for name in ("waiting", "loading"):
         assert outputs[name].finish_reason is FinishReason.TIMEOUT
-        assert re.fullmatch(r"the request timed out after 0\.\d seconds .*", outputs[name].error)
+        assert re.fullmatch(r"the request timed out after 0\.\d seconds .*", present(outputs[name].error))
     assert engine.stats.num_timeouts == 2
     assert len(tokens(run(engine)["runs"])) > 0
     assert engine.num_unfinished == 0
@@ -131,7 +134,7 @@ def test_tenants_share_soft_prompts_and_no_text(llama: Family, make_engine: Call
         add(engine, name, TEXT, greedy(6), soft_prompt=llama.soft_prompts["prompt_tuning_20"], salt=salt)
         outputs = run(engine)[name]
         assert tokens(outputs) == want
-        assert (outputs[0].num_cached_tokens > 0) == (name == "again")
+        assert (present(outputs[0].num_cached_tokens) > 0) == (name == "again")
     assert engine.stats.soft_prompt_loads == 1
 
 
@@ -164,7 +167,7 @@ def test_soft_prompt_that_cannot_be_loaded_fails_its_requests_alone(
     outputs = run(engine)
     (bad,) = outputs["bad"]
     assert bad.finish_reason is FinishReason.ERROR
-    assert re.search(message, bad.error)
+    assert re.search(message, present(bad.error))
     assert tokens(outputs["good"]) == llama.expected(None, TEXT, 5)
     save_file({"prompt_embeddings": torch.ones(4, 48)}, path)
     add(engine, "mended", TEXT, greedy(5), soft_prompt=broken)
@@ -206,7 +209,7 @@ def test_bfloat16_runs_every_type(llama: Family, make_engine: Callable[..., LLME
         ({"max_num_seqs": 99, "max_num_batched_tokens": 10}, "max_num_seqs 99 must be"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, object], message: str, llama: Family) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str, llama: Family) -> None:
     if settings.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(EngineStartError, match=message):

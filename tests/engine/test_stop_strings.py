@@ -29,7 +29,8 @@ def test_the_earliest_end_wins_however_the_text_is_cut(
     stops = StopStrings(stop, include=include)
     released, start = "", 0
     for size in sizes * len(text):
-        if stops.found is not None or start >= len(text):
+        is_found = stops.found is not None
+        if is_found or start >= len(text):
             break
         released += stops.append(text[start : start + size])
         start += size

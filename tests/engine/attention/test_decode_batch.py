@@ -67,7 +67,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 27), st.randoms(use
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(ROWS, st.integers(1, 6)), min_size=1, max_size=6), st.data())
-def test_buffers_hold_each_step_and_stay_where_they_are(steps: list, data: st.DataObject) -> None:
+def test_buffers_hold_each_step_and_stay_where_they_are(steps: list[tuple[Any, int]], data: st.DataObject) -> None:
     cache = make_cache()
     buffers = DecodeBuffers(6, 7, cache)
     batches = {size: buffers.batch(size) for size in range(1, 7)}

@@ -33,7 +33,7 @@ def attending(kind: str, cache: KVCache) -> Iterator[AttentionBackend]:
         from tests.support.engine.triton import triton_attention
 
         backend = triton_attention.TritonBackend(cache)
-        backend.num_shares = lambda *_: 2
+        backend.num_shares = lambda *_: 2  # type: ignore[method-assign]
     else:
         backend = {"sdpa": SDPABackend, "compiled": CPUBackend}[kind](cache)
     yield backend
@@ -71,7 +71,7 @@ def attend_twice(kind: str, dtype: torch.dtype, step: dict[str, Any]) -> None:
     num_blocks = sum(counts) + 3
     # Block 0 stands in short tables wherever they end.
     scattered = torch.randperm(num_blocks - 1, generator=generator)[: sum(counts)] + 1
-    tables = [own.tolist() for own in scattered.split(counts)]
+    tables = [own.tolist() for own in torch.split(scattered, counts)]
     spans: list[Span] = [(table, *size) for table, size in zip(tables, sizes, strict=True)]
     num_heads, num_rows = num_kv_heads * step["group_size"], sum(count for _, count in sizes)
     query = torch.randn(num_heads, num_rows, head_dim).to(dtype)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite import binding
+from numba.core import config as numba_config
 
 from server.demo.tour import MODEL_DIRECTORY
 from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
@@ -140,8 +142,9 @@ def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
     query = torch.randn(6, sum(count for _, count in sizes), 16).to(dtype)
     call = replace(call, sinks=torch.randn(6).to(dtype) if has_sinks else None)
     results = []
-    for backend in (SDPABackend(cache), CPUBackend(cache)):
-        backend._num_threads = num_threads
+    compiled = CPUBackend(cache)
+    compiled._num_threads = num_threads
+    for backend in (SDPABackend(cache), compiled):
         backend.begin(metadata)
         results.append(backend.attend(query, 0, metadata, call))
         backend.close()
@@ -151,16 +154,16 @@ def test_decodes_and_prefills_of_one_step_are_those_of_sdpa(
 
 def test_products_of_pairs_are_for_this_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     has_pairs = pair_code.has_pairs.__wrapped__
-    monkeypatch.setattr(pair_code.config, "CPU_NAME", None)
-    monkeypatch.setattr(pair_code.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(numba_config, "CPU_NAME", None)
+    monkeypatch.setattr(numba_config, "CPU_FEATURES", None)
     for has in (True, False):
-        monkeypatch.setattr(pair_code.binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
+        monkeypatch.setattr(binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
         assert has_pairs() is has
-    monkeypatch.setattr(pair_code.binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
-    monkeypatch.setattr(pair_code.config, "CPU_NAME", "x86-64-v3")
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
+    monkeypatch.setattr(numba_config, "CPU_NAME", "x86-64-v3")
     assert not has_pairs()
-    monkeypatch.setattr(pair_code.config, "CPU_NAME", None)
-    monkeypatch.setattr(pair_code.config, "CPU_FEATURES", "+avx2")
+    monkeypatch.setattr(numba_config, "CPU_NAME", None)
+    monkeypatch.setattr(numba_config, "CPU_FEATURES", "+avx2")
     assert not has_pairs()
 
 

@@ -35,7 +35,7 @@ def make_cache(dtype: torch.dtype, *, block_size: int, num_blocks: int, num_kv_h
 def make_spans(sizes: list[tuple[int, int]], block_size: int, order: torch.Generator) -> tuple[list[Span], int]:
     """Block tables for (first position, positions) of each, their blocks scattered over the cache."""
     counts = [-(-(start + count) // block_size) for start, count in sizes]
-    blocks = torch.randperm(sum(counts), generator=order).split(counts)
+    blocks = torch.split(torch.randperm(sum(counts), generator=order), counts)
     return [(own.tolist(), *size) for own, size in zip(blocks, sizes, strict=True)], sum(counts)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from server.errors import (
     WaitTimeoutError,
 )
 from tests.support.engine.harness import Family, greedy
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 TEXT = [5, 9, 2, 30, 41, 7]
@@ -60,7 +61,7 @@ async def exhaust(stream: AsyncIterator[object]) -> None:
         pass
 
 
-async def until(condition: object) -> None:
+async def until(condition: Callable[[], object]) -> None:
     for _ in range(400):
         if condition():
             return
@@ -128,7 +129,7 @@ async def test_killed_process_ends_every_request_with_one_error(llama: Family) -
         streams = [engine.generate(GenerateRequest(f"r{i}", TEXT, greedy(200))) for i in range(3)]
         for stream in streams:
             await anext(stream)
-        os.kill(engine._connection.pid, signal.SIGKILL)
+        os.kill(present(engine._connection).pid, signal.SIGKILL)
         for stream in streams:
             with pytest.raises(EngineDeadError, match="the engine process ended"):
                 await exhaust(stream)

@@ -20,7 +20,8 @@ from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest, Pin
 from server.engine.scheduling.block_manager import BlockManager
-from server.engine.scheduling.scheduler import Chunk, Scheduler, StepPlan
+from server.engine.scheduling.plan import Chunk, StepPlan
+from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, StepOutput, TokenOutput
 from tests.support.engine.harness import VOCABULARY, Family
@@ -192,7 +193,7 @@ def serve(
 ) -> tuple[dict[str, list[TokenOutput]], NotingRunner]:
     """All outputs of each request, with the books checked after every step."""
     runner = NotingRunner(sizes.block_size, **bad)
-    engine.runner.run = runner.run  # type: ignore[method-assign]
+    engine.runner.run = runner.run  # type: ignore[method-assign,assignment]
     engine.scheduler = Scheduler(
         BlockManager(sizes.num_blocks, sizes.block_size),
         max_num_seqs=sizes.max_num_seqs,
