@@ -113,7 +113,7 @@ def test_a_whole_blob_is_not_written_again_but_synced(
 ) -> None:
     put(blobs, tmp_path)
     inode = blobs.path(DIGEST).stat().st_ino
-    synced = []
+    synced: list[Path] = []
     monkeypatch.setattr(blobs_module, "_sync", synced.append)
     put(blobs, tmp_path)
     assert blobs.path(DIGEST).stat().st_ino == inode
@@ -217,8 +217,8 @@ for turn in itertools.count():
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for _ in range(7):
-                digest, size = process.stdout.readline().split()
-                acknowledged.append((digest, int(size)))
+                words = process.stdout.readline().split()
+                acknowledged.append((words[0], int(words[1])))
             process.kill()
     reopened = BlobDirectory(tmp_path)
     for digest, size in acknowledged:
@@ -237,7 +237,7 @@ def test_counts_make_a_histogram() -> None:
     stats = counters.stats(1, 2)
     assert (stats.loads, stats.evictions, stats.resident, stats.resident_bytes, stats.budget_bytes) == (3, 1, 1, 2, 9)
     family = HistogramMetricFamily("load_seconds", "Loads.", labels=["tier"])
-    buckets = [(floatToGoString(bound), count) for bound, count in stats.load_seconds_buckets]
+    buckets = [(floatToGoString(bound), count) for bound, count in stats.load_seconds_buckets]  # type: ignore[no-untyped-call]
     family.add_metric([stats.tier], buckets, stats.load_seconds_sum)
     values = {(sample.name, sample.labels.get("le")): sample.value for sample in family.samples}
     assert values["load_seconds_bucket", "0.001"] == 1

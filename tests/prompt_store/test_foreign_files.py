@@ -21,22 +21,26 @@ BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 CONVERTED = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
 ROWS = np.ones((3, 32), np.float32)
-HEAD = {"base_model.score.weight": np.ones((2, 32), np.float32)}
+HEAD: dict[str, Any] = {"base_model.score.weight": np.ones((2, 32), np.float32)}
 
 
 def check(
     config: dict[str, object], *, same: bool = True, task: TaskType | None = None, **more: np.ndarray
-) -> SoftPrompt | list[Fault]:
+) -> SoftPrompt:
     weights = save({"prompt_embeddings": ROWS, **more})
+    return validate(json.dumps(config).encode(), weights, BASE, require_same_base=same, task_type=task)
+
+
+def refused(*arguments: Any, **options: Any) -> list[Fault]:
     try:
-        return validate(json.dumps(config).encode(), weights, BASE, require_same_base=same, task_type=task)
+        check(*arguments, **options)
     except InvalidPromptError as error:
         return list(error.faults)
+    return []
 
 
-def faults(*arguments: object, **options: Any) -> list[tuple[str, str | None]]:
-    found = check(*arguments, **options)
-    return [] if isinstance(found, SoftPrompt) else [(fault.code, fault.field) for fault in found]
+def faults(*arguments: Any, **options: Any) -> list[tuple[str, str | None]]:
+    return [(fault.code, fault.field) for fault in refused(*arguments, **options)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def model() -> PreTrainedModel:
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.config._name_or_path = model.name_or_path = ""
     return model
 
@@ -63,12 +67,12 @@ def validated(folder: Path) -> list[Fault]:
 def test_embeddings_that_peft_saves_are_refused_with_the_way_out(model: PreTrainedModel, tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trained = get_peft_model(model, config)
-    trained.save_pretrained(tmp_path / "with", save_embedding_layers=True)
+    trained.save_pretrained(str(tmp_path / "with"), save_embedding_layers=True)
     (fault,) = validated(tmp_path / "with")
     assert fault.code == "unexpected_tensor"
     for part in ("embed_tokens.weight", "lm_head.weight", "60 rows", "save_embedding_layers=False"):
         assert part in fault.message
-    trained.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    trained.save_pretrained(str(tmp_path / "without"), save_embedding_layers=False)
     assert validated(tmp_path / "without") == []
 
 
@@ -85,13 +89,13 @@ def test_embeddings_that_peft_saves_are_refused_with_the_way_out(model: PreTrain
     ],
 )
 def test_the_embeddings_of_every_family_are_known(name: str) -> None:
-    (fault,) = check(CONFIG, **{name: np.ones((60, 32), np.float32)})
+    (fault,) = refused(CONFIG, **{name: np.ones((60, 32), np.float32)})
     assert "save_embedding_layers=False" in fault.message
 
 
 def test_other_tensors_are_told_one_by_one_beside_the_embeddings() -> None:
     more = {f"other.{index:02}": np.ones(1, np.float32) for index in range(10)}
-    found = check(CONFIG, **{"base_model.lm_head.weight": np.ones((60, 32), np.float32)}, **more)
+    found = refused(CONFIG, **{"base_model.lm_head.weight": np.ones((60, 32), np.float32)}, **more)
     assert len(found) == 1 + 8 + 1
     assert "save_embedding_layers" in found[0].message
     assert "2 more tensors" in found[-1].message
@@ -113,14 +117,14 @@ def test_other_tensors_are_told_one_by_one_beside_the_embeddings() -> None:
     ],
 )
 def test_a_head_by_another_name_is_told_its_name(task: str, name: str, words: str) -> None:
-    found = check(CONFIG | {"task_type": task}, **{name: np.ones((2, 32), np.float32)})
+    found = refused(CONFIG | {"task_type": task}, **{name: np.ones((2, 32), np.float32)})
     told = next(fault for fault in found if fault.field == name)
     assert told.code == "unexpected_tensor"
     assert words in told.message
 
 
 def test_a_lora_is_told_that_it_is_one_and_nothing_else(model: PreTrainedModel, tmp_path: Path) -> None:
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(str(tmp_path))
     (fault,) = validated(tmp_path)
     assert (fault.code, fault.field) == ("unsupported_peft_type", "peft_type")
     assert "an adapter that changes the model's weights, not a soft prompt" in fault.message
@@ -144,7 +148,7 @@ def test_a_file_without_rows_is_told_what_it_seems_to_be(name: str, guess: str) 
 
 
 def test_a_models_configuration_is_told_that_it_is_one() -> None:
-    found = check({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32})
+    found = refused({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32})
     assert "the configuration of a whole model" in found[0].message
 
 
@@ -158,7 +162,7 @@ def test_a_task_type_on_the_uploaders_word() -> None:
 
 
 def test_without_the_uploaders_word_there_is_advice() -> None:
-    (fault,) = check(CONVERTED)
+    (fault,) = refused(CONVERTED)
     assert (fault.code, fault.field) == ("unsupported_task_type", "task_type")
     assert "upload with task_type=CAUSAL_LM (prelude push --task-type CAUSAL_LM)" in fault.message
 

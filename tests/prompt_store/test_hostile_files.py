@@ -82,7 +82,7 @@ JSON = st.recursive(
 )
 
 
-def measure(config_bytes: bytes, weights: bytes | Path, **options: bool) -> SoftPrompt | InvalidPromptError:
+def measure(config_bytes: bytes, weights: bytes | Path, **options: Any) -> SoftPrompt | InvalidPromptError:
     """Validate, and hold what it took to account."""
     tracemalloc.start()
     try:

@@ -64,7 +64,7 @@ Open = Callable[..., ObjectBlobs]
 def open_blobs(tmp_path: Path) -> Iterator[Open]:
     opened = []
 
-    def run(url: str, name: str = "cache", budget_bytes: int = BUDGET, **options: float) -> ObjectBlobs:
+    def run(url: str, name: str = "cache", budget_bytes: int = BUDGET, **options: Any) -> ObjectBlobs:
         blobs = ObjectBlobs(url, tmp_path / name, budget_bytes, **options)
         opened.append(blobs)
         return blobs
@@ -171,7 +171,7 @@ def test_damage_that_can_not_be_put_aside_stays_and_is_healed(
         raise PermissionError("read only")
 
     with monkeypatch.context() as patch:
-        patch.setattr(object_store.obstore, "copy", refuse)
+        patch.setattr(obstore, "copy", refuse)
         with pytest.raises(CorruptBlobError):
             blobs.fetch(DIGEST, len(DATA))
     assert keys(blobs) == [KEY]
@@ -202,11 +202,11 @@ def test_an_object_that_was_healed_meanwhile_is_not_removed(
     obstore.put(blobs._store, KEY, b"same bytes")
     copy = obstore.copy
 
-    def heal_after(*args: object) -> None:
+    def heal_after(*args: Any) -> None:
         copy(*args)
         obstore.put(blobs._store, KEY, DATA)
 
-    monkeypatch.setattr(object_store.obstore, "copy", heal_after)
+    monkeypatch.setattr(obstore, "copy", heal_after)
     with pytest.raises(CorruptBlobError):
         blobs.fetch(DIGEST, len(DATA))
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
@@ -221,7 +221,7 @@ def test_no_more_bytes_are_taken_than_there_should_be(
     endless = SimpleNamespace(
         meta={"size": len(DATA), "e_tag": "a"}, stream=lambda min_chunk_size: itertools.repeat(DATA)
     )
-    monkeypatch.setattr(object_store.obstore, "get", lambda *args: endless)
+    monkeypatch.setattr(obstore, "get", lambda *args: endless)
     with pytest.raises(CorruptBlobError):
         blobs.fetch(DIGEST, len(DATA))
 
@@ -270,11 +270,11 @@ def test_a_whole_object_is_not_uploaded_again(
     uploads = []
     real_put = obstore.put
 
-    def counting(*args: object, **options: Any) -> object:
+    def counting(*args: Any, **options: Any) -> object:
         uploads.append(args[1])
         return real_put(*args, **options)
 
-    monkeypatch.setattr(object_store.obstore, "put", counting)
+    monkeypatch.setattr(obstore, "put", counting)
     put(blobs, tmp_path)
     put(blobs, tmp_path)
     assert uploads == [KEY]

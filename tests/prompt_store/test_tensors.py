@@ -5,7 +5,7 @@ import json
 import pickle
 import struct
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,15 @@ from safetensors.numpy import save
 from safetensors.torch import save as save_torch
 
 from prompt_store.errors import InvalidPromptError
-from prompt_store.files.tensors import MAX_HEADER_BYTES, TensorData, read_tensors
+from prompt_store.files.tensors import MAX_HEADER_BYTES, read_tensors
+from prompt_store.types import TensorData
 
 Read = Callable[[bytes], dict[str, TensorData]]
 
 VALID = save({"prompt_embeddings": np.arange(24, dtype=np.float32).reshape(3, 8)}, metadata={"format": "pt"})
 
 
-def archive(header: dict[str, object], data: bytes = b"") -> bytes:
+def archive(header: Mapping[str, object], data: bytes = b"") -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 

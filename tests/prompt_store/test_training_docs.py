@@ -20,7 +20,8 @@ CONFIGS, TRAINING = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE 
 def make_configs() -> dict[str, Any]:
     namespace: dict[str, Any] = {}
     exec(CONFIGS, namespace)  # noqa: S102 - our own document
-    return namespace["configs"]
+    configs: dict[str, Any] = namespace["configs"]
+    return configs
 
 
 @pytest.fixture(scope="module")

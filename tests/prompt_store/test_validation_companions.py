@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from prompt_store.files import numerics
 from prompt_store.files.validation import validate
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec, SoftPrompt
+from tests.prompt_store.conftest import Publish
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
 MULTITASK = {"peft_type": "MULTITASK_PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
@@ -33,22 +33,26 @@ def multitask(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def with_head(*, labels: int = 2, module: str = "score", **more: np.ndarray) -> dict[str, np.ndarray]:
-    return {ROWS: ones(3, 32), f"base_model.{module}.weight": ones(labels, 32)} | more
+def with_head(*, labels: int = 2, module: str = "score") -> dict[str, np.ndarray]:
+    return {ROWS: ones(3, 32), f"base_model.{module}.weight": ones(labels, 32)}
 
 
 def check(
-    config: dict[str, object], tensors: dict[str, np.ndarray], base: BaseModelSpec = BASE, **options: bool
-) -> SoftPrompt | list[Fault]:
+    config: dict[str, object], tensors: dict[str, np.ndarray], base: BaseModelSpec = BASE, **options: Any
+) -> SoftPrompt:
+    return validate(json.dumps(config).encode(), save(tensors), base, require_same_base=False, **options)
+
+
+def refused(*arguments: Any, **options: Any) -> list[Fault]:
     try:
-        return validate(json.dumps(config).encode(), save(tensors), base, require_same_base=False, **options)
+        check(*arguments, **options)
     except InvalidPromptError as error:
         return list(error.faults)
+    return []
 
 
-def faults(*arguments: object, **options: Any) -> list[tuple[str, str | None]]:
-    found = check(*arguments, **options)
-    return [] if isinstance(found, SoftPrompt) else [(fault.code, fault.field) for fault in found]
+def faults(*arguments: Any, **options: Any) -> list[tuple[str, str | None]]:
+    return [(fault.code, fault.field) for fault in refused(*arguments, **options)]
 
 
 def test_a_multitask_prompt_knows_its_tasks() -> None:
@@ -82,7 +86,7 @@ def test_factors_have_to_fit_the_rows_and_each_other(changes: dict[str, Any], wa
 
 
 def test_the_message_on_a_factor_shows_the_shapes() -> None:
-    (fault,) = check(MULTITASK, multitask(**{TASK_ROWS: ones(4, 1, 32)}))
+    (fault,) = refused(MULTITASK, multitask(**{TASK_ROWS: ones(4, 1, 32)}))
     assert "prefix_task_rows has shape [4, 1, 32]; [num_tasks, num_ranks, width] is [4, 2, 32]" in fault.message
     assert "prompt_embeddings has [3, 32], prefix_task_cols has [4, 3, 2]" in fault.message
 
@@ -113,7 +117,7 @@ def test_products_have_to_stay_finite(monkeypatch: pytest.MonkeyPatch, dtype: st
     tensors = multitask()
     tensors[TASK_ROWS][2, 1, 9] = factor
     tensors[ROWS][1] = 8.0
-    (fault,) = check(MULTITASK, tensors, base)
+    (fault,) = refused(MULTITASK, tensors, base)
     assert (fault.code, fault.field) == ("dtype_overflow", ROWS)
     first_row = 0 if dtype != "float32" else 1
     assert f"task 2 at row {first_row}, column 9" in fault.message
@@ -130,7 +134,7 @@ def test_factors_beyond_the_serving_dtype_do_not_matter_where_the_products_fit()
 def test_a_head_is_taken(module: str) -> None:
     assert check(HEAD, with_head(labels=5, module=module)).num_labels == 5
     bias = {f"base_model.{module}.bias": ones(5)}
-    assert check(HEAD, with_head(labels=5, module=module, **bias)).num_labels == 5
+    assert check(HEAD, with_head(labels=5, module=module) | bias).num_labels == 5
     assert check(HEAD, with_head(labels=1, module=module)).num_tasks is None
 
 
@@ -145,7 +149,7 @@ def test_other_methods_may_come_with_a_head(peft_type: str) -> None:
 def test_a_head_reads_hidden_states_not_embeddings() -> None:
     base = dataclasses.replace(BASE, hidden_size=48)
     assert faults(HEAD, with_head(), base) == [("shape_mismatch", WEIGHT)]
-    assert check(HEAD, with_head(**{WEIGHT: ones(2, 48)}), base).num_labels == 2
+    assert check(HEAD, with_head() | {WEIGHT: ones(2, 48)}, base).num_labels == 2
 
 
 @pytest.mark.parametrize(
@@ -153,22 +157,22 @@ def test_a_head_reads_hidden_states_not_embeddings() -> None:
     [
         ({ROWS: ones(3, 32)}, [("missing_tensor", WEIGHT)]),
         ({ROWS: ones(3, 32), BIAS: ones(2)}, [("missing_tensor", WEIGHT)]),
-        (with_head(**{BIAS: ones(3)}), [("shape_mismatch", BIAS)]),
-        (with_head(**{BIAS: ones(2, 1)}), [("shape_mismatch", BIAS)]),
-        (with_head(**{WEIGHT: ones(32)}), [("shape_mismatch", WEIGHT)]),
+        (with_head() | {BIAS: ones(3)}, [("shape_mismatch", BIAS)]),
+        (with_head() | {BIAS: ones(2, 1)}, [("shape_mismatch", BIAS)]),
+        (with_head() | {WEIGHT: ones(32)}, [("shape_mismatch", WEIGHT)]),
         (with_head(labels=0), [("shape_mismatch", WEIGHT)]),
-        (with_head(**{WEIGHT: ones(2, 31)}), [("shape_mismatch", WEIGHT)]),
-        (with_head(**{"base_model.classifier.weight": ones(2, 32)}), [("several_heads", "base_model.classifier")]),
-        (with_head(**{"base_model.classifier.bias": ones(2)}), [("several_heads", "base_model.classifier")]),
-        (with_head(**{BIAS: ones(2) * np.inf}), [("non_finite_values", BIAS)]),
-        (with_head(**{WEIGHT: ones(2, 32, dtype=np.int32)}), [("unsupported_dtype", WEIGHT)]),
+        (with_head() | {WEIGHT: ones(2, 31)}, [("shape_mismatch", WEIGHT)]),
+        (with_head() | {"base_model.classifier.weight": ones(2, 32)}, [("several_heads", "base_model.classifier")]),
+        (with_head() | {"base_model.classifier.bias": ones(2)}, [("several_heads", "base_model.classifier")]),
+        (with_head() | {BIAS: ones(2) * np.inf}, [("non_finite_values", BIAS)]),
+        (with_head() | {WEIGHT: ones(2, 32, dtype=np.int32)}, [("unsupported_dtype", WEIGHT)]),
         (
-            with_head(**{"base_model.score.dense.weight": ones(2)}),
+            with_head() | {"base_model.score.dense.weight": ones(2)},
             [("unexpected_tensor", "base_model.score.dense.weight")],
         ),
-        (with_head(**{"base_model.lm_head.weight": ones(2)}), [("unexpected_tensor", "base_model.lm_head.weight")]),
-        (with_head(**{"score.weight": ones(2, 32)}), [("unexpected_tensor", "score.weight")]),
-        (with_head(**{f"{WEIGHT}\n": ones(2, 32)}), [("unexpected_tensor", f"{WEIGHT}\n")]),
+        (with_head() | {"base_model.lm_head.weight": ones(2)}, [("unexpected_tensor", "base_model.lm_head.weight")]),
+        (with_head() | {"score.weight": ones(2, 32)}, [("unexpected_tensor", "score.weight")]),
+        (with_head() | {f"{WEIGHT}\n": ones(2, 32)}, [("unexpected_tensor", f"{WEIGHT}\n")]),
     ],
 )
 def test_heads_that_do_not_fit(tensors: dict[str, Any], want: list[tuple[str, str]]) -> None:
@@ -176,7 +180,7 @@ def test_heads_that_do_not_fit(tensors: dict[str, Any], want: list[tuple[str, st
 
 
 def test_a_head_beyond_the_serving_dtype() -> None:
-    tensors = with_head(**{WEIGHT: ones(2, 32) * 70000})
+    tensors = with_head() | {WEIGHT: ones(2, 32) * 70000}
     assert faults(HEAD, tensors, dataclasses.replace(BASE, dtype="float16")) == [("dtype_overflow", WEIGHT)]
     assert faults(HEAD, tensors) == []
 
@@ -229,7 +233,7 @@ def test_other_dtypes_are_refused_whatever_is_allowed() -> None:
 
 
 def test_what_peft_saves_by_every_method_can_be_published(
-    store: PromptStore, publish: Callable[..., tuple], peft_files: dict[str, tuple[bytes, bytes]]
+    store: PromptStore, publish: Publish, peft_files: dict[str, tuple[bytes, bytes]]
 ) -> None:
     for name, files in peft_files.items():
         version, created = publish(store, files, name=name)
