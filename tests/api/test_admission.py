@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -23,6 +23,7 @@ from server.errors import OverloadedError, WaitTimeoutError
 from tests.support.api_fixtures import MakeApp
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.fake_engine import FakeEngine
+from tests.support.presence import present
 
 
 class Clock:
@@ -161,7 +162,7 @@ def test_nobody_is_told_to_come_back_at_once(admission: Admission, clock: Clock)
             clock.now += 0.01
             permits.begin()
         assert admission.expected_wait("a") < 0.2
-        first, second = admission.retry_after("a"), admission.retry_after("a")
+        first, second = (present(admission.retry_after("a")) for _ in range(2))
         assert first == SOONEST_SECONDS
         assert first < second < first + 0.02
 
@@ -178,7 +179,7 @@ def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock: Clock) ->
         for _ in range(20):
             clock.now += 1
             permits.begin()
-        found = [admission.retry_after("a") for _ in range(40)]
+        found = [present(admission.retry_after("a")) for _ in range(40)]
         assert found == sorted(found[:24]) + [42.0] * 16
         assert all(seconds <= LATEST_SECONDS for seconds in found)
         assert drawn == [(LATEST_SECONDS / 2, LATEST_SECONDS)] * 16
@@ -192,7 +193,7 @@ def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission: Admi
             for _ in range(10):
                 clock.now += 0.5
                 a.begin()
-            first = admission.retry_after("b")
+            first = present(admission.retry_after("b"))
             for _ in range(20):
                 admission.retry_after("a")
             assert admission.retry_after("b") == pytest.approx(first + 0.9)
@@ -271,7 +272,8 @@ def long_queue(make_app: MakeApp, settings: Settings) -> Iterator[FastAPI]:
 @pytest.fixture
 def records(long_queue: FastAPI, monkeypatch: pytest.MonkeyPatch) -> list[RequestRecord]:
     found: list[RequestRecord] = []
-    (middleware,) = [item for item in long_queue.user_middleware if item.cls is RequestIdMiddleware]
+    own: Any = RequestIdMiddleware
+    (middleware,) = [item for item in long_queue.user_middleware if item.cls == own]
     monkeypatch.setitem(middleware.kwargs, "observers", [found.append])
     return found
 
@@ -391,7 +393,7 @@ async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobod
     async def receive() -> dict[str, object]:
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, object]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         told.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "state": {}}

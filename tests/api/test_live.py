@@ -32,7 +32,7 @@ def sdk(live: LiveServer) -> Iterator[openai.OpenAI]:
 
 
 def test_openai_client_completion(sdk: openai.OpenAI) -> None:
-    answer = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20)
+    answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20)
     assert answer.choices[0].text == "hello world"
     assert answer.usage.prompt_tokens_details.cached_tokens == 2
 
@@ -41,19 +41,19 @@ def test_openai_client_completion_stream(sdk: openai.OpenAI) -> None:
     stream = sdk.completions.create(
         model="tiny", prompt=["a", "b"], max_tokens=20, stream=True, stream_options={"include_usage": True}
     )
-    pieces = list(stream)
+    pieces: list[Any] = list(stream)
     assert "".join(piece.choices[0].text for piece in pieces[:-1] if piece.choices[0].index == 1) == "hello world"
     assert pieces[-1].usage.completion_tokens == 24
 
 
 def test_openai_client_chat(sdk: openai.OpenAI) -> None:
-    answer = sdk.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+    answer: Any = sdk.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content == "hello world"
     assert answer.choices[0].finish_reason == "stop"
 
 
 def test_openai_client_chat_stream(sdk: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "hi"}]
+    messages: Any = [{"role": "user", "content": "hi"}]
     with sdk.chat.completions.stream(model="tiny", messages=messages) as stream:
         stream.until_done()
         answer = stream.get_final_completion()
@@ -62,17 +62,18 @@ def test_openai_client_chat_stream(sdk: openai.OpenAI) -> None:
 
 
 def test_openai_client_logprobs(sdk: openai.OpenAI) -> None:
-    answer = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20, logprobs=2, echo=True, n=2)
+    answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20, logprobs=2, echo=True, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1]
     logprobs = answer.choices[1].logprobs
     assert logprobs.tokens[:5] == ["<s>", "a", "b", "c", "h"]
     assert logprobs.token_logprobs[0] is None
     assert logprobs.top_logprobs[4]["h"] == logprobs.token_logprobs[4]
     assert logprobs.text_offset[4] == 3
-    messages = [{"role": "user", "content": "hi"}]
+    messages: Any = [{"role": "user", "content": "hi"}]
     with sdk.chat.completions.stream(model="tiny", messages=messages, logprobs=True, top_logprobs=2) as stream:
         stream.until_done()
-        content = stream.get_final_completion().choices[0].logprobs.content
+        final: Any = stream.get_final_completion()
+    content = final.choices[0].logprobs.content
     assert "".join(entry.token for entry in content) == "hello world</s>"
     assert content[0].top_logprobs[0].logprob == content[0].logprob
     assert bytes(content[0].bytes) == b"h"
@@ -95,7 +96,7 @@ def test_openai_client_errors(sdk: openai.OpenAI) -> None:
 
 def test_openai_client_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> None:
     engine.fail_after, engine.failure = 3, RequestFailedError("out of blocks")
-    pieces = []
+    pieces: list[str] = []
     with pytest.raises(openai.APIError, match="out of blocks"):
         pieces.extend(
             piece.choices[0].text for piece in sdk.completions.create(model="tiny", prompt="abc", stream=True)
@@ -148,7 +149,13 @@ def test_disconnect_aborts_and_gives_everything_back(
     ],
 )
 def test_an_early_error_is_an_ordinary_response(
-    live: LiveServer, engine: FakeEngine, store: CountingStore, stream: bool, failure: object, status: int, code: str
+    live: LiveServer,
+    engine: FakeEngine,
+    store: CountingStore,
+    stream: bool,
+    failure: Exception,
+    status: int,
+    code: str,
 ) -> None:
     engine.fail_after, engine.failure = 0, failure
     response = httpx.post(live.url + URL, json=BODY | {"stream": stream, "prompt": ["a", "b"]})

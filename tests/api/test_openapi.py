@@ -12,7 +12,8 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 async def document(client: httpx.AsyncClient) -> dict[str, Any]:
-    return (await client.get("/openapi.json")).json()
+    document: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return document
 
 
 def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:

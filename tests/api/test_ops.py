@@ -47,12 +47,12 @@ async def test_unknown_paths_and_methods(
 
 
 async def test_a_bug_is_a_500_without_its_text(
-    client: httpx.AsyncClient, store: CountingStore, caplog: pytest.LogCaptureFixture
+    client: httpx.AsyncClient, store: CountingStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(**_: object) -> None:
         raise ZeroDivisionError("a secret")
 
-    store.list_prompts = broken
+    monkeypatch.setattr(store, "list_prompts", broken)
     response = await client.get("/v1/prompts", headers={"x-request-id": "abc-1"})
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
@@ -149,7 +149,7 @@ async def test_without_a_valid_key(key_file: Path, client: httpx.AsyncClient, he
 
 @pytest.mark.parametrize("key", ["first-key", "schlüssel-2"])
 async def test_with_a_valid_key(key_file: Path, client: httpx.AsyncClient, key: str) -> None:
-    headers = {"authorization": f"Bearer {key}".encode()}
+    headers = {b"authorization": f"Bearer {key}".encode()}
     assert (await client.get("/v1/models", headers=headers)).status_code == 200
 
 

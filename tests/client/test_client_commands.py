@@ -11,8 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli import app as cli
 from server.client import commands, tables
@@ -23,7 +22,10 @@ from tests.support.api_fixtures import PeftDirectory, Serve, UploadParts
 from tests.support.fake_engine import FakeEngine
 from tests.support.live_server import LiveServer
 
+Get = Callable[[str], Any]
+Ok = Callable[..., str]
 Prelude = Callable[..., Result]
+Told = Callable[..., Any]
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def prelude(live: LiveServer) -> Prelude:
 
 
 @pytest.fixture
-def ok(prelude: Prelude) -> Callable[..., str]:
+def ok(prelude: Prelude) -> Ok:
     """Run a command that has to succeed; its standard output."""
 
     def invoke(*arguments: str) -> str:
@@ -48,7 +50,7 @@ def ok(prelude: Prelude) -> Callable[..., str]:
 
 
 @pytest.fixture
-def told(ok: Callable[..., str]) -> Callable[..., Any]:
+def told(ok: Ok) -> Told:
     """Run a command with --json; what it printed."""
 
     def invoke(*arguments: str) -> Any:
@@ -58,12 +60,12 @@ def told(ok: Callable[..., str]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def get(live: LiveServer) -> Callable[[str], Any]:
+def get(live: LiveServer) -> Get:
     return lambda path: httpx.get(f"{live.url}/v1/prompts{path}").json()
 
 
 @pytest.fixture
-def two(ok: Callable[..., str], peft_directory: PeftDirectory) -> None:
+def two(ok: Ok, peft_directory: PeftDirectory) -> None:
     """Two versions of sentiment; the newer one is the latest."""
     for seed in (0, 1):
         ok("push", str(peft_directory("sentiment", seed=seed)), "--id", "sentiment")
@@ -85,9 +87,7 @@ def test_push_list_remove(prelude: Prelude, peft_directory: PeftDirectory) -> No
     assert "sentiment" not in prelude("list").stdout
 
 
-def test_push_says_what_it_is(
-    told: Callable[..., Any], get: Callable[[str], Any], peft_directory: PeftDirectory
-) -> None:
+def test_push_says_what_it_is(told: Told, get: Get, peft_directory: PeftDirectory) -> None:
     lineage = {"parent": "other@3", "scores": {"f1": 0.5}}
     version = told(
         "push",
@@ -100,9 +100,7 @@ def test_push_says_what_it_is(
     assert version == get("/sentiment/versions/1")
 
 
-def test_push_on_the_uploaders_word(
-    ok: Callable[..., str], told: Callable[..., Any], prelude: Prelude, peft_directory: PeftDirectory
-) -> None:
+def test_push_on_the_uploaders_word(ok: Ok, told: Told, prelude: Prelude, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("sentiment")
     config = directory / "adapter_config.json"
     fields = json.loads(config.read_text()) | {"base_model_name_or_path": "org/large"}
@@ -121,7 +119,7 @@ def test_push_on_the_uploaders_word(
 
 def test_push_streams(live: LiveServer, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("sentiment", rows=4000)
-    sizes = []
+    sizes: list[int] = []
     with PreludeClient(live.url) as client, pytest.raises(ClientError) as refused:
         client.push(directory, name="sentiment", on_bytes=sizes.append)
     assert refused.value.status == 413  # read to its end all the same
@@ -129,9 +127,7 @@ def test_push_streams(live: LiveServer, peft_directory: PeftDirectory) -> None:
     assert max(sizes) <= 65536
 
 
-def test_list(
-    ok: Callable[..., str], told: Callable[..., Any], get: Callable[[str], Any], peft_directory: PeftDirectory
-) -> None:
+def test_list(ok: Ok, told: Told, get: Get, peft_directory: PeftDirectory) -> None:
     for name, tag in (("a", "x"), ("b", "y"), ("c", "x")):
         ok("push", str(peft_directory(name, seed=ord(name))), "--id", name, "--tag", tag)
     assert told("list") == get("")
@@ -143,7 +139,7 @@ def test_list(
 
 
 def test_list_goes_on_from_page_to_page(
-    told: Callable[..., Any], ok: Callable[..., str], peft_directory: PeftDirectory, monkeypatch: pytest.MonkeyPatch
+    told: Told, ok: Ok, peft_directory: PeftDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_client, "_PAGE", 2)
     for name in "abcde":
@@ -152,13 +148,7 @@ def test_list_goes_on_from_page_to_page(
     assert [prompt["id"] for prompt in told("list", "--limit", "3")["data"]] == list("abc")
 
 
-def test_show(
-    ok: Callable[..., str],
-    told: Callable[..., Any],
-    get: Callable[[str], Any],
-    two: None,
-    peft_directory: PeftDirectory,
-) -> None:
+def test_show(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirectory) -> None:
     answer = told("show", "sentiment")
     assert answer == {
         "prompt": get("/sentiment"),
@@ -176,7 +166,7 @@ def test_show(
     assert get("/sentiment/versions/1")["files"][1]["sha256"] in ok("show", "sentiment@1")
 
 
-def test_show_with_scores_and_lineage(ok: Callable[..., str], peft_directory: PeftDirectory) -> None:
+def test_show_with_scores_and_lineage(ok: Ok, peft_directory: PeftDirectory) -> None:
     lineage = {"training_run": "run-7", "parent": "x@1", "dataset_digest": "d00d", "scores": {"f1": 0.5, "em": 1}}
     text = ["--description", "a [b]c[/b] \x1b[31mred", "--tag", "t1", "--metadata", '{"k": "v"}']
     ok("push", str(peft_directory("s")), "--id", "s", *text, "--lineage", json.dumps(lineage))
@@ -201,9 +191,7 @@ def test_piped_output_is_neither_cut_nor_coloured(
         assert any(all(tag in line for tag in tags) for line in output.splitlines())
 
 
-def test_promote_and_roll_back(
-    ok: Callable[..., str], told: Callable[..., Any], get: Callable[[str], Any], two: None
-) -> None:
+def test_promote_and_roll_back(ok: Ok, told: Told, get: Get, two: None) -> None:
     assert ok("promote", "sentiment", "1") == "sentiment@latest is version 1\n"
     assert told("promote", "sentiment", "2", "--alias", "stable") == {
         "object": "prompt.alias",
@@ -217,14 +205,7 @@ def test_promote_and_roll_back(
     assert get("/sentiment")["aliases"] == {"latest": 2, "stable": 2}
 
 
-def test_pull(
-    ok: Callable[..., str],
-    told: Callable[..., Any],
-    get: Callable[[str], Any],
-    two: None,
-    peft_directory: PeftDirectory,
-    tmp_path: Path,
-) -> None:
+def test_pull(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirectory, tmp_path: Path) -> None:
     for target, seed in (("sentiment@1", 0), ("sentiment", 1), ("sentiment@latest", 1)):
         directory = tmp_path / "new" / target
         version = 2 if seed else 1
@@ -235,7 +216,7 @@ def test_pull(
         assert told("pull", target, str(directory)) == get(f"/sentiment/versions/{version}")
 
 
-def test_pull_does_not_overwrite(prelude: Prelude, ok: Callable[..., str], two: None, tmp_path: Path) -> None:
+def test_pull_does_not_overwrite(prelude: Prelude, ok: Ok, two: None, tmp_path: Path) -> None:
     ok("pull", "sentiment@1", str(tmp_path / "to"))
     weights = tmp_path / "to" / "adapter_model.safetensors"
     before = weights.read_bytes()
@@ -278,7 +259,7 @@ def test_pull_verifies(live: LiveServer, two: None, tmp_path: Path) -> None:
 
 
 def test_remove_asks_on_a_terminal(
-    prelude: Prelude, told: Callable[..., Any], two: None, get: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    prelude: Prelude, told: Told, two: None, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
@@ -291,12 +272,12 @@ def test_remove_asks_on_a_terminal(
     assert get("")["data"] == []
 
 
-def test_remove_without_asking(told: Callable[..., Any], two: None) -> None:
+def test_remove_without_asking(told: Told, two: None) -> None:
     assert told("rm", "sentiment@1") == {"id": "sentiment@1", "object": "prompt.version", "deleted": True}
     assert told("rm", "sentiment", "--yes") == {"id": "sentiment", "object": "prompt", "deleted": True}
 
 
-def test_inspect(ok: Callable[..., str], told: Callable[..., Any], get: Callable[[str], Any], two: None) -> None:
+def test_inspect(ok: Ok, told: Told, get: Get, two: None) -> None:
     assert told("inspect", "sentiment@1", "--top-k", "2") == get("/sentiment/inspect?version=1&top_k=2")
     assert told("inspect", "sentiment") == get("/sentiment/inspect")
     text = ok("inspect", "sentiment")
@@ -306,7 +287,7 @@ def test_inspect(ok: Callable[..., str], told: Callable[..., Any], get: Callable
 
 
 def test_inspect_key_values_and_tasks(
-    live: LiveServer, ok: Callable[..., str], told: Callable[..., Any], prelude: Prelude, other_parts: UploadParts
+    live: LiveServer, ok: Ok, told: Told, prelude: Prelude, other_parts: UploadParts
 ) -> None:
     for name, parts in (("prefix", other_parts("prefix", peft_type="PREFIX_TUNING")), ("many", other_parts("many"))):
         httpx.post(f"{live.url}/v1/prompts", **parts).raise_for_status()
@@ -317,14 +298,7 @@ def test_inspect_key_values_and_tasks(
     assert prelude("inspect", "many").exit_code == 4
 
 
-def test_warm(
-    ok: Callable[..., str],
-    told: Callable[..., Any],
-    get: Callable[[str], Any],
-    prelude: Prelude,
-    two: None,
-    engine: FakeEngine,
-) -> None:
+def test_warm(ok: Ok, told: Told, get: Get, prelude: Prelude, two: None, engine: FakeEngine) -> None:
     assert ok("warm", "sentiment").startswith("sentiment@2 is warm after 0.0")
     assert ok("warm", "sentiment@1", "--pin").endswith(" s, and pinned\n")
     assert get("/sentiment")["pinned"] == [1]
@@ -456,9 +430,7 @@ def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch: pytest.MonkeyPat
             client.prompt("x")
 
 
-def test_piped_lines_have_nothing_behind_their_last_cell(
-    ok: Callable[..., str], peft_directory: PeftDirectory
-) -> None:
+def test_piped_lines_have_nothing_behind_their_last_cell(ok: Ok, peft_directory: PeftDirectory) -> None:
     metadata = json.dumps({"notes": "x" * 2300})
     ok("push", str(peft_directory("s")), "--id", "s", "--metadata", metadata, "--tag", "t")
     ok("push", str(peft_directory("s", seed=1)), "--id", "s", *[f"--tag=t{'y' * 100}{index}" for index in range(20)])

@@ -25,7 +25,7 @@ FULL = Path("/dev/full")
 
 
 def prelude(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PRELUDE, *arguments], text=True, timeout=120, check=False, **options)  # type: ignore[call-overload]
+    return subprocess.run([*PRELUDE, *arguments], text=True, timeout=120, check=False, **options)
 
 
 def test_key_gives_each_stream_a_file_that_can_be_used(tmp_path: Path) -> None:

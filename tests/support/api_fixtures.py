@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from prompt_store.opening import open_store
 from prompt_store.store import PromptStore
+from prompt_store.types import LeasedPrompt
 from server.app import create_app
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from tests.support.byte_tokenizer import ByteTokenizer
@@ -39,8 +40,8 @@ class CountingStore:
 
     def __init__(self, store: PromptStore) -> None:
         self._store = store
-        self.leased: list[object] = []
-        self.released: list[object] = []
+        self.leased: list[LeasedPrompt] = []
+        self.released: list[LeasedPrompt] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

@@ -78,7 +78,7 @@ class FakeEngine(FakeProbes):
         self.start_gate.set()
         self.alive = False
         self.outage: str | None = None
-        self.on_restarted: Callable[[], None] | None = None
+        self.on_restarted: Callable[[], None] = lambda: None
         self.draining = False
         self.stopped = False
         self.requests: list[GenerateRequest] = []

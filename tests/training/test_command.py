@@ -6,11 +6,10 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +19,7 @@ from server.training import command
 from server.training.run import DEMO_DIRECTORY
 from server.training.scoring import Scores
 from server.training.trainer import Progress
-from tests.training.conftest import rows, write_rows
+from tests.training.conftest import Prelude, rows, write_rows
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loaded, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
-def test_it_says_how_it_goes_and_what_came_of_it(prelude_train: Callable[..., Result], tmp_path: Path) -> None:
+def test_it_says_how_it_goes_and_what_came_of_it(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train()
 
     assert result.exit_code == 0, result.output
@@ -43,15 +42,13 @@ def test_it_says_how_it_goes_and_what_came_of_it(prelude_train: Callable[..., Re
     assert float(lines["trained"][2]) < float(lines["untrained"][2])
 
 
-def test_json_is_all_that_is_on_the_standard_output(prelude_train: Callable[..., Result], tmp_path: Path) -> None:
+def test_json_is_all_that_is_on_the_standard_output(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train("--json")
 
     assert json.loads(result.stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
 
 
-def test_bad_data_is_told_by_line_before_a_model_loads(
-    prelude_train: Callable[..., Result], data: Path, no_model: None
-) -> None:
+def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train: Prelude, data: Path, no_model: None) -> None:
     data.write_text('{"text": "a", "label": "b"}\nnonsense\n{"text": "a"}\n')
     result = prelude_train()
 
@@ -61,7 +58,7 @@ def test_bad_data_is_told_by_line_before_a_model_loads(
     assert result.stdout == ""
 
 
-def test_bad_data_as_json(prelude_train: Callable[..., Result], data: Path, no_model: None) -> None:
+def test_bad_data_as_json(prelude_train: Prelude, data: Path, no_model: None) -> None:
     data.write_text("nonsense")
     result = prelude_train("--json")
 
@@ -71,7 +68,7 @@ def test_bad_data_as_json(prelude_train: Callable[..., Result], data: Path, no_m
     assert ":1: not JSON" in error["message"]
 
 
-def test_held_out_data_of_another_form(prelude_train: Callable[..., Result], tmp_path: Path, no_model: None) -> None:
+def test_held_out_data_of_another_form(prelude_train: Prelude, tmp_path: Path, no_model: None) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
     result = prelude_train("--eval-data", str(pairs))
 
@@ -80,7 +77,7 @@ def test_held_out_data_of_another_form(prelude_train: Callable[..., Result], tmp
 
 
 def test_a_text_that_is_too_long_is_told_by_line(
-    prelude_train: Callable[..., Result], data: Path, monkeypatch: pytest.MonkeyPatch
+    prelude_train: Prelude, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     write_rows(data, [*rows(3), {"text": "long " * 200, "label": "call"}])
@@ -107,14 +104,14 @@ def test_a_text_that_is_too_long_is_told_by_line(
         (["--eval-fraction", "0.9"], "--eval-fraction"),
     ],
 )
-def test_usage(prelude_train: Callable[..., Result], arguments: list[str], reason: str) -> None:
+def test_usage(prelude_train: Prelude, arguments: list[str], reason: str) -> None:
     result = prelude_train(*arguments)
 
     assert result.exit_code == ExitStatus.USAGE
     assert reason in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_a_run_directory_in_use(prelude_train: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_run_directory_in_use(prelude_train: Prelude, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
     result = prelude_train()
@@ -124,7 +121,7 @@ def test_a_run_directory_in_use(prelude_train: Callable[..., Result], tmp_path: 
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["mine.txt"]
 
 
-def test_a_model_that_is_not_there(prelude_train: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_model_that_is_not_there(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train(model=str(tmp_path / "none"))
 
     assert result.exit_code == ExitStatus.FAILED
@@ -133,9 +130,9 @@ def test_a_model_that_is_not_there(prelude_train: Callable[..., Result], tmp_pat
 
 
 def test_a_missing_extra_is_told_with_what_installs_it(
-    prelude_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, no_model: None
+    prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
-    own = command.find_spec
+    own = find_spec
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "peft" else own(name))
     result = prelude_train()
 
@@ -143,9 +140,7 @@ def test_a_missing_extra_is_told_with_what_installs_it(
     assert "training needs peft: pip install 'prelude-server[train]'" in result.stderr
 
 
-def test_an_interrupted_training_says_how_to_go_on(
-    prelude_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_training_says_how_to_go_on(prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -157,7 +152,7 @@ def test_an_interrupted_training_says_how_to_go_on(
 
 
 def test_without_matplotlib_there_are_no_curves_and_it_is_told(
-    prelude_train: Callable[..., Result], curves: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    prelude_train: Prelude, curves: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("server.training.curves.find_spec", lambda name: None)
     result = prelude_train()
@@ -169,7 +164,7 @@ def test_without_matplotlib_there_are_no_curves_and_it_is_told(
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(
         command, "Console", lambda **_: Console(file=shown, force_terminal=True, width=120, highlight=False)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import pytest
 
 from server.datasets import DatasetError
 from server.training.corpus import load_corpus, opening_of_data, opening_text
-from server.training.settings import Method, TrainSettings
-from tests.training.conftest import rows, write_rows
+from server.training.settings import Method
+from tests.training.conftest import MakeSettings, rows, write_rows
 
 
-def test_a_share_is_held_out_by_the_seed(settings: Callable[..., TrainSettings]) -> None:
+def test_a_share_is_held_out_by_the_seed(settings: MakeSettings) -> None:
     corpus, again = load_corpus(settings()), load_corpus(settings())
     other = load_corpus(settings(seed=1))
 
@@ -28,7 +27,7 @@ def test_a_share_is_held_out_by_the_seed(settings: Callable[..., TrainSettings])
 
 @pytest.mark.parametrize("changes", [{"eval_fraction": 0.0}, {"data": 9}])
 def test_where_nothing_is_held_out_it_is_told(
-    settings: Callable[..., TrainSettings], tmp_path: Path, changes: dict[str, Any]
+    settings: MakeSettings, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     if "data" in changes:
         changes = {"data": write_rows(tmp_path / "few.jsonl", rows(9))}
@@ -39,7 +38,7 @@ def test_where_nothing_is_held_out_it_is_told(
 
 
 def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(
-    settings: Callable[..., TrainSettings], tmp_path: Path
+    settings: MakeSettings, tmp_path: Path
 ) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": "b"}, {"text": "c", "label": "b"}])
     corpus = load_corpus(settings(data=one, eval_data=one))
@@ -58,7 +57,7 @@ def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(
     ],
 )
 def test_held_out_rows_of_another_kind_are_refused(
-    settings: Callable[..., TrainSettings], tmp_path: Path, row: dict[str, Any], reason: str
+    settings: MakeSettings, tmp_path: Path, row: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(DatasetError, match="eval.jsonl") as caught:
         load_corpus(settings(eval_data=write_rows(tmp_path / "eval.jsonl", [row])))
@@ -66,9 +65,7 @@ def test_held_out_rows_of_another_kind_are_refused(
     assert reason in str(caught.value)
 
 
-def test_tasks_go_with_multitask_alone_and_count_from_nought(
-    settings: Callable[..., TrainSettings], tmp_path: Path
-) -> None:
+def test_tasks_go_with_multitask_alone_and_count_from_nought(settings: MakeSettings, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="have no task_id"):
         load_corpus(settings(method=Method.MULTITASK))
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=2))
@@ -78,7 +75,7 @@ def test_tasks_go_with_multitask_alone_and_count_from_nought(
         load_corpus(settings(method=Method.CPT, data=tasks))
 
 
-def test_held_out_tasks_have_to_be_trained_ones(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
+def test_held_out_tasks_have_to_be_trained_ones(settings: MakeSettings, tmp_path: Path) -> None:
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=1))
     held_out = write_rows(tmp_path / "eval.jsonl", rows(2, task_id=1) + rows(1, task_id=2))
 
@@ -88,7 +85,7 @@ def test_held_out_tasks_have_to_be_trained_ones(settings: Callable[..., TrainSet
     assert load_corpus(settings(method=Method.MULTITASK, data=tasks, eval_data=good)).num_tasks == 2
 
 
-def test_training_begins_at_what_is_known_of_the_task(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
+def test_training_begins_at_what_is_known_of_the_task(settings: MakeSettings, tmp_path: Path) -> None:
     def begins(**changes: Any) -> str | None:
         made = settings(**changes)
         return opening_text(load_corpus(made), made)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from server.training.run_directory import RunDirectory
 from server.training.settings import DEFAULTS, Method, TrainSettings
+from tests.training.conftest import MakeSettings, Trained
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 PROSE = " ".join(DOCUMENT.split())  # where a line of the file ends says nothing
@@ -28,12 +27,7 @@ def test_methods_that_begin_at_chance_are_those_without_a_text() -> None:
     assert chance == [method.value for method in Method if not method.starts_from_text]
 
 
-def test_the_files_of_a_run_are_told(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    curves: None,
-) -> None:
+def test_the_files_of_a_run_are_told(settings: MakeSettings, trained: Trained, tmp_path: Path, curves: None) -> None:
     trained(settings())
     written = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     table = DOCUMENT.split("## The run directory")[1].split("\n## ")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from click.testing import Result
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -24,16 +23,18 @@ from transformers import (
 )
 
 from server.client.commands import ExitStatus
+from server.client.http import PreludeClient
 from server.datasets import digest
 from server.training import publish
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError
 from server.training.publish import Difference, Publication
 from server.training.run_directory import RunDirectory
-from server.training.settings import Method, TrainSettings
+from server.training.scoring import text_logprobs
+from server.training.settings import Method
 from server.training.soft_prompts import make_soft_prompt
 from tests.support.serving import BASE, serving
-from tests.training.conftest import make_model, rows, write_rows
+from tests.training.conftest import MakeSettings, Prelude, make_model, rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
 
 
 @pytest.fixture
-def push(
-    server: httpx.Client, prelude_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Result]:
+def push(server: httpx.Client, prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch) -> Prelude:
     monkeypatch.setenv("PRELUDE_URL", str(server.base_url))
     monkeypatch.setenv("PRELUDE_API_KEY", "writer")
     return lambda *arguments, **options: prelude_train("--push", *arguments, **options)
@@ -56,18 +55,21 @@ def push(
 
 def served_tokens(server: httpx.Client, model: str, prompt: str, **more: Any) -> list[int]:
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 6, "return_token_ids": True, **more}
-    return server.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["token_ids"]
+    answer = server.post("/v1/completions", json=body).raise_for_status().json()
+    token_ids: list[int] = answer["choices"][0]["token_ids"]
+    return token_ids
 
 
-def peft_tokens(model: PeftModel, tokenizer: Any, prompt: str, **more: Any) -> list[int]:
+def peft_tokens(model: Any, tokenizer: Any, prompt: str, **more: Any) -> list[int]:
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     new = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1, **more)
-    return new[0, ids.shape[1] :].tolist()
+    token_ids: list[int] = new[0, ids.shape[1] :].tolist()
+    return token_ids
 
 
 @pytest.mark.parametrize("method", Method)
 def test_what_was_trained_is_served_and_gives_pefts_tokens(
-    push: Callable[..., Result], server: httpx.Client, method: Method, tmp_path: Path, base: Any, tokenizer: Any
+    push: Prelude, server: httpx.Client, method: Method, tmp_path: Path, base: Any, tokenizer: Any
 ) -> None:
     name, arguments = method.replace("_", "-"), ["--method", method]
     if method is Method.MULTITASK:
@@ -92,7 +94,7 @@ def test_what_was_trained_is_served_and_gives_pefts_tokens(
 
 
 def test_lineage_and_the_check_are_in_the_catalog(
-    push: Callable[..., Result], server: httpx.Client, data: Path, tmp_path: Path
+    push: Prelude, server: httpx.Client, data: Path, tmp_path: Path
 ) -> None:
     result = push("--id", "lineage", "--description", "Find the word.", "--alias", "canary")
     assert result.exit_code == 0, result.output
@@ -123,7 +125,7 @@ def test_lineage_and_the_check_are_in_the_catalog(
 
 
 def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(
-    push: Callable[..., Result], server: httpx.Client, tmp_path: Path
+    push: Prelude, server: httpx.Client, tmp_path: Path
 ) -> None:
     many = [{"text": f"number {place}", "label": f"{place}" + "x" * 50} for place in range(400)]
     result = push(
@@ -137,9 +139,9 @@ def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(
 
 
 def test_a_failing_check_publishes_nothing_and_says_how_far_off(
-    push: Callable[..., Result], server: httpx.Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    push: Prelude, server: httpx.Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    own = publish.text_logprobs
+    own = text_logprobs
 
     def off(model: PreTrainedModel | PeftModel, example: Encoded) -> list[float]:
         return [value + 0.5 * isinstance(model, PeftModel) for value in own(model, example)]
@@ -161,8 +163,8 @@ def test_a_failing_check_publishes_nothing_and_says_how_far_off(
     assert server.get("/v1/prompts/failing").status_code == 200
 
 
-def test_a_wider_tolerance_can_be_given(push: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    own = publish.text_logprobs
+def test_a_wider_tolerance_can_be_given(push: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = text_logprobs
 
     def off(model: PreTrainedModel | PeftModel, example: Encoded) -> list[float]:
         return [value + 0.5 * isinstance(model, PeftModel) for value in own(model, example)]
@@ -185,9 +187,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.training.run.make_soft_prompt", refuse)
 
 
-def test_a_server_of_other_weights_is_told_before_training(
-    push: Callable[..., Result], tmp_path: Path, untrained: None
-) -> None:
+def test_a_server_of_other_weights_is_told_before_training(push: Prelude, tmp_path: Path, untrained: None) -> None:
     other = make_model(tmp_path / "tiny", seed=1)
     result = push("--id", "weights", model=str(other))
 
@@ -197,7 +197,7 @@ def test_a_server_of_other_weights_is_told_before_training(
 
 
 def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(
-    push: Callable[..., Result], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, untrained: None
+    push: Prelude, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, untrained: None
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
@@ -212,7 +212,7 @@ def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(
 
 
 def test_a_server_that_is_not_there_is_told_before_a_model_loads(
-    prelude_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     result = prelude_train("--push", "--url", "http://127.0.0.1:9")
@@ -222,9 +222,7 @@ def test_a_server_that_is_not_there_is_told_before_a_model_loads(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(
-    push: Callable[..., Result], untrained: None
-) -> None:
+def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(push: Prelude, untrained: None) -> None:
     assert push("--id", "key", "--api-key", "wrong").exit_code == ExitStatus.NOT_AUTHORISED
     result = push("--id", BASE)
     assert result.exit_code == ExitStatus.USAGE
@@ -232,13 +230,11 @@ def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(
 
 
 def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(
-    push: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, data: Path
+    push: Prelude, monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
     write_rows(data, [*rows(3), {"text": "call " * 60, "label": "call"}])
-    own = publish.PreludeClient.models
-    monkeypatch.setattr(
-        publish.PreludeClient, "models", lambda self: [{**model, "max_model_len": 48} for model in own(self)]
-    )
+    own = PreludeClient.models
+    monkeypatch.setattr(PreludeClient, "models", lambda self: [{**model, "max_model_len": 48} for model in own(self)])
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     result = push("--id", "short")
 
@@ -247,7 +243,7 @@ def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(
     assert "the context of 48 has room for 44" in result.stderr
 
 
-def test_conversations_are_published_too(push: Callable[..., Result], server: httpx.Client, tmp_path: Path) -> None:
+def test_conversations_are_published_too(push: Prelude, server: httpx.Client, tmp_path: Path) -> None:
     chats = [
         {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
         for row in rows(12)
@@ -279,9 +275,9 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(
         train_dataset=texts,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     ).train()
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(str(tmp_path / "saved"))
 
-    with publish.PreludeClient(str(server.base_url), api_key="writer") as client:
+    with PreludeClient(str(server.base_url), api_key="writer") as client:
         _, is_new = client.push(tmp_path / "saved", name="plain")
     assert is_new
     served = server.get("/v1/prompts/plain/versions/1/files/adapter_model.safetensors").content
@@ -292,6 +288,8 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(
 
 
 # Without a server
+
+NOTHING: Any = SimpleNamespace()
 
 
 @pytest.mark.parametrize(
@@ -305,17 +303,17 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(
     ],
 )
 def test_the_tolerance_follows_the_servers_own_rounding(
-    settings: Callable[..., TrainSettings], noise: float, given: float | None, tolerances: tuple[Any, ...]
+    settings: MakeSettings, noise: float, given: float | None, tolerances: tuple[Any, ...]
 ) -> None:
-    publication = Publication(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
+    publication = Publication(NOTHING, settings(golden_tolerance=given), NOTHING)
 
     assert publication.tolerances(Difference(noise, noise / 10, 9)) == pytest.approx(tolerances)
 
 
 def test_a_server_that_rounds_is_held_to_the_mean_too(
-    settings: Callable[..., TrainSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    client = SimpleNamespace(
+    client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
         remove=lambda name: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
@@ -331,14 +329,12 @@ def test_a_server_that_rounds_is_held_to_the_mean_too(
         publication.publish(None, [Encoded([1, 2], [0])], {})
 
 
-def test_the_rounding_is_that_of_the_soft_prompt_itself(
-    settings: Callable[..., TrainSettings], base: Any, tokenizer: Any
-) -> None:
+def test_the_rounding_is_that_of_the_soft_prompt_itself(settings: MakeSettings, base: Any, tokenizer: Any) -> None:
     examples = [Encoded([31, 32, 33], [34, 0])]
-    model = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
+    model: Any = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight *= 20
-    reference = [publish.text_logprobs(model, example) for example in examples]
+    reference = [text_logprobs(model, example) for example in examples]
 
     rounding = publish._rounding(model, examples, reference)
 
@@ -346,9 +342,7 @@ def test_the_rounding_is_that_of_the_soft_prompt_itself(
     assert model.prompt_encoder["default"].embedding.weight.dtype == torch.bfloat16
 
 
-def test_a_server_that_rounds_is_allowed_its_rounding(
-    tiny: Path, prelude_train: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_a_server_that_rounds_is_allowed_its_rounding(tiny: Path, prelude_train: Prelude, tmp_path: Path) -> None:
     with serving(tmp_path / "server", "--dtype", "bfloat16", model=tiny) as (client, _):
         result = prelude_train("--push", "--url", str(client.base_url), "--json")
 
@@ -357,26 +351,25 @@ def test_a_server_that_rounds_is_allowed_its_rounding(
 
 
 def test_weights_that_give_no_numbers_are_other_weights(
-    settings: Callable[..., TrainSettings], base: Any, monkeypatch: pytest.MonkeyPatch
+    settings: MakeSettings, base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publication = Publication(SimpleNamespace(), settings(), SimpleNamespace())
+    publication = Publication(NOTHING, settings(), NOTHING)
     monkeypatch.setattr(publication, "_difference", lambda *_: Difference(float("nan"), float("nan"), 3))
 
     with pytest.raises(TrainingError, match="other weights"):
         publication.check_base(base, [])
 
 
-def test_an_alias_that_is_none_is_refused(settings: Callable[..., TrainSettings], encoder: Encoder) -> None:
-    publication = Publication(SimpleNamespace(), settings(alias="7"), SimpleNamespace())
+def test_an_alias_that_is_none_is_refused(settings: MakeSettings, encoder: Encoder) -> None:
+    publication = Publication(NOTHING, settings(alias="7"), NOTHING)
 
     with pytest.raises(SettingsError, match="alias"):
         publication.check_server(encoder, [])
 
 
-def test_the_staging_name_is_one_whatever_the_name(settings: Callable[..., TrainSettings]) -> None:
+def test_the_staging_name_is_one_whatever_the_name(settings: MakeSettings) -> None:
     publications = [
-        Publication(SimpleNamespace(), settings(name="n" * 128, run_dir=Path(run)), SimpleNamespace())
-        for run in ("a", "a", "b")
+        Publication(NOTHING, settings(name="n" * 128, run_dir=Path(run)), NOTHING) for run in ("a", "a", "b")
     ]
     names = [publication._staging for publication in publications]
 
@@ -385,10 +378,10 @@ def test_the_staging_name_is_one_whatever_the_name(settings: Callable[..., Train
 
 
 def test_how_far_off_it_was_can_be_read(
-    settings: Callable[..., TrainSettings], encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: MakeSettings, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = RunDirectory(tmp_path)
-    client = SimpleNamespace(
+    client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
         remove=lambda name: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,18 @@ from server.training import trainer as trainer_module
 from server.training.encoding import Encoder
 from server.training.errors import InstabilityError, RunDirectoryError, SettingsError, TrainingError
 from server.training.run_directory import RunDirectory
-from server.training.scoring import Scores, score
-from server.training.settings import DEFAULTS, Method, TrainSettings
+from server.training.scoring import Scores, completion_loss, score
+from server.training.settings import DEFAULTS, Method
+from server.training.soft_prompts import mean_norm
 from server.training.trainer import is_gain, num_steps
-from tests.training.conftest import Heard, rows, write_rows
+from tests.training.conftest import Heard, MakeSettings, Trained, rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("method", Method)
 def test_each_method_trains_and_keeps_what_repeats_it(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    method: Method,
-    tmp_path: Path,
-    base: Any,
-    encoder: Encoder,
+    settings: MakeSettings, trained: Trained, method: Method, tmp_path: Path, base: Any, encoder: Encoder
 ) -> None:
     made = settings(method=method)
     if method is Method.MULTITASK:
@@ -64,23 +59,14 @@ def test_each_method_trains_and_keeps_what_repeats_it(
     assert result["scores"]["trained"]["loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_the_curves_are_drawn(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    curves: None,
-    tmp_path: Path,
-) -> None:
+def test_the_curves_are_drawn(settings: MakeSettings, trained: Trained, curves: None, tmp_path: Path) -> None:
     trained(settings())
 
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_was_saved_scores_in_plain_peft_as_it_was_told(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    base: Any,
-    encoder: Encoder,
-    tmp_path: Path,
+    settings: MakeSettings, trained: Trained, base: Any, encoder: Encoder, tmp_path: Path
 ) -> None:
     held_out = write_rows(tmp_path / "eval.jsonl", rows(8))
     result = trained(settings(eval_data=held_out, method=Method.P_TUNING))
@@ -101,10 +87,7 @@ def _examples(path: Path) -> Any:
 
 @pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.P_TUNING_V2])
 def test_the_same_seed_gives_the_same_bytes(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    method: Method,
+    settings: MakeSettings, trained: Trained, tmp_path: Path, method: Method
 ) -> None:
     files = []
     for run, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -116,12 +99,7 @@ def test_the_same_seed_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("form", ["pairs", "chats"])
-def test_the_other_forms_train(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    form: str,
-) -> None:
+def test_the_other_forms_train(settings: MakeSettings, trained: Trained, tmp_path: Path, form: str) -> None:
     if form == "pairs":
         data = [{"prompt": row["text"], "completion": "\n" + row["label"]} for row in rows(24)]
     else:
@@ -136,11 +114,7 @@ def test_the_other_forms_train(
 
 @pytest.mark.parametrize("method", [Method.MULTITASK, Method.CARTRIDGE])
 def test_a_model_of_another_family_trains(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    tiny: Path,
-    method: Method,
+    settings: MakeSettings, trained: Trained, tmp_path: Path, tiny: Path, method: Method
 ) -> None:
     folder = tmp_path / "gpt2"
     shutil.copytree(tiny, folder)
@@ -154,9 +128,7 @@ def test_a_model_of_another_family_trains(
     assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
 
 
-def test_accumulated_steps_are_those_of_one_batch(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_accumulated_steps_are_those_of_one_batch(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     one = trained(settings(run_dir=tmp_path / "one", batch_size=8, max_steps=2, method=Method.CPT))
     four = trained(
         settings(
@@ -167,18 +139,14 @@ def test_accumulated_steps_are_those_of_one_batch(
     assert four["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_gradient_checkpointing_changes_nothing(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     plain = trained(settings(run_dir=tmp_path / "plain"))
     saving = trained(settings(run_dir=tmp_path / "saving", gradient_checkpointing=True))
 
     assert saving["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
 
 
-def test_without_held_out_rows_the_last_state_is_kept(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], heard: Heard
-) -> None:
+def test_without_held_out_rows_the_last_state_is_kept(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     result = trained(settings(eval_fraction=0.0))
 
     assert result["scores"] == {"bare": None, "untrained": None, "trained": None}
@@ -187,10 +155,7 @@ def test_without_held_out_rows_the_last_state_is_kept(
 
 
 def test_training_stops_early_and_keeps_the_best(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    settings: MakeSettings, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([9.0, 5.0, 4.0, 4.5, 4.4, 4.3, 1.0, 1.0])  # bare, untrained, then evaluations, then what was saved
     monkeypatch.setattr(trainer_module, "score", lambda *_, **__: Scores(next(losses), 0.0))
@@ -202,10 +167,7 @@ def test_training_stops_early_and_keeps_the_best(
 
 
 def test_no_gain_is_told_and_the_beginning_is_kept(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    heard: Heard,
-    monkeypatch: pytest.MonkeyPatch,
+    settings: MakeSettings, trained: Trained, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "score", lambda *_, **__: Scores(1e9, 0.0))
     result = trained(settings())
@@ -231,12 +193,9 @@ def test_what_a_gain_is(scores: Scores, monitor: str, gain: bool) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_it(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    own = trainer_module.completion_loss
+    own = completion_loss
     monkeypatch.setattr(trainer_module, "completion_loss", lambda *args, **kwargs: own(*args, **kwargs) * math.nan)
 
     with pytest.raises(InstabilityError, match=r"step 1: the loss is nan.*Lower --learning-rate"):
@@ -244,9 +203,7 @@ def test_a_loss_that_is_no_number_ends_it(
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_norm_that_blows_up_is_told_once(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], heard: Heard
-) -> None:
+def test_a_norm_that_blows_up_is_told_once(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     trained(settings(learning_rate=100.0, warmup_ratio=0.0))
 
     assert sum("it diverges. Lower --learning-rate" in line for line in heard) == 1
@@ -261,10 +218,7 @@ def test_a_norm_that_blows_up_is_told_once(
     ],
 )
 def test_steps_are_counted_as_the_trainer_counts_them(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    changes: dict[str, Any],
-    steps: int,
+    settings: MakeSettings, trained: Trained, changes: dict[str, Any], steps: int
 ) -> None:
     assert num_steps(settings(**changes), 22) == steps
     assert trained(settings(patience=0, **changes))["steps"] == steps
@@ -275,15 +229,11 @@ def test_steps_are_counted_as_the_trainer_counts_them(
 
 @pytest.mark.parametrize("method", [Method.P_TUNING, Method.P_TUNING_V2, Method.CPT])
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    method: Method,
-    monkeypatch: pytest.MonkeyPatch,
+    settings: MakeSettings, trained: Trained, tmp_path: Path, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cut comes after the checkpoint of step 4; of P-tuning and the like, PEFT's own files could not go on."""
     whole = trained(settings(run_dir=tmp_path / "whole", method=method, max_steps=8, patience=0))
-    own, calls = trainer_module.mean_norm, []
+    own, calls = mean_norm, []
 
     def cut(model: PeftModel) -> Any:
         calls.append(1)
@@ -302,9 +252,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     assert steps == list(range(1, 9))
 
 
-def test_kill_9_and_resume_give_the_same_loss(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_kill_9_and_resume_give_the_same_loss(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     whole = trained(settings(run_dir=tmp_path / "whole", max_steps=40, eval_steps=5, patience=0))
     made = settings(max_steps=40, eval_steps=5, patience=0)
     command = [sys.executable, "-c", "from server.cli import main; main()", "train", "--model", made.model]
@@ -338,9 +286,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     assert directory.newest_checkpoint() == directory.checkpoints / "checkpoint-2"
 
 
-def test_resuming_without_a_checkpoint_begins_again(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_resuming_without_a_checkpoint_begins_again(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     made = settings()
     whole = trained(settings(run_dir=tmp_path / "whole"))
@@ -356,10 +302,7 @@ def test_resuming_without_a_checkpoint_begins_again(
 
 @pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.0, "max_steps": 40, "patience": 2}])
 def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    changes: dict[str, Any],
+    settings: MakeSettings, trained: Trained, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     whole = trained(settings(**changes))
     (tmp_path / "run" / "result.json").unlink()
@@ -372,9 +315,7 @@ def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(
     assert whole["steps"] <= resumed["steps"] <= whole["steps"] + 1
 
 
-def test_a_run_that_is_done_is_not_done_again(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], heard: Heard
-) -> None:
+def test_a_run_that_is_done_is_not_done_again(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     first = trained(settings())
     again = trained(settings(resume=True))
 
@@ -382,9 +323,7 @@ def test_a_run_that_is_done_is_not_done_again(
     assert any("is trained already" in line for line in heard)
 
 
-def test_a_run_directory_is_not_shared(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_run_directory_is_not_shared(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(RunDirectoryError, match="contains no run to resume"):
         trained(settings(resume=True))
@@ -401,9 +340,7 @@ def test_a_run_directory_is_not_shared(
         trained(settings(resume=True))
 
 
-def test_changed_data_is_another_run(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], data: Path
-) -> None:
+def test_changed_data_is_another_run(settings: MakeSettings, trained: Trained, data: Path) -> None:
     trained(settings())
     data.write_text(data.read_text() + '{"text": "new", "label": "call"}\n')
 
@@ -412,7 +349,7 @@ def test_changed_data_is_another_run(
 
 
 def test_a_run_directory_that_cannot_be_written_is_told(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]], tmp_path: Path
+    settings: MakeSettings, trained: Trained, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
 
@@ -424,10 +361,7 @@ def test_a_run_directory_that_cannot_be_written_is_told(
 
 
 def test_settings_that_do_not_go_with_the_model(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    settings: MakeSettings, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SettingsError, match="num_virtual_tokens is 96; the context has 96 positions in all"):
         trained(settings(num_virtual_tokens=96))
@@ -454,18 +388,13 @@ def test_settings_that_do_not_go_with_the_model(
     ],
 )
 def test_settings_that_do_not_go_together(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    changes: dict[str, Any],
-    reason: str,
+    settings: MakeSettings, trained: Trained, changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(SettingsError, match=reason):
         trained(settings(**changes))
 
 
-def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(
-    settings: Callable[..., TrainSettings], trained: Callable[[TrainSettings], dict[str, Any]]
-) -> None:
+def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings: MakeSettings, trained: Trained) -> None:
     from safetensors.torch import load_file
 
     result = trained(settings(dtype="bfloat16"))
@@ -488,11 +417,7 @@ def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(
     ],
 )
 def test_what_runs_full_is_told_with_what_to_do(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    failure: object,
-    reason: str,
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
     def fail(*_: object) -> None:
         raise failure
@@ -506,9 +431,7 @@ def test_what_runs_full_is_told_with_what_to_do(
 
 
 def test_another_error_of_torch_is_no_full_disk(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("shapes do not fit")
@@ -519,9 +442,7 @@ def test_another_error_of_torch_is_no_full_disk(
 
 
 def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(
-    settings: Callable[..., TrainSettings],
-    trained: Callable[[TrainSettings], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")

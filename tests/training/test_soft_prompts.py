@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from server.training.encoding import Encoded
 from server.training.scoring import collate, completion_loss, keeps_logits, score, text_logprobs
-from server.training.settings import DEFAULTS, Method, TrainSettings
+from server.training.settings import DEFAULTS, Method
 from server.training.soft_prompts import (
     load_state,
     make_soft_prompt,
@@ -25,6 +25,7 @@ from server.training.soft_prompts import (
     save_state,
     state_of,
 )
+from tests.training.conftest import MakeSettings
 
 CONTEXT = [Encoded([11, 12, 13], [14, 0]), Encoded([21, 22], [23, 0])]
 PEFT_TYPES = {
@@ -39,7 +40,7 @@ PEFT_TYPES = {
 
 
 @pytest.fixture
-def make(base: Any, tokenizer: Any, settings: Callable[..., TrainSettings]) -> Callable[..., Any]:
+def make(base: Any, tokenizer: Any, settings: MakeSettings) -> Callable[..., Any]:
     def build(method: Method, **changes: Any) -> PeftModel:
         made = settings(method=method, **changes)
         torch.manual_seed(0)
@@ -52,13 +53,13 @@ def example_for(method: Method) -> Encoded:
     return Encoded([31, 32, 33], [34, 0], 1 if method is Method.MULTITASK else None)
 
 
-def one_step(model: PeftModel, method: Method) -> float:
+def one_step(model: Any, method: Method) -> float:
     """A step of plain gradient descent; the loss before it."""
     batch = collate([example_for(method)] * 2, 1)
     labels = batch.pop("labels")
     model.train()
     loss = completion_loss(model(**batch), labels)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for weight in model.parameters():
             if weight.grad is not None:

@@ -21,6 +21,7 @@ from tests.support.api_fixtures import CountingStore, UploadParts
 from tests.support.byte_tokenizer import BOS, ByteTokenizer
 from tests.support.fake_engine import BASE, WIDTH, FakeEngine
 from tests.support.live_server import LiveServer
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -115,7 +116,7 @@ async def test_a_head_decides_by_itself(client: httpx.AsyncClient, engine: FakeE
     assert "logprobs" not in item
     (request,) = engine.requests
     assert request.params.classify
-    assert request.soft_prompt.num_labels == 3
+    assert present(request.soft_prompt).num_labels == 3
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ async def test_a_task_is_named(client: httpx.AsyncClient, engine: FakeEngine, ot
     fields = {"model": "many", "input": "a", "labels": ["x"]}
     assert (await client.post("/v1/classify", json=fields)).json()["error"]["param"] == "task_id"
     assert (await client.post("/v1/classify", json=fields | {"task_id": 2})).status_code == 200
-    assert engine.requests[0].soft_prompt.task_id == 2
+    assert present(engine.requests[0].soft_prompt).task_id == 2
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from tests.support.api_fixtures import CountingStore, WaitUntil
 from tests.support.byte_tokenizer import BOS
 from tests.support.fake_engine import FakeEngine
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -143,9 +144,11 @@ async def test_stop_string_ends_the_text_and_aborts_the_sequence(
 async def test_a_special_token_that_is_not_shown_is_a_stop_string(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, include: bool, text: str
 ) -> None:
-    engine.reply = SimpleNamespace(encode=lambda: [*b"he", BOS, *b"llo"])
+    engine.reply = mock.Mock(encode=lambda: [*b"he", BOS, *b"llo"])
     for skip in (True, False):
-        body = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+        body: dict[str, Any] = (
+            {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+        )
         body |= {"stop": ["zzz", "<s>"], "include_stop_str_in_output": include, "skip_special_tokens": skip}
         choice = (await client.post(path, json=body)).json()["choices"][0]
         assert choice["finish_reason"] == "stop"
@@ -155,7 +158,7 @@ async def test_a_special_token_that_is_not_shown_is_a_stop_string(
 async def test_a_character_that_the_prompt_begins_and_the_answer_completes(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    engine.reply = SimpleNamespace(encode=lambda: [0xA9, *b"t"])
+    engine.reply = mock.Mock(encode=lambda: [0xA9, *b"t"])
     fields = {"prompt": [97, 0xC3], "logprobs": 0, "ignore_eos": True}
     choice = (await complete(client, **fields)).json()["choices"][0]
     assert (choice["text"], choice["logprobs"]["text_offset"]) == ("ét", [0, 1])
@@ -172,7 +175,7 @@ async def test_soft_prompt_counts_virtual_tokens(
     assert body["model"] == sentiment
     assert body["usage"]["prompt_tokens"] == 4
     assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 2, "virtual_tokens": 4}
-    source = engine.requests[0].soft_prompt
+    source = present(engine.requests[0].soft_prompt)
     assert source.num_virtual_tokens == 4
     assert not source.is_key_values
     assert source.digest == store.leased[0].version.digest
@@ -229,7 +232,7 @@ async def test_a_batch_resolves_once(
 ) -> None:
     assert (await complete(client, model=sentiment, prompt=["a", "b", "c"])).status_code == 200
     assert len(store.leased) == 1
-    assert len({request.soft_prompt.digest for request in engine.requests}) == 1
+    assert len({present(request.soft_prompt).digest for request in engine.requests}) == 1
 
 
 async def test_stream(client: httpx.AsyncClient) -> None:

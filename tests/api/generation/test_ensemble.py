@@ -22,6 +22,7 @@ from tests.api.classification.test_classify import classifier_parts
 from tests.support.api_fixtures import CountingStore, UploadParts, WaitUntil
 from tests.support.fake_engine import CONTEXT, FakeEngine
 from tests.support.live_server import LiveServer
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -213,7 +214,7 @@ async def test_a_text_by_the_mean_is_one_generation(
     assert len(engine.requests) == 4
     for request in engine.requests:
         members = [request.soft_prompt, *request.others]
-        assert [member.num_virtual_tokens for member in members] == [4, 5, 6]
+        assert [present(member).num_virtual_tokens for member in members] == [4, 5, 6]
     await client.get("/v1/prompts")
     assert len(store.leased) == len(store.released) == 3
 
@@ -223,7 +224,8 @@ async def test_a_mean_can_be_streamed_and_echoed_and_have_the_base_as_a_member(
 ) -> None:
     body = {"model": ["b", "tiny"], "prompt": "p", "ensemble": "mean", "echo": True}
     assert (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"] == "phello world"
-    assert (engine.requests[0].soft_prompt.num_virtual_tokens, engine.requests[0].others) == (5, (None,))
+    request = engine.requests[0]
+    assert (present(request.soft_prompt).num_virtual_tokens, request.others) == (5, (None,))
     response = await client.post("/v1/completions", json=body | {"stream": True})
     chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "phello world"

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from server.api.classification.routes import ClassifyBody
 from server.api.generation.bodies import ChatBody, CompletionBody
@@ -21,7 +22,11 @@ from tests.support.fake_engine import FakeEngine
 pytestmark = pytest.mark.anyio
 
 ROUTES = {"/v1/completions": {**EVERYWHERE, **COMPLETIONS}, "/v1/chat/completions": {**EVERYWHERE, **CHAT}}
-BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody, "/v1/classify": ClassifyBody}
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/v1/classify": ClassifyBody,
+}
 
 BOTH = re.findall(
     r"\w+",

@@ -23,13 +23,15 @@ async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 20} | fields
     response = await client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post("/v1/chat/completions", json={"messages": MESSAGES} | fields)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 async def stream(client: httpx.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ DEFAULTS = GenerationDefaults(
 
 @pytest.fixture(autouse=True)
 def _checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = FakeEngine.model
+    bare: Any = FakeEngine.model
     model = property(lambda self: msgspec.structs.replace(bare.fget(self), generation_defaults=DEFAULTS))
     monkeypatch.setattr(FakeEngine, "model", model)
 
@@ -36,7 +36,8 @@ async def send(client: httpx.AsyncClient, path: str, **fields: Any) -> dict[str,
     prompt = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "abc"}
     response = await client.post(path, json=prompt | fields)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 PATHS = pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -81,7 +82,7 @@ async def test_min_tokens_of_the_checkpoint_give_way_to_max_tokens(
 async def test_max_tokens_of_the_checkpoint_shorten_a_default_and_nothing_else(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bare = FakeEngine.model
+    bare: Any = FakeEngine.model
     more = GenerationDefaults(max_tokens=100)
     model = property(lambda self: msgspec.structs.replace(bare.fget(self), generation_defaults=more))
     monkeypatch.setattr(FakeEngine, "model", model)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.api_fixtures import CountingStore, WaitUntil
 from tests.support.fake_engine import FakeEngine
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +46,7 @@ async def test_the_task_reaches_the_engine(
     for task_id in (0, 2):
         response = await ask(client, path, task_id=task_id)
         assert response.status_code == 200, response.text
-    first, second = (request.soft_prompt for request in engine.requests)
+    first, second = (present(request.soft_prompt) for request in engine.requests)
     assert (first.task_id, second.task_id) == (0, 2)
     assert first.digest == second.digest
     assert first.identity != second.identity

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import json
 import random
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -24,6 +24,7 @@ from server.api.generation.tools import Tool, forced_constraint
 from server.errors import ConstraintError, InvalidRequestError
 from tests.support.byte_tokenizer import BOS, EOS, ByteTokenizer
 from tests.support.fake_engine import FakeEngine
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -47,7 +48,8 @@ def body(**fields: Any) -> dict[str, Any]:
 async def ask(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post(URL, json=body(**fields))
     assert response.status_code == 200, response.text
-    return response.json()["choices"][0]
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
 
 
 async def stream(client: httpx.AsyncClient, **fields: Any) -> tuple[list[dict[str, Any]], str]:
@@ -80,7 +82,7 @@ async def test_a_named_function(client: httpx.AsyncClient, engine: FakeEngine, t
     assert message["tool_calls"] == [
         {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     ]
-    constraint = engine.requests[0].params.constraint
+    constraint = present(engine.requests[0].params.constraint)
     assert json.loads(constraint.text) == PARAMETERS | {"additionalProperties": False}
     assert constraint.is_lenient
     assert [tool["function"]["name"] for tool in tokenizer.tools] == ["weather", "time"]
@@ -96,7 +98,7 @@ async def test_a_function_without_parameters_is_strict_about_them(
     engine.reply = "{}"
     choice = await ask(client, tool_choice={"type": "function", "function": {"name": "time"}})
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": "{}"}
-    constraint = engine.requests[0].params.constraint
+    constraint = present(engine.requests[0].params.constraint)
     assert not constraint.is_lenient
     assert json.loads(constraint.text) == {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -107,7 +109,7 @@ async def test_any_function_is_required(client: httpx.AsyncClient, engine: FakeE
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "weather", "arguments": '{"city": "a}"}'}
-    schema = json.loads(engine.requests[0].params.constraint.text)
+    schema = json.loads(present(engine.requests[0].params.constraint).text)
     assert schema["$defs"]["weather"] == PARAMETERS | {"additionalProperties": False, "$id": "prelude://tool0/schema"}
     assert [option["properties"]["name"] for option in schema["anyOf"]] == [{"const": "weather"}, {"const": "time"}]
     deltas, reason = await stream(client, tool_choice="required")
@@ -163,7 +165,7 @@ async def test_calls_are_read_where_their_marks_are_special_tokens(
 ) -> None:
     tokenizer.special_tokens = {BOS: "<tool_call>", EOS: "</s>"}
     call = CALL.removeprefix("<tool_call>")
-    engine.reply = SimpleNamespace(encode=lambda: [BOS, *call.encode()])
+    engine.reply = mock.Mock(encode=lambda: [BOS, *call.encode()])
     choice = await ask(client)
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
     assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
@@ -338,7 +340,8 @@ async def test_a_wrong_choice_is_refused(client: httpx.AsyncClient, choice: str 
 
 
 async def test_required_tools_are_bounded_together() -> None:
-    tools = [Tool(type="function", function={"name": f"f{i}", "parameters": {"const": "x" * 9000}}) for i in range(9)]
+    functions = [{"name": f"f{i}", "parameters": {"const": "x" * 9000}} for i in range(9)]
+    tools = [Tool.model_validate({"type": "function", "function": function}) for function in functions]
     assert forced_constraint(tools[:5], "required") is not None
     with pytest.raises(InvalidRequestError, match="tools: .* 65536 characters") as error:
         forced_constraint(tools, "required")

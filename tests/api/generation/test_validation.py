@@ -22,7 +22,7 @@ async def refused(client: httpx.AsyncClient, fields: dict[str, Any], path: str =
     prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "abc"}
     response = await client.post(path, json={"model": "tiny"} | prompt | fields)
     assert response.status_code == 400, response.text
-    error = response.json()["error"]
+    error: dict[str, Any] = response.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert error["message"]
     return error
@@ -366,7 +366,7 @@ def test_the_place_of_a_half_is_found_exactly_where_there_is_one(value: Any) -> 
 
 
 def test_a_half_in_the_deep_is_found() -> None:
-    value = HALF
+    value: Any = HALF
     for _ in range(50_000):
         value = [value]
     assert half_pair_in(value) == (0,) * MAX_LOCATION_DEPTH

@@ -30,6 +30,7 @@ from server.config import HttpSettings, Settings
 from server.errors import AuthenticationError, ConfigurationError
 from tests.support.api_fixtures import MakeApp
 from tests.support.keyed import bearer, locked
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -77,8 +78,8 @@ def test_entries(key_file: Path, tmp_path: Path) -> None:
     for path in (key_file, as_json):
         keys = ApiKeys(read_keys(path))
         first, second, third = (keys.check(f"bearer {key}") for key in ("key-a", "key-b", "key-c"))
-        assert (first.tenant, first.scopes) == ("acme", {Scope.GENERATE, Scope.PROMPTS_READ})
-        assert (second.tenant, second.scopes) == ("acme", {Scope.PROMPTS_WRITE})
+        assert (first.tenant, first.scopes) == ("acme", frozenset({Scope.GENERATE, Scope.PROMPTS_READ}))
+        assert (second.tenant, second.scopes) == ("acme", frozenset({Scope.PROMPTS_WRITE}))
         assert third.tenant == third.name == f"key-{sha256(b'key-c').hexdigest()[:12]}"
         with pytest.raises(AuthenticationError):
             keys.check(f"Bearer {HASH}")  # whoever reads the file does not have the key
@@ -199,7 +200,8 @@ async def test_a_hangup_reads_it_again(client: httpx.AsyncClient) -> None:
 
 def methods_and_paths(app: FastAPI) -> list[tuple[str, str]]:
     """Every route, of included routers too; fails where something without methods is mounted."""
-    return [(method, route.path) for route in iter_route_contexts(app.routes) for method in sorted(route.methods)]
+    routes = iter_route_contexts(app.routes)
+    return [(method, present(route.path)) for route in routes for method in sorted(present(route.methods))]
 
 
 def test_every_route_has_its_scopes(app: FastAPI) -> None:

@@ -19,6 +19,7 @@ from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.errors import StoreUnavailableError
 from prompt_store.files.formats import MAX_CONFIG_BYTES
 from prompt_store.store import PromptStore
+from server.api.http.multipart import bounded
 from server.api.prompts import routes
 from server.config import Settings
 from tests.support.api_fixtures import CountingStore, MakeApp, Serve, UploadParts, WaitUntil
@@ -82,12 +83,12 @@ async def nothing_left(
     assert len(files_of(root)) == len(before) + 1  # the configuration is the same
 
 
-def changed(parts: dict, filename: str, data: bytes) -> dict:
+def changed(parts: dict[str, Any], filename: str, data: bytes) -> dict[str, Any]:
     files = [("files", (name, data if name == filename else old)) for _, (name, old) in parts["files"]]
     return {"data": parts["data"], "files": files}
 
 
-def config_of(parts: dict, **fields: Any) -> bytes:
+def config_of(parts: dict[str, Any], **fields: Any) -> bytes:
     return json.dumps(json.loads(dict(file for _, file in parts["files"])["adapter_config.json"]) | fields).encode()
 
 
@@ -294,7 +295,7 @@ async def test_bytes_are_counted_where_nothing_is_declared() -> None:
             yield b"x" * 1000
 
     with pytest.raises(Exception, match="exceeds the limit of 5500 bytes"):
-        async for _ in routes.bounded(send(), 5500):
+        async for _ in bounded(send(), 5500):
             pass
     assert read == 6000
 

@@ -60,7 +60,7 @@ def test_no_budget_is_ever_exceeded_and_what_fits_is_taken(steps: list[tuple[str
     budget = PinBudget(100, 60)
     pins: list[tuple[str | None, str]] = []
 
-    def used(found: list[tuple[str | None, str]]) -> tuple[Counter[str], int]:
+    def used(found: list[tuple[str | None, str]]) -> tuple[dict[str | None, int], int]:
         own = {tenant: sum(SIZES[i] for i in {i for t, i in found if t == tenant}) for tenant in (None, "a", "b")}
         return own, sum(SIZES[identity] for identity in {identity for _, identity in found})
 

@@ -37,7 +37,7 @@ requests_per_minute = 10000
 
 VALUES = {"{version}": "1", "{filename}": "adapter_config.json", "{alias}": "latest"}
 
-NAMING = [
+NAMING: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "x"}),
     ("/v1/completions", {"prompt": "x", "stream": True}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
@@ -167,7 +167,10 @@ async def test_a_directory_that_is_away_is_503_and_then_serves_again(
 ) -> None:
     await upload(client, upload_parts, "mine", "b")
     root = settings.store.location
-    asked = [("POST", "/v1/completions", {"model": "{id}", "prompt": "x"}), ("POST", "/v1/prompts/{id}/warm", {})]
+    asked: list[tuple[str, str, Any]] = [
+        ("POST", "/v1/completions", {"model": "{id}", "prompt": "x"}),
+        ("POST", "/v1/prompts/{id}/warm", {}),
+    ]
     asked += [
         ("GET", f"/v1/prompts/{{id}}/versions/1/files/adapter_{file}", None)
         for file in ("config.json", "model.safetensors")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"enum": ["x", None]}}}
 CLOSED = SCHEMA | {"additionalProperties": False}
 TEXT = json.dumps(CLOSED, separators=(",", ":"))
-WRAPPED = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
+WRAPPED: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
 ROUTES = ["/v1/completions", "/v1/chat/completions"]
 
 
@@ -156,13 +156,13 @@ async def test_what_is_refused_at_the_door(
 
 def test_bounds_that_a_body_of_the_tests_has_no_room_for() -> None:
     with pytest.raises(ValidationError, match="65536 characters together"):
-        StructuredOutputs(choice=["a" * 1000] * 66)
+        StructuredOutputs.model_validate({"choice": ["a" * 1000] * 66})
     with pytest.raises(ValidationError, match="65536 characters as JSON"):
-        StructuredOutputs(json={"const": "a" * 65536})
+        StructuredOutputs.model_validate({"json": {"const": "a" * 65536}})
     with pytest.raises(ValidationError, match="at most 65536 characters"):
-        StructuredOutputs(json='"' + "a" * 65536 + '"')
+        StructuredOutputs.model_validate({"json": '"' + "a" * 65536 + '"'})
     with pytest.raises(ValidationError, match="at most 65536 characters"):
-        StructuredOutputs(grammar="a" * 65537)
+        StructuredOutputs.model_validate({"grammar": "a" * 65537})
 
 
 @pytest.mark.parametrize("value", [2, 100, 0.01, 12.5, 0.25, 1e-9, 49999, MAX_MULTIPLE, "7", True, -3, 0, None])

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli import app as cli
 from server.client.bulk.command import parse_labels
@@ -51,7 +50,7 @@ def test_rows_are_answered_in_order_with_all_that_they_carry(
     live: LiveServer, engine: FakeEngine, bulk: Bulk, peft_directory: PeftDirectory
 ) -> None:
     push(live, peft_directory("sentiment"), "sentiment")
-    rows = [{"id": index, "prompt": f"text {index}"} for index in range(20)]
+    rows: list[dict[str, Any]] = [{"id": index, "prompt": f"text {index}"} for index in range(20)]
     result, written = bulk(rows, "--max-tokens", "3", "--stop", "zz", "--seed", "7", name="sentiment")
     assert result.exit_code == 0, result.output
     response = {"model": "sentiment@1", "text": "hel", "finish_reason": "length"}

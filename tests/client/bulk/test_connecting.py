@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from prompt_store.types import PromptRef
 from server.client.bulk.connecting import Answerer, find_answerer, sequences_at_once
 from server.client.bulk.sending import Pace
-from server.client.http import ClientError
+from server.client.http import ClientError, PreludeClient
 
 
-class Client:
+class Client(PreludeClient):
     """A client of a server that knows some names."""
 
     def __init__(
@@ -24,7 +25,7 @@ class Client:
         self._model = model
         self._card = card or {}
 
-    def version(self, _: object) -> dict[str, Any]:
+    def version(self, ref: PromptRef) -> dict[str, Any]:
         if isinstance(self._version, ClientError):
             raise self._version
         return self._version

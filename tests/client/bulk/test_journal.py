@@ -141,7 +141,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(JournalError, match="No space left"), Journal(path, IDENTITY) as journal:
-        monkeypatch.setattr(module.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         journal.write([row(1)])
         journal.sync()
     monkeypatch.undo()
@@ -152,11 +152,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_syncs_are_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         monkeypatch.setattr(module, "_SYNC_SECONDS", -1.0)
-        assert not journal.is_sync_due
+        due = [journal.is_sync_due]
         journal.write([row(0)])
-        assert journal.is_sync_due
+        due.append(journal.is_sync_due)
         journal.sync()
-        assert not journal.is_sync_due
+        assert [*due, journal.is_sync_due] == [False, True, False]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
