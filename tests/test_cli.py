@@ -21,7 +21,7 @@ runner = CliRunner()
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """The settings that ``serve`` was started with, in place of a server."""
-    seen = []
+    seen: list[Settings] = []
     monkeypatch.setattr(server_app, "run", seen.append)
     return seen
 

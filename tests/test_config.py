@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
+from typing import Any
 
 import pytest
 import typer
@@ -13,7 +14,7 @@ from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 
 def test_every_setting_has_a_flag() -> None:
     flags = {(flag.section, flag.field) for flag in FLAGS}
-    sections = (EngineSettings, StoreSettings, HttpSettings)
+    sections: tuple[type[Any], ...] = (EngineSettings, StoreSettings, HttpSettings)
     settings = {(section, field.name) for section in sections for field in fields(section)}
     settings |= {(Settings, "served_model_name"), (Settings, "log_level"), (Settings, "log_format")}
     settings |= {(Settings, "otlp_traces_endpoint")}

@@ -119,6 +119,7 @@ async def test_a_text_of_nothing_but_spaces_keeps_them() -> None:
 def test_a_tokenizer_that_ends_texts_by_a_token_is_no_trouble() -> None:
     theirs = wordpiece()
     ends = theirs.convert_tokens_to_ids("[SEP]")
+    assert isinstance(ends, int)
     context = Context([*ids_of(theirs, "the cat"), ends], "the cat")
     (found,) = continuations_of(theirs).encode(context, [" sat"])
     assert theirs.convert_ids_to_tokens(found) == ["sat"]

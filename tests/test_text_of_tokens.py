@@ -57,7 +57,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
 def stream(kind: Kind, prompt: list[int], new: list[int], *, skip: bool, **options: Any) -> tuple[list[str], bool]:
     decode = partial(kind.ours.decode, skip_special_tokens=skip)
     hidden = kind.ours.special_tokens if skip and options.get("stop") else None
-    detokenizer = IncrementalDetokenizer(decode, prompt_ids=prompt, hidden=hidden, **options)  # type: ignore[arg-type]
+    detokenizer = IncrementalDetokenizer(decode, prompt_ids=prompt, hidden=hidden, **options)
     pieces = [detokenizer.append([token_id]) for token_id in new]
     pieces.append(detokenizer.finish())
     return pieces, detokenizer.stopped
@@ -80,7 +80,8 @@ def test_decoding_is_that_of_transformers_but_for_rows_of_bytes_with_wrong_ones(
     ids = data.draw(kind.ids())
     skip = data.draw(st.booleans())
     shown = [index for index in ids if not skip or index not in kind.ours.special_tokens]
-    pieces = [piece for piece in kind.theirs.convert_ids_to_tokens(shown) if piece is not None]
+    found: list[str | None] = [*kind.theirs.convert_ids_to_tokens(shown)]
+    pieces = [piece for piece in found if piece is not None]
     for is_byte, run in groupby(pieces, lambda piece: piece.startswith("<0x")):
         if is_byte:
             row = bytes(int(piece[3:5], 16) for piece in run)

@@ -27,6 +27,11 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 @pytest.fixture(autouse=True)
 def demo_files(
     monkeypatch: pytest.MonkeyPatch,
@@ -55,7 +60,7 @@ def settings(settings: Settings) -> Settings:
 
 def test_tour(settings: Settings, console: Console, engine: FakeEngine) -> None:
     assert tour.run(settings, any_port=True, exit_after=True, console=console) == 0
-    text = console.file.getvalue()
+    text = shown(console)
     assert "Uploaded colours@1: PROMPT_TUNING, 4 virtual tokens" in text
     assert "8 of 8 answers" in text
     assert "3 distinct soft prompts shared one forward pass" in text
@@ -72,14 +77,14 @@ def test_with_keys(settings: Settings, console: Console, tmp_path: Path) -> None
     keys.write_text("k1\n")
     settings = replace(settings, http=replace(settings.http, api_key_file=keys))
     assert tour.run(settings, any_port=True, exit_after=True, console=console) == 0
-    assert "Bearer KEY" in console.file.getvalue()
-    assert "k1" not in console.file.getvalue()
+    assert "Bearer KEY" in shown(console)
+    assert "k1" not in shown(console)
 
 
 def test_a_failing_request_is_status_1(settings: Settings, console: Console, engine: FakeEngine) -> None:
     engine.failure = RequestFailedError("out of blocks")
     assert tour.run(settings, any_port=True, exit_after=True, console=console) == 1
-    assert "out of blocks" in console.file.getvalue()
+    assert "out of blocks" in shown(console)
 
 
 def test_an_engine_that_cannot_start(settings: Settings, console: Console, engine: FakeEngine) -> None:
@@ -103,8 +108,8 @@ def test_it_serves_until_a_signal(
     before = signal.getsignal(number)
 
     def interrupt() -> None:
-        eventually(lambda: "Ctrl-C stops" in console.file.getvalue())
-        url = console.file.getvalue().rsplit("Serving at ", 1)[1].split(". ")[0].strip()
+        eventually(lambda: "Ctrl-C stops" in shown(console))
+        url = shown(console).rsplit("Serving at ", 1)[1].split(". ")[0].strip()
         assert httpx.get(f"{url}/ready").is_success
         os.kill(os.getpid(), number)
 

@@ -9,12 +9,14 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY
+from tests.support.presence import present
 from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.waiting import wait_until
 
@@ -28,10 +30,11 @@ def engine_of(server: int) -> psutil.Process:
 
 
 def value(client: httpx.Client, name: str) -> float:
-    return float(re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)[1])
+    text = client.get("/metrics").text
+    return float(present(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE))[1])
 
 
-def stream(client: httpx.Client, model: str, begun: list[str]) -> tuple[int, list[dict]]:
+def stream(client: httpx.Client, model: str, begun: list[str]) -> tuple[int, list[dict[str, Any]]]:
     """Status and events of a stream that does not end by itself; ``begun`` gets its model once it has a status."""
     body = {"model": model, "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:

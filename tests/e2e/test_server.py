@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
+from tests.support.presence import present
 from tests.support.serving import BASE, PRELUDE, adapter, serving, upload
 from tests.support.waiting import wait_until
 
@@ -28,11 +29,12 @@ def heldout(task: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (HELDOUT_DIRECTORY / f"{task}.jsonl").read_text().splitlines()]
 
 
-def complete(client: httpx.Client, model: str, prompt: object, **fields: Any) -> dict[str, object]:
+def complete(client: httpx.Client, model: str, prompt: object, **fields: Any) -> dict[str, Any]:
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 40, **fields}
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,11 @@ def test_held_out_accuracy_with_the_soft_prompt_and_without(client: httpx.Client
     assert len(pairs) >= 100
 
     def accuracy(model: str) -> float:
-        choices = complete(client, model, [pair["input"] for pair in pairs])["choices"]
+        choices: list[dict[str, Any]] = complete(client, model, [pair["input"] for pair in pairs])["choices"]
         answers = [choice["text"].strip() for choice in sorted(choices, key=lambda choice: choice["index"])]
-        return sum(answer == pair["output"] for answer, pair in zip(answers, pairs, strict=True)) / len(pairs)
+        return [answer == pair["output"] for answer, pair in zip(answers, pairs, strict=True)].count(True) / len(
+            pairs
+        )
 
     assert accuracy(task) >= 0.95
     assert accuracy(BASE) <= 0.2
@@ -65,15 +69,16 @@ async def test_mixed_requests_in_flight_at_once_equal_peft(client: httpx.Client)
     questions = [(task, heldout(task)[index]["input"]) for index in range(3) for task in (*TASKS[:4],)]
     questions += [(BASE, text) for _, text in questions[:4]]
 
-    async def ask(http: httpx.AsyncClient, model: str, text: str) -> dict[str, object]:
+    async def ask(http: httpx.AsyncClient, model: str, text: str) -> dict[str, Any]:
         body = {"model": model, "prompt": text, "temperature": 0, "max_tokens": 16, "return_token_ids": True}
-        return (await http.post("/v1/completions", json={**body, "ignore_eos": True})).json()
+        answer: dict[str, Any] = (await http.post("/v1/completions", json={**body, "ignore_eos": True})).json()
+        return answer
 
     async with httpx.AsyncClient(base_url=client.base_url, timeout=120) as http:
         answers = await asyncio.gather(*(ask(http, model, text) for model, text in questions))
     for (model, text), answer in zip(questions, answers, strict=True):
         base = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
-        peft = base if model == BASE else PeftModel.from_pretrained(base, SOFT_PROMPTS_DIRECTORY / model)
+        peft: Any = base if model == BASE else PeftModel.from_pretrained(base, SOFT_PROMPTS_DIRECTORY / model)
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
         base.generation_config.eos_token_id = None
         want = peft.generate(
@@ -145,7 +150,7 @@ def test_streams_keep_their_version_while_others_are_promoted(client: httpx.Clie
     client.delete("/v1/prompts/moving")
 
 
-def changed(task: str, change: object) -> bytes:
+def changed(task: str, change: Callable[[torch.Tensor], torch.Tensor]) -> bytes:
     tensors = load_file(SOFT_PROMPTS_DIRECTORY / task / "adapter_model.safetensors")
     return save({"prompt_embeddings": change(tensors["prompt_embeddings"]).contiguous()})
 
@@ -173,7 +178,7 @@ def with_nan(rows: torch.Tensor) -> torch.Tensor:
     ids=["hidden size", "layer count", "nan", "overflow", "truncated", "pickled"],
 )
 def test_bad_files_are_refused_with_the_reason(
-    client: httpx.Client, task: str, make_weights: object, reason: str
+    client: httpx.Client, task: str, make_weights: Callable[[], bytes], reason: str
 ) -> None:
     response = upload(client, "bad", adapter(task)[0], make_weights())
     error = response.json()["error"]
@@ -203,7 +208,7 @@ def test_disconnected_clients_leave_nothing_behind(client: httpx.Client) -> None
             next(response.iter_lines())
 
     def value(name: str) -> float:
-        return float(re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)[1])
+        return float(present(re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.MULTILINE))[1])
 
     wait_until(lambda: value("prelude_num_requests_running") == 0, 5)
     assert value("prelude_num_requests_waiting") == 0
@@ -213,7 +218,8 @@ def test_demo_tours_and_exits() -> None:
     result = subprocess.run([*PRELUDE, "demo", "--exit"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert all(task in result.stdout for task in TASKS)
-    assert int(re.search(r"(\d+) distinct soft prompts shared one forward pass", result.stdout)[1]) == 4
+    found = re.search(r"(\d+) distinct soft prompts shared one forward pass", result.stdout)
+    assert int(present(found)[1]) == 4
     assert "curl http://127.0.0.1" in result.stdout
 
 

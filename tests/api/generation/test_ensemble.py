@@ -27,6 +27,7 @@ from tests.support.presence import present
 pytestmark = pytest.mark.anyio
 
 LABELS = ["x", "y", "z"]
+Speak = Callable[..., None]
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ async def three(client: httpx.AsyncClient, upload_parts: UploadParts) -> list[st
 
 
 @pytest.fixture
-def speaking(app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def speaking(app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Speak:
     """Let the engine answer by the number of virtual tokens: with a text, with label scores, or with logits."""
 
     def speak(
@@ -80,7 +81,7 @@ SCORES = {
 
 @pytest.mark.parametrize(("how", "label"), [("vote", "x"), (None, "x"), ("mean", "y")])
 async def test_labels_by_vote_and_by_mean(
-    client: httpx.AsyncClient, three: list[str], speaking: Callable[..., None], how: str | None, label: str
+    client: httpx.AsyncClient, three: list[str], speaking: Speak, how: str | None, label: str
 ) -> None:
     speaking(scores=SCORES)
     alone = [
@@ -112,7 +113,7 @@ async def test_labels_by_vote_and_by_mean(
 
 
 async def test_prompt_ids_and_the_base_as_a_member(
-    client: httpx.AsyncClient, three: list[str], speaking: Callable[..., None]
+    client: httpx.AsyncClient, three: list[str], speaking: Speak
 ) -> None:
     speaking(scores=SCORES | {0: SCORES[6]})
     for fields, model in (({"model": "tiny"}, "tiny"), ({}, "tiny")):
@@ -125,9 +126,7 @@ async def test_prompt_ids_and_the_base_as_a_member(
     assert [member["model"] for member in reply["data"][0]["members"]] == ["tiny", "a@1", "b@1"]
 
 
-async def test_heads_are_combined_by_the_names_of_their_labels(
-    client: httpx.AsyncClient, speaking: Callable[..., None]
-) -> None:
+async def test_heads_are_combined_by_the_names_of_their_labels(client: httpx.AsyncClient, speaking: Speak) -> None:
     for name, labels in (("one", ["u", "v", "w"]), ("two", ["w", "u", "v"]), ("odd", ["u", "v", "q"])):
         parts = classifier_parts(name, metadata=json.dumps({"labels": labels}))
         (await client.post("/v1/prompts", **parts)).raise_for_status()
@@ -153,9 +152,7 @@ async def test_a_head_and_scored_labels_do_not_go_together(
     assert engine.requests == []
 
 
-async def test_the_most_frequent_text_wins(
-    client: httpx.AsyncClient, three: list[str], speaking: Callable[..., None]
-) -> None:
+async def test_the_most_frequent_text_wins(client: httpx.AsyncClient, three: list[str], speaking: Speak) -> None:
     speaking(texts={4: "no", 5: "yes", 6: "yes"})
     body = {"model": three, "prompt": ["p", "qq"], "ensemble": "vote", "max_tokens": 8}
     response = await client.post("/v1/completions", json=body)
@@ -183,7 +180,7 @@ async def test_the_most_frequent_text_wins(
     [({4: -1.0, 5: -2.0}, "one"), ({4: -2.0, 5: -1.0}, "two"), ({4: -1.0, 5: -1.0}, "one")],
 )
 async def test_between_as_many_votes_the_surer_text_wins(
-    client: httpx.AsyncClient, three: list[str], speaking: Callable[..., None], sure: dict[int, float], text: str
+    client: httpx.AsyncClient, three: list[str], speaking: Speak, sure: dict[int, float], text: str
 ) -> None:
     speaking(texts={4: "one", 5: "two"}, sure=sure)
     body = {"prompt_ids": ["a", "b"], "prompt": "p", "logprobs": 0, "return_token_ids": True}
