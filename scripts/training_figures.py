@@ -21,8 +21,7 @@ from typing import Any
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parent))
-from demo_build.grammar import EXTRA_TASKS, TASKS
+from scripts.demo_build.grammar import EXTRA_TASKS, TASKS
 
 EXAMPLES = Path(__file__).parent.parent / "server" / "demo" / "examples"
 PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
@@ -44,7 +43,7 @@ class Asker:
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
-    def accuracy(self, model: str, rows: list[dict[str, object]], instruction: str = "") -> dict[str, float]:
+    def accuracy(self, model: str, rows: list[dict[str, Any]], instruction: str = "") -> dict[str, float]:
         """Share of rows answered to the letter, and of those whose label is the likeliest of all."""
         right, likeliest = 0, 0
         for task_id in sorted({row.get("task_id") or 0 for row in rows}):
