@@ -367,7 +367,7 @@ def test_a_server_that_fails(
     prelude: Prelude,
     two: None,
     engine: FakeEngine,
-    failure: OverloadedError | EngineDeadError | RequestFailedError,
+    failure: Exception,
     status: int,
 ) -> None:
     engine.inspect_failure = engine.prepare_failure = failure

@@ -48,7 +48,8 @@ def ones(*shape: int) -> np.ndarray:
 def test_what_peft_writes_fits(peft_folders: dict[str, Path], base: BaseModelSpec) -> None:
     for folder in peft_folders.values():
         config = (folder / "adapter_config.json").read_bytes()
-        validate(config, folder / "adapter_model.safetensors", base, require_same_base=False)
+        prompt = validate(config, folder / "adapter_model.safetensors", base, require_same_base=False)
+        assert prompt.num_virtual_tokens > 0
 
 
 def test_wrong_hidden_size_of_embeddings() -> None:

@@ -274,7 +274,7 @@ async def test_one_failure_fails_the_request_and_leaves_nothing(
     engine: FakeEngine,
     store: CountingStore,
     sentiment: str,
-    failure: RequestFailedError | EngineDeadError,
+    failure: Exception,
     status: int,
 ) -> None:
     engine.failure = failure

@@ -122,7 +122,7 @@ async def test_what_fails_is_not_pinned(
     store: CountingStore,
     sentiment: str,
     eventually: WaitUntil,
-    failure: RequestFailedError | EngineDeadError,
+    failure: Exception,
     status: int,
 ) -> None:
     engine.prepare_failure = failure

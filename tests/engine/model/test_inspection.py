@@ -79,9 +79,11 @@ def test_a_row_that_is_a_token_is_found_as_that_token(
     save_file({"prompt_embeddings": rows}, path)
     source = SoftPromptSource(digest="d", num_virtual_tokens=3, is_key_values=False, path=str(path))
     found = result(make_engine(llama), source, 1)
-    assert found.rows[0].nearest[0] == pytest.approx((11, 1.0))
+    (nearest,) = found.rows[0].nearest
+    assert nearest == pytest.approx((11, 1.0))
     assert (found.rows[1].norm, found.rows[1].nearest[0][1]) == (0.0, 0.0)
-    assert found.rows[2].nearest[0] == pytest.approx((196, 1.0))
+    (nearest,) = found.rows[2].nearest
+    assert nearest == pytest.approx((196, 1.0))
     assert found.rows[2].norm == pytest.approx(1e30 * vocabulary[196].norm().item())
 
 
