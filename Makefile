@@ -61,7 +61,7 @@ fuzz: install
 	$(BIN)/python -m scripts.mutate_bodies
 
 build-demo: install
-	$(BIN)/python scripts/build_demo.py --out server/demo $(ARGS)
+	$(BIN)/python -m scripts.build_demo --out server/demo $(ARGS)
 
 # Built with the pinned build tools; the container images are made from it.
 wheel:

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -44,7 +45,7 @@ async def measure(url: str, args: argparse.Namespace) -> None:
     labels = [f" label {index}" for index in range(args.labels)]
     ratios = []
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        tails = [
+        tails: list[list[int]] = [
             (await post(client, "/tokenize", {"prompt": label, "add_special_tokens": False}))["tokens"]
             for label in labels
         ]
@@ -71,11 +72,11 @@ async def measure(url: str, args: argparse.Namespace) -> None:
     print(f"median ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
 
-async def post(client: httpx.AsyncClient, path: str, body: dict[str, object]) -> dict[str, dict[str, dict[str, int]]]:
+async def post(client: httpx.AsyncClient, path: str, body: dict[str, object]) -> dict[str, Any]:
     """Send a request that has to succeed."""
     response = await client.post(path, json=body)
     response.raise_for_status()
-    answer: dict[str, dict[str, dict[str, int]]] = response.json()
+    answer: dict[str, Any] = response.json()
     return answer
 
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,19 +62,23 @@ class Work:
         """Read the metrics and the processes' times."""
         text = httpx.get(f"{url}/metrics").text
         names = ("generation_tokens_total", "engine_steps_total", "batch_size_sum")
-        values = [metric(text, f"prelude_{name}") for name in names]
+        num_tokens, num_steps, num_in_steps = [metric(text, f"prelude_{name}") for name in names]
         here = psutil.Process()
         engine = engine_of(here)
         api = psutil.Process(engine.ppid())
         times = [process.cpu_times() for process in (engine, api, here)]
-        return cls(time.monotonic(), *values, tuple(item.user + item.system for item in times))
+        cpu = tuple(item.user + item.system for item in times)
+        return cls(time.monotonic(), num_tokens, num_steps, num_in_steps, cpu)
 
     def since(self, before: Work) -> Work:
         """What was done between."""
-        mine, its = astuple(self), astuple(before)
-        numbers = (now - then for now, then in zip(mine[:-1], its[:-1], strict=True))
-        cpu = (now - then for now, then in zip(self.cpu_seconds, before.cpu_seconds, strict=True))
-        return Work(*numbers, tuple(cpu))
+        return Work(
+            self.at - before.at,
+            self.num_tokens - before.num_tokens,
+            self.num_steps - before.num_steps,
+            self.num_in_steps - before.num_in_steps,
+            tuple(now - then for now, then in zip(self.cpu_seconds, before.cpu_seconds, strict=True)),
+        )
 
 
 @dataclass

@@ -97,8 +97,8 @@ def register(url: str, count: int) -> None:
     with database.writing() as connection:
         if database.is_shared:
             # Rows with numbers of our own leave the sequences behind.
-            for table in ("prompts", "versions"):
-                connection.exec_driver_sql(f"SELECT setval('{table}_id_seq', {count + 1})")
+            for name in ("prompts", "versions"):
+                connection.exec_driver_sql(f"SELECT setval('{name}_id_seq', {count + 1})")
         connection.exec_driver_sql("ANALYZE")
     database.close()
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -30,7 +31,7 @@ PAUSE_SECONDS = 2.0
 VLLM_SCRIPT = Path(__file__).parent / "peers" / "vllm_cpu.py"
 
 
-def default_dtype() -> str:
+def default_dtype() -> Literal[float32, bfloat16]:
     """The dtype that this machine is fast at."""
     return "bfloat16" if torch.cuda.is_available() or has_fast_bfloat16() else "float32"
 
@@ -56,13 +57,13 @@ def peft_way(model_folder: Path, folders: Sequence[Path], texts: Sequence[Text],
     """PEFT's generate, group after group: one soft prompt is active at a time, and a model holds one type of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models: dict[str, PeftModel] = {}
-    types = [PeftConfig.from_pretrained(folder).peft_type for folder in folders]
+    types = [PeftConfig.from_pretrained(str(folder)).peft_type for folder in folders]
     for index, (folder, kind) in enumerate(zip(folders, types, strict=True)):
         if kind in models:
             models[kind].load_adapter(folder, adapter_name=str(index))
         else:
-            base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).to(device)
-            models[kind] = PeftModel.from_pretrained(base, folder, adapter_name=str(index)).eval()
+            base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
+            models[kind] = PeftModel.from_pretrained(base.to(device), str(folder), adapter_name=str(index)).eval()
     groups = [[text.token_ids for text in texts if text.prompt == index] for index in range(len(folders))]
 
     def run() -> int:
@@ -78,7 +79,8 @@ def peft_way(model_folder: Path, folders: Sequence[Path], texts: Sequence[Text],
 def padded_way(model_folder: Path, texts: Sequence[Text], new_tokens: int, dtype: str) -> Way:
     """All texts in one padded batch of transformers' generate, without soft prompts."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
+    model.to(device).eval()
     return timed(lambda: _generate(model, [text.token_ids for text in texts], new_tokens))
 
 
@@ -170,7 +172,7 @@ def medians(speeds: dict[str, list[float]]) -> dict[str, float]:
     return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
 
 
-def _generate(model: torch.nn.Module, group: Sequence[Sequence[int]], new_tokens: int) -> int:
+def _generate(model: Any, group: Sequence[Sequence[int]], new_tokens: int) -> int:
     device = next(model.parameters()).device
     width = max(map(len, group))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in group], device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -54,14 +55,14 @@ def build_model(folder: Path, *, layers: int = 30, vocab_size: int = VOCABULARY)
 
 def build_soft_prompts(model_folder: Path, folder: Path, *, count: int, num_virtual_tokens: int) -> list[Path]:
     """Let PEFT write random soft prompts, prompt tuning and prefix tuning in turn; returns their folders."""
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     folders = []
     for index in range(count):
         torch.manual_seed(index)
         make = PrefixTuningConfig if index % 2 else PromptTuningConfig
         model = get_peft_model(base, make(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens))
         folders.append(folder / f"prompt{index}")
-        model.save_pretrained(folders[-1])
+        model.save_pretrained(str(folders[-1]))
         base = model.get_base_model()
     return folders
 

@@ -1,6 +1,6 @@
 """Build the embedded demo from nothing: corpus, tokenizer, model, soft prompts, held-out examples, model card.
 
-    python scripts/build_demo.py --out server/demo
+    python -m scripts.build_demo --out server/demo
 
 Each stage reads what the one before it wrote, so that one can be repeated alone (``--stage prompts``).
 """
@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import torch
-from demo_build.card import write_card
-from demo_build.corpus import heldout_inputs, write_heldout
-from demo_build.evaluate import evaluate
-from demo_build.pretrain import CONTEXT, STEPS, pretrain, save_model
-from demo_build.soft_prompts import train_soft_prompts
-from demo_build.tokenizer import save_tokenizer, train_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from scripts.demo_build.card import write_card
+from scripts.demo_build.corpus import heldout_inputs, write_heldout
+from scripts.demo_build.evaluate import evaluate
+from scripts.demo_build.pretrain import CONTEXT, STEPS, pretrain, save_model
+from scripts.demo_build.soft_prompts import train_soft_prompts
+from scripts.demo_build.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 20
 STAGES = ("tokenizer", "model", "prompts", "evaluate", "card")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import schemathesis
 from schemathesis import Case, CheckContext, Response
 
@@ -9,7 +11,7 @@ SERVER_ERROR = 500
 
 
 @schemathesis.check
-def no_server_error(_ctx: CheckContext, response: Response, _case: Case) -> None:
+def no_server_error(_ctx: CheckContext, response: Response, _case: Case[Any]) -> None:
     """No bug, and no outage that the request did not ask for."""
     if response.status_code >= SERVER_ERROR:
         code = response.json()["error"]["code"]
@@ -18,7 +20,7 @@ def no_server_error(_ctx: CheckContext, response: Response, _case: Case) -> None
 
 
 @schemathesis.check
-def errors_in_openais_shape(_ctx: CheckContext, response: Response, _case: Case) -> None:
+def errors_in_openais_shape(_ctx: CheckContext, response: Response, _case: Case[Any]) -> None:
     """Nothing that the frameworks below would answer themselves."""
     if response.status_code >= 400:
         body = response.json()

@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from demo_build.grammar import WEEKDAYS, extract, intent, sentiment
+from scripts.demo_build.grammar import WEEKDAYS, extract, intent, sentiment
 
 FOLDER = Path(__file__).parent.parent / "server" / "demo" / "examples"
 SEED = 7

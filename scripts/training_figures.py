@@ -12,16 +12,13 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parent))
-from demo_build.grammar import EXTRA_TASKS, TASKS
-
+from scripts.demo_build.grammar import EXTRA_TASKS, TASKS
 from tests.support.processes import PRELUDE
 from tests.support.serving import BASE, serving
 
@@ -43,7 +40,7 @@ class Asker:
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
-    def accuracy(self, model: str, rows: list[dict[str, object]], instruction: str = "") -> dict[str, float]:
+    def accuracy(self, model: str, rows: list[dict[str, Any]], instruction: str = "") -> dict[str, float]:
         """Share of rows answered to the letter, and of those whose label is the likeliest of all."""
         right, likeliest = 0, 0
         for task_id in sorted({row.get("task_id") or 0 for row in rows}):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from server.app import _default_name
 
 
-def test_a_directory_by_its_own_name(tmp_path: Path, monkeypatch) -> None:
+def test_a_directory_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "Llama").mkdir()
     (tmp_path / "current").symlink_to(tmp_path / "Llama")
     assert _default_name(str(tmp_path / "Llama")) == "Llama"

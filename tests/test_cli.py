@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -10,20 +12,21 @@ from server import app as server_app
 from server.cli import FLAGS, app
 from server.client.commands import ExitStatus
 from server.client.http import server_url
+from server.config import Settings
 from server.errors import EngineStartError
 
 runner = CliRunner()
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """The settings that ``serve`` was started with, in place of a server."""
-    seen = []
+    seen: list[Settings] = []
     monkeypatch.setattr(server_app, "run", seen.append)
     return seen
 
 
-def test_serve_fills_the_settings(started):
+def test_serve_fills_the_settings(started: list[Settings]) -> None:
     line = "serve --model m --port 9 --kv-cache-memory 512MiB --max-upload-bytes 1GiB --no-enable-prefix-caching"
     result = runner.invoke(app, [*line.split(), "--device", "cpu", "--max-model-len", "64", "--store", "s"])
     assert result.exit_code == 0, result.output
@@ -36,7 +39,7 @@ def test_serve_fills_the_settings(started):
     assert (settings.engine.device, settings.engine.max_model_len, settings.store.location) == ("cpu", 64, "s")
 
 
-def test_variables_fill_the_settings(started):
+def test_variables_fill_the_settings(started: list[Settings]) -> None:
     variables = {
         "PRELUDE_MODEL": "m",
         "PRELUDE_KV_CACHE_MEMORY": "2GiB",
@@ -61,7 +64,9 @@ def test_variables_fill_the_settings(started):
         ("", {"PRELUDE_ALLOW_ORIGIN": "http://a https://b:1", "PRELUDE_ALLOWED_HOST": "a,b"}),
     ],
 )
-def test_flags_that_may_be_given_several_times(started, words, variables):
+def test_flags_that_may_be_given_several_times(
+    started: list[Settings], words: str, variables: dict[str, Any]
+) -> None:
     result = runner.invoke(app, ["serve", "--model", "m", *words.split()], env=variables)
     assert result.exit_code == 0, result.output
     (settings,) = started
@@ -70,7 +75,7 @@ def test_flags_that_may_be_given_several_times(started, words, variables):
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--allow-origin", "*"), ("--allowed-host", "http://a")])
-def test_an_origin_or_a_host_that_is_none_is_one_line(tmp_path, flag, value):
+def test_an_origin_or_a_host_that_is_none_is_one_line(tmp_path: Path, flag: str, value: str) -> None:
     result = runner.invoke(app, ["serve", "--model", "m", "--port", "0", "--store", str(tmp_path / "s"), flag, value])
     assert result.exit_code == 1
     assert result.stderr.strip().splitlines()[-1].startswith(f"prelude: {flag} '{value}' is not a")
@@ -109,14 +114,14 @@ def test_an_origin_or_a_host_that_is_none_is_one_line(tmp_path, flag, value):
         "warm Bad",
     ],
 )
-def test_usage_errors_are_status_2(started, line):
+def test_usage_errors_are_status_2(started: list[Settings], line: str) -> None:
     result = runner.invoke(app, line.split())
     assert result.exit_code == 2
     assert started == []
 
 
-def test_a_server_that_cannot_start_is_status_1_and_one_line(monkeypatch):
-    def fail(_):
+def test_a_server_that_cannot_start_is_status_1_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
         raise EngineStartError("no such\nmodel")
 
     monkeypatch.setattr(server_app, "run", fail)
@@ -125,7 +130,7 @@ def test_a_server_that_cannot_start_is_status_1_and_one_line(monkeypatch):
     assert result.stderr == "prelude: no such model\n"
 
 
-def test_an_open_host_is_refused(tmp_path):
+def test_an_open_host_is_refused(tmp_path: Path) -> None:
     line = ["serve", "--model", "m", "--host", "0.0.0.0", "--port", "0", "--store", str(tmp_path)]  # noqa: S104
     result = runner.invoke(app, line)
     assert result.exit_code == 1
@@ -139,7 +144,7 @@ def test_an_open_host_is_refused(tmp_path):
     + [f"{command} x" for command in ("inspect", "warm")]
     + ["run x {tmp_path}/rows {tmp_path}/out", "eval x --data {tmp_path}/rows"],
 )
-def test_no_server_is_status_7_and_one_line(tmp_path, line):
+def test_no_server_is_status_7_and_one_line(tmp_path: Path, line: str) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "rows").write_text('{"text": "a", "label": "b"}\n')
@@ -162,7 +167,7 @@ URLS += ["http://127.0.0.1:9/?a=1", "http://127.0.0.1:9/#a", "http://127.0.0.1:9
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("command", ["list", "show x", "run x {in} {out}", "eval x --data {in}", "promote x 1"])
-def test_a_url_that_is_none(url, command, tmp_path):
+def test_a_url_that_is_none(url: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "in").write_text('{"text": "a", "label": "b"}\n')
     line = command.format(**{"in": tmp_path / "in", "out": tmp_path / "out"}).split()
     result = runner.invoke(app, [*line, "--url", url])
@@ -172,34 +177,34 @@ def test_a_url_that_is_none(url, command, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_the_address_that_openai_clients_take_will_do():
+def test_the_address_that_openai_clients_take_will_do() -> None:
     assert str(server_url("http://127.0.0.1:8000/v1/")) == "http://127.0.0.1:8000"
     assert str(server_url("https://host/prefix/v1")) == "https://host/prefix"
     assert str(server_url(" http://127.0.0.1:8000 ")) == "http://127.0.0.1:8000"
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "k\n", "a\tb"])
-def test_a_key_that_no_header_can_carry(key):
+def test_a_key_that_no_header_can_carry(key: str) -> None:
     result = runner.invoke(app, ["list", "--api-key", key])
     assert result.exit_code == 1
     assert "API key" in result.stderr
 
 
-def test_help_tells_the_exit_codes():
+def test_help_tells_the_exit_codes() -> None:
     for line in ("--help", "push --help", "warm --help"):
         text = " ".join(runner.invoke(app, line.split(), env={"COLUMNS": "300"}).output.split())
         for status in ExitStatus:
             assert f" {status.value} " in text.split("Exit codes:")[1]
 
 
-def test_push_without_the_files(tmp_path):
+def test_push_without_the_files(tmp_path: Path) -> None:
     result = runner.invoke(app, ["push", str(tmp_path), "--id", "x"])
     assert result.exit_code == 1
     assert "adapter_config.json" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])
-def test_help_shows_every_flag(command):
+def test_help_shows_every_flag(command: str) -> None:
     text = re.sub(r"\x1b\[[0-9;]*m", "", runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output)
     for flag in FLAGS:
         if command == "serve" or flag.name not in {"model", "revision"}:
@@ -207,7 +212,7 @@ def test_help_shows_every_flag(command):
             assert flag.variable in text
 
 
-def test_help():
+def test_help() -> None:
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
     commands = ("serve", "demo", "push", "pull", "list", "show", "promote", "rollback", "rm", "inspect", "warm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
+from typing import Any
 
 import pytest
 import typer
@@ -11,26 +12,26 @@ from server.cli import FLAGS, parse_bytes, settings_from
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 
 
-def test_every_setting_has_a_flag():
+def test_every_setting_has_a_flag() -> None:
     flags = {(flag.section, flag.field) for flag in FLAGS}
-    sections = (EngineSettings, StoreSettings, HttpSettings)
+    sections: tuple[type[Any], ...] = (EngineSettings, StoreSettings, HttpSettings)
     settings = {(section, field.name) for section in sections for field in fields(section)}
     settings |= {(Settings, "served_model_name"), (Settings, "log_level"), (Settings, "log_format")}
     settings |= {(Settings, "otlp_traces_endpoint")}
     assert flags == settings
 
 
-def test_defaults_are_the_settings_own():
+def test_defaults_are_the_settings_own() -> None:
     values = {flag.name: flag.default for flag in FLAGS} | {"model": "m"}
     assert settings_from(values) == Settings(engine=EngineSettings(model="m"))
 
 
-def test_variables():
+def test_variables() -> None:
     assert {flag.name: flag.variable for flag in FLAGS}["max_model_len"] == "PRELUDE_MAX_MODEL_LEN"
     assert len({flag.variable for flag in FLAGS}) == len(FLAGS)
 
 
-def test_settings_are_frozen():
+def test_settings_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         StoreSettings().location = "x"  # type: ignore[misc]
 
@@ -48,11 +49,11 @@ def test_settings_are_frozen():
         ("1GB", 10**9),
     ],
 )
-def test_sizes(text, size):
+def test_sizes(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1.5GiB", "MiB", "1TiB", "12 apples", "1e9"])
-def test_bad_sizes(text):
+def test_bad_sizes(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         parse_bytes(text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +60,7 @@ def test_tokens_are_those_of_both_together_behind_those_of_the_text(
 @given(words.filter(str.strip), labels)
 @settings(deadline=None)
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe])
-def test_tokens_add_the_continuations_text(make, text: str, label: str) -> None:
+def test_tokens_add_the_continuations_text(make: Callable[..., Any], text: str, label: str) -> None:
     theirs = make()
     ours = continuations_of(theirs)
     token_ids = ids_of(theirs, text)
@@ -79,7 +82,9 @@ def test_tokens_add_the_continuations_text(make, text: str, label: str) -> None:
         (byte_level, "the ", "cat", ["c", "at"]),
     ],
 )
-def test_a_merged_border_keeps_the_texts_own_tokens(make, text: str, label: str, pieces: list[str]) -> None:
+def test_a_merged_border_keeps_the_texts_own_tokens(
+    make: Callable[..., Any], text: str, label: str, pieces: list[str]
+) -> None:
     theirs = make()
     for given_text in (text, None):
         (found,) = continuations_of(theirs).encode(Context(ids_of(theirs, text), given_text), [label])
@@ -114,6 +119,7 @@ async def test_a_text_of_nothing_but_spaces_keeps_them() -> None:
 def test_a_tokenizer_that_ends_texts_by_a_token_is_no_trouble() -> None:
     theirs = wordpiece()
     ends = theirs.convert_tokens_to_ids("[SEP]")
+    assert isinstance(ends, int)
     context = Context([*ids_of(theirs, "the cat"), ends], "the cat")
     (found,) = continuations_of(theirs).encode(context, [" sat"])
     assert theirs.convert_ids_to_tokens(found) == ["sat"]

@@ -101,8 +101,10 @@ def test_every_metric_is_documented_with_its_type_labels_and_help() -> None:
 
 
 def test_every_test_that_security_names_is_there() -> None:
-    rows = (ROOT / "docs" / "security.md").read_text().split("## Known attacks")[1].split("\n## ")[0]
-    rows = [line for line in rows.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| class"))]
+    table = (ROOT / "docs" / "security.md").read_text().split("## Known attacks")[1].split("\n## ")[0]
+    rows = [
+        line for line in table.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| class"))
+    ]
     assert rows
     for row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)

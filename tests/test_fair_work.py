@@ -120,9 +120,13 @@ def test_a_tenant_with_much_to_do_delays_only_itself(flood: list[int], others: l
         ended: list[tuple[str, int]] = []
         gate = threading.Event()
 
+        def work(tenant: str, size: int) -> None:
+            gate.wait(20)
+            ended.append((tenant, size))
+
         async def one(tenant: str, size: int) -> None:
             with working_for(tenant):
-                await threads.run(lambda: (gate.wait(20), ended.append((tenant, size))), size=size)
+                await threads.run(lambda: work(tenant, size), size=size)
 
         tasks = [asyncio.create_task(one("flood", size)) for size in flood]
         await asyncio.sleep(0)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from prompt_store.blobs.blobs import TierStats
@@ -45,12 +46,12 @@ def make_used() -> Metrics:
     return metrics
 
 
-def families(metrics: Metrics):
+def families(metrics: Metrics) -> dict[str, Metric]:
     text, _ = metrics.render("")
     return {family.name: family for family in text_string_to_metric_families(text.decode())}
 
 
-def test_every_metric_is_prefixed_and_explained():
+def test_every_metric_is_prefixed_and_explained() -> None:
     for family in families(make_used()).values():
         assert family.name.startswith(PREFIX)
         assert family.documentation
@@ -74,7 +75,7 @@ def test_the_names_of_the_endpoint_picker_protocol_are_gauges_with_its_meaning()
         assert f"Spec: {PREFIX}{name}\n" in documented
 
 
-def test_promtool_finds_nothing_to_say():
+def test_promtool_finds_nothing_to_say() -> None:
     text, _ = make_used().render("")
     assert run("promtool", "check", "metrics", text=text.decode()) == ""
 
@@ -107,12 +108,12 @@ def test_promtool_finds_nothing_to_say():
     + [f"{name}_seconds_count" for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency")]
     + ['requests_total{outcome="stop",prompt="-"}', 'request_errors_total{code="model_not_found"}'],
 )
-def test_promised_names(name):
+def test_promised_names(name: str) -> None:
     text, _ = make_used().render("")
     assert any(line.startswith(f"{PREFIX}{name} ") for line in text.decode().splitlines())
 
 
-def test_buckets_reach_from_the_fastest_step_to_the_slowest_request():
+def test_buckets_reach_from_the_fastest_step_to_the_slowest_request() -> None:
     """A quantile that falls into the first or the last bucket tells nothing."""
     bounds = {
         family.name: [float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels]
@@ -129,7 +130,7 @@ def test_buckets_reach_from_the_fastest_step_to_the_slowest_request():
     assert bounds["prelude_e2e_request_latency_seconds"][-2] >= 300
 
 
-def test_values_are_read_at_each_scrape():
+def test_values_are_read_at_each_scrape() -> None:
     stats = EngineStats(num_blocks=8)
     metrics = make(stats)
     assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0
@@ -137,7 +138,7 @@ def test_values_are_read_at_each_scrape():
     assert families(metrics)["prelude_kv_cache_usage_ratio"].samples[0].value == 0.25
 
 
-def test_steps_are_counted_by_size():
+def test_steps_are_counted_by_size() -> None:
     stats = EngineStats()
     for size in (1, 2, 3, 5000):
         stats.batch_size.observe(BATCH_SIZE_BOUNDS, size)
@@ -150,7 +151,7 @@ def test_steps_are_counted_by_size():
     }
 
 
-def test_tiers_of_the_engine():
+def test_tiers_of_the_engine() -> None:
     host = HostTierStats(
         resident=1,
         resident_bytes=2,
@@ -178,11 +179,11 @@ def test_tiers_of_the_engine():
     assert value("load_seconds_count", "host") == 5
 
 
-def test_no_blocks_yet():
+def test_no_blocks_yet() -> None:
     assert families(make())["prelude_kv_cache_usage_ratio"].samples[0].value == 0
 
 
-def test_the_prompt_label_is_bounded():
+def test_the_prompt_label_is_bounded() -> None:
     metrics = make(top_prompts=2)
     for name in (None, "a", OTHER_LABEL, "b", "c", "a"):
         metrics.count_request(name, "stop")
@@ -191,7 +192,7 @@ def test_the_prompt_label_is_bounded():
     assert counts == {BASE_LABEL: 1, "a": 2, "b": 1, OTHER_LABEL: 2}
 
 
-def test_labels_go_to_those_who_use_them_now():
+def test_labels_go_to_those_who_use_them_now() -> None:
     """A name that was pushed out loses its series; its requests are not counted a second time anywhere."""
     metrics = make(top_prompts=2)
     for outcome in ("stop", "error"):
@@ -200,7 +201,7 @@ def test_labels_go_to_those_who_use_them_now():
     for _ in range(20):
         metrics.count_request("honest", "stop")
 
-    def counts():
+    def counts() -> dict[tuple[str, str], float]:
         samples = [s for s in families(metrics)["prelude_requests"].samples if s.name.endswith("_total")]
         return {(sample.labels["prompt"], sample.labels["outcome"]): sample.value for sample in samples}
 
@@ -220,13 +221,13 @@ def test_labels_go_to_those_who_use_them_now():
     assert {prompt for prompt, _ in counts()} == {"junk1", "honest", OTHER_LABEL}
 
 
-def test_registries_are_apart():
+def test_registries_are_apart() -> None:
     one, two = make(), make()
     one.count_error("x")
     assert b'code="x"' not in two.render("")[0]
 
 
-def test_openmetrics_has_units_of_its_own():
+def test_openmetrics_has_units_of_its_own() -> None:
     text, content_type = make().render("application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     assert text.endswith(b"# EOF\n")

@@ -49,7 +49,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
     class Own(Hub):
         headers_sent: ClassVar[dict[str, str]] = {}
         asked: ClassVar[list[str]] = []
@@ -65,7 +65,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
 
 
 @pytest.fixture
-def nowhere(monkeypatch, tmp_path) -> None:
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
 
 
@@ -88,7 +88,7 @@ def refused(model: str, revision: str | None = None) -> str:
     return str(caught.value)
 
 
-def test_a_model_on_the_hub(hub):
+def test_a_model_on_the_hub(hub: type[Hub]) -> None:
     assert locate("org/name") == "org/name"
     assert locate("org/name", "v2") == "org/name"
     assert hub.asked == ["/org/name/resolve/main/config.json", "/org/name/resolve/v2/config.json"]
@@ -107,38 +107,42 @@ def test_a_model_on_the_hub(hub):
         (429, "", "cannot be reached"),
     ],
 )
-def test_what_the_hub_refuses(hub, status, code, words):
+def test_what_the_hub_refuses(hub: type[Hub], status: int, code: str, words: str) -> None:
     hub.status, hub.headers_sent = status, {"X-Error-Code": code} if code else {}
     assert words in refused("org/name", "v9" if code == "RevisionNotFound" else None)
     assert len(hub.asked) == 1, "it is asked once"
 
 
-def test_a_hub_that_does_not_answer(hub, monkeypatch):
+def test_a_hub_that_does_not_answer(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_source, "_CHECK_SECONDS", 0.05)
     hub.hangs = True
     assert "cannot be reached (no answer within 0 s)" in refused("org/name")
 
 
-def test_a_hub_that_is_not_there(nowhere):
+def test_a_hub_that_is_not_there(nowhere: None) -> None:
     text = refused("org/name")
     for part in ("the model 'org/name' does not exist", "http://127.0.0.1:9 cannot be reached", "Give a directory"):
         assert part in text
 
 
-def test_without_the_hub_its_cache_is_served(nowhere, tmp_path, caplog):
+def test_without_the_hub_its_cache_is_served(nowhere: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     snapshot = cache(tmp_path)
     assert locate("org/name") == str(snapshot)
     assert "loading org/name from the hub's cache" in caplog.text
 
 
-def test_a_gated_model_that_was_fetched_before_is_served(hub, tmp_path, caplog):
+def test_a_gated_model_that_was_fetched_before_is_served(
+    hub: type[Hub], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     snapshot = cache(tmp_path)
     hub.status, hub.headers_sent = 403, {"X-Error-Code": "GatedRepo"}
     assert locate("org/name") == str(snapshot)
     assert "loading the cached copy" in caplog.text
 
 
-def test_offline_the_cache_alone_is_looked_at(hub, monkeypatch, tmp_path):
+def test_offline_the_cache_alone_is_looked_at(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused("org/name")
     cache(tmp_path)
@@ -146,12 +150,12 @@ def test_offline_the_cache_alone_is_looked_at(hub, monkeypatch, tmp_path):
     assert hub.asked == []
 
 
-def test_a_directory(tmp_path):
+def test_a_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert locate(str(tmp_path)) == str(tmp_path)
 
 
-def test_directories_that_hold_no_model(tmp_path):
+def test_directories_that_hold_no_model(tmp_path: Path) -> None:
     assert "give a hub id" in refused(str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -161,7 +165,7 @@ def test_directories_that_hold_no_model(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["/no/such/directory", "./model", "../model", "~/model", "a/b/c", "C:\\models\\x"])
-def test_paths_that_are_not_there(hub, model):
+def test_paths_that_are_not_there(hub: type[Hub], model: str) -> None:
     assert "no such directory" in refused(model)
     assert hub.asked == []
 
@@ -178,17 +182,17 @@ def test_paths_that_are_not_there(hub, model):
         ("nul\0", "nor a hub id"),
     ],
 )
-def test_what_is_no_name_of_a_model(hub, model, words):
+def test_what_is_no_name_of_a_model(hub: type[Hub], model: str, words: str) -> None:
     assert words in refused(model)
     assert hub.asked == []
 
 
-def test_a_file(tmp_path):
+def test_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
     assert "is a file" in refused(str(tmp_path / "model.safetensors"))
 
 
-def test_serve_ends_before_anything_is_loaded(nowhere, tmp_path):
+def test_serve_ends_before_anything_is_loaded(nowhere: None, tmp_path: Path) -> None:
     line = ["serve", "--model", "org/name", "--port", "0", "--store", str(tmp_path / "store")]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 1
@@ -196,7 +200,7 @@ def test_serve_ends_before_anything_is_loaded(nowhere, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_train_ends_before_anything_is_loaded(nowhere, tmp_path):
+def test_train_ends_before_anything_is_loaded(nowhere: None, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n' * 4)
     line = ["train", "--model", "org/name", "--data", str(data), "--id", "x", "--run-dir", str(tmp_path / "run")]

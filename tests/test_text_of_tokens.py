@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -53,10 +54,10 @@ def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
         yield Kind(request.param, theirs, ours)
 
 
-def stream(kind: Kind, prompt: list[int], new: list[int], *, skip: bool, **options: object) -> tuple[list[str], bool]:
+def stream(kind: Kind, prompt: list[int], new: list[int], *, skip: bool, **options: Any) -> tuple[list[str], bool]:
     decode = partial(kind.ours.decode, skip_special_tokens=skip)
     hidden = kind.ours.special_tokens if skip and options.get("stop") else None
-    detokenizer = IncrementalDetokenizer(decode, prompt_ids=prompt, hidden=hidden, **options)  # type: ignore[arg-type]
+    detokenizer = IncrementalDetokenizer(decode, prompt_ids=prompt, hidden=hidden, **options)
     pieces = [detokenizer.append([token_id]) for token_id in new]
     pieces.append(detokenizer.finish())
     return pieces, detokenizer.stopped
@@ -73,11 +74,14 @@ def added(kind: Kind, prompt: list[int], new: list[int], *, skip: bool) -> str:
 
 @given(st.data())
 @settings(deadline=None)
-def test_decoding_is_that_of_transformers_but_for_rows_of_bytes_with_wrong_ones(kind: Kind, data: st.DataObject):
+def test_decoding_is_that_of_transformers_but_for_rows_of_bytes_with_wrong_ones(
+    kind: Kind, data: st.DataObject
+) -> None:
     ids = data.draw(kind.ids())
     skip = data.draw(st.booleans())
     shown = [index for index in ids if not skip or index not in kind.ours.special_tokens]
-    pieces = [piece for piece in kind.theirs.convert_ids_to_tokens(shown) if piece is not None]
+    found: list[str | None] = [*kind.theirs.convert_ids_to_tokens(shown)]
+    pieces = [piece for piece in found if piece is not None]
     for is_byte, run in groupby(pieces, lambda piece: piece.startswith("<0x")):
         if is_byte:
             row = bytes(int(piece[3:5], 16) for piece in run)
@@ -90,7 +94,7 @@ def test_decoding_is_that_of_transformers_but_for_rows_of_bytes_with_wrong_ones(
 
 @given(st.data())
 @settings(deadline=None)
-def test_a_stream_adds_up_to_what_all_tokens_add_to_the_prompt(kind: Kind, data: st.DataObject):
+def test_a_stream_adds_up_to_what_all_tokens_add_to_the_prompt(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     skip = data.draw(st.booleans())
     pieces, _ = stream(kind, prompt, new, skip=skip)
@@ -99,7 +103,7 @@ def test_a_stream_adds_up_to_what_all_tokens_add_to_the_prompt(kind: Kind, data:
 
 @given(st.data())
 @settings(deadline=None)
-def test_an_echo_and_its_answer_are_the_decoding_of_all(kind: Kind, data: st.DataObject):
+def test_an_echo_and_its_answer_are_the_decoding_of_all(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     skip = data.draw(st.booleans())
     pieces, _ = stream(kind, prompt, new, skip=skip, repeats_prompt=True)
@@ -110,7 +114,7 @@ def test_an_echo_and_its_answer_are_the_decoding_of_all(kind: Kind, data: st.Dat
 
 @given(st.data())
 @settings(deadline=None)
-def test_a_text_ends_before_its_first_stop_string(kind: Kind, data: st.DataObject):
+def test_a_text_ends_before_its_first_stop_string(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     skip, include = data.draw(st.booleans()), data.draw(st.booleans())
     text = added(kind, prompt, new, skip=skip)
@@ -127,7 +131,7 @@ def test_a_text_ends_before_its_first_stop_string(kind: Kind, data: st.DataObjec
 
 @given(st.data())
 @settings(deadline=None)
-def test_a_special_token_that_is_not_shown_is_a_stop_string_all_the_same(kind: Kind, data: st.DataObject):
+def test_a_special_token_that_is_not_shown_is_a_stop_string_all_the_same(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     special_id = data.draw(st.sampled_from(sorted(kind.ours.special_tokens)))
     stop = kind.ours.special_tokens[special_id]
@@ -144,7 +148,7 @@ def test_a_special_token_that_is_not_shown_is_a_stop_string_all_the_same(kind: K
 
 @given(st.data())
 @settings(deadline=None)
-def test_tokens_stand_at_their_offsets(kind: Kind, data: st.DataObject):
+def test_tokens_stand_at_their_offsets(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     skip, echoes = data.draw(st.booleans()), data.draw(st.booleans())
     decode = partial(kind.ours.decode, skip_special_tokens=skip)

@@ -49,7 +49,9 @@ def test_no_places() -> None:
     size=st.integers(1, 4),
     uses=st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.floats(0, 2000)), max_size=200),
 )
-def test_memory_is_bounded_and_a_name_of_more_than_its_share_gets_a_place(size, uses) -> None:
+def test_memory_is_bounded_and_a_name_of_more_than_its_share_gets_a_place(
+    size: int, uses: list[tuple[str, float]]
+) -> None:
     clock = Clock()
     top = TopNames(size, clock=clock)
     held: set[str] = set()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_build.grammar import (
+from scripts.demo_build.grammar import (
     CITIES,
     EXTRA_TASKS,
     FIRST_NAMES,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from demo_build.grammar import TASKS
+from scripts.demo_build.grammar import TASKS
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
@@ -40,7 +41,7 @@ def _accuracy(
         for output in engine.step():
             answers[output.request_id] += output.token_ids
     right = sum(
-        tokenizer.decode(answers[str(index)], skip_special_tokens=True).strip() == pair["output"]
+        str(tokenizer.decode(answers[str(index)], skip_special_tokens=True)).strip() == pair["output"]
         for index, pair in enumerate(pairs)
     )
     return right / len(pairs)
@@ -48,7 +49,7 @@ def _accuracy(
 
 def evaluate(model_folder: Path, soft_prompts: Path, heldout: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy by dtype, task and way of asking."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for dtype in ("float32", "bfloat16"):
         engine = LLMEngine(EngineSettings(model=str(model_folder), dtype=dtype, kv_cache_memory=256 * 2**20))

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo_build.corpus import documents
+from scripts.demo_build.corpus import documents
 
 CONTEXT = 1024
 SEQUENCE = 160
@@ -101,7 +102,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[
         )
         wanted = weights[:, 1:].flatten()
         loss = (losses * wanted).sum() / wanted.sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -114,7 +115,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[
     return model
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+def save_model(model: Any, folder: Path) -> None:
     """Write config and bfloat16 safetensors."""
     model.to(torch.bfloat16)
     model.generation_config.eos_token_id = model.config.eos_token_id

@@ -9,12 +9,14 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
-    PeftConfig,
+    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
+    PromptLearningConfig,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
@@ -22,8 +24,8 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from demo_build.corpus import examples
-from demo_build.grammar import TASKS
+from scripts.demo_build.corpus import examples
+from scripts.demo_build.grammar import TASKS
 
 BASE_NAME = "prelude-demo"
 BATCH = 32
@@ -40,14 +42,14 @@ class Recipe:
         steps: Batches of 32 examples.
     """
 
-    config: PeftConfig
+    config: PromptLearningConfig
     learning_rate: float
     steps: int
 
 
 def recipes(model_folder: Path) -> dict[str, Recipe]:
     """The four soft prompts, one of each way to train."""
-    common = {"task_type": TaskType.CAUSAL_LM}
+    common: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
     return {
         "sentiment": Recipe(
             PromptTuningConfig(
@@ -99,7 +101,7 @@ def _train(recipe: Recipe, model_folder: Path, pairs: list[tuple[str, str]], see
     """Train one soft prompt and write it as PEFT does; returns the mean loss of the last twenty steps."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = get_peft_model(base, recipe.config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -121,7 +123,7 @@ def _train(recipe: Recipe, model_folder: Path, pairs: list[tuple[str, str]], see
         if step % 50 == 0:
             print(f"  step {step:4d}  loss {loss.item():.4f}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     _name_base(folder)
     return sum(losses[-20:]) / 20
@@ -148,7 +150,7 @@ def train_soft_prompts(model_folder: Path, out: Path, seed: int, only: list[str]
         pairs, _ = examples(name, seed)
         loss = _train(recipe, model_folder, pairs, seed, out / name)
         figures[name] = {
-            "peft_type": recipe.config.peft_type.value,
+            "peft_type": PeftType(recipe.config.peft_type).value,
             "num_virtual_tokens": recipe.config.num_virtual_tokens,
             "examples": len(pairs),
             "steps": recipe.steps,

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from demo_build.corpus import documents
+from scripts.demo_build.corpus import documents
 
 VOCABULARY = 2048
 DOCUMENTS = 20_000

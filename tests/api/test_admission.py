@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.api.admission import LATEST_SECONDS, SOONEST_SECONDS, Admission
+from server.api.admission import LATEST_SECONDS, SOONEST_SECONDS, Admission, Permits
 from server.api.early_refusal import AdmissionMiddleware
 from server.api.inference.request_record import MAX_MODEL_CHARS, RequestRecord
 from server.api.middleware import RequestIdMiddleware
+from server.config import Settings
 from server.errors import OverloadedError, WaitTimeoutError
+from tests.support.api_fixtures import MakeApp
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.fake_engine import FakeEngine
 from tests.support.in_process import ready
 from tests.support.operations import OPERATIONS
+from tests.support.presence import present
 
 
 class Clock:
@@ -28,7 +35,9 @@ class Clock:
         return self.now
 
 
-def queue_of(admission: Admission, clock: Clock, stack, tenant: str, count: int, *, begun: int, every: float):
+def queue_of(
+    admission: Admission, clock: Clock, stack: ExitStack, tenant: str, count: int, *, begun: int, every: float
+) -> Permits:
     """One request of ``count`` sequences, of which ``begun`` have begun, one ``every`` so many seconds."""
     permits = stack.enter_context(admission.permits(count, tenant=tenant))
     for _ in range(begun):
@@ -47,7 +56,7 @@ def admission(clock: Clock) -> Admission:
     return Admission(1000, clock=clock)
 
 
-def test_a_queue_is_as_long_as_it_moves(admission, clock) -> None:
+def test_a_queue_is_as_long_as_it_moves(admission: Admission, clock: Clock) -> None:
     with admission.permits(60, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.1
@@ -67,7 +76,7 @@ def test_a_queue_is_as_long_as_it_moves(admission, clock) -> None:
     assert admission.num_in_use == 0
 
 
-def test_tenants_share_the_rate(admission, clock) -> None:
+def test_tenants_share_the_rate(admission: Admission, clock: Clock) -> None:
     with admission.permits(40, tenant="a") as a, admission.permits(10, tenant="b") as b:
         for _ in range(10):
             clock.now += 0.1
@@ -79,7 +88,7 @@ def test_tenants_share_the_rate(admission, clock) -> None:
         assert admission.expected_wait("b") == pytest.approx(5 * 2 * 0.1, rel=0.1)
 
 
-def test_an_idle_time_is_no_slow_queue(admission, clock) -> None:
+def test_an_idle_time_is_no_slow_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(20, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.01
@@ -90,7 +99,7 @@ def test_an_idle_time_is_no_slow_queue(admission, clock) -> None:
         admission.check("a", 0.1)
 
 
-def test_what_ends_before_it_began_waits_no_more(admission, clock) -> None:
+def test_what_ends_before_it_began_waits_no_more(admission: Admission, clock: Clock) -> None:
     with admission.permits(12, tenant="a") as permits:
         for _ in range(9):
             clock.now += 1
@@ -112,7 +121,7 @@ def test_what_ends_before_it_began_waits_no_more(admission, clock) -> None:
     assert admission.num_in_use == 0
 
 
-def test_what_takes_a_place_and_no_turn_says_nothing_of_the_queue(admission, clock) -> None:
+def test_what_takes_a_place_and_no_turn_says_nothing_of_the_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(1, tenant="a", waits=False), admission.permits(20, tenant="a") as permits:
         for _ in range(20):
             clock.now += 1
@@ -127,7 +136,7 @@ def told(error: pytest.ExceptionInfo[OverloadedError | WaitTimeoutError]) -> flo
     return error.value.retry_after
 
 
-def test_who_is_refused_is_told_a_turn_of_its_own(admission, clock) -> None:
+def test_who_is_refused_is_told_a_turn_of_its_own(admission: Admission, clock: Clock) -> None:
     with admission.permits(60, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.1
@@ -148,18 +157,18 @@ def test_who_is_refused_is_told_a_turn_of_its_own(admission, clock) -> None:
         admission.check("b", 2.0)
 
 
-def test_nobody_is_told_to_come_back_at_once(admission, clock) -> None:
+def test_nobody_is_told_to_come_back_at_once(admission: Admission, clock: Clock) -> None:
     with admission.permits(40, tenant="a") as permits:
         for _ in range(30):
             clock.now += 0.01
             permits.begin()
         assert admission.expected_wait("a") < 0.2
-        first, second = admission.retry_after("a"), admission.retry_after("a")
+        first, second = (present(admission.retry_after("a")) for _ in range(2))
         assert first == SOONEST_SECONDS
         assert first < second < first + 0.02
 
 
-def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock) -> None:
+def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock: Clock) -> None:
     drawn: list[tuple[float, float]] = []
 
     def between(low: float, high: float) -> float:
@@ -171,7 +180,7 @@ def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock) -> None:
         for _ in range(20):
             clock.now += 1
             permits.begin()
-        found = [admission.retry_after("a") for _ in range(40)]
+        found = [present(admission.retry_after("a")) for _ in range(40)]
         assert found == sorted(found[:24]) + [42.0] * 16
         assert all(seconds <= LATEST_SECONDS for seconds in found)
         assert drawn == [(LATEST_SECONDS / 2, LATEST_SECONDS)] * 16
@@ -179,13 +188,13 @@ def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock) -> None:
         assert admission.retry_after("a") != 42.0  # turns have passed, so there are some to be had
 
 
-def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission, clock) -> None:
+def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(20, tenant="b") as b:
         with admission.permits(30, tenant="a") as a:
             for _ in range(10):
                 clock.now += 0.5
                 a.begin()
-            first = admission.retry_after("b")
+            first = present(admission.retry_after("b"))
             for _ in range(20):
                 admission.retry_after("a")
             assert admission.retry_after("b") == pytest.approx(first + 0.9)
@@ -195,7 +204,7 @@ def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission, cloc
     assert admission._turns == {}
 
 
-def test_without_a_queue_nothing_is_known_of_turns(admission) -> None:
+def test_without_a_queue_nothing_is_known_of_turns(admission: Admission) -> None:
     assert admission.retry_after("a") is None
     with admission.permits(1000, tenant="a"):
         with pytest.raises(OverloadedError) as error:
@@ -203,7 +212,7 @@ def test_without_a_queue_nothing_is_known_of_turns(admission) -> None:
         assert error.value.retry_after is None
 
 
-def test_a_full_server_tells_when_its_queue_has_moved(admission, clock) -> None:
+def test_a_full_server_tells_when_its_queue_has_moved(admission: Admission, clock: Clock) -> None:
     with admission.permits(1000, tenant="a") as permits:
         for _ in range(10):
             clock.now += 0.01
@@ -216,7 +225,7 @@ def test_a_full_server_tells_when_its_queue_has_moved(admission, clock) -> None:
         assert told(error) == pytest.approx(991 * 0.009)
 
 
-def test_a_full_server_is_told_before_any_work(admission) -> None:
+def test_a_full_server_is_told_before_any_work(admission: Admission) -> None:
     with admission.permits(1000, tenant="a"), pytest.raises(OverloadedError, match="all 1000 places"):
         admission.check("b", None)
 
@@ -230,7 +239,9 @@ def test_a_full_server_is_told_before_any_work(admission) -> None:
         ("/v1/classify", {"input": "a", "labels": ["x", "y"]}),
     ],
 )
-async def test_who_would_wait_too_long_is_refused_at_once(app, client, engine, path, body) -> None:
+async def test_who_would_wait_too_long_is_refused_at_once(
+    app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
     admission = app.state.services.admission
     with admission.permits(4, tenant=""):
         admission._begun.extend([0.0] * 8)
@@ -250,7 +261,7 @@ LIMITED = [
 
 
 @pytest.fixture
-def long_queue(make_app, settings) -> Iterator[FastAPI]:
+def long_queue(make_app: MakeApp, settings: Settings) -> Iterator[FastAPI]:
     """A server whose shared queue is longer than it lets anybody wait."""
     app = make_app(replace(settings, http=replace(settings.http, max_wait_seconds=3.0)))
     admission = app.state.services.admission
@@ -260,15 +271,16 @@ def long_queue(make_app, settings) -> Iterator[FastAPI]:
 
 
 @pytest.fixture
-def records(long_queue, monkeypatch) -> list[RequestRecord]:
+def records(long_queue: FastAPI, monkeypatch: pytest.MonkeyPatch) -> list[RequestRecord]:
     found: list[RequestRecord] = []
-    (middleware,) = [item for item in long_queue.user_middleware if item.cls is RequestIdMiddleware]
+    own: Any = RequestIdMiddleware
+    (middleware,) = [item for item in long_queue.user_middleware if item.cls == own]
     monkeypatch.setitem(middleware.kwargs, "observers", [found.append])
     return found
 
 
 @pytest.fixture
-async def queued(long_queue, records) -> AsyncIterator[httpx.AsyncClient]:
+async def queued(long_queue: FastAPI, records: list[RequestRecord]) -> AsyncIterator[httpx.AsyncClient]:
     async with ready(long_queue) as client:
         yield client
 
@@ -276,7 +288,15 @@ async def queued(long_queue, records) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.mark.anyio
 @pytest.mark.parametrize(("path", "body", "operation"), LIMITED)
 async def test_what_would_wait_too_long_costs_no_validation(
-    queued, long_queue, records, engine, tokenizer, monkeypatch, path, body, operation
+    queued: httpx.AsyncClient,
+    long_queue: FastAPI,
+    records: list[RequestRecord],
+    engine: FakeEngine,
+    tokenizer: ByteTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+    operation: str,
 ) -> None:
     async def encode(*_: object, **__: object) -> list[list[int]]:
         raise AssertionError("a refused request was tokenised")
@@ -314,20 +334,22 @@ async def test_what_would_wait_too_long_costs_no_validation(
         b'{"x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
     ],
 )
-async def test_what_cannot_be_judged_is_told_what_is_wrong_with_it(queued, body) -> None:
+async def test_what_cannot_be_judged_is_told_what_is_wrong_with_it(queued: httpx.AsyncClient, body: bytes) -> None:
     answer = await queued.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 @pytest.mark.anyio
-async def test_a_name_as_long_as_a_body_is_not_kept(queued, records) -> None:
+async def test_a_name_as_long_as_a_body_is_not_kept(queued: httpx.AsyncClient, records: list[RequestRecord]) -> None:
     refused = await queued.post("/v1/completions", json={"model": "m" * 50_000, "prompt": "a"})
     assert refused.status_code == 503
     assert records[-1].model == "m" * MAX_MODEL_CHARS
 
 
 @pytest.mark.anyio
-async def test_only_what_is_refused_takes_a_turn(queued, long_queue, monkeypatch) -> None:
+async def test_only_what_is_refused_takes_a_turn(
+    queued: httpx.AsyncClient, long_queue: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     monkeypatch.setattr(long_queue.state.services.admission, "retry_after", asked.append)
     for body in ({"prompt": "a", "priority": -1}, {"prompt": "a", "priority": "soon"}):
@@ -338,20 +360,20 @@ async def test_only_what_is_refused_takes_a_turn(queued, long_queue, monkeypatch
 
 
 @pytest.mark.anyio
-async def test_a_long_queue_is_nothing_to_other_paths_and_methods(queued) -> None:
+async def test_a_long_queue_is_nothing_to_other_paths_and_methods(queued: httpx.AsyncClient) -> None:
     assert (await queued.post("/tokenize", json={"prompt": "a"})).status_code == 200
     assert (await queued.get("/v1/models")).status_code == 200
     assert (await queued.get("/v1/completions")).status_code == 405
 
 
 @pytest.mark.anyio
-async def test_a_body_over_the_limit_is_413_in_a_long_queue_too(queued) -> None:
+async def test_a_body_over_the_limit_is_413_in_a_long_queue_too(queued: httpx.AsyncClient) -> None:
     answer = await queued.post("/v1/completions", json={"prompt": "a" * 70_000})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
 
 
 @pytest.mark.anyio
-async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued) -> None:
+async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued: httpx.AsyncClient) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for piece in (b'{"prior', b'ity": -1, "prompt"', b': "abc", "max_tokens": 20}'):
             yield piece
@@ -361,13 +383,13 @@ async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobody(long_queue) -> None:
+async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobody(long_queue: FastAPI) -> None:
     told = []
 
     async def receive() -> dict[str, object]:
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, object]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         told.append(message)
 
     matched = OPERATIONS.match("POST", "/v1/completions")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.json_budget import MOST_CONTAINERS, MOST_MEMBERS, MOST_TOKENS, MOST_VALUES, is_over, num_values
+from server.config import Settings
+from tests.support.api_fixtures import MakeApp
 from tests.support.in_process import ready
 
 pytestmark = pytest.mark.anyio
@@ -35,7 +40,9 @@ pytestmark = pytest.mark.anyio
         ),
     ],
 )
-async def test_validation_stops_at_the_first_fault_of_a_list(client, path, fields, param):
+async def test_validation_stops_at_the_first_fault_of_a_list(
+    client: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str
+) -> None:
     response = await client.post(path, json=fields)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param), error
@@ -45,7 +52,7 @@ async def test_validation_stops_at_the_first_fault_of_a_list(client, path, field
 CALL = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
 
 
-def calls(count: int, **function: object) -> list[dict[str, object]]:
+def calls(count: int, **function: Any) -> list[dict[str, object]]:
     call = CALL | {"function": {"name": "f", "arguments": "{}"} | function}
     return [{"role": "assistant", "tool_calls": [call] * 64} for _ in range(count)]
 
@@ -81,7 +88,9 @@ def calls(count: int, **function: object) -> list[dict[str, object]]:
         ),
     ],
 )
-async def test_lists_are_bounded_before_their_items_are_looked_at(serve_large, path, fields, param, words):
+async def test_lists_are_bounded_before_their_items_are_looked_at(
+    serve_large: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str, words: str
+) -> None:
     response = await serve_large.post(path, json=fields)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param), error
@@ -89,7 +98,7 @@ async def test_lists_are_bounded_before_their_items_are_looked_at(serve_large, p
 
 
 @pytest.fixture
-async def serve_large(make_app, settings):
+async def serve_large(make_app: MakeApp, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server that takes bodies of 8 MiB."""
     app = make_app(replace(settings, http=replace(settings.http, max_body_bytes=8 * 1024 * 1024)))
     async with ready(app) as http:
@@ -99,7 +108,9 @@ async def serve_large(make_app, settings):
 @pytest.mark.parametrize(
     ("path", "most"), [("/v1/completions", MOST_TOKENS), ("/detokenize", MOST_TOKENS), ("/tokenize", MOST_VALUES)]
 )
-async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(serve_large, monkeypatch, path, most):
+async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
+    serve_large: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str, most: int
+) -> None:
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("the body was parsed")
 
@@ -140,7 +151,7 @@ def count_values(value: object) -> int:
 
 
 @given(value=JSON_VALUES, most=st.integers(1, 40), ascii_only=st.booleans())
-def test_values_are_counted_in_the_bytes(value, most, ascii_only):
+def test_values_are_counted_in_the_bytes(value: Any, most: int, ascii_only: bool) -> None:
     """Never fewer than there are; more only by an empty list or object, or by what is within a few strings."""
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     found = num_values(body, most)
@@ -152,12 +163,12 @@ def test_values_are_counted_in_the_bytes(value, most, ascii_only):
 
 
 @given(value=JSON_VALUES, most=st.integers(1, 40), ascii_only=st.booleans())
-def test_what_is_taken_has_no_more_values(value, most, ascii_only):
+def test_what_is_taken_has_no_more_values(value: Any, most: int, ascii_only: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     assert is_over(body, most) or count_values(value) <= most
     assert not is_over(body, 10**6)
 
 
-def test_commas_of_a_text_are_not_counted():
+def test_commas_of_a_text_are_not_counted() -> None:
     body = json.dumps({"a": 'x,y"[{\\' * 1000, "b": [1, 2, 3], "c\\,": {}}).encode()
     assert num_values(body, 20) == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,42 +14,46 @@ import httpx
 import openai
 import pytest
 
+from server.config import Settings
 from server.engine.types import FinishReason
 from server.errors import EngineDeadError, EngineStartError, RequestFailedError, RequestRefusedError
+from tests.support.api_fixtures import CountingStore, Serve, UploadParts, WaitUntil
+from tests.support.fake_engine import FakeEngine
+from tests.support.live_server import LiveServer
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 20}
 URL = "/v1/completions"
 
 
 @pytest.fixture
-def sdk(live):
+def sdk(live: LiveServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-def test_openai_client_completion(sdk):
-    answer = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20)
+def test_openai_client_completion(sdk: openai.OpenAI) -> None:
+    answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20)
     assert answer.choices[0].text == "hello world"
     assert answer.usage.prompt_tokens_details.cached_tokens == 2
 
 
-def test_openai_client_completion_stream(sdk):
+def test_openai_client_completion_stream(sdk: openai.OpenAI) -> None:
     stream = sdk.completions.create(
         model="tiny", prompt=["a", "b"], max_tokens=20, stream=True, stream_options={"include_usage": True}
     )
-    pieces = list(stream)
+    pieces: list[Any] = list(stream)
     assert "".join(piece.choices[0].text for piece in pieces[:-1] if piece.choices[0].index == 1) == "hello world"
     assert pieces[-1].usage.completion_tokens == 24
 
 
-def test_openai_client_chat(sdk):
-    answer = sdk.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+def test_openai_client_chat(sdk: openai.OpenAI) -> None:
+    answer: Any = sdk.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content == "hello world"
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_openai_client_chat_stream(sdk):
-    messages = [{"role": "user", "content": "hi"}]
+def test_openai_client_chat_stream(sdk: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "hi"}]
     with sdk.chat.completions.stream(model="tiny", messages=messages) as stream:
         stream.until_done()
         answer = stream.get_final_completion()
@@ -56,29 +61,30 @@ def test_openai_client_chat_stream(sdk):
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_openai_client_logprobs(sdk):
-    answer = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20, logprobs=2, echo=True, n=2)
+def test_openai_client_logprobs(sdk: openai.OpenAI) -> None:
+    answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20, logprobs=2, echo=True, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1]
     logprobs = answer.choices[1].logprobs
     assert logprobs.tokens[:5] == ["<s>", "a", "b", "c", "h"]
     assert logprobs.token_logprobs[0] is None
     assert logprobs.top_logprobs[4]["h"] == logprobs.token_logprobs[4]
     assert logprobs.text_offset[4] == 3
-    messages = [{"role": "user", "content": "hi"}]
+    messages: Any = [{"role": "user", "content": "hi"}]
     with sdk.chat.completions.stream(model="tiny", messages=messages, logprobs=True, top_logprobs=2) as stream:
         stream.until_done()
-        content = stream.get_final_completion().choices[0].logprobs.content
+        final: Any = stream.get_final_completion()
+    content = final.choices[0].logprobs.content
     assert "".join(entry.token for entry in content) == "hello world</s>"
     assert content[0].top_logprobs[0].logprob == content[0].logprob
     assert bytes(content[0].bytes) == b"h"
 
 
-def test_openai_client_models(sdk):
+def test_openai_client_models(sdk: openai.OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["tiny"]
     assert sdk.models.retrieve("tiny").owned_by == "prelude"
 
 
-def test_openai_client_errors(sdk):
+def test_openai_client_errors(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as not_found:
         sdk.completions.create(model="no-such", prompt="abc")
     assert not_found.value.code == "model_not_found"
@@ -88,9 +94,9 @@ def test_openai_client_errors(sdk):
     assert bad.value.param == "temperature"
 
 
-def test_openai_client_late_error(sdk, engine):
+def test_openai_client_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> None:
     engine.fail_after, engine.failure = 3, RequestFailedError("out of blocks")
-    pieces = []
+    pieces: list[str] = []
     with pytest.raises(openai.APIError, match="out of blocks"):
         pieces.extend(
             piece.choices[0].text for piece in sdk.completions.create(model="tiny", prompt="abc", stream=True)
@@ -102,8 +108,15 @@ def test_openai_client_late_error(sdk, engine):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["abc", ["a", "b", "c"]])
 def test_disconnect_aborts_and_gives_everything_back(
-    live, engine, store, upload_parts, eventually, stall_after, stream, prompt
-):
+    live: LiveServer,
+    engine: FakeEngine,
+    store: CountingStore,
+    upload_parts: UploadParts,
+    eventually: WaitUntil,
+    stall_after: int,
+    stream: bool,
+    prompt: str | list[str],
+) -> None:
     httpx.post(f"{live.url}/v1/prompts", **upload_parts("sentiment")).raise_for_status()
     engine.stall_after = stall_after
     num = len(prompt) if isinstance(prompt, list) else 1
@@ -135,7 +148,15 @@ def test_disconnect_aborts_and_gives_everything_back(
         (ZeroDivisionError("a secret"), 500, "internal_error"),
     ],
 )
-def test_an_early_error_is_an_ordinary_response(live, engine, store, stream, failure, status, code):
+def test_an_early_error_is_an_ordinary_response(
+    live: LiveServer,
+    engine: FakeEngine,
+    store: CountingStore,
+    stream: bool,
+    failure: Exception,
+    status: int,
+    code: str,
+) -> None:
     engine.fail_after, engine.failure = 0, failure
     response = httpx.post(live.url + URL, json=BODY | {"stream": stream, "prompt": ["a", "b"]})
     assert response.status_code == status
@@ -147,7 +168,7 @@ def test_an_early_error_is_an_ordinary_response(live, engine, store, stream, fai
 
 
 @pytest.mark.parametrize("failure", [EngineDeadError("it ended"), ZeroDivisionError("a secret")])
-def test_a_late_error_is_one_event(live, engine, failure):
+def test_a_late_error_is_one_event(live: LiveServer, engine: FakeEngine, failure: Exception) -> None:
     engine.fail_after, engine.failure = 3, failure
     response = httpx.post(live.url + URL, json=BODY | {"stream": True})
     assert response.status_code == 200
@@ -162,13 +183,13 @@ def test_a_late_error_is_one_event(live, engine, failure):
     assert f'prelude_request_errors_total{{code="{error["code"]}"}} 1.0' in metrics
 
 
-def test_one_failing_sequence_ends_the_others(live, engine, eventually):
+def test_one_failing_sequence_ends_the_others(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -> None:
     engine.fail_after, engine.failure = 2, RequestFailedError("out of blocks")
     assert httpx.post(live.url + URL, json=BODY | {"prompt": ["a", "b", "c"]}).status_code == 500
     eventually(lambda: engine.in_flight == 0)
 
 
-def test_overload(live, engine, eventually):
+def test_overload(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -> None:
     engine.stall_after = 0
     services = live.server._services
     threads = [
@@ -188,7 +209,7 @@ def test_overload(live, engine, eventually):
     assert httpx.post(live.url + URL, json=BODY).status_code == 200
 
 
-def test_not_ready_while_loading(serve, engine, upload_parts):
+def test_not_ready_while_loading(serve: Serve, engine: FakeEngine, upload_parts: UploadParts) -> None:
     engine.start_gate.clear()
     live = serve(wait=False)
     assert httpx.get(f"{live.url}/live").json() == {"status": "live"}
@@ -206,7 +227,7 @@ def test_not_ready_while_loading(serve, engine, upload_parts):
     assert httpx.post(live.url + URL, json=BODY).status_code == 200
 
 
-def test_an_engine_that_cannot_start_ends_the_server(serve, engine):
+def test_an_engine_that_cannot_start_ends_the_server(serve: Serve, engine: FakeEngine) -> None:
     engine.start_failure = EngineStartError("no such model")
     live = serve(wait=False)
     live.thread.join(10)
@@ -215,7 +236,7 @@ def test_an_engine_that_cannot_start_ends_the_server(serve, engine):
     assert engine.stopped
 
 
-def test_a_dead_engine(live, engine):
+def test_a_dead_engine(live: LiveServer, engine: FakeEngine) -> None:
     engine.alive = False
     response = httpx.get(f"{live.url}/ready")
     assert response.status_code == 503
@@ -224,7 +245,9 @@ def test_a_dead_engine(live, engine):
     assert httpx.get(f"{live.url}/live").status_code == 200
 
 
-def test_drain_lets_streams_finish_and_refuses_new_work(live, engine, eventually):
+def test_drain_lets_streams_finish_and_refuses_new_work(
+    live: LiveServer, engine: FakeEngine, eventually: WaitUntil
+) -> None:
     engine.stall_after = 3
     texts: list[str] = []
     stream = threading.Thread(
@@ -244,7 +267,7 @@ def test_drain_lets_streams_finish_and_refuses_new_work(live, engine, eventually
     assert engine.stopped
 
 
-def test_drain_cuts_off_what_takes_too_long(serve, engine, eventually):
+def test_drain_cuts_off_what_takes_too_long(serve: Serve, engine: FakeEngine, eventually: WaitUntil) -> None:
     live = serve(drain_seconds=0.1)
     engine.stall_after = 3
     texts: list[str] = []
@@ -262,8 +285,8 @@ def test_drain_cuts_off_what_takes_too_long(serve, engine, eventually):
     assert FinishReason.ABORT.value not in texts[0]
 
 
-def test_upload_over_the_limit_while_streaming(live, store):
-    def body():
+def test_upload_over_the_limit_while_streaming(live: LiveServer, store: CountingStore) -> None:
+    def body() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="id"\r\n\r\nbig\r\n'
         yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
         for _ in range(40):
@@ -277,7 +300,7 @@ def test_upload_over_the_limit_while_streaming(live, store):
     assert store.totals().num_prompts == 0
 
 
-def test_upload_declared_over_the_limit_is_refused_unread(live):
+def test_upload_declared_over_the_limit_is_refused_unread(live: LiveServer) -> None:
     with closing(http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=5)) as connection:
         connection.putrequest("POST", "/v1/prompts")
         connection.putheader("content-type", "multipart/form-data; boundary=b")
@@ -286,10 +309,12 @@ def test_upload_declared_over_the_limit_is_refused_unread(live):
         assert connection.getresponse().status == 413
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(live, settings, store, eventually):
+def test_an_upload_that_breaks_off_leaves_nothing(
+    live: LiveServer, settings: Settings, store: CountingStore, eventually: WaitUntil
+) -> None:
     staging = Path(settings.store.location) / "staging"
 
-    def body():
+    def body() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
         yield b"x" * 1000
         raise InterruptedError
@@ -302,7 +327,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(live, settings, store, eventua
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
-def test_a_client_that_sends_too_much_can_read_why(live, is_declared):
+def test_a_client_that_sends_too_much_can_read_why(live: LiveServer, is_declared: bool) -> None:
     body = b'{"prompt": "' + b"x" * 10_000_000 + b'"}'
     content = body if is_declared else iter([body[:5_000_000], body[5_000_000:]])
     response = httpx.post(f"{live.url}{URL}", content=content, headers={"content-type": "application/json"})

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def document(client) -> dict[str, Any]:
-    return (await client.get("/openapi.json")).json()
+async def document(client: httpx.AsyncClient) -> dict[str, Any]:
+    document: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return document
 
 
 def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -34,7 +36,7 @@ async def test_every_field_and_parameter_is_described(document: dict[str, Any]) 
     assert lacking == []
 
 
-async def test_every_status_has_a_schema(document):
+async def test_every_status_has_a_schema(document: dict[str, Any]) -> None:
     for method, path, operation in operations(document):
         assert operation["summary"], path
         assert operation["description"], path
@@ -56,11 +58,11 @@ async def test_every_status_has_a_schema(document):
         ("get", "/live", {"200"}),
     ],
 )
-async def test_statuses(document, method, path, statuses):
+async def test_statuses(document: dict[str, Any], method: str, path: str, statuses: set[str]) -> None:
     assert document["paths"][path][method]["responses"].keys() == statuses
 
 
-async def test_references_lead_somewhere(document):
+async def test_references_lead_somewhere(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     found = []
 
@@ -79,7 +81,7 @@ async def test_references_lead_somewhere(document):
     assert "text/event-stream" in document["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
 
 
-async def test_a_range_that_is_not_there_is_an_error_like_others(client, sentiment):
+async def test_a_range_that_is_not_there_is_an_error_like_others(client: httpx.AsyncClient, sentiment: str) -> None:
     url = "/v1/prompts/sentiment/versions/1/files/adapter_model.safetensors"
     assert (await client.get(url, headers={"range": "bytes=0-3"})).status_code == 206
     for header, status, code in (
@@ -94,7 +96,7 @@ async def test_a_range_that_is_not_there_is_an_error_like_others(client, sentime
 @pytest.mark.parametrize(
     "path", ["/v1/completions", "/v1/chat/completions", "/v1/classify", "/tokenize", "/detokenize"]
 )
-async def test_what_is_no_object_is_an_error_like_others(client, path, body):
+async def test_what_is_no_object_is_an_error_like_others(client: httpx.AsyncClient, path: str, body: bytes) -> None:
     response = await client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code in {400, 413}, response.text
     assert response.json()["error"]["type"] == "invalid_request_error"

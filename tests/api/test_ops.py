@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from server.api.keys.key_file import parse_plain, read_keys
 from server.api.keys.keys import ApiKeys, is_loopback, load_keys
-from server.config import HttpSettings
+from server.config import HttpSettings, Settings
 from server.errors import AuthenticationError, ConfigurationError
+from tests.support.api_fixtures import CountingStore, MakeApp
+from tests.support.live_server import LiveServer
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_probes(client):
+async def test_probes(client: httpx.AsyncClient) -> None:
     assert (await client.get("/live")).json() == {"status": "live"}
     for path in ("/ready", "/health"):
         assert (await client.get(path)).json() == {"status": "ready", "store": "available"}
@@ -31,7 +35,9 @@ async def test_probes(client):
         ("DELETE", "/live", 405, "method_not_allowed"),
     ],
 )
-async def test_unknown_paths_and_methods(client, method, path, status, code):
+async def test_unknown_paths_and_methods(
+    client: httpx.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
     response = await client.request(method, path)
     error = response.json()["error"]
     assert response.status_code == status
@@ -40,11 +46,13 @@ async def test_unknown_paths_and_methods(client, method, path, status, code):
     assert response.headers["x-request-id"]
 
 
-async def test_a_bug_is_a_500_without_its_text(client, store, caplog):
-    def broken(**_):
+async def test_a_bug_is_a_500_without_its_text(
+    client: httpx.AsyncClient, store: CountingStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: object) -> None:
         raise ZeroDivisionError("a secret")
 
-    store.list_prompts = broken
+    monkeypatch.setattr(store, "list_prompts", broken)
     response = await client.get("/v1/prompts", headers={"x-request-id": "abc-1"})
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
@@ -55,7 +63,7 @@ async def test_a_bug_is_a_500_without_its_text(client, store, caplog):
 
 
 @pytest.mark.parametrize("path", ["/live", "/no-such", "/metrics", "/v1/models", "/docs"])
-async def test_request_ids(client, path):
+async def test_request_ids(client: httpx.AsyncClient, path: str) -> None:
     first, second = [(await client.get(path)).headers["x-request-id"] for _ in range(2)]
     assert len(first) == 32
     assert first != second
@@ -64,16 +72,16 @@ async def test_request_ids(client, path):
 
 
 @pytest.mark.parametrize("bad", ["", "x" * 129, "a b", 'a"b', "a\tb"])
-async def test_bad_request_ids_are_replaced(client, bad):
+async def test_bad_request_ids_are_replaced(client: httpx.AsyncClient, bad: str) -> None:
     assert (await client.get("/live", headers={"x-request-id": bad})).headers["x-request-id"] != bad
 
 
-async def test_streams_carry_a_request_id(client):
+async def test_streams_carry_a_request_id(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json={"prompt": "a", "stream": True})
     assert len(response.headers["x-request-id"]) == 32
 
 
-async def test_docs(client):
+async def test_docs(client: httpx.AsyncClient) -> None:
     assert (await client.get("/docs")).status_code == 200
     schema = (await client.get("/openapi.json")).json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/prompts", "/live", "/metrics"} <= set(schema["paths"])
@@ -82,7 +90,7 @@ async def test_docs(client):
     assert body["$ref"].endswith("CompletionBody")
 
 
-async def test_metrics(client, sentiment):
+async def test_metrics(client: httpx.AsyncClient, sentiment: str) -> None:
     await client.post("/v1/completions", json={"prompt": "a", "model": sentiment})
     await client.post("/v1/completions", json={"prompt": "a", "model": "no-such"})
     response = await client.get("/metrics")
@@ -101,25 +109,25 @@ async def test_metrics(client, sentiment):
     } <= lines
 
 
-async def test_openmetrics(client):
+async def test_openmetrics(client: httpx.AsyncClient) -> None:
     response = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     assert response.text.endswith("# EOF\n")
 
 
-async def test_head_metrics(client):
+async def test_head_metrics(client: httpx.AsyncClient) -> None:
     assert (await client.head("/metrics")).status_code == 200
 
 
 @pytest.fixture
-def key_file(tmp_path):
+def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.write_text("# tenants\n\n  first-key  \nschlüssel-2\n", encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def app(make_app, settings, request):
+def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest) -> FastAPI:
     """With keys, where a test asks for them."""
     if "key_file" in request.fixturenames:
         key_file = request.getfixturevalue("key_file")
@@ -130,7 +138,7 @@ def app(make_app, settings, request):
 @pytest.mark.parametrize(
     "header", [None, "Bearer wrong", "first-key", "Basic first-key", "Bearer ", "Bearer # tenants"]
 )
-async def test_without_a_valid_key(key_file, client, header):
+async def test_without_a_valid_key(key_file: Path, client: httpx.AsyncClient, header: str | None) -> None:
     for path in ("/v1/models", "/v1/prompts", "/metrics", "/docs", "/no-such"):
         response = await client.get(path, headers={"authorization": header} if header else {})
         assert response.status_code == 401
@@ -140,24 +148,24 @@ async def test_without_a_valid_key(key_file, client, header):
 
 
 @pytest.mark.parametrize("key", ["first-key", "schlüssel-2"])
-async def test_with_a_valid_key(key_file, client, key):
-    headers = {"authorization": f"Bearer {key}".encode()}
+async def test_with_a_valid_key(key_file: Path, client: httpx.AsyncClient, key: str) -> None:
+    headers = {b"authorization": f"Bearer {key}".encode()}
     assert (await client.get("/v1/models", headers=headers)).status_code == 200
 
 
-async def test_probes_need_no_key(key_file, client):
+async def test_probes_need_no_key(key_file: Path, client: httpx.AsyncClient) -> None:
     for path in ("/live", "/ready", "/health"):
         assert (await client.get(path)).status_code == 200
 
 
-def test_keys_are_not_held(key_file):
+def test_keys_are_not_held(key_file: Path) -> None:
     assert "first-key" not in str(vars(ApiKeys(read_keys(key_file))))
     with pytest.raises(AuthenticationError):
         ApiKeys(parse_plain([("here", "a")])).check(None)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe"])
-def test_bad_key_files(tmp_path, content):
+def test_bad_key_files(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "keys"
     if content is not None:
         path.write_bytes(content)
@@ -166,25 +174,25 @@ def test_bad_key_files(tmp_path, content):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])  # noqa: S104
-def test_open_hosts_need_keys(host, key_file):
+def test_open_hosts_need_keys(host: str, key_file: Path) -> None:
     with pytest.raises(ConfigurationError, match="api-key-file"):
         load_keys(HttpSettings(host=host))
     assert load_keys(HttpSettings(host=host, api_key_file=key_file)) is not None
     assert load_keys(HttpSettings(host=host, api_keys=("k",))) is not None
 
 
-def test_an_open_host_without_keys_has_to_be_asked_for(caplog):
+def test_an_open_host_without_keys_has_to_be_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     assert load_keys(HttpSettings(host="0.0.0.0", allow_open=True)) is None  # noqa: S104
     assert "OPEN SERVER" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])
-def test_loopback(host):
+def test_loopback(host: str) -> None:
     assert is_loopback(host)
     assert load_keys(HttpSettings(host=host)) is None
 
 
-def test_head_has_no_body(live):
+def test_head_has_no_body(live: LiveServer) -> None:
     with httpx.Client() as http:
         response = http.head(f"{live.url}/metrics")
         assert (response.status_code, response.content) == (200, b"")

@@ -12,15 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from server.api.keys.keys import load_keys
-from server.config import EngineSettings, HttpSettings
+from server.config import EngineSettings, HttpSettings, Settings
 from server.demo.tour import MODEL_DIRECTORY
 from server.engine.llm_engine import LLMEngine
 from server.errors import AuthenticationError, EngineStartError
+from tests.support.api_fixtures import MakeApp
+from tests.support.fake_engine import FakeEngine
 from tests.support.live_server import LiveServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -126,7 +129,7 @@ TARGETS = [
 ]
 
 
-def test_no_spelling_of_a_path_passes_without_a_key(make_app, settings, tmp_path: Path) -> None:
+def test_no_spelling_of_a_path_passes_without_a_key(make_app: MakeApp, settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("secret\n")
     locked = replace(settings, http=replace(settings.http, api_key_file=tmp_path / "keys"))
     with LiveServer(make_app(locked), locked).running() as live:
@@ -146,7 +149,7 @@ def test_no_spelling_of_a_path_passes_without_a_key(make_app, settings, tmp_path
 
 
 @pytest.mark.anyio
-async def test_no_request_brings_a_template(client, engine) -> None:
+async def test_no_request_brings_a_template(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     bomb = "{% for a in range(10**9) %}{{ a.__class__ }}{% endfor %}"
     body = {"messages": [{"role": "user", "content": bomb}], "max_tokens": 2}
     (await client.post("/v1/chat/completions", json=body)).raise_for_status()

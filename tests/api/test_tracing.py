@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from server.tracing import RequestTracer
 from tests.support.live_server import LiveServer
+from tests.support.presence import present
 
 
 def test_requests_of_each_kind_are_traced(
@@ -35,13 +36,13 @@ def test_requests_of_each_kind_are_traced(
         assert client.post("/v1/completions", json=body | {"model": "none"}).status_code == 404
         client.get("/v1/models").raise_for_status()
     roots = [span for span in exporter.get_finished_spans() if span.parent is None]
-    assert [span.attributes["gen_ai.operation.name"] for span in roots] == [
+    assert [present(span.attributes)["gen_ai.operation.name"] for span in roots] == [
         *["text_completion"] * 2,
         "chat",
         "classify",
         "text_completion",
     ]
-    assert roots[-1].attributes["error.type"] == "model_not_found"
-    assert [span.attributes.get("gen_ai.usage.output_tokens") for span in roots] == [4, 4, 4, 0, None]
+    assert present(roots[-1].attributes)["error.type"] == "model_not_found"
+    assert [present(span.attributes).get("gen_ai.usage.output_tokens") for span in roots] == [4, 4, 4, 0, None]
     phases = [span.name for span in exporter.get_finished_spans() if span.parent is not None]
     assert [phases.count(name) for name in ("queue", "prefill", "decode")] == [3, 3, 3]

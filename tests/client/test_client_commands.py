@@ -5,29 +5,39 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli import app as cli
 from server.client import commands, tables
 from server.client import http as http_client
 from server.client.http import ClientError, PreludeClient
 from server.errors import EngineDeadError, OverloadedError, RequestFailedError
+from tests.support.api_fixtures import PeftDirectory, Serve, UploadParts
+from tests.support.fake_engine import FakeEngine
+from tests.support.live_server import LiveServer
+
+Get = Callable[[str], Any]
+Ok = Callable[..., str]
+Prelude = Callable[..., Result]
+Told = Callable[..., Any]
 
 
 @pytest.fixture
-def prelude(live):
-    def invoke(*arguments: str, **options):
+def prelude(live: LiveServer) -> Prelude:
+    def invoke(*arguments: str, **options: Any) -> Any:
         return CliRunner().invoke(cli, list(arguments), env={"PRELUDE_URL": live.url}, **options)
 
     return invoke
 
 
 @pytest.fixture
-def ok(prelude):
+def ok(prelude: Prelude) -> Ok:
     """Run a command that has to succeed; its standard output."""
 
     def invoke(*arguments: str) -> str:
@@ -40,28 +50,28 @@ def ok(prelude):
 
 
 @pytest.fixture
-def told(ok):
+def told(ok: Ok) -> Told:
     """Run a command with --json; what it printed."""
 
-    def invoke(*arguments: str):
+    def invoke(*arguments: str) -> Any:
         return json.loads(ok(*arguments, "--json"))
 
     return invoke
 
 
 @pytest.fixture
-def get(live):
+def get(live: LiveServer) -> Get:
     return lambda path: httpx.get(f"{live.url}/v1/prompts{path}").json()
 
 
 @pytest.fixture
-def two(ok, peft_directory):
+def two(ok: Ok, peft_directory: PeftDirectory) -> None:
     """Two versions of sentiment; the newer one is the latest."""
     for seed in (0, 1):
         ok("push", str(peft_directory("sentiment", seed=seed)), "--id", "sentiment")
 
 
-def test_push_list_remove(prelude, peft_directory):
+def test_push_list_remove(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     first = str(peft_directory("sentiment"))
     assert prelude("push", first, "--id", "sentiment").stdout == "sentiment@1\n"
     assert (
@@ -77,7 +87,7 @@ def test_push_list_remove(prelude, peft_directory):
     assert "sentiment" not in prelude("list").stdout
 
 
-def test_push_says_what_it_is(told, get, peft_directory):
+def test_push_says_what_it_is(told: Told, get: Get, peft_directory: PeftDirectory) -> None:
     lineage = {"parent": "other@3", "scores": {"f1": 0.5}}
     version = told(
         "push",
@@ -90,7 +100,7 @@ def test_push_says_what_it_is(told, get, peft_directory):
     assert version == get("/sentiment/versions/1")
 
 
-def test_push_on_the_uploaders_word(ok, told, prelude, peft_directory):
+def test_push_on_the_uploaders_word(ok: Ok, told: Told, prelude: Prelude, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("sentiment")
     config = directory / "adapter_config.json"
     fields = json.loads(config.read_text()) | {"base_model_name_or_path": "org/large"}
@@ -107,9 +117,9 @@ def test_push_on_the_uploaders_word(ok, told, prelude, peft_directory):
     assert prelude("push", str(directory), "--id", "sentiment", "--task-type", "OTHER").exit_code == 2
 
 
-def test_push_streams(live, peft_directory):
+def test_push_streams(live: LiveServer, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("sentiment", rows=4000)
-    sizes = []
+    sizes: list[int] = []
     with PreludeClient(live.url) as client, pytest.raises(ClientError) as refused:
         client.push(directory, name="sentiment", on_bytes=sizes.append)
     assert refused.value.status == 413  # read to its end all the same
@@ -117,7 +127,7 @@ def test_push_streams(live, peft_directory):
     assert max(sizes) <= 65536
 
 
-def test_list(ok, told, get, peft_directory):
+def test_list(ok: Ok, told: Told, get: Get, peft_directory: PeftDirectory) -> None:
     for name, tag in (("a", "x"), ("b", "y"), ("c", "x")):
         ok("push", str(peft_directory(name, seed=ord(name))), "--id", name, "--tag", tag)
     assert told("list") == get("")
@@ -128,7 +138,9 @@ def test_list(ok, told, get, peft_directory):
     assert told("list", "--tag", "none") == {"object": "list", "data": [], "has_more": False, "last_id": None}
 
 
-def test_list_goes_on_from_page_to_page(told, ok, peft_directory, monkeypatch):
+def test_list_goes_on_from_page_to_page(
+    told: Told, ok: Ok, peft_directory: PeftDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(http_client, "_PAGE", 2)
     for name in "abcde":
         ok("push", str(peft_directory(name, seed=ord(name))), "--id", name)
@@ -136,7 +148,7 @@ def test_list_goes_on_from_page_to_page(told, ok, peft_directory, monkeypatch):
     assert [prompt["id"] for prompt in told("list", "--limit", "3")["data"]] == list("abc")
 
 
-def test_show(ok, told, get, two, peft_directory):
+def test_show(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirectory) -> None:
     answer = told("show", "sentiment")
     assert answer == {
         "prompt": get("/sentiment"),
@@ -154,7 +166,7 @@ def test_show(ok, told, get, two, peft_directory):
     assert get("/sentiment/versions/1")["files"][1]["sha256"] in ok("show", "sentiment@1")
 
 
-def test_show_with_scores_and_lineage(ok, peft_directory):
+def test_show_with_scores_and_lineage(ok: Ok, peft_directory: PeftDirectory) -> None:
     lineage = {"training_run": "run-7", "parent": "x@1", "dataset_digest": "d00d", "scores": {"f1": 0.5, "em": 1}}
     text = ["--description", "a [b]c[/b] \x1b[31mred", "--tag", "t1", "--metadata", '{"k": "v"}']
     ok("push", str(peft_directory("s")), "--id", "s", *text, "--lineage", json.dumps(lineage))
@@ -165,7 +177,9 @@ def test_show_with_scores_and_lineage(ok, peft_directory):
     assert "em=1.0 f1=0.5" in ok("show", "s")
 
 
-def test_piped_output_is_neither_cut_nor_coloured(prelude, peft_directory, monkeypatch):
+def test_piped_output_is_neither_cut_nor_coloured(
+    prelude: Prelude, peft_directory: PeftDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
     tags = [f"tag-{index:02}-{'x' * 100}" for index in range(12)]
@@ -177,7 +191,7 @@ def test_piped_output_is_neither_cut_nor_coloured(prelude, peft_directory, monke
         assert any(all(tag in line for tag in tags) for line in output.splitlines())
 
 
-def test_promote_and_roll_back(ok, told, get, two):
+def test_promote_and_roll_back(ok: Ok, told: Told, get: Get, two: None) -> None:
     assert ok("promote", "sentiment", "1") == "sentiment@latest is version 1\n"
     assert told("promote", "sentiment", "2", "--alias", "stable") == {
         "object": "prompt.alias",
@@ -191,7 +205,7 @@ def test_promote_and_roll_back(ok, told, get, two):
     assert get("/sentiment")["aliases"] == {"latest": 2, "stable": 2}
 
 
-def test_pull(ok, told, get, two, peft_directory, tmp_path):
+def test_pull(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirectory, tmp_path: Path) -> None:
     for target, seed in (("sentiment@1", 0), ("sentiment", 1), ("sentiment@latest", 1)):
         directory = tmp_path / "new" / target
         version = 2 if seed else 1
@@ -202,7 +216,7 @@ def test_pull(ok, told, get, two, peft_directory, tmp_path):
         assert told("pull", target, str(directory)) == get(f"/sentiment/versions/{version}")
 
 
-def test_pull_does_not_overwrite(prelude, ok, two, tmp_path):
+def test_pull_does_not_overwrite(prelude: Prelude, ok: Ok, two: None, tmp_path: Path) -> None:
     ok("pull", "sentiment@1", str(tmp_path / "to"))
     weights = tmp_path / "to" / "adapter_model.safetensors"
     before = weights.read_bytes()
@@ -218,7 +232,7 @@ def test_pull_does_not_overwrite(prelude, ok, two, tmp_path):
     assert len(list((tmp_path / "to").iterdir())) == 2
 
 
-def test_pull_to_a_place_that_is_none(prelude, two, tmp_path):
+def test_pull_to_a_place_that_is_none(prelude: Prelude, two: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     result = prelude("pull", "sentiment", str(tmp_path / "file"))
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
@@ -228,7 +242,7 @@ def test_pull_to_a_place_that_is_none(prelude, two, tmp_path):
     assert not list((tmp_path / "to").glob("*.part")) + list((tmp_path / "to").glob(".*"))
 
 
-def test_pull_verifies(live, two, tmp_path):
+def test_pull_verifies(live: LiveServer, two: None, tmp_path: Path) -> None:
     with PreludeClient(live.url) as client:
         version = client.versions("sentiment", limit=1)["data"][0]
         version["files"][1]["sha256"] = "0" * 64
@@ -244,7 +258,9 @@ def test_pull_verifies(live, two, tmp_path):
         assert not (tmp_path / "evil").exists()
 
 
-def test_remove_asks_on_a_terminal(prelude, told, two, get, monkeypatch):
+def test_remove_asks_on_a_terminal(
+    prelude: Prelude, told: Told, two: None, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     refused = prelude("rm", "sentiment", input="n\n")
@@ -256,12 +272,12 @@ def test_remove_asks_on_a_terminal(prelude, told, two, get, monkeypatch):
     assert get("")["data"] == []
 
 
-def test_remove_without_asking(told, two):
+def test_remove_without_asking(told: Told, two: None) -> None:
     assert told("rm", "sentiment@1") == {"id": "sentiment@1", "object": "prompt.version", "deleted": True}
     assert told("rm", "sentiment", "--yes") == {"id": "sentiment", "object": "prompt", "deleted": True}
 
 
-def test_inspect(ok, told, get, two):
+def test_inspect(ok: Ok, told: Told, get: Get, two: None) -> None:
     assert told("inspect", "sentiment@1", "--top-k", "2") == get("/sentiment/inspect?version=1&top_k=2")
     assert told("inspect", "sentiment") == get("/sentiment/inspect")
     text = ok("inspect", "sentiment")
@@ -270,7 +286,9 @@ def test_inspect(ok, told, get, two):
     assert "1.5 ± 0.25" in text
 
 
-def test_inspect_key_values_and_tasks(live, ok, told, prelude, other_parts):
+def test_inspect_key_values_and_tasks(
+    live: LiveServer, ok: Ok, told: Told, prelude: Prelude, other_parts: UploadParts
+) -> None:
     for name, parts in (("prefix", other_parts("prefix", peft_type="PREFIX_TUNING")), ("many", other_parts("many"))):
         httpx.post(f"{live.url}/v1/prompts", **parts).raise_for_status()
         assert name in ok("list")
@@ -280,7 +298,7 @@ def test_inspect_key_values_and_tasks(live, ok, told, prelude, other_parts):
     assert prelude("inspect", "many").exit_code == 4
 
 
-def test_warm(ok, told, get, prelude, two, engine):
+def test_warm(ok: Ok, told: Told, get: Get, prelude: Prelude, two: None, engine: FakeEngine) -> None:
     assert ok("warm", "sentiment").startswith("sentiment@2 is warm after 0.0")
     assert ok("warm", "sentiment@1", "--pin").endswith(" s, and pinned\n")
     assert get("/sentiment")["pinned"] == [1]
@@ -299,7 +317,7 @@ CONFLICT = ["promote sentiment 1 --expect 1", "rollback sentiment --expect 1"]
     ("line", "status", "code"),
     [(line, 3, "prompt_not_found") for line in NOT_FOUND] + [(line, 5, "conflict") for line in CONFLICT],
 )
-def test_refusals(prelude, two, tmp_path, line, status, code):
+def test_refusals(prelude: Prelude, two: None, tmp_path: Path, line: str, status: int, code: str) -> None:
     arguments = line.format(tmp=tmp_path / "to").split()
     result = prelude(*arguments)
     assert result.exit_code == status
@@ -312,7 +330,7 @@ def test_refusals(prelude, two, tmp_path, line, status, code):
     assert told.stderr == result.stderr
 
 
-def test_all_faults_of_invalid_files_are_told(prelude, peft_directory):
+def test_all_faults_of_invalid_files_are_told(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("wrong", width=9)
     config = directory / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "TOKEN_CLS"}))
@@ -329,13 +347,15 @@ def test_all_faults_of_invalid_files_are_told(prelude, peft_directory):
     "options",
     [["--metadata", "{"], ["--lineage", '{"no": 1}'], ["--tag", "Bad Tag"], ["--id", "tiny"], ["--id", "Bad Name"]],
 )
-def test_refused_fields_are_status_4_and_one_line(prelude, peft_directory, options):
+def test_refused_fields_are_status_4_and_one_line(
+    prelude: Prelude, peft_directory: PeftDirectory, options: list[str]
+) -> None:
     result = prelude("push", str(peft_directory("x")), "--id", "x", *options)
     assert result.exit_code == 4
     assert result.stderr.count("\n") == 1
 
 
-def test_too_large(prelude, peft_directory):
+def test_too_large(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     assert prelude("push", str(peft_directory("large", rows=4000)), "--id", "large").exit_code == 4
 
 
@@ -343,13 +363,19 @@ def test_too_large(prelude, peft_directory):
     ("failure", "status"),
     [(OverloadedError("full"), 7), (EngineDeadError("ended"), 7), (RequestFailedError("cannot be read"), 1)],
 )
-def test_a_server_that_fails(prelude, two, engine, failure, status):
+def test_a_server_that_fails(
+    prelude: Prelude,
+    two: None,
+    engine: FakeEngine,
+    failure: Exception,
+    status: int,
+) -> None:
     engine.inspect_failure = engine.prepare_failure = failure
     assert prelude("inspect", "sentiment").exit_code == status
     assert prelude("warm", "sentiment").exit_code == status
 
 
-def test_api_key(serve, tmp_path):
+def test_api_key(serve: Serve, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("k1\n")
     live = serve(api_key_file=keys)
@@ -365,7 +391,7 @@ def test_api_key(serve, tmp_path):
     assert CliRunner().invoke(cli, ["list"], env={"PRELUDE_URL": live.url, "PRELUDE_API_KEY": "k1"}).exit_code == 0
 
 
-def test_a_key_that_may_not(serve, tmp_path, peft_directory):
+def test_a_key_that_may_not(serve: Serve, tmp_path: Path, peft_directory: PeftDirectory) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text('[[keys]]\nkey = "r"\ntenant = "a"\nscopes = ["prompts:read"]\n')
     live = serve(api_key_file=keys)
@@ -380,7 +406,7 @@ def test_a_key_that_may_not(serve, tmp_path, peft_directory):
     ("status", "exit_status"), [(200, 1), (301, 1), (403, 6), (404, 3), (500, 1), (502, 7), (503, 7), (504, 7)]
 )
 @pytest.mark.parametrize("body", ["<html>", "[]", '{"error": "x"}', '{"error": {"message": 1}}'])
-def test_another_server(monkeypatch, status, exit_status, body):
+def test_another_server(monkeypatch: pytest.MonkeyPatch, status: int, exit_status: int, body: str) -> None:
     if status == 200 and body.startswith("{"):
         return
     transport = httpx.MockTransport(lambda _: httpx.Response(status, text=body))
@@ -391,7 +417,7 @@ def test_another_server(monkeypatch, status, exit_status, body):
     assert commands.status_of(refused.value) == exit_status
 
 
-def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch):
+def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for status, headers, words in (
         (301, {"location": "https://other/v1/prompts/x"}, "It redirects to 'https://other/v1/prompts/x'"),
         (502, {}, "A proxy in front of it cannot reach it"),
@@ -404,7 +430,7 @@ def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch):
             client.prompt("x")
 
 
-def test_piped_lines_have_nothing_behind_their_last_cell(ok, peft_directory):
+def test_piped_lines_have_nothing_behind_their_last_cell(ok: Ok, peft_directory: PeftDirectory) -> None:
     metadata = json.dumps({"notes": "x" * 2300})
     ok("push", str(peft_directory("s")), "--id", "s", "--metadata", metadata, "--tag", "t")
     ok("push", str(peft_directory("s", seed=1)), "--id", "s", *[f"--tag=t{'y' * 100}{index}" for index in range(20)])
@@ -414,7 +440,7 @@ def test_piped_lines_have_nothing_behind_their_last_cell(ok, peft_directory):
         assert sum(len(line) > 200 for line in lines) <= 1, "a wide cell widens its own line alone"
 
 
-def test_piped_columns_are_aligned_by_what_a_terminal_shows(capsys):
+def test_piped_columns_are_aligned_by_what_a_terminal_shows(capsys: pytest.CaptureFixture[str]) -> None:
     table = tables._table("name", "tags", "pinned")
     tables._row(table, "日本語", "a", "1")
     tables._row(table, "abc", "b" * 100, "2")
@@ -429,7 +455,9 @@ def test_piped_columns_are_aligned_by_what_a_terminal_shows(capsys):
     ]
 
 
-def test_progress_only_for_large_files_on_a_terminal(monkeypatch, capsys):
+def test_progress_only_for_large_files_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     large = commands._PROGRESS_BYTES
     with commands._progress("uploading", large) as on_bytes:
         on_bytes(large)
@@ -445,7 +473,7 @@ def test_progress_only_for_large_files_on_a_terminal(monkeypatch, capsys):
     assert "uploading" in capsys.readouterr().err
 
 
-def test_a_terminal_gets_lines_that_fit(monkeypatch, capsys):
+def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "60")
     table = tables._table("tags")
@@ -456,7 +484,7 @@ def test_a_terminal_gets_lines_that_fit(monkeypatch, capsys):
     assert "".join(line.strip() for line in lines[1:]) == "x" * 100  # folded, not cut
 
 
-def test_a_file_that_cannot_be_opened(prelude, tmp_path):
+def test_a_file_that_cannot_be_opened(prelude: Prelude, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").mkdir()
     result = prelude("push", str(tmp_path), "--id", "x")
     assert result.exit_code == 1

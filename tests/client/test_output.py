@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -22,18 +23,18 @@ KEY = re.compile(r"prelude-[\w-]{43}\n")
 FULL = Path("/dev/full")
 
 
-def prelude(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PRELUDE, *arguments], text=True, timeout=120, check=False, **options)  # type: ignore[call-overload]
+def prelude(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PRELUDE, *arguments], text=True, timeout=120, check=False, **options)
 
 
-def test_key_gives_each_stream_a_file_that_can_be_used(tmp_path):
+def test_key_gives_each_stream_a_file_that_can_be_used(tmp_path: Path) -> None:
     with (tmp_path / "hash").open("w") as out, (tmp_path / "key").open("w") as err:
         assert prelude("key", stdout=out, stderr=err).returncode == 0
     assert KEY.fullmatch((tmp_path / "key").read_text())
     assert re.fullmatch(r"sha256:[0-9a-f]{64}\n", (tmp_path / "hash").read_text())
 
 
-def test_key_is_labelled_for_people(monkeypatch):
+def test_key_is_labelled_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     result = CliRunner().invoke(cli.app, ["key"])
@@ -41,7 +42,7 @@ def test_key_is_labelled_for_people(monkeypatch):
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line():
+def test_a_full_disk_is_one_line() -> None:
     with FULL.open("w") as full:
         told = prelude("key", stdout=full, stderr=subprocess.PIPE)
     assert told.returncode == 1
@@ -51,7 +52,7 @@ def test_a_full_disk_is_one_line():
     assert (told.returncode, told.stdout) == (1, "")
 
 
-def test_a_closed_pipe_is_silent():
+def test_a_closed_pipe_is_silent() -> None:
     read, write = os.pipe()
     os.close(read)
     try:
@@ -62,7 +63,7 @@ def test_a_closed_pipe_is_silent():
     assert told.stderr == "" or KEY.fullmatch(told.stderr)
 
 
-def test_other_errors_of_the_system_are_bugs_and_not_hidden(monkeypatch):
+def test_other_errors_of_the_system_are_bugs_and_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError(errno.ENOENT, "no such file")
 
@@ -71,7 +72,7 @@ def test_other_errors_of_the_system_are_bugs_and_not_hidden(monkeypatch):
         cli.main()
 
 
-def test_ctrl_c_is_no_traceback():
+def test_ctrl_c_is_no_traceback() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         command = [*PRELUDE, "list", "--url", url]
@@ -85,7 +86,7 @@ def test_ctrl_c_is_no_traceback():
     assert "Traceback" not in err
 
 
-def test_an_answer_that_never_ends_is_no_traceback():
+def test_an_answer_that_never_ends_is_no_traceback() -> None:
     """The server dies in the middle of its answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -104,7 +105,7 @@ def test_an_answer_that_never_ends_is_no_traceback():
     assert "prelude serve" not in result.stderr, "there is a server"
 
 
-def test_a_port_in_use_and_an_address_that_is_none(tmp_path):
+def test_a_port_in_use_and_an_address_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -121,7 +122,7 @@ def test_a_port_in_use_and_an_address_that_is_none(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_with_json_logs_json_and_nothing_else(tmp_path):
+def test_demo_with_json_logs_json_and_nothing_else(tmp_path: Path) -> None:
     told = prelude(
         "demo", "--exit", "--log-format", "json", "--port", "0", "--num-threads", "1", "--kv-cache-memory", "64MiB",
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -23,18 +23,18 @@ def make(folder: Path, *names: str) -> Path:
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def test_a_pickle_is_told_how_to_be_converted(tmp_path):
+def test_a_pickle_is_told_how_to_be_converted(tmp_path: Path) -> None:
     text = explain_directory(make(tmp_path / "p", "adapter_config.json", "adapter_model.bin"))
     assert "a pickle" in text
     assert "save_pretrained(NEW, safe_serialization=True)" in text
 
 
-def test_one_level_too_high_names_the_folder(tmp_path):
+def test_one_level_too_high_names_the_folder(tmp_path: Path) -> None:
     inner = make(tmp_path / "run" / "my-adapter", *ADAPTER)
     assert explain_directory(tmp_path / "run").endswith(f"push its folder {inner}")
 
 
-def test_checkpoints_are_named_newest_first_and_some_of_them(tmp_path):
+def test_checkpoints_are_named_newest_first_and_some_of_them(tmp_path: Path) -> None:
     for step in (900, 1000, 100, 20, 3000, 400, 5):
         make(tmp_path / f"checkpoint-{step}", *ADAPTER)
     text = explain_directory(tmp_path)
@@ -44,7 +44,7 @@ def test_checkpoints_are_named_newest_first_and_some_of_them(tmp_path):
     assert text.endswith(" and 2 more")
 
 
-def test_folders_of_several_adapters(tmp_path):
+def test_folders_of_several_adapters(tmp_path: Path) -> None:
     for name in ("default", "other", "checkpoint-" + "9" * 30):
         make(tmp_path / name, "adapter_model.bin")
     text = explain_directory(tmp_path)
@@ -68,7 +68,7 @@ def test_folders_of_several_adapters(tmp_path):
         (("adapter_config.json", "w.zip"), "it contains only the configuration; unpack w.zip first"),
     ],
 )
-def test_what_a_directory_is_told(tmp_path, names, words):
+def test_what_a_directory_is_told(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
     text = explain_directory(make(tmp_path / "d", *names))
     assert words in text
     assert "\n" not in text
@@ -77,12 +77,14 @@ def test_what_a_directory_is_told(tmp_path, names, words):
 @pytest.mark.parametrize(
     ("config", "kind"), [('{"peft_type": "LORA"}', "(peft_type LORA)"), ("[", "only the"), ("[1]", "only the")]
 )
-def test_a_configuration_alone_is_named_by_its_kind(tmp_path, config, kind):
+def test_a_configuration_alone_is_named_by_its_kind(tmp_path: Path, config: str, kind: str) -> None:
     (tmp_path / "adapter_config.json").write_text(config)
     assert kind in explain_directory(tmp_path)
 
 
-def test_a_directory_of_very_many_files_is_not_read_to_its_end(tmp_path, monkeypatch):
+def test_a_directory_of_very_many_files_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(peft_directory, "_MAX_FOLDERS", 3)
     for index in range(10):
         make(tmp_path / f"f{index}", *ADAPTER)
@@ -90,7 +92,7 @@ def test_a_directory_of_very_many_files_is_not_read_to_its_end(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_push_tells_it_in_one_line(tmp_path, as_json):
+def test_push_tells_it_in_one_line(tmp_path: Path, as_json: bool) -> None:
     make(tmp_path / "run" / "checkpoint-10", *ADAPTER)
     line = ["push", str(tmp_path / "run"), "--id", "x", "--url", "http://127.0.0.1:9"]
     result = CliRunner().invoke(app, [*line, "--json"] if as_json else line)
@@ -104,14 +106,14 @@ def test_push_tells_it_in_one_line(tmp_path, as_json):
 @pytest.mark.parametrize(
     ("name", "words"), [("a.zip", "is an archive"), ("adapter_model.safetensors", "is a file: give the directory")]
 )
-def test_push_of_a_file_is_a_usage_error(tmp_path, name, words):
+def test_push_of_a_file_is_a_usage_error(tmp_path: Path, name: str, words: str) -> None:
     make(tmp_path, name)
     result = CliRunner().invoke(app, ["push", str(tmp_path / name), "--id", "x"], env={"COLUMNS": "500"})
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
 
 
-def test_a_directory_that_goes_away_meanwhile(tmp_path, monkeypatch):
+def test_a_directory_that_goes_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.client.http.explain_directory", lambda path: list(Path(path / "gone").iterdir()))
     result = CliRunner().invoke(app, ["push", str(tmp_path), "--id", "x"])
     assert result.exit_code == 1

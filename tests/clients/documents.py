@@ -20,7 +20,8 @@ def sections() -> list[str]:
 def example(section: str, language: str, url: str) -> str:
     """The only block of that language under a heading, for a server at ``url``."""
     body = re.split(r"^## .+$", _TEXT.split(f"\n## {section}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
-    (block,) = re.findall(rf"```{language}\n(.*?)```", body, re.DOTALL)
+    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", body, re.DOTALL)
+    (block,) = blocks
     assert DOCUMENTED_URL in block
     return block.replace(DOCUMENTED_URL, url)
 

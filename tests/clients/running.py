@@ -60,7 +60,8 @@ class ClientEnvironment:
     def json(self, name: str, *arguments: object) -> dict[str, Any]:
         """Run ``programs/NAME``, which prints one JSON object; arguments that are not strings go as JSON."""
         told = [argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments]
-        return json.loads(self.run((FOLDER / "programs" / name).read_text(), *told))
+        printed: dict[str, Any] = json.loads(self.run((FOLDER / "programs" / name).read_text(), *told))
+        return printed
 
     def call(self, command: list[str], program: str = "", *, seconds: float = _PROGRAM_SECONDS) -> str:
         """Run a command, which must end well; returns what it printed."""

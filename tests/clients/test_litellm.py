@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -49,24 +50,24 @@ def proxy(
 @pytest.mark.parametrize(("model", "task"), NAMES.items())
 def test_answers_pass_through(proxy: openai.OpenAI, model: str, task: str) -> None:
     pair = heldout(task)[0]
-    ask = {"model": model, "temperature": 0, "max_tokens": 40}
-    messages = [{"role": "user", "content": pair["input"]}]
-    completion = proxy.completions.create(**ask, prompt=pair["input"])
+    ask: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": 40}
+    messages: Any = [{"role": "user", "content": pair["input"]}]
+    completion: Any = proxy.completions.create(**ask, prompt=pair["input"])
     assert completion.choices[0].text.strip() == pair["output"]
-    chat = proxy.chat.completions.create(**ask, messages=messages)
+    chat: Any = proxy.chat.completions.create(**ask, messages=messages)
     assert chat.choices[0].message.content.strip() == pair["output"]
     assert chat.usage.completion_tokens == completion.usage.completion_tokens
     stream = proxy.chat.completions.create(
         **ask, messages=messages, stream=True, stream_options={"include_usage": True}
     )
-    chunks = list(stream)
+    chunks: list[Any] = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == chat.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == chat.usage.completion_tokens
 
 
 def test_its_list_of_models_has_the_servers_limits(proxy: openai.OpenAI) -> None:
-    models = {model.id: model for model in proxy.models.list()}
+    models: dict[str, Any] = {model.id: model for model in proxy.models.list()}
     assert models.keys() >= {"dates", "intent"}
     assert models["dates"].max_input_tokens == 1024
 

@@ -57,14 +57,14 @@ def loglikelihood(model: PreTrainedModel | PeftModel, context: str, continuation
 @functools.cache
 def generated() -> list[str]:
     """What PEFT's model says to the held-out orders."""
-    model = peft_model("extract")
+    model: Any = peft_model("extract")
     texts = []
     for pair in heldout("extract")[:LIMIT]:
         ids = torch.tensor([TOKENIZER.encode(pair["input"])])
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=1
         )
-        texts.append(TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        texts.append(str(TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)))
     return texts
 
 

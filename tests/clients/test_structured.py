@@ -42,7 +42,7 @@ def ask() -> dict[str, Any]:
 
 @by_either_name
 def test_openai_python_parses_the_answer(sdk: openai.OpenAI, named: dict[str, Any], ask: dict[str, Any]) -> None:
-    message = sdk.chat.completions.parse(**named, **ask, response_format=Verdict).choices[0].message
+    message: Any = sdk.chat.completions.parse(**named, **ask, response_format=Verdict).choices[0].message
     assert message.parsed.label in LABELS
     with sdk.chat.completions.stream(**named, **ask, response_format=Verdict) as stream:
         final = stream.get_final_completion()
@@ -53,15 +53,17 @@ def test_openai_python_parses_the_answer(sdk: openai.OpenAI, named: dict[str, An
 def test_openai_python_parses_the_arguments_of_a_forced_call(
     sdk: openai.OpenAI, named: dict[str, Any], ask: dict[str, Any]
 ) -> None:
-    forced = {
+    forced: dict[str, Any] = {
         "tools": [openai.pydantic_function_tool(Verdict)],
         "tool_choice": {"type": "function", "function": {"name": "Verdict"}},
     }
-    (call,) = sdk.chat.completions.parse(**named, **ask, **forced).choices[0].message.tool_calls
+    parsed: Any = sdk.chat.completions.parse(**named, **ask, **forced)
+    (call,) = parsed.choices[0].message.tool_calls
     assert call.function.name == "Verdict"
     assert call.function.parsed_arguments.label in LABELS
     with sdk.chat.completions.stream(**named, **ask, **forced) as stream:
-        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+        final: Any = stream.get_final_completion()
+    (streamed,) = final.choices[0].message.tool_calls
     assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
 
 

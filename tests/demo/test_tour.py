@@ -15,17 +15,31 @@ import httpx
 import pytest
 from rich.console import Console
 
+from server.config import Settings
 from server.demo import tour
 from server.errors import ConfigurationError, EngineStartError, RequestFailedError
+from tests.support.api_fixtures import MakeApp, PeftDirectory, WaitUntil
+from tests.support.fake_engine import FakeEngine
 
 
 @pytest.fixture
-def console():
+def console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 @pytest.fixture(autouse=True)
-def demo_files(monkeypatch, tmp_path, peft_directory, make_app, engine):
+def demo_files(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    peft_directory: PeftDirectory,
+    make_app: MakeApp,
+    engine: FakeEngine,
+) -> None:
     """Two soft prompts and their held-out inputs, served by the scripted engine."""
     prompts, heldout = tmp_path / "soft_prompts", tmp_path / "heldout"
     prompts.mkdir()
@@ -40,13 +54,13 @@ def demo_files(monkeypatch, tmp_path, peft_directory, make_app, engine):
 
 
 @pytest.fixture
-def settings(settings):
+def settings(settings: Settings) -> Settings:
     return replace(settings, engine=replace(settings.engine, max_num_seqs=64))
 
 
-def test_tour(settings, console, engine):
+def test_tour(settings: Settings, console: Console, engine: FakeEngine) -> None:
     assert tour.run(settings, any_port=True, exit_after=True, console=console) == 0
-    text = console.file.getvalue()
+    text = shown(console)
     assert "Uploaded colours@1: PROMPT_TUNING, 4 virtual tokens" in text
     assert "8 of 8 answers" in text
     assert "3 distinct soft prompts shared one forward pass" in text
@@ -58,28 +72,28 @@ def test_tour(settings, console, engine):
     assert engine.stopped
 
 
-def test_with_keys(settings, console, tmp_path):
+def test_with_keys(settings: Settings, console: Console, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("k1\n")
     settings = replace(settings, http=replace(settings.http, api_key_file=keys))
     assert tour.run(settings, any_port=True, exit_after=True, console=console) == 0
-    assert "Bearer KEY" in console.file.getvalue()
-    assert "k1" not in console.file.getvalue()
+    assert "Bearer KEY" in shown(console)
+    assert "k1" not in shown(console)
 
 
-def test_a_failing_request_is_status_1(settings, console, engine):
+def test_a_failing_request_is_status_1(settings: Settings, console: Console, engine: FakeEngine) -> None:
     engine.failure = RequestFailedError("out of blocks")
     assert tour.run(settings, any_port=True, exit_after=True, console=console) == 1
-    assert "out of blocks" in console.file.getvalue()
+    assert "out of blocks" in shown(console)
 
 
-def test_an_engine_that_cannot_start(settings, console, engine):
+def test_an_engine_that_cannot_start(settings: Settings, console: Console, engine: FakeEngine) -> None:
     engine.start_failure = EngineStartError("no such model")
     with pytest.raises(EngineStartError, match="no such model"):
         tour.run(settings, any_port=True, exit_after=True, console=console)
 
 
-def test_a_taken_port(settings, console):
+def test_a_taken_port(settings: Settings, console: Console) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = replace(settings, http=replace(settings.http, port=taken.getsockname()[1]))
         with pytest.raises(ConfigurationError, match="cannot be bound"):
@@ -88,12 +102,14 @@ def test_a_taken_port(settings, console):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_until_a_signal(settings, console, engine, eventually, number):
+def test_it_serves_until_a_signal(
+    settings: Settings, console: Console, engine: FakeEngine, eventually: WaitUntil, number: signal.Signals
+) -> None:
     before = signal.getsignal(number)
 
-    def interrupt():
-        eventually(lambda: "Ctrl-C stops" in console.file.getvalue())
-        url = console.file.getvalue().rsplit("Serving at ", 1)[1].split(". ")[0].strip()
+    def interrupt() -> None:
+        eventually(lambda: "Ctrl-C stops" in shown(console))
+        url = shown(console).rsplit("Serving at ", 1)[1].split(". ")[0].strip()
         assert httpx.get(f"{url}/ready").is_success
         os.kill(os.getpid(), number)
 
@@ -105,7 +121,7 @@ def test_it_serves_until_a_signal(settings, console, engine, eventually, number)
     assert signal.getsignal(number) == before
 
 
-def test_store_directory(tmp_path):
+def test_store_directory(tmp_path: Path) -> None:
     with tour.store_directory(str(tmp_path)) as chosen:
         assert chosen == str(tmp_path)
     with tour.store_directory(None) as fresh:

@@ -56,7 +56,8 @@ def compose(*profiles: str) -> dict[str, Any]:
     options = ["--env-file", str(ROOT / ".env.example"), "--file", str(ROOT / "docker-compose.yml")]
     for profile in profiles:
         options += ["--profile", profile]
-    return yaml.safe_load(run("docker-compose", *options, "config"))
+    found: dict[str, Any] = yaml.safe_load(run("docker-compose", *options, "config"))
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

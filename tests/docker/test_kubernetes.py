@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fastapi.routing import APIRoute
 
 from server import app
 from server.api import ops
@@ -36,11 +37,13 @@ def base() -> dict[str, dict[str, Any]]:
 
 
 def pod(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return found["Deployment/prelude"]["spec"]["template"]["spec"]
+    spec: dict[str, Any] = found["Deployment/prelude"]["spec"]["template"]["spec"]
+    return spec
 
 
 def container(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    (only,) = pod(found)["containers"]
+    containers: list[dict[str, Any]] = pod(found)["containers"]
+    (only,) = containers
     return only
 
 
@@ -88,7 +91,7 @@ def test_ports_meet() -> None:
 
 
 def test_probes_ask_what_the_server_answers() -> None:
-    paths = {route.path for route in ops.router.routes}
+    paths = {route.path for route in ops.router.routes if isinstance(route, APIRoute)}
     probes = {name: container(base())[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
     assert {probe["port"] for probe in probes.values()} == {"http"}
     assert {name: probe["path"] for name, probe in probes.items()} == {

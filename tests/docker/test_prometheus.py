@@ -28,7 +28,8 @@ _SECONDS = 30.0
 
 
 def dashboard(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def rules() -> list[dict[str, Any]]:
@@ -96,7 +97,8 @@ class Prometheus:
         return reply["data"]
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        return self.ask("query", query=expression)["result"]
+        result: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
+        return result
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,10 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def has_lines(path: Path, count: float) -> bool:
+    return path.exists() and path.read_bytes().count(b"\n") >= count
+
+
 def prelude(demo_server: httpx.Client, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [*PRELUDE, *arguments, "--url", str(demo_server.base_url)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
@@ -40,8 +45,7 @@ def test_killed_twice_every_row_is_there_once_with_its_own_answer(demo_server: h
     command += ["--rows-per-request", "4", "--url", str(demo_server.base_url)]
     for share in (0.3, 0.6):
         process = subprocess.Popen([*PRELUDE, *command])
-        enough = share * NUM_ROWS
-        wait_until(lambda enough=enough: output.exists() and output.read_bytes().count(b"\n") >= enough, 60)
+        wait_until(partial(has_lines, output, share * NUM_ROWS), 60)
         process.kill()
         process.wait()
     done = output.read_bytes().count(b"\n")

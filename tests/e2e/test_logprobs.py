@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -42,7 +43,7 @@ def test_loglikelihood_as_the_evaluation_harness_reads_it(sdk: openai.OpenAI, mo
     context, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (CONTEXT, CONTEXT + CONTINUATION))
     # The second time, blocks of the text are cached; nothing may be missing for that.
     for _ in range(2):
-        answer = sdk.completions.create(
+        answer: Any = sdk.completions.create(
             model=model, prompt=[whole], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
         )
         logprobs = answer.choices[0].logprobs
@@ -63,7 +64,7 @@ def test_loglikelihood_as_the_evaluation_harness_reads_it(sdk: openai.OpenAI, mo
 
 def test_tokens_and_offsets_fit_the_text(sdk: openai.OpenAI) -> None:
     text = CONTEXT + CONTINUATION
-    answer = sdk.completions.create(model=BASE, prompt=text, max_tokens=0, logprobs=0, echo=True)
+    answer: Any = sdk.completions.create(model=BASE, prompt=text, max_tokens=0, logprobs=0, echo=True)
     choice = answer.choices[0]
     assert choice.text == text
     offsets = [*choice.logprobs.text_offset, len(text)]
@@ -73,7 +74,9 @@ def test_tokens_and_offsets_fit_the_text(sdk: openai.OpenAI) -> None:
 
 def test_choices_differ_by_seed_and_come_back_the_same(sdk: openai.OpenAI) -> None:
     def texts() -> list[str]:
-        answer = sdk.completions.create(model="dates", prompt=CONTEXT, max_tokens=12, n=5, seed=3, temperature=1.5)
+        answer: Any = sdk.completions.create(
+            model="dates", prompt=CONTEXT, max_tokens=12, n=5, seed=3, temperature=1.5
+        )
         assert answer.usage.prompt_tokens < 40
         assert [choice.index for choice in answer.choices] == list(range(5))
         return [choice.text for choice in answer.choices]

@@ -32,7 +32,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with ExitStack() as stack:
         url = stack.enter_context(postgres_url())
         s3 = stack.enter_context(s3_server())
-        clients = [
+        here, there = (
             stack.enter_context(
                 serving(
                     Path(folder / name),
@@ -42,8 +42,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                 )
             )[0]
             for name in ("here", "there")
-        ]
-        yield Pair(*clients, url, s3)
+        )
+        yield Pair(here, there, url, s3)
 
 
 def answer(client: httpx.Client, model: str, text: str = "Will it rain in Oslo on Monday?") -> tuple[int, str]:

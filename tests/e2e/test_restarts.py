@@ -8,6 +8,7 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -25,7 +26,7 @@ def value(client: httpx.Client, name: str) -> float:
     return metric(client.get("/metrics").text, name)
 
 
-def stream(client: httpx.Client, model: str, begun: list[str]) -> tuple[int, list[dict]]:
+def stream(client: httpx.Client, model: str, begun: list[str]) -> tuple[int, list[dict[str, Any]]]:
     """Status and events of a stream that does not end by itself; ``begun`` gets its model once it has a status."""
     body = {"model": model, "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:

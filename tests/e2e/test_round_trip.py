@@ -42,12 +42,13 @@ async def test_all_types_round_trip_and_equal_peft(name: str, tmp_path: Path) ->
             body |= {"return_token_ids": True} | ({"task_id": int(task_id)} if task_id else {})
             response = await http.post("/v1/completions", json=body)
             assert response.status_code == 200, response.text
-            return response.json()["choices"][0]["token_ids"]
+            token_ids: list[int] = response.json()["choices"][0]["token_ids"]
+            return token_ids
 
         async with httpx.AsyncClient(base_url=client.base_url, timeout=120) as http:
             answers = await asyncio.gather(*(ask(http, key, text) for key, text in requests))
-        for (key, text), answer in zip(requests, answers, strict=True):
-            assert answer == family.expected(key, text, MAX_TOKENS), (key, text)
+        for (soft_prompt, text), answer in zip(requests, answers, strict=True):
+            assert answer == family.expected(soft_prompt, text, MAX_TOKENS), (soft_prompt, text)
         body = {"model": "multitask_6", "prompt": [1, 2], "max_tokens": 1}
         for task_id in (None, 3):
             response = client.post("/v1/completions", json={**body, "task_id": task_id})

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     tuned = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
-    tuned.save_pretrained(folder / "tuned")
+    tuned.save_pretrained(str(folder / "tuned"))
     return folder
 
 
@@ -93,7 +93,7 @@ def test_labels_score_what_peft_gives_the_whole_text(client: httpx.Client, folde
 @pytest.mark.parametrize("skip", [True, False])
 def test_prompt_and_answer_are_the_decoding_of_all_tokens(client: httpx.Client, tokenizer: Any, skip: bool) -> None:
     words = [index for piece, index in tokenizer.get_vocab().items() if piece.startswith("▁")]
-    fields = {
+    fields: dict[str, Any] = {
         "prompt": TEXT,
         "n": 4,
         "seed": 3,
@@ -122,7 +122,13 @@ def test_prompt_and_answer_are_the_decoding_of_all_tokens(client: httpx.Client, 
 
 def test_a_stream_says_what_the_answer_says(client: httpx.Client, tokenizer: Any) -> None:
     for prompt in (TEXT, [1], "é", [1, 230]):  # 230 is the first byte of a character
-        fields = {"model": BASE, "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        fields: dict[str, Any] = {
+            "model": BASE,
+            "prompt": prompt,
+            "max_tokens": 40,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         (whole,) = choices(client, **fields)
         with client.stream("POST", "/v1/completions", json={**fields, "stream": True}) as response:
             events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
@@ -133,7 +139,7 @@ def test_a_stream_says_what_the_answer_says(client: httpx.Client, tokenizer: Any
 def test_stop_strings_with_spaces_and_special_tokens(client: httpx.Client, tokenizer: Any, stop: str) -> None:
     the, end = tokenizer.convert_tokens_to_ids("▁the"), tokenizer.eos_token_id
     token = end if stop == "</s>" else the
-    fields = {"prompt": TEXT, "max_tokens": 6, "logit_bias": {str(token): 100}, "temperature": 0}
+    fields: dict[str, Any] = {"prompt": TEXT, "max_tokens": 6, "logit_bias": {str(token): 100}, "temperature": 0}
     (choice,) = choices(client, stop=stop, **fields)
     assert (choice["text"], choice["finish_reason"], len(choice["token_ids"])) == ("", "stop", 1)
 

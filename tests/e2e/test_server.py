@@ -7,6 +7,8 @@ import json
 import pickle
 import re
 import subprocess
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 from tests.support.demo_server import TASKS
+from tests.support.presence import present
 from tests.support.processes import PRELUDE
 from tests.support.serving import BASE, adapter, upload
 from tests.support.waiting import wait_until
@@ -26,11 +29,12 @@ def heldout(task: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (HELDOUT_DIRECTORY / f"{task}.jsonl").read_text().splitlines()]
 
 
-def complete(client: httpx.Client, model: str, prompt: object, **fields: object) -> dict[str, object]:
+def complete(client: httpx.Client, model: str, prompt: object, **fields: Any) -> dict[str, Any]:
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 40, **fields}
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -39,9 +43,11 @@ def test_held_out_accuracy_with_the_soft_prompt_and_without(demo_server: httpx.C
     assert len(pairs) >= 100
 
     def accuracy(model: str) -> float:
-        choices = complete(demo_server, model, [pair["input"] for pair in pairs])["choices"]
+        choices: list[dict[str, Any]] = complete(demo_server, model, [pair["input"] for pair in pairs])["choices"]
         answers = [choice["text"].strip() for choice in sorted(choices, key=lambda choice: choice["index"])]
-        return sum(answer == pair["output"] for answer, pair in zip(answers, pairs, strict=True)) / len(pairs)
+        return [answer == pair["output"] for answer, pair in zip(answers, pairs, strict=True)].count(True) / len(
+            pairs
+        )
 
     assert accuracy(task) >= 0.95
     assert accuracy(BASE) <= 0.2
@@ -53,15 +59,16 @@ async def test_mixed_requests_in_flight_at_once_equal_peft(demo_server: httpx.Cl
     questions = [(task, heldout(task)[index]["input"]) for index in range(3) for task in (*TASKS[:4],)]
     questions += [(BASE, text) for _, text in questions[:4]]
 
-    async def ask(http: httpx.AsyncClient, model: str, text: str) -> dict[str, object]:
+    async def ask(http: httpx.AsyncClient, model: str, text: str) -> dict[str, Any]:
         body = {"model": model, "prompt": text, "temperature": 0, "max_tokens": 16, "return_token_ids": True}
-        return (await http.post("/v1/completions", json={**body, "ignore_eos": True})).json()
+        answer: dict[str, Any] = (await http.post("/v1/completions", json={**body, "ignore_eos": True})).json()
+        return answer
 
     async with httpx.AsyncClient(base_url=demo_server.base_url, timeout=120) as http:
         answers = await asyncio.gather(*(ask(http, model, text) for model, text in questions))
     for (model, text), answer in zip(questions, answers, strict=True):
         base = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
-        peft = base if model == BASE else PeftModel.from_pretrained(base, SOFT_PROMPTS_DIRECTORY / model)
+        peft: Any = base if model == BASE else PeftModel.from_pretrained(base, SOFT_PROMPTS_DIRECTORY / model)
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
         base.generation_config.eos_token_id = None
         want = peft.generate(
@@ -135,7 +142,7 @@ def test_streams_keep_their_version_while_others_are_promoted(demo_server: httpx
     demo_server.delete("/v1/prompts/moving")
 
 
-def changed(task: str, change: object) -> bytes:
+def changed(task: str, change: Callable[[torch.Tensor], torch.Tensor]) -> bytes:
     tensors = load_file(SOFT_PROMPTS_DIRECTORY / task / "adapter_model.safetensors")
     return save({"prompt_embeddings": change(tensors["prompt_embeddings"]).contiguous()})
 
@@ -163,7 +170,7 @@ def with_nan(rows: torch.Tensor) -> torch.Tensor:
     ids=["hidden size", "layer count", "nan", "overflow", "truncated", "pickled"],
 )
 def test_bad_files_are_refused_with_the_reason(
-    demo_server: httpx.Client, task: str, make_weights: object, reason: str
+    demo_server: httpx.Client, task: str, make_weights: Callable[[], bytes], reason: str
 ) -> None:
     response = upload(demo_server, "bad", adapter(task)[0], make_weights())
     error = response.json()["error"]
@@ -193,7 +200,7 @@ def test_disconnected_clients_leave_nothing_behind(demo_server: httpx.Client) ->
             next(response.iter_lines())
 
     def value(name: str) -> float:
-        return float(re.search(rf"^{name} (\S+)$", demo_server.get("/metrics").text, re.MULTILINE)[1])
+        return float(present(re.search(rf"^{name} (\S+)$", demo_server.get("/metrics").text, re.MULTILINE))[1])
 
     wait_until(lambda: value("prelude_num_requests_running") == 0, 5)
     assert value("prelude_num_requests_waiting") == 0
@@ -203,7 +210,8 @@ def test_demo_tours_and_exits() -> None:
     result = subprocess.run([*PRELUDE, "demo", "--exit"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert all(task in result.stdout for task in TASKS)
-    assert int(re.search(r"(\d+) distinct soft prompts shared one forward pass", result.stdout)[1]) == 4
+    found = re.search(r"(\d+) distinct soft prompts shared one forward pass", result.stdout)
+    assert int(present(found)[1]) == 4
     assert "curl http://127.0.0.1" in result.stdout
 
 

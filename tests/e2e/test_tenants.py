@@ -17,7 +17,7 @@ KEYS = "\n".join(
 def num_cached(client: httpx.Client, key: str, model: str, text: str) -> int:
     body = {"model": model, "prompt": text, "max_tokens": 1}
     response = client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
-    return response.raise_for_status().json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return int(response.raise_for_status().json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
 def test_cached_texts_are_not_shared_across_tenants(tmp_path: Path) -> None:

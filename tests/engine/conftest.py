@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def llama(make_family: Callable[[str], Family]) -> Family:
 def make_engine() -> Iterator[Callable[..., LLMEngine]]:
     engines: list[LLMEngine] = []
 
-    def make(family: Family, platform: Platform | None = None, **settings: object) -> LLMEngine:
-        defaults = {"dtype": "float32", "kv_cache_memory": 4 * 2**20}
+    def make(family: Family, platform: Platform | None = None, **settings: Any) -> LLMEngine:
+        defaults: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": 4 * 2**20}
         options = EngineSettings(model=str(family.path), **{**defaults, **settings})
         engine = LLMEngine(options, platform=platform)
         engines.append(engine)

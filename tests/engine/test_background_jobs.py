@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,8 +27,17 @@ def jobs() -> Iterator[Jobs]:
 
 def collect(jobs: Jobs, count: int) -> list[tuple[Any, Any]]:
     ended: list[tuple[Any, Any]] = []
-    wait_until(lambda: ended.extend(jobs.take_ended()) or len(ended) >= count, 10)
+
+    def are_there() -> bool:
+        ended.extend(jobs.take_ended())
+        return len(ended) >= count
+
+    wait_until(are_there, 10)
     return ended
+
+
+def upper(key: str, _: threading.Event) -> str:
+    return key.upper()
 
 
 def hold(jobs: Jobs) -> Callable[[], None]:
@@ -46,7 +56,7 @@ def hold(jobs: Jobs) -> Callable[[], None]:
 def test_tenants_take_turns_and_the_jobs_of_each_run_in_order(jobs: Jobs) -> None:
     release = hold(jobs)
     for key in ("a1", "a2", "a3", "b1", "b2"):
-        jobs.submit(key, lambda _, key=key: key.upper(), tenant=key[0])
+        jobs.submit(key, partial(upper, key), tenant=key[0])
     jobs.submit("b1", lambda _: "second", tenant="a")  # it waits already: it keeps its place
     assert (jobs.num_waiting("a"), jobs.num_waiting("b"), jobs.num_waiting("c")) == (3, 2, 0)
     release()
@@ -120,7 +130,12 @@ def test_closing_drops_what_waits_and_cancels_what_runs() -> None:
 def test_only_this_thread_gets_the_stack_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     own = threading.stack_size
-    monkeypatch.setattr(threading, "stack_size", lambda size: sizes.append(size) or own(size))
+
+    def noted(size: int) -> int:
+        sizes.append(size)
+        return own(size)
+
+    monkeypatch.setattr(threading, "stack_size", noted)
     jobs = Jobs("deep", on_ended=lambda: None, stack_bytes=64 << 20)
     jobs.submit("name", lambda _: (threading.current_thread().name, list(sizes)))
     ((_, (name, sizes_before)),) = collect(jobs, 1)

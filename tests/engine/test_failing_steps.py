@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 
 from server.engine.device_faults import is_device_fault
 from server.engine.llm_engine import LLMEngine
-from server.engine.scheduling.scheduler import Chunk, StepPlan
+from server.engine.model.soft_prompts import SoftPromptLoader
+from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
 from server.engine.scheduling.step_parts import retry_in_parts
 from server.engine.types import (
@@ -38,14 +40,14 @@ def break_steps(engine: LLMEngine, is_bad: Callable[[Chunk], bool]) -> list[int]
     compute = engine.runner.run
     sizes: list[int] = []
 
-    def run_or_raise(plan: StepPlan, soft_prompts: object) -> StepOutput:
+    def run_or_raise(plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
         sizes.append(len(plan.chunks))
         output = compute(plan, soft_prompts)
         if any(is_bad(chunk) for chunk in plan.chunks):
             raise IndexError("bad row")
         return output
 
-    engine.runner.run = run_or_raise
+    engine.runner.run = run_or_raise  # type: ignore[method-assign]
     return sizes
 
 
@@ -76,7 +78,7 @@ def seeded(llama: Family, make_engine: Callable[..., LLMEngine]) -> list[int]:
     return tokens(run(engine)["seeded"])
 
 
-PHASES: dict[str, tuple[dict[str, object], Callable[[Chunk], bool]]] = {
+PHASES: dict[str, tuple[dict[str, Any], Callable[[Chunk], bool]]] = {
     "prefill": ({"params": greedy(8)}, of_bad),
     "later chunk": ({"params": greedy(8)}, lambda chunk: of_bad(chunk) and chunk.start >= 8),
     "decode": ({"params": greedy(8)}, lambda chunk: of_bad(chunk) and chunk.start > len(TEXT) + 2),
@@ -151,12 +153,12 @@ def test_parts_that_pass_only_apart_all_pass(llama: Family, make_engine: Callabl
     engine = make_engine(llama)
     compute = engine.runner.run
 
-    def run_if_small(plan: StepPlan, soft_prompts: object) -> StepOutput:
+    def run_if_small(plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
         if len(plan.chunks) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return compute(plan, soft_prompts)
 
-    engine.runner.run = run_if_small
+    engine.runner.run = run_if_small  # type: ignore[method-assign]
     for index in range(7):
         add(engine, f"r{index}", TEXT[index:], greedy(5))
     outputs = run(engine)
@@ -181,7 +183,7 @@ def test_a_broken_device_is_not_tried_again(at: int, llama: Family, make_engine:
     engine = make_engine(llama)
     calls: list[int] = []
 
-    def break_down(plan: StepPlan, _soft_prompts: object) -> StepOutput:
+    def break_down(plan: StepPlan, _soft_prompts: SoftPromptLoader) -> StepOutput:
         calls.append(len(plan.chunks))
         if len(calls) == at:
             raise torch.AcceleratorError("CUDA error: device-side assert triggered")
@@ -222,7 +224,7 @@ def test_a_sequence_that_fails_after_its_step_fails_alone(
     engine = make_engine(llama)
     advance = engine._advance
 
-    def advance_or_raise(seq: Sequence, *more: object) -> TokenEvent:
+    def advance_or_raise(seq: Sequence, *more: Any) -> TokenEvent:
         if seq.request_id == "bad" and seq.num_new_tokens == 2:
             raise IndexError("bad row")
         return advance(seq, *more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def platform(request: pytest.FixtureRequest) -> Platform:
 
 
 def poison_a_token(engine: LLMEngine) -> None:
-    engine.runner.model.get_input_embeddings().weight.data[NAN_TOKEN] = torch.nan
+    model: Any = engine.runner.model
+    model.get_input_embeddings().weight.data[NAN_TOKEN] = torch.nan
 
 
 def end(outputs: list[TokenEvent]) -> RequestFailure:
@@ -189,7 +191,7 @@ SCORED = {"seed": 5, "top_p": 0.9, "logprobs": 2, "prompt_logprobs": 1, "prompt_
 
 @pytest.mark.parametrize("params", [{"seed": 5}, SCORED])
 def test_who_was_misled_is_computed_again_with_the_same_random_numbers(
-    params: dict[str, object], platform: Platform, llama: Family, make_engine: Callable[..., LLMEngine]
+    params: dict[str, Any], platform: Platform, llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
     engine = make_engine(llama, platform, block_size=4)
     add(engine, "alone", TEXT, SamplingParams(max_tokens=6, **params))

@@ -39,7 +39,7 @@ def runners(make_family: Make) -> Iterator[Runners]:
                 with platform_with(backend) as platform:
                     options = EngineSettings(
                         model=str(make_family(name).path),
-                        dtype=dtype,
+                        dtype=dtype,  # type: ignore[arg-type] # a parameter of the test
                         block_size=block_size,
                         kv_cache_memory=4 * 2**20,
                         max_num_seqs=8,
@@ -100,9 +100,10 @@ def logits_of_healthy(runner: ModelRunner, batch: dict[str, Any], poison: float 
     counts = [-(-(start + count + 1) // size) for _, start, count in seqs]
     tables = [
         (own + 1).tolist()
-        for own in torch.randperm(cache.num_blocks - 1, generator=generator)[: sum(counts)].split(counts)
+        for own in torch.split(torch.randperm(cache.num_blocks - 1, generator=generator)[: sum(counts)], counts)
     ]
-    spans, embeds, healthy_rows, row = [], [], [], 0
+    healthy_rows: list[int] = []
+    spans, embeds, row = [], [], 0
     width = runner.info.embedding_width
     for (kind, start, count), table in zip(seqs, tables, strict=True):
         for position in range(start):

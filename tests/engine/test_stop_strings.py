@@ -23,11 +23,14 @@ def test_a_matcher_knows_how_much_of_its_string_the_text_ends_with(string: str, 
 
 @given(letters, strings, st.lists(st.integers(1, 7), min_size=1), st.booleans())
 @settings(deadline=None)
-def test_the_earliest_end_wins_however_the_text_is_cut(text: str, stop: list[str], sizes: list[int], include: bool):
+def test_the_earliest_end_wins_however_the_text_is_cut(
+    text: str, stop: list[str], sizes: list[int], include: bool
+) -> None:
     stops = StopStrings(stop, include=include)
     released, start = "", 0
     for size in sizes * len(text):
-        if stops.found is not None or start >= len(text):
+        is_found = stops.found is not None
+        if is_found or start >= len(text):
             break
         released += stops.append(text[start : start + size])
         start += size

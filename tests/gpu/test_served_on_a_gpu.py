@@ -30,6 +30,7 @@ from tests.support.engine.harness import (
     run,
     tokens,
 )
+from tests.support.presence import present
 
 MAX_TOKENS = 14
 LONG = 4096
@@ -51,9 +52,11 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Famil
     return make
 
 
-def answers(engine: LLMEngine, family: Family, requests: dict[str, tuple], max_tokens: int) -> dict[str, list[int]]:
+def answers(
+    engine: LLMEngine, family: Family, requests: dict[str, tuple[str | None, list[int]]], max_tokens: int
+) -> dict[str, list[int]]:
     for request_id, (key, text) in requests.items():
-        add(engine, request_id, text, greedy(max_tokens), soft_prompt=family.soft_prompts.get(key))
+        add(engine, request_id, text, greedy(max_tokens), soft_prompt=family.source(key))
     return {request_id: tokens(outputs) for request_id, outputs in run(engine).items()}
 
 
@@ -83,14 +86,14 @@ def test_half_precision_is_near_to_peft(
     text = random_text(random.Random(name), 40, 40)
     for key in [*family.soft_prompts, None]:
         params = greedy(1, prompt_logprobs=0)
-        add(engine, str(key), text, params, soft_prompt=family.soft_prompts.get(key))
+        add(engine, str(key), text, params, soft_prompt=family.source(key))
     outputs = run(engine)
     for key in [*family.soft_prompts, None]:
         (output,) = outputs[str(key)]
         want = family.expected_logprobs(key, text)  # in float32
         pairs = [
             (entry.logprob, row[token].item())
-            for entry, token, row in zip(output.prompt_logprobs, text, want, strict=True)
+            for entry, token, row in zip(present(output.prompt_logprobs), text, want, strict=True)
             if entry is not None
         ]
         differences = torch.tensor([abs(got - expected) for got, expected in pairs])
@@ -155,7 +158,9 @@ def test_memory_is_taken_at_the_start_and_given_back(family_of: Callable[[str], 
     before = torch.cuda.memory_allocated()
     settings = EngineSettings(model=str(family.path), dtype="float32", device="cuda", kv_cache_memory=2**24)
     engine = LLMEngine(settings)
-    requests = {str(index): (None, random_text(rng, 30, 60)) for index in range(32)}
+    requests: dict[str, tuple[str | None, list[int]]] = {
+        str(index): (None, random_text(rng, 30, 60)) for index in range(32)
+    }
     answers(engine, family, requests, MAX_TOKENS)
     torch.cuda.synchronize()
     settled = torch.cuda.memory_allocated()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import (
     CartridgeConfig,
     CPTConfig,
     MultitaskPromptTuningConfig,
+    PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -21,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
-from prompt_store.types import BaseModelSpec
+from prompt_store.types import BaseModelSpec, PromptVersion
 
-CONFIGS = {
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "prompt_tuning": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6),
     "p_tuning": lambda: PromptEncoderConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5, encoder_hidden_size=16
@@ -46,6 +48,9 @@ CONFIGS = {
     "cartridge": lambda: CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6, num_frozen_tokens=2),
     "head": lambda: PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3),
 }
+
+Publish = Callable[..., tuple[PromptVersion, bool]]
+"""Publishes two files; the version, and whether it is new."""
 
 
 @pytest.fixture(scope="session")
@@ -72,15 +77,15 @@ def peft_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        num_labels=4,
     )
+    config.num_labels = 4
     folders = {}
     for name, make_config in CONFIGS.items():
-        auto = AutoModelForSequenceClassification if name == "head" else AutoModelForCausalLM
+        auto: Any = AutoModelForSequenceClassification if name == "head" else AutoModelForCausalLM
         model = auto.from_config(config)
         model.config._name_or_path = model.name_or_path = ""
         folders[name] = tmp_path_factory.mktemp(name)
-        get_peft_model(model, make_config()).save_pretrained(folders[name])
+        get_peft_model(model, make_config()).save_pretrained(str(folders[name]))
     return folders
 
 
@@ -101,8 +106,10 @@ def store(tmp_path: Path) -> Iterator[PromptStore]:
 
 
 @pytest.fixture
-def publish(base: BaseModelSpec) -> Callable[..., tuple]:
-    def run(store: PromptStore, files: tuple[bytes, bytes], name: str = "p", **options: object) -> tuple:
+def publish(base: BaseModelSpec) -> Publish:
+    def run(
+        store: PromptStore, files: tuple[bytes, bytes], name: str = "p", **options: Any
+    ) -> tuple[PromptVersion, bool]:
         with store.upload() as upload:
             for filename, data in zip(("adapter_config.json", "adapter_model.safetensors"), files, strict=True):
                 with upload.open(filename) as file:

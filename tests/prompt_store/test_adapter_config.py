@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -24,7 +25,7 @@ from prompt_store.types import PeftType, TaskType
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 
 
-def config_of(**changes: object) -> dict[str, object]:
+def config_of(**changes: Any) -> dict[str, object]:
     return {**CONFIG, **changes}
 
 

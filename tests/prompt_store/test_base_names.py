@@ -41,7 +41,7 @@ HUB = "/home/u/.cache/huggingface/hub"
         "file:///models/Llama-2-7b-hf",
     ],
 )
-def test_forms_of_one_name(text):
+def test_forms_of_one_name(text: str) -> None:
     assert model_name(text) == "llama-2-7b-hf"
 
 
@@ -68,11 +68,11 @@ def test_forms_of_one_name(text):
         (f"{HUB}/datasets--org--one/snapshots/{COMMIT}", COMMIT),
     ],
 )
-def test_other_names(text, name):
+def test_other_names(text: str, name: str) -> None:
     assert model_name(text) == name
 
 
-def test_the_hub_id_of_a_cached_directory():
+def test_the_hub_id_of_a_cached_directory() -> None:
     assert hub_id(f"{HUB}/models--meta-llama--Llama-2-7b-hf/snapshots/{COMMIT}") == "meta-llama/Llama-2-7b-hf"
     assert hub_id(f"{HUB}/models--gpt2/snapshots/{COMMIT}") == "gpt2"
     assert hub_id("/models/Llama-2-7b-hf") is None
@@ -81,7 +81,7 @@ def test_the_hub_id_of_a_cached_directory():
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="aB./\\@:-_ ?[]é\ud800") | st.text())
-def test_any_text_has_a_name_without_separators(text):
+def test_any_text_has_a_name_without_separators(text: str) -> None:
     name = model_name(text)
     assert not set(name) & set("/\\")
     hub_id(text)
@@ -98,5 +98,5 @@ NAME = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9.-]{0,20}[A-Za-z0-9]", fullmatch=Tru
     NAME,
     st.sampled_from(["{0}/{1}", "/m/{1}/", "C:\\m\\{1}", "/h/models--{0}--{1}/snapshots/abc", "./x/../{1}"]),
 )
-def test_a_name_is_found_in_every_form(owner, name, form):
+def test_a_name_is_found_in_every_form(owner: str, name: str, form: str) -> None:
     assert model_name(form.format(owner, name)) == name.casefold()

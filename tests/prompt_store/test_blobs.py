@@ -216,8 +216,8 @@ for turn in itertools.count():
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for _ in range(7):
-                digest, size = process.stdout.readline().split()
-                acknowledged.append((digest, int(size)))
+                words = process.stdout.readline().split()
+                acknowledged.append((words[0], int(words[1])))
             process.kill()
     reopened = BlobDirectory(tmp_path)
     for digest, size in acknowledged:

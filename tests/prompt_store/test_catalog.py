@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -50,7 +51,7 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def new(name: str, content: str, **fields: object) -> NewVersion:
+def new(name: str, content: str, **fields: Any) -> NewVersion:
     files = (
         StoredFile("adapter_config.json", digest_of("config"), 100),
         StoredFile("adapter_model.safetensors", digest_of(content), 2000),
@@ -65,7 +66,7 @@ def new(name: str, content: str, **fields: object) -> NewVersion:
     return NewVersion(name=name, digest=digest_of(content), files=files, **{**common, **fields})
 
 
-def publish(catalog: Catalog, name: str, content: str, alias: str | None = "latest", **fields: object) -> int:
+def publish(catalog: Catalog, name: str, content: str, alias: str | None = "latest", **fields: Any) -> int:
     version = new(name, content, **fields)
     catalog.reserve(version.files)
     return catalog.publish(version, alias)[0].version
@@ -410,7 +411,7 @@ def test_owners(catalog: Catalog) -> None:
     assert catalog.resolve(PromptRef("a-own"), tenant).owner == "a"
     assert catalog.get_prompt("shared", other).latest.owner == SHARED
 
-    unseen = [
+    unseen: list[Callable[[str], object]] = [
         lambda name: catalog.resolve(PromptRef(name), other),
         lambda name: catalog.resolve(PromptRef(name, version=9, alias=None), other),
         lambda name: catalog.get_prompt(name, other),
@@ -418,14 +419,18 @@ def test_owners(catalog: Catalog) -> None:
         lambda name: catalog.list_history(name, 10, None, other),
         lambda name: catalog.list_history(name, 10, 5, other),
     ]
-    changes = [
+    changes: list[Callable[[str, Access], object]] = [
         lambda name, access: catalog.set_alias(name, "x", 1, None, access=access),
         lambda name, access: catalog.rollback(name, "latest", None, access=access),
         lambda name, access: catalog.delete_alias(name, "latest", access=access),
         lambda name, access: catalog.delete_version(name, 1, access=access),
         lambda name, access: catalog.delete_prompt(name, access=access),
     ]
-    for call in [*unseen, *(lambda name, change=change: change(name, other) for change in changes)]:
+
+    def as_other(change: Callable[[str, Access], object]) -> Callable[[str], object]:
+        return lambda name: change(name, other)
+
+    for call in [*unseen, *map(as_other, changes)]:
         messages = []
         for name in ("a-own", "nobodys"):
             with pytest.raises(PromptNotFoundError) as error:

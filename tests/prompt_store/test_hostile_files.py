@@ -11,6 +11,7 @@ import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ BYTES_PER_BYTE = 40
 """The worst case of JSON: a list of small numbers or empty lists, as Python objects."""
 
 
-def config(peft_type: str, task_type: str = "CAUSAL_LM", **more: object) -> bytes:
+def config(peft_type: str, task_type: str = "CAUSAL_LM", **more: Any) -> bytes:
     return json.dumps({"peft_type": peft_type, "task_type": task_type, "num_virtual_tokens": 3, **more}).encode()
 
 
@@ -81,7 +82,7 @@ JSON = st.recursive(
 )
 
 
-def measure(config_bytes: bytes, weights: bytes | Path, **options: bool) -> SoftPrompt | InvalidPromptError:
+def measure(config_bytes: bytes, weights: bytes | Path, **options: Any) -> SoftPrompt | InvalidPromptError:
     """Validate, and check the memory used."""
     tracemalloc.start()
     try:
@@ -117,13 +118,13 @@ def hostile(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def test_the_files_that_are_mutated_are_valid():
+def test_the_files_that_are_mutated_are_valid() -> None:
     assert all(check(*files) for files in VALID)
 
 
 @hostile(80)
 @given(st.binary(max_size=300), st.binary(max_size=300), st.sampled_from(VALID))
-def test_any_bytes(config_bytes, weights, valid):
+def test_any_bytes(config_bytes: bytes, weights: bytes, valid: tuple[bytes, bytes]) -> None:
     assert not check(config_bytes, valid[1])
     assert not check(valid[0], weights)
     assert not check(config_bytes, weights)
@@ -133,7 +134,7 @@ def test_any_bytes(config_bytes, weights, valid):
 @given(
     st.sampled_from(VALID), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 )
-def test_any_bytes_changed(valid, changes):
+def test_any_bytes_changed(valid: tuple[bytes, bytes], changes: list[tuple[int, int]]) -> None:
     for which in (0, 1):
         data = bytearray(valid[which])
         for position, value in changes:
@@ -143,7 +144,7 @@ def test_any_bytes_changed(valid, changes):
 
 @hostile(60)
 @given(st.sampled_from(VALID), st.integers(0, 10**6), st.binary(max_size=20))
-def test_any_file_truncated_or_extended(valid, position, tail):
+def test_any_file_truncated_or_extended(valid: tuple[bytes, bytes], position: int, tail: bytes) -> None:
     check(valid[0], valid[1][: position % len(valid[1])] + tail)
     check(valid[0], valid[1] + tail)
     check(valid[0][: position % len(valid[0])] + tail, valid[1])
@@ -155,7 +156,7 @@ OFFSETS = st.lists(st.sampled_from([0, 12, 384, 2**60, 2**64]) | st.integers(), 
 
 @hostile(200)
 @given(st.sampled_from(VALID), st.data())
-def test_any_header(valid, data):
+def test_any_header(valid: tuple[bytes, bytes], data: st.DataObject) -> None:
     length = struct.unpack("<Q", valid[1][:8])[0]
     header = json.loads(valid[1][8 : 8 + length])
     name = data.draw(st.sampled_from([key for key in header if key != "__metadata__"]))
@@ -184,7 +185,7 @@ def test_any_header(valid, data):
 @example(VALID[0], {"num_virtual_tokens": 10**12})
 @example(VALID[0], {"peft_type": {}})
 @example(VALID[4], {"num_tasks": 10**400, "num_ranks": 10**12})
-def test_any_fields(valid, changes):
+def test_any_fields(valid: tuple[bytes, bytes], changes: dict[str, Any]) -> None:
     check(json.dumps(json.loads(valid[0]) | changes).encode(), valid[1])
 
 
@@ -199,7 +200,7 @@ CLAIMS = [
 
 @pytest.mark.parametrize("header", CLAIMS, ids=lambda header: str(next(iter(header.values()))["shape"]))
 @pytest.mark.parametrize("valid", VALID, ids=lambda files: json.loads(files[0])["peft_type"])
-def test_false_sizes_in_a_header_use_no_memory(valid, header):
+def test_false_sizes_in_a_header_use_no_memory(valid: tuple[bytes, bytes], header: dict[str, Any]) -> None:
     text = json.dumps(header).encode()
     huge = json.dumps(json.loads(valid[0]) | {"num_virtual_tokens": 10**12}).encode()
     assert not check(huge, struct.pack("<Q", len(text)) + text)
@@ -241,7 +242,7 @@ print(prompt.num_tasks, path.stat().st_size >> 20)
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="a limit that Linux has")
 @pytest.mark.parametrize(("dtype", "element"), [("F64", 8), ("BF16", 2)])
-def test_a_large_file_is_checked_in_40_mib(tmp_path, dtype, element):
+def test_a_large_file_is_checked_in_40_mib(tmp_path: Path, dtype: str, element: int) -> None:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LARGE, tmp_path / "large", dtype, str(element)],

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import obstore
 import pytest
@@ -63,7 +64,7 @@ Open = Callable[..., ObjectBlobs]
 def open_blobs(tmp_path: Path) -> Iterator[Open]:
     opened = []
 
-    def run(url: str, name: str = "cache", budget_bytes: int = BUDGET, **options: float) -> ObjectBlobs:
+    def run(url: str, name: str = "cache", budget_bytes: int = BUDGET, **options: Any) -> ObjectBlobs:
         blobs = ObjectBlobs(url, tmp_path / name, budget_bytes, **options)
         opened.append(blobs)
         return blobs
@@ -170,7 +171,7 @@ def test_damage_that_cannot_be_quarantined_stays_and_is_repaired(
         raise PermissionError("read only")
 
     with monkeypatch.context() as patch:
-        patch.setattr(object_store.obstore, "copy", refuse)
+        patch.setattr(obstore, "copy", refuse)
         with pytest.raises(CorruptBlobError):
             blobs.fetch(DIGEST, len(DATA))
     assert keys(blobs) == [KEY]
@@ -201,11 +202,11 @@ def test_an_object_repaired_meanwhile_is_not_removed(
     obstore.put(blobs._store, KEY, b"same bytes")
     copy = obstore.copy
 
-    def heal_after(*args: object) -> None:
+    def heal_after(*args: Any) -> None:
         copy(*args)
         obstore.put(blobs._store, KEY, DATA)
 
-    monkeypatch.setattr(object_store.obstore, "copy", heal_after)
+    monkeypatch.setattr(obstore, "copy", heal_after)
     with pytest.raises(CorruptBlobError):
         blobs.fetch(DIGEST, len(DATA))
     assert blobs.fetch(DIGEST, len(DATA)).read_bytes() == DATA
@@ -220,7 +221,7 @@ def test_at_most_the_expected_bytes_are_downloaded(
     endless = SimpleNamespace(
         meta={"size": len(DATA), "e_tag": "a"}, stream=lambda min_chunk_size: itertools.repeat(DATA)
     )
-    monkeypatch.setattr(object_store.obstore, "get", lambda *args: endless)
+    monkeypatch.setattr(obstore, "get", lambda *args: endless)
     with pytest.raises(CorruptBlobError):
         blobs.fetch(DIGEST, len(DATA))
 
@@ -269,11 +270,11 @@ def test_an_intact_object_is_not_uploaded_again(
     uploads = []
     real_put = obstore.put
 
-    def counting(*args: object, **options: object) -> object:
+    def counting(*args: Any, **options: Any) -> object:
         uploads.append(args[1])
         return real_put(*args, **options)
 
-    monkeypatch.setattr(object_store.obstore, "put", counting)
+    monkeypatch.setattr(obstore, "put", counting)
     put(blobs, tmp_path)
     put(blobs, tmp_path)
     assert uploads == [KEY]
@@ -295,7 +296,7 @@ def test_a_cache_on_another_file_system_is_filled_at_first_use(
 ) -> None:
     blobs = open_blobs("memory:///")
 
-    def refuse(*args: object, **options: object) -> Path:
+    def refuse(*args: object, **options: Any) -> Path:
         raise OSError(18, "Invalid cross-device link")
 
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from prompt_store.errors import PromptStoreError
 from prompt_store.open_store import open_store
 
 
-def refused(location: Path | str, **options: str) -> str:
+def refused(location: Path | str, **options: Any) -> str:
     with pytest.raises(PromptStoreError) as caught:
         open_store(location, **options)
     assert "\n" not in str(caught.value)

@@ -14,7 +14,9 @@ from prompt_store.errors import PromptNotFoundError, PromptStoreError, StoreUnav
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef
+from tests.prompt_store.conftest import Publish
 from tests.prompt_store.databases import postgres_url, refuse_connections
+from tests.support.presence import present
 from tests.support.waiting import wait_until
 
 Files = dict[str, tuple[bytes, bytes]]
@@ -49,7 +51,7 @@ def replicas(url: str, tmp_path: Path) -> Iterator[tuple[PromptStore, PromptStor
 
 
 def test_changes_of_one_replica_are_served_by_the_other(
-    replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files
+    replicas: tuple[PromptStore, PromptStore], publish: Publish, peft_files: Files
 ) -> None:
     here, there = replicas
     publish(here, peft_files["prompt_tuning"])
@@ -68,7 +70,7 @@ def test_changes_of_one_replica_are_served_by_the_other(
 
 
 def test_changes_arrive_by_polling_alone(
-    url: str, tmp_path: Path, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, publish: Publish, peft_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Like a pooler that drops LISTEN: the store listens on a channel without notifications.
     monkeypatch.setattr("prompt_store.catalog.catalog.CHANNEL", "nothing_is_sent_here")
@@ -86,7 +88,7 @@ def test_changes_arrive_by_polling_alone(
 
 
 def test_cached_versions_are_served_while_the_catalog_is_unreachable(
-    url: str, replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files
+    url: str, replicas: tuple[PromptStore, PromptStore], publish: Publish, peft_files: Files
 ) -> None:
     here, there = replicas
     publish(here, peft_files["prompt_tuning"])
@@ -121,7 +123,7 @@ def test_cached_versions_are_served_while_the_catalog_is_unreachable(
 
 
 def test_blobs_without_a_name_stay_for_the_grace_period(
-    url: str, tmp_path: Path, publish: Callable, peft_files: Files
+    url: str, tmp_path: Path, publish: Publish, peft_files: Files
 ) -> None:
     folder = tmp_path / "shared"
     store = open_store(folder, catalog_url=url)
@@ -140,14 +142,14 @@ def test_blobs_without_a_name_stay_for_the_grace_period(
 
 
 def test_a_lost_blob_keeps_the_cache_while_the_catalog_is_unreachable(
-    url: str, replicas: tuple[PromptStore, PromptStore], publish: Callable, peft_files: Files, tmp_path: Path
+    url: str, replicas: tuple[PromptStore, PromptStore], publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
     store = replicas[0]
     lost, _ = publish(store, peft_files["prompt_tuning"])
     publish(store, peft_files["p_tuning"])
     for ref in ("p@1", "p"):
         store.release(store.lease(PromptRef.parse(ref)))
-    digest = lost.file("adapter_model.safetensors").sha256
+    digest = present(lost.file("adapter_model.safetensors")).sha256
     wait_until(lambda: store.status.revision == store._catalog.revision(), 2.0)
     store.release(store.lease(PromptRef.parse("p")))
     store.resolve(PromptRef.parse("p@1"))

@@ -21,6 +21,8 @@ from prompt_store.errors import (
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef, StoredFile
+from tests.prompt_store.conftest import Publish
+from tests.support.presence import present
 
 Files = dict[str, tuple[bytes, bytes]]
 
@@ -33,7 +35,7 @@ def num_blobs(tmp_path: Path) -> int:
     return sum(1 for _ in (tmp_path / "store" / "blobs").glob("*/*"))
 
 
-def test_versions_count_up_and_the_alias_moves(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_versions_count_up_and_the_alias_moves(store: PromptStore, publish: Publish, peft_files: Files) -> None:
     first, created = publish(
         store, peft_files["prompt_tuning"], description="one", tags=["b", "a"], metadata={"k": [1]}
     )
@@ -48,7 +50,7 @@ def test_versions_count_up_and_the_alias_moves(store: PromptStore, publish: Call
 
 
 def test_equal_bytes_are_one_version_and_move_the_alias(
-    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
     first, _ = publish(store, peft_files["prompt_tuning"])
     publish(store, peft_files["prefix_tuning"])
@@ -61,7 +63,7 @@ def test_equal_bytes_are_one_version_and_move_the_alias(
     assert num_blobs(tmp_path) == 4
 
 
-def test_an_upload_without_an_alias_moves_none(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_an_upload_without_an_alias_moves_none(store: PromptStore, publish: Publish, peft_files: Files) -> None:
     publish(store, peft_files["prompt_tuning"])
     publish(store, peft_files["prefix_tuning"], alias="canary")
     publish(store, peft_files["p_tuning"], alias=None)
@@ -70,7 +72,7 @@ def test_an_upload_without_an_alias_moves_none(store: PromptStore, publish: Call
     assert store.get_prompt("p").num_versions == 3
 
 
-def test_files_come_back_byte_for_byte(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_files_come_back_byte_for_byte(store: PromptStore, publish: Publish, peft_files: Files) -> None:
     for name, (config, weights) in peft_files.items():
         publish(store, (config, weights), name=name)
         assert store.read_file(name, 1, "adapter_config.json") == config
@@ -89,7 +91,7 @@ def test_files_come_back_byte_for_byte(store: PromptStore, publish: Callable, pe
     ],
 )
 def test_invalid_names_are_rejected(
-    options: dict[str, object], message: str, store: PromptStore, publish: Callable, peft_files: Files
+    options: dict[str, object], message: str, store: PromptStore, publish: Publish, peft_files: Files
 ) -> None:
     with pytest.raises(ValueError, match=message):
         publish(store, peft_files["p_tuning"], **options)
@@ -97,7 +99,7 @@ def test_invalid_names_are_rejected(
 
 
 def test_a_rejected_upload_leaves_nothing(
-    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
     config, weights = peft_files["p_tuning"]
     with pytest.raises(InvalidPromptError):
@@ -105,7 +107,7 @@ def test_a_rejected_upload_leaves_nothing(
     with store.upload() as upload, pytest.raises(InvalidPromptError, match="adapter_model.safetensors is missing"):
         with upload.open("adapter_config.json") as file:
             file.write(config)
-        store.publish(upload, name="p", base=None)
+        store.publish(upload, name="p", base=None)  # type: ignore[arg-type]
     assert num_blobs(tmp_path) == 0
     assert staged(tmp_path) == []
     assert store.totals().num_prompts == 0
@@ -131,7 +133,7 @@ def test_a_file_is_accepted_once_and_up_to_its_limit(tmp_path: Path) -> None:
 
 
 def test_missing_names_versions_and_aliases_are_errors(
-    store: PromptStore, publish: Callable, peft_files: Files
+    store: PromptStore, publish: Publish, peft_files: Files
 ) -> None:
     publish(store, peft_files["p_tuning"])
     for call in (
@@ -151,7 +153,7 @@ def test_missing_names_versions_and_aliases_are_errors(
 
 
 def test_an_alias_moves_only_from_the_expected_version(
-    store: PromptStore, publish: Callable, peft_files: Files
+    store: PromptStore, publish: Publish, peft_files: Files
 ) -> None:
     publish(store, peft_files["p_tuning"])
     publish(store, peft_files["prompt_tuning"])
@@ -166,7 +168,7 @@ def test_an_alias_moves_only_from_the_expected_version(
 
 
 def test_latest_moves_back_and_numbers_are_never_reused(
-    store: PromptStore, publish: Callable, peft_files: Files
+    store: PromptStore, publish: Publish, peft_files: Files
 ) -> None:
     publish(store, peft_files["p_tuning"])
     publish(store, peft_files["prompt_tuning"])
@@ -180,7 +182,7 @@ def test_latest_moves_back_and_numbers_are_never_reused(
 
 
 def test_deleted_files_are_removed_with_the_last_lease(
-    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
     publish(store, peft_files["p_tuning"])
     leases = [store.lease(PromptRef.parse("p")) for _ in range(2)]
@@ -194,7 +196,7 @@ def test_deleted_files_are_removed_with_the_last_lease(
 
 
 def test_files_that_another_version_shares_are_not_collected(
-    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
     publish(store, peft_files["p_tuning"])
     publish(store, peft_files["p_tuning"], name="q")
@@ -205,7 +207,7 @@ def test_files_that_another_version_shares_are_not_collected(
 
 
 def test_lists_continue_after_a_name_and_filter_by_tag(
-    store: PromptStore, publish: Callable, peft_files: Files
+    store: PromptStore, publish: Publish, peft_files: Files
 ) -> None:
     for name in ("d", "a", "c", "b"):
         publish(store, peft_files["p_tuning"], name=name, tags=["odd"] if name in "ac" else [])
@@ -216,7 +218,7 @@ def test_lists_continue_after_a_name_and_filter_by_tag(
     assert [item.name for item in store.list_prompts(tag="odd")[0]] == ["a", "c"]
 
 
-def test_a_restart_loses_nothing(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
+def test_a_restart_loses_nothing(tmp_path: Path, publish: Publish, peft_files: Files) -> None:
     store = open_store(tmp_path / "store")
     version, _ = publish(store, peft_files["prefix_tuning"], tags=["t"], metadata={"a": 1})
     file = StoredFile("adapter_config.json", hashlib.sha256(b"x").hexdigest(), 1)
@@ -247,10 +249,10 @@ def test_one_process_at_a_time_and_no_newer_schema(tmp_path: Path) -> None:
 
 
 def test_damaged_and_missing_blobs_are_errors(
-    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
     version, _ = publish(store, peft_files["p_tuning"])
-    weights = version.file("adapter_model.safetensors")
+    weights = present(version.file("adapter_model.safetensors"))
     path = tmp_path / "store" / "blobs" / weights.sha256[:2] / weights.sha256
     path.write_bytes(b"damaged")
     with pytest.raises(CorruptBlobError, match="not what was stored"):
@@ -263,7 +265,7 @@ def test_damaged_and_missing_blobs_are_errors(
         assert leased.weights_path.read_bytes() == peft_files["p_tuning"][1]
 
 
-def test_threads_publish_without_gaps(store: PromptStore, publish: Callable, peft_files: Files) -> None:
+def test_threads_publish_without_gaps(store: PromptStore, publish: Publish, peft_files: Files) -> None:
     config, weights = peft_files["prompt_tuning"]
     numbers: list[int] = []
 
@@ -281,7 +283,7 @@ def test_threads_publish_without_gaps(store: PromptStore, publish: Callable, pef
 
 
 def test_a_full_disk_is_reported_as_unavailable(
-    store: PromptStore, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch
+    store: PromptStore, publish: Publish, peft_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(store, peft_files["prompt_tuning"])
 
@@ -324,21 +326,27 @@ def away(root: Path, how: str) -> Callable[[], None]:
 
 @pytest.mark.parametrize("how", ["gone", "an empty folder", "an empty folder of blobs"])
 def test_an_unmounted_directory_has_lost_nothing(
-    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path, how: str
+    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path, how: str
 ) -> None:
     publish(store, peft_files["prompt_tuning"])
     publish(store, peft_files["prefix_tuning"], name="q")
     ref = PromptRef("p")
     upload = store.upload()
     bring_back = away(tmp_path / "store", how)
-    for act in (
+
+    def delete_and_collect() -> None:
+        store.delete_prompt("q")
+        store.collect()
+
+    acts: list[Callable[[], object]] = [
         lambda: store.lease(ref),
         lambda: store.read_file("p", 1, "adapter_config.json"),
         store.upload,
         lambda: upload.open("adapter_config.json"),
         lambda: publish(store, peft_files["prompt_tuning"], name="r"),
-        lambda: store.collect() if store.delete_prompt("q") is None else None,
-    ):
+        delete_and_collect,
+    ]
+    for act in acts:
         with pytest.raises(StoreUnavailableError):
             act()
     bring_back()
@@ -352,10 +360,10 @@ def test_an_unmounted_directory_has_lost_nothing(
 
 
 def test_a_single_missing_blob_is_damage(
-    store: PromptStore, publish: Callable, peft_files: Files, tmp_path: Path
+    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
     version, _ = publish(store, peft_files["prompt_tuning"])
-    digest = version.file("adapter_model.safetensors").sha256
+    digest = present(version.file("adapter_model.safetensors")).sha256
     (tmp_path / "store" / "blobs" / digest[:2] / digest).unlink()
     with pytest.raises(CorruptBlobError, match="is missing"):
         store.lease(PromptRef("p"))
@@ -363,7 +371,7 @@ def test_a_single_missing_blob_is_damage(
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE])
 def test_a_failing_disk_has_lost_nothing(
-    store: PromptStore, publish: Callable, peft_files: Files, monkeypatch: pytest.MonkeyPatch, number: int
+    store: PromptStore, publish: Publish, peft_files: Files, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     publish(store, peft_files["prompt_tuning"])
 
@@ -382,7 +390,7 @@ def test_a_failing_disk_has_lost_nothing(
     store.release(store.lease(PromptRef("p")))
 
 
-def test_a_missing_catalog_is_not_created_again(tmp_path: Path, publish: Callable, peft_files: Files) -> None:
+def test_a_missing_catalog_is_not_created_again(tmp_path: Path, publish: Publish, peft_files: Files) -> None:
     """A connection that is opened while the volume is unmounted finds no file, and creates none."""
     root = tmp_path / "store ?#%"
     store = open_store(root)

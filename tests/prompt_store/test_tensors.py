@@ -5,6 +5,8 @@ import json
 import pickle
 import struct
 import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +18,14 @@ from safetensors.torch import save as save_torch
 
 from prompt_store.errors import InvalidPromptError
 from prompt_store.files.tensors import MAX_HEADER_BYTES, read_tensors
+from prompt_store.types import TensorData
+
+Read = Callable[[bytes], dict[str, TensorData]]
 
 VALID = save({"prompt_embeddings": np.arange(24, dtype=np.float32).reshape(3, 8)}, metadata={"format": "pt"})
 
 
-def archive(header: dict[str, object], data: bytes = b"") -> bytes:
+def archive(header: Mapping[str, object], data: bytes = b"") -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -36,10 +41,10 @@ def saved_by_torch(*, legacy: bool) -> bytes:
 
 
 @pytest.fixture(params=["bytes", "path"])
-def read(request, tmp_path):
+def read(request: pytest.FixtureRequest, tmp_path: Path) -> Read:
     """Read from memory and from a file; both accept and reject the same."""
 
-    def run(data: bytes):
+    def run(data: bytes) -> dict[str, TensorData]:
         if request.param == "bytes":
             return read_tensors(data)
         path = tmp_path / "weights"
@@ -49,14 +54,14 @@ def read(request, tmp_path):
     return run
 
 
-def refusal(read, data: bytes) -> tuple[str, str]:
+def refusal(read: Read, data: bytes) -> tuple[str, str]:
     with pytest.raises(InvalidPromptError) as caught:
         read(data)
     (fault,) = caught.value.faults
     return fault.code, fault.message
 
 
-def test_reads_all_tensors_byte_for_byte(read):
+def test_reads_all_tensors_byte_for_byte(read: Read) -> None:
     written = {
         "half": torch.ones(3, dtype=torch.float16),
         "brain": torch.ones(2, 2, dtype=torch.bfloat16),
@@ -81,14 +86,14 @@ def test_reads_all_tensors_byte_for_byte(read):
 @pytest.mark.parametrize(
     "data", [saved_by_torch(legacy=False), saved_by_torch(legacy=True), pickle.dumps({}), b"PK\x03\x04", b"\x80"]
 )
-def test_a_pickle_is_named_and_never_loaded(read, data):
+def test_a_pickle_is_named_and_never_loaded(read: Read, data: bytes) -> None:
     code, message = refusal(read, data)
     assert code == "pickle_file"
     assert "re-save" in message
     assert "safe_serialization=True" in message
 
 
-def test_a_header_that_only_looks_like_a_pickle_is_read(read):
+def test_a_header_that_only_looks_like_a_pickle_is_read(read: Read) -> None:
     header = json.dumps({"a": tensor([0], 0, 0)}).encode().ljust(0x80)
     assert read(struct.pack("<Q", len(header)) + header)["a"].shape == (0,)
 
@@ -114,7 +119,7 @@ def test_a_header_that_only_looks_like_a_pickle_is_read(read):
         archive({"__metadata__": {"format": 1}}),
     ],
 )
-def test_malformed_files_are_rejected(read, data):
+def test_malformed_files_are_rejected(read: Read, data: bytes) -> None:
     assert refusal(read, data)[0] == "invalid_safetensors"
 
 
@@ -127,22 +132,22 @@ def test_malformed_files_are_rejected(read, data):
         (b"<html", "a web page"),
     ],
 )
-def test_common_other_files_are_named(read, data, words):
+def test_common_other_files_are_named(read: Read, data: bytes, words: str) -> None:
     code, message = refusal(read, data)
     assert code == "invalid_safetensors"
     assert words in message
 
 
-def test_a_large_header_is_rejected_before_it_is_parsed(read):
+def test_a_large_header_is_rejected_before_it_is_parsed(read: Read) -> None:
     many = {str(index): tensor([0], 0, 0) for index in range(MAX_HEADER_BYTES // 40)}
     assert refusal(read, archive(many))[0] == "header_too_large"
 
 
-def test_a_truncated_file_is_reported_with_both_sizes(read):
+def test_a_truncated_file_is_reported_with_both_sizes(read: Read) -> None:
     assert f"the whole file has {len(VALID[:20])}" in refusal(read, VALID[:20])[1]
 
 
-def test_reading_a_path_uses_no_memory(tmp_path):
+def test_reading_a_path_uses_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(save({"prompt_embeddings": np.ones((1024, 4096), np.float32)}))
     tracemalloc.start()
@@ -154,7 +159,7 @@ def test_reading_a_path_uses_no_memory(tmp_path):
     assert tensors["prompt_embeddings"].data[:4] == struct.pack("<f", 1.0)
 
 
-def test_a_missing_file_is_an_os_error(tmp_path):
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_tensors(tmp_path / "none")
 
@@ -162,7 +167,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=300), keep=st.integers(0, len(VALID)), at=st.integers(0, len(VALID)))
 @example(data=b"", keep=len(VALID), at=len(VALID))
-def test_mutated_files_are_read_or_rejected(read, data, keep, at):
+def test_mutated_files_are_read_or_rejected(read: Read, data: bytes, keep: int, at: int) -> None:
     try:
         tensors = read(VALID[:at] + data + VALID[at:keep])
     except InvalidPromptError:

@@ -20,7 +20,8 @@ CONFIGS, TRAINING = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE 
 def make_configs() -> dict[str, Any]:
     namespace: dict[str, Any] = {}
     exec(CONFIGS, namespace)  # noqa: S102 - our own document
-    return namespace["configs"]
+    configs: dict[str, Any] = namespace["configs"]
+    return configs
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", make_configs())
 def test_each_method_trains_and_its_files_are_accepted(
     name: str, base: BaseModelSpec, base_folder: Path, tmp_path: Path
-):
+) -> None:
     ids = torch.arange(12).view(2, 6)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if name == "multitask":
@@ -54,7 +55,7 @@ def test_each_method_trains_and_its_files_are_accepted(
     assert prompt.num_virtual_tokens == namespace["config"].num_virtual_tokens
 
 
-def test_every_method_is_in_the_document():
+def test_every_method_is_in_the_document() -> None:
     trained = {config.peft_type.value for config in make_configs().values()}
     assert trained == set(PeftType)
     assert all(f"| `{peft_type}`" in DOCUMENT for peft_type in PeftType)

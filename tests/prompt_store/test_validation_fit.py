@@ -7,8 +7,10 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def faults(
     return []
 
 
-def codes(*arguments, **options) -> list[str]:
+def codes(*arguments: Any, **options: Any) -> list[str]:
     return [fault.code for fault in faults(*arguments, **options)]
 
 
@@ -58,7 +60,7 @@ def test_what_peft_writes_fits_and_is_read_value_for_value(
             assert prompt.num_labels == (4 if name == "head" else None)
 
 
-def test_wrong_hidden_size_of_embeddings():
+def test_wrong_hidden_size_of_embeddings() -> None:
     (fault,) = faults(EMBEDS, ones(3, 48))
     assert (fault.code, fault.file, fault.field) == (
         "shape_mismatch",
@@ -83,11 +85,13 @@ def test_wrong_hidden_size_of_embeddings():
         (10**400, 64, ["layer_count_mismatch", "shape_mismatch"]),
     ],
 )
-def test_wrong_layers_and_wrong_heads_of_a_prefix_are_distinguished(num_layers, width, want):
+def test_wrong_layers_and_wrong_heads_of_a_prefix_are_distinguished(
+    num_layers: int | None, width: int, want: list[Any]
+) -> None:
     assert codes(PREFIX | {"num_layers": num_layers}, ones(3, width)) == want
 
 
-def test_messages_on_a_prefix_say_where_the_numbers_come_from():
+def test_messages_on_a_prefix_say_where_the_numbers_come_from() -> None:
     (layers,) = faults(PREFIX | {"num_layers": 3}, ones(3, 96))
     assert "for 3 layers, but 'org/tiny' has 2" in layers.message
     assert "width 96" in layers.message
@@ -96,38 +100,38 @@ def test_messages_on_a_prefix_say_where_the_numbers_come_from():
     assert "32 for the keys of each layer where 16 are needed" in heads.message
 
 
-def test_peft_ignores_the_head_fields_of_a_prefix():
+def test_peft_ignores_the_head_fields_of_a_prefix() -> None:
     assert codes(PREFIX | {"token_dim": 32, "num_attention_heads": 4}, ones(3, 64)) == []
 
 
-def test_token_dim_must_be_the_width_of_the_rows():
+def test_token_dim_must_be_the_width_of_the_rows() -> None:
     assert codes(EMBEDS | {"token_dim": 32}, ones(3, 32)) == []
     assert codes(EMBEDS | {"token_dim": 48}, ones(3, 32)) == ["inconsistent_token_dim"]
 
 
 @pytest.mark.parametrize("shape", [(96,), (3, 32, 1), ()])
-def test_rows_are_a_matrix(shape):
+def test_rows_are_a_matrix(shape: tuple[int, ...]) -> None:
     assert codes(EMBEDS, ones(*shape)) == ["shape_mismatch"]
 
 
-def test_no_rows():
+def test_no_rows() -> None:
     assert set(codes(EMBEDS, ones(0, 32))) == {"shape_mismatch", "num_virtual_tokens_mismatch"}
 
 
 @pytest.mark.parametrize("stated", [2, 4, 10**12, 10**400])
-def test_the_configuration_must_agree_with_the_rows(stated):
+def test_the_configuration_must_agree_with_the_rows(stated: int) -> None:
     (fault,) = faults(EMBEDS | {"num_virtual_tokens": stated}, ones(3, 32))
     assert fault.code == "num_virtual_tokens_mismatch"
     assert "3 rows" in fault.message
 
 
 @pytest.mark.parametrize(("rows", "want"), [(62, []), (63, ["context_exceeded"]), (64, ["context_exceeded"])])
-def test_the_context_has_room_for_text_and_a_new_token(rows, want):
+def test_the_context_has_room_for_text_and_a_new_token(rows: int, want: list[Any]) -> None:
     assert codes(EMBEDS | {"num_virtual_tokens": rows}, ones(rows, 32)) == want
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int8, np.bool_, np.int64])
-def test_other_dtypes(dtype):
+def test_other_dtypes(dtype: npt.DTypeLike) -> None:
     (fault,) = faults(EMBEDS, np.ones((3, 32), dtype))
     assert fault.code == "unsupported_dtype"
     assert "F32, F16, BF16" in fault.message
@@ -135,7 +139,7 @@ def test_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_non_finite_value_is_reported_with_its_place(value):
+def test_a_non_finite_value_is_reported_with_its_place(value: float) -> None:
     rows = ones(3, 32)
     rows[1, 5:7] = value
     (fault,) = faults(EMBEDS, rows)
@@ -144,7 +148,7 @@ def test_a_non_finite_value_is_reported_with_its_place(value):
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 65520.0), ("bfloat16", 3.4e38)])
-def test_overflow_in_the_serving_dtype(dtype, value):
+def test_overflow_in_the_serving_dtype(dtype: str, value: float) -> None:
     rows = ones(3, 32)
     rows[2, 1] = -value
     assert codes(EMBEDS, rows) == []
@@ -154,7 +158,7 @@ def test_overflow_in_the_serving_dtype(dtype, value):
     assert "row 2, column 1" in fault.message
 
 
-def test_tensors_that_peft_would_load_over_the_base():
+def test_tensors_that_peft_would_load_over_the_base() -> None:
     extra = {f"base_model.layer_{index:02}.weight": ones(1) for index in range(12)}
     weights = save({"prompt_embeddings": ones(3, 32), **extra})
     with pytest.raises(InvalidPromptError) as caught:
@@ -165,18 +169,18 @@ def test_tensors_that_peft_would_load_over_the_base():
     assert "4 more tensors" in found[-1].message
 
 
-def test_missing_tensor():
+def test_missing_tensor() -> None:
     with pytest.raises(InvalidPromptError) as caught:
         validate(json.dumps(EMBEDS).encode(), save({"other": ones(3, 32)}), BASE, require_same_base=False)
     assert [fault.code for fault in caught.value.faults] == ["unexpected_tensor", "missing_tensor"]
 
 
 @pytest.mark.parametrize("name", ["org/tiny", "other-org/tiny", "tiny", "/models/tiny/", "org/Tiny", None, ""])
-def test_the_same_base_by_another_path_or_not_named(name):
+def test_the_same_base_by_another_path_or_not_named(name: str | None) -> None:
     assert codes(EMBEDS | {"base_model_name_or_path": name}, ones(3, 32), same=True) == []
 
 
-def test_the_base_by_another_of_its_names():
+def test_the_base_by_another_of_its_names() -> None:
     weights = save({"prompt_embeddings": ones(3, 32)})
     config = json.dumps(EMBEDS | {"base_model_name_or_path": "hub/tiny-1b"}).encode()
     validate(config, weights, replace(BASE, other_names=("org/tiny-1b",)), require_same_base=True)
@@ -186,17 +190,17 @@ def test_the_base_by_another_of_its_names():
     "name",
     ["C:\\models\\tiny", "/hub/models--org--tiny/snapshots/0123456789abcdef", "https://hub/org/tiny/tree/main"],
 )
-def test_the_same_base_by_the_forms_that_other_machines_use(name):
+def test_the_same_base_by_the_forms_that_other_machines_use(name: str) -> None:
     assert codes(EMBEDS | {"base_model_name_or_path": name}, ones(3, 32), same=True) == []
 
 
-def test_a_base_served_from_the_hubs_cache_is_its_hub_id():
+def test_a_base_served_from_the_hubs_cache_is_its_hub_id() -> None:
     config = json.dumps(EMBEDS | {"base_model_name_or_path": "hub/tiny-1b"}).encode()
     base = replace(BASE, name="x", other_names=("/hub/models--hub--tiny-1b/snapshots/0123456789abcdef",))
     validate(config, save({"prompt_embeddings": ones(3, 32)}), base, require_same_base=True)
 
 
-def test_a_served_name_without_a_model_matches_nothing():
+def test_a_served_name_without_a_model_matches_nothing() -> None:
     base = replace(BASE, other_names=(".", ".."))
     config = json.dumps(EMBEDS | {"base_model_name_or_path": "."}).encode()
     with pytest.raises(InvalidPromptError, match="allow_other_base=true"):
@@ -204,13 +208,13 @@ def test_a_served_name_without_a_model_matches_nothing():
 
 
 @pytest.mark.parametrize("name", ["org/large", "tiny/large"])
-def test_another_base_is_rejected_only_if_the_server_requires_its_own(name):
+def test_another_base_is_rejected_only_if_the_server_requires_its_own(name: str) -> None:
     config = EMBEDS | {"base_model_name_or_path": name}
     assert codes(config, ones(3, 32)) == []
     assert codes(config, ones(3, 32), same=True) == ["base_model_mismatch"]
 
 
-def test_all_faults_are_reported_together():
+def test_all_faults_are_reported_together() -> None:
     config = {"peft_type": "PREFIX_TUNING", "task_type": "TOKEN_CLS", "num_virtual_tokens": 4, "num_layers": 3}
     config["base_model_name_or_path"] = "org/large"
     assert set(
@@ -227,14 +231,14 @@ def test_all_faults_are_reported_together():
     }
 
 
-def test_weights_are_checked_even_if_the_configuration_is_unreadable():
+def test_weights_are_checked_even_if_the_configuration_is_unreadable() -> None:
     weights = save({"prompt_embeddings": np.full((70, 32), np.nan, np.float32)})
     with pytest.raises(InvalidPromptError) as caught:
         validate(b"{", weights, BASE, require_same_base=True)
     assert {fault.code for fault in caught.value.faults} == {"invalid_json", "context_exceeded", "non_finite_values"}
 
 
-def test_the_table_of_codes_is_complete():
+def test_the_table_of_codes_is_complete() -> None:
     documented = set(re.findall(r"^``(\w+)`` ", validation.__doc__, re.MULTILINE))
     used = set()
     for module in (
@@ -246,14 +250,16 @@ def test_the_table_of_codes_is_complete():
         "head_validation",
         "foreign_tensors",
     ):
-        source = (validation.Path(validation.__file__).parent / f"{module}.py").read_text()
+        source = (Path(validation.__file__).parent / f"{module}.py").read_text()
         used |= set(re.findall(r"(?:[Ff]ault|_invalid)\(\s*\"(\w+)\"", source))
     assert used == documented
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 70), st.integers(0, 200), st.none() | st.integers(1, 10), st.sampled_from([EMBEDS, PREFIX]))
-def test_any_shape_is_accepted_exactly_if_it_fits(num_rows, width, num_layers, config):
+def test_any_shape_is_accepted_exactly_if_it_fits(
+    num_rows: int, width: int, num_layers: int | None, config: dict[str, Any]
+) -> None:
     config = config | {"num_virtual_tokens": max(1, num_rows), "num_layers": num_layers}
     is_prefix = config["peft_type"] == "PREFIX_TUNING"
     fits = (

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
+from prompt_store.types import LeasedPrompt
 from server.app import create_app
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from tests.support.byte_tokenizer import ByteTokenizer
@@ -28,14 +29,20 @@ from tests.support.keyed import locked
 from tests.support.live_server import LiveServer
 from tests.support.waiting import wait_until
 
+MakeApp = Callable[[Settings], FastAPI]
+PeftDirectory = Callable[..., Path]
+Serve = Callable[..., LiveServer]
+UploadParts = Callable[..., dict[str, Any]]
+WaitUntil = Callable[..., float]
+
 
 class CountingStore:
     """A real store that counts its leases."""
 
     def __init__(self, store: PromptStore) -> None:
         self._store = store
-        self.leased: list[object] = []
-        self.released: list[object] = []
+        self.leased: list[LeasedPrompt] = []
+        self.released: list[LeasedPrompt] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -86,7 +93,7 @@ def store(settings: Settings) -> Iterator[CountingStore]:
 
 
 @pytest.fixture
-def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore) -> Callable[[Settings], FastAPI]:
+def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore) -> MakeApp:
     def make(settings: Settings) -> FastAPI:
         return create_app(settings, engine=engine, tokenizer=tokenizer, store=store)  # type: ignore[arg-type]
 
@@ -94,9 +101,7 @@ def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore)
 
 
 @pytest.fixture
-def app(
-    make_app: Callable[[Settings], FastAPI], settings: Settings, request: pytest.FixtureRequest, tmp_path: Path
-) -> FastAPI:
+def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest, tmp_path: Path) -> FastAPI:
     """An application; its keys are those of the module's ``KEYS``, the text of a key file, where it has one."""
     keys = getattr(request.module, "KEYS", None)
     return make_app(settings) if keys is None else locked(make_app, settings, tmp_path / "keys.toml", keys)
@@ -110,7 +115,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def serve(make_app: Callable[[Settings], FastAPI], settings: Settings) -> Iterator[Callable[..., LiveServer]]:
+def serve(make_app: MakeApp, settings: Settings) -> Iterator[Serve]:
     """Start live servers; ``serve(drain_seconds=0.1)`` changes HTTP settings."""
     with ExitStack() as stack:
 
@@ -125,12 +130,12 @@ def serve(make_app: Callable[[Settings], FastAPI], settings: Settings) -> Iterat
 
 
 @pytest.fixture
-def live(serve: Callable[..., LiveServer]) -> LiveServer:
+def live(serve: Serve) -> LiveServer:
     return serve()
 
 
 @pytest.fixture
-def peft_directory(tmp_path: Path) -> Callable[..., Path]:
+def peft_directory(tmp_path: Path) -> PeftDirectory:
     """Write a PEFT directory of prompt tuning, as PEFT saves it."""
 
     def write(name: str = "sentiment", *, seed: int = 0, rows: int = 4, width: int = WIDTH) -> Path:
@@ -157,7 +162,7 @@ def peft_directory(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def upload_parts(peft_directory: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+def upload_parts(peft_directory: PeftDirectory) -> UploadParts:
     """Arguments for an httpx POST that uploads a soft prompt."""
 
     def parts(name: str = "sentiment", *, seed: int = 0, **fields: Any) -> dict[str, Any]:
@@ -170,21 +175,21 @@ def upload_parts(peft_directory: Callable[..., Path]) -> Callable[..., dict[str,
 
 
 @pytest.fixture
-async def sentiment(client: httpx.AsyncClient, upload_parts: Callable[..., dict[str, Any]]) -> str:
+async def sentiment(client: httpx.AsyncClient, upload_parts: UploadParts) -> str:
     """The name of an uploaded soft prompt of four virtual tokens."""
     (await client.post("/v1/prompts", **upload_parts("sentiment"))).raise_for_status()
     return "sentiment"
 
 
 @pytest.fixture
-def eventually() -> Callable[..., float]:
+def eventually() -> WaitUntil:
     """Wait for another thread to make a condition true."""
 
     return wait_until
 
 
 @pytest.fixture
-def other_parts(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def other_parts(tmp_path: Path) -> UploadParts:
     """Arguments for an httpx POST that uploads a multitask prompt of three tasks, or a key/value prefix."""
 
     def parts(name: str, *, peft_type: str = "MULTITASK_PROMPT_TUNING", **fields: Any) -> dict[str, Any]:

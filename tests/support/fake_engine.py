@@ -54,7 +54,9 @@ def head_of(request: GenerateRequest) -> list[float] | None:
     """As if a head gave its last label the most, and the others the less the longer the text."""
     if not request.params.classify:
         return None
+    assert request.soft_prompt is not None
     num_labels = request.soft_prompt.num_labels
+    assert num_labels is not None
     return [-float((num_labels - 1 - index) * len(request.prompt_token_ids)) for index in range(num_labels)]
 
 
@@ -77,7 +79,7 @@ class FakeEngine(FakeProbes):
         self.start_gate.set()
         self.alive = False
         self.outage: str | None = None
-        self.on_restarted: Callable[[], None] | None = None
+        self.on_restarted: Callable[[], None] = lambda: None
         self.draining = False
         self.stopped = False
         self.requests: list[GenerateRequest] = []
@@ -116,6 +118,9 @@ class FakeEngine(FakeProbes):
     def subscribe(self, on_restarted: Callable[[], None]) -> None:
         self.on_restarted = on_restarted
 
+    def _is_stalled(self) -> bool:
+        return self.stall_after is not None and not self.draining
+
     @property
     def in_flight(self) -> int:
         return len(self.requests) - len(self.ended)
@@ -150,7 +155,7 @@ class FakeEngine(FakeProbes):
                     ending = "error"
                     raise self.failure
                 if self.stall_after is not None and num_sent >= self.stall_after:
-                    while self.stall_after is not None and not self.draining:  # noqa: ASYNC110 - set by another thread
+                    while self._is_stalled():  # noqa: ASYNC110 - set by another thread
                         await asyncio.sleep(0.005)
                     if self.draining:
                         yield TokenEvent(request_id=request.request_id, finish_reason=FinishReason.ABORT)

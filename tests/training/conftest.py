@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli import app
 from server.demo.tour import MODEL_DIRECTORY
@@ -22,6 +21,10 @@ from server.training.settings import TrainSettings
 
 CONTEXT = 96
 WORDS = ["call", "great", "support", "delivery"]
+
+MakeSettings = Callable[..., TrainSettings]
+Prelude = Callable[..., Result]
+Trained = Callable[[TrainSettings], dict[str, Any]]
 
 
 def make_model(folder: Path, *, seed: int = 0) -> Path:
@@ -86,7 +89,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tiny: Path, data: Path, tmp_path: Path) -> Callable[..., TrainSettings]:
+def settings(tiny: Path, data: Path, tmp_path: Path) -> MakeSettings:
     """Settings of a training of a few steps."""
 
     def make(**changes: Any) -> TrainSettings:
@@ -132,12 +135,12 @@ def heard() -> Heard:
 
 
 @pytest.fixture
-def trained(heard: Heard) -> Callable[[TrainSettings], dict[str, Any]]:
+def trained(heard: Heard) -> Trained:
     return lambda settings: train(settings, heard.reporter)
 
 
 @pytest.fixture
-def prelude_train(tiny: Path, data: Path, tmp_path: Path) -> Callable[..., Result]:
+def prelude_train(tiny: Path, data: Path, tmp_path: Path) -> Prelude:
     """``prelude train`` with arguments for a short training before those given."""
 
     def invoke(*arguments: str, model: str | None = None) -> Result:

@@ -6,6 +6,8 @@ import io
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,17 +19,17 @@ from server.training import command
 from server.training.run import DEMO_DIRECTORY
 from server.training.scoring import CompletionScores
 from server.training.trainer import TrainingProgress
-from tests.training.conftest import rows, write_rows
+from tests.training.conftest import Prelude, rows, write_rows
 
 
 @pytest.fixture
-def no_model(monkeypatch):
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which a tokenizer or a model is loaded."""
     for loaded in (AutoModelForCausalLM, AutoTokenizer):
         monkeypatch.setattr(loaded, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
-def test_it_says_how_it_goes_and_what_came_of_it(prelude_train, tmp_path):
+def test_it_says_how_it_goes_and_what_came_of_it(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train()
 
     assert result.exit_code == 0, result.output
@@ -40,13 +42,13 @@ def test_it_says_how_it_goes_and_what_came_of_it(prelude_train, tmp_path):
     assert float(lines["trained"][2]) < float(lines["untrained"][2])
 
 
-def test_json_is_all_that_is_on_the_standard_output(prelude_train, tmp_path):
+def test_json_is_all_that_is_on_the_standard_output(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train("--json")
 
     assert json.loads(result.stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
 
 
-def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train, data, no_model):
+def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train: Prelude, data: Path, no_model: None) -> None:
     data.write_text('{"text": "a", "label": "b"}\nnonsense\n{"text": "a"}\n')
     result = prelude_train()
 
@@ -56,7 +58,7 @@ def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train, data, no_m
     assert result.stdout == ""
 
 
-def test_bad_data_as_json(prelude_train, data, no_model):
+def test_bad_data_as_json(prelude_train: Prelude, data: Path, no_model: None) -> None:
     data.write_text("nonsense")
     result = prelude_train("--json")
 
@@ -66,7 +68,7 @@ def test_bad_data_as_json(prelude_train, data, no_model):
     assert ":1: not JSON" in error["message"]
 
 
-def test_held_out_data_of_another_form(prelude_train, tmp_path, no_model):
+def test_held_out_data_of_another_form(prelude_train: Prelude, tmp_path: Path, no_model: None) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
     result = prelude_train("--eval-data", str(pairs))
 
@@ -74,7 +76,9 @@ def test_held_out_data_of_another_form(prelude_train, tmp_path, no_model):
     assert f"{pairs}:1: has the format {{prompt, completion}}, but" in result.stderr
 
 
-def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatch):
+def test_a_text_that_is_too_long_is_told_by_line(
+    prelude_train: Prelude, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     write_rows(data, [*rows(3), {"text": "long " * 200, "label": "call"}])
     result = prelude_train()
@@ -100,14 +104,14 @@ def test_a_text_that_is_too_long_is_told_by_line(prelude_train, data, monkeypatc
         (["--eval-fraction", "0.9"], "--eval-fraction"),
     ],
 )
-def test_usage(prelude_train, arguments, reason):
+def test_usage(prelude_train: Prelude, arguments: list[str], reason: str) -> None:
     result = prelude_train(*arguments)
 
     assert result.exit_code == ExitStatus.USAGE
     assert reason in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_a_run_directory_in_use(prelude_train, tmp_path):
+def test_a_run_directory_in_use(prelude_train: Prelude, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
     result = prelude_train()
@@ -117,7 +121,7 @@ def test_a_run_directory_in_use(prelude_train, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["mine.txt"]
 
 
-def test_a_model_that_is_not_there(prelude_train, tmp_path):
+def test_a_model_that_is_not_there(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train(model=str(tmp_path / "none"))
 
     assert result.exit_code == ExitStatus.FAILED
@@ -125,8 +129,10 @@ def test_a_model_that_is_not_there(prelude_train, tmp_path):
     assert "Traceback" not in result.output
 
 
-def test_a_missing_extra_is_told_with_what_installs_it(prelude_train, monkeypatch, no_model):
-    own = command.find_spec
+def test_a_missing_extra_is_told_with_what_installs_it(
+    prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, no_model: None
+) -> None:
+    own = find_spec
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "peft" else own(name))
     result = prelude_train()
 
@@ -134,8 +140,8 @@ def test_a_missing_extra_is_told_with_what_installs_it(prelude_train, monkeypatc
     assert "training needs peft: pip install 'prelude-server[train]'" in result.stderr
 
 
-def test_an_interrupted_training_says_how_to_go_on(prelude_train, monkeypatch):
-    def interrupt(*_, **__):
+def test_an_interrupted_training_says_how_to_go_on(prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("server.training.run.make_soft_prompt", interrupt)
@@ -145,7 +151,9 @@ def test_an_interrupted_training_says_how_to_go_on(prelude_train, monkeypatch):
     assert "run the same command with --resume to continue" in result.stderr
 
 
-def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, curves, monkeypatch, tmp_path):
+def test_without_matplotlib_there_are_no_curves_and_it_is_told(
+    prelude_train: Prelude, curves: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("server.training.curves.find_spec", lambda name: None)
     result = prelude_train()
 
@@ -154,9 +162,9 @@ def test_without_matplotlib_there_are_no_curves_and_it_is_told(prelude_train, cu
     assert not (tmp_path / "run" / "curves.png").exists()
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(
         command, "Console", lambda **_: Console(file=shown, force_terminal=True, width=120, highlight=False)
     )
@@ -169,7 +177,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "held out: loss 0.2500, accuracy 0.750" in shown.getvalue()
 
 
-def test_the_command_line_does_not_wait_for_torch():
+def test_the_command_line_does_not_wait_for_torch() -> None:
     code = (
         "import sys, server.cli; print([name for name in ('torch', 'peft', 'transformers') if name in sys.modules])"
     )
@@ -178,5 +186,5 @@ def test_the_command_line_does_not_wait_for_torch():
     assert done.stdout.strip() == "[]"
 
 
-def test_demo_is_the_embedded_model():
+def test_demo_is_the_embedded_model() -> None:
     assert DEMO_DIRECTORY == MODEL_DIRECTORY

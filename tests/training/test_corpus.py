@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from server.datasets import DatasetError
 from server.training.corpus import beginning_of_data, initial_text, load_corpus
 from server.training.settings import Method
-from tests.training.conftest import rows, write_rows
+from tests.training.conftest import MakeSettings, rows, write_rows
 
 
-def test_a_share_is_held_out_by_the_seed(settings):
+def test_a_share_is_held_out_by_the_seed(settings: MakeSettings) -> None:
     corpus, again = load_corpus(settings()), load_corpus(settings())
     other = load_corpus(settings(seed=1))
 
@@ -23,7 +26,9 @@ def test_a_share_is_held_out_by_the_seed(settings):
 
 
 @pytest.mark.parametrize("changes", [{"eval_fraction": 0.0}, {"data": 9}])
-def test_where_nothing_is_held_out_it_is_told(settings, tmp_path, changes):
+def test_where_nothing_is_held_out_it_is_told(
+    settings: MakeSettings, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     if "data" in changes:
         changes = {"data": write_rows(tmp_path / "few.jsonl", rows(9))}
     corpus = load_corpus(settings(**changes))
@@ -32,7 +37,9 @@ def test_where_nothing_is_held_out_it_is_told(settings, tmp_path, changes):
     assert "no rows are held out" in corpus.warnings[0]
 
 
-def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(settings, tmp_path):
+def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(
+    settings: MakeSettings, tmp_path: Path
+) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": "b"}, {"text": "c", "label": "b"}])
     corpus = load_corpus(settings(data=one, eval_data=one))
 
@@ -49,14 +56,16 @@ def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(settings,
         ({"text": "a", "label": "call", "task_id": 0}, "have a task_id"),
     ],
 )
-def test_held_out_rows_of_another_kind_are_refused(settings, tmp_path, row, reason):
+def test_held_out_rows_of_another_kind_are_refused(
+    settings: MakeSettings, tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(DatasetError, match="eval.jsonl") as caught:
         load_corpus(settings(eval_data=write_rows(tmp_path / "eval.jsonl", [row])))
 
     assert reason in str(caught.value)
 
 
-def test_tasks_are_for_multitask_only_and_count_from_0(settings, tmp_path):
+def test_tasks_are_for_multitask_only_and_count_from_0(settings: MakeSettings, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="have no task_id"):
         load_corpus(settings(method=Method.MULTITASK))
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=2))
@@ -66,7 +75,7 @@ def test_tasks_are_for_multitask_only_and_count_from_0(settings, tmp_path):
         load_corpus(settings(method=Method.CPT, data=tasks))
 
 
-def test_held_out_tasks_have_to_be_trained_ones(settings, tmp_path):
+def test_held_out_tasks_have_to_be_trained_ones(settings: MakeSettings, tmp_path: Path) -> None:
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=1))
     held_out = write_rows(tmp_path / "eval.jsonl", rows(2, task_id=1) + rows(1, task_id=2))
 
@@ -76,12 +85,12 @@ def test_held_out_tasks_have_to_be_trained_ones(settings, tmp_path):
     assert load_corpus(settings(method=Method.MULTITASK, data=tasks, eval_data=good)).num_tasks == 2
 
 
-def test_training_begins_at_what_is_known_of_the_task(settings, tmp_path):
-    def begins(**changes) -> str | None:
+def test_training_begins_at_what_is_known_of_the_task(settings: MakeSettings, tmp_path: Path) -> None:
+    def begins(**changes: Any) -> str | None:
         made = settings(**changes)
         return initial_text(load_corpus(made), made)
 
-    def data_begins(data) -> str:
+    def data_begins(data: Path) -> str:
         return beginning_of_data(load_corpus(settings(data=data)))
 
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "one ", "completion": "two"}] * 2)

@@ -12,14 +12,14 @@ import pytest
 from server.continuations import Context
 from server.datasets import Conversation, DatasetError, LabelledText, Message, PromptCompletion
 from server.tokenizer import Tokenizer
-from server.training.encoding import Encoded
+from server.training.encoding import Encoded, Encoder
 from tests.support.vocabularies import sentencepiece_bpe
 
 CHAT = Conversation((Message("user", "Play some jazz."), Message("assistant", "music")))
 
 
 @pytest.mark.anyio
-async def test_a_prompt_is_tokenised_as_the_server_does_it(encoder, tokenizer):
+async def test_a_prompt_is_tokenised_as_the_server_does_it(encoder: Encoder, tokenizer: Any) -> None:
     server = Tokenizer(tokenizer)
     (prompt,) = await server.encode(["My lamp is great."], add_special_tokens=True)
     (label,) = await server.encode(["\npositive"], add_special_tokens=False)
@@ -29,7 +29,7 @@ async def test_a_prompt_is_tokenised_as_the_server_does_it(encoder, tokenizer):
     assert encoder.encode(example) == Encoded(prompt, [*label, 0], 1, 7)
 
 
-def test_special_tokens_begin_the_prompt_and_never_the_completion(encoder):
+def test_special_tokens_begin_the_prompt_and_never_the_completion(encoder: Encoder) -> None:
     def tokenize(text: str | list[str], *, add_special_tokens: bool) -> dict[str, list[Any]]:
         ids = [[99] * add_special_tokens + list(one.encode()) for one in ([text] if isinstance(text, str) else text)]
         return {"input_ids": ids[0] if isinstance(text, str) else ids}
@@ -43,7 +43,7 @@ def test_special_tokens_begin_the_prompt_and_never_the_completion(encoder):
 
 
 @pytest.mark.anyio
-async def test_a_completion_continues_its_prompt_as_on_the_server(encoder):
+async def test_a_completion_continues_its_prompt_as_on_the_server(encoder: Encoder) -> None:
     theirs = sentencepiece_bpe()
     ours = replace(encoder, tokenizer=theirs, eos_token_ids=(theirs.eos_token_id,))
     server = Tokenizer(theirs)
@@ -61,7 +61,7 @@ async def test_a_completion_continues_its_prompt_as_on_the_server(encoder):
 
 
 @pytest.mark.anyio
-async def test_messages_go_through_the_chat_template_as_on_the_server(encoder, tokenizer):
+async def test_messages_go_through_the_chat_template_as_on_the_server(encoder: Encoder, tokenizer: Any) -> None:
     server = Tokenizer(tokenizer)
     text = await server.render_chat([{"role": "user", "content": "Play some jazz."}])
     (prompt,) = await server.encode([text], add_special_tokens=False)
@@ -73,7 +73,9 @@ async def test_messages_go_through_the_chat_template_as_on_the_server(encoder, t
     assert encoded.completion_ids == [*tokenizer("music", add_special_tokens=False)["input_ids"], 0]
 
 
-def test_a_template_that_ends_turns_by_a_token_of_its_own_is_followed(encoder, tokenizer, monkeypatch):
+def test_a_template_that_ends_turns_by_a_token_of_its_own_is_followed(
+    encoder: Encoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     ends = replace(encoder, eos_token_ids=(0, 1))
@@ -84,12 +86,14 @@ def test_a_template_that_ends_turns_by_a_token_of_its_own_is_followed(encoder, t
 
 
 @pytest.mark.parametrize(("of_tokenizer", "of_model", "end"), [(5, (), [5]), (None, (), []), (5, (7, 8), [7])])
-def test_the_end_is_a_token_at_which_the_server_stops(encoder, of_tokenizer, of_model, end):
+def test_the_end_is_a_token_at_which_the_server_stops(
+    encoder: Encoder, of_tokenizer: int | None, of_model: tuple[int, ...], end: list[Any]
+) -> None:
     fake = SimpleNamespace(eos_token_id=of_tokenizer)
     assert replace(encoder, tokenizer=fake, eos_token_ids=of_model)._end(PromptCompletion("a", "b"), "a") == end
 
 
-def test_what_does_not_fit_the_context_is_told_by_line(encoder):
+def test_what_does_not_fit_the_context_is_told_by_line(encoder: Encoder) -> None:
     examples = [LabelledText("short", "call", line=1), LabelledText("long " * 50, "call", line=4)]
 
     with pytest.raises(DatasetError) as caught:
@@ -100,7 +104,7 @@ def test_what_does_not_fit_the_context_is_told_by_line(encoder):
     assert "at most 40 fit: the context has 60 tokens, 20 of them virtual" in reason
 
 
-def test_a_text_that_just_fits_is_taken(encoder):
+def test_a_text_that_just_fits_is_taken(encoder: Encoder) -> None:
     example = LabelledText("short", "call", line=1)
     room = len(encoder.encode(example).token_ids)
 
@@ -110,7 +114,9 @@ def test_a_text_that_just_fits_is_taken(encoder):
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
-def test_a_conversation_that_the_template_refuses_is_told_by_line(encoder, tokenizer, monkeypatch, template):
+def test_a_conversation_that_the_template_refuses_is_told_by_line(
+    encoder: Encoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
 
     with pytest.raises(DatasetError) as caught:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "server" / "demo" / "examples"
 
 
-def test_the_script_writes_these_files(tmp_path):
+def test_the_script_writes_these_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.training_examples", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
 
@@ -23,7 +23,7 @@ def test_the_script_writes_these_files(tmp_path):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
-def test_no_test_text_is_trained_on_and_labels_are_spread():
+def test_no_test_text_is_trained_on_and_labels_are_spread() -> None:
     for task in ("triage", "tasks"):
         train, test = (read_examples(FOLDER / f"{task}{part}.jsonl") for part in ("", "-test"))
         assert (len(train), len(test)) == (400, 150)

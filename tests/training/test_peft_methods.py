@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from server.training.peft_methods import (
 )
 from server.training.scoring import can_limit_logits, collate, completion_loss, score, text_logprobs
 from server.training.settings import DEFAULTS, Method
+from tests.training.conftest import MakeSettings
 
 CONTEXT = [Encoded([11, 12, 13], [14, 0]), Encoded([21, 22], [23, 0])]
 PEFT_TYPES = {
@@ -36,8 +40,8 @@ PEFT_TYPES = {
 
 
 @pytest.fixture
-def make(base, tokenizer, settings):
-    def build(method: Method, **changes):
+def make(base: Any, tokenizer: Any, settings: MakeSettings) -> Callable[..., Any]:
+    def build(method: Method, **changes: Any) -> PeftModel:
         made = settings(method=method, **changes)
         torch.manual_seed(0)
         return make_soft_prompt(base, tokenizer, made, text="Route this request", context=CONTEXT, num_tasks=2)
@@ -49,13 +53,13 @@ def example_for(method: Method) -> Encoded:
     return Encoded([31, 32, 33], [34, 0], 1 if method is Method.MULTITASK else None)
 
 
-def one_step(model, method: Method) -> float:
+def one_step(model: Any, method: Method) -> float:
     """A step of plain gradient descent; the loss before it."""
     batch = collate([example_for(method)] * 2, 1)
     labels = batch.pop("labels")
     model.train()
     loss = completion_loss(model(**batch), labels)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for weight in model.parameters():
             if weight.grad is not None:
@@ -65,7 +69,9 @@ def one_step(model, method: Method) -> float:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_each_method_learns_and_is_kept_whole(make, method, tmp_path, base, tiny):
+def test_each_method_learns_and_is_kept_whole(
+    make: Callable[..., Any], method: Method, tmp_path: Path, base: Any, tiny: Path
+) -> None:
     model = make(method)
     frozen = {key: value.clone() for key, value in base.state_dict().items()}
     losses = [one_step(model, method) for _ in range(6)]
@@ -94,13 +100,15 @@ def test_each_method_learns_and_is_kept_whole(make, method, tmp_path, base, tiny
     assert mean_norm(model) > 0
 
 
-def test_every_method_has_a_learning_rate_with_a_source():
+def test_every_method_has_a_learning_rate_with_a_source() -> None:
     assert DEFAULTS.keys() == set(Method)
     assert all(0 < default.learning_rate < 1 and "20" in default.source for default in DEFAULTS.values())
 
 
 @pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.MULTITASK])
-def test_embeddings_begin_at_the_texts_own(make, method, base, tokenizer):
+def test_embeddings_begin_at_the_texts_own(
+    make: Callable[..., Any], method: Method, base: Any, tokenizer: Any
+) -> None:
     model = make(method, num_virtual_tokens=5)
     ids = repeated(tokenizer("Route this request")["input_ids"], 5)
     indices, tasks = torch.arange(5)[None], {"task_ids": torch.tensor([1])} if method is Method.MULTITASK else {}
@@ -111,7 +119,9 @@ def test_embeddings_begin_at_the_texts_own(make, method, base, tokenizer):
 
 
 @pytest.mark.parametrize("method", [Method.PREFIX_TUNING, Method.CARTRIDGE])
-def test_keys_and_values_begin_at_the_texts_own(make, method, base, tokenizer):
+def test_keys_and_values_begin_at_the_texts_own(
+    make: Callable[..., Any], method: Method, base: Any, tokenizer: Any
+) -> None:
     ids = repeated(tokenizer("Route this request")["input_ids"], 7)
     example = Encoded([31, 32, 33], [34, 0])
     in_words = text_logprobs(base, Encoded(ids + example.prompt_ids, example.completion_ids))
@@ -119,7 +129,7 @@ def test_keys_and_values_begin_at_the_texts_own(make, method, base, tokenizer):
     assert text_logprobs(make(method, num_virtual_tokens=7), example) == pytest.approx(in_words[7:], abs=1e-4)
 
 
-def test_a_text_that_is_of_the_data_is_not_saved(make, tmp_path, base):
+def test_a_text_that_is_of_the_data_is_not_saved(make: Callable[..., Any], tmp_path: Path, base: Any) -> None:
     model = make(Method.PROMPT_TUNING)
     save_adapter(model, tmp_path, base_name="b", keeps_text=False)
 
@@ -129,7 +139,7 @@ def test_a_text_that_is_of_the_data_is_not_saved(make, tmp_path, base):
     assert text_logprobs(reloaded, example) == pytest.approx(text_logprobs(model, example), abs=1e-6)
 
 
-def test_the_first_rows_of_a_cartridge_stay(make):
+def test_the_first_rows_of_a_cartridge_stay(make: Callable[..., Any]) -> None:
     model = make(Method.CARTRIDGE)
     before = model.prompt_encoder["default"].weight.detach().clone()
     one_step(model, Method.CARTRIDGE)
@@ -139,7 +149,7 @@ def test_the_first_rows_of_a_cartridge_stay(make):
     assert not torch.equal(before[1:], after[1:])
 
 
-def test_cpt_begins_at_examples_cut_at_the_beginning(make, tokenizer):
+def test_cpt_begins_at_examples_cut_at_the_beginning(make: Callable[..., Any], tokenizer: Any) -> None:
     gap = tokenizer("\n")["input_ids"][0]
     config = make(Method.CPT, num_virtual_tokens=8).peft_config["default"]
 
@@ -147,7 +157,7 @@ def test_cpt_begins_at_examples_cut_at_the_beginning(make, tokenizer):
     assert config.cpt_tokens_type_mask == [4, 3, 2, 2, 2, 4, 4, 3]
 
 
-def test_cpt_can_begin_at_a_text_and_every_row_of_it_moves(make, tokenizer):
+def test_cpt_can_begin_at_a_text_and_every_row_of_it_moves(make: Callable[..., Any], tokenizer: Any) -> None:
     model = make(Method.CPT, init_text="Route this request")
 
     assert model.peft_config["default"].cpt_token_ids == [*tokenizer("Route this request")["input_ids"] * 2][:4]
@@ -155,7 +165,7 @@ def test_cpt_can_begin_at_a_text_and_every_row_of_it_moves(make, tokenizer):
     assert bool((model.prompt_encoder["default"].delta_embedding.weight.norm(dim=-1) > 0).all())
 
 
-def test_cpt_keeps_within_its_radius(make, base):
+def test_cpt_keeps_within_its_radius(make: Callable[..., Any], base: Any) -> None:
     model = make(Method.CPT, init_text="Route this request", cpt_epsilon=0.01)
     for _ in range(5):
         one_step(model, Method.CPT)
@@ -167,11 +177,11 @@ def test_cpt_keeps_within_its_radius(make, base):
 
 
 @pytest.mark.parametrize(("ids", "count", "expected"), [([1, 2], 5, [1, 2, 1, 2, 1]), ([1, 2, 3], 2, [1, 2])])
-def test_a_text_is_repeated_or_cut(ids, count, expected):
+def test_a_text_is_repeated_or_cut(ids: list[int], count: int, expected: list[int]) -> None:
     assert repeated(ids, count) == expected
 
 
-def test_loss_is_the_models_own_and_accuracy_that_of_greedy_generation(make, base):
+def test_loss_is_the_models_own_and_accuracy_that_of_greedy_generation(make: Callable[..., Any], base: Any) -> None:
     model = make(Method.PROMPT_TUNING).eval()
     prompts = [[31, 32, 33], [41, 42], [51]]
     examples = []
@@ -189,7 +199,7 @@ def test_loss_is_the_models_own_and_accuracy_that_of_greedy_generation(make, bas
     assert not model.training
 
 
-def test_logprobs_are_of_the_text_alone(make, base):
+def test_logprobs_are_of_the_text_alone(make: Callable[..., Any], base: Any) -> None:
     example = Encoded([31, 32, 33], [34, 0])
     ids = torch.tensor([example.token_ids])
     expected = base(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
@@ -198,7 +208,7 @@ def test_logprobs_are_of_the_text_alone(make, base):
     assert len(text_logprobs(make(Method.P_TUNING), example)) == 4
 
 
-def test_a_batch_is_padded_on_the_right_and_labels_the_completion_alone():
+def test_a_batch_is_padded_on_the_right_and_labels_the_completion_alone() -> None:
     batch = collate([Encoded([5, 6], [7], 0), Encoded([8], [9, 0], 1), Encoded([3], [4], 1)], 1)
 
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0], [3, 4, 1]]
@@ -208,7 +218,7 @@ def test_a_batch_is_padded_on_the_right_and_labels_the_completion_alone():
 
 
 @pytest.mark.parametrize("method", Method)
-def test_logits_before_the_first_completion_are_not_computed(make, method):
+def test_logits_before_the_first_completion_are_not_computed(make: Callable[..., Any], method: Method) -> None:
     model = make(method).eval()
     task = 1 if method is Method.MULTITASK else None
     examples = [Encoded([31, 32, 33, 35, 36], [34, 0], task), Encoded([41, 42, 43], [44], task)]
@@ -224,7 +234,7 @@ def test_logits_before_the_first_completion_are_not_computed(make, method):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_the_loss_of_accumulated_batches_is_that_of_one(make):
+def test_the_loss_of_accumulated_batches_is_that_of_one(make: Callable[..., Any]) -> None:
     model = make(Method.CPT)
     examples = [Encoded([31, 32], [33, 0]), Encoded([41], [42, 43, 44, 0])]
     whole = collate(examples, 1)

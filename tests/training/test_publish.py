@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -15,25 +17,28 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
 
 from server.client.commands import ExitStatus
+from server.client.http import PreludeClient
 from server.datasets import digest
 from server.training import publish
-from server.training.encoding import Encoded
+from server.training.encoding import Encoded, Encoder
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError
 from server.training.peft_methods import make_soft_prompt
 from server.training.publish import Difference, Publisher
 from server.training.run_directory import RunDirectory
+from server.training.scoring import text_logprobs
 from server.training.settings import Method
 from tests.support.serving import BASE, serving
-from tests.training.conftest import make_model, rows, write_rows
+from tests.training.conftest import MakeSettings, Prelude, make_model, rows, write_rows
 
 
 @pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A server of the tiny model, for all tests here."""
     folder = tmp_path_factory.mktemp("server")
     with serving(folder, "--dtype", "float32", "--api-keys", "writer", model=tiny) as (client, _):
@@ -42,25 +47,30 @@ def server(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def push(server, prelude_train, monkeypatch):
+def push(server: httpx.Client, prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch) -> Prelude:
     monkeypatch.setenv("PRELUDE_URL", str(server.base_url))
     monkeypatch.setenv("PRELUDE_API_KEY", "writer")
     return lambda *arguments, **options: prelude_train("--push", *arguments, **options)
 
 
-def served_tokens(server: httpx.Client, model: str, prompt: str, **more) -> list[int]:
+def served_tokens(server: httpx.Client, model: str, prompt: str, **more: Any) -> list[int]:
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 6, "return_token_ids": True, **more}
-    return server.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["token_ids"]
+    answer = server.post("/v1/completions", json=body).raise_for_status().json()
+    token_ids: list[int] = answer["choices"][0]["token_ids"]
+    return token_ids
 
 
-def peft_tokens(model: PeftModel, tokenizer, prompt: str, **more) -> list[int]:
+def peft_tokens(model: Any, tokenizer: Any, prompt: str, **more: Any) -> list[int]:
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     new = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1, **more)
-    return new[0, ids.shape[1] :].tolist()
+    token_ids: list[int] = new[0, ids.shape[1] :].tolist()
+    return token_ids
 
 
 @pytest.mark.parametrize("method", Method)
-def test_what_was_trained_is_served_and_gives_pefts_tokens(push, server, method, tmp_path, base, tokenizer):
+def test_what_was_trained_is_served_and_gives_pefts_tokens(
+    push: Prelude, server: httpx.Client, method: Method, tmp_path: Path, base: Any, tokenizer: Any
+) -> None:
     name, arguments = method.replace("_", "-"), ["--method", method]
     if method is Method.MULTITASK:
         tasks = write_rows(tmp_path / "tasks.jsonl", rows(12, task_id=0) + rows(12, task_id=1))
@@ -83,7 +93,9 @@ def test_what_was_trained_is_served_and_gives_pefts_tokens(push, server, method,
         )
 
 
-def test_lineage_and_the_check_are_in_the_catalog(push, server, data, tmp_path):
+def test_lineage_and_the_check_are_in_the_catalog(
+    push: Prelude, server: httpx.Client, data: Path, tmp_path: Path
+) -> None:
     result = push("--id", "lineage", "--description", "Find the word.", "--alias", "canary")
     assert result.exit_code == 0, result.output
     assert "nats from PEFT" in result.stdout
@@ -112,7 +124,9 @@ def test_lineage_and_the_check_are_in_the_catalog(push, server, data, tmp_path):
     assert server.get("/v1/prompts/lineage").json()["aliases"].get("canary") == 1
 
 
-def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(push, server, tmp_path):
+def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(
+    push: Prelude, server: httpx.Client, tmp_path: Path
+) -> None:
     many = [{"text": f"number {place}", "label": f"{place}" + "x" * 50} for place in range(400)]
     result = push(
         "--id", "many", "--data", str(write_rows(tmp_path / "m.jsonl", many)), "--init-text", "one " * 30000
@@ -124,10 +138,12 @@ def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(push, ser
     assert "labels" not in metadata
 
 
-def test_a_failing_check_publishes_nothing_and_says_how_far_off(push, server, monkeypatch, tmp_path):
-    own = publish.text_logprobs
+def test_a_failing_check_publishes_nothing_and_says_how_far_off(
+    push: Prelude, server: httpx.Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = text_logprobs
 
-    def off(model, example):
+    def off(model: PreTrainedModel | PeftModel, example: Encoded) -> list[float]:
         return [value + 0.5 * isinstance(model, PeftModel) for value in own(model, example)]
 
     monkeypatch.setattr(publish, "text_logprobs", off)
@@ -147,10 +163,10 @@ def test_a_failing_check_publishes_nothing_and_says_how_far_off(push, server, mo
     assert server.get("/v1/prompts/failing").status_code == 200
 
 
-def test_a_wider_tolerance_can_be_given(push, monkeypatch):
-    own = publish.text_logprobs
+def test_a_wider_tolerance_can_be_given(push: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = text_logprobs
 
-    def off(model, example):
+    def off(model: PreTrainedModel | PeftModel, example: Encoded) -> list[float]:
         return [value + 0.5 * isinstance(model, PeftModel) for value in own(model, example)]
 
     monkeypatch.setattr(publish, "text_logprobs", off)
@@ -162,16 +178,16 @@ def test_a_wider_tolerance_can_be_given(push, monkeypatch):
 
 
 @pytest.fixture
-def untrained(monkeypatch):
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which training begins."""
 
-    def refuse(*_, **__):
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("training began")
 
     monkeypatch.setattr("server.training.run.make_soft_prompt", refuse)
 
 
-def test_a_server_of_other_weights_is_told_before_training(push, tmp_path, untrained):
+def test_a_server_of_other_weights_is_told_before_training(push: Prelude, tmp_path: Path, untrained: None) -> None:
     other = make_model(tmp_path / "tiny", seed=1)
     result = push("--id", "weights", model=str(other))
 
@@ -180,7 +196,9 @@ def test_a_server_of_other_weights_is_told_before_training(push, tmp_path, untra
     assert "nats on average" in result.stderr.replace("\n", " ")
 
 
-def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(push, tmp_path, tiny, monkeypatch, untrained):
+def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(
+    push: Prelude, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, untrained: None
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
     tokenizer = AutoTokenizer.from_pretrained(other)
@@ -193,7 +211,9 @@ def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(push, tmp_
     assert "which is a different model from" in result.stderr
 
 
-def test_a_server_that_is_not_there_is_told_before_a_model_loads(prelude_train, monkeypatch, tmp_path):
+def test_a_server_that_is_not_there_is_told_before_a_model_loads(
+    prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     result = prelude_train("--push", "--url", "http://127.0.0.1:9")
 
@@ -202,19 +222,19 @@ def test_a_server_that_is_not_there_is_told_before_a_model_loads(prelude_train, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(push, untrained):
+def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(push: Prelude, untrained: None) -> None:
     assert push("--id", "key", "--api-key", "wrong").exit_code == ExitStatus.NOT_AUTHORISED
     result = push("--id", BASE)
     assert result.exit_code == ExitStatus.USAGE
     assert "is the name of the server's base model" in result.stderr
 
 
-def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(push, monkeypatch, data):
+def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(
+    push: Prelude, monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
     write_rows(data, [*rows(3), {"text": "call " * 60, "label": "call"}])
-    own = publish.PreludeClient.models
-    monkeypatch.setattr(
-        publish.PreludeClient, "models", lambda self: [{**model, "max_model_len": 48} for model in own(self)]
-    )
+    own = PreludeClient.models
+    monkeypatch.setattr(PreludeClient, "models", lambda self: [{**model, "max_model_len": 48} for model in own(self)])
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     result = push("--id", "short")
 
@@ -223,7 +243,7 @@ def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(push
     assert "at most 44 fit: the context has 48 tokens" in result.stderr
 
 
-def test_conversations_are_published_too(push, server, tmp_path):
+def test_conversations_are_published_too(push: Prelude, server: httpx.Client, tmp_path: Path) -> None:
     chats = [
         {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
         for row in rows(12)
@@ -234,7 +254,9 @@ def test_conversations_are_published_too(push, server, tmp_path):
     assert server.get("/v1/prompts/chats/versions/1").json()["metadata"]["golden_check"]["is_passed"]
 
 
-def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, tokenizer, tmp_path):
+def test_a_directory_of_a_plain_peft_script_is_served_unchanged(
+    server: httpx.Client, tiny: Path, tokenizer: Any, tmp_path: Path
+) -> None:
     """As in PEFT's documentation: a configuration, get_peft_model, transformers' Trainer, save_pretrained."""
     base = AutoModelForCausalLM.from_pretrained(tiny)
     model = get_peft_model(base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6))
@@ -253,9 +275,9 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
         train_dataset=texts,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     ).train()
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(str(tmp_path / "saved"))
 
-    with publish.PreludeClient(str(server.base_url), api_key="writer") as client:
+    with PreludeClient(str(server.base_url), api_key="writer") as client:
         _, is_new = client.push(tmp_path / "saved", name="plain")
     assert is_new
     served = server.get("/v1/prompts/plain/versions/1/files/adapter_model.safetensors").content
@@ -266,6 +288,8 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
 
 
 # Without a server
+
+NOTHING: Any = SimpleNamespace()
 
 
 @pytest.mark.parametrize(
@@ -278,14 +302,18 @@ def test_a_directory_of_a_plain_peft_script_is_served_unchanged(server, tiny, to
         (1e-5, 0.0, (0.0, None)),
     ],
 )
-def test_the_tolerance_follows_the_servers_own_rounding(settings, noise, given, tolerances):
-    publisher = Publisher(SimpleNamespace(), settings(golden_tolerance=given), SimpleNamespace())
+def test_the_tolerance_follows_the_servers_own_rounding(
+    settings: MakeSettings, noise: float, given: float | None, tolerances: tuple[Any, ...]
+) -> None:
+    publisher = Publisher(NOTHING, settings(golden_tolerance=given), NOTHING)
 
     assert publisher.tolerances(Difference(noise, noise / 10, 9)) == pytest.approx(tolerances)
 
 
-def test_a_server_that_rounds_is_held_to_the_mean_too(settings, monkeypatch, tmp_path):
-    client = SimpleNamespace(
+def test_a_server_that_rounds_is_held_to_the_mean_too(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
         remove=lambda name: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
@@ -299,12 +327,12 @@ def test_a_server_that_rounds_is_held_to_the_mean_too(settings, monkeypatch, tmp
         publisher.publish(None, [Encoded([1, 2], [0])], {})
 
 
-def test_the_rounding_is_that_of_the_soft_prompt_itself(settings, base, tokenizer):
+def test_the_rounding_is_that_of_the_soft_prompt_itself(settings: MakeSettings, base: Any, tokenizer: Any) -> None:
     examples = [Encoded([31, 32, 33], [34, 0])]
-    model = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
+    model: Any = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight *= 20
-    reference = [publish.text_logprobs(model, example) for example in examples]
+    reference = [text_logprobs(model, example) for example in examples]
 
     rounding = publish._rounding(model, examples, reference)
 
@@ -312,7 +340,7 @@ def test_the_rounding_is_that_of_the_soft_prompt_itself(settings, base, tokenize
     assert model.prompt_encoder["default"].embedding.weight.dtype == torch.bfloat16
 
 
-def test_a_server_that_rounds_is_allowed_its_rounding(tiny, prelude_train, tmp_path):
+def test_a_server_that_rounds_is_allowed_its_rounding(tiny: Path, prelude_train: Prelude, tmp_path: Path) -> None:
     with serving(tmp_path / "server", "--dtype", "bfloat16", model=tiny) as (client, _):
         result = prelude_train("--push", "--url", str(client.base_url), "--json")
 
@@ -320,35 +348,36 @@ def test_a_server_that_rounds_is_allowed_its_rounding(tiny, prelude_train, tmp_p
     assert 1e-3 < check["largest_difference"] < check["tolerance"] < 1.0
 
 
-def test_weights_that_give_no_numbers_are_other_weights(settings, base, monkeypatch):
-    publisher = Publisher(SimpleNamespace(), settings(), SimpleNamespace())
+def test_weights_that_give_no_numbers_are_other_weights(
+    settings: MakeSettings, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(NOTHING, settings(), NOTHING)
     monkeypatch.setattr(publisher, "_difference", lambda *_: Difference(float("nan"), float("nan"), 3))
 
     with pytest.raises(TrainingError, match="weights differ"):
         publisher.check_base(base, [])
 
 
-def test_an_alias_that_is_none_is_refused(settings, encoder):
-    publisher = Publisher(SimpleNamespace(), settings(alias="7"), SimpleNamespace())
+def test_an_alias_that_is_none_is_refused(settings: MakeSettings, encoder: Encoder) -> None:
+    publisher = Publisher(NOTHING, settings(alias="7"), NOTHING)
 
     with pytest.raises(SettingsError, match="alias"):
         publisher.check_server(encoder, [])
 
 
-def test_the_staging_name_is_one_whatever_the_name(settings):
-    publishers = [
-        Publisher(SimpleNamespace(), settings(name="n" * 128, run_dir=Path(run)), SimpleNamespace())
-        for run in ("a", "a", "b")
-    ]
+def test_the_staging_name_is_one_whatever_the_name(settings: MakeSettings) -> None:
+    publishers = [Publisher(NOTHING, settings(name="n" * 128, run_dir=Path(run)), NOTHING) for run in ("a", "a", "b")]
     names = [publisher._staging for publisher in publishers]
 
     assert all(len(name) == 128 and ".golden-check-" in name for name in names)
     assert names[0] == names[1] != names[2]
 
 
-def test_how_far_off_it_was_can_be_read(settings, encoder, tmp_path, monkeypatch):
+def test_how_far_off_it_was_can_be_read(
+    settings: MakeSettings, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = RunDirectory(tmp_path)
-    client = SimpleNamespace(
+    client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
         remove=lambda name: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,20 +20,24 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from server.datasets import digest
 from server.training import trainer as trainer_module
+from server.training.encoding import Encoder
 from server.training.errors import InstabilityError, RunDirectoryError, SettingsError, TrainingError
+from server.training.peft_methods import mean_norm
 from server.training.run_directory import RunDirectory
-from server.training.scoring import CompletionScores, score
+from server.training.scoring import CompletionScores, completion_loss, score
 from server.training.settings import DEFAULTS, Method
 from server.training.trainer import is_improvement, num_steps
 from tests.support.processes import PRELUDE
 from tests.support.waiting import wait_until
-from tests.training.conftest import rows, write_rows
+from tests.training.conftest import Heard, MakeSettings, Trained, rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("method", Method)
-def test_each_method_trains_and_keeps_what_repeats_it(settings, trained, method, tmp_path, base, encoder):
+def test_each_method_trains_and_keeps_what_repeats_it(
+    settings: MakeSettings, trained: Trained, method: Method, tmp_path: Path, base: Any, encoder: Encoder
+) -> None:
     made = settings(method=method)
     if method is Method.MULTITASK:
         tasks = write_rows(tmp_path / "tasks.jsonl", rows(12, task_id=0) + rows(12, task_id=1))
@@ -54,13 +59,15 @@ def test_each_method_trains_and_keeps_what_repeats_it(settings, trained, method,
     assert result["scores"]["trained"]["loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_the_curves_are_drawn(settings, trained, curves, tmp_path):
+def test_the_curves_are_drawn(settings: MakeSettings, trained: Trained, curves: None, tmp_path: Path) -> None:
     trained(settings())
 
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_was_saved_scores_in_plain_peft_as_it_was_told(settings, trained, base, encoder, tmp_path):
+def test_what_was_saved_scores_in_plain_peft_as_it_was_told(
+    settings: MakeSettings, trained: Trained, base: Any, encoder: Encoder, tmp_path: Path
+) -> None:
     held_out = write_rows(tmp_path / "eval.jsonl", rows(8))
     result = trained(settings(eval_data=held_out, method=Method.P_TUNING))
     model = PeftModel.from_pretrained(base, result["adapter"])
@@ -72,14 +79,16 @@ def test_what_was_saved_scores_in_plain_peft_as_it_was_told(settings, trained, b
     assert scores.accuracy == result["scores"]["trained"]["accuracy"]
 
 
-def _examples(path: Path):
+def _examples(path: Path) -> Any:
     from server.datasets import read_examples
 
     return read_examples(path)
 
 
 @pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.P_TUNING_V2])
-def test_the_same_seed_gives_the_same_bytes(settings, trained, tmp_path, method):
+def test_the_same_seed_gives_the_same_bytes(
+    settings: MakeSettings, trained: Trained, tmp_path: Path, method: Method
+) -> None:
     files = []
     for run, seed in (("a", 3), ("b", 3), ("c", 4)):
         result = trained(settings(run_dir=tmp_path / run, seed=seed, method=method))
@@ -90,7 +99,7 @@ def test_the_same_seed_gives_the_same_bytes(settings, trained, tmp_path, method)
 
 
 @pytest.mark.parametrize("form", ["pairs", "chats"])
-def test_the_other_forms_train(settings, trained, tmp_path, form):
+def test_the_other_forms_train(settings: MakeSettings, trained: Trained, tmp_path: Path, form: str) -> None:
     if form == "pairs":
         data = [{"prompt": row["text"], "completion": "\n" + row["label"]} for row in rows(24)]
     else:
@@ -104,7 +113,9 @@ def test_the_other_forms_train(settings, trained, tmp_path, form):
 
 
 @pytest.mark.parametrize("method", [Method.MULTITASK, Method.CARTRIDGE])
-def test_a_model_of_another_family_trains(settings, trained, tmp_path, tiny, method):
+def test_a_model_of_another_family_trains(
+    settings: MakeSettings, trained: Trained, tmp_path: Path, tiny: Path, method: Method
+) -> None:
     folder = tmp_path / "gpt2"
     shutil.copytree(tiny, folder)
     config = GPT2Config(vocab_size=1585, n_embd=32, n_layer=2, n_head=4, n_positions=96, eos_token_id=0)
@@ -117,7 +128,7 @@ def test_a_model_of_another_family_trains(settings, trained, tmp_path, tiny, met
     assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
 
 
-def test_accumulated_steps_are_those_of_one_batch(settings, trained, tmp_path):
+def test_accumulated_steps_are_those_of_one_batch(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     one = trained(settings(run_dir=tmp_path / "one", batch_size=8, max_steps=2, method=Method.CPT))
     four = trained(
         settings(
@@ -128,14 +139,14 @@ def test_accumulated_steps_are_those_of_one_batch(settings, trained, tmp_path):
     assert four["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(settings, trained, tmp_path):
+def test_gradient_checkpointing_changes_nothing(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     plain = trained(settings(run_dir=tmp_path / "plain"))
     saving = trained(settings(run_dir=tmp_path / "saving", gradient_checkpointing=True))
 
     assert saving["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
 
 
-def test_without_held_out_rows_the_last_state_is_kept(settings, trained, heard):
+def test_without_held_out_rows_the_last_state_is_kept(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     result = trained(settings(eval_fraction=0.0))
 
     assert result["scores"] == {"bare": None, "untrained": None, "trained": None}
@@ -143,7 +154,9 @@ def test_without_held_out_rows_the_last_state_is_kept(settings, trained, heard):
     assert any("no rows are held out" in line for line in heard)
 
 
-def test_training_stops_early_and_keeps_the_best(settings, trained, tmp_path, monkeypatch):
+def test_training_stops_early_and_keeps_the_best(
+    settings: MakeSettings, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses = iter([9.0, 5.0, 4.0, 4.5, 4.4, 4.3, 1.0, 1.0])  # bare, untrained, then evaluations, then what was saved
     monkeypatch.setattr(trainer_module, "score", lambda *_, **__: CompletionScores(next(losses), 0.0))
     next(losses), next(losses)
@@ -153,7 +166,9 @@ def test_training_stops_early_and_keeps_the_best(settings, trained, tmp_path, mo
     assert result["best_step"] == 2
 
 
-def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, monkeypatch):
+def test_no_gain_is_told_and_the_beginning_is_kept(
+    settings: MakeSettings, trained: Trained, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainer_module, "score", lambda *_, **__: CompletionScores(1e9, 0.0))
     result = trained(settings())
 
@@ -173,12 +188,14 @@ def test_no_gain_is_told_and_the_beginning_is_kept(settings, trained, heard, mon
         (CompletionScores(math.nan, 0.5), "loss", False),
     ],
 )
-def test_what_a_gain_is(scores, monitor, gain):
+def test_what_a_gain_is(scores: CompletionScores, monitor: str, gain: bool) -> None:
     assert is_improvement(scores, CompletionScores(1.0, 0.5), monitor) is gain
 
 
-def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_path):
-    own = trainer_module.completion_loss
+def test_a_loss_that_is_no_number_ends_it(
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = completion_loss
     monkeypatch.setattr(trainer_module, "completion_loss", lambda *args, **kwargs: own(*args, **kwargs) * math.nan)
 
     with pytest.raises(InstabilityError, match=r"step 1: the loss is nan.*Lower --learning-rate"):
@@ -186,7 +203,7 @@ def test_a_loss_that_is_no_number_ends_it(settings, trained, monkeypatch, tmp_pa
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_norm_that_blows_up_is_told_once(settings, trained, heard):
+def test_a_norm_that_blows_up_is_told_once(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     trained(settings(learning_rate=100.0, warmup_ratio=0.0))
 
     assert sum("training diverges. Lower --learning-rate" in line for line in heard) == 1
@@ -200,7 +217,9 @@ def test_a_norm_that_blows_up_is_told_once(settings, trained, heard):
         ({"max_steps": None, "epochs": 1.0, "batch_size": 8, "gradient_accumulation_steps": 2}, 2),
     ],
 )
-def test_steps_are_counted_as_the_trainer_counts_them(settings, trained, changes, steps):
+def test_steps_are_counted_as_the_trainer_counts_them(
+    settings: MakeSettings, trained: Trained, changes: dict[str, Any], steps: int
+) -> None:
     assert num_steps(settings(**changes), 22) == steps
     assert trained(settings(patience=0, **changes))["steps"] == steps
 
@@ -209,12 +228,14 @@ def test_steps_are_counted_as_the_trainer_counts_them(settings, trained, changes
 
 
 @pytest.mark.parametrize("method", [Method.P_TUNING, Method.P_TUNING_V2, Method.CPT])
-def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(settings, trained, tmp_path, method, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
+    settings: MakeSettings, trained: Trained, tmp_path: Path, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cut comes after the checkpoint of step 4; of P-tuning and the like, PEFT's own files could not go on."""
     whole = trained(settings(run_dir=tmp_path / "whole", method=method, max_steps=8, patience=0))
-    own, calls = trainer_module.mean_norm, []
+    own, calls = mean_norm, []
 
-    def cut(model):
+    def cut(model: PeftModel) -> Any:
         calls.append(1)
         if len(calls) == 4:  # before training, at steps 2 and 4, and now
             raise KeyboardInterrupt
@@ -231,7 +252,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(settings, trained,
     assert steps == list(range(1, 9))
 
 
-def test_kill_9_and_resume_give_the_same_loss(settings, trained, tmp_path):
+def test_kill_9_and_resume_give_the_same_loss(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     whole = trained(settings(run_dir=tmp_path / "whole", max_steps=40, eval_steps=5, patience=0))
     made = settings(max_steps=40, eval_steps=5, patience=0)
     command = [*PRELUDE, "train", "--model", made.model]
@@ -251,7 +272,7 @@ def test_kill_9_and_resume_give_the_same_loss(settings, trained, tmp_path):
     assert resumed["scores"]["trained"]["loss"] == pytest.approx(whole["scores"]["trained"]["loss"], rel=1e-5)
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     for step, text in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
         folder = directory.checkpoints / f"checkpoint-{step}"
@@ -262,7 +283,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     assert directory.newest_checkpoint() == directory.checkpoints / "checkpoint-2"
 
 
-def test_resuming_without_a_checkpoint_begins_again(settings, trained, tmp_path):
+def test_resuming_without_a_checkpoint_begins_again(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     made = settings()
     whole = trained(settings(run_dir=tmp_path / "whole"))
@@ -277,7 +298,9 @@ def test_resuming_without_a_checkpoint_begins_again(settings, trained, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.0, "max_steps": 40, "patience": 2}])
-def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(settings, trained, tmp_path, changes):
+def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(
+    settings: MakeSettings, trained: Trained, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     whole = trained(settings(**changes))
     (tmp_path / "run" / "result.json").unlink()
 
@@ -289,7 +312,7 @@ def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(settin
     assert whole["steps"] <= resumed["steps"] <= whole["steps"] + 1
 
 
-def test_a_run_that_is_done_is_not_done_again(settings, trained, heard):
+def test_a_run_that_is_done_is_not_done_again(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     first = trained(settings())
     again = trained(settings(resume=True))
 
@@ -297,7 +320,7 @@ def test_a_run_that_is_done_is_not_done_again(settings, trained, heard):
     assert any("contains a completed training" in line for line in heard)
 
 
-def test_a_run_directory_is_not_shared(settings, trained, tmp_path):
+def test_a_run_directory_is_not_shared(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(RunDirectoryError, match="contains no run to resume"):
         trained(settings(resume=True))
@@ -314,7 +337,7 @@ def test_a_run_directory_is_not_shared(settings, trained, tmp_path):
         trained(settings(resume=True))
 
 
-def test_changed_data_is_another_run(settings, trained, data):
+def test_changed_data_is_another_run(settings: MakeSettings, trained: Trained, data: Path) -> None:
     trained(settings())
     data.write_text(data.read_text() + '{"text": "new", "label": "call"}\n')
 
@@ -322,7 +345,9 @@ def test_changed_data_is_another_run(settings, trained, data):
         trained(settings(resume=True))
 
 
-def test_a_run_directory_that_cannot_be_written_is_told(settings, trained, tmp_path):
+def test_a_run_directory_that_cannot_be_written_is_told(
+    settings: MakeSettings, trained: Trained, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(RunDirectoryError, match="cannot be written: Not a directory"):
@@ -332,7 +357,9 @@ def test_a_run_directory_that_cannot_be_written_is_told(settings, trained, tmp_p
 # What the model has to say
 
 
-def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, monkeypatch):
+def test_settings_that_do_not_go_with_the_model(
+    settings: MakeSettings, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SettingsError, match="num_virtual_tokens is 96, but the context has only 96 tokens"):
         trained(settings(num_virtual_tokens=96))
     with pytest.raises(TrainingError, match="has no config.json"):
@@ -357,12 +384,14 @@ def test_settings_that_do_not_go_with_the_model(settings, trained, tmp_path, mon
         ({"description": "a" * 5000}, "description has 5000 characters"),
     ],
 )
-def test_settings_that_do_not_go_together(settings, trained, changes, reason):
+def test_settings_that_do_not_go_together(
+    settings: MakeSettings, trained: Trained, changes: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(SettingsError, match=reason):
         trained(settings(**changes))
 
 
-def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings, trained):
+def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings: MakeSettings, trained: Trained) -> None:
     from safetensors.torch import load_file
 
     result = trained(settings(dtype="bfloat16"))
@@ -387,7 +416,9 @@ def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings, train
         (torch.OutOfMemoryError("CUDA out of memory"), "lower --batch-size"),
     ],
 )
-def test_what_runs_full_is_told_with_what_to_do(settings, trained, monkeypatch, failure, reason):
+def test_what_runs_full_is_told_with_what_to_do(
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
+) -> None:
     def fail(*_: object) -> None:
         raise failure
 
@@ -399,7 +430,9 @@ def test_what_runs_full_is_told_with_what_to_do(settings, trained, monkeypatch, 
     assert trained(settings(resume=True))["steps"] == 4
 
 
-def test_another_error_of_torch_is_no_full_disk(settings, trained, monkeypatch):
+def test_another_error_of_torch_is_no_full_disk(
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("shapes do not fit")
 
@@ -408,7 +441,9 @@ def test_another_error_of_torch_is_no_full_disk(settings, trained, monkeypatch):
         trained(settings())
 
 
-def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(settings, trained, monkeypatch):
+def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(
+    settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -134,7 +134,7 @@ class EngineLoop:
 def main() -> None:
     """Entry point of the process."""
     configure_from_variables("engine")
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     # Ctrl-C reaches every process of the terminal; the server decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import exp
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from safetensors.numpy import save
 
 from server.api.classification.classification import MAX_LABEL_TOKENS
 from server.api.classification.routes import MAX_LABELS, head_label_names
+from server.continuations import Context
 from server.errors import EngineDeadError, RequestFailedError
-from tests.support.byte_tokenizer import BOS
-from tests.support.fake_engine import BASE, WIDTH
+from tests.support.api_fixtures import CountingStore, UploadParts
+from tests.support.byte_tokenizer import BOS, ByteTokenizer
+from tests.support.fake_engine import BASE, WIDTH, FakeEngine
+from tests.support.live_server import LiveServer
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -48,7 +53,9 @@ async def topics(client: httpx.AsyncClient) -> str:
     return "topics"
 
 
-async def test_labels_are_scored_as_continuations(client, engine, sentiment):
+async def test_labels_are_scored_as_continuations(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str
+) -> None:
     response = await client.post("/v1/classify", json={"model": sentiment, "input": "ab", "labels": LABELS})
     body = response.json()
     assert response.status_code == 200, body
@@ -85,7 +92,7 @@ async def test_labels_are_scored_as_continuations(client, engine, sentiment):
     assert {request.params.prompt_logprobs_start for request in engine.requests} == {3}
 
 
-async def test_several_inputs_and_token_ids(client, engine):
+async def test_several_inputs_and_token_ids(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     fields = {"input": ["a", "bc"], "labels": ["x", "y", "z"], "add_special_tokens": False}
     body = (await client.post("/v1/classify", json=fields)).json()
     assert [item["index"] for item in body["data"]] == [0, 1]
@@ -99,7 +106,7 @@ async def test_several_inputs_and_token_ids(client, engine):
         assert again["data"] == body["data"][:1]
 
 
-async def test_a_head_decides_by_itself(client, engine, topics):
+async def test_a_head_decides_by_itself(client: httpx.AsyncClient, engine: FakeEngine, topics: str) -> None:
     response = await client.post("/v1/classify", json={"model": "tiny", "prompt_id": topics, "input": "a"})
     (item,) = response.json()["data"]
     assert item["logits"] == {"LABEL_0": -4, "LABEL_1": -2, "LABEL_2": 0}
@@ -109,7 +116,7 @@ async def test_a_head_decides_by_itself(client, engine, topics):
     assert "logprobs" not in item
     (request,) = engine.requests
     assert request.params.classify
-    assert request.soft_prompt.num_labels == 3
+    assert present(request.soft_prompt).num_labels == 3
 
 
 @pytest.mark.parametrize(
@@ -121,7 +128,7 @@ async def test_a_head_decides_by_itself(client, engine, topics):
         ({"metadata": json.dumps({"labels": ["too", "few"]})}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
     ],
 )
-async def test_a_heads_labels_have_names(client, fields, names):
+async def test_a_heads_labels_have_names(client: httpx.AsyncClient, fields: dict[str, Any], names: list[str]) -> None:
     assert (await client.post("/v1/prompts", **classifier_parts(**fields))).status_code == 201
     (item,) = (await client.post("/v1/classify", json={"model": "topics", "input": "a"})).json()["data"]
     assert list(item["logits"]) == names
@@ -172,13 +179,15 @@ def test_names_that_cannot_be_used(source: dict[str, Any]) -> None:
         ({"labels": ["a"], "prompt_id": "No"}, "prompt_id"),
     ],
 )
-async def test_bad_fields_are_named(client, engine, store, fields, param):
+async def test_bad_fields_are_named(
+    client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, fields: dict[str, Any], param: str
+) -> None:
     response = await client.post("/v1/classify", json={"input": "a"} | fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
     assert engine.requests == []
 
 
-async def test_the_length_counts_all_three_parts(client, sentiment):
+async def test_the_length_counts_all_three_parts(client: httpx.AsyncClient, sentiment: str) -> None:
     fields = {"model": sentiment, "labels": ["abc"], "add_special_tokens": False}
     assert (await client.post("/v1/classify", json=fields | {"input": "x" * 249})).status_code == 200
     error = (await client.post("/v1/classify", json=fields | {"input": "x" * 250})).json()["error"]
@@ -186,7 +195,9 @@ async def test_the_length_counts_all_three_parts(client, sentiment):
     assert all(number in error["message"] for number in ("256", "4 virtual", "250 text", "3 of"))
 
 
-async def test_labels_and_heads_exclude_each_other(client, engine, topics, sentiment):
+async def test_labels_and_heads_exclude_each_other(
+    client: httpx.AsyncClient, engine: FakeEngine, topics: str, sentiment: str
+) -> None:
     for model, labels in ((topics, ["a"]), (sentiment, None), ("tiny", None)):
         response = await client.post("/v1/classify", json={"model": model, "input": "a", "labels": labels})
         assert (response.status_code, response.json()["error"]["param"]) == (400, "labels")
@@ -194,10 +205,14 @@ async def test_labels_and_heads_exclude_each_other(client, engine, topics, senti
     assert (await client.post("/v1/completions", json={"model": topics, "prompt": "a"})).status_code == 400
 
 
-async def test_labels_of_the_same_tokens_are_refused(client, tokenizer, monkeypatch):
+async def test_labels_of_the_same_tokens_are_refused(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode = tokenizer.encode_labels
 
-    async def folded(context, labels, *, add_special_tokens):
+    async def folded(
+        context: Context, labels: Sequence[str], *, add_special_tokens: bool
+    ) -> tuple[list[int], list[list[int]]]:
         folded_labels = [text.lower().strip("?") for text in labels]
         return await encode(context, folded_labels, add_special_tokens=add_special_tokens)
 
@@ -208,8 +223,12 @@ async def test_labels_of_the_same_tokens_are_refused(client, tokenizer, monkeypa
         assert words in error["message"]
 
 
-async def test_labels_have_their_own_tokens_behind_each_input(client, engine, tokenizer, monkeypatch):
-    async def continued(context, labels, *, add_special_tokens):
+async def test_labels_have_their_own_tokens_behind_each_input(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def continued(
+        context: Context, labels: Sequence[str], *, add_special_tokens: bool
+    ) -> tuple[list[int], list[list[int]]]:
         assert (context.text, add_special_tokens) == (
             tokenizer.decode(context.token_ids, skip_special_tokens=True),
             True,
@@ -225,8 +244,10 @@ async def test_labels_have_their_own_tokens_behind_each_input(client, engine, to
     assert body["usage"]["prompt_tokens"] == 3
 
 
-async def test_nothing_is_tokenised_behind_inputs_that_are_refused(client, tokenizer, monkeypatch):
-    async def never(*_arguments, **_options):
+async def test_nothing_is_tokenised_behind_inputs_that_are_refused(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_arguments: object, **_options: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(tokenizer, "encode_labels", never)
@@ -236,20 +257,26 @@ async def test_nothing_is_tokenised_behind_inputs_that_are_refused(client, token
         assert (response.status_code, response.json()["error"]["param"]) == (400, "input")
 
 
-async def test_a_task_is_named(client, engine, other_parts):
+async def test_a_task_is_named(client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts) -> None:
     assert (await client.post("/v1/prompts", **other_parts("many"))).status_code == 201
     fields = {"model": "many", "input": "a", "labels": ["x"]}
     assert (await client.post("/v1/classify", json=fields)).json()["error"]["param"] == "task_id"
     assert (await client.post("/v1/classify", json=fields | {"task_id": 2})).status_code == 200
-    assert engine.requests[0].soft_prompt.task_id == 2
+    assert present(engine.requests[0].soft_prompt).task_id == 2
 
 
 @pytest.mark.parametrize(
     ("failure", "status"), [(RequestFailedError("it broke"), 500), (EngineDeadError("it died"), 503)]
 )
 async def test_one_failure_fails_the_request_and_leaves_nothing(
-    client, app, engine, store, sentiment, failure, status
-):
+    client: httpx.AsyncClient,
+    app: FastAPI,
+    engine: FakeEngine,
+    store: CountingStore,
+    sentiment: str,
+    failure: Exception,
+    status: int,
+) -> None:
     engine.failure = failure
     response = await client.post("/v1/classify", json={"model": sentiment, "input": ["a", "b"], "labels": LABELS})
     assert response.status_code == status
@@ -262,21 +289,23 @@ async def test_one_failure_fails_the_request_and_leaves_nothing(
     assert len(store.leased) == len(store.released)
 
 
-async def test_it_is_counted_like_other_requests(client, topics):
+async def test_it_is_counted_like_other_requests(client: httpx.AsyncClient, topics: str) -> None:
     await client.post("/v1/classify", json={"model": topics, "input": "a"})
     text = (await client.get("/metrics")).text
     assert 'prelude_requests_total{outcome="stop",prompt="topics"} 1.0' in text
     assert "prelude_e2e_request_latency_seconds_count 1.0" in text
 
 
-async def test_a_full_server_says_so(client, app):
+async def test_a_full_server_says_so(client: httpx.AsyncClient, app: FastAPI) -> None:
     services = app.state.services
     with services.admission.permits(7):
         response = await client.post("/v1/classify", json={"input": "a", "labels": LABELS})
     assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
 
 
-def test_a_client_that_goes_ends_its_sequences(live, engine, eventually: Callable[..., None]) -> None:
+def test_a_client_that_goes_ends_its_sequences(
+    live: LiveServer, engine: FakeEngine, eventually: Callable[..., None]
+) -> None:
     engine.step_seconds = 30.0
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live.url}/v1/classify", json={"input": "a", "labels": LABELS}, timeout=0.3)

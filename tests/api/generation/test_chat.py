@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import httpx
 import pytest
+
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -10,7 +15,7 @@ MESSAGES = [{"role": "system", "content": "be kind"}, {"role": "user", "content"
 RENDERED = "[system]be kind[user]hi[assistant]"
 
 
-async def test_answer(client, engine):
+async def test_answer(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES})
     body = response.json()
     assert body.pop("id").startswith("chatcmpl-")
@@ -28,7 +33,7 @@ async def test_answer(client, engine):
     assert bytes(engine.requests[0].prompt_token_ids).decode() == RENDERED
 
 
-async def test_a_developer_is_the_system(client, engine):
+async def test_a_developer_is_the_system(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     messages = [{"role": "developer", "content": "be kind"}, MESSAGES[1]]
     await client.post("/v1/chat/completions", json={"messages": messages})
     assert bytes(engine.requests[0].prompt_token_ids).decode() == RENDERED
@@ -36,25 +41,27 @@ async def test_a_developer_is_the_system(client, engine):
     assert bytes(tokens).decode() == RENDERED
 
 
-async def test_the_default_limit_is_the_rest_of_the_context(client, engine, sentiment):
+async def test_the_default_limit_is_the_rest_of_the_context(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str
+) -> None:
     await client.post("/v1/chat/completions", json={"model": sentiment, "messages": MESSAGES})
     assert engine.requests[0].params.max_tokens == 256 - 4 - len(RENDERED)
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 9}])
-async def test_limits(client, fields):
+async def test_limits(client: httpx.AsyncClient, fields: dict[str, Any]) -> None:
     body = (await client.post("/v1/chat/completions", json={"messages": MESSAGES} | fields)).json()
     assert body["choices"][0]["message"]["content"] == "hel"
     assert body["choices"][0]["finish_reason"] == "length"
 
 
-async def test_text_parts(client, engine):
+async def test_text_parts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
     assert bytes(engine.requests[0].prompt_token_ids).decode() == "[user]a\nb[assistant]"
 
 
-async def test_stream(client):
+async def test_stream(client: httpx.AsyncClient) -> None:
     body = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
     response = await client.post("/v1/chat/completions", json=body)
     events = [event.removeprefix("data: ") for event in response.text.removesuffix("\n\n").split("\n\n")]
@@ -71,7 +78,7 @@ async def test_stream(client):
     assert [piece["choices"][0]["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
 
 
-async def test_stream_with_token_ids(client):
+async def test_stream_with_token_ids(client: httpx.AsyncClient) -> None:
     body = {"messages": MESSAGES, "stream": True, "return_token_ids": True}
     response = await client.post("/v1/chat/completions", json=body)
     events = response.text.removesuffix("\n\n").split("\n\n")[:-1]
@@ -80,7 +87,7 @@ async def test_stream_with_token_ids(client):
     assert [choice for choice in choices if "prompt_token_ids" in choice] == choices[:1]
 
 
-async def test_a_model_without_a_template(client, tokenizer):
+async def test_a_model_without_a_template(client: httpx.AsyncClient, tokenizer: ByteTokenizer) -> None:
     tokenizer.has_chat_template = False
     response = await client.post("/v1/chat/completions", json={"messages": MESSAGES})
     assert response.status_code == 400

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from tests.support.api_fixtures import CountingStore, WaitUntil
 from tests.support.byte_tokenizer import BOS
+from tests.support.fake_engine import FakeEngine
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -28,7 +32,7 @@ async def chunks(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-async def test_one_prompt(client, engine):
+async def test_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await complete(client)
     body = response.json()
     assert response.status_code == 200
@@ -57,7 +61,9 @@ async def test_one_prompt(client, engine):
         ([[5], [6, 7]], [[5], [6, 7]]),
     ],
 )
-async def test_forms_of_prompt(client, engine, prompt, expected):
+async def test_forms_of_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, prompt: list[Any], expected: list[list[int]]
+) -> None:
     body = (await complete(client, prompt=prompt)).json()
     assert [request.prompt_token_ids for request in engine.requests] == expected
     assert [choice["index"] for choice in body["choices"]] == list(range(len(expected)))
@@ -67,13 +73,15 @@ async def test_forms_of_prompt(client, engine, prompt, expected):
     assert len({request.request_id for request in engine.requests}) == len(expected)
 
 
-async def test_defaults(client, engine):
+async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post("/v1/completions", json={"prompt": "a"})
     params = engine.requests[0].params
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed) == (16, 1.0, 1.0, 0, None)
 
 
-async def test_nulls_mean_absent_and_unknown_fields_are_ignored(client, engine):
+async def test_nulls_mean_absent_and_unknown_fields_are_ignored(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     names = (
         "max_tokens temperature top_p top_k seed stop stop_token_ids stream stream_options n logprobs echo "
         "logit_bias prompt_id user task_id return_token_ids"
@@ -84,7 +92,7 @@ async def test_nulls_mean_absent_and_unknown_fields_are_ignored(client, engine):
     assert engine.requests[0].params.max_tokens == 16
 
 
-async def test_sampling_fields_reach_the_engine(client, engine):
+async def test_sampling_fields_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "seed": 7, "stop_token_ids": [9], "ignore_eos": True}
     assert (await complete(client, **fields)).status_code == 200
     params = engine.requests[0].params
@@ -94,17 +102,17 @@ async def test_sampling_fields_reach_the_engine(client, engine):
     assert params.max_tokens == 20
 
 
-async def test_length(client):
+async def test_length(client: httpx.AsyncClient) -> None:
     choice = (await complete(client, max_tokens=5)).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
 
 
-async def test_without_special_tokens(client, engine):
+async def test_without_special_tokens(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await complete(client, add_special_tokens=False)
     assert engine.requests[0].prompt_token_ids == [97, 98, 99]
 
 
-async def test_end_token_is_not_text_but_counts(client):
+async def test_end_token_is_not_text_but_counts(client: httpx.AsyncClient) -> None:
     fields = {"return_token_ids": True, "skip_special_tokens": False}
     choice = (await complete(client, **fields)).json()["choices"][0]
     assert choice["text"] == REPLY
@@ -114,14 +122,16 @@ async def test_end_token_is_not_text_but_counts(client):
     assert kept["text"] == REPLY + "</s>"
 
 
-async def test_stop_token_ids(client):
+async def test_stop_token_ids(client: httpx.AsyncClient) -> None:
     choice = (await complete(client, stop_token_ids=[ord("o")])).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("hell", "stop")
 
 
 @pytest.mark.parametrize("stop", ["wor", ["zzz", "wor"]])
 @pytest.mark.parametrize(("include", "text"), [(False, "hello "), (True, "hello wor")])
-async def test_stop_string_ends_the_text_and_aborts_the_sequence(client, engine, stop, include, text):
+async def test_stop_string_ends_the_text_and_aborts_the_sequence(
+    client: httpx.AsyncClient, engine: FakeEngine, stop: str | list[str], include: bool, text: str
+) -> None:
     body = (await complete(client, stop=stop, include_stop_str_in_output=include)).json()
     choice = body["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == (text, "stop")
@@ -131,18 +141,24 @@ async def test_stop_string_ends_the_text_and_aborts_the_sequence(client, engine,
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(("include", "text"), [(False, "he"), (True, "he<s>")])
-async def test_a_special_token_that_is_not_shown_is_a_stop_string(client, engine, path, include, text):
-    engine.reply = SimpleNamespace(encode=lambda: [*b"he", BOS, *b"llo"])
+async def test_a_special_token_that_is_not_shown_is_a_stop_string(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, include: bool, text: str
+) -> None:
+    engine.reply = mock.Mock(encode=lambda: [*b"he", BOS, *b"llo"])
     for skip in (True, False):
-        body = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+        body: dict[str, Any] = (
+            {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+        )
         body |= {"stop": ["zzz", "<s>"], "include_stop_str_in_output": include, "skip_special_tokens": skip}
         choice = (await client.post(path, json=body)).json()["choices"][0]
         assert choice["finish_reason"] == "stop"
         assert (choice["text"] if "text" in choice else choice["message"]["content"]) == text
 
 
-async def test_a_character_that_the_prompt_begins_and_the_answer_completes(client, engine):
-    engine.reply = SimpleNamespace(encode=lambda: [0xA9, *b"t"])
+async def test_a_character_that_the_prompt_begins_and_the_answer_completes(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.reply = mock.Mock(encode=lambda: [0xA9, *b"t"])
     fields = {"prompt": [97, 0xC3], "logprobs": 0, "ignore_eos": True}
     choice = (await complete(client, **fields)).json()["choices"][0]
     assert (choice["text"], choice["logprobs"]["text_offset"]) == ("ét", [0, 1])
@@ -152,12 +168,14 @@ async def test_a_character_that_the_prompt_begins_and_the_answer_completes(clien
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == "aét"
 
 
-async def test_soft_prompt_counts_virtual_tokens(client, engine, store, sentiment):
+async def test_soft_prompt_counts_virtual_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str
+) -> None:
     body = (await complete(client, model=sentiment)).json()
     assert body["model"] == sentiment
     assert body["usage"]["prompt_tokens"] == 4
     assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 2, "virtual_tokens": 4}
-    source = engine.requests[0].soft_prompt
+    source = present(engine.requests[0].soft_prompt)
     assert source.num_virtual_tokens == 4
     assert not source.is_key_values
     assert source.digest == store.leased[0].version.digest
@@ -175,7 +193,9 @@ async def test_soft_prompt_counts_virtual_tokens(client, engine, store, sentimen
         {"model": None, "prompt_id": "sentiment@1"},
     ],
 )
-async def test_every_way_to_name_a_soft_prompt(client, engine, sentiment, fields):
+async def test_every_way_to_name_a_soft_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, fields: dict[str, Any]
+) -> None:
     assert (await complete(client, **fields)).status_code == 200
     assert engine.requests[0].soft_prompt is not None
 
@@ -192,20 +212,30 @@ async def test_every_way_to_name_a_soft_prompt(client, engine, sentiment, fields
         ({"model": "sentiment", "prompt_id": "sentiment"}, 400, "invalid_request", "prompt_id"),
     ],
 )
-async def test_names_that_do_not_resolve(client, sentiment, store, fields, status, code, param):
+async def test_names_that_do_not_resolve(
+    client: httpx.AsyncClient,
+    sentiment: str,
+    store: CountingStore,
+    fields: dict[str, Any],
+    status: int,
+    code: str,
+    param: str,
+) -> None:
     response = await complete(client, **fields)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (status, code, param)
     assert len(store.leased) == len(store.released) == 0
 
 
-async def test_a_batch_resolves_once(client, engine, store, sentiment):
+async def test_a_batch_resolves_once(
+    client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str
+) -> None:
     assert (await complete(client, model=sentiment, prompt=["a", "b", "c"])).status_code == 200
     assert len(store.leased) == 1
-    assert len({request.soft_prompt.digest for request in engine.requests}) == 1
+    assert len({present(request.soft_prompt).digest for request in engine.requests}) == 1
 
 
-async def test_stream(client):
+async def test_stream(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == REPLY
     assert [piece["choices"][0]["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
@@ -214,7 +244,7 @@ async def test_stream(client):
     assert set(pieces[0]["choices"][0]) == {"index", "text", "logprobs", "finish_reason"}
 
 
-async def test_stream_of_several_prompts(client):
+async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, prompt=["a", "b", "c"])
     for index in range(3):
         own = [piece["choices"][0] for piece in pieces if piece["choices"][0]["index"] == index]
@@ -222,33 +252,33 @@ async def test_stream_of_several_prompts(client):
         assert own[-1]["finish_reason"] == "stop"
 
 
-async def test_stream_holds_back_what_may_be_a_stop_string(client):
+async def test_stream_holds_back_what_may_be_a_stop_string(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, stop="world!")
     texts = [piece["choices"][0]["text"] for piece in pieces]
     assert texts == [*"hello ", "world"]
 
 
-async def test_stream_with_usage(client):
+async def test_stream_with_usage(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, stream_options={"include_usage": True})
     assert all(piece["usage"] is None for piece in pieces[:-1])
     assert pieces[-1]["choices"] == []
     assert pieces[-1]["usage"]["completion_tokens"] == 12
 
 
-async def test_stream_with_continuous_usage(client):
+async def test_stream_with_continuous_usage(client: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     pieces = await chunks(client, stream_options=options)
     assert [piece["usage"]["completion_tokens"] for piece in pieces] == [*range(1, 13), 12]
 
 
-async def test_stream_with_token_ids(client):
+async def test_stream_with_token_ids(client: httpx.AsyncClient) -> None:
     pieces = [piece["choices"][0] for piece in await chunks(client, return_token_ids=True)]
     assert [token for piece in pieces for token in piece["token_ids"]] == [*REPLY.encode(), 257]
     assert pieces[0]["prompt_token_ids"] == [256, 97, 98, 99]
     assert all("prompt_token_ids" not in piece for piece in pieces[1:])
 
 
-async def test_characters_are_never_cut(client, engine):
+async def test_characters_are_never_cut(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "naïve 日本語 🙂"
     pieces = await chunks(client, max_tokens=60)
     texts = [piece["choices"][0]["text"] for piece in pieces]
@@ -256,7 +286,14 @@ async def test_characters_are_never_cut(client, engine):
     assert not any("�" in text for text in texts)
 
 
-async def test_everything_is_given_back(client, engine, store, app, sentiment, eventually):
+async def test_everything_is_given_back(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    app: FastAPI,
+    sentiment: str,
+    eventually: WaitUntil,
+) -> None:
     services = app.state.services
     await complete(client, model=sentiment, prompt=["a", "b"])
     await chunks(client, model=sentiment, prompt=["a", "b"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,15 +19,19 @@ from server.engine.types import GenerateRequest, Logprobs, TokenEvent
 from server.errors import EngineDeadError
 from server.logs import FIELDS
 from tests.api.classification.test_classify import classifier_parts
-from tests.support.fake_engine import CONTEXT
+from tests.support.api_fixtures import CountingStore, UploadParts, WaitUntil
+from tests.support.fake_engine import CONTEXT, FakeEngine
+from tests.support.live_server import LiveServer
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
 LABELS = ["x", "y", "z"]
+Speak = Callable[..., None]
 
 
 @pytest.fixture
-async def three(client, upload_parts) -> list[str]:
+async def three(client: httpx.AsyncClient, upload_parts: UploadParts) -> list[str]:
     """Soft prompts of 4, 5 and 6 virtual tokens, by which the engine of ``speaking`` tells them apart."""
     names = ["a", "b", "c"]
     for rows, name in enumerate(names, 4):
@@ -34,7 +40,7 @@ async def three(client, upload_parts) -> list[str]:
 
 
 @pytest.fixture
-def speaking(app, engine, monkeypatch) -> Callable[..., None]:
+def speaking(app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Speak:
     """Let the engine answer by the number of virtual tokens: with a text, with label scores, or with logits."""
 
     def speak(
@@ -76,7 +82,9 @@ SCORES = {
 
 
 @pytest.mark.parametrize(("how", "label"), [("vote", "x"), (None, "x"), ("mean", "y")])
-async def test_labels_by_vote_and_by_mean(client, three, speaking, how, label):
+async def test_labels_by_vote_and_by_mean(
+    client: httpx.AsyncClient, three: list[str], speaking: Speak, how: str | None, label: str
+) -> None:
     speaking(scores=SCORES)
     alone = [
         (await client.post("/v1/classify", json={"model": name, "input": "i", "labels": LABELS})).json()["data"][0]
@@ -106,7 +114,9 @@ async def test_labels_by_vote_and_by_mean(client, three, speaking, how, label):
     assert usage["prompt_tokens_details"]["virtual_tokens"] == 2 * (4 + 5 + 6)
 
 
-async def test_prompt_ids_and_the_base_as_a_member(client, three, speaking):
+async def test_prompt_ids_and_the_base_as_a_member(
+    client: httpx.AsyncClient, three: list[str], speaking: Speak
+) -> None:
     speaking(scores=SCORES | {0: SCORES[6]})
     for fields, model in (({"model": "tiny"}, "tiny"), ({}, "tiny")):
         body = {**fields, "prompt_ids": ["a", "c@latest"], "input": "i", "labels": LABELS}
@@ -118,7 +128,7 @@ async def test_prompt_ids_and_the_base_as_a_member(client, three, speaking):
     assert [member["model"] for member in reply["data"][0]["members"]] == ["tiny", "a@1", "b@1"]
 
 
-async def test_heads_are_combined_by_the_names_of_their_labels(client, speaking):
+async def test_heads_are_combined_by_the_names_of_their_labels(client: httpx.AsyncClient, speaking: Speak) -> None:
     for name, labels in (("one", ["u", "v", "w"]), ("two", ["w", "u", "v"]), ("odd", ["u", "v", "q"])):
         parts = classifier_parts(name, metadata=json.dumps({"labels": labels}))
         (await client.post("/v1/prompts", **parts)).raise_for_status()
@@ -133,7 +143,9 @@ async def test_heads_are_combined_by_the_names_of_their_labels(client, speaking)
     assert (error["param"], "same labels" in error["message"]) == ("model", True)
 
 
-async def test_a_head_and_scored_labels_do_not_go_together(client, engine, three):
+async def test_a_head_and_scored_labels_do_not_go_together(
+    client: httpx.AsyncClient, engine: FakeEngine, three: list[str]
+) -> None:
     (await client.post("/v1/prompts", **classifier_parts("topics"))).raise_for_status()
     for labels in (None, LABELS):
         body = {"prompt_ids": ["topics", "a"], "input": "i", "labels": labels}
@@ -142,7 +154,7 @@ async def test_a_head_and_scored_labels_do_not_go_together(client, engine, three
     assert engine.requests == []
 
 
-async def test_the_most_frequent_text_wins(client, three, speaking):
+async def test_the_most_frequent_text_wins(client: httpx.AsyncClient, three: list[str], speaking: Speak) -> None:
     speaking(texts={4: "no", 5: "yes", 6: "yes"})
     body = {"model": three, "prompt": ["p", "qq"], "ensemble": "vote", "max_tokens": 8}
     response = await client.post("/v1/completions", json=body)
@@ -169,7 +181,9 @@ async def test_the_most_frequent_text_wins(client, three, speaking):
     ("sure", "text"),
     [({4: -1.0, 5: -2.0}, "one"), ({4: -2.0, 5: -1.0}, "two"), ({4: -1.0, 5: -1.0}, "one")],
 )
-async def test_between_as_many_votes_the_surer_text_wins(client, three, speaking, sure, text):
+async def test_between_as_many_votes_the_surer_text_wins(
+    client: httpx.AsyncClient, three: list[str], speaking: Speak, sure: dict[int, float], text: str
+) -> None:
     speaking(texts={4: "one", 5: "two"}, sure=sure)
     body = {"prompt_ids": ["a", "b"], "prompt": "p", "logprobs": 0, "return_token_ids": True}
     (choice,) = (await client.post("/v1/completions", json=body)).json()["choices"]
@@ -178,7 +192,9 @@ async def test_between_as_many_votes_the_surer_text_wins(client, three, speaking
     assert len(choice["logprobs"]["tokens"]) == len(choice["token_ids"]) == 4
 
 
-async def test_a_text_by_the_mean_is_one_generation(client, app, engine, store, three):
+async def test_a_text_by_the_mean_is_one_generation(
+    client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, store: CountingStore, three: list[str]
+) -> None:
     app.state.services.admission.capacity = 32
     body = {"model": three, "prompt": ["p", "qq"], "ensemble": "mean", "max_tokens": 30, "n": 2, "logprobs": 0}
     response = await client.post("/v1/completions", json=body)
@@ -197,22 +213,27 @@ async def test_a_text_by_the_mean_is_one_generation(client, app, engine, store, 
     assert len(engine.requests) == 4
     for request in engine.requests:
         members = [request.soft_prompt, *request.others]
-        assert [member.num_virtual_tokens for member in members] == [4, 5, 6]
+        assert [present(member).num_virtual_tokens for member in members] == [4, 5, 6]
     await client.get("/v1/prompts")
     assert len(store.leased) == len(store.released) == 3
 
 
-async def test_a_mean_can_be_streamed_and_echoed_and_have_the_base_as_a_member(client, engine, three):
+async def test_a_mean_can_be_streamed_and_echoed_and_have_the_base_as_a_member(
+    client: httpx.AsyncClient, engine: FakeEngine, three: list[str]
+) -> None:
     body = {"model": ["b", "tiny"], "prompt": "p", "ensemble": "mean", "echo": True}
     assert (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"] == "phello world"
-    assert (engine.requests[0].soft_prompt.num_virtual_tokens, engine.requests[0].others) == (5, (None,))
+    request = engine.requests[0]
+    assert (present(request.soft_prompt).num_virtual_tokens, request.others) == (5, (None,))
     response = await client.post("/v1/completions", json=body | {"stream": True})
     chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "phello world"
     assert response.headers["x-prelude-prompt"] == "b@1"
 
 
-def test_each_member_of_a_mean_has_a_place(live, engine, upload_parts, eventually):
+def test_each_member_of_a_mean_has_a_place(
+    live: LiveServer, engine: FakeEngine, upload_parts: UploadParts, eventually: WaitUntil
+) -> None:
     for rows, name in ((4, "a"), (5, "b"), (6, "c")):
         httpx.post(f"{live.url}/v1/prompts", **upload_parts(name, rows=rows, seed=rows)).raise_for_status()
     admission = live.server._services.admission
@@ -232,7 +253,14 @@ def test_each_member_of_a_mean_has_a_place(live, engine, upload_parts, eventuall
         assert f'prelude_requests_total{{outcome="abort",prompt="{name}"}} 1.0' in text
 
 
-async def test_what_a_mean_can_not_have_is_refused(client, app, engine, store, three, upload_parts):
+async def test_what_a_mean_can_not_have_is_refused(
+    client: httpx.AsyncClient,
+    app: FastAPI,
+    engine: FakeEngine,
+    store: CountingStore,
+    three: list[str],
+    upload_parts: UploadParts,
+) -> None:
     body = {"model": three, "prompt": "p", "ensemble": "mean"}
     (await client.post("/v1/prompts", **classifier_parts("topics"))).raise_for_status()
     (await client.post("/v1/prompts", **upload_parts("d", seed=7, rows=4))).raise_for_status()
@@ -285,7 +313,16 @@ async def test_what_a_mean_can_not_have_is_refused(client, app, engine, store, t
         ({"model": ["a", "b", "c"], "input": ["1", "2"], "prompt": ["1", "2", "3"]}, ("input", "prompt")),
     ],
 )
-async def test_bad_fields_are_named(client, engine, app, store, three, path, fields, param):
+async def test_bad_fields_are_named(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    app: FastAPI,
+    store: CountingStore,
+    three: list[str],
+    path: str,
+    fields: dict[str, Any],
+    param: str | tuple[str, str],
+) -> None:
     body = {"input": "i", "labels": ["x", "y"]} if path == "/v1/classify" else {"prompt": "i"}
     if isinstance(param, tuple):
         param = param[path != "/v1/classify"]
@@ -308,13 +345,15 @@ async def test_bad_fields_are_named(client, engine, app, store, three, path, fie
         ({"ensemble": "mean", "echo": True, "logprobs": 0}, "echo"),
     ],
 )
-async def test_what_only_one_soft_prompt_does(client, engine, three, fields, param):
+async def test_what_only_one_soft_prompt_does(
+    client: httpx.AsyncClient, engine: FakeEngine, three: list[str], fields: dict[str, Any], param: str
+) -> None:
     response = await client.post("/v1/completions", json={"model": three, "prompt": "i"} | fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
     assert engine.requests == []
 
 
-async def test_conversations_have_one_soft_prompt(client, three):
+async def test_conversations_have_one_soft_prompt(client: httpx.AsyncClient, three: list[str]) -> None:
     messages = [{"role": "user", "content": "i"}]
     for name, value in (("model", three), ("prompt_ids", three), ("ensemble", "vote")):
         response = await client.post("/v1/chat/completions", json={name: value, "messages": messages})
@@ -330,7 +369,16 @@ async def test_conversations_have_one_soft_prompt(client, three):
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-async def test_one_that_is_not_there_is_named(client, engine, app, store, three, path, fields, param):
+async def test_one_that_is_not_there_is_named(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    app: FastAPI,
+    store: CountingStore,
+    three: list[str],
+    path: str,
+    fields: dict[str, Any],
+    param: str,
+) -> None:
     body = {"input": "i", "labels": LABELS, "prompt": "i"} | fields
     response = await client.post(path, json=body)
     error = response.json()["error"]
@@ -345,7 +393,15 @@ async def test_one_that_is_not_there_is_named(client, engine, app, store, three,
 @pytest.mark.parametrize(
     ("path", "how"), [("/v1/classify", "vote"), ("/v1/completions", "vote"), ("/v1/completions", "mean")]
 )
-async def test_one_failure_fails_all_and_leaves_nothing(client, app, engine, store, three, path, how):
+async def test_one_failure_fails_all_and_leaves_nothing(
+    client: httpx.AsyncClient,
+    app: FastAPI,
+    engine: FakeEngine,
+    store: CountingStore,
+    three: list[str],
+    path: str,
+    how: str,
+) -> None:
     engine.failure = EngineDeadError("it died")
     body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i", "ensemble": how}
     assert (await client.post(path, json=body)).status_code == 503
@@ -356,7 +412,9 @@ async def test_one_failure_fails_all_and_leaves_nothing(client, app, engine, sto
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-async def test_a_full_server_takes_none_of_it(client, app, store, three, path):
+async def test_a_full_server_takes_none_of_it(
+    client: httpx.AsyncClient, app: FastAPI, store: CountingStore, three: list[str], path: str
+) -> None:
     body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
     with app.state.services.admission.permits(6):
         response = await client.post(path, json=body)
@@ -367,7 +425,9 @@ async def test_a_full_server_takes_none_of_it(client, app, store, three, path):
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-def test_a_client_that_goes_ends_all_members(live, engine, upload_parts, eventually, path):
+def test_a_client_that_goes_ends_all_members(
+    live: LiveServer, engine: FakeEngine, upload_parts: UploadParts, eventually: WaitUntil, path: str
+) -> None:
     for rows, name in ((4, "a"), (5, "b")):
         httpx.post(f"{live.url}/v1/prompts", **upload_parts(name, rows=rows, seed=rows)).raise_for_status()
     engine.step_seconds = 30.0
@@ -379,7 +439,9 @@ def test_a_client_that_goes_ends_all_members(live, engine, upload_parts, eventua
 
 
 @pytest.mark.parametrize(("how", "num_new"), [("vote", 6), ("mean", 2)])
-async def test_it_counts_as_one_request_of_a_key(client, app, engine, three, how, num_new):
+async def test_it_counts_as_one_request_of_a_key(
+    client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, three: list[str], how: str, num_new: int
+) -> None:
     from server.api.keys.callers import ANYBODY
     from server.api.keys.limits import KeyLimiter, Limits
 
@@ -398,7 +460,7 @@ probabilities = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3)
 
 
 @given(rows=st.lists(probabilities, min_size=1, max_size=7))
-def test_decisions_against_plain_counting(rows):
+def test_decisions_against_plain_counting(rows: list[list[float]]) -> None:
     mean, vote = decide(rows, "mean"), decide(rows, "vote")
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     assert mean.probabilities == vote.probabilities == pytest.approx(means)
@@ -411,7 +473,7 @@ def test_decisions_against_plain_counting(rows):
 
 
 @given(pairs=st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 0)), min_size=1, max_size=8))
-def test_elections_against_plain_counting(pairs):
+def test_elections_against_plain_counting(pairs: list[tuple[str, int]]) -> None:
     texts, likelihoods = [text for text, _ in pairs], [float(value) for _, value in pairs]
     index, votes = elect(texts, likelihoods)
     assert votes == {text: texts.count(text) for text in texts}
@@ -420,7 +482,9 @@ def test_elections_against_plain_counting(pairs):
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-async def test_one_line_of_the_log_and_a_count_for_each_member(client, three, caplog, path):
+async def test_one_line_of_the_log_and_a_count_for_each_member(
+    client: httpx.AsyncClient, three: list[str], caplog: pytest.LogCaptureFixture, path: str
+) -> None:
     with caplog.at_level("INFO", logger="server.api.inference.request_record"):
         body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
         usage = (await client.post(path, json=body)).json()["usage"]

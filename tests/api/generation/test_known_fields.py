@@ -8,18 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from pydantic import BaseModel
 
 from server.api.classification.routes import ClassifyBody
 from server.api.generation.bodies import ChatBody, CompletionBody
 from server.api.generation.known_fields import CHAT, CLASSIFY, COMPLETIONS, EVERYWHERE, IGNORED, Refused
 from server.engine.constraints import Constraint
 from server.errors import ConstraintError
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
 ROUTES = {"/v1/completions": {**EVERYWHERE, **COMPLETIONS}, "/v1/chat/completions": {**EVERYWHERE, **CHAT}}
-BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody, "/v1/classify": ClassifyBody}
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/v1/classify": ClassifyBody,
+}
 
 BOTH = re.findall(
     r"\w+",
@@ -80,7 +87,9 @@ REFUSED += [("/v1/classify", name, how) for name, how in CLASSIFY.items()]
 
 
 @pytest.mark.parametrize(("path", "name", "how"), REFUSED)
-async def test_what_is_not_done_is_refused_by_name(client, engine, path, name, how) -> None:
+async def test_what_is_not_done_is_refused_by_name(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, name: str, how: Refused
+) -> None:
     response = await client.post(path, json=body(path, **{name: "x"}))
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", name)
@@ -88,7 +97,7 @@ async def test_what_is_not_done_is_refused_by_name(client, engine, path, name, h
     assert engine.requests == []
 
 
-async def test_what_asks_for_nothing_is_no_reason_to_refuse(client) -> None:
+async def test_what_asks_for_nothing_is_no_reason_to_refuse(client: httpx.AsyncClient) -> None:
     for path, name, how in REFUSED:
         if name in ("prompt", "messages"):
             continue
@@ -97,7 +106,7 @@ async def test_what_asks_for_nothing_is_no_reason_to_refuse(client) -> None:
             assert response.status_code == 200, (path, name, no_op, response.text)
 
 
-async def test_true_is_not_one(client) -> None:
+async def test_true_is_not_one(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json=body("", best_of=True))
     assert response.json()["error"]["param"] == "best_of"
 
@@ -114,7 +123,9 @@ async def test_true_is_not_one(client) -> None:
         ("repeat_penalty", "repetition_penalty", 1.2),
     ],
 )
-async def test_two_names_for_one_value_ask_for_nothing_more(client, path, other, own, value) -> None:
+async def test_two_names_for_one_value_ask_for_nothing_more(
+    client: httpx.AsyncClient, path: str, other: str, own: str, value: list[str] | str | float
+) -> None:
     fields = body(path, **{"max_tokens": 9, own: value, other: value})
     assert (await client.post(path, json=fields)).status_code == 200
     response = await client.post(path, json=fields | {own: 3 if own != "stop" else ["x"]})
@@ -122,7 +133,9 @@ async def test_two_names_for_one_value_ask_for_nothing_more(client, path, other,
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_what_changes_no_answer_and_what_is_unknown_are_ignored(client, engine, path) -> None:
+async def test_what_changes_no_answer_and_what_is_unknown_are_ignored(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
     await client.post(path, json=body(path))
     response = await client.post(path, json=body(path, **dict.fromkeys([*IGNORED, "x_unknown"], "x")))
     assert response.status_code == 200, response.text
@@ -144,7 +157,14 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required"
         ("guided_grammar", 'start: "a"', "grammar"),
     ],
 )
-async def test_guided_fields_are_structured_outputs(client, engine, path, name, value, key) -> None:
+async def test_guided_fields_are_structured_outputs(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    path: str,
+    name: str,
+    value: dict[str, Any] | str | list[str],
+    key: str,
+) -> None:
     for fields in ({"structured_outputs": {key: value}}, {name: value, "structured_outputs": None}):
         response = await client.post(path, json=body(path, **fields))
         assert response.status_code == 200, response.text
@@ -154,7 +174,9 @@ async def test_guided_fields_are_structured_outputs(client, engine, path, name, 
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_guided_fields_that_are_empty_demand_nothing(client, engine, path) -> None:
+async def test_guided_fields_that_are_empty_demand_nothing(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
     empty = {"guided_json": "", "guided_regex": "", "guided_choice": [], "guided_grammar": ""}
     response = await client.post(path, json=body(path, **empty))
     assert response.status_code == 200, response.text
@@ -176,14 +198,16 @@ async def test_guided_fields_that_are_empty_demand_nothing(client, engine, path)
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
     ],
 )
-async def test_guided_fields_that_are_wrong(client, engine, path, fields, param) -> None:
+async def test_guided_fields_that_are_wrong(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str
+) -> None:
     response = await client.post(path, json=body(path, **fields))
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
     assert engine.requests == []
 
 
-async def test_the_engines_word_on_a_guided_field_names_it(client, engine) -> None:
+async def test_the_engines_word_on_a_guided_field_names_it(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.failure = ConstraintError("no grammar")
     response = await client.post("/v1/completions", json=body("", guided_regex="("))
     assert response.json()["error"]["param"] == "guided_regex"

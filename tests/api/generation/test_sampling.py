@@ -7,6 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -20,13 +23,15 @@ async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 20} | fields
     response = await client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post("/v1/chat/completions", json={"messages": MESSAGES} | fields)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 async def stream(client: httpx.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
@@ -43,7 +48,7 @@ def joined(choices: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [item for one in every for item in one[name]] for name in every[0]}
 
 
-async def test_fields_reach_the_engine(client, engine):
+async def test_fields_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     fields = {
         "min_tokens": 2,
         "min_p": 0.1,
@@ -62,7 +67,7 @@ async def test_fields_reach_the_engine(client, engine):
         assert (params.logprobs, params.prompt_logprobs) == (None, None)
 
 
-async def test_nulls_mean_absent(client, engine):
+async def test_nulls_mean_absent(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     common = [
         "min_tokens",
         "min_p",
@@ -80,12 +85,14 @@ async def test_nulls_mean_absent(client, engine):
     assert first == second == third
 
 
-async def test_max_completion_tokens_of_a_completion(client):
+async def test_max_completion_tokens_of_a_completion(client: httpx.AsyncClient) -> None:
     choice = (await complete(client, max_completion_tokens=3))["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("hel", "length")
 
 
-async def test_several_choices_count_the_prompt_once(client, engine, app, sentiment):
+async def test_several_choices_count_the_prompt_once(
+    client: httpx.AsyncClient, engine: FakeEngine, app: FastAPI, sentiment: str
+) -> None:
     body = await complete(client, model=sentiment, prompt=["abc", "d"], n=3, seed=5)
     assert [choice["index"] for choice in body["choices"]] == list(range(6))
     assert all(choice["text"] == REPLY.decode() for choice in body["choices"])
@@ -99,7 +106,9 @@ async def test_several_choices_count_the_prompt_once(client, engine, app, sentim
     assert app.state.services.admission.num_in_use == 0
 
 
-async def test_each_choice_has_a_seed_of_its_own_that_the_seed_decides(client, engine):
+async def test_each_choice_has_a_seed_of_its_own_that_the_seed_decides(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     for _ in range(2):
         await complete(client, n=4, seed=5)
     await complete(client, seed=5)
@@ -111,7 +120,7 @@ async def test_each_choice_has_a_seed_of_its_own_that_the_seed_decides(client, e
     assert {request.params.seed for request in engine.requests[9:]} == {None}
 
 
-async def test_several_answers(client):
+async def test_several_answers(client: httpx.AsyncClient) -> None:
     body = await chat(client, n=2)
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert body["usage"]["prompt_tokens"] == len("[user]hi[assistant]")
@@ -123,7 +132,7 @@ async def test_several_answers(client):
         assert own[-1]["finish_reason"] == "stop"
 
 
-async def test_logprobs_of_a_completion(client):
+async def test_logprobs_of_a_completion(client: httpx.AsyncClient) -> None:
     logprobs = (await complete(client, logprobs=2))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [*REPLY.decode(), "</s>"]
     assert logprobs["token_logprobs"] == [-token / 512 for token in NEW]
@@ -132,13 +141,15 @@ async def test_logprobs_of_a_completion(client):
     assert [max(top.values()) for top in logprobs["top_logprobs"]] == logprobs["token_logprobs"]
 
 
-async def test_logprobs_of_zero_tell_the_tokens_alone(client):
+async def test_logprobs_of_zero_tell_the_tokens_alone(client: httpx.AsyncClient) -> None:
     logprobs = (await complete(client, logprobs=0))["choices"][0]["logprobs"]
     assert logprobs["top_logprobs"] is None
     assert len(logprobs["token_logprobs"]) == 12
 
 
-async def test_more_echoed_logprobs_than_a_server_should_keep(client, engine, monkeypatch):
+async def test_more_echoed_logprobs_than_a_server_should_keep(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.api.generation.generation.MAX_ECHOED_LOGPROBS", 23)
     body = {"prompt": "abc", "logprobs": 2, "echo": True, "n": 2}
     error = (await client.post("/v1/completions", json=body)).json()["error"]
@@ -148,7 +159,7 @@ async def test_more_echoed_logprobs_than_a_server_should_keep(client, engine, mo
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20])
-async def test_echo_with_logprobs(client, max_tokens):
+async def test_echo_with_logprobs(client: httpx.AsyncClient, max_tokens: int) -> None:
     choice = (await complete(client, echo=True, logprobs=1, max_tokens=max_tokens))["choices"][0]
     new = NEW[:max_tokens]
     assert choice["text"] == "abc" + REPLY[:max_tokens].decode()
@@ -159,14 +170,16 @@ async def test_echo_with_logprobs(client, max_tokens):
     assert {len(entries) for entries in logprobs.values()} == {len(PROMPT) + len(new)}
 
 
-async def test_the_entry_of_an_end_token_is_there_though_its_text_is_not(client, engine):
+async def test_the_entry_of_an_end_token_is_there_though_its_text_is_not(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.reply = ""
     choice = (await complete(client, echo=True, logprobs=1, max_tokens=1))["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("abc", "stop")
     assert {len(entries) for entries in choice["logprobs"].values()} == {len(PROMPT) + 1}
 
 
-async def test_scoring_alone(client):
+async def test_scoring_alone(client: httpx.AsyncClient) -> None:
     body = await complete(client, echo=True, logprobs=1, max_tokens=0)
     choice = body["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
@@ -176,20 +189,20 @@ async def test_scoring_alone(client):
     assert (plain["text"], plain["logprobs"]) == ("abc", None)
 
 
-async def test_a_soft_prompt_gives_the_first_token_a_logprob(client, sentiment):
+async def test_a_soft_prompt_gives_the_first_token_a_logprob(client: httpx.AsyncClient, sentiment: str) -> None:
     logprobs = (await complete(client, model=sentiment, echo=True, logprobs=1))["choices"][0]["logprobs"]
     assert logprobs["token_logprobs"][0] == -0.5
     assert {len(entries) for entries in logprobs.values()} == {len(PROMPT) + len(NEW)}
 
 
 @pytest.mark.parametrize("prompt", [["abc", "d"], [[97, 98], [99]]])
-async def test_every_choice_echoes_its_own_prompt(client, prompt):
+async def test_every_choice_echoes_its_own_prompt(client: httpx.AsyncClient, prompt: list[Any]) -> None:
     body = await complete(client, prompt=prompt, echo=True, logprobs=0, n=2)
     texts = ["abc", "abc", "d", "d"] if isinstance(prompt[0], str) else ["ab", "ab", "c", "c"]
     assert [choice["text"] for choice in body["choices"]] == [text + REPLY.decode() for text in texts]
 
 
-async def test_logprobs_cover_the_tokens_that_are_returned(client):
+async def test_logprobs_cover_the_tokens_that_are_returned(client: httpx.AsyncClient) -> None:
     fields = {"stop": "wor", "logprobs": 1, "return_token_ids": True}
     choice = (await complete(client, **fields))["choices"][0]
     assert choice["text"] == "hello "
@@ -197,7 +210,7 @@ async def test_logprobs_cover_the_tokens_that_are_returned(client):
     assert choice["logprobs"]["tokens"] == [*"hello wor"]
 
 
-async def test_parts_of_a_character(client, engine):
+async def test_parts_of_a_character(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "é!"
     logprobs = (await complete(client, logprobs=1, ignore_eos=True))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [r"bytes:\xc3", r"bytes:\xa9", "!"]
@@ -206,7 +219,7 @@ async def test_parts_of_a_character(client, engine):
     assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9], [33]]
 
 
-async def test_logprobs_of_an_answer(client):
+async def test_logprobs_of_an_answer(client: httpx.AsyncClient) -> None:
     logprobs = (await chat(client, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]
     assert logprobs["refusal"] is None
     assert logprobs["content"][0] == {
@@ -224,14 +237,16 @@ async def test_logprobs_of_an_answer(client):
 
 
 @pytest.mark.parametrize("fields", [{}, {"echo": True}, {"stop": "world!"}, {"echo": True, "max_tokens": 0}])
-async def test_a_stream_has_the_logprobs_of_the_whole_answer(client, fields):
+async def test_a_stream_has_the_logprobs_of_the_whole_answer(
+    client: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
     whole = (await complete(client, logprobs=2, **fields))["choices"][0]
     pieces = [piece["choices"][0] for piece in await stream(client, "/v1/completions", logprobs=2, **fields)]
     assert joined(pieces) == whole["logprobs"]
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
 
 
-async def test_a_chat_stream_has_the_logprobs_of_the_whole_answer(client):
+async def test_a_chat_stream_has_the_logprobs_of_the_whole_answer(client: httpx.AsyncClient) -> None:
     fields = {"logprobs": True, "top_logprobs": 1}
     whole = (await chat(client, **fields))["choices"][0]["logprobs"]
     pieces = [piece["choices"][0] for piece in await stream(client, "/v1/chat/completions", **fields)]

@@ -27,7 +27,7 @@ DEFAULTS = GenerationDefaults(
 
 @pytest.fixture(autouse=True)
 def _checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = FakeEngine.model
+    bare: Any = FakeEngine.model
     model = property(lambda self: msgspec.structs.replace(bare.fget(self), generation_defaults=DEFAULTS))
     monkeypatch.setattr(FakeEngine, "model", model)
 
@@ -36,7 +36,8 @@ async def send(client: httpx.AsyncClient, path: str, **fields: Any) -> dict[str,
     prompt = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "abc"}
     response = await client.post(path, json=prompt | fields)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 PATHS = pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -45,7 +46,9 @@ FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_t
 
 @PATHS
 @pytest.mark.parametrize("is_null", [False, True])
-async def test_what_a_request_does_not_set_is_the_checkpoints(client, engine, path, is_null):
+async def test_what_a_request_does_not_set_is_the_checkpoints(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, is_null: bool
+) -> None:
     await send(client, path, **(dict.fromkeys([*FIELDS, "stop", "max_tokens"]) if is_null else {}))
     params = engine.requests[0].params
     assert {name: getattr(params, name) for name in FIELDS} == {name: getattr(DEFAULTS, name) for name in FIELDS}
@@ -53,7 +56,7 @@ async def test_what_a_request_does_not_set_is_the_checkpoints(client, engine, pa
 
 
 @PATHS
-async def test_a_request_overrides_each(client, engine, path):
+async def test_a_request_overrides_each(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
     own = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
     await send(client, path, **own, max_tokens=12)
     params = engine.requests[0].params
@@ -61,21 +64,25 @@ async def test_a_request_overrides_each(client, engine, path):
     assert params.max_tokens == 12
 
 
-async def test_stop_strings_of_the_checkpoint(client):
+async def test_stop_strings_of_the_checkpoint(client: httpx.AsyncClient) -> None:
     assert (await send(client, "/v1/completions"))["choices"][0]["text"] == "hello "
     assert (await send(client, "/v1/completions", stop=["l"]))["choices"][0]["text"] == "he"
     assert (await send(client, "/v1/completions", stop=[]))["choices"][0]["text"] == "hello wor"
 
 
-async def test_min_tokens_of_the_checkpoint_give_way_to_max_tokens(client, engine):
+async def test_min_tokens_of_the_checkpoint_give_way_to_max_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     await send(client, "/v1/completions", max_tokens=2)
     assert engine.requests[0].params.min_tokens == 2
     response = await client.post("/v1/completions", json={"prompt": "a", "min_tokens": 3, "max_tokens": 2})
     assert response.json()["error"]["param"] == "min_tokens"
 
 
-async def test_max_tokens_of_the_checkpoint_shorten_a_default_and_nothing_else(client, engine, monkeypatch):
-    bare = FakeEngine.model
+async def test_max_tokens_of_the_checkpoint_shorten_a_default_and_nothing_else(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare: Any = FakeEngine.model
     more = GenerationDefaults(max_tokens=100)
     model = property(lambda self: msgspec.structs.replace(bare.fget(self), generation_defaults=more))
     monkeypatch.setattr(FakeEngine, "model", model)
@@ -86,7 +93,9 @@ async def test_max_tokens_of_the_checkpoint_shorten_a_default_and_nothing_else(c
     assert [request.params.max_tokens for request in engine.requests] == [16, 100, 120, 2]
 
 
-async def test_models_say_what_the_defaults_are(client, sentiment, monkeypatch):
+async def test_models_say_what_the_defaults_are(
+    client: httpx.AsyncClient, sentiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     want = {name: getattr(DEFAULTS, name) for name in FIELDS} | {"stop": ["wor"], "max_tokens": 9}
     for card in (await client.get("/v1/models")).json()["data"]:
         assert card["default_sampling_params"] == want
@@ -94,6 +103,6 @@ async def test_models_say_what_the_defaults_are(client, sentiment, monkeypatch):
     assert (await client.get("/v1/models/tiny")).json()["default_sampling_params"] == {}
 
 
-async def test_members_of_a_vote_have_them_too(client, engine, sentiment):
+async def test_members_of_a_vote_have_them_too(client: httpx.AsyncClient, engine: FakeEngine, sentiment: str) -> None:
     await send(client, "/v1/completions", model=["tiny", sentiment])
     assert [request.params.temperature for request in engine.requests] == [0.7, 0.7]

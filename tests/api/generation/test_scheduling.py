@@ -6,16 +6,23 @@ import hashlib
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
+from server.config import Settings
 from server.errors import WaitTimeoutError
+from tests.support.api_fixtures import MakeApp
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def app(make_app, settings, request, tmp_path):
+def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest, tmp_path: Path) -> FastAPI:
     """With two keys or a limit of waiting, where a test asks for them."""
     http = settings.http
     if "keys" in request.fixturenames:
@@ -28,23 +35,23 @@ def app(make_app, settings, request, tmp_path):
 
 
 @pytest.fixture
-def keys():
+def keys() -> list[str]:
     return [f"key-{hashlib.sha256(key).hexdigest()[:12]}" for key in (b"first", b"second")]
 
 
 @pytest.fixture
-def max_wait():
+def max_wait() -> float:
     return 30.0
 
 
-async def test_defaults(client, engine):
+async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for fields in ({}, {"priority": None, "timeout": None}):
         assert (await client.post("/v1/completions", json={"prompt": "a"} | fields)).status_code == 200
         request = engine.requests[-1]
         assert (request.salt, request.priority, request.timeout) == ("", 0, None)
 
 
-async def test_priority_and_timeout_reach_the_engine(client, engine):
+async def test_priority_and_timeout_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     chat = {"messages": [{"role": "user", "content": "x"}], "priority": -100, "timeout": 5}
     assert (await client.post("/v1/chat/completions", json=chat)).status_code == 200
     assert (await client.post("/v1/completions", json={"prompt": ["a", "b"], "priority": 100})).status_code == 200
@@ -52,12 +59,14 @@ async def test_priority_and_timeout_reach_the_engine(client, engine):
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 30.0), (5.0, 5.0), (100.0, 30.0)])
-async def test_the_shorter_of_both_timeouts_counts(max_wait, client, engine, asked, used):
+async def test_the_shorter_of_both_timeouts_counts(
+    max_wait: float, client: httpx.AsyncClient, engine: FakeEngine, asked: float | None, used: float
+) -> None:
     assert (await client.post("/v1/completions", json={"prompt": "a", "timeout": asked})).status_code == 200
     assert engine.requests[-1].timeout == used
 
 
-async def test_a_key_is_a_tenant(keys, client, engine):
+async def test_a_key_is_a_tenant(keys: list[str], client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for key in ("first", "second"):
         headers = {"authorization": f"Bearer {key}"}
         assert (await client.post("/v1/completions", json={"prompt": "a"}, headers=headers)).status_code == 200
@@ -69,14 +78,14 @@ async def test_a_key_is_a_tenant(keys, client, engine):
     [("priority", value) for value in (-101, 101, 1.5, True, "1")]
     + [("timeout", value) for value in (0, -1, 86401, "5", True)],
 )
-async def test_out_of_range_is_400(client, field, value):
+async def test_out_of_range_is_400(client: httpx.AsyncClient, field: str, value: float | bool | str) -> None:
     response = await client.post("/v1/completions", json={"prompt": "a", field: value})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == field
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_timeout_is_503_with_retry_after(client, engine, stream):
+async def test_a_timeout_is_503_with_retry_after(client: httpx.AsyncClient, engine: FakeEngine, stream: bool) -> None:
     engine.failure = WaitTimeoutError("the request waited 5.0 seconds")
     response = await client.post("/v1/completions", json={"prompt": "a", "stream": stream})
     assert response.status_code == 503
@@ -95,7 +104,9 @@ async def test_a_timeout_is_503_with_retry_after(client, engine, stream):
         ("/v1/classify", {"input": ["a", "b"], "labels": ["x", "y"]}),
     ],
 )
-async def test_who_has_waited_in_vain_is_told_when_the_queue_has_moved(app, client, engine, path, body):
+async def test_who_has_waited_in_vain_is_told_when_the_queue_has_moved(
+    app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
     engine.failure = WaitTimeoutError("the request waited 5.0 seconds")
     admission = app.state.services.admission
     with admission.permits(4):
@@ -108,7 +119,7 @@ async def test_who_has_waited_in_vain_is_told_when_the_queue_has_moved(app, clie
     assert int(response.headers["retry-after"]) == math.ceil(milliseconds / 1000)
 
 
-async def test_phases_are_observed(client, engine):
+async def test_phases_are_observed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.queue_seconds = 0.5
     assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
     lines = set((await client.get("/metrics")).text.splitlines())

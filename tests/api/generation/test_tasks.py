@@ -9,6 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.api_fixtures import CountingStore, WaitUntil
+from tests.support.fake_engine import FakeEngine
+from tests.support.presence import present
+
 pytestmark = pytest.mark.anyio
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -35,12 +39,14 @@ def record(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_the_task_reaches_the_engine(client, engine, sentiment, record, path):
+async def test_the_task_reaches_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, record: Callable[..., None], path: str
+) -> None:
     record(num_tasks=3)
     for task_id in (0, 2):
         response = await ask(client, path, task_id=task_id)
         assert response.status_code == 200, response.text
-    first, second = (request.soft_prompt for request in engine.requests)
+    first, second = (present(request.soft_prompt) for request in engine.requests)
     assert (first.task_id, second.task_id) == (0, 2)
     assert first.digest == second.digest
     assert first.identity != second.identity
@@ -52,8 +58,16 @@ async def test_the_task_reaches_the_engine(client, engine, sentiment, record, pa
     [(None, "a task is required"), (3, "task 3 does not exist")],
 )
 async def test_a_multitask_prompt_needs_one_of_its_tasks(
-    client, engine, store, sentiment, record, eventually, path, task_id, message
-):
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    sentiment: str,
+    record: Callable[..., None],
+    eventually: WaitUntil,
+    path: str,
+    task_id: int | None,
+    message: str,
+) -> None:
     record(num_tasks=3)
     response = await ask(client, path, task_id=task_id)
     error = response.json()["error"]
@@ -67,7 +81,15 @@ async def test_a_multitask_prompt_needs_one_of_its_tasks(
 @pytest.mark.parametrize(
     ("model", "named"), [("sentiment", "the soft prompt sentiment@1"), ("tiny", "the base model")]
 )
-async def test_others_have_no_tasks(client, engine, store, sentiment, eventually, model, named):
+async def test_others_have_no_tasks(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    sentiment: str,
+    eventually: WaitUntil,
+    model: str,
+    named: str,
+) -> None:
     response = await ask(client, model=model, task_id=0)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "task_id")
@@ -81,8 +103,16 @@ async def test_others_have_no_tasks(client, engine, store, sentiment, eventually
     ("fields", "param"), [({}, "model"), ({"model": "tiny", "prompt_id": "sentiment@1"}, "prompt_id")]
 )
 async def test_a_prompt_with_a_head_does_not_generate(
-    client, engine, store, sentiment, record, eventually, path, fields, param
-):
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    sentiment: str,
+    record: Callable[..., None],
+    eventually: WaitUntil,
+    path: str,
+    fields: dict[str, Any],
+    param: str,
+) -> None:
     record(task_type="SEQ_CLS", num_labels=2)
     response = await ask(client, path, **fields)
     error = response.json()["error"]
@@ -92,6 +122,6 @@ async def test_a_prompt_with_a_head_does_not_generate(
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_versions_show_tasks_and_labels(client, sentiment):
+async def test_versions_show_tasks_and_labels(client: httpx.AsyncClient, sentiment: str) -> None:
     version = (await client.get("/v1/prompts/sentiment/versions/1")).json()
     assert (version["num_tasks"], version["num_labels"]) == (None, None)

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
+import httpx
 import pytest
 from transformers import AutoTokenizer
 
 from server.api.generation.template_options import MAX_TEMPLATE_CHARS, RESERVED
 from server.demo.tour import MODEL_DIRECTORY
 from server.tokenizer import Tokenizer
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +56,9 @@ def body(**fields: Any) -> dict[str, Any]:
         ),
     ],
 )
-async def test_what_reaches_the_template(client, tokenizer, path, fields, options) -> None:
+async def test_what_reaches_the_template(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer, path: str, fields: dict[str, Any], options: dict[str, Any]
+) -> None:
     response = await client.post(path, json=body(**fields))
     assert response.status_code == 200, response.text
     assert tokenizer.options == options
@@ -74,7 +79,9 @@ async def test_what_reaches_the_template(client, tokenizer, path, fields, option
         ({"chat_template": "{{ x }}"}, "chat_template"),
     ],
 )
-async def test_what_is_refused(client, engine, path, fields, param) -> None:
+async def test_what_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str
+) -> None:
     response = await client.post(path, json=body(**fields))
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
@@ -82,13 +89,13 @@ async def test_what_is_refused(client, engine, path, fields, param) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
-async def test_no_variable_takes_the_place_of_a_parameter(client, name) -> None:
+async def test_no_variable_takes_the_place_of_a_parameter(client: httpx.AsyncClient, name: str) -> None:
     response = await client.post(ROUTES[0], json=body(chat_template_kwargs={name: True}))
     assert response.status_code == 400
     assert name in response.json()["error"]["message"]
 
 
-async def test_variables_too_deep_are_refused(client) -> None:
+async def test_variables_too_deep_are_refused(client: httpx.AsyncClient) -> None:
     value: Any = {}
     for _ in range(70):
         value = {"a": value}
@@ -96,13 +103,15 @@ async def test_variables_too_deep_are_refused(client) -> None:
     assert response.json()["error"]["param"] == "chat_template_kwargs"
 
 
-async def test_half_of_a_surrogate_pair_is_no_variable(client) -> None:
+async def test_half_of_a_surrogate_pair_is_no_variable(client: httpx.AsyncClient) -> None:
     content = b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": "\\ud83d"}}'
     response = await client.post(ROUTES[0], content=content, headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template_kwargs.a")
 
 
-async def test_tokenize_takes_the_tools_of_a_conversation(client, tokenizer) -> None:
+async def test_tokenize_takes_the_tools_of_a_conversation(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer
+) -> None:
     tools = [{"type": "function", "function": {"name": "weather", "strict": True}}]
     with_tools = (await client.post("/tokenize", json=body(tools=tools))).json()["tokens"]
     assert bytes(with_tools).decode() == "[tools]weather[user]hi[assistant]"

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import json
 import random
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,9 @@ from server.api.generation.tool_calls import (
 )
 from server.api.generation.tools import Tool, forced_constraint
 from server.errors import ConstraintError, InvalidRequestError
-from tests.support.byte_tokenizer import BOS, EOS
+from tests.support.byte_tokenizer import BOS, EOS, ByteTokenizer
+from tests.support.fake_engine import FakeEngine
+from tests.support.presence import present
 
 pytestmark = pytest.mark.anyio
 
@@ -42,13 +45,14 @@ def body(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "x"}], "tools": [WEATHER, TIME]} | fields
 
 
-async def ask(client, **fields: Any) -> dict[str, Any]:
+async def ask(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post(URL, json=body(**fields))
     assert response.status_code == 200, response.text
-    return response.json()["choices"][0]
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
 
 
-async def stream(client, **fields: Any) -> tuple[list[dict[str, Any]], str]:
+async def stream(client: httpx.AsyncClient, **fields: Any) -> tuple[list[dict[str, Any]], str]:
     """All deltas but the first, which tells the role, and the last, which is empty; and the finish reason."""
     response = await client.post(URL, json=body(stream=True, **fields))
     assert response.status_code == 200, response.text
@@ -69,7 +73,7 @@ def check_streamed_call(deltas: list[dict[str, Any]], name: str, arguments: str)
     assert "".join(call["function"]["arguments"] for call in calls) == arguments
 
 
-async def test_a_named_function(client, engine, tokenizer) -> None:
+async def test_a_named_function(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer) -> None:
     engine.reply = '{"city": "Bonn"}'
     choice = await ask(client, tool_choice=NAMED)
     message = choice["message"]
@@ -78,7 +82,7 @@ async def test_a_named_function(client, engine, tokenizer) -> None:
     assert message["tool_calls"] == [
         {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     ]
-    constraint = engine.requests[0].params.constraint
+    constraint = present(engine.requests[0].params.constraint)
     assert json.loads(constraint.text) == PARAMETERS | {"additionalProperties": False}
     assert constraint.is_lenient
     assert [tool["function"]["name"] for tool in tokenizer.tools] == ["weather", "time"]
@@ -88,22 +92,24 @@ async def test_a_named_function(client, engine, tokenizer) -> None:
     assert reason == "stop"
 
 
-async def test_a_function_without_parameters_is_strict_about_them(client, engine) -> None:
+async def test_a_function_without_parameters_is_strict_about_them(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.reply = "{}"
     choice = await ask(client, tool_choice={"type": "function", "function": {"name": "time"}})
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": "{}"}
-    constraint = engine.requests[0].params.constraint
+    constraint = present(engine.requests[0].params.constraint)
     assert not constraint.is_lenient
     assert json.loads(constraint.text) == {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-async def test_any_function_is_required(client, engine) -> None:
+async def test_any_function_is_required(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = '{"name": "weather", "arguments": {"city": "a}"}}'
     choice = await ask(client, tool_choice="required")
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "weather", "arguments": '{"city": "a}"}'}
-    schema = json.loads(engine.requests[0].params.constraint.text)
+    schema = json.loads(present(engine.requests[0].params.constraint).text)
     assert schema["$defs"]["weather"] == PARAMETERS | {"additionalProperties": False, "$id": "prelude://tool0/schema"}
     assert [option["properties"]["name"] for option in schema["anyOf"]] == [{"const": "weather"}, {"const": "time"}]
     deltas, reason = await stream(client, tool_choice="required")
@@ -111,7 +117,9 @@ async def test_any_function_is_required(client, engine) -> None:
     assert reason == "tool_calls"
 
 
-async def test_functions_that_name_two_schemas_alike_cannot_be_chosen_among(client, engine) -> None:
+async def test_functions_that_name_two_schemas_alike_cannot_be_chosen_among(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     def tool(name: str, inner: dict[str, Any]) -> dict[str, Any]:
         parameters = {"$id": "https://example.com/a", "$defs": {"x": {"$id": "https://example.com/x"} | inner}}
         return {"type": "function", "function": {"name": name, "parameters": parameters}}
@@ -125,7 +133,7 @@ async def test_functions_that_name_two_schemas_alike_cannot_be_chosen_among(clie
     assert "'https://example.com/x'" in error["message"]
 
 
-async def test_a_call_that_is_cut_off(client, engine) -> None:
+async def test_a_call_that_is_cut_off(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = '{"name": "weather", "arguments": {"city": "Bonn"}}'
     choice = await ask(client, tool_choice="required", max_tokens=44)
     assert choice["finish_reason"] == "length"
@@ -134,7 +142,7 @@ async def test_a_call_that_is_cut_off(client, engine) -> None:
     assert (choice["message"]["content"], choice["finish_reason"]) == ('{"name": "we', "length")
 
 
-async def test_the_model_may_call(client, engine, tokenizer) -> None:
+async def test_the_model_may_call(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer) -> None:
     engine.reply = f"Let me see.\n{CALL}\n{CALL}"
     choice = await ask(client)
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Let me see.", "tool_calls")
@@ -152,10 +160,12 @@ async def test_the_model_may_call(client, engine, tokenizer) -> None:
     assert reason == "tool_calls"
 
 
-async def test_calls_are_read_where_their_marks_are_special_tokens(client, engine, tokenizer) -> None:
+async def test_calls_are_read_where_their_marks_are_special_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer
+) -> None:
     tokenizer.special_tokens = {BOS: "<tool_call>", EOS: "</s>"}
     call = CALL.removeprefix("<tool_call>")
-    engine.reply = SimpleNamespace(encode=lambda: [BOS, *call.encode()])
+    engine.reply = mock.Mock(encode=lambda: [BOS, *call.encode()])
     choice = await ask(client)
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
     assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
@@ -163,7 +173,9 @@ async def test_calls_are_read_where_their_marks_are_special_tokens(client, engin
     assert choice["message"]["content"] == call
 
 
-async def test_every_token_of_a_stream_is_told_once_where_calls_are_read(client, engine) -> None:
+async def test_every_token_of_a_stream_is_told_once_where_calls_are_read(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.reply = CALL
     response = await client.post(URL, json=body(stream=True, return_token_ids=True, logprobs=True))
     choices = [
@@ -174,7 +186,7 @@ async def test_every_token_of_a_stream_is_told_once_where_calls_are_read(client,
     assert len(scored) == len(CALL.encode()) + 1
 
 
-async def test_text_is_text(client, engine, tokenizer) -> None:
+async def test_text_is_text(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer) -> None:
     choice = await ask(client)
     assert (choice["message"]["content"], choice["finish_reason"]) == ("hello world", "stop")
     assert "tool_calls" not in choice["message"]
@@ -184,7 +196,9 @@ async def test_text_is_text(client, engine, tokenizer) -> None:
     assert tokenizer.tools == []
 
 
-async def test_a_template_without_tools(client, tokenizer, engine) -> None:
+async def test_a_template_without_tools(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer, engine: FakeEngine
+) -> None:
     tokenizer.shows_tools = False
     for fields in ({}, {"tool_choice": "auto"}):
         response = await client.post(URL, json=body(**fields))
@@ -199,7 +213,7 @@ async def test_a_template_without_tools(client, tokenizer, engine) -> None:
     assert (await ask(client, tools=[], tool_choice="auto"))["message"]["content"]
 
 
-async def test_messages_about_calls_reach_the_template(client, tokenizer) -> None:
+async def test_messages_about_calls_reach_the_template(client: httpx.AsyncClient, tokenizer: ByteTokenizer) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     empty = {"id": "c2", "type": "function", "function": {"name": "time", "arguments": ""}}
     messages = [
@@ -224,7 +238,9 @@ async def test_messages_about_calls_reach_the_template(client, tokenizer) -> Non
     ]
 
 
-async def test_arguments_given_as_an_object_and_answers_without_content(client, tokenizer) -> None:
+async def test_arguments_given_as_an_object_and_answers_without_content(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer
+) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
     messages = [
         {"role": "user", "content": "x"},
@@ -307,7 +323,9 @@ def assistant(**call: Any) -> dict[str, Any]:
         ),
     ],
 )
-async def test_what_is_refused(client, engine, fields, param) -> None:
+async def test_what_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], param: str
+) -> None:
     response = await client.post(URL, json=body(**fields))
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
@@ -315,21 +333,24 @@ async def test_what_is_refused(client, engine, fields, param) -> None:
 
 
 @pytest.mark.parametrize("choice", ["any", 5, {"type": "function"}, {"type": "function", "function": {"name": 1}}])
-async def test_a_wrong_choice_is_refused(client, choice) -> None:
+async def test_a_wrong_choice_is_refused(client: httpx.AsyncClient, choice: str | int | dict[str, Any]) -> None:
     response = await client.post(URL, json=body(tool_choice=choice))
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("tool_choice")
 
 
 async def test_required_tools_are_bounded_together() -> None:
-    tools = [Tool(type="function", function={"name": f"f{i}", "parameters": {"const": "x" * 9000}}) for i in range(9)]
+    functions = [{"name": f"f{i}", "parameters": {"const": "x" * 9000}} for i in range(9)]
+    tools = [Tool.model_validate({"type": "function", "function": function}) for function in functions]
     assert forced_constraint(tools[:5], "required") is not None
     with pytest.raises(InvalidRequestError, match="tools: .* 65536 characters") as error:
         forced_constraint(tools, "required")
     assert error.value.param == "tools"
 
 
-async def test_a_schema_that_the_engine_cannot_use_is_the_tools_fault(client, engine) -> None:
+async def test_a_schema_that_the_engine_cannot_use_is_the_tools_fault(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.failure = ConstraintError("wrong type")
     response = await client.post(URL, json=body(tool_choice="required"))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
@@ -413,7 +434,9 @@ def test_text_without_calls_is_shown_as_it_is(text: str, seed: int) -> None:
         ('{"a": 1e308, "b": 1e-999}', '{"a": 1e+308, "b": 0.0}'),
     ],
 )
-async def test_arguments_are_json_that_can_be_sent(client, engine, written: str, arguments: str) -> None:
+async def test_arguments_are_json_that_can_be_sent(
+    client: httpx.AsyncClient, engine: FakeEngine, written: str, arguments: str
+) -> None:
     engine.reply = f'<tool_call>{{"name": "weather", "arguments": {written}}}</tool_call>'
     choice = await ask(client)
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": arguments}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from server.api.request_body import MAX_LOCATION_DEPTH, half_pair_in, may_have_halves
 from server.errors import ContextLengthError
+from tests.support.api_fixtures import CountingStore
 from tests.support.byte_tokenizer import ByteTokenizer
-from tests.support.fake_engine import CONTEXT
+from tests.support.fake_engine import CONTEXT, FakeEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -20,7 +22,7 @@ async def refused(client: httpx.AsyncClient, fields: dict[str, Any], path: str =
     prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "abc"}
     response = await client.post(path, json={"model": "tiny"} | prompt | fields)
     assert response.status_code == 400, response.text
-    error = response.json()["error"]
+    error: dict[str, Any] = response.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert error["message"]
     return error
@@ -38,7 +40,9 @@ UNSUPPORTED += [("/v1/chat/completions", field, *values) for field, values in CH
 
 
 @pytest.mark.parametrize(("path", "field", "asking", "no_op"), UNSUPPORTED)
-async def test_known_fields_without_their_feature_are_refused(client, path, field, asking, no_op):
+async def test_known_fields_without_their_feature_are_refused(
+    client: httpx.AsyncClient, path: str, field: str, asking: int | str, no_op: int | str | None
+) -> None:
     error = await refused(client, {field: asking}, path)
     assert (error["code"], error["param"]) == ("unsupported_parameter", field)
     prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "abc"}
@@ -116,7 +120,9 @@ async def test_known_fields_without_their_feature_are_refused(client, path, fiel
         ({"prompt": ["a"] * 9}, "prompt"),
     ],
 )
-async def test_values_out_of_range_name_the_field(client, engine, fields, param):
+async def test_values_out_of_range_name_the_field(
+    client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], param: str
+) -> None:
     assert (await refused(client, fields))["param"] == param
     assert engine.requests == []
 
@@ -140,21 +146,21 @@ async def test_values_out_of_range_name_the_field(client, engine, fields, param)
         ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
     ],
 )
-async def test_bad_conversations(client, fields, param):
+async def test_bad_conversations(client: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
     assert (await refused(client, fields, "/v1/chat/completions"))["param"] == param
 
 
-async def test_all_faults_are_told(client):
+async def test_all_faults_are_told(client: httpx.AsyncClient) -> None:
     error = await refused(client, {"temperature": 9, "top_p": 9, "prompt": 5})
     assert {detail["field"] for detail in error["details"]} == {"temperature", "top_p", "prompt"}
 
 
-async def test_inputs_are_not_echoed(client):
+async def test_inputs_are_not_echoed(client: httpx.AsyncClient) -> None:
     assert "s3cret" not in str(await refused(client, {"temperature": "s3cret", "prompt": {"s3cret": 1}}))
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"5", b"", b"\xff", b'{"prompt": NaN}', b"[" * 5000])
-async def test_bodies_that_are_not_a_json_object(client, content):
+async def test_bodies_that_are_not_a_json_object(client: httpx.AsyncClient, content: bytes) -> None:
     headers = {"content-type": "application/json"}
     response = await client.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400, response.text
@@ -162,7 +168,7 @@ async def test_bodies_that_are_not_a_json_object(client, content):
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
-async def test_numbers_that_are_not_finite(client, number):
+async def test_numbers_that_are_not_finite(client: httpx.AsyncClient, number: str) -> None:
     content = b'{"prompt": "x", "temperature": ' + number.encode() + b"}"
     response = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
@@ -170,7 +176,7 @@ async def test_numbers_that_are_not_finite(client, number):
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_other_content_types(client, content_type):
+async def test_other_content_types(client: httpx.AsyncClient, content_type: str) -> None:
     response = await client.post(
         "/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": content_type}
     )
@@ -178,14 +184,14 @@ async def test_other_content_types(client, content_type):
     assert response.json()["error"]["code"] == "unsupported_media_type"
 
 
-async def test_body_over_the_limit(client):
+async def test_body_over_the_limit(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json={"prompt": "x" * 70_000})
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "payload_too_large"
 
 
-async def test_chunked_body_over_the_limit(client):
-    async def body():
+async def test_chunked_body_over_the_limit(client: httpx.AsyncClient) -> None:
+    async def body() -> AsyncIterator[bytes]:
         yield b'{"prompt": "'
         for _ in range(70):
             yield b"x" * 1000
@@ -195,7 +201,7 @@ async def test_chunked_body_over_the_limit(client):
     assert response.json()["error"]["code"] == "payload_too_large"
 
 
-async def test_too_long_names_the_lengths(client, sentiment):
+async def test_too_long_names_the_lengths(client: httpx.AsyncClient, sentiment: str) -> None:
     # 256 positions: 4 virtual, 1 + 200 text, so 51 are left.
     fields = {"model": sentiment, "prompt": "x" * 200}
     error = await refused(client, fields | {"max_tokens": 52})
@@ -206,7 +212,9 @@ async def test_too_long_names_the_lengths(client, sentiment):
     assert response.status_code == 200
 
 
-async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(client, engine):
+async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     body = {"model": "tiny", "prompt": "x" * 250}
     assert (await client.post("/v1/completions", json=body)).status_code == 200
     assert engine.requests[0].params.max_tokens == 5
@@ -214,7 +222,7 @@ async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(client,
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1])
-async def test_no_room_for_one_token(client, store, max_tokens):
+async def test_no_room_for_one_token(client: httpx.AsyncClient, store: CountingStore, max_tokens: int | None) -> None:
     error = await refused(client, {"prompt": "x" * 255, "max_tokens": max_tokens})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
@@ -227,8 +235,14 @@ async def test_no_room_for_one_token(client, store, max_tokens):
         ("/v1/classify", "input", "x"),
     ],
 )
-async def test_the_tokenizer_is_told_the_context_and_the_field(client, monkeypatch, path, field, text):
-    async def refuse(_self, _texts, *, most, field, **_options):
+async def test_the_tokenizer_is_told_the_context_and_the_field(
+    client: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    field: str,
+    text: str | list[dict[str, Any]],
+) -> None:
+    async def refuse(_self: object, _texts: object, *, most: int | None, field: str, **_options: object) -> None:
         raise ContextLengthError(f"{field}: far over {most} tokens", param=field)
 
     monkeypatch.setattr(ByteTokenizer, "encode", refuse)
@@ -242,7 +256,7 @@ HALF = "a\ud83d"
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 
 
-def tool(**function: object) -> dict[str, object]:
+def tool(**function: Any) -> dict[str, object]:
     return CHAT | {"tools": [{"type": "function", "function": {"name": "f"} | function}]}
 
 
@@ -303,7 +317,9 @@ def called(call_id: str, arguments: str) -> dict[str, object]:
         ("/v1/classify", {"input": ["a", HALF], "labels": ["b"]}, "input[1]"),
     ],
 )
-async def test_half_of_a_surrogate_pair_is_no_text(client, engine, path, fields, param):
+async def test_half_of_a_surrogate_pair_is_no_text(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str | None
+) -> None:
     # As an escape, as clients write it; as bytes that are no UTF-8, but that Python's JSON takes; and as UTF-16.
     text = json.dumps({"model": "tiny"} | fields)
     raw = json.dumps({"model": "tiny"} | fields, ensure_ascii=False)
@@ -315,7 +331,7 @@ async def test_half_of_a_surrogate_pair_is_no_text(client, engine, path, fields,
     assert engine.requests == []
 
 
-async def test_whole_pairs_and_odd_characters_are_text(client, engine):
+async def test_whole_pairs_and_odd_characters_are_text(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     text = '"a\\ud83d\\ude00\\u0000\\uffff\\ufeff\\ufffd\\u202e\\\\ud83d"'
     for path, fields in (
         ("/v1/completions", f'"prompt": {text}'),
@@ -333,7 +349,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_the_place_of_a_half_is_found_exactly_where_there_is_one(value):
+def test_the_place_of_a_half_is_found_exactly_where_there_is_one(value: Any) -> None:
     body = json.dumps(value)
     loc = half_pair_in(json.loads(body))
     try:
@@ -350,7 +366,7 @@ def test_the_place_of_a_half_is_found_exactly_where_there_is_one(value):
 
 
 def test_a_half_in_the_deep_is_found() -> None:
-    value = HALF
+    value: Any = HALF
     for _ in range(50_000):
         value = [value]
     assert half_pair_in(value) == (0,) * MAX_LOCATION_DEPTH

@@ -111,7 +111,7 @@ async def _drive(pieces: Iterable[bytes], origins: Sequence[str], limits: dict[s
         await send({"type": "http.response.body", "body": b""})
 
     held = {"max_connections": 10, "max_head_bytes": 4096, "head_seconds": 600, "stall_seconds": 600} | limits
-    protocol_class = limited(ConnectionLimits(**held, on_refused=refusals.append, origins=Origins(origins)))  # type: ignore[arg-type]
+    protocol_class = limited(ConnectionLimits(**held, on_refused=refusals.append, origins=Origins(origins)))
     config = Config(ExpectMiddleware(app), http=protocol_class, lifespan="off", log_config=None, access_log=False)
     config.load()
     state = ServerState()

@@ -17,6 +17,7 @@ import pytest
 
 from server import app as server_app
 from server.api.http.connections import MAX_HEADERS, MAX_PIPELINED
+from tests.support.log_records import fields_of
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -55,7 +56,7 @@ def error_of(answer: bytes, status: int) -> str:
     assert b"connection: close" in head
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    return error["code"]
+    return str(error["code"])
 
 
 def counted(live: Any, code: str) -> bool:
@@ -64,7 +65,8 @@ def counted(live: Any, code: str) -> bool:
 
 def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
     """The fields of the one line about a code."""
-    (fields,) = [record.fields for record in caplog.records if getattr(record, "fields", {}).get("error") == code]
+    lines = [fields_of(record) for record in caplog.records]
+    (fields,) = [fields for fields in lines if fields.get("error") == code]
     return fields
 
 

@@ -16,9 +16,24 @@ from server.config import Settings
 from server.errors import ConfigurationError
 from tests.support.keyed import locked
 
-LOOPBACK = ("localhost", "LocalHost:8000", "localhost.", "localhost.:1", "127.0.0.1", "127.0.0.1:80", "127.8.9.10:1")
+LOOPBACK: tuple[str, ...] = (
+    "localhost",
+    "LocalHost:8000",
+    "localhost.",
+    "localhost.:1",
+    "127.0.0.1",
+    "127.0.0.1:80",
+    "127.8.9.10:1",
+)
 LOOPBACK += ("[::1]", "[::1]:8000", "[0:0:0:0:0:0:0:1]")
-FOREIGN = ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "", ":8000")
+FOREIGN: tuple[str, ...] = (
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "",
+    ":8000",
+)
 FOREIGN += ("128.0.0.1", "10.0.0.1", "[::2]", "0.0.0.0", "127.1", "2130706433", "localhos", "a.localhost")  # noqa: S104
 FOREIGN += ("[::ffff:127.0.0.1]:1", "[::1", "localhost..", "l\xf6calhost")
 

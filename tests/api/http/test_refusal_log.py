@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from server.api.http.refusal_log import LINES_PER_SECOND, Refusal, RefusalLog
+from tests.support.log_records import fields_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def test_a_line_tells_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
     log = RefusalLog()
     log.log(Refusal(code="a", reason="because", status=431, request_id="r", client="1.2.3.4", tenant="acme"))
     log.log(Refusal(code="b", reason="no answer"))
-    assert [record.fields for record in caplog.records] == [
+    assert [fields_of(record) for record in caplog.records] == [
         {
             "request_id": "r",
             "tenant": "acme",
@@ -43,5 +44,5 @@ def test_a_flood_is_so_many_lines_a_second_and_none_of_it_is_hidden(caplog: pyte
     now = 6.0
     log.log(Refusal(code="flood", reason="x"))
     log.log(Refusal(code="flood", reason="x"))
-    omitted = [record.fields.get("omitted") for record in caplog.records]
+    omitted = [fields_of(record).get("omitted") for record in caplog.records]
     assert omitted == [None] * (LINES_PER_SECOND + 1) + [1000 - LINES_PER_SECOND, None]

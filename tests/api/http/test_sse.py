@@ -93,8 +93,9 @@ async def test_nothing_is_added_to_a_quick_stream() -> None:
 async def test_an_error_after_a_comment_is_an_event() -> None:
     async def failing() -> AsyncGenerator[bytes, None]:
         await asyncio.sleep(0.25)
+        for event in list[bytes]():
+            yield event
         raise ValueError("too late")
-        yield b""
 
     client = Client()
     await client.stream(failing())
@@ -104,8 +105,9 @@ async def test_an_error_after_a_comment_is_an_event() -> None:
 
 async def test_an_error_before_anything_is_raised() -> None:
     async def failing() -> AsyncGenerator[bytes, None]:
+        for event in list[bytes]():
+            yield event
         raise ValueError("early")
-        yield b""
 
     client = Client()
     with pytest.raises(ValueError, match="early"):
@@ -134,7 +136,11 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing(
 
     async def one(client: httpx.AsyncClient) -> None:
         path = rng.choice(["/v1/completions", "/v1/chat/completions", "/v1/classify"])
-        body = {"model": "sentiment", "prompt": ["a", "b"], "messages": [{"role": "user", "content": "a"}]}
+        body: dict[str, Any] = {
+            "model": "sentiment",
+            "prompt": ["a", "b"],
+            "messages": [{"role": "user", "content": "a"}],
+        }
         body |= {"input": "a", "labels": ["x", "y"], "stream": rng.random() < 0.7, "ignore_eos": True}
         try:
             async with asyncio.timeout(rng.uniform(0, 2.5)):

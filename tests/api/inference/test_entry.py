@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from server.errors import EngineNotReadyError
+from tests.support.api_fixtures import CountingStore, UploadParts
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, key_entry
 from tests.support.operations import OPERATIONS
 
@@ -30,14 +38,14 @@ GENERATING = [
 
 
 @pytest.fixture
-async def prompts(client, upload_parts):
+async def prompts(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     for seed, name in enumerate(("a", "b")):
         response = await client.post("/v1/prompts", headers=bearer("free"), **upload_parts(name, seed=seed))
         assert response.status_code == 201
 
 
 @pytest.fixture
-def no_work(tokenizer, store, monkeypatch):
+def no_work(tokenizer: ByteTokenizer, store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Nothing is tokenised, rendered, looked up or read any more."""
 
     async def work(*_: object, **__: object) -> None:
@@ -65,7 +73,9 @@ def test_expensive_operations_are_limited() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), LIMITED)
-async def test_a_spent_key_gets_nothing_done(client, prompts, no_work, engine, method, path):
+async def test_a_spent_key_gets_nothing_done(
+    client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], engine: FakeEngine, method: str, path: str
+) -> None:
     assert (await client.post("/tokenize", json={"prompt": "x"}, headers=bearer("one"))).status_code == 200
     no_work()
     asked = len(engine.requests)
@@ -79,7 +89,9 @@ async def test_a_spent_key_gets_nothing_done(client, prompts, no_work, engine, m
 
 
 @pytest.mark.parametrize(("path", "body"), GENERATING)
-async def test_what_was_tokenised_is_paid_for(client, prompts, engine, path, body):
+async def test_what_was_tokenised_is_paid_for(
+    client: httpx.AsyncClient, prompts: None, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
     response = await client.post(path, json=body, headers=bearer("poor"))
     assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded"), response.text
     assert int(response.headers["x-ratelimit-remaining-tokens"]) <= 10
@@ -98,7 +110,9 @@ async def test_what_was_tokenised_is_paid_for(client, prompts, engine, path, bod
         ("/detokenize", {"tokens": [1] * 101}),
     ],
 )
-async def test_what_is_hopeless_is_refused_before_any_work_and_takes_nothing(client, prompts, no_work, path, body):
+async def test_what_is_hopeless_is_refused_before_any_work_and_takes_nothing(
+    client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], path: str, body: dict[str, Any]
+) -> None:
     no_work()
     response = await client.post(path, json=body, headers=bearer("poor"))
     assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded"), response.text
@@ -107,7 +121,9 @@ async def test_what_is_hopeless_is_refused_before_any_work_and_takes_nothing(cli
     assert response.headers["x-ratelimit-remaining-requests"] == "1000"
 
 
-async def test_a_text_that_is_likely_too_long_waits_for_its_tokens(client, prompts, no_work):
+async def test_a_text_that_is_likely_too_long_waits_for_its_tokens(
+    client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None]
+) -> None:
     spend = {"prompt": "x" * 60}
     assert (await client.post("/tokenize", json=spend, headers=bearer("poor"))).status_code == 200
     no_work()
@@ -117,7 +133,7 @@ async def test_a_text_that_is_likely_too_long_waits_for_its_tokens(client, promp
     assert 38 <= int(response.headers["x-ratelimit-remaining-tokens"]) <= 40
 
 
-async def test_tokens_that_were_made_are_counted(client, prompts):
+async def test_tokens_that_were_made_are_counted(client: httpx.AsyncClient, prompts: None) -> None:
     for path, body in (
         ("/tokenize", {"prompt": "x" * 29}),
         ("/tokenize", {"messages": [{"role": "user", "content": "x" * 7}]}),
@@ -135,7 +151,9 @@ async def test_tokens_that_were_made_are_counted(client, prompts):
     assert (await client.get("/v1/prompts/a/inspect", headers=bearer("poor"))).status_code == 200
 
 
-async def test_what_the_server_refuses_for_its_own_sake_is_not_counted(app, client, prompts, engine):
+async def test_what_the_server_refuses_for_its_own_sake_is_not_counted(
+    app: FastAPI, client: httpx.AsyncClient, prompts: None, engine: FakeEngine
+) -> None:
     services = app.state.services
     with services.admission.permits(services.admission.capacity):
         for method, path, body in (
@@ -162,7 +180,14 @@ async def test_what_the_server_refuses_for_its_own_sake_is_not_counted(app, clie
         ("/v1/chat/completions", "messages", lambda text: {"messages": [{"role": "user", "content": text}]}),
     ],
 )
-async def test_a_text_longer_than_any_that_fits_is_not_tokenised(client, prompts, no_work, path, field, texts):
+async def test_a_text_longer_than_any_that_fits_is_not_tokenised(
+    client: httpx.AsyncClient,
+    prompts: None,
+    no_work: Callable[[], None],
+    path: str,
+    field: str,
+    texts: Callable[..., Any],
+) -> None:
     no_work()
     response = await client.post(path, json=texts("x" * (256 * 128 + 1)), headers=bearer("free"))
     error = response.json()["error"]
@@ -171,7 +196,9 @@ async def test_a_text_longer_than_any_that_fits_is_not_tokenised(client, prompts
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/classify"])
-async def test_texts_are_bounded_together(client, prompts, no_work, path):
+async def test_texts_are_bounded_together(
+    client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], path: str
+) -> None:
     no_work()
     texts = ["x" * 12_000] * 3
     body = {"prompt": texts} if path.endswith("completions") else {"input": texts, "labels": ["a"]}
@@ -182,13 +209,15 @@ async def test_texts_are_bounded_together(client, prompts, no_work, path):
     assert "36000 characters together, and at most 32768" in error["message"]
 
 
-async def test_a_long_text_may_be_tokenised(client):
+async def test_a_long_text_may_be_tokenised(client: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "x" * 30_000}] * 2
     response = await client.post("/tokenize", json={"messages": messages}, headers=bearer("free"))
     assert response.status_code == 200
 
 
-async def test_messages_to_tokenise_are_bounded_together(client, no_work, monkeypatch):
+async def test_messages_to_tokenise_are_bounded_together(
+    client: httpx.AsyncClient, no_work: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.api.tokenization.routes.MAX_TEXT_CHARS", 50_000)
     no_work()
     messages = [{"role": "user", "content": "x" * 30_000}] * 2
@@ -196,7 +225,9 @@ async def test_messages_to_tokenise_are_bounded_together(client, no_work, monkey
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
-async def test_what_a_template_adds_to_messages_is_bounded_too(client, tokenizer, monkeypatch):
+async def test_what_a_template_adds_to_messages_is_bounded_too(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def encode(*_: object, **__: object) -> None:
         raise AssertionError("a text that is too long was tokenised")
 
@@ -226,14 +257,16 @@ async def test_what_a_template_adds_to_messages_is_bounded_too(client, tokenizer
     ],
 )
 async def test_more_sequences_than_there_are_places_are_refused_before_any_work(
-    client, prompts, no_work, path, body, param
-):
+    client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], path: str, body: dict[str, Any], param: str
+) -> None:
     no_work()
     response = await client.post(path, json=body, headers=bearer("free"))
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
-async def test_places_are_given_back(app, client, prompts, tokenizer, monkeypatch):
+async def test_places_are_given_back(
+    app: FastAPI, client: httpx.AsyncClient, prompts: None, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def encode(*_: object, **__: object) -> None:
         assert app.state.services.admission.num_in_use == 2
         raise EngineNotReadyError("it drains")

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import httpx
 import pytest
@@ -26,8 +27,10 @@ from server.app import ROUTERS
 from server.cli import app as cli
 from server.config import HttpSettings, Settings
 from server.errors import AuthenticationError, ConfigurationError
+from tests.support.api_fixtures import MakeApp
 from tests.support.keyed import bearer, locked
 from tests.support.operations import operations_of
+from tests.support.presence import present
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -52,32 +55,32 @@ scopes = ["admin"]
 
 
 @pytest.fixture
-def key_file(tmp_path):
+def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys.toml"
     path.write_text(ENTRIES)
     return path
 
 
 @pytest.fixture
-def app(make_app, settings, key_file, monkeypatch):
+def app(make_app: MakeApp, settings: Settings, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     monkeypatch.setattr(auth, "POLL_SECONDS", 0.01)
     return locked(make_app, settings, key_file, ENTRIES)
 
 
-def test_entries(key_file, tmp_path):
+def test_entries(key_file: Path, tmp_path: Path) -> None:
     as_json = tmp_path / "keys.json"
     as_json.write_text(json.dumps(tomllib.loads(ENTRIES)))
     for path in (key_file, as_json):
         keys = ApiKeys(read_keys(path))
         first, second, third = (keys.check(f"bearer {key}") for key in ("key-a", "key-b", "key-c"))
-        assert (first.tenant, first.scopes) == ("acme", {Scope.GENERATE, Scope.PROMPTS_READ})
-        assert (second.tenant, second.scopes) == ("acme", {Scope.PROMPTS_WRITE})
+        assert (first.tenant, first.scopes) == ("acme", frozenset({Scope.GENERATE, Scope.PROMPTS_READ}))
+        assert (second.tenant, second.scopes) == ("acme", frozenset({Scope.PROMPTS_WRITE}))
         assert third.tenant == third.name == f"key-{sha256(b'key-c').hexdigest()[:12]}"
         with pytest.raises(AuthenticationError):
             keys.check(f"Bearer {HASH}")  # whoever reads the file does not have the key
 
 
-def test_plain_lines_may_be_hashes(tmp_path):
+def test_plain_lines_may_be_hashes(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"\ufeffkey-a\n{HASH}\n", encoding="utf-8")
     keys = ApiKeys(read_keys(path))
@@ -107,7 +110,7 @@ def test_plain_lines_may_be_hashes(tmp_path):
         ("k.json", '{"keys": [{"key": "a", "scopes": ["admin"], "tenants": "a"}]}', "tenants"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, name, text, reason):
+def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=reason):
@@ -115,7 +118,7 @@ def test_what_is_wrong_is_named(tmp_path, name, text, reason):
 
 
 @given(text=st.text(max_size=60), name=st.sampled_from(["k", "k.toml", "k.json"]))
-def test_any_file_is_read_or_refused(tmp_path_factory, text, name):
+def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
     path = tmp_path_factory.getbasetemp() / name
     path.write_text(text, encoding="utf-8", errors="replace")
     try:
@@ -125,7 +128,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory, text, name):
     assert all(len(key.digest) == 32 and key.caller.tenant for key in keys)
 
 
-def test_an_error_does_not_tell_the_key(tmp_path):
+def test_an_error_does_not_tell_the_key(tmp_path: Path) -> None:
     path = tmp_path / "k.json"
     path.write_text('{"keys": [{"key": "very secret ", "scopes": ["admin"]}]}')
     with pytest.raises(ConfigurationError) as error:
@@ -133,7 +136,7 @@ def test_an_error_does_not_tell_the_key(tmp_path):
     assert "secret" not in str(error.value)
 
 
-def test_keys_of_the_environment(key_file):
+def test_keys_of_the_environment(key_file: Path) -> None:
     http = HttpSettings(api_key_file=key_file, api_keys=("key-d",))
     assert ApiKeys(collect_keys(http)).check("Bearer key-d").scopes == ALL_SCOPES
     assert "key-d" not in repr(http)
@@ -143,7 +146,7 @@ def test_keys_of_the_environment(key_file):
         collect_keys(HttpSettings(api_keys=("x", "x")))
 
 
-def test_the_command_makes_what_the_server_takes(tmp_path):
+def test_the_command_makes_what_the_server_takes(tmp_path: Path) -> None:
     runner = CliRunner()
     for arguments, name in (([], "k"), (["--tenant", "acme", "--scope", "generate"], "k.toml")):
         result = runner.invoke(cli, ["key", *arguments])
@@ -160,37 +163,40 @@ def test_the_command_makes_what_the_server_takes(tmp_path):
     assert new_key()[0] != new_key()[0]
 
 
-async def test_a_changed_file_is_read_again(client, key_file, caplog):
-    async def status(key):
+async def test_a_changed_file_is_read_again(
+    client: httpx.AsyncClient, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def status(key: str) -> int:
         return (await client.get("/v1/models", headers=bearer(key))).status_code
 
-    async def counted(outcome):
+    async def counted(outcome: str) -> bool:
         text = (await client.get("/metrics", headers=bearer("key-c"))).text
         return f'prelude_api_key_reloads_total{{outcome="{outcome}"}} 1.0' in text
 
     assert (await status("key-a"), await status("key-e")) == (200, 401)
-    key_file.write_text(ENTRIES.replace("key-a", "key-e"))
+    key_file.write_text(ENTRIES.replace("key-a", "key-e"))  # noqa: ASYNC240 - a small file
     await until(lambda: counted("success"))
     assert (await status("key-a"), await status("key-e")) == (401, 200)
-    key_file.write_text("keys = [")
+    key_file.write_text("keys = [")  # noqa: ASYNC240 - a small file
     await until(lambda: counted("failure"))
     assert await status("key-e") == 200
     assert "the API keys were not reloaded" in caplog.text
 
 
-async def test_a_hangup_reads_it_again(client):
+async def test_a_hangup_reads_it_again(client: httpx.AsyncClient) -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
-    async def counted():
+    async def counted() -> bool:
         text = (await client.get("/metrics", headers=bearer("key-c"))).text
         return 'prelude_api_key_reloads_total{outcome="success"} 1.0' in text
 
     await until(counted)
 
 
-def methods_and_paths(app):
+def methods_and_paths(app: FastAPI) -> list[tuple[str, str]]:
     """Every route, of included routers too; fails where something without methods is mounted."""
-    return [(method, route.path) for route in iter_route_contexts(app.routes) for method in sorted(route.methods)]
+    routes = iter_route_contexts(app.routes)
+    return [(method, present(route.path)) for route in routes for method in sorted(present(route.methods))]
 
 
 def test_every_route_has_an_operation(app: FastAPI) -> None:
@@ -199,7 +205,7 @@ def test_every_route_has_an_operation(app: FastAPI) -> None:
     assert served == operations_of(app).keys()
 
 
-async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app, client):
+async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app: FastAPI, client: httpx.AsyncClient) -> None:
     may = {"key-a": {"generate", "prompts:read"}, "key-b": {"prompts:write"}, "key-c": {"admin"}}
     for (method, path), operation in operations_of(app).items():
         needed = operation.scopes
@@ -218,7 +224,7 @@ async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app, client):
 
 @pytest.mark.parametrize("is_open", [False, True])
 async def test_metrics_need_no_key_where_the_operator_says_so_and_nothing_else_is_open(
-    make_app, settings, tmp_path, is_open
+    make_app: MakeApp, settings: Settings, tmp_path: Path, is_open: bool
 ) -> None:
     changed = replace(settings, http=replace(settings.http, open_metrics=is_open))
     app = locked(make_app, changed, tmp_path / "keys", "k")
@@ -232,7 +238,7 @@ async def test_metrics_need_no_key_where_the_operator_says_so_and_nothing_else_i
 
 
 @pytest.mark.parametrize("path", ["/no-such", "/v1/", "/live/", "//v1/models", "/v1/prompts/../metrics"])
-async def test_a_route_without_operation_is_not_served(app, client, path):
+async def test_a_route_without_operation_is_not_served(app: FastAPI, client: httpx.AsyncClient, path: str) -> None:
     @app.get("/no-such")
     async def forgotten() -> str:
         return "a route that was added later"
@@ -266,7 +272,7 @@ def test_a_mounted_application_fails_at_start_up(
         make_app(settings)
 
 
-async def test_wrong_methods(client):
+async def test_wrong_methods(client: httpx.AsyncClient) -> None:
     response = await client.delete("/v1/models", headers=bearer("key-c"))
     assert response.status_code == 405
     assert response.json()["error"]["code"] == "method_not_allowed"

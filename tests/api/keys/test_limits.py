@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +17,9 @@ from server.api.keys.key_file import read_keys
 from server.api.keys.keys import ApiKeys
 from server.api.keys.limits import KeyLimiter, Limits, TokenBucket, duration
 from server.errors import ConfigurationError, RateLimitError
+from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, key_entry
+from tests.support.presence import present
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -42,7 +48,9 @@ STEPS = st.lists(
 
 
 @given(limit=st.integers(1, 100), steps=STEPS)
-def test_no_window_has_more_than_the_limit_and_its_burst(limit, steps):
+def test_no_window_has_more_than_the_limit_and_its_burst(
+    limit: int, steps: list[tuple[float, tuple[str, int]]]
+) -> None:
     """Takes at random times, each given back in part: what stays taken is bounded in every window."""
     clock = Clock()
     bucket = TokenBucket(limit, clock)
@@ -71,7 +79,7 @@ def test_no_window_has_more_than_the_limit_and_its_burst(limit, steps):
 
 
 @given(limit=st.integers(1, 10_000), taken=st.integers(0, 10_000), wanted=st.integers(0, 10_000))
-def test_the_time_to_wait_is_enough_and_no_more(limit, taken, wanted):
+def test_the_time_to_wait_is_enough_and_no_more(limit: int, taken: int, wanted: int) -> None:
     clock = Clock()
     bucket = TokenBucket(limit, clock)
     bucket.take(min(taken, limit))
@@ -87,7 +95,7 @@ def test_the_time_to_wait_is_enough_and_no_more(limit, taken, wanted):
         st.tuples(st.integers(0, 60), st.integers(0, 100), st.floats(0, 30), st.booleans()), max_size=30
     )
 )
-def test_a_limiter_gives_back_what_was_not_used_and_never_more(requests):
+def test_a_limiter_gives_back_what_was_not_used_and_never_more(requests: list[tuple[int, int, float, bool]]) -> None:
     clock = Clock()
     limiter = KeyLimiter(Limits(5, 50, 1), clock)
     for tokens, used, pause, fails in requests:
@@ -101,7 +109,7 @@ def test_a_limiter_gives_back_what_was_not_used_and_never_more(requests):
                     allowance.reserve(tokens)
                 finally:
                     allowance.forget_request()
-            assert refusal.value.retry_after > 0
+            assert present(refusal.value.retry_after) > 0
             assert refusal.value.is_hopeless == (tokens > 50 and before["x-ratelimit-remaining-requests"] != "0")
             assert limiter.headers == before
             continue
@@ -118,7 +126,7 @@ def test_a_limiter_gives_back_what_was_not_used_and_never_more(requests):
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 200), st.floats(0, 60)), max_size=20))
-def test_what_was_done_is_paid_for_even_if_it_is_refused(steps):
+def test_what_was_done_is_paid_for_even_if_it_is_refused(steps: list[tuple[int, int, float]]) -> None:
     """A refused request costs what was tokenised for it, and no key ever owes more than a minute's worth."""
     clock = Clock()
     limiter = KeyLimiter(Limits(tokens_per_minute=50), clock)
@@ -139,9 +147,10 @@ def test_what_was_done_is_paid_for_even_if_it_is_refused(steps):
             assert "none now" in refusal.message
             continue
         if refusal is not None and not refusal.is_hopeless:
-            left = max(-50.0, level - done) + refusal.retry_after * 50 / 60
+            left = max(-50.0, level - done) + present(refusal.retry_after) * 50 / 60
             assert left >= min(tokens, 50) - 1e-6
         level = max(-50.0, level - done)
+        assert isinstance(limiter._tokens, TokenBucket)
         assert limiter._tokens.level == pytest.approx(level, abs=1e-6)
         assert int(limiter.headers["x-ratelimit-remaining-tokens"]) >= 0
 
@@ -150,7 +159,7 @@ def test_what_was_done_is_paid_for_even_if_it_is_refused(steps):
     ("seconds", "text"),
     [(0, "0s"), (0.0001, "1ms"), (0.02, "20ms"), (1, "1s"), (8.64, "8.64s"), (60, "1m0s"), (63.5, "1m3.5s")],
 )
-def test_durations(seconds, text):
+def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -173,7 +182,7 @@ KEYS = "".join(
         ("/v1/classify", {"input": "x", "labels": ["a", "b"]}),
     ],
 )
-async def test_requests_a_minute(client, path, body):
+async def test_requests_a_minute(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
     for left in ("1", "0"):
         response = await client.post(path, json=body, headers=bearer("few"))
         assert response.status_code == 200, response.text
@@ -194,7 +203,7 @@ async def test_requests_a_minute(client, path, body):
     assert not any(name.startswith("x-ratelimit") for name in free.headers)
 
 
-async def test_tokens_are_reserved_and_given_back(client, engine):
+async def test_tokens_are_reserved_and_given_back(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "hi"
     body = {"prompt": [1, 2, 3], "max_tokens": 10}
     response = await client.post("/v1/completions", json=body, headers=bearer("short"))
@@ -212,7 +221,7 @@ async def test_tokens_are_reserved_and_given_back(client, engine):
     assert never.headers["x-ratelimit-remaining-tokens"] == str(20 - used)
 
 
-async def test_a_refusal_for_another_reason_costs_no_tokens(app, client):
+async def test_a_refusal_for_another_reason_costs_no_tokens(app: FastAPI, client: httpx.AsyncClient) -> None:
     body = {"prompt": [1, 2, 3], "max_tokens": 10}
     with app.state.services.admission.permits(app.state.services.admission.capacity):
         response = await client.post("/v1/completions", json=body, headers=bearer("short"))
@@ -220,7 +229,7 @@ async def test_a_refusal_for_another_reason_costs_no_tokens(app, client):
     assert response.headers["x-ratelimit-remaining-tokens"] == "20"
 
 
-async def test_requests_at_once(client, engine):
+async def test_requests_at_once(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.step_seconds = 0.05
     first = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone")))
     await until(lambda: engine.requests)
@@ -231,7 +240,7 @@ async def test_requests_at_once(client, engine):
     assert (await client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone"))).status_code == 200
 
 
-def test_what_was_used_outlives_a_reload(tmp_path):
+def test_what_was_used_outlives_a_reload(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(KEYS)
     keys = ApiKeys(read_keys(path))
@@ -245,7 +254,7 @@ def test_what_was_used_outlives_a_reload(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", '"9"', "10000000000000"])
-def test_bad_limits(tmp_path, value):
+def test_bad_limits(tmp_path: Path, value: str) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(f'[[keys]]\nkey = "k"\nscopes = ["generate"]\ntokens_per_minute = {value}\n')
     with pytest.raises(ConfigurationError, match=r"keys\[0\]\.tokens_per_minute"):

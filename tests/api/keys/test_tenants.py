@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import httpx
 import pytest
 
+from tests.support.api_fixtures import UploadParts
+from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, key_entry
 from tests.support.operations import OPERATIONS
 
@@ -20,7 +25,7 @@ KEYS = "".join(
 
 
 @pytest.fixture
-async def prompts(client, upload_parts):
+async def prompts(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     """``mine`` belongs to tenant a, ``ours`` to everybody."""
     for name, key, fields in (("mine", "a1", {}), ("ours", "root", {"shared": "true"})):
         parts = upload_parts(name, tags="t", **fields)
@@ -30,7 +35,7 @@ async def prompts(client, upload_parts):
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["cold", "in the cache"])
-async def test_anothers_soft_prompt_is_not_there(client, prompts, is_known):
+async def test_anothers_soft_prompt_is_not_there(client: httpx.AsyncClient, prompts: None, is_known: bool) -> None:
     """Every route that takes a name says of another tenant's what it says of one that there never was."""
     bodies = {"PUT": {"version": 1}, "POST": {}}
     routes = [(method, path) for method, path in OPERATIONS.by_route if "{id}" in path or "{model_id" in path]
@@ -64,7 +69,9 @@ async def test_anothers_soft_prompt_is_not_there(client, prompts, is_known):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
     ],
 )
-async def test_nobody_generates_by_anothers_soft_prompt(client, prompts, engine, path, body):
+async def test_nobody_generates_by_anothers_soft_prompt(
+    client: httpx.AsyncClient, prompts: None, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
     for naming in ({"model": "mine"}, {"model": "mine@1"}, {"prompt_id": "mine"}):
         for key, status in (("a1", 200), ("b1", 404), ("root", 404), ("a2", 200)):
             response = await client.post(path, json=body | naming, headers=bearer(key))
@@ -74,7 +81,7 @@ async def test_nobody_generates_by_anothers_soft_prompt(client, prompts, engine,
         assert known.text == unknown.text.replace("nobodys", "mine")
 
 
-async def test_lists(client, prompts):
+async def test_lists(client: httpx.AsyncClient, prompts: None) -> None:
     for key, names in (("a2", ["mine", "ours"]), ("b1", ["ours"]), ("root", ["ours"])):
         for path in ("/v1/prompts", "/v1/prompts?tag=t"):
             listed = (await client.get(path, headers=bearer(key))).json()["data"]
@@ -83,7 +90,9 @@ async def test_lists(client, prompts):
         assert [model["id"] for model in models][1:] == names
 
 
-async def test_a_taken_name_is_a_conflict_that_tells_nothing(client, prompts, upload_parts):
+async def test_a_taken_name_is_a_conflict_that_tells_nothing(
+    client: httpx.AsyncClient, prompts: None, upload_parts: UploadParts
+) -> None:
     for key, fields in (("b1", {}), ("root", {}), ("root", {"shared": "true"})):
         response = await client.post("/v1/prompts", headers=bearer(key), **upload_parts("mine", seed=1, **fields))
         assert response.status_code == 409
@@ -93,7 +102,9 @@ async def test_a_taken_name_is_a_conflict_that_tells_nothing(client, prompts, up
     assert "shared" in response.json()["error"]["message"]
 
 
-async def test_shared_soft_prompts_are_changed_by_admins_only(client, prompts, upload_parts):
+async def test_shared_soft_prompts_are_changed_by_admins_only(
+    client: httpx.AsyncClient, prompts: None, upload_parts: UploadParts
+) -> None:
     refused = [
         await client.post("/v1/prompts", headers=bearer("a1"), **upload_parts("ours", seed=1, shared="true")),
         await client.put("/v1/prompts/ours/aliases/x", json={"version": 1}, headers=bearer("a1")),
@@ -113,13 +124,13 @@ async def test_shared_soft_prompts_are_changed_by_admins_only(client, prompts, u
     assert [response.status_code for response in changed] == [200] * len(changed)
 
 
-async def test_shared_is_true_or_false(client, upload_parts):
+async def test_shared_is_true_or_false(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     response = await client.post("/v1/prompts", headers=bearer("root"), **upload_parts("p", shared="yes"))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "shared"
 
 
-async def test_the_salt_is_the_tenant(client, engine):
+async def test_the_salt_is_the_tenant(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for key in ("a1", "a2", "b1"):
         await client.post("/v1/completions", json={"prompt": "x"}, headers=bearer(key))
     assert [request.salt for request in engine.requests] == ["a", "a", "b"]

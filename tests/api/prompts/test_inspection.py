@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import httpx
 import pytest
 
 from server.errors import EngineDeadError, OverloadedError, RequestFailedError
+from tests.support.api_fixtures import CountingStore, UploadParts, WaitUntil
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
 URL = "/v1/prompts/sentiment/inspect"
 
 
-async def test_embeddings(client, engine, sentiment, store, eventually):
+async def test_embeddings(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, store: CountingStore, eventually: WaitUntil
+) -> None:
     body = (await client.get(URL)).json()
     assert (body["object"], body["id"], body["version"]) == ("prompt.inspection", "sentiment", 1)
     assert (body["peft_type"], body["num_virtual_tokens"], body["task_id"]) == ("PROMPT_TUNING", 4, None)
@@ -23,12 +28,12 @@ async def test_embeddings(client, engine, sentiment, store, eventually):
     assert engine.requests == []
 
 
-async def test_how_many_are_near(client, sentiment):
+async def test_how_many_are_near(client: httpx.AsyncClient, sentiment: str) -> None:
     body = (await client.get(URL, params={"top_k": 20})).json()
     assert len(body["tokens"][0]["nearest"]) == 20
 
 
-async def test_key_values(client, other_parts):
+async def test_key_values(client: httpx.AsyncClient, other_parts: UploadParts) -> None:
     (await client.post("/v1/prompts", **other_parts("prefix", peft_type="PREFIX_TUNING"))).raise_for_status()
     body = (await client.get("/v1/prompts/prefix/inspect")).json()
     assert (body["tokens"], body["vocabulary"]) == (None, None)
@@ -39,13 +44,13 @@ async def test_key_values(client, other_parts):
     }
 
 
-async def test_versions_and_aliases(client, upload_parts, sentiment):
+async def test_versions_and_aliases(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
     (await client.post("/v1/prompts", **upload_parts("sentiment", seed=1, alias="canary"))).raise_for_status()
     for query, version in (({}, 1), ({"version": 2}, 2), ({"alias": "canary"}, 2), ({"alias": "latest"}, 1)):
         assert (await client.get(URL, params=query)).json()["version"] == version
 
 
-async def test_a_task(client, engine, other_parts):
+async def test_a_task(client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts) -> None:
     (await client.post("/v1/prompts", **other_parts("many"))).raise_for_status()
     body = (await client.get("/v1/prompts/many/inspect?task_id=2")).json()
     assert body["task_id"] == 2
@@ -69,14 +74,16 @@ async def test_a_task(client, engine, other_parts):
         ("version=1&alias=latest", "version"),
     ],
 )
-async def test_bad_queries(client, engine, sentiment, query, param):
+async def test_bad_queries(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, query: str, param: str
+) -> None:
     response = await client.get(f"{URL}?{query}")
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert engine.inspected == []
 
 
 @pytest.mark.parametrize("path", ["no-such/inspect", "sentiment/inspect?version=9", "sentiment/inspect?alias=none"])
-async def test_not_found(client, sentiment, path):
+async def test_not_found(client: httpx.AsyncClient, sentiment: str, path: str) -> None:
     response = await client.get(f"/v1/prompts/{path}")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "prompt_not_found")
 
@@ -89,13 +96,22 @@ async def test_not_found(client, sentiment, path):
         (EngineDeadError("the engine process ended"), 503, "engine_dead"),
     ],
 )
-async def test_the_engine_fails(client, engine, sentiment, store, eventually, failure, status, code):
+async def test_the_engine_fails(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    sentiment: str,
+    store: CountingStore,
+    eventually: WaitUntil,
+    failure: Exception,
+    status: int,
+    code: str,
+) -> None:
     engine.inspect_failure = failure
     response = await client.get(URL)
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_a_draining_server(client, engine, sentiment):
+async def test_a_draining_server(client: httpx.AsyncClient, engine: FakeEngine, sentiment: str) -> None:
     engine.draining = True
     assert (await client.get(URL)).status_code == 503

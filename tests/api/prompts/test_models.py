@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 
 from server.config import Settings
@@ -14,7 +15,7 @@ from tests.support.in_process import ready
 pytestmark = pytest.mark.anyio
 
 
-async def test_base_and_soft_prompts_are_listed(client, sentiment):
+async def test_base_and_soft_prompts_are_listed(client: httpx.AsyncClient, sentiment: str) -> None:
     base, prompt = (await client.get("/v1/models")).json()["data"]
     common = {"object": "model", "owned_by": "prelude", "root": "tiny", "max_model_len": 256}
     common |= {"max_num_seqs": 4, "max_waiting": 4}
@@ -63,6 +64,6 @@ async def test_every_name_is_found(
         ("%ff", "model_not_found"),
     ],
 )
-async def test_what_is_not_there(client, sentiment, name, code):
+async def test_what_is_not_there(client: httpx.AsyncClient, sentiment: str, name: str, code: str) -> None:
     response = await client.get(f"/v1/models/{name}")
     assert (response.status_code, response.json()["error"]["code"]) == (404, code)

@@ -6,12 +6,15 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from server.api.prompts.probing import MAX_TASKS, NEW_TOKENS, PROBE_TEXT
+from server.config import Settings
 from server.errors import EngineDeadError, NotFiniteError, RequestFailedError, WaitTimeoutError
-from tests.support.byte_tokenizer import BOS
-from tests.support.fake_engine import CONTEXT
+from tests.support.api_fixtures import CountingStore, MakeApp, UploadParts
+from tests.support.byte_tokenizer import BOS, ByteTokenizer
+from tests.support.fake_engine import CONTEXT, FakeEngine
 from tests.support.in_process import ready
 from tests.support.waiting import until
 
@@ -20,12 +23,14 @@ pytestmark = pytest.mark.anyio
 OVERFLOW = NotFiniteError("the model computed a value that is not finite for this text")
 
 
-def files_under(settings):
+def files_under(settings: Settings) -> list[Path]:
     kept = Path(settings.store.location)
     return [path for folder in ("blobs", "staging") for path in (kept / folder).rglob("*") if path.is_file()]
 
 
-async def test_an_upload_is_tried_by_a_short_text(client, engine, upload_parts):
+async def test_an_upload_is_tried_by_a_short_text(
+    client: httpx.AsyncClient, engine: FakeEngine, upload_parts: UploadParts
+) -> None:
     response = await client.post("/v1/prompts", **upload_parts())
     assert response.status_code == 201
     ((source, text, max_tokens, salt, max_wait),) = engine.probed
@@ -35,8 +40,8 @@ async def test_an_upload_is_tried_by_a_short_text(client, engine, upload_parts):
 
 
 async def test_what_the_model_cannot_compute_with_is_refused_and_leaves_nothing(
-    client, engine, settings, store, upload_parts
-):
+    client: httpx.AsyncClient, engine: FakeEngine, settings: Settings, store: CountingStore, upload_parts: UploadParts
+) -> None:
     before = files_under(settings)
     engine.probe_failures = {None: OVERFLOW}
     response = await client.post("/v1/prompts", **upload_parts())
@@ -71,8 +76,14 @@ async def test_what_the_model_cannot_compute_with_is_refused_and_leaves_nothing(
     ],
 )
 async def test_what_cannot_be_tried_now_is_not_published(
-    client, engine, settings, upload_parts, failure, status, code
-):
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    settings: Settings,
+    upload_parts: UploadParts,
+    failure: Exception,
+    status: int,
+    code: str,
+) -> None:
     before = files_under(settings)
     engine.probe_failures = {None: failure}
     response = await client.post("/v1/prompts", **upload_parts())
@@ -81,7 +92,9 @@ async def test_what_cannot_be_tried_now_is_not_published(
     assert files_under(settings) == before
 
 
-async def test_while_the_engine_is_away_uploads_are_put_off(client, engine, upload_parts):
+async def test_while_the_engine_is_away_uploads_are_put_off(
+    client: httpx.AsyncClient, engine: FakeEngine, upload_parts: UploadParts
+) -> None:
     engine.outage = "the engine process was killed by signal 9"
     response = await client.post("/v1/prompts", **upload_parts())
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_restarting")
@@ -91,14 +104,18 @@ async def test_while_the_engine_is_away_uploads_are_put_off(client, engine, uplo
 
 
 @pytest.mark.parametrize(("room", "num_text", "num_new"), [(2, 1, 1), (3, 1, 2), (9, 7, 2)])
-async def test_a_long_soft_prompt_gets_the_text_that_fits(client, engine, upload_parts, room, num_text, num_new):
+async def test_a_long_soft_prompt_gets_the_text_that_fits(
+    client: httpx.AsyncClient, engine: FakeEngine, upload_parts: UploadParts, room: int, num_text: int, num_new: int
+) -> None:
     response = await client.post("/v1/prompts", **upload_parts(rows=CONTEXT - room))
     assert response.status_code == 201
     ((_, text, max_tokens, _, _),) = engine.probed
     assert (len(text), max_tokens) == (num_text, num_new)
 
 
-async def test_the_tasks_of_a_multitask_prompt_are_tried_one_by_one(client, engine, other_parts):
+async def test_the_tasks_of_a_multitask_prompt_are_tried_one_by_one(
+    client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts
+) -> None:
     parts = other_parts("tasks")
     engine.probe_failures = {2: OVERFLOW}
     response = await client.post("/v1/prompts", **parts)
@@ -107,14 +124,18 @@ async def test_the_tasks_of_a_multitask_prompt_are_tried_one_by_one(client, engi
     assert [source.task_id for source, *_ in engine.probed] == [0, 1, 2]
 
 
-async def test_no_more_than_some_tasks_are_tried(client, engine, monkeypatch, other_parts):
+async def test_no_more_than_some_tasks_are_tried(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, other_parts: UploadParts
+) -> None:
     monkeypatch.setattr("server.api.prompts.probing.MAX_TASKS", 2)
     assert MAX_TASKS > 2
     assert (await client.post("/v1/prompts", **other_parts("tasks"))).status_code == 201
     assert [source.task_id for source, *_ in engine.probed] == [0, 1]
 
 
-async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(make_app, settings, engine, upload_parts):
+async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(
+    make_app: MakeApp, settings: Settings, engine: FakeEngine, upload_parts: UploadParts
+) -> None:
     engine.step_seconds = 0.05
     settings = replace(
         settings,
@@ -136,8 +157,14 @@ async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(make_app,
 
 @pytest.mark.parametrize(("found", "tried"), [([5, 999, 6], [5, 6]), ([999], [0])])
 async def test_tokens_without_a_row_are_left_out_of_the_text(
-    client, engine, tokenizer, monkeypatch, upload_parts, found, tried
-):
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    tokenizer: ByteTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    upload_parts: UploadParts,
+    found: list[int],
+    tried: list[int],
+) -> None:
     async def encode(texts: list[str], **_: object) -> list[list[int]]:
         return [list(found) for _ in texts]
 

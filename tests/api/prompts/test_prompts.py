@@ -3,19 +3,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from server.config import Settings
+from tests.support.api_fixtures import CountingStore, UploadParts
 
 pytestmark = pytest.mark.anyio
 
 
-async def upload(client, parts):
+async def upload(client: httpx.AsyncClient, parts: dict[str, Any]) -> httpx.Response:
     return await client.post("/v1/prompts", **parts)
 
 
-async def test_upload(client, upload_parts):
+async def test_upload(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     fields = {"description": "of reviews", "tags": ["a", "b,c"], "metadata": json.dumps({"f1": 0.9})}
     response = await upload(client, upload_parts("sentiment", **fields))
     body = response.json()
@@ -29,7 +32,7 @@ async def test_upload(client, upload_parts):
     assert body["size"] == sum(file["size"] for file in body["files"])
 
 
-async def test_the_same_bytes_are_the_same_version(client, upload_parts):
+async def test_the_same_bytes_are_the_same_version(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     first = await upload(client, upload_parts("sentiment"))
     again = await upload(client, upload_parts("sentiment"))
     other = await upload(client, upload_parts("sentiment", seed=1))
@@ -38,7 +41,7 @@ async def test_the_same_bytes_are_the_same_version(client, upload_parts):
     assert other.json()["version"] == 2
 
 
-async def test_upload_to_an_alias(client, upload_parts):
+async def test_upload_to_an_alias(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     await upload(client, upload_parts("sentiment"))
     await upload(client, upload_parts("sentiment", seed=1, alias="canary"))
     prompt = (await client.get("/v1/prompts/sentiment")).json()
@@ -47,7 +50,7 @@ async def test_upload_to_an_alias(client, upload_parts):
     assert prompt["num_versions"] == 2
 
 
-async def test_faults_are_all_told(client, upload_parts):
+async def test_faults_are_all_told(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment", width=9)
     response = await upload(client, parts)
     error = response.json()["error"]
@@ -57,7 +60,7 @@ async def test_faults_are_all_told(client, upload_parts):
     assert set(error["details"][0]) == {"code", "message", "file", "field"}
 
 
-def configured(parts, **changes):
+def configured(parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """An upload whose configuration has these fields; None takes one out."""
     files = dict(file for _, file in parts["files"])
     config = json.loads(files["adapter_config.json"]) | changes
@@ -65,7 +68,9 @@ def configured(parts, **changes):
     return {**parts, "files": [("files", file) for file in files.items()]}
 
 
-async def test_another_base_is_taken_on_the_uploaders_word_and_recorded(client, upload_parts):
+async def test_another_base_is_taken_on_the_uploaders_word_and_recorded(
+    client: httpx.AsyncClient, upload_parts: UploadParts
+) -> None:
     changes = {"base_model_name_or_path": "org/large"}
     refused = await upload(client, configured(upload_parts("a"), **changes))
     (detail,) = refused.json()["error"]["details"]
@@ -80,7 +85,9 @@ async def test_another_base_is_taken_on_the_uploaders_word_and_recorded(client, 
     assert same.json()["overrides"] == {}
 
 
-async def test_a_task_type_is_taken_on_the_uploaders_word_and_recorded(client, upload_parts):
+async def test_a_task_type_is_taken_on_the_uploaders_word_and_recorded(
+    client: httpx.AsyncClient, upload_parts: UploadParts
+) -> None:
     refused = await upload(client, configured(upload_parts("a"), task_type=None))
     (detail,) = refused.json()["error"]["details"]
     assert detail["code"] == "unsupported_task_type"
@@ -94,7 +101,7 @@ async def test_a_task_type_is_taken_on_the_uploaders_word_and_recorded(client, u
     assert contradicted.json()["error"]["details"][0]["code"] == "task_type_conflict"
 
 
-async def test_missing_file(client, upload_parts):
+async def test_missing_file(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"] = parts["files"][:1]
     response = await upload(client, parts)
@@ -102,7 +109,7 @@ async def test_missing_file(client, upload_parts):
     assert response.json()["error"]["details"]
 
 
-async def test_no_files(client, upload_parts):
+async def test_no_files(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"] = [("note", ("x", b""))]
     assert (await upload(client, parts)).status_code == 400
@@ -116,7 +123,9 @@ def files_of(settings: Settings) -> list[Path]:
     "filename",
     ["adapter_model.bin", "prompt.zip", "../adapter_config.json", "/etc/passwd", "ADAPTER_CONFIG.JSON", ""],
 )
-async def test_other_filenames_are_refused(client, upload_parts, filename, settings):
+async def test_other_filenames_are_refused(
+    client: httpx.AsyncClient, upload_parts: UploadParts, filename: str, settings: Settings
+) -> None:
     parts = upload_parts("sentiment")
     parts["files"].append(("files", (filename or "x.pt", b"data")))
     before = files_of(settings)
@@ -126,14 +135,14 @@ async def test_other_filenames_are_refused(client, upload_parts, filename, setti
     assert files_of(settings) == before
 
 
-async def test_a_file_twice(client, upload_parts):
+async def test_a_file_twice(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"] += parts["files"]
     response = await upload(client, parts)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "files")
 
 
-async def test_a_file_in_another_field(client, upload_parts):
+async def test_a_file_in_another_field(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"].append(("evil", ("adapter_config.json", b"{}")))
     assert (await upload(client, parts)).json()["error"]["param"] == "files"
@@ -159,23 +168,25 @@ async def test_a_file_in_another_field(client, upload_parts):
         ({"description": "x" * 70_000}, "description"),
     ],
 )
-async def test_bad_fields(client, upload_parts, fields, param):
+async def test_bad_fields(
+    client: httpx.AsyncClient, upload_parts: UploadParts, fields: dict[str, Any], param: str
+) -> None:
     response = await upload(client, upload_parts("sentiment", **fields))
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
 
 
-async def test_id_is_needed(client, upload_parts):
+async def test_id_is_needed(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     del parts["data"]
     assert (await upload(client, parts)).json()["error"]["param"] == "id"
 
 
-async def test_the_name_of_the_base_is_reserved(client, upload_parts):
+async def test_the_name_of_the_base_is_reserved(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     assert (await upload(client, upload_parts("tiny"))).status_code == 400
 
 
-async def test_file_over_the_limit(client, upload_parts):
+async def test_file_over_the_limit(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     response = await upload(client, upload_parts("sentiment", rows=4000))
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "payload_too_large"
@@ -183,7 +194,7 @@ async def test_file_over_the_limit(client, upload_parts):
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data", "text/plain"])
-async def test_upload_that_is_not_multipart(client, content_type):
+async def test_upload_that_is_not_multipart(client: httpx.AsyncClient, content_type: str) -> None:
     response = await client.post("/v1/prompts", content=b"{}", headers={"content-type": content_type})
     assert response.status_code == 415
 
@@ -200,13 +211,13 @@ async def test_upload_that_is_not_multipart(client, content_type):
         b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\nx\r\n' * 70 + b"--b--\r\n",
     ],
 )
-async def test_malformed_multipart(client, body):
+async def test_malformed_multipart(client: httpx.AsyncClient, body: bytes) -> None:
     headers = {"content-type": "multipart/form-data; boundary=b"}
     response = await client.post("/v1/prompts", content=body, headers=headers)
     assert response.status_code == 400, response.text
 
 
-async def test_list_pages(client, upload_parts):
+async def test_list_pages(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     for name in ("c", "a", "b"):
         await upload(client, upload_parts(name, tags="even" if name == "b" else "odd"))
     first = (await client.get("/v1/prompts?limit=2")).json()
@@ -219,20 +230,22 @@ async def test_list_pages(client, upload_parts):
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=9999", "limit=x", "after=Bad Name"])
-async def test_bad_queries(client, query):
+async def test_bad_queries(client: httpx.AsyncClient, query: str) -> None:
     response = await client.get(f"/v1/prompts?{query}")
     assert response.status_code == 400
     assert response.json()["error"]["param"] == query.partition("=")[0]
 
 
-async def test_versions(client, upload_parts, sentiment):
+async def test_versions(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
     await upload(client, upload_parts("sentiment", seed=1))
     versions = (await client.get("/v1/prompts/sentiment/versions")).json()["data"]
     assert sorted(version["version"] for version in versions) == [1, 2]
     assert (await client.get("/v1/prompts/sentiment/versions/2")).json()["version"] == 2
 
 
-async def test_files_come_back_byte_for_byte(client, upload_parts, sentiment):
+async def test_files_come_back_byte_for_byte(
+    client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str
+) -> None:
     parts = upload_parts("sentiment")
     for _, (filename, data) in parts["files"]:
         response = await client.get(f"/v1/prompts/sentiment/versions/1/files/{filename}")
@@ -242,7 +255,9 @@ async def test_files_come_back_byte_for_byte(client, upload_parts, sentiment):
         assert "attachment" in response.headers["content-disposition"]
 
 
-async def test_part_of_a_file(client, store, upload_parts, sentiment):
+async def test_part_of_a_file(
+    client: httpx.AsyncClient, store: CountingStore, upload_parts: UploadParts, sentiment: str
+) -> None:
     _, (_, weights) = upload_parts("sentiment")["files"][1]
     url = "/v1/prompts/sentiment/versions/1/files/adapter_model.safetensors"
     response = await client.get(url, headers={"range": "bytes=8-15"})
@@ -250,7 +265,7 @@ async def test_part_of_a_file(client, store, upload_parts, sentiment):
     assert len(store.leased) == 1
 
 
-async def test_aliases(client, upload_parts, sentiment):
+async def test_aliases(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
     await upload(client, upload_parts("sentiment", seed=1))
     url = "/v1/prompts/sentiment/aliases/canary"
     reply = await client.put(url, json={"version": 1})
@@ -275,11 +290,13 @@ async def test_aliases(client, upload_parts, sentiment):
         ("Bad", {"version": 1}, 400),
     ],
 )
-async def test_bad_aliases(client, sentiment, alias, body, status):
+async def test_bad_aliases(
+    client: httpx.AsyncClient, sentiment: str, alias: str, body: dict[str, Any], status: int
+) -> None:
     assert (await client.put(f"/v1/prompts/sentiment/aliases/{alias}", json=body)).status_code == status
 
 
-async def test_delete_version(client, upload_parts, sentiment):
+async def test_delete_version(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
     await upload(client, upload_parts("sentiment", seed=1))
     reply = await client.delete("/v1/prompts/sentiment/versions/2")
     assert reply.json() == {"id": "sentiment@2", "object": "prompt.version", "deleted": True}
@@ -287,7 +304,7 @@ async def test_delete_version(client, upload_parts, sentiment):
     assert (await client.get("/v1/prompts/sentiment/versions/1")).status_code == 200
 
 
-async def test_delete(client, sentiment):
+async def test_delete(client: httpx.AsyncClient, sentiment: str) -> None:
     reply = await client.delete("/v1/prompts/sentiment")
     assert reply.json() == {"id": "sentiment", "object": "prompt", "deleted": True}
     assert (await client.get("/v1/prompts")).json()["data"] == []
@@ -306,18 +323,18 @@ async def test_delete(client, sentiment):
         ("DELETE", "/v1/prompts/sentiment/aliases/no-such"),
     ],
 )
-async def test_not_found(client, sentiment, method, path):
+async def test_not_found(client: httpx.AsyncClient, sentiment: str, method: str, path: str) -> None:
     response = await client.request(method, path)
     assert response.status_code == 404, response.text
     assert response.json()["error"]["code"] in {"prompt_not_found", "not_found"}
 
 
 @pytest.mark.parametrize("path", ["/v1/prompts/Bad", "/v1/prompts/sentiment/versions/x"])
-async def test_malformed_paths(client, path):
+async def test_malformed_paths(client: httpx.AsyncClient, path: str) -> None:
     assert (await client.get(path)).status_code == 400
 
 
-async def test_models(client, sentiment):
+async def test_models(client: httpx.AsyncClient, sentiment: str) -> None:
     base, prompt = (await client.get("/v1/models")).json()["data"]
     assert (base["id"], base["object"], base["owned_by"], base["max_model_len"]) == ("tiny", "model", "prelude", 256)
     assert (base["parent"], base["root"]) == (None, "tiny")

@@ -8,16 +8,22 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from prompt_store.blobs.blobs import BlobDirectory
 from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.errors import StoreUnavailableError
 from prompt_store.files.adapter_config import MAX_CONFIG_BYTES
 from prompt_store.store import PromptStore
+from server.api.http.multipart import bounded
 from server.api.prompts import routes
+from server.config import Settings
+from tests.support.api_fixtures import CountingStore, Serve, UploadParts, WaitUntil
+from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, key_entry
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +54,9 @@ def folders_of(root: str) -> int:
 
 
 @pytest.fixture
-async def nothing_left(client, app, settings, upload_parts) -> AsyncIterator[None]:
+async def nothing_left(
+    client: httpx.AsyncClient, app: FastAPI, settings: Settings, upload_parts: UploadParts
+) -> AsyncIterator[None]:
     """After the test the disk holds what it held before, and the store takes the next upload."""
     root = settings.store.location
     (await client.post("/v1/prompts", headers=bearer("a"), **upload_parts("mine"))).raise_for_status()
@@ -60,12 +68,12 @@ async def nothing_left(client, app, settings, upload_parts) -> AsyncIterator[Non
     assert len(files_of(root)) == len(before) + 1  # the configuration is the same
 
 
-def changed(parts: dict, filename: str, data: bytes) -> dict:
+def changed(parts: dict[str, Any], filename: str, data: bytes) -> dict[str, Any]:
     files = [("files", (name, data if name == filename else old)) for _, (name, old) in parts["files"]]
     return {"data": parts["data"], "files": files}
 
 
-def config_of(parts: dict, **fields: object) -> bytes:
+def config_of(parts: dict[str, Any], **fields: Any) -> bytes:
     return json.dumps(json.loads(dict(file for _, file in parts["files"])["adapter_config.json"]) | fields).encode()
 
 
@@ -93,18 +101,27 @@ def config_of(parts: dict, **fields: object) -> bytes:
         ("a", 413, lambda parts: changed(parts, "adapter_config.json", b" " * 65_537)),
     ],
 )
-async def test_every_refusal_of_what_was_sent(client, nothing_left, upload_parts, key, status, change):
+async def test_every_refusal_of_what_was_sent(
+    client: httpx.AsyncClient,
+    nothing_left: None,
+    upload_parts: UploadParts,
+    key: str,
+    status: int,
+    change: Callable[..., Any],
+) -> None:
     response = await client.post("/v1/prompts", headers=bearer(key), **change(upload_parts("mine", seed=5)))
     assert response.status_code == status, response.text
 
 
-async def test_over_a_keys_limit(client, nothing_left, upload_parts):
+async def test_over_a_keys_limit(client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts) -> None:
     for status in (409, 409, 429):
         response = await client.post("/v1/prompts", headers=bearer("b"), **upload_parts("mine", seed=6))
         assert response.status_code == status
 
 
-async def test_a_server_that_is_not_ready(client, nothing_left, upload_parts, engine):
+async def test_a_server_that_is_not_ready(
+    client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts, engine: FakeEngine
+) -> None:
     engine.alive = False
     response = await client.post("/v1/prompts", headers=bearer("a"), **upload_parts("mine", seed=5))
     assert response.status_code == 503
@@ -113,7 +130,14 @@ async def test_a_server_that_is_not_ready(client, nothing_left, upload_parts, en
 
 @pytest.mark.parametrize("failing", ["check_owner", "reserve", "publish"])
 @pytest.mark.parametrize("error", [StoreUnavailableError("it broke off"), BlobsGoneError()])
-async def test_a_catalog_that_breaks_off(client, nothing_left, upload_parts, monkeypatch, failing, error):
+async def test_a_catalog_that_breaks_off(
+    client: httpx.AsyncClient,
+    nothing_left: None,
+    upload_parts: UploadParts,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    error: Exception,
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -124,8 +148,8 @@ async def test_a_catalog_that_breaks_off(client, nothing_left, upload_parts, mon
 
 
 async def test_what_could_not_be_collected_is_collected_with_the_next_upload(
-    client, settings, upload_parts, monkeypatch
-):
+    client: httpx.AsyncClient, settings: Settings, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise StoreUnavailableError("it broke off")
 
@@ -140,7 +164,9 @@ async def test_what_could_not_be_collected_is_collected_with_the_next_upload(
     assert len(left) == 2
 
 
-async def test_a_disk_that_is_full_before_the_second_file(client, nothing_left, upload_parts, monkeypatch):
+async def test_a_disk_that_is_full_before_the_second_file(
+    client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = BlobDirectory.put
     put: list[str] = []
 
@@ -159,7 +185,9 @@ async def test_a_disk_that_is_full_before_the_second_file(client, nothing_left, 
     assert len(put) == 2
 
 
-async def test_a_bug(client, nothing_left, upload_parts, monkeypatch):
+async def test_a_bug(
+    client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
@@ -169,7 +197,9 @@ async def test_a_bug(client, nothing_left, upload_parts, monkeypatch):
             await client.post("/v1/prompts", headers=bearer("a"), **upload_parts("mine", seed=5))
 
 
-async def test_two_tenants_at_once_under_a_new_name(client, settings, upload_parts, monkeypatch):
+async def test_two_tenants_at_once_under_a_new_name(
+    client: httpx.AsyncClient, settings: Settings, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The name is taken between the look and the writing: what has lost is not kept."""
     monkeypatch.setattr(Catalog, "check_owner", lambda *_: None)
     (await client.post("/v1/prompts", headers=bearer("a"), **upload_parts("mine"))).raise_for_status()
@@ -218,7 +248,9 @@ WHOLE = part(b"id", b"mine") + b"--" + BOUNDARY + b"--\r\n"
         (b"", b"--" + BOUNDARY + b"\r\n\r\n\r\n"),
     ],
 )
-async def test_no_framing_sends_more_than_the_limit(client, nothing_left, monkeypatch, opening, piece):
+async def test_no_framing_sends_more_than_the_limit(
+    client: httpx.AsyncClient, nothing_left: None, monkeypatch: pytest.MonkeyPatch, opening: bytes, piece: bytes
+) -> None:
     """Nothing is declared, and 4 MB would come."""
     monkeypatch.setattr(routes, "_UPLOAD_SLACK_BYTES", 100_000)
     limit, sent = 64 * 1024 + 100_000, 0
@@ -238,7 +270,7 @@ async def test_no_framing_sends_more_than_the_limit(client, nothing_left, monkey
     assert sent <= limit + 2 * len(piece)
 
 
-async def test_bytes_are_counted_where_nothing_is_declared():
+async def test_bytes_are_counted_where_nothing_is_declared() -> None:
     read = 0
 
     async def send() -> AsyncIterator[bytes]:
@@ -248,12 +280,12 @@ async def test_bytes_are_counted_where_nothing_is_declared():
             yield b"x" * 1000
 
     with pytest.raises(Exception, match="exceeds the limit of 5500 bytes"):
-        async for _ in routes.bounded(send(), 5500):
+        async for _ in bounded(send(), 5500):
             pass
     assert read == 6000
 
 
-async def test_a_configuration_has_a_limit_of_its_own(store):
+async def test_a_configuration_has_a_limit_of_its_own(store: CountingStore) -> None:
     assert MAX_CONFIG_BYTES < 512 * 1024 * 1024
     with store.upload() as upload:
         upload._max_bytes = 1 << 30
@@ -261,7 +293,9 @@ async def test_a_configuration_has_a_limit_of_its_own(store):
         assert upload.open("adapter_model.safetensors")._max_bytes == 1 << 30
 
 
-def test_a_client_that_goes_in_the_middle(serve, upload_parts, settings, eventually):
+def test_a_client_that_goes_in_the_middle(
+    serve: Serve, upload_parts: UploadParts, settings: Settings, eventually: WaitUntil
+) -> None:
     live = serve()
     root = settings.store.location
     before = files_of(root)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.soft_prompts.pin_budget import LEAST_BYTES, PinBudget, pinned_bytes
 from server.app import _pin_budget
+from server.config import Settings
 from server.engine.types import SoftPromptSource
 from server.errors import PinBudgetError
+from tests.support.api_fixtures import CountingStore, MakeApp, UploadParts, WaitUntil
+from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, key_entry, locked
 from tests.support.waiting import until
+
+Pin = Callable[..., Awaitable[httpx.Response]]
+Push = Callable[..., Awaitable[None]]
 
 KEYS = "".join(
     [
@@ -40,16 +50,16 @@ SIZES = {"p": 10, "q": 20, "r": 30, "s": 40}
         max_size=60,
     )
 )
-def test_no_budget_is_ever_exceeded_and_what_fits_is_taken(steps):
+def test_no_budget_is_ever_exceeded_and_what_fits_is_taken(steps: list[tuple[str, Any, Any]]) -> None:
     """Against plain counting of a list of pins."""
     budget = PinBudget(100, 60)
     pins: list[tuple[str | None, str]] = []
 
-    def used(found):
+    def used(found: list[tuple[str | None, str]]) -> tuple[dict[str | None, int], int]:
         own = {tenant: sum(SIZES[i] for i in {i for t, i in found if t == tenant}) for tenant in (None, "a", "b")}
         return own, sum(SIZES[identity] for identity in {identity for _, identity in found})
 
-    def fits(tenant, after):
+    def fits(tenant: str | None, after: list[tuple[str | None, str]]) -> bool:
         (before_own, before_all), (own, in_all) = used(pins), used(after)
         return tenant is None or (
             (own[tenant] <= 60 or own[tenant] <= before_own[tenant]) and (in_all <= 100 or in_all <= before_all)
@@ -90,7 +100,7 @@ def test_no_budget_is_ever_exceeded_and_what_fits_is_taken(steps):
 
 
 @pytest.mark.anyio
-async def test_what_a_pin_takes(client, engine):
+async def test_what_a_pin_takes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     model = engine.model
     source = SoftPromptSource(digest="d", num_virtual_tokens=1000, is_key_values=False, path="x")
     assert pinned_bytes(source, model) == 1000 * 8 * 4
@@ -103,15 +113,15 @@ async def test_what_a_pin_takes(client, engine):
 
 
 @pytest.fixture
-def app(make_app, settings, tmp_path):
+def app(make_app: MakeApp, settings: Settings, tmp_path: Path) -> FastAPI:
     """One pin of a tenant takes 4 KiB; a tenant may have two of them, and there may be three."""
     store = replace(settings.store, pinned_bytes=3 * LEAST_BYTES, tenant_pinned_bytes=2 * LEAST_BYTES)
     return locked(make_app, replace(settings, store=store), tmp_path / "keys.toml", KEYS)
 
 
 @pytest.fixture
-def push(client, upload_parts):
-    async def push(name, key="a", **fields):
+def push(client: httpx.AsyncClient, upload_parts: UploadParts) -> Push:
+    async def push(name: str, key: str = "a", **fields: Any) -> None:
         response = await client.post("/v1/prompts", headers=bearer(key), **upload_parts(name, **fields))
         assert response.status_code in {200, 201}, response.text
 
@@ -119,15 +129,23 @@ def push(client, upload_parts):
 
 
 @pytest.fixture
-def pin(client):
-    async def pin(name, key="a", **body):
+def pin(client: httpx.AsyncClient) -> Pin:
+    async def pin(name: str, key: str = "a", **body: Any) -> httpx.Response:
         return await client.post(f"/v1/prompts/{name}/warm", json={"pin": True} | body, headers=bearer(key))
 
     return pin
 
 
 @pytest.mark.anyio
-async def test_a_tenants_pins(app, client, engine, store, push, pin, eventually):
+async def test_a_tenants_pins(
+    app: FastAPI,
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    push: Push,
+    pin: Pin,
+    eventually: WaitUntil,
+) -> None:
     for seed, name in enumerate(("p", "q", "r")):
         await push(name, seed=seed)
     assert [(await pin(name)).status_code for name in ("p", "q", "p")] == [200] * 3
@@ -149,7 +167,7 @@ async def test_a_tenants_pins(app, client, engine, store, push, pin, eventually)
 
 
 @pytest.mark.anyio
-async def test_all_pins_together(client, push, pin):
+async def test_all_pins_together(client: httpx.AsyncClient, push: Push, pin: Pin) -> None:
     for seed, (name, key) in enumerate((("p", "a"), ("q", "a"), ("r", "b"), ("s", "b"))):
         await push(name, key, seed=seed)
     assert [(await pin(name, key)).status_code for name, key in (("p", "a"), ("q", "a"), ("r", "b"))] == [200] * 3
@@ -159,14 +177,16 @@ async def test_all_pins_together(client, push, pin):
 
 
 @pytest.mark.anyio
-async def test_the_same_bytes_count_once(client, push, pin):
+async def test_the_same_bytes_count_once(client: httpx.AsyncClient, push: Push, pin: Pin) -> None:
     for name in ("p", "q", "r"):
         await push(name, seed=1)
     assert [(await pin(name)).status_code for name in ("p", "q", "r")] == [200] * 3
 
 
 @pytest.mark.anyio
-async def test_a_multitask_prompt_counts_for_each_task(client, other_parts, pin):
+async def test_a_multitask_prompt_counts_for_each_task(
+    client: httpx.AsyncClient, other_parts: UploadParts, pin: Pin
+) -> None:
     response = await client.post("/v1/prompts", headers=bearer("a"), **other_parts("many"))
     assert response.status_code == 201
     assert (await pin("many")).status_code == 409
@@ -174,7 +194,9 @@ async def test_a_multitask_prompt_counts_for_each_task(client, other_parts, pin)
 
 
 @pytest.mark.anyio
-async def test_a_pin_that_follows_an_alias_makes_room_for_itself(client, app, push, pin):
+async def test_a_pin_that_follows_an_alias_makes_room_for_itself(
+    client: httpx.AsyncClient, app: FastAPI, push: Push, pin: Pin
+) -> None:
     await push("p", seed=1)
     await push("q", seed=2)
     assert [(await pin(name)).status_code for name in ("p", "q")] == [200] * 2
@@ -190,7 +212,9 @@ async def test_a_pin_that_follows_an_alias_makes_room_for_itself(client, app, pu
 
 
 @pytest.mark.anyio
-async def test_a_restarted_engine_gets_back_what_was_pinned_and_no_more(client, app, engine, push, pin):
+async def test_a_restarted_engine_gets_back_what_was_pinned_and_no_more(
+    client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, push: Push, pin: Pin
+) -> None:
     for seed, name in enumerate(("p", "q", "r")):
         await push(name, seed=seed)
     assert [(await pin(name)).status_code for name in ("p", "q")] == [200] * 2
@@ -203,8 +227,8 @@ async def test_a_restarted_engine_gets_back_what_was_pinned_and_no_more(client, 
 
 @pytest.mark.anyio
 async def test_the_operators_pins_are_kept_and_leave_less_to_others(
-    make_app, settings, tmp_path, engine, upload_parts
-):
+    make_app: MakeApp, settings: Settings, tmp_path: Path, engine: FakeEngine, upload_parts: UploadParts
+) -> None:
     store = replace(settings.store, pinned_bytes=LEAST_BYTES, pin=("p", "q@1"))
     app = locked(make_app, replace(settings, store=store), tmp_path / "keys.toml", KEYS)
     services = app.state.services
@@ -233,7 +257,9 @@ async def test_the_operators_pins_are_kept_and_leave_less_to_others(
         (True, {"pinned_bytes": 0, "tenant_pinned_bytes": 7}, (0, 7)),
     ],
 )
-def test_budgets_come_from_the_settings(settings, has_keys, store, expected):
+def test_budgets_come_from_the_settings(
+    settings: Settings, has_keys: bool, store: dict[str, Any], expected: tuple[int, int]
+) -> None:
     engine = replace(settings.engine, soft_prompt_host_bytes=1000)
     budget = _pin_budget(replace(settings, engine=engine, store=replace(settings.store, **store)), has_keys=has_keys)
     assert (budget._total_bytes, budget._tenant_bytes) == expected

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from typing import Any
 
+import httpx
 import pytest
 
 from prompt_store.catalog.catalog import Catalog
 from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.errors import StoreUnavailableError
+from server.config import Settings
+from tests.support.api_fixtures import CountingStore, UploadParts
+from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, key_entry
 from tests.support.operations import OPERATIONS
 
@@ -23,7 +29,7 @@ KEYS = "".join(
 
 VALUES = {"{version}": "1", "{filename}": "adapter_config.json", "{alias}": "latest"}
 
-NAMING = [
+NAMING: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "x"}),
     ("/v1/completions", {"prompt": "x", "stream": True}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
@@ -49,12 +55,12 @@ REQUESTS = [
 ]
 
 
-async def upload(client, upload_parts, name, key):
+async def upload(client: httpx.AsyncClient, upload_parts: UploadParts, name: str, key: str) -> None:
     response = await client.post("/v1/prompts", headers=bearer(key), **upload_parts(name))
     assert response.status_code == 201
 
 
-def filled(value, name):
+def filled(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {key: filled(item, name) for key, item in value.items()}
     if isinstance(value, list):
@@ -62,7 +68,9 @@ def filled(value, name):
     return value.replace("{id}", name) if isinstance(value, str) else value
 
 
-async def answer(client, method, path, body, name):
+async def answer(
+    client: httpx.AsyncClient, method: str, path: str, body: Any, name: str
+) -> tuple[int, str, dict[str, str]]:
     for part, value in VALUES.items():
         path = path.replace(part, value)
     response = await client.request(method, path.replace("{id}", name), json=filled(body, name), headers=bearer("b"))
@@ -78,7 +86,9 @@ async def answer(client, method, path, body, name):
 
 
 @pytest.fixture(params=["there", "breaks off", "known to be away", "too slow"])
-def catalog(request, monkeypatch, store):
+def catalog(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, store: CountingStore
+) -> Callable[[], int]:
     """Puts the catalog into a state in which to be asked."""
 
     def fail(*_: object, **__: object) -> None:
@@ -103,7 +113,13 @@ def catalog(request, monkeypatch, store):
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["cold", "in the cache"])
-async def test_existence_is_not_told(client, upload_parts, catalog, engine, is_known):
+async def test_existence_is_not_told(
+    client: httpx.AsyncClient,
+    upload_parts: UploadParts,
+    catalog: Callable[[], int],
+    engine: FakeEngine,
+    is_known: bool,
+) -> None:
     """On every route that takes a name, in every state of the catalog and of what is known of it."""
     await upload(client, upload_parts, "mine", "a")
     if is_known:
@@ -123,7 +139,9 @@ async def test_existence_is_not_told(client, upload_parts, catalog, engine, is_k
         assert done.status_code == 200
 
 
-async def test_nobody_makes_the_server_forget_anothers_name(client, upload_parts, store):
+async def test_nobody_makes_the_server_forget_anothers_name(
+    client: httpx.AsyncClient, upload_parts: UploadParts, store: CountingStore
+) -> None:
     await upload(client, upload_parts, "mine", "a")
     await client.post("/v1/completions", json={"model": "mine", "prompt": "x"}, headers=bearer("a"))
     for method, path, body in REQUESTS:
@@ -131,10 +149,15 @@ async def test_nobody_makes_the_server_forget_anothers_name(client, upload_parts
     assert len(store._store._resolved._names) == 1
 
 
-async def test_a_directory_that_is_away_is_503_and_then_serves_again(client, upload_parts, settings):
+async def test_a_directory_that_is_away_is_503_and_then_serves_again(
+    client: httpx.AsyncClient, upload_parts: UploadParts, settings: Settings
+) -> None:
     await upload(client, upload_parts, "mine", "b")
     root = settings.store.location
-    asked = [("POST", "/v1/completions", {"model": "{id}", "prompt": "x"}), ("POST", "/v1/prompts/{id}/warm", {})]
+    asked: list[tuple[str, str, Any]] = [
+        ("POST", "/v1/completions", {"model": "{id}", "prompt": "x"}),
+        ("POST", "/v1/prompts/{id}/warm", {}),
+    ]
     asked += [
         ("GET", f"/v1/prompts/{{id}}/versions/1/files/adapter_{file}", None)
         for file in ("config.json", "model.safetensors")

@@ -1,38 +1,55 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
+from server.config import Settings
 from server.errors import EngineDeadError, RequestFailedError
+from tests.support.api_fixtures import CountingStore, MakeApp, UploadParts, WaitUntil
+from tests.support.fake_engine import FakeEngine
 from tests.support.in_process import is_ready, started
 from tests.support.waiting import until
+
+Push = Callable[..., Awaitable[dict[str, Any]]]
 
 pytestmark = pytest.mark.anyio
 
 URL = "/v1/prompts/sentiment/warm"
 
 
-async def pinned(client, name="sentiment"):
+async def pinned(client: httpx.AsyncClient, name: str = "sentiment") -> Any:
     return (await client.get(f"/v1/prompts/{name}")).json()["pinned"]
 
 
-def digests(engine):
+def digests(engine: FakeEngine) -> list[str]:
     return sorted(engine.pinned)
 
 
 @pytest.fixture
-def push(client, upload_parts):
-    async def push(name="sentiment", **fields):
+def push(client: httpx.AsyncClient, upload_parts: UploadParts) -> Push:
+    async def push(name: str = "sentiment", **fields: Any) -> dict[str, Any]:
         response = await client.post("/v1/prompts", **upload_parts(name, **fields))
-        return response.raise_for_status().json()
+        version: dict[str, Any] = response.raise_for_status().json()
+        return version
 
     return push
 
 
 @pytest.mark.parametrize("arguments", [{}, {"json": {}}, {"json": None}, {"json": {"version": 1}}])
-async def test_warm(client, engine, store, sentiment, eventually, arguments):
+async def test_warm(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    sentiment: str,
+    eventually: WaitUntil,
+    arguments: dict[str, Any],
+) -> None:
     response = await client.post(URL, **arguments)
     body = response.json()
     assert response.status_code == 200, response.text
@@ -48,7 +65,7 @@ async def test_warm(client, engine, store, sentiment, eventually, arguments):
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_versions_and_aliases(client, push, sentiment):
+async def test_versions_and_aliases(client: httpx.AsyncClient, push: Push, sentiment: str) -> None:
     await push(seed=1, alias="canary")
     for body, version in (({"version": 2}, 2), ({"alias": "canary"}, 2), ({"alias": "latest"}, 1)):
         assert (await client.post(URL, json=body)).json()["version"] == version
@@ -69,20 +86,22 @@ async def test_versions_and_aliases(client, push, sentiment):
         ([], None),
     ],
 )
-async def test_bad_bodies(client, engine, sentiment, body, param):
+async def test_bad_bodies(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, body: dict[str, Any] | list[Any], param: str | None
+) -> None:
     response = await client.post(URL, json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert engine.prepared == []
 
 
-async def test_a_body_that_is_not_json(client, sentiment):
+async def test_a_body_that_is_not_json(client: httpx.AsyncClient, sentiment: str) -> None:
     for headers in ({}, {"content-type": "text/plain"}):
         assert (await client.post(URL, content=b"{}", headers=headers)).status_code == 415
     assert (await client.post(URL, content=b"{", headers={"content-type": "application/json"})).status_code == 400
 
 
 @pytest.mark.parametrize("body", [{"version": 9}, {"alias": "none"}, {"version": 9, "pin": False}])
-async def test_not_found(client, sentiment, body):
+async def test_not_found(client: httpx.AsyncClient, sentiment: str, body: dict[str, Any]) -> None:
     response = await client.post(URL, json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "prompt_not_found")
 
@@ -90,7 +109,15 @@ async def test_not_found(client, sentiment, body):
 @pytest.mark.parametrize(
     ("failure", "status"), [(RequestFailedError("cannot be read"), 500), (EngineDeadError("ended"), 503)]
 )
-async def test_what_fails_is_not_pinned(client, engine, store, sentiment, eventually, failure, status):
+async def test_what_fails_is_not_pinned(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    sentiment: str,
+    eventually: WaitUntil,
+    failure: Exception,
+    status: int,
+) -> None:
     engine.prepare_failure = failure
     assert (await client.post(URL, json={"pin": True})).status_code == status
     assert await pinned(client) == []
@@ -98,14 +125,23 @@ async def test_what_fails_is_not_pinned(client, engine, store, sentiment, eventu
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_a_full_or_draining_server(client, app, engine, sentiment):
+async def test_a_full_or_draining_server(
+    client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, sentiment: str
+) -> None:
     with app.state.services.admission.permits(8):
         assert (await client.post(URL)).status_code == 429
     engine.draining = True
     assert (await client.post(URL)).status_code == 503
 
 
-async def test_pin_and_unpin(client, engine, store, push, sentiment, eventually):
+async def test_pin_and_unpin(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    push: Push,
+    sentiment: str,
+    eventually: WaitUntil,
+) -> None:
     digest = (await client.get("/v1/prompts/sentiment/versions/1")).json()["digest"]
     assert (await client.post(URL, json={"pin": True})).json()["pinned"]
     assert (await client.post(URL, json={"pin": True, "version": 1})).json()["pinned"]
@@ -128,7 +164,9 @@ async def test_pin_and_unpin(client, engine, store, push, sentiment, eventually)
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_the_files_of_a_pinned_version_stay_until_it_is_deleted(client, engine, store, sentiment, eventually):
+async def test_the_files_of_a_pinned_version_stay_until_it_is_deleted(
+    client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str, eventually: WaitUntil
+) -> None:
     await client.post(URL, json={"pin": True})
     path = store.leased[0].weights_path
     assert path.exists()
@@ -137,7 +175,14 @@ async def test_the_files_of_a_pinned_version_stay_until_it_is_deleted(client, en
     eventually(lambda: not path.exists())
 
 
-async def test_deleting_the_name_ends_all_its_pins(client, engine, store, push, sentiment, eventually):
+async def test_deleting_the_name_ends_all_its_pins(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    push: Push,
+    sentiment: str,
+    eventually: WaitUntil,
+) -> None:
     await push(seed=1)
     for version in (1, 2):
         await client.post(URL, json={"pin": True, "version": version})
@@ -151,7 +196,9 @@ async def test_deleting_the_name_ends_all_its_pins(client, engine, store, push, 
     assert await pinned(client) == []
 
 
-async def test_deleted_while_it_is_being_pinned(client, engine, store, sentiment, eventually):
+async def test_deleted_while_it_is_being_pinned(
+    client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str, eventually: WaitUntil
+) -> None:
     engine.step_seconds = 0.05
     warming = asyncio.create_task(client.post(URL, json={"pin": True}))
     await until(lambda: len(store.leased) == 1)
@@ -161,7 +208,7 @@ async def test_deleted_while_it_is_being_pinned(client, engine, store, sentiment
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_the_same_bytes_under_two_names(client, engine, push):
+async def test_the_same_bytes_under_two_names(client: httpx.AsyncClient, engine: FakeEngine, push: Push) -> None:
     for name in ("one", "two"):
         response = await push(name)
         await client.post(f"/v1/prompts/{name}/warm", json={"pin": True})
@@ -172,7 +219,7 @@ async def test_the_same_bytes_under_two_names(client, engine, push):
     assert engine.pinned == {}
 
 
-async def test_tasks(client, engine, other_parts):
+async def test_tasks(client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts) -> None:
     (await client.post("/v1/prompts", **other_parts("many"))).raise_for_status()
     url = "/v1/prompts/many/warm"
     assert (await client.post(url)).json()["task_ids"] == [0, 1, 2]
@@ -182,20 +229,31 @@ async def test_tasks(client, engine, other_parts):
     assert (await client.post(url, json={"pin": True})).json()["task_ids"] == [0, 1, 2]
     assert len(engine.pinned) == 3
     assert (await client.post(url, json={"pin": False, "task_id": 1})).json()["pinned"]
-    assert sorted(source.task_id for source in engine.pinned.values()) == [0, 2]
+    assert {source.task_id for source in engine.pinned.values()} == {0, 2}
     assert not (await client.post(url, json={"pin": False})).json()["pinned"]
     assert engine.pinned == {}
     assert (await client.post(url, json={"task_id": 3})).status_code == 400
 
 
+Settled = Callable[[], Awaitable[None]]
+
+
 @pytest.fixture
-def settled(app):
+def settled(app: FastAPI) -> Settled:
     """Wait until every promotion has been followed, or need not be."""
     warmer = app.state.services.warmer
     return lambda: until(lambda: not warmer._tasks)
 
 
-async def test_a_pin_by_alias_follows_promotions(client, engine, store, push, sentiment, eventually, settled):
+async def test_a_pin_by_alias_follows_promotions(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    push: Push,
+    sentiment: str,
+    eventually: WaitUntil,
+    settled: Settled,
+) -> None:
     await client.post(URL, json={"pin": True})
     second = await push(seed=1)
     await until(lambda: digests(engine) == [second["digest"]])
@@ -213,7 +271,9 @@ async def test_a_pin_by_alias_follows_promotions(client, engine, store, push, se
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_a_version_pinned_for_itself_stays_when_an_alias_moves_on(client, push, sentiment):
+async def test_a_version_pinned_for_itself_stays_when_an_alias_moves_on(
+    client: httpx.AsyncClient, push: Push, sentiment: str
+) -> None:
     await client.post(URL, json={"pin": True})
     await client.post(URL, json={"pin": True, "version": 1})
     await push(seed=1)
@@ -223,7 +283,9 @@ async def test_a_version_pinned_for_itself_stays_when_an_alias_moves_on(client, 
     pytest.fail("the promotion was not followed")
 
 
-async def test_promotions_are_followed_in_their_order(client, engine, push, sentiment, settled):
+async def test_promotions_are_followed_in_their_order(
+    client: httpx.AsyncClient, engine: FakeEngine, push: Push, sentiment: str, settled: Settled
+) -> None:
     await client.post(URL, json={"pin": True})
     engine.step_seconds = 0.01
     for seed in (1, 2, 3):
@@ -235,8 +297,16 @@ async def test_promotions_are_followed_in_their_order(client, engine, push, sent
 
 @pytest.mark.parametrize("has_begun", [False, True])
 async def test_unpinned_while_a_promotion_is_followed(
-    app, client, engine, store, push, sentiment, eventually, settled, has_begun
-):
+    app: FastAPI,
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    push: Push,
+    sentiment: str,
+    eventually: WaitUntil,
+    settled: Settled,
+    has_begun: bool,
+) -> None:
     await client.post(URL, json={"pin": True})
     engine.step_seconds = 0.05
     await push(seed=1)
@@ -249,7 +319,15 @@ async def test_unpinned_while_a_promotion_is_followed(
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_what_other_servers_change_is_followed(app, client, engine, store, push, sentiment, eventually):
+async def test_what_other_servers_change_is_followed(
+    app: FastAPI,
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    store: CountingStore,
+    push: Push,
+    sentiment: str,
+    eventually: WaitUntil,
+) -> None:
     second = await push(seed=1, alias="canary")
     await client.post(URL, json={"pin": True})
     await client.post(URL, json={"pin": True, "version": 2})
@@ -266,7 +344,9 @@ async def test_what_other_servers_change_is_followed(app, client, engine, store,
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_a_promotion_that_cannot_be_followed_is_a_warning(client, engine, push, sentiment, caplog):
+async def test_a_promotion_that_cannot_be_followed_is_a_warning(
+    client: httpx.AsyncClient, engine: FakeEngine, push: Push, sentiment: str, caplog: pytest.LogCaptureFixture
+) -> None:
     await client.post(URL, json={"pin": True})
     engine.prepare_failure = RequestFailedError("no room")
     await push(seed=1)
@@ -274,14 +354,20 @@ async def test_a_promotion_that_cannot_be_followed_is_a_warning(client, engine, 
     assert await pinned(client) == [1]
 
 
-def storing(settings, **store):
+def storing(settings: Settings, **store: Any) -> Settings:
     """Settings with others for the store."""
     return replace(settings, store=replace(settings.store, **store))
 
 
 async def test_settings_are_applied_before_the_server_is_ready(
-    make_app, settings, engine, store, upload_parts, caplog, eventually
-):
+    make_app: MakeApp,
+    settings: Settings,
+    engine: FakeEngine,
+    store: CountingStore,
+    upload_parts: UploadParts,
+    caplog: pytest.LogCaptureFixture,
+    eventually: WaitUntil,
+) -> None:
     async with started(make_app(settings)) as http:
         await until(lambda: is_ready(http))
         for name in ("one", "two"):
@@ -309,8 +395,13 @@ async def test_settings_are_applied_before_the_server_is_ready(
 
 
 async def test_the_server_can_be_stopped_while_it_preloads(
-    make_app, settings, engine, store, upload_parts, eventually
-):
+    make_app: MakeApp,
+    settings: Settings,
+    engine: FakeEngine,
+    store: CountingStore,
+    upload_parts: UploadParts,
+    eventually: WaitUntil,
+) -> None:
     async with started(make_app(settings)) as http:
         await until(lambda: is_ready(http))
         (await http.post("/v1/prompts", **upload_parts("one"))).raise_for_status()
@@ -321,8 +412,14 @@ async def test_the_server_can_be_stopped_while_it_preloads(
 
 
 async def test_a_restarted_engine_gets_everything_back(
-    make_app, settings, engine, store, upload_parts, caplog, eventually
-):
+    make_app: MakeApp,
+    settings: Settings,
+    engine: FakeEngine,
+    store: CountingStore,
+    upload_parts: UploadParts,
+    caplog: pytest.LogCaptureFixture,
+    eventually: WaitUntil,
+) -> None:
     async with started(make_app(settings)) as http:
         await until(lambda: is_ready(http))
         for name in ("one", "two", "three"):
@@ -357,7 +454,14 @@ async def test_a_restarted_engine_gets_everything_back(
     assert len(store.leased) == len(store.released)
 
 
-async def test_a_pin_that_cannot_be_brought_back_is_a_warning(make_app, settings, client, engine, sentiment, caplog):
+async def test_a_pin_that_cannot_be_brought_back_is_a_warning(
+    make_app: MakeApp,
+    settings: Settings,
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    sentiment: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     await client.post(URL, json={"pin": True, "version": 1})
     engine.prepare_failure = EngineDeadError("it died again")
     engine.on_restarted()

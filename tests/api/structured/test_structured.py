@@ -3,20 +3,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from server.api.structured.schema_checks import MAX_MULTIPLE, check_schema
 from server.api.structured.structured_outputs import StructuredOutputs
 from server.engine.constraints import Constraint, ConstraintKind
 from server.errors import ConstraintError
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"enum": ["x", None]}}}
 CLOSED = SCHEMA | {"additionalProperties": False}
 TEXT = json.dumps(CLOSED, separators=(",", ":"))
-WRAPPED = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
+WRAPPED: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
 ROUTES = ["/v1/completions", "/v1/chat/completions"]
 
 
@@ -45,7 +48,15 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"', False),
     ],
 )
-async def test_what_reaches_the_engine(client, engine, path, fields, kind, text, is_lenient) -> None:
+async def test_what_reaches_the_engine(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    path: str,
+    fields: dict[str, Any],
+    kind: str,
+    text: str,
+    is_lenient: bool,
+) -> None:
     response = await client.post(path, json=body(path, n=2, stream=True, **fields))
     assert response.status_code == 200, response.text
     assert "[DONE]" in response.text
@@ -64,7 +75,9 @@ async def test_what_reaches_the_engine(client, engine, path, fields, kind, text,
         {"structured_outputs": {"json_object": False}},
     ],
 )
-async def test_what_asks_for_nothing(client, engine, path, fields) -> None:
+async def test_what_asks_for_nothing(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any]
+) -> None:
     assert (await client.post(path, json=body(path, **fields))).status_code == 200
     assert engine.requests[0].params.constraint is None
 
@@ -132,7 +145,9 @@ def nested(depth: int) -> dict[str, Any]:
         ({"structured_outputs": {"grammar": 'start: %json {"multipleOf": 999983}'}}, "structured_outputs.grammar"),
     ],
 )
-async def test_what_is_refused_at_the_door(client, engine, path, fields, param) -> None:
+async def test_what_is_refused_at_the_door(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str
+) -> None:
     response = await client.post(path, json=body(path, **fields))
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
@@ -141,13 +156,13 @@ async def test_what_is_refused_at_the_door(client, engine, path, fields, param) 
 
 def test_bounds_that_a_body_of_the_tests_has_no_room_for() -> None:
     with pytest.raises(ValidationError, match="65536 characters together"):
-        StructuredOutputs(choice=["a" * 1000] * 66)
+        StructuredOutputs.model_validate({"choice": ["a" * 1000] * 66})
     with pytest.raises(ValidationError, match="65536 characters as JSON"):
-        StructuredOutputs(json={"const": "a" * 65536})
+        StructuredOutputs.model_validate({"json": {"const": "a" * 65536}})
     with pytest.raises(ValidationError, match="at most 65536 characters"):
-        StructuredOutputs(json='"' + "a" * 65536 + '"')
+        StructuredOutputs.model_validate({"json": '"' + "a" * 65536 + '"'})
     with pytest.raises(ValidationError, match="at most 65536 characters"):
-        StructuredOutputs(grammar="a" * 65537)
+        StructuredOutputs.model_validate({"grammar": "a" * 65537})
 
 
 @pytest.mark.parametrize("value", [2, 100, 0.01, 12.5, 0.25, 1e-9, 49999, MAX_MULTIPLE, "7", True, -3, 0, None])
@@ -165,7 +180,7 @@ def test_multiples_that_are_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_deeply_nested_bodies_are_refused(client, path) -> None:
+async def test_deeply_nested_bodies_are_refused(client: httpx.AsyncClient, path: str) -> None:
     text = json.dumps(body(path))[:-1] + ', "structured_outputs": {"json": ' + '{"a":' * 9000 + "1" + "}" * 9002
     response = await client.post(path, content=text, headers={"content-type": "application/json"})
     assert response.status_code == 400
@@ -174,7 +189,9 @@ async def test_deeply_nested_bodies_are_refused(client, path) -> None:
 
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_the_engine_cannot_use_is_a_400_that_names_the_field(client, engine, app, path, stream) -> None:
+async def test_what_the_engine_cannot_use_is_a_400_that_names_the_field(
+    client: httpx.AsyncClient, engine: FakeEngine, app: FastAPI, path: str, stream: bool
+) -> None:
     engine.failure = ConstraintError("unclosed group")
     for fields, param in (
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
@@ -192,7 +209,9 @@ async def test_what_the_engine_cannot_use_is_a_400_that_names_the_field(client, 
     assert app.state.services.admission.num_in_use == 0
 
 
-async def test_what_fails_on_the_way_ends_a_stream_with_an_error(client, engine) -> None:
+async def test_what_fails_on_the_way_ends_a_stream_with_an_error(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.failure, engine.fail_after = ConstraintError("too complex"), 3
     path = "/v1/completions"
     response = await client.post(path, json=body(path, stream=True, structured_outputs={"regex": "a"}))

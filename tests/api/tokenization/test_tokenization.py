@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import httpx
 import pytest
 
 from server.api.tokenization import routes as tokenization
-from tests.support.byte_tokenizer import BOS, EOS
+from tests.support.byte_tokenizer import BOS, EOS, ByteTokenizer
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_text_to_tokens(client):
+async def test_text_to_tokens(client: httpx.AsyncClient) -> None:
     reply = await client.post("/tokenize", json={"prompt": "hé"})
     assert reply.json() == {
         "count": 4,
@@ -25,7 +29,7 @@ async def test_text_to_tokens(client):
     assert (await client.post("/tokenize", json={"prompt": "", "add_special_tokens": False})).json()["tokens"] == []
 
 
-async def test_a_conversation_is_what_chat_sees(client, engine):
+async def test_a_conversation_is_what_chat_sees(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     tokens = (await client.post("/tokenize", json={"messages": messages})).json()["tokens"]
     await client.post("/v1/chat/completions", json={"messages": messages})
@@ -34,13 +38,13 @@ async def test_a_conversation_is_what_chat_sees(client, engine):
     assert special.json()["tokens"] == [BOS, *tokens]
 
 
-async def test_tokens_to_text(client):
+async def test_tokens_to_text(client: httpx.AsyncClient) -> None:
     reply = await client.post("/detokenize", json={"tokens": [BOS, *b"abc", EOS]})
     assert reply.json() == {"prompt": "<s>abc</s>"}
     assert (await client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
 
 
-async def test_the_configuration_is_told(client):
+async def test_the_configuration_is_told(client: httpx.AsyncClient) -> None:
     info = (await client.get("/tokenizer_info")).json()
     assert info == {
         "tokenizer_class": "ByteTokenizer",
@@ -72,12 +76,12 @@ async def test_the_configuration_is_told(client):
         ("/detokenize", {"tokens": [1], "prompt_id": "No"}, "prompt_id"),
     ],
 )
-async def test_bad_fields_are_named(client, path, fields, param):
+async def test_bad_fields_are_named(client: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str) -> None:
     response = await client.post(path, json=fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
-async def test_sizes_are_bounded(client, monkeypatch):
+async def test_sizes_are_bounded(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "MAX_TEXT_CHARS", 8)
     messages = [{"role": "user", "content": "12345"}] * 2
     error = (await client.post("/tokenize", json={"messages": messages})).json()["error"]
@@ -87,7 +91,7 @@ async def test_sizes_are_bounded(client, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
-async def test_the_model_has_to_exist(client, path, sentiment):
+async def test_the_model_has_to_exist(client: httpx.AsyncClient, path: str, sentiment: str) -> None:
     text = {"prompt": "a", "tokens": [1]}
     assert (await client.post(path, json=text | {"model": sentiment})).status_code == 200
     assert (await client.post(path, json=text | {"model": "tiny", "prompt_id": sentiment})).status_code == 200
@@ -98,7 +102,9 @@ async def test_the_model_has_to_exist(client, path, sentiment):
     assert (await client.post(path, content="{}", headers={"content-type": "text/plain"})).status_code == 415
 
 
-async def test_a_model_without_a_template_takes_no_messages(client, tokenizer):
+async def test_a_model_without_a_template_takes_no_messages(
+    client: httpx.AsyncClient, tokenizer: ByteTokenizer
+) -> None:
     tokenizer.has_chat_template = False
     response = await client.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")

@@ -6,23 +6,30 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli import app as cli
 from server.client.bulk.command import parse_labels
 from server.client.bulk.rows import read_rows
 from server.errors import RequestFailedError
+from tests.support.api_fixtures import PeftDirectory, WaitUntil
+from tests.support.fake_engine import FakeEngine
+from tests.support.live_server import LiveServer
 from tests.support.processes import PRELUDE
+
+Bulk = Callable[..., tuple[Result, list[Any]]]
 
 
 @pytest.fixture
-def bulk(live, tmp_path):
+def bulk(live: LiveServer, tmp_path: Path) -> Bulk:
     """Run ``prelude run`` on rows; its result and the output's rows."""
 
-    def invoke(rows, *options: str, name: str = "tiny"):
+    def invoke(rows: bytes | list[Any], *options: str, name: str = "tiny") -> tuple[Result, list[Any]]:
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         lines = rows if isinstance(rows, bytes) else b"".join(json.dumps(row).encode() + b"\n" for row in rows)
         source.write_bytes(lines)
@@ -34,14 +41,16 @@ def bulk(live, tmp_path):
     return invoke
 
 
-def push(live, directory: Path, name: str) -> None:
+def push(live: LiveServer, directory: Path, name: str) -> None:
     result = CliRunner().invoke(cli, ["push", str(directory), "--id", name, "--url", live.url])
     assert result.exit_code == 0, result.output
 
 
-def test_rows_are_answered_in_order_with_all_that_they_carry(live, engine, bulk, peft_directory):
+def test_rows_are_answered_in_order_with_all_that_they_carry(
+    live: LiveServer, engine: FakeEngine, bulk: Bulk, peft_directory: PeftDirectory
+) -> None:
     push(live, peft_directory("sentiment"), "sentiment")
-    rows = [{"id": index, "prompt": f"text {index}"} for index in range(20)]
+    rows: list[dict[str, Any]] = [{"id": index, "prompt": f"text {index}"} for index in range(20)]
     result, written = bulk(rows, "--max-tokens", "3", "--stop", "zz", "--seed", "7", name="sentiment")
     assert result.exit_code == 0, result.output
     response = {"model": "sentiment@1", "text": "hel", "finish_reason": "length"}
@@ -54,7 +63,7 @@ def test_rows_are_answered_in_order_with_all_that_they_carry(live, engine, bulk,
     assert sorted(sent) == sorted(row["prompt"] for row in rows)
 
 
-def test_a_summary_for_programs(bulk):
+def test_a_summary_for_programs(bulk: Bulk) -> None:
     result, _ = bulk([{"prompt": "a"}, {"prompt": ""}], "--json", "--options", '{"top_k": 3}', "--top-p", "0.5")
     assert result.exit_code == 4
     summary = json.loads(result.stdout)
@@ -77,7 +86,7 @@ def test_a_summary_for_programs(bulk):
     }
 
 
-def test_bad_rows_are_told_by_line_and_the_others_answered(bulk):
+def test_bad_rows_are_told_by_line_and_the_others_answered(bulk: Bulk) -> None:
     result, written = bulk(b'{"prompt": "a", "id": 1}\n\nnonsense\n{"prompt": "b"}\n')
     assert result.exit_code == 4
     assert [row.get("id") for row in written] == [1, None, None]
@@ -87,7 +96,7 @@ def test_bad_rows_are_told_by_line_and_the_others_answered(bulk):
     assert "errors: 1 (invalid_row 1)" in result.stdout
 
 
-def test_a_row_that_the_server_refuses_is_found_among_others(bulk):
+def test_a_row_that_the_server_refuses_is_found_among_others(bulk: Bulk) -> None:
     rows = [{"prompt": "a"}, {"prompt": "x" * 300}, {"prompt": "b"}]
     result, written = bulk(rows)
     assert result.exit_code == 4
@@ -95,7 +104,9 @@ def test_a_row_that_the_server_refuses_is_found_among_others(bulk):
     assert [("response" in row) for row in written] == [True, False, True]
 
 
-def test_labels_conversations_and_rows_of_their_own(live, bulk, peft_directory):
+def test_labels_conversations_and_rows_of_their_own(
+    live: LiveServer, bulk: Bulk, peft_directory: PeftDirectory
+) -> None:
     push(live, peft_directory("sentiment"), "sentiment")
     rows = [
         {"text": "a"},
@@ -112,7 +123,7 @@ def test_labels_conversations_and_rows_of_their_own(live, bulk, peft_directory):
     assert written[3]["error"]["code"] == "prompt_not_found"
 
 
-def test_a_head_classifies_by_itself(live, bulk, tmp_path):
+def test_a_head_classifies_by_itself(live: LiveServer, bulk: Bulk, tmp_path: Path) -> None:
     import httpx
 
     from tests.api.classification.test_classify import classifier_parts
@@ -126,7 +137,9 @@ def test_a_head_classifies_by_itself(live, bulk, tmp_path):
     assert "not for generation" in written[0]["error"]["message"]
 
 
-def test_a_run_keeps_its_version_and_goes_on(live, engine, bulk, peft_directory, tmp_path):
+def test_a_run_keeps_its_version_and_goes_on(
+    live: LiveServer, engine: FakeEngine, bulk: Bulk, peft_directory: PeftDirectory, tmp_path: Path
+) -> None:
     push(live, peft_directory("sentiment"), "sentiment")
     rows = [{"prompt": f"t{index}"} for index in range(6)]
     _, written = bulk(rows, name="sentiment")
@@ -145,7 +158,7 @@ def test_a_run_keeps_its_version_and_goes_on(live, engine, bulk, peft_directory,
 
 
 @pytest.mark.parametrize("change", ["input", "options", "file"])
-def test_what_is_not_the_same_run_is_refused(bulk, tmp_path, change):
+def test_what_is_not_the_same_run_is_refused(bulk: Bulk, tmp_path: Path, change: str) -> None:
     if change == "file":
         (tmp_path / "out.jsonl").write_text("mine\n")
     else:
@@ -162,7 +175,7 @@ def test_what_is_not_the_same_run_is_refused(bulk, tmp_path, change):
     assert (tmp_path / "out.jsonl").read_text() == before
 
 
-def test_a_new_beginning_that_cannot_begin_leaves_the_old_output(bulk, tmp_path):
+def test_a_new_beginning_that_cannot_begin_leaves_the_old_output(bulk: Bulk, tmp_path: Path) -> None:
     bulk([{"prompt": "a"}])
     before = (tmp_path / "out.jsonl").read_bytes()
     result, _ = bulk([{"prompt": "b"}], "--restart", name="nobody")
@@ -174,7 +187,7 @@ def test_a_new_beginning_that_cannot_begin_leaves_the_old_output(bulk, tmp_path)
     assert [row["prompt"] for row in written] == ["b"]
 
 
-def test_an_input_that_shrinks_meanwhile_is_told(bulk, monkeypatch):
+def test_an_input_that_shrinks_meanwhile_is_told(bulk: Bulk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "server.client.bulk.job.read_rows", lambda path, *, skip: iter(list(read_rows(path, skip=skip))[:1])
     )
@@ -184,14 +197,14 @@ def test_an_input_that_shrinks_meanwhile_is_told(bulk, monkeypatch):
     assert len(written) == 1
 
 
-def test_as_much_is_asked_at_once_as_the_server_takes(engine, bulk):
+def test_as_much_is_asked_at_once_as_the_server_takes(engine: FakeEngine, bulk: Bulk) -> None:
     engine.step_seconds = 0.005
     result, _ = bulk([{"prompt": "a"}] * 60, "--json")  # of 4 places and 4 to wait
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["retries"] == {}
 
 
-def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk):
+def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk: Bulk) -> None:
     rows = [{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, {"prompt": ""}, {"prompt": "c"}]
     result, written = bulk(rows, "--max-errors", "1")
     assert result.exit_code == 4
@@ -203,7 +216,9 @@ def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk):
     assert len(written) == 5
 
 
-def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
+def test_a_server_that_fails_one_row_for_good(
+    engine: FakeEngine, bulk: Bulk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.client.bulk.sender._BACKOFF_SECONDS", 0.001)
     engine.failure = RequestFailedError("the row is cursed")
     result, written = bulk([{"prompt": "a"}])
@@ -233,7 +248,7 @@ def test_a_server_that_fails_one_row_for_good(engine, bulk, monkeypatch):
         (["tiny", "{in}", "{out}", "--options", '{"n": 2}'], 2, "n cannot be set by this option"),
     ],
 )
-def test_what_cannot_begin(live, tmp_path, arguments, status, reason):
+def test_what_cannot_begin(live: LiveServer, tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     names = {"{in}": str(tmp_path / "in.jsonl"), "{out}": str(tmp_path / "out.jsonl")}
     line = arguments
@@ -244,7 +259,9 @@ def test_what_cannot_begin(live, tmp_path, arguments, status, reason):
     assert reason in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_a_signal_leaves_what_can_be_gone_on_from(live, engine, bulk, tmp_path, eventually):
+def test_a_signal_leaves_what_can_be_gone_on_from(
+    live: LiveServer, engine: FakeEngine, bulk: Bulk, tmp_path: Path, eventually: WaitUntil
+) -> None:
     rows = [{"prompt": f"t{index}"} for index in range(400)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     engine.step_seconds = 0.005
@@ -277,12 +294,12 @@ def test_a_signal_leaves_what_can_be_gone_on_from(live, engine, bulk, tmp_path, 
         (r"a\,b,c\\n", ("a,b", r"c\n")),
     ],
 )
-def test_labels_are_read(text, labels):
+def test_labels_are_read(text: str, labels: tuple[str, str]) -> None:
     assert parse_labels(text) == labels
 
 
 @pytest.mark.parametrize("text", ["", ",", "a,", "a,a", r"a\x", "a\\"])
-def test_labels_that_are_none(text):
+def test_labels_that_are_none(text: str) -> None:
     import typer
 
     with pytest.raises(typer.BadParameter):

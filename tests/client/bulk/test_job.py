@@ -30,7 +30,7 @@ def only_row(tmp_path: Path, line: bytes) -> Row:
         ('{"prompt": "\u2028"}'.encode(), None),
     ],
 )
-def test_a_rows_own_fields_stand_there_byte_for_byte(tmp_path, line, kept):
+def test_a_rows_own_fields_stand_there_byte_for_byte(tmp_path: Path, line: bytes, kept: bytes | None) -> None:
     written, error = output_line(Outcome(only_row(tmp_path, line), response=RESPONSE))
     assert error is None
     assert written.startswith((kept or line.rstrip()[:-1]) + b', "response": {')
@@ -40,7 +40,7 @@ def test_a_rows_own_fields_stand_there_byte_for_byte(tmp_path, line, kept):
     assert json.loads(written) == fields | {"response": RESPONSE}
 
 
-def test_a_carriage_return_between_fields_ends_no_line(tmp_path):
+def test_a_carriage_return_between_fields_ends_no_line(tmp_path: Path) -> None:
     written, _ = output_line(Outcome(only_row(tmp_path, b'{"text": "a",\r"id": 1}\n'), response=RESPONSE))
     assert b"\r" not in written
     assert json.loads(written) == {"text": "a", "id": 1, "response": RESPONSE}
@@ -56,7 +56,9 @@ def test_a_carriage_return_between_fields_ends_no_line(tmp_path):
         (b'{"text": "a", "response": 1}', {"text": "a", "response": 1}),
     ],
 )
-def test_a_row_at_fault_keeps_what_can_be_read_and_names_its_line(tmp_path, line, fields):
+def test_a_row_at_fault_keeps_what_can_be_read_and_names_its_line(
+    tmp_path: Path, line: bytes, fields: dict[str, Any]
+) -> None:
     row = only_row(tmp_path, line)
     assert row.fault is not None
     written, error = output_line(Outcome(row, error={"message": row.fault, "code": "invalid_row"}))
@@ -66,7 +68,7 @@ def test_a_row_at_fault_keeps_what_can_be_read_and_names_its_line(tmp_path, line
     assert json.loads(written) == fields | {"error": error}
 
 
-def test_half_of_a_surrogate_pair_in_an_answer_is_written_as_its_escape():
+def test_half_of_a_surrogate_pair_in_an_answer_is_written_as_its_escape() -> None:
     written, _ = output_line(Outcome(Row(0, 1, {"text": "a"}, "text"), response={"text": "\ud800"}))
     assert written == b'{"text": "a", "response": {"text": "\\ud800"}}\n'
     assert json.loads(written)["response"] == {"text": "\ud800"}

@@ -36,7 +36,9 @@ def write(path: Path, first: int, last: int, **options: Any) -> None:
 
 @settings(deadline=None)
 @given(count=st.integers(0, 8), data=st.data())
-def test_a_cut_at_any_byte_is_gone_on_from(tmp_path_factory, count, data):
+def test_a_cut_at_any_byte_is_gone_on_from(
+    tmp_path_factory: pytest.TempPathFactory, count: int, data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("journal") / "out.jsonl"
     write(path, 0, count)
     whole = path.read_bytes()
@@ -52,7 +54,7 @@ def test_a_cut_at_any_byte_is_gone_on_from(tmp_path_factory, count, data):
     assert path.read_bytes() == whole
 
 
-def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path):
+def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 2)
     whole = path.read_bytes()
@@ -62,7 +64,7 @@ def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path):
     assert path.read_bytes() == whole
 
 
-def test_what_was_changed_since_is_not_gone_on_with(tmp_path):
+def test_what_was_changed_since_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 3)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -73,7 +75,7 @@ def test_what_was_changed_since_is_not_gone_on_with(tmp_path):
     assert path.read_bytes() == changed
 
 
-def test_another_run_is_refused_until_restart(tmp_path):
+def test_another_run_is_refused_until_restart(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 3)
     before = path.read_bytes()
@@ -88,7 +90,7 @@ def test_another_run_is_refused_until_restart(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_a_file_of_somebody_else_is_left_alone(tmp_path):
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("mine")
     with pytest.raises(JournalError, match="already exists"):
@@ -97,7 +99,7 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["", "{", "[]", '{"version": 2}', '{"version": 1, "notes": [], "identity": {}}'])
-def test_a_state_that_cannot_be_read(tmp_path, state):
+def test_a_state_that_cannot_be_read(tmp_path: Path, state: str) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 1)
     path.with_name("out.jsonl.state").write_text(state)
@@ -107,7 +109,7 @@ def test_a_state_that_cannot_be_read(tmp_path, state):
     assert json.loads(path.with_name("out.jsonl.state").read_text())["identity"] == IDENTITY
 
 
-def test_a_run_that_did_not_begin_leaves_no_file(tmp_path):
+def test_a_run_that_did_not_begin_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     Journal(path, IDENTITY).close()
     assert not path.exists()
@@ -116,13 +118,13 @@ def test_a_run_that_did_not_begin_leaves_no_file(tmp_path):
     assert path.exists()
 
 
-def test_two_at_once(tmp_path):
+def test_two_at_once(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with Journal(path, IDENTITY), pytest.raises(JournalError, match="being written by another run"):
         Journal(path, IDENTITY)
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="No such file"):
         Journal(tmp_path / "no" / "out.jsonl", IDENTITY)
     with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
@@ -131,7 +133,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
             journal.start({"a": 1})
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 1)
 
@@ -139,7 +141,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(JournalError, match="No space left"), Journal(path, IDENTITY) as journal:
-        monkeypatch.setattr(module.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         journal.write([row(1)])
         journal.sync()
     monkeypatch.undo()
@@ -147,18 +149,18 @@ def test_a_full_disk(tmp_path, monkeypatch):
         assert journal.written.num_rows == 2
 
 
-def test_syncs_are_due_after_a_while(tmp_path, monkeypatch):
+def test_syncs_are_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         monkeypatch.setattr(module, "_SYNC_SECONDS", -1.0)
-        assert not journal.is_sync_due
+        due = [journal.is_sync_due]
         journal.write([row(0)])
-        assert journal.is_sync_due
+        due.append(journal.is_sync_due)
         journal.sync()
-        assert not journal.is_sync_due
+        assert [*due, journal.is_sync_due] == [False, True, False]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_disk_that_takes_no_more_is_told_with_what_to_do(tmp_path):
+def test_a_disk_that_takes_no_more_is_told_with_what_to_do(tmp_path: Path) -> None:
     reason = r"No space left on device; run the same command to resume"
     with pytest.raises(JournalError, match=reason), Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         journal.start({"model": "a@1"})

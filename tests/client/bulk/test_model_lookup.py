@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from prompt_store.types import PromptRef
 from server.client.bulk.model_lookup import ResolvedModel, default_concurrency, resolve_model
 from server.client.bulk.sender import SendLimits
-from server.client.http import ClientError
+from server.client.http import ClientError, PreludeClient
 
 
-class Client:
+class Client(PreludeClient):
     """A client of a server that knows some names."""
 
     def __init__(
@@ -24,7 +25,7 @@ class Client:
         self._model = model
         self._card = card or {}
 
-    def version(self, _: object) -> dict[str, Any]:
+    def version(self, ref: PromptRef) -> dict[str, Any]:
         if isinstance(self._version, ClientError):
             raise self._version
         return self._version
@@ -50,14 +51,15 @@ def failure(status: int | None) -> ClientError:
         ("a@x", Client(failure(403), failure(403)), ("a@x", False)),  # a key for nothing but generation
     ],
 )
-def test_what_answers(name, client, resolved):
+def test_what_answers(name: str, client: Client, resolved: tuple[str, bool]) -> None:
     found = resolve_model(client, name)
     assert (found.model, found.has_head) == resolved
-    assert found == ResolvedModel(*resolved, found.record)
+    model, has_head = resolved
+    assert found == ResolvedModel(model, has_head, found.record)
 
 
 @pytest.mark.parametrize("client", [Client(failure(404), failure(404)), Client(failure(None)), Client(failure(500))])
-def test_nothing_answers(client):
+def test_nothing_answers(client: Client) -> None:
     with pytest.raises(ClientError, match="it said no"):
         resolve_model(client, "a")
 
@@ -73,6 +75,6 @@ def test_nothing_answers(client):
         (failure(None), SendLimits().concurrency),  # one that is away for now, when a run goes on
     ],
 )
-def test_how_much_is_asked_at_once_follows_the_server(card, count):
+def test_how_much_is_asked_at_once_follows_the_server(card: dict[str, Any] | ClientError, count: int) -> None:
     client = Client({}, card) if isinstance(card, ClientError) else Client({}, card=card)
     assert default_concurrency(client, "a@3") == count

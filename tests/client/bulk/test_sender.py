@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from server.client.bulk.request_template import CHAT, CLASSIFY, COMPLETIONS, Req
 from server.client.bulk.rows import Row
 from server.client.bulk.sender import Outcome, Sender, SenderError, SendLimits
 from server.client.bulk.transport import NoResponseError, Response
+from tests.support.presence import present
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -101,18 +102,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender_module, "_BACKOFF_SECONDS", 0.001)
 
 
-async def test_rows_of_one_kind_share_requests_and_keep_their_order():
+async def test_rows_of_one_kind_share_requests_and_keep_their_order() -> None:
     server = Server()
     outcomes = await server.all(text_rows(70), concurrency=64, rows_per_request=16)
     assert [outcome.row.index for outcome in outcomes] == list(range(70))
-    assert [outcome.response["text"] for outcome in outcomes] == [f"t{index}!" for index in range(70)]
+    assert [present(outcome.response)["text"] for outcome in outcomes] == [f"t{index}!" for index in range(70)]
     assert outcomes[0].response == {"model": "a@1", "text": "t0!", "finish_reason": "stop"}
     assert [len(body["prompt"]) for _, body in server.bodies] == [16, 16, 16, 16, 6]
     assert server.sender.tally.prompt_tokens == 70
     assert server.sender.tally.completion_tokens == server.sender.tally.requests == 5
 
 
-async def test_a_mixture_goes_by_what_each_row_names():
+async def test_a_mixture_goes_by_what_each_row_names() -> None:
     rows = [Row(i, i + 1, {"text": f"t{i}", "prompt_id": f"p{i % 2}", "task_id": 3}, "text") for i in range(4)]
     rows += [Row(4, 5, {"messages": [{"role": "user", "content": "x"}]}, "messages")]
     rows += [Row(5, 6, {"prompt": "y", "model": "m"}, "prompt"), Row(6, 7, {"prompt": "z"}, "prompt")]
@@ -125,7 +126,7 @@ async def test_a_mixture_goes_by_what_each_row_names():
     template = RequestTemplate(model="a", task_id=1, options={"max_tokens": 2})
     sender = Sender(FakeTransport(answer), template, SendLimits())
     outcomes = [outcome async for given in sender.outcomes(iter(rows)) for outcome in given]
-    assert [outcome.response["model"] for outcome in outcomes] == [
+    assert [present(outcome.response)["model"] for outcome in outcomes] == [
         "p0@1",
         "p1@1",
         "p0@1",
@@ -134,7 +135,7 @@ async def test_a_mixture_goes_by_what_each_row_names():
         "m@1",
         "a@1",
     ]
-    assert outcomes[4].response["message"] == {"role": "assistant", "content": "hi"}
+    assert present(outcomes[4].response)["message"] == {"role": "assistant", "content": "hi"}
     asked = sorted((path, body["model"], body["task_id"]) for path, body in server.bodies)
     assert asked == [
         (CHAT, "a", 1),
@@ -147,7 +148,7 @@ async def test_a_mixture_goes_by_what_each_row_names():
 
 
 @pytest.mark.parametrize(("labels", "by_head"), [(("x", "y"), False), ((), True)])
-async def test_labels_and_heads_classify(labels, by_head):
+async def test_labels_and_heads_classify(labels: tuple[str, ...], by_head: bool) -> None:
     server = Server()
     (outcome,) = await server.all(text_rows(1), RequestTemplate(model="a", labels=labels, by_head=by_head))
     assert outcome.response == {"model": "a@1", "label": "t0", "probability": 1.0, "probabilities": {"t0": 1.0}}
@@ -156,11 +157,11 @@ async def test_labels_and_heads_classify(labels, by_head):
     assert body.get("labels", []) == list(labels)
 
 
-async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded():
+async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded() -> None:
     server = Server()
     read = 0
 
-    def rows():
+    def rows() -> Iterator[Row]:
         nonlocal read
         for row in text_rows(2000):
             read += 1
@@ -181,7 +182,9 @@ async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded():
 
 @settings(max_examples=30, deadline=None)
 @given(bad=st.sets(st.integers(0, 39)), faults=st.sets(st.integers(0, 39)), per=st.integers(1, 40))
-def test_every_row_has_its_own_outcome_whatever_is_wrong_with_others(bad, faults, per):
+def test_every_row_has_its_own_outcome_whatever_is_wrong_with_others(
+    bad: set[int], faults: set[int], per: int
+) -> None:
     def refuse(body: dict[str, Any]) -> Response | None:
         return refusal(400) if bad & {int(text[1:]) for text in body["prompt"]} else None
 
@@ -199,7 +202,7 @@ def test_every_row_has_its_own_outcome_whatever_is_wrong_with_others(bad, faults
             assert outcome.response["text"] == f"t{index}!"
 
 
-async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_then():
+async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_then() -> None:
     server = Server(lambda body: refusal(413) if len(body["prompt"]) > 5 else None)
     outcomes = await server.all(text_rows(200), rows_per_request=16, concurrency=32)
     assert all(outcome.error is None for outcome in outcomes)
@@ -217,7 +220,7 @@ async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_t
         (NoResponseError("reset"), "unreachable"),
     ],
 )
-async def test_what_may_pass_is_tried_again(refused, reason):
+async def test_what_may_pass_is_tried_again(refused: Response | NoResponseError, reason: str) -> None:
     left = [refused, refused]
     server = Server(lambda _: left.pop() if left else None)
     outcomes = await server.all(text_rows(4))
@@ -225,19 +228,19 @@ async def test_what_may_pass_is_tried_again(refused, reason):
     assert server.sender.tally.retries == {reason: 2}
 
 
-async def test_a_fault_of_the_server_that_does_not_pass_is_the_rows():
+async def test_a_fault_of_the_server_that_does_not_pass_is_the_rows() -> None:
     server = Server(lambda body: refusal(500, "request_failed") if "t1" in body["prompt"] else None)
     outcomes = await server.all(text_rows(4), rows_per_request=4)
     assert [outcome.error and outcome.error["status"] for outcome in outcomes] == [None, 500, None, None]
 
 
-async def test_a_row_that_no_key_may_ever_send():
+async def test_a_row_that_no_key_may_ever_send() -> None:
     server = Server(lambda body: refusal(429, x_should_retry="false") if "t1" in body["prompt"] else None)
     outcomes = await server.all(text_rows(2))
     assert [outcome.error and outcome.error["code"] for outcome in outcomes] == [None, "c"]
 
 
-async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error():
+async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error() -> None:
     server = Server(lambda body: refusal(404, "prompt_not_found") if body["model"] == "gone" else None)
     rows = [Row(0, 1, {"text": "a"}, "text"), Row(1, 2, {"text": "b", "model": "gone"}, "text")]
     outcomes = await server.all(rows)
@@ -245,18 +248,18 @@ async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error
 
 
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 405])
-async def test_what_every_row_would_be_told_ends_it(status):
+async def test_what_every_row_would_be_told_ends_it(status: int) -> None:
     with pytest.raises(SenderError, match=f"m{status}") as failed:
         await Server(lambda _: refusal(status)).all(text_rows(4))
     assert failed.value.status == status
 
 
-async def test_silence_ends_it_after_a_while():
+async def test_silence_ends_it_after_a_while() -> None:
     with pytest.raises(SenderError, match="no response for 0.02 s; last error: .* cannot be reached: off"):
         await Server(lambda _: NoResponseError("off")).all(text_rows(4), patience=0.02)
 
 
-async def test_an_answer_that_takes_too_long_is_asked_again():
+async def test_an_answer_that_takes_too_long_is_asked_again() -> None:
     server = Server()
     slow = [True]
 
@@ -273,7 +276,7 @@ async def test_an_answer_that_takes_too_long_is_asked_again():
 
 
 @pytest.mark.parametrize("reply", ["<html>", "[]", '{"choices": []}', '{"choices": [{"index": 0}], "usage": {}}'])
-async def test_what_is_no_prelude_server_is_told(reply):
+async def test_what_is_no_prelude_server_is_told(reply: str) -> None:
     async def answer(_path: str, _body: dict[str, Any]) -> Response:
         return Response(200, {}, reply.encode())
 
@@ -284,7 +287,7 @@ async def test_what_is_no_prelude_server_is_told(reply):
     assert failed.value.code == "not_prelude"
 
 
-async def test_closing_it_ends_the_requests():
+async def test_closing_it_ends_the_requests() -> None:
     begun, ended = [], []
 
     async def answer(_path: str, body: dict[str, Any]) -> Response:
@@ -304,7 +307,7 @@ async def test_closing_it_ends_the_requests():
     assert len(ended) == 3
 
 
-async def test_a_full_server_is_asked_for_less_and_then_for_more_again():
+async def test_a_full_server_is_asked_for_less_and_then_for_more_again() -> None:
     server = Server()
     server.refuse = lambda _: refusal(429, "overloaded") if server.in_flight > 20 else None
     outcomes = await server.all(text_rows(400), concurrency=64, rows_per_request=4)

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from msgspec.structs import replace
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli import app as cli
 from server.datasets import digest
 from server.engine.types import GenerateRequest, Logprobs, TokenEvent
 from tests.api.classification.test_classify import classifier_parts
+from tests.support.api_fixtures import PeftDirectory, UploadParts
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.fake_engine import FakeEngine
+from tests.support.live_server import LiveServer
+
+Data = Callable[..., Path]
+Judging = Callable[..., list[str]]
+Prelude = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.client.bulk.sender._BACKOFF_SECONDS", 0.001)
 
 
 @pytest.fixture
-def prelude(live):
-    def invoke(*arguments: str):
+def prelude(live: LiveServer) -> Prelude:
+    def invoke(*arguments: str) -> Result:
         return CliRunner().invoke(cli, list(arguments), env={"PRELUDE_URL": live.url, "COLUMNS": "200"})
 
     return invoke
 
 
 @pytest.fixture
-def versions(prelude, peft_directory):
+def versions(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     """Two versions of sentiment, of 4 and 5 virtual tokens; latest is the second."""
     for rows in (4, 5):
         directory = peft_directory("sentiment", seed=rows, rows=rows)
@@ -38,10 +48,10 @@ def versions(prelude, peft_directory):
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path: Path) -> Data:
     """Ten texts of two labels. ``data(n)`` makes more."""
 
-    def write(count: int = 10):
+    def write(count: int = 10) -> Path:
         path = tmp_path / "test.jsonl"
         rows = [{"text": f"t{index}", "label": "good" if index % 2 else "bad"} for index in range(count)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,7 +61,7 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def judging(engine, monkeypatch):
+def judging(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Judging:
     """Let a soft prompt of so many virtual tokens (0: the base) label all texts right but for so many first ones."""
 
     def judge(wrong: dict[int, int], separator: str = "\n") -> list[str]:
@@ -75,7 +85,9 @@ def judging(engine, monkeypatch):
     return judge
 
 
-def test_accuracy_f1_and_confusion(prelude, versions, data, judging, tmp_path):
+def test_accuracy_f1_and_confusion(
+    prelude: Prelude, versions: None, data: Data, judging: Judging, tmp_path: Path
+) -> None:
     judging({5: 3})
     path, png = data(), tmp_path / "matrix.png"
     result = prelude("eval", "sentiment", "--data", str(path), "--json", "--png", str(png))
@@ -95,7 +107,7 @@ def test_accuracy_f1_and_confusion(prelude, versions, data, judging, tmp_path):
     assert "0.7000" in text
 
 
-def test_against_another_version(prelude, versions, data, judging):
+def test_against_another_version(prelude: Prelude, versions: None, data: Data, judging: Judging) -> None:
     judging({4: 8, 5: 0})
     arguments = ["eval", "sentiment", "--data", str(data(12)), "--against", "sentiment@1"]
     report = json.loads(prelude(*arguments, "--json").stdout)
@@ -118,14 +130,18 @@ def test_against_another_version(prelude, versions, data, judging):
         (["--text-prompt", "Is {}?"], "tiny with a text prompt", "Is t"),
     ],
 )
-def test_against_the_bare_model_and_a_text_prompt(prelude, versions, data, judging, options, name, begin):
+def test_against_the_bare_model_and_a_text_prompt(
+    prelude: Prelude, versions: None, data: Data, judging: Judging, options: list[str], name: str, begin: str
+) -> None:
     texts = judging({5: 0, 0: 10})
     report = json.loads(prelude("eval", "sentiment", "--data", str(data()), *options, "--json").stdout)
     assert (report["against"]["model"], report["against"]["accuracy"]) == (name, 0.0)
     assert texts[-1].startswith(begin)
 
 
-def test_the_separator_is_that_of_the_training(prelude, peft_directory, data, judging):
+def test_the_separator_is_that_of_the_training(
+    prelude: Prelude, peft_directory: PeftDirectory, data: Data, judging: Judging
+) -> None:
     metadata = json.dumps({"training": {"settings": {"separator": " = "}}})
     prelude("push", str(peft_directory("trained", rows=4)), "--id", "trained", "--metadata", metadata)
     judging({4: 0}, separator=" = ")
@@ -134,7 +150,7 @@ def test_the_separator_is_that_of_the_training(prelude, peft_directory, data, ju
     assert json.loads(prelude(*arguments).stdout)["accuracy"] < 1.0
 
 
-def test_a_head_is_asked_without_labels(prelude, live, tmp_path):
+def test_a_head_is_asked_without_labels(prelude: Prelude, live: LiveServer, tmp_path: Path) -> None:
     parts = classifier_parts(metadata=json.dumps({"labels": ["x", "y", "z"]}))
     httpx.post(f"{live.url}/v1/prompts", **parts).raise_for_status()
     path = tmp_path / "test.jsonl"
@@ -143,7 +159,9 @@ def test_a_head_is_asked_without_labels(prelude, live, tmp_path):
     assert report["confusion"]["counts"] == [[0, 1, 0], [0, 1, 0]]  # of x and z; the answer to both is z
 
 
-def test_texts_and_conversations_have_to_match(prelude, engine, tokenizer, tmp_path):
+def test_texts_and_conversations_have_to_match(
+    prelude: Prelude, engine: FakeEngine, tokenizer: ByteTokenizer, tmp_path: Path
+) -> None:
     path = tmp_path / "test.jsonl"
     path.write_text('{"prompt": "a", "completion": " hello world"}\n{"prompt": "b", "completion": "hello"}\n')
     report = json.loads(prelude("eval", "tiny", "--data", str(path), "--json").stdout)
@@ -160,7 +178,9 @@ def test_texts_and_conversations_have_to_match(prelude, engine, tokenizer, tmp_p
     assert json.loads(prelude(*arguments).stdout)["accuracy"] == 0.0
 
 
-def test_tasks_are_sent_to_soft_prompts_that_have_some(prelude, live, engine, other_parts, tmp_path):
+def test_tasks_are_sent_to_soft_prompts_that_have_some(
+    prelude: Prelude, live: LiveServer, engine: FakeEngine, other_parts: UploadParts, tmp_path: Path
+) -> None:
     httpx.post(f"{live.url}/v1/prompts", **other_parts("many")).raise_for_status()
     path = tmp_path / "test.jsonl"
     path.write_text('{"text": "a", "label": "z", "task_id": 2}\n')
@@ -169,7 +189,7 @@ def test_tasks_are_sent_to_soft_prompts_that_have_some(prelude, live, engine, ot
     assert [request.soft_prompt and request.soft_prompt.task_id for request in engine.requests] == [2, None]
 
 
-def test_a_row_without_an_answer_is_wrong_and_told(prelude, tmp_path):
+def test_a_row_without_an_answer_is_wrong_and_told(prelude: Prelude, tmp_path: Path) -> None:
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"text": "x" * 300, "label": "a"}) + '\n{"text": "t", "label": "a"}\n')
     result = prelude("eval", "tiny", "--data", str(path), "--json")
@@ -200,7 +220,9 @@ def test_a_row_without_an_answer_is_wrong_and_told(prelude, tmp_path):
         (["promote", "sentiment", "1", "--if-better-than", "latest", "--data", "{bad}"], 4, "has no 'label'"),
     ],
 )
-def test_what_cannot_be_scored(prelude, versions, data, tmp_path, arguments, status, reason):
+def test_what_cannot_be_scored(
+    prelude: Prelude, versions: None, data: Data, tmp_path: Path, arguments: list[str], status: int, reason: str
+) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a"}\n')
     (tmp_path / "texts.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     names = {"{bad}": str(tmp_path / "bad.jsonl"), "{data}": str(data()), "{texts}": str(tmp_path / "texts.jsonl")}
@@ -216,7 +238,7 @@ def test_what_cannot_be_scored(prelude, versions, data, tmp_path, arguments, sta
     assert result.stdout == ""
 
 
-def test_a_picture_that_cannot_be_written_loses_no_score(prelude, versions, data):
+def test_a_picture_that_cannot_be_written_loses_no_score(prelude: Prelude, versions: None, data: Data) -> None:
     path = data()
     result = prelude("eval", "tiny", "--data", str(path), "--png", f"{path}/x.png", "--json")
     assert result.exit_code == 1
@@ -224,18 +246,22 @@ def test_a_picture_that_cannot_be_written_loses_no_score(prelude, versions, data
     assert json.loads(result.stdout)["object"] == "evaluation"
 
 
-def test_a_picture_needs_matplotlib(prelude, data, tmp_path, monkeypatch):
+def test_a_picture_needs_matplotlib(
+    prelude: Prelude, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.client.evaluation.report.find_spec", lambda _: None)
     result = prelude("eval", "tiny", "--data", str(data()), "--png", str(tmp_path / "x.png"), "--json")
     assert result.exit_code == 1
     assert "--png needs matplotlib" in json.loads(result.stdout)["error"]["message"]
 
 
-def aliases(live):
+def aliases(live: LiveServer) -> Any:
     return httpx.get(f"{live.url}/v1/prompts/sentiment").json()["aliases"]
 
 
-def test_a_better_version_is_promoted(prelude, live, versions, data, judging):
+def test_a_better_version_is_promoted(
+    prelude: Prelude, live: LiveServer, versions: None, data: Data, judging: Judging
+) -> None:
     judging({4: 0, 5: 4})
     arguments = ["promote", "sentiment", "1", "--if-better-than", "latest", "--data", str(data())]
     result = prelude(*arguments)
@@ -243,7 +269,9 @@ def test_a_better_version_is_promoted(prelude, live, versions, data, judging):
     assert aliases(live) == {"latest": 1}
 
 
-def test_a_better_version_with_significance_and_json(prelude, live, versions, data, judging):
+def test_a_better_version_with_significance_and_json(
+    prelude: Prelude, live: LiveServer, versions: None, data: Data, judging: Judging
+) -> None:
     judging({4: 0, 5: 8})
     arguments = ["promote", "sentiment", "1", "--alias", "stable", "--if-better-than", "2", "--data", str(data())]
     result = prelude(*arguments, "--significant", "0.01", "--json")
@@ -261,7 +289,16 @@ def test_a_better_version_with_significance_and_json(prelude, live, versions, da
         ({4: 0, 5: 3}, ["--significant", "0.05"], "is not significant: McNemar's p-value is 0.25, not below 0.05"),
     ],
 )
-def test_what_is_not_better_is_not_promoted(prelude, live, versions, data, judging, wrong, options, reason):
+def test_what_is_not_better_is_not_promoted(
+    prelude: Prelude,
+    live: LiveServer,
+    versions: None,
+    data: Data,
+    judging: Judging,
+    wrong: dict[int, int],
+    options: list[Any],
+    reason: str,
+) -> None:
     judging(wrong)
     arguments = ["promote", "sentiment", "1", "--if-better-than", "latest", "--data", str(data()), *options]
     result = prelude(*arguments)
@@ -274,13 +311,13 @@ def test_what_is_not_better_is_not_promoted(prelude, live, versions, data, judgi
     assert aliases(live) == {"latest": 2}
 
 
-def test_a_version_is_not_compared_with_itself(prelude, versions, data):
+def test_a_version_is_not_compared_with_itself(prelude: Prelude, versions: None, data: Data) -> None:
     result = prelude("promote", "sentiment", "2", "--if-better-than", "latest", "--data", str(data()))
     assert result.exit_code == 1
     assert "sentiment@latest is already version 2" in result.stderr
 
 
-def test_rows_without_an_answer_promote_nothing(prelude, versions, tmp_path):
+def test_rows_without_an_answer_promote_nothing(prelude: Prelude, versions: None, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "x" * 300, "label": "a"}) + "\n")
     result = prelude("promote", "sentiment", "1", "--if-better-than", "latest", "--data", str(path))
@@ -288,7 +325,15 @@ def test_rows_without_an_answer_promote_nothing(prelude, versions, tmp_path):
     assert "2 rows have no answer (line 1: input: the model's context" in result.stderr
 
 
-def test_an_alias_that_moves_meanwhile_is_a_conflict(prelude, live, versions, data, judging, engine, monkeypatch):
+def test_an_alias_that_moves_meanwhile_is_a_conflict(
+    prelude: Prelude,
+    live: LiveServer,
+    versions: None,
+    data: Data,
+    judging: Judging,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     judging({4: 0, 5: 8})
     generate = engine.generate
     url = f"{live.url}/v1/prompts/sentiment/aliases/latest"

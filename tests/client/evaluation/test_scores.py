@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.client.evaluation.scores import OTHER, exact_match, score_labels
+from tests.support.presence import present
 
 LABELS = ["a", "b", "c"]
 pairs = st.lists(
@@ -15,25 +16,26 @@ pairs = st.lists(
 
 
 @given(pairs=pairs)
-def test_labels_against_plain_counting(pairs):
+def test_labels_against_plain_counting(pairs: list[tuple[str, str | None]]) -> None:
     expected, answers = [want for want, _ in pairs], [got for _, got in pairs]
     scores = score_labels(expected, answers, LABELS)
     assert scores.accuracy == pytest.approx(sum(want == got for want, got in pairs) / len(pairs))
     assert scores.num_errors == answers.count(None)
+    labels, confusion = present(scores.labels), present(scores.confusion)
     for place, label in enumerate(LABELS):
         hits = sum(want == got == label for want, got in pairs)
         misses, alarms = expected.count(label) - hits, answers.count(label) - hits
-        own = scores.labels[label]
+        own = labels[label]
         # The other way to write F1.
         assert own.f1 == pytest.approx(2 * hits / (2 * hits + misses + alarms) if hits else 0.0)
-        assert own.support == expected.count(label) == sum(scores.confusion[place])
-        assert scores.confusion[place][place] == hits
+        assert own.support == expected.count(label) == sum(confusion[place])
+        assert confusion[place][place] == hits
         strange = sum(want == label and got not in LABELS for want, got in pairs)
-        assert scores.confusion[place][-1] == strange
-    assert scores.macro_f1 == pytest.approx(sum(own.f1 for own in scores.labels.values()) / 3)
+        assert confusion[place][-1] == strange
+    assert scores.macro_f1 == pytest.approx(sum(own.f1 for own in labels.values()) / 3)
 
 
-def test_a_known_case():
+def test_a_known_case() -> None:
     scores = score_labels(["a", "a", "a", "b"], ["a", "a", "b", None], ["a", "b"])
     assert scores.as_json == {
         "rows": 4,
@@ -49,7 +51,7 @@ def test_a_known_case():
     }
 
 
-def test_texts_match_but_for_white_space_at_the_ends():
+def test_texts_match_but_for_white_space_at_the_ends() -> None:
     scores = exact_match(["\nyes", "no", "a b", "x"], [" yes\n", "No", "a  b", None])
     assert scores.right == [True, False, False, False]
     assert (scores.accuracy, scores.num_errors, scores.macro_f1) == (0.25, 1, None)

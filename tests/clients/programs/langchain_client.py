@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from typing import Any
 
 from langchain_openai import ChatOpenAI, OpenAI
 
@@ -11,23 +12,23 @@ address = {"base_url": base_url, "api_key": "none", "temperature": 0, "max_retri
 chat = ChatOpenAI(**address, stream_usage=True)
 
 
-def usage(message):
+def usage(message: Any) -> dict[str, int]:
     """The counts that both an answer and the sum of its chunks tell."""
     return {key: message.usage_metadata[key] for key in ("input_tokens", "output_tokens", "total_tokens")}
 
 
-def streamed(text):
+def streamed(text: str) -> Any:
     """The sum of a stream's chunks."""
     chunks = list(chat.stream(text))
     return sum(chunks[1:], chunks[0])
 
 
-async def streamed_async(text):
+async def streamed_async(text: str) -> str:
     """The text of a stream, read asynchronously."""
     return "".join([chunk.text async for chunk in chat.astream(text)])
 
 
-async def with_async():
+async def with_async() -> tuple[list[str], list[str]]:
     """The asynchronous ways; one event loop, because the model keeps its connections."""
     batch = await chat.abatch(texts)
     return [answer.text for answer in batch], await asyncio.gather(*map(streamed_async, texts))

@@ -63,7 +63,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 27), st.randoms(use
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(ROWS, st.integers(1, 6)), min_size=1, max_size=6), st.data())
-def test_buffers_hold_each_step_at_fixed_addresses(steps: list, data: st.DataObject) -> None:
+def test_buffers_hold_each_step_at_fixed_addresses(steps: list[tuple[Any, int]], data: st.DataObject) -> None:
     cache = make_cache()
     buffers = DecodeBuffers(6, 7, cache)
     batches = {size: buffers.batch(size) for size in range(1, 7)}
@@ -146,7 +146,7 @@ def test_replayed_decodes_equal_peft(
     for index, key in enumerate(["prompt_tuning_20", "prefix_13", None, None]):
         text = random_text(rng, 1, 12)
         want[f"r{index}"] = family.expected(key, text, MAX_TOKENS)
-        add(engine, f"r{index}", text, greedy(MAX_TOKENS), soft_prompt=family.soft_prompts.get(key))
+        add(engine, f"r{index}", text, greedy(MAX_TOKENS), soft_prompt=family.source(key))
     outputs = run(engine)
     assert {key: tokens(output) for key, output in outputs.items()} == want
     assert recorder.replays >= MAX_TOKENS - 2

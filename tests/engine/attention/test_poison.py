@@ -29,7 +29,7 @@ def make_backend(kind: str, cache: KVCache) -> AttentionBackend:
         from tests.support.engine.triton import triton_attention
 
         backend = triton_attention.TritonBackend(cache)
-        backend.num_shares = lambda *_: 2
+        vars(backend)["num_shares"] = lambda *_: 2
         return backend
     return {"sdpa": SDPABackend, "compiled": CPUBackend}[kind](cache)
 
@@ -65,7 +65,7 @@ def attend_twice(kind: str, dtype: torch.dtype, step: dict[str, Any]) -> None:
     num_blocks = sum(counts) + 3
     # Short tables are padded with block 0, so no sequence owns it.
     scattered = torch.randperm(num_blocks - 1, generator=generator)[: sum(counts)] + 1
-    tables = [own.tolist() for own in scattered.split(counts)]
+    tables = [own.tolist() for own in torch.split(scattered, counts)]
     spans: list[Span] = [(table, *size) for table, size in zip(tables, sizes, strict=True)]
     num_heads, num_rows = num_kv_heads * step["group_size"], sum(count for _, count in sizes)
     query = torch.randn(num_heads, num_rows, head_dim).to(dtype)

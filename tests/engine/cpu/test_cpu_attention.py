@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding, ir
+from numba.core import config
 
 from server.demo.tour import MODEL_DIRECTORY
 from server.engine.attention.backend import AttentionCall, SDPABackend, make_metadata
 from server.engine.cpu import bf16_dot, cpu_attention
 from server.engine.cpu.cpu_attention import MAX_KERNEL_KEYS, UNIT_ROWS, CPUBackend, divide_rows, make_backend
-from server.engine.cpu.vector_code import LANES
+from server.engine.cpu.vector_code import LANES, VECTOR
 from tests.support.engine.caches import CPU, make_cache, plain_attention
 
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -115,23 +116,23 @@ def test_decodes_and_prefills_of_one_step_equal_sdpa(
 
 def test_vdpbf16ps_is_used_on_this_processor_only(monkeypatch: pytest.MonkeyPatch) -> None:
     has_bf16_dot = bf16_dot.has_bf16_dot.__wrapped__
-    monkeypatch.setattr(bf16_dot.config, "CPU_NAME", None)
-    monkeypatch.setattr(bf16_dot.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(config, "CPU_NAME", None)
+    monkeypatch.setattr(config, "CPU_FEATURES", None)
     for has in (True, False):
-        monkeypatch.setattr(bf16_dot.binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
+        monkeypatch.setattr(binding, "get_host_cpu_features", lambda has=has: {"avx512bf16": has})
         assert has_bf16_dot() is has
-    monkeypatch.setattr(bf16_dot.binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
-    monkeypatch.setattr(bf16_dot.config, "CPU_NAME", "x86-64-v3")
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"avx512bf16": True})
+    monkeypatch.setattr(config, "CPU_NAME", "x86-64-v3")
     assert not has_bf16_dot()
-    monkeypatch.setattr(bf16_dot.config, "CPU_NAME", None)
-    monkeypatch.setattr(bf16_dot.config, "CPU_FEATURES", "+avx2")
+    monkeypatch.setattr(config, "CPU_NAME", None)
+    monkeypatch.setattr(config, "CPU_FEATURES", "+avx2")
     assert not has_bf16_dot()
 
 
 def test_llvm_knows_the_instruction_and_its_element_type() -> None:
     """llvmlite has no bfloat, so ``bf16_dot`` overrides a private method of its types to write one."""
     module = ir.Module()
-    kind = ir.FunctionType(bf16_dot.VECTOR, [bf16_dot.VECTOR, bf16_dot._BFLOATS, bf16_dot._BFLOATS])
+    kind = ir.FunctionType(VECTOR, [VECTOR, bf16_dot._BFLOATS, bf16_dot._BFLOATS])
     ir.Function(module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     assert "<32 x bfloat>" in str(module), (
         "llvmlite's types no longer print themselves by _to_string: change bf16_dot._BFloat to the new way (or to "

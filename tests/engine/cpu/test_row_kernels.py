@@ -40,7 +40,9 @@ def rotate(
 
 
 def test_exp_is_that_of_numpy() -> None:
-    numbers = np.concatenate([np.linspace(-87, 88, 20_001, dtype=np.float32), np.float32([0.0, -200.0, 200.0])])
+    numbers = np.concatenate(
+        [np.linspace(-87, 88, 20_001, dtype=np.float32), np.array([0.0, -200.0, 200.0], np.float32)]
+    )
     got = np.array([exp(x) for x in numbers])
     wanted = np.exp(np.clip(numbers, -87, 88).astype(np.float64))
     np.testing.assert_allclose(got, wanted, rtol=4e-7)
@@ -142,7 +144,7 @@ def test_positions_are_rotated_as_llama_does_and_stored(width: int, dtype: torch
     torch.manual_seed(2)
     num_heads, num_kv_heads = 6, 2
     projected = torch.randn(FEW, (num_heads + 2 * num_kv_heads) * width).to(dtype)
-    parts = projected.clone().view(FEW, -1, width).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    parts = torch.split(projected.clone().view(FEW, -1, width), [num_heads, num_kv_heads, num_kv_heads], dim=1)
     angles = (torch.rand(FEW, width // 2) * 100).repeat(1, 2)
     cos, sin = angles.cos().to(dtype).float(), angles.sin().to(dtype).float()
     keys, values = torch.empty(2, FEW, num_kv_heads * width, dtype=dtype)

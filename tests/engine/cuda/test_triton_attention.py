@@ -28,7 +28,7 @@ PRECISION = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 def make_spans(sizes: list[tuple[int, int]], block_size: int, order: torch.Generator) -> tuple[list[Span], int]:
     """Spans of the given (first position, positions), with blocks scattered over the cache, and the block count."""
     counts = [-(-(start + count) // block_size) for start, count in sizes]
-    blocks = torch.randperm(sum(counts), generator=order).split(counts)
+    blocks = torch.split(torch.randperm(sum(counts), generator=order), counts)
     return [(own.tolist(), *size) for own, size in zip(blocks, sizes, strict=True)], sum(counts)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def cuda(prebuilt: Path, tmp_path: Path) -> Path:
     names = [word for word in undefined.stdout.split() if word.startswith("cu")]
     assert "cuModuleLoadData" in names
     code = "".join(f"int {name}(void) {{ return 0; }}\n" for name in names)
-    command = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", "-x", "c", "-"]
+    command = ["gcc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), "-x", "c", "-"]
     subprocess.run(command, input=code, text=True, check=True)
     return tmp_path
 
@@ -77,7 +78,7 @@ def python(code: str, *arguments: Path, cache: Path, **variables: str) -> subpro
 def test_what_was_compiled_before_is_loaded_where_there_is_no_compiler(
     prebuilt: Path, cuda: Path, tmp_path: Path
 ) -> None:
-    bare = {"cache": tmp_path / "cache", "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(cuda)}
+    bare: dict[str, Any] = {"cache": tmp_path / "cache", "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(cuda)}
     without = python(LOAD, **bare)
     assert "Failed to find C compiler" in without.stderr
     done = python(LOAD, prebuilt, **bare)
@@ -103,6 +104,6 @@ def test_where_nothing_was_compiled_triton_is_left_alone(tmp_path: Path) -> None
 def test_building_without_a_compiler_is_told(
     compiler: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(triton_launcher.shutil, "which", lambda _name: compiler)
+    monkeypatch.setattr(shutil, "which", lambda _name: compiler)
     with pytest.raises(RuntimeError, match=message):
         triton_launcher.build(tmp_path)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from tests.support.engine.harness import (
     tokens,
 )
 from tests.support.engine.heads import CLASSIFIERS, NUM_LABELS, make_classifier
+from tests.support.presence import present
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "whole": {},
     "chunks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},
     "preempted": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 12, "kv_cache_memory": 160_000}
@@ -37,13 +39,15 @@ SETTINGS = {
 SCORE = {"prompt_logprobs": 0}
 
 
-def generate_beside(engine: LLMEngine, family: Family, rng: random.Random, count: int) -> dict[str, tuple]:
+def generate_beside(
+    engine: LLMEngine, family: Family, rng: random.Random, count: int
+) -> dict[str, tuple[str | None, list[int]]]:
     """Sequences that decode while others are classified."""
     beside = {}
     for index in range(count):
         key = rng.choice([*family.soft_prompts, None])
         text = random_text(rng, 1, 40)
-        add(engine, f"beside-{index}", text, greedy(30), soft_prompt=family.soft_prompts.get(key))
+        add(engine, f"beside-{index}", text, greedy(30), soft_prompt=family.source(key))
         beside[f"beside-{index}"] = (key, text)
     return beside
 
@@ -66,12 +70,12 @@ def test_scored_labels_equal_peft(
                 request_id = f"{key}-{length}-{label}"
                 texts[request_id] = (key, text, label)
                 params = greedy(0, **SCORE, prompt_logprobs_start=length)
-                add(engine, request_id, text + label, params, soft_prompt=family.soft_prompts.get(key))
+                add(engine, request_id, text + label, params, soft_prompt=family.source(key))
     outputs = run(engine)
     for request_id, (key, text, label) in texts.items():
         (output,) = outputs[request_id]
         want = family.expected_logprobs(key, text + label)[len(text) :]
-        got = [entry.logprob for entry in output.prompt_logprobs]
+        got = [present(entry).logprob for entry in present(output.prompt_logprobs)]
         assert got == pytest.approx([want[index, token].item() for index, token in enumerate(label)], abs=1e-4)
     for request_id, (key, text) in beside.items():
         begun = [output for output in early if output.request_id == request_id]
@@ -85,7 +89,7 @@ def test_the_text_of_all_labels_is_computed_once(
     key: str | None, length: int, llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
     engine = make_engine(llama, block_size=16)
-    text, source = random_text(random.Random(length), length, length), llama.soft_prompts.get(key)
+    text, source = random_text(random.Random(length), length, length), llama.source(key)
     for label in range(4):
         params = greedy(0, **SCORE, prompt_logprobs_start=length)
         add(engine, str(label), [*text, label, label], params, soft_prompt=source)
@@ -148,9 +152,9 @@ def test_heads_equal_peft(
         (output,) = outputs[request_id]
         assert (output.finish_reason, output.token_ids) == (FinishReason.LENGTH, [])
         assert output.class_logits == pytest.approx(classifiers[one.key].expected(one.text), abs=1e-4)
-    for request_id, (key, text) in beside.items():
+    for request_id, (soft_prompt, text) in beside.items():
         begun = [output for output in early if output.request_id == request_id]
-        assert tokens(begun + outputs[request_id]) == family.expected(key, text, 30)
+        assert tokens(begun + outputs[request_id]) == family.expected(soft_prompt, text, 30)
         assert all(output.class_logits is None for output in outputs[request_id])
     assert (engine.stats.num_preemptions > 0) == (settings == "preempted")
 
@@ -164,7 +168,7 @@ def test_a_head_is_counted_in_memory_and_evicted_with_its_rows(
     while not engine.scheduler.has_work:
         engine.take_loaded()
     width = engine.model.hidden_size
-    assert engine.soft_prompts.stats.resident_bytes == (9 + NUM_LABELS) * width * 4
+    assert engine.soft_prompts.stats.resident_bytes == (9 + NUM_LABELS) * present(width) * 4
     run(engine)
     assert engine.soft_prompts.stats.resident_bytes == 0
 
@@ -198,7 +202,11 @@ def test_what_cannot_classify_refuses_to(
     ids=["missing", "another shape", "another bias"],
 )
 def test_a_head_that_is_not_what_was_recorded_fails_its_requests(
-    change: Callable, reason: str, llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
+    change: Callable[[dict[str, torch.Tensor]], object],
+    reason: str,
+    llama: Family,
+    make_engine: Callable[..., LLMEngine],
+    tmp_path: Path,
 ) -> None:
     classifier = make_classifier(llama, "prompt_tuning", tmp_path)
     tensors = load_file(classifier.source.path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from server.config import EngineSettings
 from server.engine import llm_engine
 from server.engine.attention.kv_cache import KVCache
 from server.engine.llm_engine import LLMEngine
-from server.engine.model.exactness import ExactnessCheck
+from server.engine.model.exactness import ExactnessCheck, Span
 from server.engine.model.model_shape import KeyValueShape, config_value, key_value_shape, num_embeddings
 from server.engine.model.paged_model import PagedModel
 from server.errors import EngineStartError
@@ -48,17 +49,17 @@ from tests.support.engine.harness import (
     tokens,
 )
 
-PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
-FOUR_LAYERS = {**UNTIED, "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 11}
+PER_LAYER: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+FOUR_LAYERS: dict[str, Any] = {**UNTIED, "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 11}
 FOUR_LAYERS["layer_types"] = ["sliding_attention", "full_attention"] * 2
 
 
 def gemma3n(num_shared: int) -> Gemma3nTextConfig:
-    sparsity = {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2}
+    sparsity: dict[str, Any] = {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2}
     return Gemma3nTextConfig(**FOUR_LAYERS, **PER_LAYER, **sparsity, num_kv_shared_layers=num_shared)
 
 
-def gemma4(**more: object) -> Gemma4TextConfig:
+def gemma4(**more: Any) -> Gemma4TextConfig:
     return Gemma4TextConfig(**FOUR_LAYERS, **{"hidden_size_per_layer_input": 0, "global_head_dim": 16, **more})
 
 
@@ -73,7 +74,7 @@ def save_model(config: PreTrainedConfig, path: Path) -> None:
     model.save_pretrained(path)
 
 
-def start(path: Path, **settings: object) -> LLMEngine:
+def start(path: Path, **settings: Any) -> LLMEngine:
     return LLMEngine(EngineSettings(model=str(path), dtype="float32", kv_cache_memory=2**22, **settings))
 
 
@@ -144,7 +145,7 @@ def test_each_kind_in_the_mixed_batch_is_compared(
 ) -> None:
     forward = PagedModel.forward
 
-    def spoil(model: PagedModel, spans: object, inputs: dict[str, torch.Tensor], rows: range) -> torch.Tensor:
+    def spoil(model: PagedModel, spans: Sequence[Span], inputs: dict[str, torch.Tensor], rows: range) -> torch.Tensor:
         logits = forward(model, spans, inputs, rows)
         if "inputs_embeds" in inputs:
             logits[first_row : first_row + num_rows] *= 1.2
@@ -176,14 +177,14 @@ def test_short_contexts_start(max_model_len: int, block_size: int, llama: Family
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "headless"])
 def test_what_is_no_causal_language_model_is_refused(kind: str, tmp_path: Path) -> None:
-    small = {"vocab_size": VOCABULARY, "d_model": 16}
+    small: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 16}
     if kind == "t5":
         T5ForConditionalGeneration(T5Config(**small, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
             tmp_path
         )
         reason = "no causal language model of the type 't5'"
     elif kind == "bart":
-        layers = {
+        layers: dict[str, Any] = {
             "encoder_layers": 1,
             "decoder_layers": 1,
             "encoder_attention_heads": 2,

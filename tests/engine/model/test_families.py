@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from server.engine.llm_engine import LLMEngine
 from tests.support.engine.harness import (
     ALL_PEFT_CONFIGS,
     MORE_CONFIGS,
+    Answered,
     Family,
     add,
     check_logprobs,
@@ -21,20 +23,21 @@ from tests.support.engine.harness import (
     run,
     tokens,
 )
+from tests.support.presence import present
 
 MAX_TOKENS = 10
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "small_blocks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},
 }
 
 
 @pytest.fixture(scope="module")
-def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Family, dict[str, tuple]]]:
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Family, Answered]]:
     """A family and its requests with PEFT's answers: id -> (soft prompt, text, tokens)."""
-    made: dict[str, tuple[Family, dict[str, tuple]]] = {}
+    made: dict[str, tuple[Family, Answered]] = {}
 
-    def make(name: str) -> tuple[Family, dict[str, tuple]]:
+    def make(name: str) -> tuple[Family, Answered]:
         if name not in made:
             family, rng = make_family(name, tmp_path_factory.mktemp(name), ALL_PEFT_CONFIGS), random.Random(name)
             shared = random_text(rng, 20, 20)
@@ -53,7 +56,7 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
 def test_everything_in_one_batch_equals_peft(
     name: str,
     settings: str,
-    family_of: Callable[[str], tuple[Family, dict[str, tuple]]],
+    family_of: Callable[[str], tuple[Family, Answered]],
     make_engine: Callable[..., LLMEngine],
 ) -> None:
     family, requests = family_of(name)
@@ -66,7 +69,7 @@ def test_everything_in_one_batch_equals_peft(
     random.Random(settings).shuffle(order)
     for request_id in order:
         soft_prompt, text, _ = requests[request_id]
-        add(engine, request_id, text, greedy(MAX_TOKENS), soft_prompt=family.soft_prompts.get(soft_prompt))
+        add(engine, request_id, text, greedy(MAX_TOKENS), soft_prompt=family.source(soft_prompt))
     outputs = run(engine)
     assert {key: tokens(outputs[key]) for key in requests} == {key: want for key, (_, _, want) in requests.items()}
     if settings == "defaults":
@@ -77,7 +80,7 @@ def test_everything_in_one_batch_equals_peft(
 @pytest.mark.parametrize("name", ["llama", *MORE_CONFIGS])
 def test_logprobs_of_texts_equal_peft(
     name: str,
-    family_of: Callable[[str], tuple[Family, dict[str, tuple]]],
+    family_of: Callable[[str], tuple[Family, Answered]],
     make_engine: Callable[..., LLMEngine],
 ) -> None:
     family, _ = family_of(name)
@@ -85,19 +88,17 @@ def test_logprobs_of_texts_equal_peft(
     text = random_text(random.Random(name), 30, 30)
     for key in [*family.soft_prompts, None]:
         params = greedy(1, logprobs=2, prompt_logprobs=2)
-        add(engine, str(key), text, params, soft_prompt=family.soft_prompts.get(key))
+        add(engine, str(key), text, params, soft_prompt=family.source(key))
     outputs = run(engine)
     for key in [*family.soft_prompts, None]:
         (output,) = outputs[str(key)]
         every = text + output.token_ids
         want = family.expected_logprobs(key, every)
-        check_logprobs(output.prompt_logprobs + output.logprobs, every, want, num_top=2)
+        check_logprobs([*present(output.prompt_logprobs), *present(output.logprobs)], every, want, num_top=2)
 
 
 @pytest.mark.parametrize("name", ["llama", *MORE_CONFIGS])
-def test_every_soft_prompt_changes_the_answer(
-    name: str, family_of: Callable[[str], tuple[Family, dict[str, tuple]]]
-) -> None:
+def test_every_soft_prompt_changes_the_answer(name: str, family_of: Callable[[str], tuple[Family, Answered]]) -> None:
     family, _ = family_of(name)
     text = random_text(random.Random(3), 12, 12)
     answers = [family.expected(soft_prompt, text, MAX_TOKENS) for soft_prompt in [*family.soft_prompts, None]]
@@ -105,7 +106,7 @@ def test_every_soft_prompt_changes_the_answer(
 
 
 def test_softcapped_attention_is_served_in_bfloat16(
-    family_of: Callable[[str], tuple[Family, dict[str, tuple]]], make_engine: Callable[..., LLMEngine]
+    family_of: Callable[[str], tuple[Family, Answered]], make_engine: Callable[..., LLMEngine]
 ) -> None:
     family, _ = family_of("gemma2")
     engine = make_engine(family, dtype="bfloat16")  # which compares its logits with the model's own when it starts

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers.generation import logits_process as processors
 from server.engine import messages
 from server.engine.generation_defaults import NO_RULES, GenerationDefaults, TokenRules
 from server.engine.llm_engine import LLMEngine
-from server.engine.model.generation_config import read_generation_config
+from server.engine.model.generation_config import CheckpointGeneration, read_generation_config
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.ngrams import NgramIndex
 from server.engine.types import SamplingParams
@@ -55,7 +56,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 def write(family: Family) -> Iterator[Callable[[dict[str, object]], None]]:
     path = family.path / "generation_config.json"
     before = path.read_text()
-    yield lambda values: path.write_text(json.dumps({"eos_token_id": EOS} | values)) and None
+
+    def write(values: dict[str, object]) -> None:
+        path.write_text(json.dumps({"eos_token_id": EOS} | values))
+
+    yield write
     path.write_text(before)
 
 
@@ -69,11 +74,12 @@ def peft_tokens(family: Family, kind: str | None, text: list[int]) -> list[int]:
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False
         )
-    return output[0, len(text) :].tolist()
+    tokens: list[int] = output[0, len(text) :].tolist()
+    return tokens
 
 
 PLAIN_WORDS = [[5], [9, 11], [EOS], [30, 31, 32]]
-CONFIGS = {
+CONFIGS: dict[str, dict[str, object]] = {
     "repetition_penalty": {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.7, "top_k": 20},
     "ngrams_of_1": {"no_repeat_ngram_size": 1},
     "ngrams_of_2": {"no_repeat_ngram_size": 2},
@@ -110,7 +116,7 @@ def test_greedy_tokens_are_those_of_peft(
     own = engine.model.generation_defaults
     for kind in KINDS:
         params = greedy(NUM_NEW, repetition_penalty=own.repetition_penalty or 1.0, min_tokens=own.min_tokens or 0)
-        add(engine, str(kind), TEXT, params, soft_prompt=family.soft_prompts.get(kind))
+        add(engine, str(kind), TEXT, params, soft_prompt=family.source(kind))
     outputs = run(engine)
     want = {str(kind): peft_tokens(family, kind, TEXT) for kind in KINDS}
     assert {key: tokens(outputs[key]) for key in want} == want
@@ -165,7 +171,7 @@ def test_a_file_that_transformers_cannot_read_ends_the_start_with_a_message(
         make_engine(family)
 
 
-def read(**values: object) -> object:
+def read(**values: Any) -> CheckpointGeneration:
     return read_generation_config(
         GenerationConfig(**values), vocab_size=VOCABULARY, max_model_len=64, eos_token_ids=(EOS,)
     )
@@ -299,7 +305,7 @@ def test_rules_are_the_processors_of_transformers(
     logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(seed)) * 3
     chain = LogitsProcessorList()
     if biases:
-        chain.append(processors.SequenceBiasLogitsProcessor(biases))
+        chain.append(processors.SequenceBiasLogitsProcessor([[list(ids), bias] for ids, bias in biases.items()]))
     if penalty != 1.0:
         chain.append(processors.RepetitionPenaltyLogitsProcessor(penalty))
     if size:
@@ -310,7 +316,7 @@ def test_rules_are_the_processors_of_transformers(
         chain.append(processors.MinLengthLogitsProcessor(min_length, EOS))
     chain.append(processors.SuppressTokensLogitsProcessor(never))
     chain.append(processors.SuppressTokensAtBeginLogitsProcessor(first, len(text)))
-    want = chain(torch.tensor([text + new]), logits.clone())
+    want = chain(torch.LongTensor([text + new]), logits.clone())
     rules = TokenRules(
         sequence_bias=tuple(biases.items()),
         no_repeat_ngram_size=size,

@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ from server.engine.types import ErrorCode, GenerateRequest, Inspection, RequestF
 from server.errors import EngineDeadError, EngineNotReadyError, OverloadedError, RequestFailedError
 from tests.engine.process.test_async_engine import TEXT, collect, running
 from tests.support.engine.harness import ALL_PEFT_CONFIGS, VOCABULARY, Family, greedy, make_family
+from tests.support.presence import present
 
 
 def inspect(engine: LLMEngine, source: SoftPromptSource, num_nearest: int = 5) -> Inspected:
@@ -28,7 +30,9 @@ def inspect(engine: LLMEngine, source: SoftPromptSource, num_nearest: int = 5) -
     engine.inspect(Inspect(7, source, num_nearest), answers.put)
     answer = answers.get(timeout=30)
     assert answer.inspection_id == 7
-    return from_engine_decoder.decode(encode_frame(answer)[4:])
+    decoded = from_engine_decoder.decode(encode_frame(answer)[4:])
+    assert isinstance(decoded, Inspected)
+    return decoded
 
 
 def result(engine: LLMEngine, source: SoftPromptSource, num_nearest: int = 5) -> Inspection:
@@ -65,7 +69,7 @@ def test_nearest_tokens_are_those_of_the_whole_vocabulary(
 
 
 def test_a_row_that_is_a_token_is_found_as_that_token(
-    llama: Family, make_engine: Callable[..., LLMEngine], tmp_path
+    llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
     vocabulary = llama.model.get_input_embeddings().weight
     rows = torch.stack([3 * vocabulary[11], torch.zeros(48), 1e30 * vocabulary[196]]).detach()
@@ -73,9 +77,11 @@ def test_a_row_that_is_a_token_is_found_as_that_token(
     save_file({"prompt_embeddings": rows}, path)
     source = SoftPromptSource(digest="d", num_virtual_tokens=3, is_key_values=False, path=str(path))
     found = result(make_engine(llama), source, 1)
-    assert found.rows[0].nearest == [(11, pytest.approx(1.0))]
+    (nearest,) = found.rows[0].nearest
+    assert nearest == pytest.approx((11, 1.0))
     assert (found.rows[1].norm, found.rows[1].nearest[0][1]) == (0.0, 0.0)
-    assert found.rows[2].nearest == [(196, pytest.approx(1.0))]
+    (nearest,) = found.rows[2].nearest
+    assert nearest == pytest.approx((196, 1.0))
     assert found.rows[2].norm == pytest.approx(1e30 * vocabulary[196].norm().item())
 
 
@@ -142,7 +148,7 @@ async def test_inspections_never_hang(llama: Family, monkeypatch: pytest.MonkeyP
     source = llama.soft_prompts["prompt_tuning_8"]
     async with running(llama) as engine:
         monkeypatch.setattr(async_engine, "MAX_INSPECTIONS", 2)
-        os.kill(engine._connection.pid, signal.SIGSTOP)
+        os.kill(present(engine._connection).pid, signal.SIGSTOP)
         waiting = [asyncio.create_task(engine.inspect(source, num_nearest=1)) for _ in range(2)]
         await asyncio.sleep(0.05)
         with pytest.raises(OverloadedError, match="2 inspections are waiting"):
@@ -152,7 +158,7 @@ async def test_inspections_never_hang(llama: Family, monkeypatch: pytest.MonkeyP
             await waiting[0]
         with pytest.raises(OverloadedError):  # the engine has its work still before it
             await engine.inspect(source, num_nearest=1)
-        os.kill(engine._connection.pid, signal.SIGKILL)
+        os.kill(present(engine._connection).pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await waiting[1]
         with pytest.raises(EngineNotReadyError):
@@ -168,13 +174,13 @@ async def test_a_drain_waits_for_inspections_and_gives_up_after_its_time(llama: 
         await engine.drain(30.0)
         assert len((await task).rows) == 8
     async with running(llama) as engine:
-        os.kill(engine._connection.pid, signal.SIGSTOP)
+        os.kill(present(engine._connection).pid, signal.SIGSTOP)
         task = asyncio.create_task(engine.inspect(source, num_nearest=1))
         await asyncio.sleep(0)
         await engine.drain(0.0)
         with pytest.raises(EngineNotReadyError, match="shutting down"):
             await task
-        os.kill(engine._connection.pid, signal.SIGCONT)
+        os.kill(present(engine._connection).pid, signal.SIGCONT)
 
 
 @pytest.mark.anyio

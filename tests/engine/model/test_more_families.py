@@ -7,7 +7,9 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +46,9 @@ from tests.support.engine.harness import (
 
 MAX_TOKENS = 8
 SIX_TYPES = ("prompt_tuning_20", "p_tuning_7", "prefix_13", "multitask_6", "cpt_9", "cartridge_14")
-SMALL = {"vocab_size": VOCABULARY, **NO_TOKENS}
+SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, **NO_TOKENS}
 ALL_LAYERS = "2 of its 2 layers do not call it"
-LFM2 = {
+LFM2: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
@@ -54,7 +56,7 @@ LFM2 = {
     "num_key_value_heads": 2,
     "layer_types": ["conv", "full_attention", "conv"],
 }
-MLA = {
+MLA: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "moe_intermediate_size": 32,
@@ -81,10 +83,10 @@ def peft_configs(config: PreTrainedConfig) -> dict[str, Callable[[], PeftConfig]
     def make(key: str) -> PeftConfig:
         made = ALL_PEFT_CONFIGS[key]()
         if width is not None and not key.startswith(("prefix", "cartridge")):
-            made.token_dim = width
+            vars(made)["token_dim"] = width
         return made
 
-    return {key: lambda key=key: make(key) for key in SIX_TYPES}
+    return {key: partial(make, key) for key in SIX_TYPES}
 
 
 @pytest.mark.parametrize("name", FAMILIES | LESS_COMMON)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,11 @@ from tests.support.engine.harness import (
     run,
     tokens,
 )
+from tests.support.presence import present
 
 TOP = 3
-SCORED = {"logprobs": TOP, "prompt_logprobs": TOP}
-SETTINGS = {
+SCORED: dict[str, Any] = {"logprobs": TOP, "prompt_logprobs": TOP}
+SETTINGS: dict[str, dict[str, Any]] = {
     "whole": {},
     "chunks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},
     "preempted": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 12, "kv_cache_memory": 160_000},
@@ -42,7 +44,7 @@ SETTINGS = {
 
 def gathered(outputs: list[TokenEvent]) -> list[Logprobs | None]:
     new = [entry for output in outputs for entry in output.logprobs or []]
-    return [*outputs[0].prompt_logprobs, *new]
+    return [*present(outputs[0].prompt_logprobs), *new]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -59,7 +61,7 @@ def test_logprobs_equal_peft(
     }
     for request_id, (soft_prompt, text) in requests.items():
         for twice in ("", "again"):  # a cached prefix must not take entries away
-            source = family.soft_prompts.get(soft_prompt)
+            source = family.source(soft_prompt)
             add(engine, request_id + twice, text, greedy(num_new, **SCORED), soft_prompt=source)
     outputs = run(engine)
     for request_id, (soft_prompt, text) in requests.items():
@@ -78,7 +80,7 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
     engine = make_engine(llama, block_size=4, max_num_batched_tokens=16, max_num_seqs=4)
     text = random_text(random.Random(8), 120, 120)
     for key in ("prompt_tuning_20", "prefix_13", None):
-        add(engine, "r", text, greedy(3, **SCORED), soft_prompt=llama.soft_prompts.get(key))
+        add(engine, "r", text, greedy(3, **SCORED), soft_prompt=llama.source(key))
         outputs = []
         for _ in range(3):
             while not engine.scheduler.running:
@@ -101,7 +103,7 @@ def test_a_model_that_cannot_be_scored_refuses_to_be(llama: Family, make_engine:
         "LlamaForCausalLM gives no logprobs of the text",
     )
     add(engine, "plain", [1], greedy(1, logprobs=0))
-    assert len(run(engine)["plain"][0].logprobs) == 1
+    assert len(present(run(engine)["plain"][0].logprobs)) == 1
 
 
 def test_scoring_alone_returns_no_token(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
@@ -134,9 +136,9 @@ def test_only_who_asks_is_told(llama: Family, make_engine: Callable[..., LLMEngi
     add(engine, "prompt", text, greedy(3, prompt_logprobs=1))
     outputs = run(engine)
     assert all(out.logprobs is None and out.prompt_logprobs is None for out in outputs["plain"])
-    assert [entry.top for out in outputs["new"] for entry in out.logprobs] == [[]] * 3
+    assert [entry.top for out in outputs["new"] for entry in present(out.logprobs)] == [[]] * 3
     assert outputs["new"][0].prompt_logprobs is None
-    assert [len(entry.top) for entry in outputs["prompt"][0].prompt_logprobs[1:]] == [1] * 8
+    assert [len(present(entry).top) for entry in present(outputs["prompt"][0].prompt_logprobs)[1:]] == [1] * 8
     assert all(out.logprobs is None for out in outputs["prompt"])
 
 

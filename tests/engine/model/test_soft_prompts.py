@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.support.waiting import wait_until
 
 WIDTH, ROWS, TASKS, RANKS = 8, 5, 3, 2
 
-Load = Callable[..., torch.Tensor | str]
+Load = Callable[..., Any]
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
     """Write tensors and load them: the rows, or what the loader said was wrong."""
     loaders = []
 
-    def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32):
+    def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
         loader = SoftPromptLoader(
             head_width=8, embedding_width=WIDTH, key_values_width=4 * WIDTH, dtype=dtype, budget_bytes=1 << 20
         )
@@ -124,14 +125,21 @@ def make_source(tmp_path: Path) -> Callable[[str], SoftPromptSource]:
 
 def wait_loaded(loader: SoftPromptLoader, count: int) -> list[tuple[str, str | None]]:
     ended: list[tuple[str, str | None]] = []
-    wait_until(lambda: ended.extend(loader.take_loaded()) or len(ended) >= count)
+
+    def are_loaded() -> bool:
+        ended.extend(loader.take_loaded())
+        return len(ended) >= count
+
+    wait_until(are_loaded)
     return ended
 
 
 SIZE = ROWS * WIDTH * 4
 
 
-def test_the_budget_and_its_numbers(make_loader, make_source) -> None:
+def test_the_budget_and_its_numbers(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(2 * SIZE)
     assert loader.stats.loads == 0
     sources = [make_source(name) for name in "abc"]
@@ -150,7 +158,9 @@ def test_the_budget_and_its_numbers(make_loader, make_source) -> None:
     assert (loader.stats.hits, loader.stats.misses) == (2, 4)
 
 
-def test_a_pin_outlasts_the_budget(make_loader, make_source) -> None:
+def test_a_pin_outlasts_the_budget(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(0)
     source = make_source("a")
     loader.pin(source)
@@ -165,7 +175,9 @@ def test_a_pin_outlasts_the_budget(make_loader, make_source) -> None:
     assert (loader.stats.misses, loader.stats.loads) == (0, 1)
 
 
-def test_a_pin_of_a_file_that_cannot_be_read_ends(make_loader, make_source) -> None:
+def test_a_pin_of_a_file_that_cannot_be_read_ends(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(0)
     source = make_source("a")
     Path(source.path).unlink()
@@ -177,7 +189,9 @@ def test_a_pin_of_a_file_that_cannot_be_read_ends(make_loader, make_source) -> N
     assert (loader.stats.resident, loader.stats.loads) == (0, 0)
 
 
-def test_unpinned_while_it_is_read(make_loader, make_source) -> None:
+def test_unpinned_while_it_is_read(
+    make_loader: Callable[[int], SoftPromptLoader], make_source: Callable[[str], SoftPromptSource]
+) -> None:
     loader = make_loader(0)
     source = make_source("a")
     loader.pin(source)

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ from server.errors import (
     WaitTimeoutError,
 )
 from tests.support.engine.harness import Family, greedy
+from tests.support.presence import present
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -47,7 +49,7 @@ TEXT = [5, 9, 2, 30, 41, 7]
 
 
 @asynccontextmanager
-async def running(family: Family, **settings: object) -> AsyncIterator[AsyncEngine]:
+async def running(family: Family, **settings: Any) -> AsyncIterator[AsyncEngine]:
     options = {"dtype": "float32", "kv_cache_memory": 4 * 2**20, "num_threads": 1, **settings}
     engine = AsyncEngine(EngineSettings(model=str(family.path), **options))
     await engine.start()
@@ -81,7 +83,7 @@ async def test_many_requests_at_once_equal_peft_and_an_abort_frees_its_blocks(ll
                 request_id=str(name),
                 prompt_token_ids=TEXT,
                 params=greedy(8),
-                soft_prompt=llama.soft_prompts.get(name),
+                soft_prompt=llama.source(name),
             )
             for name in names
         ]
@@ -146,7 +148,7 @@ async def test_killed_process_ends_every_request_with_one_error(llama: Family) -
         ]
         for stream in streams:
             await anext(stream)
-        os.kill(engine._connection.pid, signal.SIGKILL)
+        os.kill(present(engine._connection).pid, signal.SIGKILL)
         for stream in streams:
             with pytest.raises(EngineDeadError, match="the engine process ended"):
                 await exhaust(stream)

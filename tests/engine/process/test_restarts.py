@@ -7,6 +7,8 @@ import inspect
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -138,7 +140,7 @@ class Launcher:
 
 
 @asynccontextmanager
-async def fake_engine(**settings: object) -> AsyncIterator[tuple[AsyncEngine, Launcher]]:
+async def fake_engine(**settings: Any) -> AsyncIterator[tuple[AsyncEngine, Launcher]]:
     launcher = Launcher()
     engine = AsyncEngine(EngineSettings(model="tiny", **settings), launch=launcher.launch, sleep=launcher.sleep)
     await engine.start()
@@ -213,7 +215,7 @@ async def test_a_dead_process_is_replaced_and_counters_go_on() -> None:
         engine.pin(SOURCE)
         assert await ask(engine, "one") == [7]
         launcher.processes[0].silent = True
-        asked = [asyncio.create_task(ask(engine, f"r{i}")) for i in range(3)]
+        asked: list[asyncio.Task[Any]] = [asyncio.create_task(ask(engine, f"r{i}")) for i in range(3)]
         asked.append(asyncio.create_task(engine.prepare(SOURCE)))
         asked.append(asyncio.create_task(engine.inspect(SOURCE, num_nearest=1)))
         await until(lambda: len(launcher.processes[0].sent) == 7)
@@ -233,7 +235,7 @@ async def test_a_dead_process_is_replaced_and_counters_go_on() -> None:
         launcher.gate.set()
         await until(lambda: engine.is_ready)
         assert called == [True]
-        assert engine.outage is None
+        assert not engine.outage
         assert launcher.processes[1].sent == [Pin(SOURCE)]
         assert await ask(engine, "two") == [7]
         assert (engine.stats.generation_tokens, engine.stats.num_blocks, engine.stats.restarts) == (2, 10, 1)
@@ -299,7 +301,8 @@ async def test_a_reader_that_goes_while_the_engine_restarts_aborts_nothing() -> 
 @anyio
 async def test_it_is_tried_again_until_it_starts_and_the_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
     async with fake_engine() as (engine, launcher):
-        launcher.script = [EngineStartError("cannot load the model 'tiny'")] * 3 + [ZeroDivisionError("a bug"), MODEL]
+        launcher.script = [EngineStartError("cannot load the model 'tiny'")] * 3
+        launcher.script += [ZeroDivisionError("a bug"), MODEL]
         outages: list[str | None] = []
         launch = launcher.launch
 
@@ -430,8 +433,9 @@ async def test_slow_steps_that_report_are_not_stuck(polls: list[bool]) -> None:
         (process,) = launcher.processes
         process.silent = True
         asked = asyncio.create_task(ask(engine, "r"))
-        for count in range(1, 20):
-            await until(lambda count=count: len(polls) >= count)
+        for _ in range(20):
+            polls.clear()
+            await until(lambda: polls)
             process.report(has_work=True)
         process.report(TokenEvent(request_id="r", token_ids=[3], finish_reason=FinishReason.LENGTH))
         assert await asked == [3]
@@ -468,13 +472,17 @@ async def test_a_message_that_cannot_be_handled_ends_the_process() -> None:
         assert await ask(engine, "r") == [7]
 
 
+def holds_inspection(sent: list[Any]) -> bool:
+    return any(isinstance(message, Inspect) for message in sent)
+
+
 @anyio
 async def test_an_inspection_of_a_dead_process_leaves_room_for_others() -> None:
     async with fake_engine() as (engine, launcher):
         for index in range(3):
             asked = asyncio.create_task(engine.inspect(SOURCE, num_nearest=1))
             process = launcher.processes[index]
-            await until(lambda process=process: any(isinstance(message, Inspect) for message in process.sent))
+            await until(partial(holds_inspection, process.sent))
             process.die()
             with pytest.raises(EngineDeadError):
                 await asked

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from server.engine.llm_engine import LLMEngine
 from server.engine.sampling import grammars as structured
 from server.engine.sampling.grammar_check import NO_WAY_ON
+from server.engine.sampling.grammars import Matcher
 from server.engine.sampling.sampler import NO_TOKEN, Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import (
@@ -26,6 +28,7 @@ from server.engine.types import (
     GenerateRequest,
     SamplingParams,
     SoftPromptSource,
+    TokenEvent,
 )
 from tests.support.engine.grammars import END_ID, compiled, constraint, make_compiler, save_tokenizer
 from tests.support.engine.harness import (
@@ -41,6 +44,7 @@ from tests.support.engine.harness import (
     tokens,
 )
 from tests.support.engine.sequences import make_sequence
+from tests.support.presence import present
 
 TEXT = random_text(random.Random(5), 24, 24)
 SCHEMA = {
@@ -74,10 +78,11 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture(scope="module")
 def tokenizer(model: Family) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(model.path)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model.path)
+    return tokenizer
 
 
-def run_all(engine: LLMEngine):
+def run_all(engine: LLMEngine) -> dict[str, list[TokenEvent]]:
     """Step until all is done, also what waits for a grammar."""
     deadline = time.monotonic() + 60
     outputs = run(engine)
@@ -85,11 +90,13 @@ def run_all(engine: LLMEngine):
     return outputs
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, outputs) -> str:
-    return tokenizer.decode(tokens(outputs), skip_special_tokens=True)
+def text_of(tokenizer: PreTrainedTokenizerFast, outputs: list[TokenEvent]) -> str:
+    return str(tokenizer.decode(tokens(outputs), skip_special_tokens=True))
 
 
-def test_constraints_hold_in_a_mixed_batch_and_touch_no_neighbour(model, make_engine, tokenizer) -> None:
+def test_constraints_hold_in_a_mixed_batch_and_touch_no_neighbour(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model, block_size=4, max_num_batched_tokens=48, max_num_seqs=24)
     names = [None, *model.soft_prompts]
     for index, name in enumerate(names):
@@ -114,12 +121,15 @@ def test_constraints_hold_in_a_mixed_batch_and_touch_no_neighbour(model, make_en
         assert {output.finish_reason for output in regex[:-1]} == {None}
 
 
-def test_the_greedy_token_is_the_likeliest_that_is_allowed(model, make_engine, tokenizer) -> None:
+def test_the_greedy_token_is_the_likeliest_that_is_allowed(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     add(engine, "r", TEXT, greedy(20, constraint=constraint("regex", "[0-9]{20}"), logprobs=0))
     ids = list(TEXT)
     outputs = run_all(engine)["r"]
     digits = tokenizer.convert_tokens_to_ids([*"0123456789", "12"])
+    assert isinstance(digits, list)
     for output in outputs:
         with torch.no_grad():
             logits = model.model(torch.tensor([ids])).logits[0, -1]
@@ -129,12 +139,14 @@ def test_the_greedy_token_is_the_likeliest_that_is_allowed(model, make_engine, t
             assert output.token_ids == [best]
         # By the model's own logits, of which the mask is no part.
         want = torch.log_softmax(logits, -1)[output.token_ids[0]].item()
-        assert output.logprobs[0].logprob == pytest.approx(want, abs=1e-4)
+        assert present(output.logprobs)[0].logprob == pytest.approx(want, abs=1e-4)
         ids += output.token_ids
     assert re.fullmatch("[0-9]{20}", text_of(tokenizer, outputs))
 
 
-def test_sampling_with_a_seed_does_not_depend_on_the_batch(model, make_engine) -> None:
+def test_sampling_with_a_seed_does_not_depend_on_the_batch(
+    model: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
     params = SamplingParams(
         max_tokens=30,
         temperature=1.5,
@@ -155,7 +167,9 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(model, make_engine) -
     assert len(want) > 3
 
 
-def test_preemption_leaves_matchers_as_they_are(model, make_engine, tokenizer) -> None:
+def test_preemption_leaves_matchers_as_they_are(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     params = [
         greedy(120, constraint=constraint("regex", f"(?:[ab]{{{index + 2}}} )*"), logit_bias={END_ID: -100.0})
         for index in range(4)
@@ -171,11 +185,17 @@ def test_preemption_leaves_matchers_as_they_are(model, make_engine, tokenizer) -
     assert tight.stats.num_preemptions > 0
     assert got[0] == got[1]
     for index, ids in enumerate(got[0]):
-        assert re.match(f"(?:[ab]{{{index + 2}}} )+", tokenizer.decode(ids))
+        assert re.match(f"(?:[ab]{{{index + 2}}} )+", str(tokenizer.decode(ids)))
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_a_complete_grammar_ends_the_sequence(model, endless, make_engine, tokenizer, ignore_eos: bool) -> None:
+def test_a_complete_grammar_ends_the_sequence(
+    model: Family,
+    endless: Family,
+    make_engine: Callable[..., LLMEngine],
+    tokenizer: PreTrainedTokenizerFast,
+    ignore_eos: bool,
+) -> None:
     for family in (model, endless):
         engine = make_engine(family)
         # More tokens than there can be: the grammar is right, not min_tokens.
@@ -193,7 +213,9 @@ def test_a_complete_grammar_ends_the_sequence(model, endless, make_engine, token
         assert engine.stats.num_used_blocks == 0
 
 
-def test_the_end_of_sequence_ends_a_grammar_that_could_go_on(model, make_engine, tokenizer) -> None:
+def test_the_end_of_sequence_ends_a_grammar_that_could_go_on(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     for ignore_eos in (False, True):
         for min_tokens in (0, 5):
@@ -212,7 +234,9 @@ def test_the_end_of_sequence_ends_a_grammar_that_could_go_on(model, make_engine,
         assert (own[-1].finish_reason, own[-1].stop_token_id) == (FinishReason.STOP, END_ID)
 
 
-def test_stop_tokens_and_limits_end_it_early(model, make_engine, tokenizer) -> None:
+def test_stop_tokens_and_limits_end_it_early(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     (a,) = tokenizer.encode("a")
     add(engine, "stop", TEXT, greedy(20, constraint=constraint("regex", "a+b"), stop_token_ids=(a,)))
@@ -225,7 +249,9 @@ def test_stop_tokens_and_limits_end_it_early(model, make_engine, tokenizer) -> N
     assert outputs["last"][-1].finish_reason is FinishReason.STOP
 
 
-def test_a_constraint_holds_for_an_ensemble(model, make_engine, tokenizer) -> None:
+def test_a_constraint_holds_for_an_ensemble(
+    model: Family, make_engine: Callable[..., LLMEngine], tokenizer: PreTrainedTokenizerFast
+) -> None:
     engine = make_engine(model)
     first, *others = model.soft_prompts.values()
     for kind, text in (("regex", "[a-c]{3}-[0-9]{4}"), ("choice", '["yes", "no"]')):
@@ -239,7 +265,7 @@ def test_a_constraint_holds_for_an_ensemble(model, make_engine, tokenizer) -> No
         assert all(entry.logprob < 0 for output in own for entry in output.logprobs or ())
 
 
-def test_a_wrong_constraint_fails_its_requests_alone(model, make_engine) -> None:
+def test_a_wrong_constraint_fails_its_requests_alone(model: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(model)
     source = model.soft_prompts["prefix_13"]
     for index in range(2):
@@ -256,7 +282,9 @@ def test_a_wrong_constraint_fails_its_requests_alone(model, make_engine) -> None
     engine.soft_prompts.release(source)  # nobody else refers to it
 
 
-def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(model, endless, make_engine) -> None:
+def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
+    model: Family, endless: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
     for family in (model, endless):
         engine = make_engine(family)
         add(engine, "free", TEXT, greedy(30, ignore_eos=True))
@@ -289,7 +317,7 @@ def test_waiting_for_a_grammar_and_a_file_both(
         assert failure_of(engine.add(again)[0]).message == "request id 'ends' is in use"
         assert not engine.has_work
         assert engine.stats.num_waiting == 3
-        assert 0 <= engine.idle_seconds <= 0.05
+        assert 0 <= present(engine.idle_seconds) <= 0.05
         assert [output.finish_reason for output in engine.abort("aborted")] == [FinishReason.ABORT]
         time.sleep(0.06)
         (late,) = engine.step()
@@ -352,7 +380,9 @@ def test_a_tenant_with_too_many_grammars_has_to_wait_and_others_have_not(
     assert run_all(engine)["other"][-1].finish_reason is FinishReason.STOP
 
 
-def test_a_grammar_that_takes_too_long_fails_its_request_alone(model, make_engine, monkeypatch) -> None:
+def test_a_grammar_that_takes_too_long_fails_its_request_alone(
+    model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 0.05)
     engine = make_engine(model)
@@ -368,7 +398,9 @@ def test_a_grammar_that_takes_too_long_fails_its_request_alone(model, make_engin
     assert structured.TOO_MANY_SLOW.code is ErrorCode.WAIT_TIMEOUT
 
 
-def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(model, make_engine, monkeypatch) -> None:
+def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(
+    model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its cost grows with each token, without a limit of llguidance's."""
     want = run_all_of(make_engine(model), [("free", greedy(30, ignore_eos=True))])["free"]
     monkeypatch.setattr(structured, "BURST_SECONDS", 0.02)
@@ -384,13 +416,15 @@ def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(model, make
     assert tokens(outputs["free"]) == tokens(want)
 
 
-def run_all_of(engine: LLMEngine, requests: list[tuple[str, SamplingParams]]):
+def run_all_of(engine: LLMEngine, requests: list[tuple[str, SamplingParams]]) -> dict[str, list[TokenEvent]]:
     for name, params in requests:
         add(engine, name, TEXT, params)
     return run_all(engine)
 
 
-def test_nobody_who_asks_for_nothing_pays(model, make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_who_asks_for_nothing_pays(
+    model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(model)
     add(engine, "free", TEXT, greedy(3))
     run_all(engine)
@@ -398,7 +432,7 @@ def test_nobody_who_asks_for_nothing_pays(model, make_engine, monkeypatch: pytes
     assert "_executor" not in engine.runner.sampler._masks.__dict__
 
 
-def masked_seq(matcher, prompt: list[int], **params: object) -> Sequence:
+def masked_seq(matcher: Matcher, prompt: list[int], **params: Any) -> Sequence:
     seq = make_sequence("s", prompt, SamplingParams(constraint=constraint("regex", "x"), **params))
     seq.matcher = matcher
     return seq
@@ -413,7 +447,7 @@ def test_the_mask_acts_after_penalties_and_bias_and_before_the_cuts(model: Famil
     logits[0, a] = 3.0
     sampler = Sampler((END_ID,))
 
-    def choose(**params: object) -> int:
+    def choose(**params: Any) -> int:
         matcher = compiled(compiler, constraint("regex", "[ab]"))
         return sampler.choose(logits, [masked_seq(matcher, [a], **params)])[0][0]
 

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,15 +27,18 @@ from tests.support.engine.harness import (
     tokens,
 )
 from tests.support.engine.sequences import make_sequence
+from tests.support.presence import present
 
 MAX_TOKENS = 10
 TEXT = random_text(random.Random(8), 24, 24)
-MEMBERS = {
+MEMBERS: dict[str, tuple[str | None, ...]] = {
     "embeddings": ("prompt_tuning_20", "p_tuning_7", "prompt_tuning_8"),
     "mixed": ("prefix_13", None, "p_tuning_7"),
     "key_values": ("prefix_projected_16", "prefix_13"),
 }
-SETTINGS = {
+Ensembles = dict[str, tuple[tuple[str | None, ...], list[int], list[int], torch.Tensor]]
+"""Ensembles with their answers: id -> (members, text, tokens, logprobs)."""
+SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "small_blocks": {"block_size": 4, "max_num_batched_tokens": 13, "max_num_seqs": 7},
     "few_blocks": {"block_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 12, "kv_cache_memory": 160_000},
@@ -54,11 +58,11 @@ def expected(family: Family, members: tuple[str | None, ...], text: list[int]) -
 
 
 @pytest.fixture(scope="module")
-def wanted(make_family: Callable[[str], Family]) -> Callable[[str], dict[str, tuple]]:
-    """Ensembles of a family with their answers: id -> (members, text, tokens, logprobs)."""
-    made: dict[str, dict[str, tuple]] = {}
+def wanted(make_family: Callable[[str], Family]) -> Callable[[str], Ensembles]:
+    """Ensembles of a family with their answers."""
+    made: dict[str, Ensembles] = {}
 
-    def make(name: str) -> dict[str, tuple]:
+    def make(name: str) -> Ensembles:
         if name not in made:
             rng, family = random.Random(name), make_family(name)
             made[name] = {
@@ -72,7 +76,7 @@ def wanted(make_family: Callable[[str], Family]) -> Callable[[str], dict[str, tu
     return make
 
 
-def sources(family: Family, members: tuple[str | None, ...]) -> dict[str, object]:
+def sources(family: Family, members: tuple[str | None, ...]) -> dict[str, Any]:
     """The fields of a GenerateRequest that name members."""
     first, *others = (family.soft_prompts[member] if member else None for member in members)
     return {"soft_prompt": first, "others": tuple(others)}
@@ -85,7 +89,7 @@ def test_the_mean_of_what_peft_says(
     settings: str,
     make_family: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
-    wanted: Callable[[str], dict[str, tuple]],
+    wanted: Callable[[str], Ensembles],
 ) -> None:
     family, ensembles = make_family(name), wanted(name)
     engine = make_engine(family, **SETTINGS[settings])
@@ -103,7 +107,7 @@ def test_the_mean_of_what_peft_says(
         own = outputs[request_id]
         assert tokens(own) == want, request_id
         assert own[-1].finish_reason is FinishReason.LENGTH
-        check_logprobs([entry for output in own for entry in output.logprobs], want, logprobs, num_top=3)
+        check_logprobs([entry for output in own for entry in present(output.logprobs)], want, logprobs, num_top=3)
     assert set(outputs) == {*ensembles, *alone}
     assert engine.stats.num_used_blocks == 0
 

@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from server.engine.sampling import grammar_trials
 from server.engine.sampling.grammar_check import GrammarError
 from server.engine.sampling.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
 from server.engine.sampling.trial_process import Trial, Vocabulary, encode
 from tests.support.engine.grammars import END_ID, save_tokenizer
+from tests.support.presence import present
 from tests.support.waiting import wait_until
 
 BOMB = 'start: %json {"type": "integer", "multipleOf": 49999999}'
@@ -104,7 +105,7 @@ def test_a_trial_that_is_cancelled_ends_and_the_next_does_not(trials: GrammarTri
 
 def test_a_process_that_has_ended_is_started_again(trials: GrammarTrials) -> None:
     try_out(trials, 'start: "a"', 10)
-    first = trials._process
+    first = present(trials._process)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert try_out(trials, 'start: "a"', 10) >= 0
@@ -112,10 +113,10 @@ def test_a_process_that_has_ended_is_started_again(trials: GrammarTrials) -> Non
 
 
 def test_a_process_that_cannot_work_is_an_error(trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_trials.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GrammarError, match="crashed twice"):
         try_out(trials, 'start: "a"', 10)
-    monkeypatch.setattr(grammar_trials.sys, "executable", "/nonexistent")
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
     with pytest.raises(GrammarError, match="cannot be started"):
         try_out(trials, 'start: "a"', 10)
 
@@ -140,13 +141,14 @@ def test_the_process_does_not_outlive_its_connection(vocabulary: Vocabulary, lar
         connection.sendall(encode(vocabulary))
         if lark is not None:
             connection.sendall(encode(Trial(lark, 10_000)))
-    assert trials._process.wait(60) == 0
+    assert present(trials._process).wait(60) == 0
 
 
 def test_no_child_is_left_behind(trials: GrammarTrials) -> None:
     with pytest.raises(TooSlowError):
         try_out(trials, BOMB, 0.05)
     try_out(trials, 'start: "a"', 10)
-    children = Path(f"/proc/{trials._process.pid}/task/{trials._process.pid}/children")
+    pid = present(trials._process).pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
     if children.exists():
         assert children.read_text() == ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ EOS = 3
 MAKE = Sampler((EOS,))
 
 
-def make_seq(prompt: list[int], new: list[int], **params: object) -> Sequence:
+def make_seq(prompt: list[int], new: list[int], **params: Any) -> Sequence:
     seq = make_sequence("s", prompt, SamplingParams(**params))
     seq.token_ids += new
     return seq
@@ -37,8 +39,9 @@ def make_seq(prompt: list[int], new: list[int], **params: object) -> Sequence:
 def distribution(logits: torch.Tensor, seq: Sequence, draws: int = 400) -> torch.Tensor:
     """What ``choose`` gives over evenly spaced draws: shares of each token, exact to one part in ``draws``."""
 
-    class Even:
+    class Even(random.Random):
         def __init__(self) -> None:
+            super().__init__()
             self.next = 0
 
         def random(self) -> float:
@@ -78,12 +81,12 @@ def test_the_chain_is_that_of_transformers(
         chain.append(RepetitionPenaltyLogitsProcessor(params["repetition_penalty"]))
     chain.append(TemperatureLogitsWarper(params["temperature"]))
     if params["top_k"]:
-        chain.append(TopKLogitsWarper(params["top_k"]))
+        chain.append(TopKLogitsWarper(int(params["top_k"])))
     if params["top_p"] < 1.0:
         chain.append(TopPLogitsWarper(params["top_p"]))
     if params["min_p"]:
         chain.append(MinPLogitsWarper(params["min_p"]))
-    want = torch.softmax(chain(torch.tensor([prompt + new]), logits.clone()), -1)[0]
+    want = torch.softmax(chain(torch.LongTensor([prompt + new]), logits.clone()), -1)[0]
     got = distribution(logits, make_seq(prompt, new, **params))
     assert torch.allclose(got, want, atol=1 / 400 + 1e-6)
     assert (got[want == 0] == 0).all()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,11 +11,11 @@ from server.engine.types import SamplingParams
 from tests.support.engine.sequences import make_sequence
 
 
-def seq(**params: object) -> Sequence:
+def seq(**params: Any) -> Sequence:
     return make_sequence("s", [0], SamplingParams(**params))
 
 
-def frequencies(logits: list[float], draws: int = 4000, **params: object) -> torch.Tensor:
+def frequencies(logits: list[float], draws: int = 4000, **params: Any) -> torch.Tensor:
     rows = [seq(seed=index, **params) for index in range(draws)]
     tokens = Sampler().choose(torch.tensor([logits]).expand(draws, -1), rows)[0]
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / draws

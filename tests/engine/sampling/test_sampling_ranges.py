@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from hypothesis import strategies as st
 
 from server.engine.generation_defaults import NO_RULES, TokenRules
 from server.engine.sampling.ensembles import merge_ensembles
+from server.engine.sampling.grammars import TokenMasks
 from server.engine.sampling.sampler import NO_TOKEN, Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import MIN_LOGPROB, SMALLEST_TEMPERATURE, SamplingParams
 from tests.support.engine.sequences import make_sequence
+from tests.support.presence import present
 
 VOCABULARY = 12
 EOS = 3
@@ -24,16 +28,16 @@ INT64 = 2**63
 TINY = (0.0, 5e-324, 1e-60, 1e-46, 1e-45, 1e-40, 1e-39, SMALLEST_TEMPERATURE / 2)
 
 
-def seq_of(prompt: list[int], new: list[int], num_members: int = 1, **params: object) -> Sequence:
+def seq_of(prompt: list[int], new: list[int], num_members: int = 1, **params: Any) -> Sequence:
     seq = make_sequence("s", prompt, SamplingParams(**params), others=(None,) * (num_members - 1))
     seq.token_ids += new
     return seq
 
 
-class Masks:
+class Masks(TokenMasks):
     """In the place of a grammar's masks: the matcher is the list of the tokens that it allows."""
 
-    def allowed(self, matchers: list[SimpleNamespace], vocab_size: int, device: torch.device) -> torch.Tensor:
+    def allowed(self, matchers: SequenceOf[Any], vocab_size: int, device: torch.device) -> torch.Tensor:
         masks = torch.zeros(len(matchers), vocab_size, dtype=torch.bool, device=device)
         for row, matcher in enumerate(matchers):
             masks[row, matcher.tokens] = True
@@ -100,7 +104,9 @@ params_strategy = st.fixed_dictionaries(
     is_ensemble=st.booleans(),
     rules=rules_strategy,
 )
-def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensemble: bool, rules: TokenRules) -> None:
+def test_the_token_is_possible_whatever_is_asked_for(
+    rows: list[tuple[Any, ...]], is_ensemble: bool, rules: TokenRules
+) -> None:
     sampler = Sampler((EOS, VOCABULARY + 5), rules)
     sampler._masks = Masks()
     logits = torch.tensor([row[0] for row in rows])
@@ -108,15 +114,16 @@ def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensem
     for _, params, prompt, new, allowed in rows:
         seq = seq_of(prompt, new, len(rows) if is_ensemble else 1, **params)
         if allowed is not None:
-            seq.matcher, seq.adjusts_logits = SimpleNamespace(tokens=allowed), True
+            seq.matcher, seq.adjusts_logits = mock.Mock(tokens=allowed), True
         seqs.append(seq)
     if is_ensemble:
-        logits, seqs = merge_ensembles(logits, seqs[0].members)
+        logits, members = merge_ensembles(logits, seqs[0].members)
+        seqs = [*members]
     tokens, logprobs = sampler.choose(logits, seqs)
     for row, (token, seq) in enumerate(zip(tokens, seqs, strict=True)):
         possible = {index for index, value in enumerate(logits[row].tolist()) if math.isfinite(value)}
         if seq.matcher is not None:
-            possible &= set(seq.matcher.tokens)
+            possible &= set(vars(seq.matcher)["tokens"])
         if not possible:
             assert token == NO_TOKEN
             continue
@@ -125,14 +132,14 @@ def test_the_token_is_possible_whatever_is_asked_for(rows: list[tuple], is_ensem
         if seq.num_new_tokens < seq.request.params.min_tokens and possible - ends:
             assert token not in ends
         if seq.request.params.logprobs is not None:
-            entry = logprobs[row]
+            entry = present(logprobs[row])
             assert MIN_LOGPROB <= entry.logprob <= 0.0
             assert all(MIN_LOGPROB <= value <= 0.0 for _, value in entry.top)
 
 
 @pytest.mark.parametrize("temperature", TINY)
 @pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"repetition_penalty": 1.5}, {"min_p": 0.1, "logprobs": 1}])
-def test_what_float32_cannot_divide_by_is_greedy(temperature: float, more: dict[str, object]) -> None:
+def test_what_float32_cannot_divide_by_is_greedy(temperature: float, more: dict[str, Any]) -> None:
     logits = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
     rows = [seq_of([1], [2], temperature=temperature, seed=1, **more) for _ in logits]
     greedy = [seq_of([1], [2], temperature=0.0, **more) for _ in logits]
@@ -158,7 +165,7 @@ def test_top_p_of_one_keeps_every_token() -> None:
     """Cumulated in float32, most of these reach 1 before the end."""
     logits = torch.full((1, 200_000), -1.0)
     seq = seq_of([1], [], top_p=1.0, min_p=1e-9)
-    seq.rng = SimpleNamespace(random=lambda: 1.0 - 2.0**-25)
+    seq.rng = mock.Mock(random=lambda: 1.0 - 2.0**-25)
     assert Sampler().choose(logits, [seq])[0][0] >= 199_000
 
 
@@ -174,7 +181,7 @@ def test_what_a_request_demands_goes_before_what_the_checkpoint_says() -> None:
     logits = torch.randn(1, VOCABULARY)
     for allowed in ([4], [4, 5], [6]):
         seq = seq_of([1], [], temperature=0.0)
-        seq.matcher, seq.adjusts_logits = SimpleNamespace(tokens=allowed), True
+        seq.matcher, seq.adjusts_logits = mock.Mock(tokens=allowed), True
         assert sampler.choose(logits, [seq])[0][0] in allowed
     free = seq_of([1, 1], [], temperature=0.0, logit_bias={4: 100.0, 6: 50.0})
     assert sampler.choose(logits, [free])[0] == [6]

@@ -6,6 +6,9 @@ from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams, SoftPromptSource
 from tests.support.engine.sequences import make_sequence
+from tests.support.presence import present
+
+Shared = tuple[SoftPromptSource | None, str]
 
 
 def source(num_virtual_tokens: int, digest: str = "d", *, is_key_values: bool = True) -> SoftPromptSource:
@@ -44,9 +47,9 @@ def test_needs_blocks() -> None:
 def test_second_sequence_shares_full_blocks_of_the_same_text() -> None:
     blocks = BlockManager(10, 4)
     first, second = sequence([1, 2, 3, 4, 5, 6, 7, 8, 9]), sequence([1, 2, 3, 4, 5, 6, 7, 8, 10])
-    assert blocks.admit(first, None).num_cached_tokens == 0
+    assert present(blocks.admit(first, None)).num_cached_tokens == 0
     compute(blocks, first)
-    admission = blocks.admit(second, None)
+    admission = present(blocks.admit(second, None))
     assert admission.num_cached_tokens == 8
     assert second.block_table[:2] == first.block_table[:2]
     assert second.block_table[2] != first.block_table[2]
@@ -59,7 +62,7 @@ def test_last_token_is_always_computed() -> None:
     first, second = sequence([1, 2, 3, 4]), sequence([1, 2, 3, 4])
     blocks.admit(first, None)
     compute(blocks, first)
-    assert blocks.admit(second, None).num_cached_tokens == 0
+    assert present(blocks.admit(second, None)).num_cached_tokens == 0
 
 
 def test_cached_prefix_survives_its_sequence_and_is_evicted_oldest_first() -> None:
@@ -73,16 +76,16 @@ def test_cached_prefix_survives_its_sequence_and_is_evicted_oldest_first() -> No
     newcomer = sequence([9, 10])
     blocks.admit(newcomer, None)
     again, gone = sequence([3, 4, 0], name="again"), sequence([1, 2, 0], name="gone")
-    assert blocks.admit(again, None).num_cached_tokens == 2
+    assert present(blocks.admit(again, None)).num_cached_tokens == 2
     blocks.free(again)
-    assert blocks.admit(gone, None).num_cached_tokens == 0
+    assert present(blocks.admit(gone, None)).num_cached_tokens == 0
 
 
 def test_prefix_caching_can_be_off() -> None:
     blocks = BlockManager(10, 4, enable_prefix_caching=False)
     for _ in range(2):
         seq = sequence([1, 2, 3, 4, 5])
-        assert blocks.admit(seq, None).num_cached_tokens == 0
+        assert present(blocks.admit(seq, None)).num_cached_tokens == 0
         compute(blocks, seq)
         blocks.free(seq)
     assert blocks.num_cached == 0
@@ -95,7 +98,7 @@ def test_soft_prompt_is_one_run_for_all() -> None:
     assert blocks.acquire_run(soft_prompt) is run
     first, second = sequence([1, 2], soft_prompt, name="a"), sequence([3, 4], soft_prompt, name="b")
     for seq in (first, second):
-        assert blocks.admit(seq, run).copy is None  # the block size divides it: nothing to copy
+        assert present(blocks.admit(seq, run)).copy is None  # the block size divides it: nothing to copy
         assert seq.block_table[:2] == run.blocks
         assert seq.num_computed == 8
     blocks.check_integrity([(first, run), (second, run)])
@@ -108,7 +111,7 @@ def test_partial_last_block_is_copied_for_each_sequence() -> None:
     run = filled_run(blocks, soft_prompt)
     blocks.acquire_run(soft_prompt)
     first, second = sequence([1], soft_prompt, name="a"), sequence([2], soft_prompt, name="b")
-    copies = [blocks.admit(seq, run).copy for seq in (first, second)]
+    copies = [present(present(blocks.admit(seq, run)).copy) for seq in (first, second)]
     assert [copy[0] for copy in copies] == [run.blocks[1]] * 2
     assert [copy[1] for copy in copies] == [first.block_table[1], second.block_table[1]]
     assert len({run.blocks[1], first.block_table[1], second.block_table[1]}) == 3
@@ -123,7 +126,7 @@ def test_text_after_a_partial_block_is_shared_without_a_copy() -> None:
     first, second = sequence([1, 2, 3], soft_prompt, name="a"), sequence([1, 2, 4], soft_prompt, name="b")
     blocks.admit(first, run)
     compute(blocks, first)
-    admission = blocks.admit(second, run)
+    admission = present(blocks.admit(second, run))
     assert admission.copy is None
     assert admission.num_cached_tokens == 2  # positions 4 to 7: two virtual tokens and two of the text
     assert second.block_table[1] == first.block_table[1]
@@ -139,13 +142,13 @@ def test_text_after_a_partial_block_is_shared_without_a_copy() -> None:
     ],
     ids=["tenant", "tenant behind a soft prompt", "soft prompt", "bare"],
 )
-def test_no_text_is_shared_across_tenants_or_soft_prompts(first: tuple, second: tuple) -> None:
+def test_no_text_is_shared_across_tenants_or_soft_prompts(first: Shared, second: Shared) -> None:
     blocks = BlockManager(40, 4)
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     for (soft_prompt, salt), name in ((first, "a"), (second, "b")):
         run = filled_run(blocks, soft_prompt) if soft_prompt else None
         seq = sequence(text, soft_prompt, salt, name)
-        assert blocks.admit(seq, run).num_cached_tokens == 0
+        assert present(blocks.admit(seq, run)).num_cached_tokens == 0
         compute(blocks, seq)
 
 
@@ -156,7 +159,7 @@ def test_tenants_share_a_soft_prompt_and_no_text_after_it() -> None:
     assert blocks.acquire_run(soft_prompt) is run
     first, second = sequence([1, 2, 3], soft_prompt, "a", "a"), sequence([1, 2, 3], soft_prompt, "b", "b")
     for seq in (first, second):
-        admission = blocks.admit(seq, run)
+        admission = present(blocks.admit(seq, run))
         assert (admission.num_cached_tokens, admission.copy) == (0, (run.blocks[1], seq.block_table[1]))
         compute(blocks, seq)
     assert first.block_table[0] == second.block_table[0] == run.blocks[0]
@@ -185,7 +188,7 @@ def test_used_run_is_never_evicted() -> None:
 
 def test_unfilled_run_is_dropped_with_its_last_reference() -> None:
     blocks = BlockManager(4, 4)
-    run = blocks.acquire_run(source(10))
+    run = present(blocks.acquire_run(source(10)))
     blocks.release_run(run)
     assert blocks.runs == {}
     assert blocks.num_available == 4
@@ -234,7 +237,7 @@ def test_tasks_of_one_soft_prompt_share_no_blocks() -> None:
     assert users[3] is runs[2]
     found = []
     for seq, run in zip(sequences, users, strict=True):
-        found.append(blocks.admit(seq, run).num_cached_tokens)
+        found.append(present(blocks.admit(seq, run)).num_cached_tokens)
         compute(blocks, seq)
     assert found == [0, 0, 0, 3]
     blocks.check_integrity(list(zip(sequences, users, strict=True)))
@@ -264,12 +267,12 @@ def test_blocks_that_were_not_written_are_unregistered_and_no_others() -> None:
     blocks.register(twin, 13)
     blocks.unregister(twin, 0)  # whose blocks were never the ones that are found
     blocks.unregister(first, 6)
-    assert blocks.admit(later, None).num_cached_tokens == 4
+    assert present(blocks.admit(later, None)).num_cached_tokens == 4
     assert later.block_table[0] == first.block_table[0]
     blocks.check_integrity([(first, None), (twin, None), (later, None)])
     blocks.register(first, 13)  # computed after all
     again = sequence(text, name="again")
-    assert blocks.admit(again, None).num_cached_tokens == 12
+    assert present(blocks.admit(again, None)).num_cached_tokens == 12
     for seq in (first, twin, later, again):
         blocks.free(seq)
     blocks.check_integrity([])

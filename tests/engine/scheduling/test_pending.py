@@ -31,8 +31,8 @@ def test_a_sequence_goes_on_when_the_last_of_its_things_has_come() -> None:
 
 
 def test_deadlines() -> None:
+    assert PendingSequences().next_deadline is None
     pending = PendingSequences()
-    assert pending.next_deadline is None
     late, later, patient = make_seq("late", 1.0), make_seq("later", 2.0), make_seq("patient")
     for seq in (patient, later, late):
         pending.add(seq, ["file"])

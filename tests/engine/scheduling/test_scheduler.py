@@ -10,6 +10,7 @@ from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import ErrorCode, FinishReason, SamplingParams, SoftPromptSource
 from tests.support.engine.sequences import make_sequence
+from tests.support.presence import present
 
 
 def make(num_blocks: int = 64, block_size: int = 4, seqs: int = 8, budget: int = 16, length: int = 128) -> Scheduler:
@@ -48,7 +49,7 @@ def test_decodes_come_first_and_prefill_is_cut_into_chunks() -> None:
     plans = []
     for _ in range(3):
         plan = scheduler.schedule(0.0)
-        plans.append([(chunk.seq.request_id, chunk.start, chunk.num_tokens) for chunk in plan.chunks])
+        plans.append([(present(chunk.seq).request_id, chunk.start, chunk.num_tokens) for chunk in plan.chunks])
         finish_step(scheduler, plan)
     assert plans == [
         [("short", 3, 1), ("long", 0, 9)],
@@ -64,7 +65,7 @@ def test_key_values_are_copied_in_the_step_that_uses_them() -> None:
     scheduler.add(seq("b", 2, soft_prompt=soft_prompt))
     plan = scheduler.schedule(0.0)
     assert [run.key for run in plan.key_value_fills] == ["kv"]
-    assert [(chunk.seq.request_id, chunk.start, chunk.num_tokens) for chunk in plan.chunks] == [
+    assert [(present(chunk.seq).request_id, chunk.start, chunk.num_tokens) for chunk in plan.chunks] == [
         ("a", 6, 3),
         ("b", 6, 2),
     ]
@@ -82,7 +83,7 @@ def test_embeddings_are_computed_once_and_followed_a_step_later() -> None:
     assert [(chunk.run is not None, chunk.num_tokens) for chunk in first.chunks] == [(True, 6), (False, 3)]
     finish_step(scheduler, first)
     second = scheduler.schedule(0.0)
-    assert [chunk.seq.request_id for chunk in second.chunks] == ["bare", "a", "b"]
+    assert [present(chunk.seq).request_id for chunk in second.chunks] == ["bare", "a", "b"]
     assert scheduler.block_manager.stats.run_loads == 1
 
 
@@ -153,8 +154,8 @@ def test_abort_gives_everything_back() -> None:
     scheduler.add(seq("waits", 3, soft_prompt=soft_prompt))
     scheduler.add(seq("runs", 20))
     scheduler.schedule(0.0)
-    assert scheduler.abort("waits").end_reason is FinishReason.ABORT
-    assert scheduler.abort("runs").end_reason is FinishReason.ABORT
+    assert present(scheduler.abort("waits")).end_reason is FinishReason.ABORT
+    assert present(scheduler.abort("runs")).end_reason is FinishReason.ABORT
     assert scheduler.abort("runs") is None
     scheduler.check_integrity()
     assert scheduler.block_manager.num_available == 64
@@ -219,10 +220,10 @@ def test_urgent_passes_the_waiting_and_order_of_arrival_decides_within_a_soft_pr
     scheduler = make(seqs=1)
     for name, priority in (("a", 0), ("b", 0), ("later", 7), ("urgent", -3)):
         scheduler.add(make_sequence(name, [1], SamplingParams(max_tokens=1), priority=priority))
-    order = []
+    order: list[str] = []
     while scheduler.has_work:
         plan = scheduler.schedule(0.0)
-        order += [chunk.seq.request_id for chunk in plan.chunks]
+        order += [present(chunk.seq).request_id for chunk in plan.chunks]
         finish_step(scheduler, plan)
     assert order == ["urgent", "a", "b", "later"]
 
@@ -236,7 +237,7 @@ def test_a_hot_soft_prompt_and_a_hot_tenant_starve_nobody() -> None:
         )
     for index in range(3):
         scheduler.add(make_sequence(f"calm{index}", [1] * 4, SamplingParams(max_tokens=4), hot[0], salt="calm"))
-    order = []
+    order: list[str] = []
     while scheduler.has_work:
         before = set(scheduler._seqs)
         finish_step(scheduler, scheduler.schedule(0.0))
@@ -289,10 +290,10 @@ def test_what_is_undone_is_computed_again_from_the_start() -> None:
     assert [chunk.start for chunk in plan.chunks] == [0, 8]
     scheduler.undo(plan)
     for chunk in plan.chunks:
-        scheduler.preempt(chunk.seq)
+        scheduler.preempt(present(chunk.seq))
     scheduler.check_integrity()
     plan = scheduler.schedule(0.0)
-    assert [(chunk.seq.request_id, chunk.start) for chunk in plan.chunks] == [("writer", 0), ("reader", 8)]
+    assert [(present(chunk.seq).request_id, chunk.start) for chunk in plan.chunks] == [("writer", 0), ("reader", 8)]
     finish_step(scheduler, plan)
 
 
@@ -313,4 +314,4 @@ def test_a_soft_prompt_that_was_not_filled_is_given_up_with_all_that_hold_it(is_
     assert scheduler.block_manager.runs == {}
     scheduler.preempt(scheduler.running[0])
     scheduler.check_integrity()
-    assert [chunk.seq.request_id for chunk in scheduler.schedule(0.0).chunks] == ["bare"]
+    assert [present(chunk.seq).request_id for chunk in scheduler.schedule(0.0).chunks] == ["bare"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,8 @@ from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import Pin
 from server.engine.scheduling.block_manager import BlockManager
-from server.engine.scheduling.scheduler import Chunk, Scheduler, StepPlan
+from server.engine.scheduling.plan import Chunk, StepPlan
+from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import (
     ErrorCode,
@@ -195,11 +197,11 @@ def serve(
     sizes: Limits,
     arriving: dict[str, Request],
     sources: list[SoftPromptSource | None],
-    **bad: object,
+    **bad: Any,
 ) -> tuple[dict[str, list[TokenEvent]], NotingRunner]:
     """All outputs of each request, with the books checked after every step."""
     runner = NotingRunner(sizes.block_size, **bad)
-    engine.runner.run = runner.run  # type: ignore[method-assign]
+    engine.runner.run = runner.run  # type: ignore[method-assign,assignment]
     engine.scheduler = Scheduler(
         BlockManager(sizes.num_blocks, sizes.block_size),
         max_num_seqs=sizes.max_num_seqs,

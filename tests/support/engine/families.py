@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import (
     Cohere2Config,
@@ -34,10 +35,13 @@ from transformers import (
 
 from tests.support.engine.harness import CONTEXT, SHAPE, VOCABULARY
 
-UNTIED = {**SHAPE, "tie_word_embeddings": False}  # a random tied model repeats its last token
-MIXED = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-OPT = {
+UNTIED: dict[str, Any] = {**SHAPE, "tie_word_embeddings": False}  # a random tied model repeats its last token
+MIXED: dict[str, Any] = {
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+OPT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "ffn_dim": 80,
@@ -79,7 +83,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi": lambda: PhiConfig(**UNTIED, qk_layernorm=True),
     "phi3": lambda: Phi3Config(**UNTIED, sliding_window=11),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **UNTIED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
+        **{**UNTIED, "head_dim": 16}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
     ),
     "smollm3": lambda: SmolLM3Config(**UNTIED, no_rope_layers=[1, 0, 1]),
     "stablelm": lambda: StableLmConfig(
@@ -94,15 +98,18 @@ LESS_COMMON: dict[str, Callable[[], PreTrainedConfig]] = {
     "ernie4_5": lambda: Ernie4_5Config(**UNTIED),
     "exaone4": lambda: Exaone4Config(**UNTIED, **MIXED),
     "gemma4": lambda: Gemma4TextConfig(
-        **{**UNTIED, **MIXED, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
-        head_dim=16,
-        global_head_dim=16,
+        **{
+            **UNTIED,
+            **MIXED,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "head_dim": 16,
+            "global_head_dim": 16,
+        },
         hidden_size_per_layer_input=0,
     ),
     "glm4": lambda: Glm4Config(**UNTIED, head_dim=16),
     "glm4_moe": lambda: Glm4MoeConfig(
-        **UNTIED,
-        head_dim=16,
+        **{**UNTIED, "head_dim": 16},
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=40,

@@ -41,13 +41,22 @@ def constraint(kind: str, text: str = "", **more: bool) -> Constraint:
     return Constraint(kind=ConstraintKind(kind), text=text, **more)
 
 
-def make_compiler(path: Path, *, eos_token_ids: tuple[int, ...] = (END_ID,), vocab_size: int = VOCABULARY):
+def make_compiler(
+    path: Path, *, eos_token_ids: tuple[int, ...] = (END_ID,), vocab_size: int = VOCABULARY
+) -> GrammarCompiler:
     return GrammarCompiler(
         lambda: load_tokenizer(str(path), None), vocab_size=vocab_size, eos_token_ids=eos_token_ids
     )
 
 
-def compiled(compiler: GrammarCompiler, wanted: Constraint) -> Matcher | str:
+def compiled(compiler: GrammarCompiler, wanted: Constraint) -> Matcher:
+    """A matcher of a constraint that can be compiled."""
+    matcher = compiled_or_error(compiler, wanted)
+    assert isinstance(matcher, Matcher), matcher
+    return matcher
+
+
+def compiled_or_error(compiler: GrammarCompiler, wanted: Constraint) -> Matcher | str:
     """A matcher, or what is wrong with the constraint."""
     matcher = compiler.matcher(wanted)
     deadline = time.monotonic() + 60

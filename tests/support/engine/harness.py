@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,6 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
@@ -50,7 +50,7 @@ from server.engine.types import (
 
 VOCABULARY = 197
 CONTEXT = 256
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -63,19 +63,19 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-MIXED_WINDOWS = {
+MIXED_WINDOWS: dict[str, Any] = {
     "head_dim": 16,  # not hidden_size / num_attention_heads
     "query_pre_attn_scalar": 20,
     "tie_word_embeddings": False,  # a random tied model repeats its last token
     "sliding_window": 11,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
-CONFIGS = {
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=11),  # shorter than every longer text of the tests
 }
-MORE_CONFIGS = {
+MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
     "gemma2": lambda: Gemma2Config(**SHAPE, **MIXED_WINDOWS, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, **MIXED_WINDOWS),
@@ -91,7 +91,7 @@ MORE_CONFIGS = {
         eos_token_id=None,
     ),
 }
-PEFT_CONFIGS = {
+PEFT_CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "prompt_tuning_20": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=20),
     "prompt_tuning_8": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=8),
     "p_tuning_7": lambda: PromptEncoderConfig(
@@ -102,7 +102,7 @@ PEFT_CONFIGS = {
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=16, prefix_projection=True, encoder_hidden_size=32
     ),
 }
-MORE_PEFT_CONFIGS = {
+MORE_PEFT_CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "p_tuning_lstm_5": lambda: PromptEncoderConfig(
         task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=5,
@@ -124,6 +124,8 @@ MORE_PEFT_CONFIGS = {
 ALL_PEFT_CONFIGS = PEFT_CONFIGS | MORE_PEFT_CONFIGS
 MULTITASK_IDS = (0, 2)
 """The tasks of each multitask prompt that a family has soft prompts for, named ``KEY/TASK``."""
+Answered = dict[str, tuple[str | None, list[int], list[int]]]
+"""Requests with PEFT's answers: id -> (soft prompt, text, tokens)."""
 
 
 @dataclass
@@ -132,19 +134,22 @@ class Family:
 
     name: str
     path: Path
-    model: PreTrainedModel
+    model: Any
     soft_prompts: dict[str, SoftPromptSource] = field(default_factory=dict)
     peft_folders: dict[str, Path] = field(default_factory=dict)
-    peft_models: dict[str, PeftModel] = field(default_factory=dict)
+    peft_models: dict[str, Any] = field(default_factory=dict)
 
-    def _peft_model(self, soft_prompt: str) -> PeftModel:
+    def source(self, soft_prompt: str | None) -> SoftPromptSource | None:
+        return None if soft_prompt is None else self.soft_prompts[soft_prompt]
+
+    def _peft_model(self, soft_prompt: str) -> Any:
         if soft_prompt not in self.peft_models:
             base = copy.deepcopy(self.model)
             folder = self.peft_folders[soft_prompt]
-            config = PeftConfig.from_pretrained(folder)
+            config = PeftConfig.from_pretrained(str(folder))
             # PEFT saves it and, for CPT, forgets it when it loads.
             config.token_dim = json.loads((folder / "adapter_config.json").read_text())["token_dim"]
-            self.peft_models[soft_prompt] = PeftModel.from_pretrained(base, folder, config=config)
+            self.peft_models[soft_prompt] = PeftModel.from_pretrained(base, str(folder), config=config)
         return self.peft_models[soft_prompt]
 
     def expected(self, soft_prompt: str | None, token_ids: list[int], max_tokens: int) -> list[int]:
@@ -157,7 +162,8 @@ class Family:
             output = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, **task
             )
-        return output[0, len(token_ids) :].tolist()
+        greedy_ids: list[int] = output[0, len(token_ids) :].tolist()
+        return greedy_ids
 
     def expected_logprobs(self, soft_prompt: str | None, token_ids: list[int]) -> torch.Tensor:
         """Log-softmax [text tokens, vocabulary] of PEFT: row i tells of text token i; NaN where nothing does."""
@@ -191,7 +197,7 @@ def make_family(
         peft_model = get_peft_model(base, make_config())
         _train(peft_model, key)
         peft_folder = folder / key
-        peft_model.save_pretrained(peft_folder)
+        peft_model.save_pretrained(str(peft_folder))
         family.peft_folders[key] = peft_folder
         for task_id in MULTITASK_IDS if key.startswith("multitask") else (None,):
             family.soft_prompts[key if task_id is None else f"{key}/{task_id}"] = SoftPromptSource(
@@ -204,7 +210,7 @@ def make_family(
     return family
 
 
-def _train(peft_model: PeftModel, key: str) -> None:
+def _train(peft_model: Any, key: str) -> None:
     """Move what PEFT starts at nothing to where it would be after training, so that mistakes show."""
     encoder = peft_model.prompt_encoder["default"]
     with torch.no_grad():
@@ -239,17 +245,21 @@ def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
         assert all((source.task_id is None) == (prompt.num_tasks is None) for source in sources)
 
 
-def greedy(max_tokens: int, **params: object) -> SamplingParams:
+def greedy(max_tokens: int, **params: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, **params)
 
 
-def check_logprobs(entries: list[Logprobs | None], token_ids: list[int], want: torch.Tensor, *, num_top: int) -> None:
+def check_logprobs(
+    entries: Sequence[Logprobs | None] | None, token_ids: list[int], want: torch.Tensor, *, num_top: int
+) -> None:
     """Hold logprobs against ``Family.expected_logprobs``."""
+    assert entries is not None
     assert len(entries) == len(token_ids) == len(want)
     for entry, token, row in zip(entries, token_ids, want, strict=True):
         if row.isnan().any():
             assert entry is None
             continue
+        assert entry is not None
         assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
         values, ids = row.topk(num_top)
         assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
@@ -261,7 +271,7 @@ def random_text(rng: random.Random, shortest: int, longest: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(rng.randint(shortest, longest))]
 
 
-def add(engine: LLMEngine, request_id: str, token_ids: list[int], params: SamplingParams, **more: object) -> None:
+def add(engine: LLMEngine, request_id: str, token_ids: list[int], params: SamplingParams, **more: Any) -> None:
     refused = engine.add(GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, params=params, **more))
     assert refused == []
 

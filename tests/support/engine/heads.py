@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
     MultitaskPromptTuningConfig,
     PeftConfig,
-    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -41,21 +41,22 @@ class Classifier:
 
     source: SoftPromptSource
     folder: Path
-    peft_model: PeftModel
+    peft_model: Any
 
     def expected(self, token_ids: list[int]) -> list[float]:
         """PEFT's logits."""
         task = {} if self.source.task_id is None else {"task_ids": torch.tensor([self.source.task_id])}
         with torch.no_grad():
             logits = self.peft_model(input_ids=torch.tensor([token_ids]), **task).logits
-        return logits[0].tolist()
+        expected: list[float] = logits[0].tolist()
+        return expected
 
 
 def make_classifier(family: Family, key: str, folder: Path) -> Classifier:
     torch.manual_seed(sum(map(ord, family.name + key)))
     # Without a padding token the last token is the one that is pooled, which is what a text alone has.
     base = AutoModelForSequenceClassification.from_pretrained(family.path, num_labels=NUM_LABELS).eval()
-    peft_model = get_peft_model(base, CLASSIFIERS[key]()).eval()
+    peft_model: Any = get_peft_model(base, CLASSIFIERS[key]()).eval()
     with torch.no_grad():
         for parameter in base.score.parameters():
             parameter.normal_()
@@ -63,7 +64,7 @@ def make_classifier(family: Family, key: str, folder: Path) -> Classifier:
             encoder = peft_model.prompt_encoder["default"]
             encoder.prefix_task_cols.normal_()
             encoder.prefix_task_rows.normal_()
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(str(folder))
     source = SoftPromptSource(
         digest=f"{family.name}-classifier-{key}",
         num_virtual_tokens=peft_model.active_peft_config.num_virtual_tokens,
