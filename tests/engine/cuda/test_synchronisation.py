@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from server.engine.attention.backend import ATTENTION, set_attention
 from server.engine.generation_defaults import TokenRules
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.sequence import Sequence
@@ -38,17 +39,17 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def attention() -> Iterator[str]:
-    """Attention that does nothing, under a name without masks, as backends have."""
+    """``ATTENTION`` that returns its queries, and checks that transformers makes no mask for it."""
 
     def attend(
         _module: object, query: torch.Tensor, _key: object, _value: object, mask: object, **_: object
-    ) -> tuple:
+    ) -> tuple[torch.Tensor, None]:
         assert mask is None
         return query.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("nothing", attend)
-    yield "nothing"
-    del AttentionInterface._global_mapping["nothing"]
+    set_attention(attend)
+    yield ATTENTION
+    set_attention(None)
 
 
 @pytest.mark.parametrize("name", EVERY)
