@@ -50,7 +50,8 @@ class RuleMasks:
     def forbid(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """Exclude forbidden tokens from scores [rows, vocabulary].
 
-        A row that would have no token left is not changed. The request's own constraints are in the scores already, and take precedence over the checkpoint's rules.
+        A row that would have no token left is not changed. The request's own constraints are in the scores already,
+        and take precedence over the checkpoint's rules.
         """
         if self._static is None or self._static.device != scores.device:
             static = torch.zeros(scores.shape[-1], dtype=torch.bool)
