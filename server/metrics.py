@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from math import inf
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from prompt_store.blobs.blobs import TierStats
+from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from prompt_store.types import StoreTotals
 from server.engine.stats import (
     BATCH_SIZE_BOUNDS,
     BATCH_TOKENS_BOUNDS,
     DISTINCT_PROMPTS_BOUNDS,
     STEP_SECONDS_BOUNDS,
-    Distribution,
 )
 from server.engine.types import EngineStats
 from server.top_names import TopNames
@@ -91,19 +90,19 @@ class Metrics:
         )
         for outcome in ("success", "failure"):
             self._key_reloads.labels(outcome)
-        self._first_token = Histogram(
+        self._first_token = PrometheusHistogram(
             f"{PREFIX}time_to_first_token_seconds",
             "Time from a request's arrival to its first new token.",
             registry=self._registry,
             buckets=_FIRST_TOKEN_BUCKETS,
         )
-        self._inter_token = Histogram(
+        self._inter_token = PrometheusHistogram(
             f"{PREFIX}inter_token_latency_seconds",
             "Time between consecutive new tokens of a sequence.",
             registry=self._registry,
             buckets=_INTER_TOKEN_BUCKETS,
         )
-        self._request = Histogram(
+        self._request = PrometheusHistogram(
             f"{PREFIX}e2e_request_latency_seconds",
             "Time from a request's arrival to its last new token, for completed requests.",
             registry=self._registry,
@@ -154,9 +153,9 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
-    def _request_time(self, phase: str, text: str) -> Histogram:
+    def _request_time(self, phase: str, text: str) -> PrometheusHistogram:
         name = f"{PREFIX}request_{phase}_time_seconds"
-        return Histogram(name, text, registry=self._registry, buckets=_PHASE_BUCKETS)
+        return PrometheusHistogram(name, text, registry=self._registry, buckets=_PHASE_BUCKETS)
 
     def _prompt_label(self, name: str | None) -> str:
         if name is None:
@@ -252,9 +251,18 @@ def _counter(name: str, text: str, value: float, labels: dict[str, str] | None =
     return family
 
 
-def _histogram(name: str, text: str, bounds: Iterable[float], distribution: Distribution) -> Metric:
-    cumulative = zip((*bounds, inf), accumulate(distribution.counts), strict=True)
-    return HistogramMetricFamily(PREFIX + name, text, buckets=_buckets(cumulative), sum_value=distribution.sum)
+def _histogram(
+    name: str, text: str, bounds: Sequence[float], *histograms: Histogram, tiers: Sequence[str] = ()
+) -> Metric:
+    """One histogram, or one for each tier."""
+    family = HistogramMetricFamily(PREFIX + name, text, labels=["tier"] if tiers else [])
+    for labels, histogram in zip([[tier] for tier in tiers] or [[]], histograms, strict=True):
+        buckets = [
+            (floatToGoString(bound), float(count))  # type: ignore[no-untyped-call]
+            for bound, count in histogram.cumulative(bounds)
+        ]
+        family.add_metric(labels, buckets, histogram.sum)
+    return family
 
 
 def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
@@ -295,21 +303,11 @@ def _tiers(stats: EngineStats, store: StoreState) -> Iterator[Metric]:
         for tier in store.tiers:
             counter.add_metric([tier.tier], getattr(tier, name))
         yield counter
-    seconds = HistogramMetricFamily(
-        f"{PREFIX}soft_prompt_load_seconds",
+    yield _histogram(
+        "soft_prompt_load_seconds",
         "Duration of one load into host memory, or from another tier.",
-        labels=["tier"],
+        LOAD_SECONDS_BOUNDS,
+        host.load_seconds,
+        *(tier.load_seconds for tier in store.tiers),
+        tiers=["host", *(tier.tier for tier in store.tiers)],
     )
-    if host.load_seconds_buckets:  # else the engine has not begun
-        seconds.add_metric(["host"], _buckets(host.load_seconds_buckets), host.load_seconds_sum)
-    for tier in store.tiers:
-        seconds.add_metric([tier.tier], _buckets(tier.load_seconds_buckets), tier.load_seconds_sum)
-    yield seconds
-
-
-def _buckets(counts: Iterable[tuple[float, int]]) -> list[tuple[str, float]]:
-    """Cumulative counts as Prometheus writes them."""
-    return [
-        (floatToGoString(bound), float(count))  # type: ignore[no-untyped-call]
-        for bound, count in counts
-    ]

@@ -8,13 +8,23 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from prompt_store.blobs.blobs import TierStats
+from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from prompt_store.types import StoreTotals
 from server.engine.stats import BATCH_SIZE_BOUNDS
 from server.engine.types import EngineStats, HostTierStats
 from server.metrics import BASE_LABEL, OTHER_LABEL, PREFIX, Metrics, StoreState
 from tests.docker.tools import run
 
-TIERS = [TierStats(tier, 1, 2, 3, 4, 5, 6, 7, 8, 0.5, ((0.1, 1), (math.inf, 3))) for tier in ("disk", "object_store")]
+
+def load_seconds() -> Histogram:
+    """Five loads, two of them within a tenth of a second."""
+    histogram = Histogram.empty(LOAD_SECONDS_BOUNDS)
+    for seconds in (0.05, 0.1, 0.2, 0.2, 40.0):
+        histogram.observe(LOAD_SECONDS_BOUNDS, seconds)
+    return histogram
+
+
+TIERS = [TierStats(tier, 1, 2, 4, 5, 6, 7, 8, load_seconds()) for tier in ("disk", "object_store")]
 STORE = StoreState(StoreTotals(3, 5), TIERS, False)
 
 
@@ -24,7 +34,7 @@ def make(stats: EngineStats | None = None, top_prompts: int = 2) -> Metrics:
 
 def make_used() -> Metrics:
     """With at least one sample of every metric."""
-    metrics = make(EngineStats(num_blocks=8, host=HostTierStats(load_seconds_buckets=((0.1, 2), (math.inf, 5)))))
+    metrics = make(EngineStats(num_blocks=8, host=HostTierStats(load_seconds=load_seconds())))
     metrics.count_request(None, "stop")
     metrics.count_request("sentiment", "error")
     metrics.count_error("model_not_found")
@@ -146,10 +156,8 @@ def test_tiers_of_the_engine():
         resident_bytes=2,
         hits=3,
         misses=4,
-        loads=5,
         evictions=6,
-        load_seconds_sum=0.5,
-        load_seconds_buckets=((0.1, 2), (math.inf, 5)),
+        load_seconds=load_seconds(),
     )
     found = families(make(EngineStats(host=host, soft_prompt_hits=7, soft_prompt_misses=8)))
 
@@ -165,7 +173,7 @@ def test_tiers_of_the_engine():
     names = ("resident", "resident_bytes", "hits_total", "misses_total", "loads_total", "evictions_total")
     assert [value(name, "host") for name in names] == [1, 2, 3, 4, 5, 6]
     assert [value(name, "device") for name in names[2:4]] == [7, 8]
-    assert value("load_seconds_sum", "host") == 0.5
+    assert value("load_seconds_sum", "host") == pytest.approx(40.55)
     assert value("load_seconds_bucket", "host", le="0.1") == 2
     assert value("load_seconds_count", "host") == 5
 

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
-import math
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 from prompt_store.blobs.single_flight import SingleFlight
 from prompt_store.errors import BlobNotFoundError, CorruptBlobError, StoreUnavailableError
+from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 
 logger = logging.getLogger(__name__)
-
-LOAD_SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, math.inf)
-"""Upper bounds of the buckets of load times, in seconds; the last takes everything."""
 
 CHUNK_BYTES = 1024 * 1024
 """How much of a file is read at once."""
@@ -37,28 +33,28 @@ class TierStats:
         tier: Where the bytes are.
         hits: Fetches that this tier answered.
         misses: Fetches of blobs that it did not have.
-        loads: Times that the bytes of a blob were read from this tier and their digest computed.
         evictions: Blobs dropped to keep the budget.
         corrupt: Copies found that were not what their digest says.
         resident: Number of stored blobs; None if only the object store knows it.
         resident_bytes: Their size in bytes; None in the same case.
         budget_bytes: What they may take; None if that is not bounded.
-        load_seconds_sum: Seconds that all loads took.
-        load_seconds_buckets: (upper bound in seconds, loads that took at most that), the last bound being infinity:
-            what a Prometheus histogram is made of.
+        load_seconds: Durations of loads, over ``LOAD_SECONDS_BOUNDS``.
     """
 
     tier: Literal["disk", "object_store"]
     hits: int
     misses: int
-    loads: int
     evictions: int
     corrupt: int
     resident: int | None
     resident_bytes: int | None
     budget_bytes: int | None
-    load_seconds_sum: float
-    load_seconds_buckets: tuple[tuple[float, int], ...]
+    load_seconds: Histogram
+
+    @property
+    def loads(self) -> int:
+        """Times that the bytes of a blob were read from this tier and their digest computed."""
+        return self.load_seconds.count
 
 
 class TierCounters:
@@ -74,8 +70,7 @@ class TierCounters:
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._buckets = [0] * len(LOAD_SECONDS_BOUNDS)
-        self._load_seconds = 0.0
+        self._load_seconds = Histogram.empty(LOAD_SECONDS_BOUNDS)
 
     def count(self, what: Literal["hits", "misses", "evictions", "corrupt"]) -> None:
         """Count one more."""
@@ -85,8 +80,7 @@ class TierCounters:
     def count_load(self, seconds: float) -> None:
         """Count a load and its duration."""
         with self._lock:
-            self._buckets[bisect_left(LOAD_SECONDS_BOUNDS, seconds)] += 1
-            self._load_seconds += seconds
+            self._load_seconds.observe(LOAD_SECONDS_BOUNDS, seconds)
 
     def stats(self, resident: int | None = None, resident_bytes: int | None = None) -> TierStats:
         """The counts so far, with what is held now."""
@@ -95,14 +89,12 @@ class TierCounters:
                 tier=self._tier,
                 hits=self._counts["hits"],
                 misses=self._counts["misses"],
-                loads=sum(self._buckets),
                 evictions=self._counts["evictions"],
                 corrupt=self._counts["corrupt"],
                 resident=resident,
                 resident_bytes=resident_bytes,
                 budget_bytes=self._budget_bytes,
-                load_seconds_sum=self._load_seconds,
-                load_seconds_buckets=tuple(zip(LOAD_SECONDS_BOUNDS, accumulate(self._buckets), strict=True)),
+                load_seconds=copy.deepcopy(self._load_seconds),
             )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
+from uuid import uuid4
 
 from server.engine.types import (
+    MAX_PRIORITY,
     EngineStats,
     FinishReason,
     Inspection,
@@ -15,6 +17,10 @@ from server.engine.types import (
     SamplingParams,
     SoftPromptSource,
 )
+from server.errors import EngineNotReadyError
+
+PROBE_PREFIX = "probe-"
+"""How the request ids of probes begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,30 +135,6 @@ class Engine(Protocol):
         """
         ...
 
-    async def probe(
-        self,
-        soft_prompt: SoftPromptSource,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        salt: str = "",
-        max_wait: float | None = None,
-    ) -> None:
-        """See whether the model can compute with a soft prompt, by a short text after it, behind all other requests.
-
-        Args:
-            soft_prompt: What to try; its file has to stay until this returns.
-            token_ids: At least one text token.
-            max_tokens: New ones to compute.
-            salt: As in ``GenerateRequest``.
-            max_wait: Its ``timeout``.
-
-        Raises:
-            NotFiniteError: If it cannot: a hidden state, a key or value, or a logit is NaN or infinite.
-            EngineError: As ``generate`` does.
-        """
-        ...
-
     def pin(self, soft_prompt: SoftPromptSource) -> None:
         """Keep a soft prompt's rows in the engine's host memory; its file has to stay until ``unpin``.
 
@@ -194,3 +176,43 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """End the engine; requests still in flight fail with EngineDeadError."""
         ...
+
+
+async def probe_soft_prompt(
+    engine: Engine,
+    soft_prompt: SoftPromptSource,
+    token_ids: list[int],
+    *,
+    max_tokens: int,
+    salt: str = "",
+    max_wait: float | None = None,
+) -> None:
+    """Check that the model can compute with a soft prompt: continue a short text, behind all other requests.
+
+    Args:
+        engine: Where.
+        soft_prompt: The soft prompt; its file has to stay until this returns.
+        token_ids: At least one text token.
+        max_tokens: Maximum number of new tokens; none are computed if the soft prompt has a classification head.
+        salt: The tenant, as in ``GenerateRequest``.
+        max_wait: Seconds in which the request has to start; None is no limit.
+
+    Raises:
+        NotFiniteError: If a hidden state, a key or value, or a logit is NaN or infinite.
+        EngineError: As ``Engine.generate`` does; EngineNotReadyError also if the server shuts down meanwhile.
+    """
+    has_head = soft_prompt.num_labels is not None
+    request = GenerateRequest(
+        request_id=f"{PROBE_PREFIX}{uuid4().hex}",
+        prompt_token_ids=token_ids,
+        params=SamplingParams(
+            max_tokens=0 if has_head else max_tokens, temperature=0.0, ignore_eos=True, classify=has_head
+        ),
+        soft_prompt=soft_prompt,
+        salt=salt,
+        priority=MAX_PRIORITY,
+        timeout=max_wait,
+    )
+    async for event in engine.generate(request):
+        if event.finish_reason is FinishReason.ABORT:
+            raise EngineNotReadyError("the server is shutting down")

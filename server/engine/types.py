@@ -7,6 +7,7 @@ from functools import partial
 
 import msgspec
 
+from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from server.engine.constraints import Constraint
 from server.engine.generation_defaults import GenerationDefaults
 from server.engine.stats import (
@@ -14,7 +15,6 @@ from server.engine.stats import (
     BATCH_TOKENS_BOUNDS,
     DISTINCT_PROMPTS_BOUNDS,
     STEP_SECONDS_BOUNDS,
-    Distribution,
 )
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
@@ -195,6 +195,11 @@ class StepOutput(msgspec.Struct, frozen=True):
     spoiled: dict[int, int] = {}
 
 
+def _empty(bounds: tuple[float, ...]) -> Histogram:
+    histogram: Histogram = msgspec.field(default_factory=partial(Histogram.empty, bounds))
+    return histogram
+
+
 class HostTierStats(msgspec.Struct, kw_only=True):
     """Soft prompts in host memory; counters count from the engine's start.
 
@@ -203,25 +208,21 @@ class HostTierStats(msgspec.Struct, kw_only=True):
         resident_bytes: Bytes of their rows.
         hits: Uses that found the rows here, or being read already.
         misses: Uses that had to have them read.
-        loads: Soft prompts read from their files.
         evictions: Soft prompts dropped to keep the budget.
-        load_seconds_sum: Seconds that all loads took.
-        load_seconds_buckets: (upper bound in seconds, loads that took at most that), the last bound being infinity.
+        load_seconds: Durations of reading a soft prompt's file, over ``LOAD_SECONDS_BOUNDS``.
     """
 
     resident: int = 0
     resident_bytes: int = 0
     hits: int = 0
     misses: int = 0
-    loads: int = 0
     evictions: int = 0
-    load_seconds_sum: float = 0.0
-    load_seconds_buckets: tuple[tuple[float, int], ...] = ()
+    load_seconds: Histogram = _empty(LOAD_SECONDS_BOUNDS)
 
-
-def _empty(bounds: tuple[float, ...]) -> Distribution:
-    distribution: Distribution = msgspec.field(default_factory=partial(Distribution.within, bounds))
-    return distribution
+    @property
+    def loads(self) -> int:
+        """Soft prompts read from their files."""
+        return self.load_seconds.count
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
@@ -279,10 +280,10 @@ class EngineStats(msgspec.Struct, kw_only=True):
     soft_prompt_misses: int = 0
     host: HostTierStats = msgspec.field(default_factory=HostTierStats)
     steps: int = 0
-    step_seconds: Distribution = _empty(STEP_SECONDS_BOUNDS)
-    batch_size: Distribution = _empty(BATCH_SIZE_BOUNDS)
-    batch_tokens: Distribution = _empty(BATCH_TOKENS_BOUNDS)
-    batch_distinct_prompts: Distribution = _empty(DISTINCT_PROMPTS_BOUNDS)
+    step_seconds: Histogram = _empty(STEP_SECONDS_BOUNDS)
+    batch_size: Histogram = _empty(BATCH_SIZE_BOUNDS)
+    batch_tokens: Histogram = _empty(BATCH_TOKENS_BOUNDS)
+    batch_distinct_prompts: Histogram = _empty(DISTINCT_PROMPTS_BOUNDS)
     max_batch_distinct_prompts: int = 0
     restarts: int = 0
     step_timeouts: int = 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from server.engine.interface import GenerateRequest, TokenEvent
+from server.engine.interface import PROBE_PREFIX, GenerateRequest, TokenEvent
 from server.engine.types import (
     EngineStats,
     FinishReason,
@@ -122,6 +122,10 @@ class FakeEngine(FakeProbes):
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if not self.is_ready:
             raise EngineNotReadyError("the engine does not accept requests now")
+        if request.request_id.startswith(PROBE_PREFIX):
+            self.try_out(request)
+            yield TokenEvent([], FinishReason.LENGTH, None, 0)
+            return
         self.requests.append(request)
         ending = "abort"
         try:

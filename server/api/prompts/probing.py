@@ -14,6 +14,7 @@ from prompt_store.types import ROWS_TENSOR, WEIGHTS_FILE
 from server.api.generation.call import shorter
 from server.api.keys.callers import Caller
 from server.api.services import Services
+from server.engine.interface import probe_soft_prompt
 from server.engine.types import SoftPromptSource
 from server.errors import NotFiniteError
 
@@ -59,7 +60,8 @@ async def probe(services: Services, checked: CheckedUpload, weights: Path, calle
                 num_labels=soft_prompt.num_labels,
             )
             try:
-                await services.engine.probe(
+                await probe_soft_prompt(
+                    services.engine,
                     source,
                     text,
                     max_tokens=max(0, min(NEW_TOKENS, room - len(text))),

@@ -44,15 +44,6 @@ class PinBudget:
         self._used: Counter[str | None] = Counter()
         self._used_in_all = 0
 
-    @property
-    def used_bytes(self) -> int:
-        """What all pins take."""
-        return self._used_in_all
-
-    def used_by(self, tenant: str | None) -> int:
-        """What the pins of a tenant, or of the operator, take."""
-        return self._used[tenant]
-
     def check(
         self,
         tenant: str | None,

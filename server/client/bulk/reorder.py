@@ -21,11 +21,6 @@ class ReorderBuffer(Generic[T]):
     def __len__(self) -> int:
         return len(self._held)
 
-    @property
-    def next_index(self) -> int:
-        """The index that is waited for."""
-        return self._next
-
     def add(self, index: int, item: T) -> None:
         """Take a result in.
 

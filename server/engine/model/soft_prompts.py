@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
-from queue import Empty, SimpleQueue
 
 import torch
 from safetensors import safe_open
 
-from prompt_store.blobs.blobs import LOAD_SECONDS_BOUNDS
+from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
+from server.engine.background_jobs import BackgroundJobs
 from server.engine.model.classification_head import Head, read_head
 from server.engine.types import HostTierStats, SoftPromptSource
 
@@ -66,7 +63,6 @@ class SoftPromptLoader:
         self._head_width = head_width
         self._dtype = dtype
         self._budget = budget_bytes
-        self._on_loaded = on_loaded
         self._entries: dict[str, _Entry] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._idle_bytes = 0
@@ -76,10 +72,10 @@ class SoftPromptLoader:
         self._hits = 0
         self._misses = 0
         self._evictions = 0
-        self._load_seconds = 0.0
-        self._buckets = [0] * len(LOAD_SECONDS_BOUNDS)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-loader")
-        self._done: SimpleQueue[tuple[str, Future[tuple[torch.Tensor, Head | None, float]]]] = SimpleQueue()
+        self._load_seconds = Histogram.empty(LOAD_SECONDS_BOUNDS)
+        self._jobs = BackgroundJobs[str, tuple[torch.Tensor, Head | None, float]](
+            "soft-prompt-loader", on_ended=on_loaded
+        )
 
     @property
     def stats(self) -> HostTierStats:
@@ -89,10 +85,8 @@ class SoftPromptLoader:
             resident_bytes=self._resident_bytes,
             hits=self._hits,
             misses=self._misses,
-            loads=sum(self._buckets),
             evictions=self._evictions,
-            load_seconds_sum=self._load_seconds,
-            load_seconds_buckets=tuple(zip(LOAD_SECONDS_BOUNDS, accumulate(self._buckets), strict=True)),
+            load_seconds=self._load_seconds,
         )
 
     def acquire(self, source: SoftPromptSource) -> bool:
@@ -145,46 +139,36 @@ class SoftPromptLoader:
     def take_loaded(self) -> list[tuple[str, str | None]]:
         """Identities whose reading has ended since the last call, each with what went wrong or None."""
         ended: list[tuple[str, str | None]] = []
-        while True:
-            try:
-                identity, future = self._done.get_nowait()
-            except Empty:
-                return ended
-            error = future.exception()
-            if error is not None:
+        for identity, result in self._jobs.take_ended():
+            if isinstance(result, BaseException):
                 del self._entries[identity]
                 self._pinned.pop(identity, None)
-                ended.append((identity, str(error)))
+                ended.append((identity, str(result)))
                 continue
             entry = self._entries[identity]
-            entry.rows, entry.head, seconds = future.result()
+            entry.rows, entry.head, seconds = result
             self._num_resident += 1
             self._resident_bytes += entry.nbytes
-            self._load_seconds += seconds
-            self._buckets[bisect_left(LOAD_SECONDS_BOUNDS, seconds)] += 1
+            self._load_seconds.observe(LOAD_SECONDS_BOUNDS, seconds)
             if entry.ref_count == 0:  # everybody who wanted it has gone meanwhile
                 self._make_idle(identity, entry)
             ended.append((identity, None))
+        return ended
 
     def close(self) -> None:
         """End the reading thread."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._jobs.close()
 
     def _refer(self, source: SoftPromptSource) -> bool:
         entry = self._entries.get(source.identity)
         if entry is None:
             entry = self._entries[source.identity] = _Entry(source)
-            future = self._executor.submit(self._timed_read, source)
-            future.add_done_callback(lambda done: self._announce(source.identity, done))
+            self._jobs.submit(source.identity, lambda _: self._timed_read(source))
         elif entry.ref_count == 0 and entry.rows is not None:
             del self._idle[source.identity]
             self._idle_bytes -= entry.nbytes
         entry.ref_count += 1
         return entry.rows is not None
-
-    def _announce(self, identity: str, future: Future[tuple[torch.Tensor, Head | None, float]]) -> None:
-        self._done.put((identity, future))
-        self._on_loaded()
 
     def _make_idle(self, identity: str, entry: _Entry) -> None:
         self._idle[identity] = None

@@ -26,7 +26,6 @@ from server.engine.process.connection import STOP_SECONDS, EngineConnection, lau
 from server.engine.process.supervision import Backoff, StepWatch
 from server.engine.process.totals import totals_of, with_totals
 from server.engine.types import (
-    MAX_PRIORITY,
     EngineStats,
     FinishReason,
     Inspection,
@@ -92,7 +91,6 @@ class AsyncEngine:
         self._pinned: dict[str, SoftPromptSource] = {}
         self._num_inspections = 0
         self._prepared = 0
-        self._probed = 0
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -190,34 +188,6 @@ class AsyncEngine:
         )
         async for _ in self.generate(request):
             pass
-
-    async def probe(
-        self,
-        soft_prompt: SoftPromptSource,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        salt: str = "",
-        max_wait: float | None = None,
-    ) -> None:
-        """See whether the model can compute with a soft prompt; see ``Engine.probe``."""
-        self._probed += 1
-        has_head = soft_prompt.num_labels is not None
-        params = SamplingParams(
-            max_tokens=0 if has_head else max_tokens, temperature=0.0, ignore_eos=True, classify=has_head
-        )
-        request = GenerateRequest(
-            f"probe-{self._probed}",
-            token_ids,
-            params,
-            soft_prompt,
-            salt=salt,
-            priority=MAX_PRIORITY,
-            timeout=max_wait,
-        )
-        async for event in self.generate(request):
-            if event.finish_reason is FinishReason.ABORT:
-                raise EngineNotReadyError("the server is shutting down")
 
     def pin(self, soft_prompt: SoftPromptSource) -> None:
         """Keep a soft prompt's rows in the engine's host memory, also in that of a restarted one."""

@@ -21,32 +21,28 @@ COUNTERS = (
     "steps",
     "restarts",
     "step_timeouts",
+    "step_seconds",
+    "batch_size",
+    "batch_tokens",
+    "batch_distinct_prompts",
 )
-DISTRIBUTIONS = ("step_seconds", "batch_size", "batch_tokens", "batch_distinct_prompts")
-HOST_COUNTERS = ("hits", "misses", "loads", "evictions", "load_seconds_sum")
+HOST_COUNTERS = ("hits", "misses", "evictions", "load_seconds")
 
 
 def totals_of(stats: EngineStats) -> EngineStats:
     """What is left of an engine that has ended: its counters, and nothing that it held."""
-    host = HostTierStats(
-        load_seconds_buckets=stats.host.load_seconds_buckets,
-        **{name: getattr(stats.host, name) for name in HOST_COUNTERS},
-    )
+    host = HostTierStats(**{name: getattr(stats.host, name) for name in HOST_COUNTERS})
     return EngineStats(
         host=host,
         max_batch_distinct_prompts=stats.max_batch_distinct_prompts,
-        **{name: getattr(stats, name) for name in (*COUNTERS, *DISTRIBUTIONS)},
+        **{name: getattr(stats, name) for name in COUNTERS},
     )
 
 
 def with_totals(stats: EngineStats, ended: EngineStats) -> EngineStats:
     """The state of an engine, its counters raised by those of the engines that served before it."""
-    buckets, before = stats.host.load_seconds_buckets, ended.host.load_seconds_buckets
-    if buckets and before:
-        buckets = tuple((bound, count + old) for (bound, count), (_, old) in zip(buckets, before, strict=True))
     host = msgspec.structs.replace(
         stats.host,
-        load_seconds_buckets=buckets or before,
         **{name: getattr(stats.host, name) + getattr(ended.host, name) for name in HOST_COUNTERS},
     )
     return msgspec.structs.replace(
@@ -54,5 +50,4 @@ def with_totals(stats: EngineStats, ended: EngineStats) -> EngineStats:
         host=host,
         max_batch_distinct_prompts=max(stats.max_batch_distinct_prompts, ended.max_batch_distinct_prompts),
         **{name: getattr(stats, name) + getattr(ended, name) for name in COUNTERS},
-        **{name: getattr(stats, name).plus(getattr(ended, name)) for name in DISTRIBUTIONS},
     )

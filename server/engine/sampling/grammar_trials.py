@@ -26,7 +26,7 @@ class CancelledTrialError(Exception):
 class GrammarTrials:
     """A process that compiles grammars, one at a time; started with the first trial, and again if it has ended.
 
-    ``try_out`` is called from one thread, ``cancel`` and ``close`` from any.
+    ``try_out`` is called from one thread, ``interrupt`` and ``kill`` from any.
 
     Args:
         vocabulary: The data of the process's tokenizer.
@@ -39,17 +39,16 @@ class GrammarTrials:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
-        self._is_running = False
-        self._is_cancelled = False
-        self._is_closed = False
+        self._running: threading.Event | None = None
+        """The running trial, by the event that cancels it."""
 
-    def prepare(self) -> None:
-        """Reset the cancellation before ``try_out``: a later ``cancel`` is for the next grammar."""
-        with self._lock:
-            self._is_cancelled = False
+    def try_out(self, lark: str, cpu_seconds: float, cancelled: threading.Event) -> int:
+        """Compile a grammar in the process; returns its size in bytes, compiled.
 
-    def try_out(self, lark: str, cpu_seconds: float) -> int:
-        """Compile a grammar in the process; returns the bytes of the compiled grammar.
+        Args:
+            lark: The grammar.
+            cpu_seconds: Maximum processor time.
+            cancelled: Cancels the trial; ``interrupt`` or ``kill`` has to follow if the trial is running.
 
         Raises:
             GrammarError: If it is invalid, takes too much memory, or the process cannot be started.
@@ -57,30 +56,27 @@ class GrammarTrials:
             CancelledTrialError: If it was cancelled.
         """
         for _ in range(2):  # the process may have ended while it was idle
-            body = self._exchange(encode(Trial(lark, cpu_seconds, self._memory_bytes)))
-            if self._is_cancelled or self._is_closed:
+            body = self._exchange(encode(Trial(lark, cpu_seconds, self._memory_bytes)), cancelled)
+            if cancelled.is_set():
                 raise CancelledTrialError
             if body is not None:
                 return self._bytes_of(msgspec.msgpack.decode(body, type=Verdict))
             self.release()
         raise GrammarError("the process that tests grammars crashed twice on this one")
 
-    def cancel(self) -> None:
-        """Cancel the running trial, or the next one."""
+    def interrupt(self) -> None:
+        """End the running trial if it has been cancelled."""
         with self._lock:
-            self._is_cancelled = True
-            if self._is_running and self._connection is not None:
-                self._end_if_cancelled(self._connection)
+            self._end_if_cancelled()
 
-    def close(self) -> None:
-        """End the process, and cancel a running trial."""
+    def kill(self) -> None:
+        """Kill the process, after the running trial has been cancelled."""
         with self._lock:
-            self._is_closed = True
             if self._process is not None:
                 self._process.kill()  # wakes the thread that waits for the verdict
 
     def release(self) -> None:
-        """Release the process and the connection, from the thread of ``try_out``."""
+        """End the process and close the connection, from the thread of ``try_out`` or after its end."""
         with self._lock:
             if self._process is not None:
                 self._process.kill()
@@ -89,10 +85,10 @@ class GrammarTrials:
                 self._connection.close()
             self._process = self._connection = None
 
-    def _exchange(self, frame: bytes) -> bytes | None:
-        """Send a grammar and wait for its verdict; None if the process has ended."""
+    def _exchange(self, frame: bytes, cancelled: threading.Event) -> bytes | None:
+        """Send a grammar and wait for its verdict; None if the process has ended or the trial was cancelled."""
         with self._lock:
-            if self._is_closed or self._is_cancelled:
+            if cancelled.is_set():
                 return None
             connection = self._connection
             if connection is None:
@@ -106,19 +102,19 @@ class GrammarTrials:
         try:
             connection.sendall(frame)
             with self._lock:
-                self._is_running = True
-                self._end_if_cancelled(connection)
+                self._running = cancelled
+                self._end_if_cancelled()
             return receive(connection)
         except OSError:
             return None
         finally:
             with self._lock:
-                self._is_running = False
+                self._running = None
 
-    def _end_if_cancelled(self, connection: socket.socket) -> None:
-        if self._is_cancelled:
+    def _end_if_cancelled(self) -> None:
+        if self._running is not None and self._running.is_set() and self._connection is not None:
             with suppress(OSError):  # the process has ended, and the trial with it
-                connection.sendall(NOTHING)
+                self._connection.sendall(NOTHING)
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()

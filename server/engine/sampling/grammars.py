@@ -25,7 +25,6 @@ from collections.abc import Sequence as SequenceOf
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from queue import Empty, SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +34,9 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fi
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.engine.attention.transfers import queue_copy, to_device
+from server.engine.background_jobs import BackgroundJobs
 from server.engine.constraints import Constraint, ConstraintKind, TokenMatcher
 from server.engine.sampling.grammar_check import STACK_BYTES, GrammarError, compile_grammar, error_of
-from server.engine.sampling.grammar_queue import GrammarQueue
 from server.engine.sampling.grammar_trials import CancelledTrialError, GrammarTrials, TooSlowError
 from server.engine.sampling.trial_process import Vocabulary, make_tokenizer
 
@@ -107,15 +106,6 @@ class _Compiled:
 
     matcher: Matcher
     num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What has come of compiling a constraint: one of these."""
-
-    constraint: Constraint
-    compiled: _Compiled | None = None
-    error: str | None = None
 
 
 class Matcher:
@@ -218,18 +208,20 @@ class TokenMasks:
 
 
 class _Lane:
-    """One compiling thread, with what waits for it.
+    """A compiling thread and its process for trials.
 
     Args:
-        cpu_seconds: Processor time in which a grammar has to be compiled.
+        cpu_seconds: Maximum processor time to compile a grammar.
+        on_ended: Called from the thread after each job.
     """
 
-    def __init__(self, cpu_seconds: float) -> None:
+    def __init__(self, cpu_seconds: float, on_ended: Callable[[], None]) -> None:
         self.cpu_seconds = cpu_seconds
-        self.queue = GrammarQueue()
-        self.current: Constraint | None = None
+        # A result is the grammar or its error; None if the job was cancelled or has moved to another lane.
+        self.jobs = BackgroundJobs[Constraint, _Compiled | str | None](
+            "grammar-compiler", on_ended=on_ended, stack_bytes=STACK_BYTES
+        )
         self.trials: GrammarTrials | None = None
-        self.thread: threading.Thread | None = None
 
 
 class GrammarCompiler:
@@ -261,13 +253,11 @@ class GrammarCompiler:
         self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
         self._refused: OrderedDict[Constraint, str] = OrderedDict()
         self._compiling: dict[Constraint, str] = {}
-        self._done: SimpleQueue[_Outcome] = SimpleQueue()
         self._vocabulary: GrammarVocabulary | None = None
         self._vocabulary_lock = threading.Lock()
-        self._quick, self._slow = _Lane(QUICK_SECONDS), _Lane(SLOW_SECONDS)
-        self._changed = threading.Condition()
-        """Guards the lanes; notified when one of them has something to do."""
-        self._is_closed = False
+        self._quick, self._slow = (_Lane(seconds, on_compiled) for seconds in (QUICK_SECONDS, SLOW_SECONDS))
+        self._refused_again: list[tuple[Constraint, str]] = []
+        """Constraints that were refused from memory, for the next ``take_compiled``."""
 
     def matcher(self, constraint: Constraint, tenant: str = "") -> Matcher | None:
         """A new sequence's matcher, or None where the grammar is being compiled; ``take_compiled`` will tell.
@@ -289,7 +279,8 @@ class GrammarCompiler:
         error = self._refused.get(constraint)
         if error is not None:
             self._refused.move_to_end(constraint)
-            self._announce(_Outcome(constraint, error=error))
+            self._refused_again.append((constraint, error))
+            self._on_compiled()
         else:
             self._enqueue(self._quick, constraint, tenant)
         return None
@@ -301,20 +292,26 @@ class GrammarCompiler:
         """
         while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
             self._compiled.popitem(last=False)
+        results = [*self._refused_again, *self._quick.jobs.take_ended(), *self._slow.jobs.take_ended()]
+        self._refused_again = []
         ended: list[tuple[Constraint, str | None]] = []
-        while True:
-            try:
-                outcome = self._done.get_nowait()
-            except Empty:
-                return ended
-            self._compiling.pop(outcome.constraint, None)
-            if outcome.compiled is not None:
-                self._compiled[outcome.constraint] = outcome.compiled
-            elif outcome.error == TOO_SLOW:
-                self._refused[outcome.constraint] = TOO_SLOW
+        for constraint, result in results:
+            if result is None:
+                continue
+            self._compiling.pop(constraint, None)
+            if isinstance(result, _Compiled):
+                self._compiled[constraint] = result
+                ended.append((constraint, None))
+                continue
+            if isinstance(result, BaseException):  # waiting sequences have to end
+                logger.error("a grammar could not be compiled", exc_info=result)
+                result = f"it cannot be compiled: {type(result).__name__}"
+            if result == TOO_SLOW:
+                self._refused[constraint] = TOO_SLOW
                 while len(self._refused) > MAX_REFUSED:
                     self._refused.popitem(last=False)
-            ended.append((outcome.constraint, outcome.error))
+            ended.append((constraint, result))
+        return ended
 
     def forget(self, constraint: Constraint) -> None:
         """Compile it anew for the next sequence: the automaton that its matchers share has reached a limit."""
@@ -324,98 +321,55 @@ class GrammarCompiler:
         """No sequence waits for this constraint any more: stop compiling it."""
         if self._compiling.pop(constraint, None) is None:
             return
-        with self._changed:
-            for lane in (self._quick, self._slow):
-                lane.queue.discard(constraint)
-                if lane.current == constraint and lane.trials is not None:
-                    lane.trials.cancel()
+        for lane in (self._quick, self._slow):
+            lane.jobs.cancel(constraint)
+            if lane.trials is not None:
+                lane.trials.interrupt()
 
     def close(self) -> None:
         """End the compiling threads and their processes."""
-        with self._changed:
-            self._is_closed = True
-            for lane in (self._quick, self._slow):
-                if lane.trials is not None:
-                    lane.trials.close()
-            self._changed.notify_all()
         for lane in (self._quick, self._slow):
-            if lane.thread is not None:
-                lane.thread.join()
+            lane.jobs.stop()
+            if lane.trials is not None:
+                lane.trials.kill()
+        for lane in (self._quick, self._slow):
+            lane.jobs.close()
+            if lane.trials is not None:
+                lane.trials.release()
 
     @property
     def _num_bytes(self) -> int:
         return sum(compiled.num_bytes for compiled in self._compiled.values())
 
     def _enqueue(self, lane: _Lane, constraint: Constraint, tenant: str) -> None:
-        with self._changed:
-            lane.queue.add(constraint, tenant)
-            if lane.thread is None:
-                lane.thread = threading.Thread(target=self._work, args=(lane,), name="grammar-compiler")
-                # The stack size is a setting of the process, for threads that are started from here on.
-                usual = threading.stack_size(STACK_BYTES)
-                try:
-                    lane.thread.start()
-                finally:
-                    threading.stack_size(usual)
-            self._changed.notify_all()
+        lane.jobs.submit(
+            constraint, lambda cancelled: self._compile(lane, constraint, tenant, cancelled), tenant=tenant
+        )
 
-    def _announce(self, outcome: _Outcome) -> None:
-        self._done.put(outcome)
-        self._on_compiled()
-
-    def _work(self, lane: _Lane) -> None:
-        """Compile what waits in a lane, until the end; the body of its thread."""
-        while (turn := self._next(lane)) is not None:
-            outcome = self._compile(lane, *turn)
-            with self._changed:
-                lane.current = None
-            if outcome is not None:
-                self._announce(outcome)
-        if lane.trials is not None:
-            lane.trials.release()
-
-    def _next(self, lane: _Lane) -> tuple[Constraint, str] | None:
-        """Wait for a lane's next constraint and its tenant; None at the end."""
-        with self._changed:
-            while True:
-                if self._is_closed:
-                    return None
-                turn = lane.queue.take()
-                if turn is not None:
-                    lane.current = turn[0]
-                    if lane.trials is not None:
-                        lane.trials.prepare()
-                    return turn
-                self._changed.wait()
-
-    def _compile(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
-        """Compile a constraint, in a compiling thread; None where it goes on in the slow lane, or was abandoned."""
+    def _compile(
+        self, lane: _Lane, constraint: Constraint, tenant: str, cancelled: threading.Event
+    ) -> _Compiled | str | None:
+        """Compile a constraint, in the lane's thread; returns its error, or None if this lane has no result."""
         try:
             vocabulary = self._load_vocabulary()
             if lane.trials is None:
-                with self._changed:
-                    lane.trials = GrammarTrials(vocabulary.source)
-                    if self._is_closed:
-                        return None
+                lane.trials = GrammarTrials(vocabulary.source)
             lark = lark_of(constraint)
-            num_bytes = lane.trials.try_out(lark, lane.cpu_seconds)
+            num_bytes = lane.trials.try_out(lark, lane.cpu_seconds, cancelled)
             matcher = Matcher(compile_grammar(vocabulary.lowlevel, lark), vocabulary)
         except CancelledTrialError:
             return None
         except TooSlowError:
             return self._be_slow(lane, constraint, tenant)
         except GrammarError as error:
-            return _Outcome(constraint, error=str(error))
-        except BaseException as error:  # llguidance's panics are no Exception; a waiting sequence has to end
-            logger.exception("a grammar could not be compiled")
-            return _Outcome(constraint, error=f"it cannot be compiled: {type(error).__name__}")
-        return _Outcome(constraint, compiled=_Compiled(matcher, num_bytes))
+            return str(error)
+        return _Compiled(matcher, num_bytes)
 
-    def _be_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> _Outcome | None:
+    def _be_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> str | None:
         if lane is self._slow:
-            return _Outcome(constraint, error=TOO_SLOW)
-        if self._slow.queue.count(tenant) >= MAX_WAITING_SLOW:
-            return _Outcome(constraint, error=TOO_MANY_SLOW)
+            return TOO_SLOW
+        if self._slow.jobs.num_waiting(tenant) >= MAX_WAITING_SLOW:
+            return TOO_MANY_SLOW
         self._enqueue(self._slow, constraint, tenant)
         return None
 

@@ -195,8 +195,3 @@ class Sequence:
         if self.wants_prompt_logprobs:  # the logits at a position tell of the token after it
             return self.num_virtual_tokens + self.next_scored - 1
         return self.num_positions - 1
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether only the newest token's keys and values are missing."""
-        return self.num_computed == self.num_positions - 1 and self.num_new_tokens > 0

@@ -85,8 +85,8 @@ def test_no_budget_is_ever_exceeded_and_what_fits_is_taken(steps):
                 with pytest.raises(PinBudgetError, match="pinned-memory"):
                     budget.check(tenant, {identity: SIZES[identity] for identity in added}, ended)
         own, in_all = used(pins)
-        assert budget.used_bytes == in_all
-        assert [budget.used_by(tenant) for tenant in own] == list(own.values())
+        assert budget._used_in_all == in_all
+        assert [budget._used[tenant] for tenant in own] == list(own.values())
     for pin in pins:
         budget.remove(*pin)
     assert (budget._sizes, budget._pins, budget._all, budget._used) == ({}, Counter(), Counter(), Counter())
@@ -203,7 +203,7 @@ async def test_a_restarted_engine_gets_back_what_was_pinned_and_no_more(client, 
     await until(lambda: not app.state.services.warmer.is_restoring)
     assert len(engine.pinned) == 2
     assert (await pin("r")).status_code == 409
-    assert app.state.services.warmer._budget.used_by("a") == 2 * LEAST_BYTES
+    assert app.state.services.warmer._budget._used["a"] == 2 * LEAST_BYTES
 
 
 @pytest.mark.anyio
@@ -222,7 +222,7 @@ async def test_the_operators_pins_are_kept_and_leave_less_to_others(
         for seed, name in enumerate(("p", "q", "r")):
             await client.post("/v1/prompts", headers=bearer("a"), **upload_parts(name, seed=seed))
         await services.warmer.start(preload=(), pin=("p", "q@1"))
-        assert services.warmer._budget.used_by(None) == 2 * LEAST_BYTES
+        assert services.warmer._budget._used[None] == 2 * LEAST_BYTES
         refused = await client.post("/v1/prompts/r/warm", json={"pin": True}, headers=bearer("a"))
         assert refused.status_code == 409
         again = await client.post("/v1/prompts/p/warm", json={"pin": True}, headers=bearer("a"))

@@ -18,7 +18,7 @@ def test_any_order_leaves_in_order(first, order, takes):
         if take:
             ready = buffer.take()
             given_out += ready
-            assert buffer.next_index == first + len(given_out)
+            assert buffer._next == first + len(given_out)
             assert buffer.take() == []
     given_out += buffer.take()
     assert given_out == [str(first + index) for index in range(12)]

@@ -186,7 +186,7 @@ async def test_pins_reach_the_engine(llama: Family) -> None:
         assert await collect(engine, GenerateRequest("r", TEXT, greedy(2), source))
         assert (engine.stats.host.resident, engine.stats.host.loads) == (1, 1)
         assert engine.stats.host.resident_bytes == 8 * 48 * 4
-        assert engine.stats.host.load_seconds_buckets[-1][1] == 1
+        assert engine.stats.host.loads == 1
         assert (engine.stats.soft_prompt_misses, engine.stats.soft_prompt_hits) == (1, 1)
         engine.unpin(source)
         for _ in range(200):

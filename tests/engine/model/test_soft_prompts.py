@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,8 +34,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
             digest="d", num_virtual_tokens=ROWS, is_key_values=False, path=str(path), task_id=task_id
         )
         assert not loader.acquire(source)
-        loader.close()
-        ((identity, error),) = loader.take_loaded()
+        ((identity, error),) = wait_loaded(loader, 1)
         assert identity == source.identity
         return error if error is not None else loader.rows(source)
 
@@ -63,7 +61,8 @@ def test_tasks_are_multiplied_in_float32_and_then_rounded(
     tensors = multitask(saved)
     rows, cols, task_rows = (tensor.float() for tensor in tensors.values())
     for task_id in range(TASKS):
-        want = (rows * (cols[task_id] @ task_rows[task_id])).to(serving)
+        # A batched product, as in PEFT: the product of two matrices may differ in the last bit.
+        want = (rows * torch.matmul(cols[[task_id]], task_rows[[task_id]])[0]).to(serving)
         found = load(tensors, task_id, serving)
         assert found.dtype == serving
         assert torch.equal(found, want)
@@ -138,7 +137,7 @@ SIZE = ROWS * WIDTH * 4
 
 def test_the_budget_and_its_numbers(make_loader, make_source) -> None:
     loader = make_loader(2 * SIZE)
-    assert loader.stats.load_seconds_buckets[-1] == (math.inf, 0)
+    assert loader.stats.loads == 0
     sources = [make_source(name) for name in "abc"]
     for source in sources:
         assert not loader.acquire(source)
@@ -149,8 +148,7 @@ def test_the_budget_and_its_numbers(make_loader, make_source) -> None:
     stats = loader.stats
     assert (stats.hits, stats.misses, stats.loads, stats.evictions) == (1, 3, 3, 1)
     assert (stats.resident, stats.resident_bytes) == (2, 2 * SIZE)
-    assert stats.load_seconds_buckets[-1] == (math.inf, 3)
-    assert stats.load_seconds_sum > 0
+    assert stats.load_seconds.sum > 0
     assert loader.acquire(sources[2])
     assert not loader.acquire(sources[1])
     assert (loader.stats.hits, loader.stats.misses) == (2, 4)

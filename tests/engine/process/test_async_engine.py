@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from server.config import EngineSettings
 from server.engine import messages
-from server.engine.interface import GenerateRequest
+from server.engine.interface import GenerateRequest, probe_soft_prompt
 from server.engine.process.async_engine import AsyncEngine
 from server.engine.process.engine_process import EngineLoop
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource
@@ -97,14 +97,16 @@ async def test_a_probe_tells_whether_the_model_can_compute_with_a_soft_prompt(ll
     )
     async with running(llama) as engine:
         for max_tokens in (0, 2):
-            await engine.probe(llama.soft_prompts["prefix_13"], TEXT, max_tokens=max_tokens)
+            await probe_soft_prompt(engine, llama.soft_prompts["prefix_13"], TEXT, max_tokens=max_tokens)
             with pytest.raises(NotFiniteError, match="a value that is not finite"):
-                await engine.probe(huge, TEXT, max_tokens=max_tokens, salt="t", max_wait=9.0)
+                await probe_soft_prompt(engine, huge, TEXT, max_tokens=max_tokens, salt="t", max_wait=9.0)
         with pytest.raises(RequestRefusedError, match="more than the 256 positions"):
-            await engine.probe(huge, [1] * 300, max_tokens=2)
+            await probe_soft_prompt(engine, huge, [1] * 300, max_tokens=2)
         stream = engine.generate(GenerateRequest("r", TEXT, greedy(200)))
         await anext(stream)
-        probing = asyncio.create_task(engine.probe(llama.soft_prompts["p_tuning_7"], TEXT, max_tokens=200))
+        probing = asyncio.create_task(
+            probe_soft_prompt(engine, llama.soft_prompts["p_tuning_7"], TEXT, max_tokens=200)
+        )
         await until(lambda: engine.stats.num_running == 2)
         await engine.drain(0.0)
         with pytest.raises(EngineNotReadyError, match="shutting down"):

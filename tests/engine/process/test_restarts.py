@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
+from prompt_store.histogram import LOAD_SECONDS_BOUNDS
 from server.config import EngineSettings
 from server.engine.interface import GenerateRequest
 from server.engine.messages import (
@@ -25,7 +26,7 @@ from server.engine.messages import (
 )
 from server.engine.process.async_engine import AsyncEngine
 from server.engine.process.supervision import Backoff, StepWatch
-from server.engine.process.totals import COUNTERS, DISTRIBUTIONS, HOST_COUNTERS, totals_of, with_totals
+from server.engine.process.totals import COUNTERS, HOST_COUNTERS, totals_of, with_totals
 from server.engine.stats import STEP_SECONDS_BOUNDS
 from server.engine.types import (
     EngineStats,
@@ -183,25 +184,23 @@ def test_every_number_of_the_engine_is_a_counter_or_not() -> None:
     gauges = {"num_running", "num_waiting", "num_blocks", "block_size", "num_used_blocks", "num_cached_blocks"}
     gauges |= {"soft_prompts_resident", "soft_prompt_bytes"}
     gauges |= {"max_batch_distinct_prompts"}
-    assert {*COUNTERS, *DISTRIBUTIONS, *gauges, "host"} == set(EngineStats.__struct_fields__)
-    assert {*HOST_COUNTERS, "resident", "resident_bytes", "load_seconds_buckets"} == set(
-        HostTierStats.__struct_fields__
-    )
+    assert {*COUNTERS, *gauges, "host"} == set(EngineStats.__struct_fields__)
+    assert {*HOST_COUNTERS, "resident", "resident_bytes"} == set(HostTierStats.__struct_fields__)
 
 
 def test_counters_are_carried_over_and_what_was_held_is_not() -> None:
-    host = HostTierStats(hits=2, resident=3, load_seconds_buckets=((0.1, 1), (1.0, 4)), load_seconds_sum=0.5)
+    host = HostTierStats(hits=2, resident=3)
+    host.load_seconds.observe(LOAD_SECONDS_BOUNDS, 0.5)
     stats = EngineStats(num_running=3, num_blocks=9, steps=5, host=host, max_batch_distinct_prompts=4)
     stats.step_seconds.observe(STEP_SECONDS_BOUNDS, 0.25)
     ended = totals_of(stats)
     assert (ended.num_running, ended.num_blocks, ended.steps, ended.host.resident, ended.host.hits) == (0, 0, 5, 0, 2)
     began = with_totals(EngineStats(num_blocks=8), ended)
-    assert (began.num_blocks, began.steps, began.host.load_seconds_buckets) == (8, 5, host.load_seconds_buckets)
+    assert (began.num_blocks, began.steps, began.host.loads) == (8, 5, 1)
     both = with_totals(stats, ended)
     assert (both.steps, both.num_running, both.host.hits, both.host.resident) == (10, 3, 4, 3)
     assert (both.step_seconds.sum, sum(both.step_seconds.counts)) == (0.5, 2)
-    assert both.host.load_seconds_buckets == ((0.1, 2), (1.0, 8))
-    assert (both.host.load_seconds_sum, both.max_batch_distinct_prompts) == (1.0, 4)
+    assert (both.host.loads, both.host.load_seconds.sum, both.max_batch_distinct_prompts) == (2, 1.0, 4)
 
 
 @anyio

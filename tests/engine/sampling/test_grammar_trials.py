@@ -28,106 +28,109 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 def trials(vocabulary: Vocabulary) -> Iterator[GrammarTrials]:
     trials = GrammarTrials(vocabulary)
     yield trials
-    trials.close()
     trials.release()
 
 
+def try_out(trials: GrammarTrials, lark: str, cpu_seconds: float) -> int:
+    return trials.try_out(lark, cpu_seconds, threading.Event())
+
+
 def test_what_a_grammar_takes_is_measured(trials: GrammarTrials) -> None:
-    small = trials.try_out("start: /[a-c]+/", 10)
-    large = trials.try_out('start: %json {"type": "integer", "multipleOf": 49999}', 10)
+    small = try_out(trials, "start: /[a-c]+/", 10)
+    large = try_out(trials, 'start: %json {"type": "integer", "multipleOf": 49999}', 10)
     assert small < 1 << 20 < large
 
 
 @pytest.mark.parametrize("text", ["start: /(/", "start: absent", "start: a\na: a a"])
 def test_a_wrong_grammar_is_refused_in_words(trials: GrammarTrials, text: str) -> None:
     with pytest.raises(GrammarError, match=r"\w+"):
-        trials.try_out(text, 10)
-    assert trials.try_out('start: "a"', 10) >= 0
+        try_out(trials, text, 10)
+    assert try_out(trials, 'start: "a"', 10) >= 0
 
 
 def test_a_grammar_that_the_compiler_crashes_on_is_refused(trials: GrammarTrials) -> None:
     schema = '{"type": "integer", "minimum": -9223372036854775808, "maximum": -9223372036854775808}'
     with pytest.raises(GrammarError, match="the grammar compiler crashes on it"):
-        trials.try_out(f"start: %json {schema}", 10)
-    assert trials.try_out('start: "a"', 10) >= 0
+        try_out(trials, f"start: %json {schema}", 10)
+    assert try_out(trials, 'start: "a"', 10) >= 0
 
 
 def test_a_grammar_that_takes_too_long_is_killed_and_the_next_is_not(trials: GrammarTrials) -> None:
     for _ in range(2):
         with pytest.raises(TooSlowError):
-            trials.try_out(BOMB, 0.1)
-    assert trials.try_out('start: "a"', 10) >= 0
+            try_out(trials, BOMB, 0.1)
+    assert try_out(trials, 'start: "a"', 10) >= 0
 
 
 def test_a_grammar_that_takes_too_much_memory_is_killed(vocabulary: Vocabulary) -> None:
     trials = GrammarTrials(vocabulary, memory_bytes=24 << 20)
     with pytest.raises(GrammarError, match="more than 24 MiB of memory"):
-        trials.try_out(BOMB, 300)
-    assert trials.try_out('start: "a"', 10) >= 0
+        try_out(trials, BOMB, 300)
+    assert try_out(trials, 'start: "a"', 10) >= 0
     trials.release()
 
 
-def test_a_trial_that_is_cancelled_ends(trials: GrammarTrials) -> None:
+def begin_bomb(trials: GrammarTrials, cancelled: threading.Event) -> tuple[threading.Thread, list[BaseException]]:
+    """Try out a grammar that takes hours, in a thread; returns it and the list of what it raises."""
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trials.try_out(BOMB, 10_000, cancelled)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_until(lambda: trials._running is cancelled, 60)
+    return thread, raised
+
+
+def test_a_trial_that_is_cancelled_ends_and_the_next_does_not(trials: GrammarTrials) -> None:
     for _ in range(2):
-        trials.prepare()
-        ended = threading.Event()
-
-        def work(ended: threading.Event = ended) -> None:
-            with pytest.raises(CancelledTrialError):
-                trials.try_out(BOMB, 10_000)
-            ended.set()
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        wait_until(lambda: trials._is_running, 60)
-        trials.cancel()
+        cancelled = threading.Event()
+        thread, raised = begin_bomb(trials, cancelled)
+        trials.interrupt()  # not cancelled yet: no effect
+        cancelled.set()
+        trials.interrupt()
+        trials.interrupt()
         thread.join()
-        assert ended.is_set()
-    with pytest.raises(CancelledTrialError):  # cancelled before it began
-        trials.try_out('start: "a"', 10)
-    trials.prepare()
-    assert trials.try_out('start: "a"', 10) >= 0
+        assert isinstance(raised[0], CancelledTrialError)
+        with pytest.raises(CancelledTrialError):  # cancelled before it began
+            trials.try_out('start: "a"', 10, cancelled)
+        trials.interrupt()
+        assert try_out(trials, 'start: "a"', 10) >= 0
 
 
 def test_a_process_that_has_ended_is_started_again(trials: GrammarTrials) -> None:
-    trials.try_out('start: "a"', 10)
+    try_out(trials, 'start: "a"', 10)
     first = trials._process
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert trials.try_out('start: "a"', 10) >= 0
+    assert try_out(trials, 'start: "a"', 10) >= 0
     assert trials._process is not first
 
 
 def test_a_process_that_cannot_work_is_an_error(trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_trials.sys, "executable", "/bin/false")
     with pytest.raises(GrammarError, match="crashed twice"):
-        trials.try_out('start: "a"', 10)
+        try_out(trials, 'start: "a"', 10)
     monkeypatch.setattr(grammar_trials.sys, "executable", "/nonexistent")
     with pytest.raises(GrammarError, match="cannot be started"):
-        trials.try_out('start: "a"', 10)
+        try_out(trials, 'start: "a"', 10)
 
 
-def test_closing_ends_what_is_being_tried_out(vocabulary: Vocabulary) -> None:
-    trials = GrammarTrials(vocabulary)
-    raised: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            trials.try_out(BOMB, 10_000)
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    wait_until(lambda: trials._is_running, 60)
+def test_killing_ends_the_running_trial(trials: GrammarTrials) -> None:
+    cancelled = threading.Event()
+    thread, raised = begin_bomb(trials, cancelled)
     process = trials._process
-    trials.close()
+    assert process is not None
+    cancelled.set()
+    trials.kill()
     thread.join()
     assert isinstance(raised[0], CancelledTrialError)
     trials.release()
     assert process.returncode is not None
-    with pytest.raises(CancelledTrialError):
-        trials.try_out('start: "a"', 10)
 
 
 @pytest.mark.parametrize("lark", [None, 'start: "a"', BOMB])
@@ -142,8 +145,8 @@ def test_the_process_does_not_outlive_its_connection(vocabulary: Vocabulary, lar
 
 def test_no_child_is_left_behind(trials: GrammarTrials) -> None:
     with pytest.raises(TooSlowError):
-        trials.try_out(BOMB, 0.05)
-    trials.try_out('start: "a"', 10)
+        try_out(trials, BOMB, 0.05)
+    try_out(trials, 'start: "a"', 10)
     children = Path(f"/proc/{trials._process.pid}/task/{trials._process.pid}/children")
     if children.exists():
         assert children.read_text() == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Writer:
     def write(self, constraint: Constraint, seed: int, *, patience: int = 12) -> Any:
         """A value; raises GrammarError where the constraint is refused, and TimeoutError where no end was found."""
         lark = lark_of(constraint)
-        self.trials.try_out(lark, 10)  # as the engine does: some schemas crash the compiler
+        self.trials.try_out(lark, 10, threading.Event())  # as the engine does: some schemas crash the compiler
         matcher = Matcher(compile_grammar(self.vocabulary.lowlevel, lark), self.vocabulary)
         token_ids = follow(matcher, random.Random(seed), longest=200, patience=patience)
         if matcher.error is not None:
@@ -51,7 +52,6 @@ class Writer:
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Writer]:
     writer = Writer(tmp_path_factory.mktemp("tokenizer"))
     yield writer
-    writer.trials.close()
     writer.trials.release()
 
 

@@ -300,12 +300,12 @@ def test_slow_grammars_stand_before_no_quick_ones(folder: Path, monkeypatch: pyt
     for index in range(3):  # the one whose tenant floods gets its own, too
         assert compiler.matcher(constraint("regex", f"a{{{index + 1}}}"), "flood" if index else "other") is None
     assert outcomes(compiler, 3) == {"a{1}": None, "a{2}": None, "a{3}": None}
-    wait_until(lambda: compiler._slow.current is not None and len(compiler._slow.queue) == 3, 60)
+    wait_until(lambda: compiler._slow.jobs.num_waiting("flood") == 3, 60)
     for one in slow:
         compiler.abandon(one)
         compiler.abandon(one)
-    wait_until(lambda: compiler._slow.current is None, 60)
-    assert not compiler._slow.queue
+    wait_until(lambda: compiler._slow.jobs._running is None, 60)
+    assert not compiler._slow.jobs.num_waiting("flood")
     assert compiler.take_compiled() == []
     compiler.close()
 
@@ -321,7 +321,7 @@ def test_another_tenants_grammar_waits_for_one_of_a_flood(folder: Path) -> None:
     compiler._compile = wait_and_compile
     for index in range(20):
         compiler.matcher(constraint("regex", f"a{{{index}}}"), "flood")
-    wait_until(lambda: compiler._quick.current is not None, 60)
+    wait_until(lambda: compiler._quick.jobs._running is not None, 60)
     compiler.matcher(constraint("regex", "b"), "other")
     go.set()
     ended = list(outcomes(compiler, 21))
@@ -372,7 +372,9 @@ def test_closing_while_grammars_are_compiled(folder: Path) -> None:
     compiler.matcher(SLOW)
     wait_until(lambda: compiler._quick.trials is not None, 60)
     compiler.close()
-    assert not compiler._quick.thread.is_alive()
+    assert compiler._quick.trials._process is None
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        compiler.matcher(constraint("regex", "a"))
 
 
 def test_a_sequences_allowance_is_spent_once(compiler: GrammarCompiler, tokenizer) -> None:
