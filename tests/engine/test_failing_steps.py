@@ -16,8 +16,8 @@ from server.engine.scheduling.scheduler import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
 from server.engine.scheduling.step_parts import retry_in_parts
 from server.engine.types import FinishReason, SamplingParams, SoftPromptSource, StepOutput, TokenOutput
+from tests.support.engine.classifiers import make_classifier
 from tests.support.engine.harness import Family, add, check_logprobs, greedy, random_text, run, tokens
-from tests.support.engine.heads import make_classifier
 
 TEXT = random_text(random.Random(5), 30, 30)
 MESSAGE = "the model failed to compute this request (IndexError: bad row)"

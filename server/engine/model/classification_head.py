@@ -35,7 +35,7 @@ class Computed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class ClassificationHead:
     """A linear layer in float32, on the host, because heads are small and read one row per step.
 
     Attributes:
@@ -57,7 +57,7 @@ class Head:
         return values
 
 
-def read_head(path: str, *, num_labels: int, width: int) -> Head:
+def read_head(path: str, *, num_labels: int, width: int) -> ClassificationHead:
     """Read the head from a soft prompt's file.
 
     Args:
@@ -80,7 +80,7 @@ def read_head(path: str, *, num_labels: int, width: int) -> Head:
         raise ValueError(f"its weight has shape {shape}; {(num_labels, width)} is needed")
     if bias is not None and tuple(bias.shape) != (num_labels,):
         raise ValueError(f"its bias has shape {tuple(bias.shape)}; {(num_labels,)} is needed")
-    return Head(weight, bias)
+    return ClassificationHead(weight, bias)
 
 
 def wants_head(chunk: Computed) -> bool:
@@ -89,7 +89,7 @@ def wants_head(chunk: Computed) -> bool:
 
 
 def head_logits(
-    chunks: SequenceOf[Computed], hidden: torch.Tensor, head_of: Callable[[SoftPromptSource], Head]
+    chunks: SequenceOf[Computed], hidden: torch.Tensor, head_of: Callable[[SoftPromptSource], ClassificationHead]
 ) -> dict[str, list[float]]:
     """The labels' logits of a step's classification requests.
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.types import FinishReason
+from tests.support.engine.classifiers import CLASSIFIERS, NUM_LABELS, make_classifier
 from tests.support.engine.harness import VOCABULARY, Family, add, check_logprobs, greedy, random_text, run, tokens
-from tests.support.engine.heads import CLASSIFIERS, NUM_LABELS, make_classifier
 
 SETTINGS = {
     "whole": {},
