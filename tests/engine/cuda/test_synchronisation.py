@@ -108,7 +108,7 @@ def test_the_checkpoints_rules_are_applied_without_waiting() -> None:
     assert tokens[-1] == 1
 
 
-def test_tokens_and_logprobs_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_and_logprobs_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: copies.append(tensor.shape) or tolist(tensor))

@@ -160,7 +160,7 @@ def test_a_head_is_counted_in_memory_and_evicted_with_its_rows(
     assert engine.soft_prompts.stats.resident_bytes == 0
 
 
-def test_what_cannot_classify_refuses_to(
+def test_a_model_that_cannot_classify_refuses_requests(
     llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
     engine = make_engine(llama)
@@ -188,7 +188,7 @@ def test_what_cannot_classify_refuses_to(
     ],
     ids=["missing", "another shape", "another bias"],
 )
-def test_a_head_that_is_not_what_was_recorded_fails_its_requests(
+def test_a_head_that_differs_from_its_record_fails_its_requests(
     change: Callable, reason: str, llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
     classifier = make_classifier(llama, "prompt_tuning", tmp_path)

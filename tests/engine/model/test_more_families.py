@@ -131,7 +131,7 @@ def test_a_mixture_of_experts_with_wrong_attention_is_refused(
         make_engine(family, dtype=dtype)
 
 
-def test_a_quantised_checkpoint_whose_library_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_quantised_checkpoint_without_its_library_is_reported(tmp_path: Path) -> None:
     config = FAMILIES["phi"]()
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_paged_is_refused(name: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_paged_are_refused(name: str, tmp_path: Path) -> None:
     config, reason = REFUSED[name]
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = EngineSettings(model=str(tmp_path), dtype="float32", kv_cache_memory=2**22, max_model_len=128)
@@ -165,7 +165,7 @@ def test_what_cannot_be_paged_is_refused(name: str, tmp_path: Path) -> None:
         LLMEngine(settings)
 
 
-def test_a_long_context_by_other_rotations_is_cut_to_the_short_one(
+def test_a_long_context_with_other_frequencies_is_limited_to_the_short_one(
     tmp_path: Path, make_engine: Callable[..., LLMEngine]
 ) -> None:
     factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}

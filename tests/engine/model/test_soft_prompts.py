@@ -77,17 +77,17 @@ def test_float64_passes_through_float32(load: Load) -> None:
 
 
 @pytest.mark.parametrize("task_id", [TASKS, TASKS + 10])
-def test_a_task_that_is_not_there(load: Load, task_id: int) -> None:
+def test_a_missing_task_is_an_error(load: Load, task_id: int) -> None:
     assert f"has no task {task_id}" in str(load(multitask(), task_id))
 
 
-def test_a_task_is_named_exactly_where_there_are_tasks(load: Load) -> None:
+def test_a_task_id_is_required_for_multitask_prompts_only(load: Load) -> None:
     wanted = "a multitask prompt needs a task id, and no other prompt takes one"
     assert wanted in str(load(multitask()))
     assert wanted in str(load({"prompt_embeddings": torch.ones(ROWS, WIDTH)}, 0))
 
 
-def test_a_head_is_left_where_it_is(load: Load) -> None:
+def test_a_head_is_not_part_of_the_rows(load: Load) -> None:
     rows = torch.rand(ROWS, WIDTH)
     assert torch.equal(load({"prompt_embeddings": rows, "base_model.score.weight": torch.ones(2, WIDTH)}), rows)
 

@@ -70,7 +70,7 @@ def sources(family: Family, members: tuple[str | None, ...]) -> dict[str, object
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_mean_of_what_peft_says(
+def test_an_ensemble_equals_the_mean_of_peft(
     name: str,
     settings: str,
     make_family: Callable[[str], Family],
@@ -98,7 +98,7 @@ def test_the_mean_of_what_peft_says(
     assert engine.stats.num_used_blocks == 0
 
 
-def test_an_ensemble_is_preempted_and_goes_on_as_one(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_an_ensemble_is_preempted_and_resumed_as_one(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     answers = []
     for num_blocks in (200, 45):
         engine = make_engine(llama, block_size=4, max_model_len=100, kv_cache_memory=num_blocks * 2340)
@@ -127,7 +127,7 @@ def test_the_mean_is_of_probabilities_and_not_of_their_logarithms(
     assert {name: tokens(outputs) for name, outputs in run(engine).items()} == by_mean
 
 
-def test_a_soft_prompt_with_itself_says_what_it_says_alone(
+def test_an_ensemble_of_one_soft_prompt_twice_equals_the_soft_prompt(
     llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
     engine = make_engine(llama)
@@ -150,7 +150,7 @@ def test_a_seed_gives_an_ensemble_the_same_tokens_in_every_batch(
     assert len(set(want)) > 3
 
 
-def test_what_changes_one_distribution_changes_the_mean(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_parameters_are_applied_to_the_mean(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
     members = sources(llama, MEMBERS["embeddings"])
     want, _ = expected(llama, MEMBERS["embeddings"], TEXT)
@@ -226,7 +226,7 @@ def test_a_failed_step_ends_an_ensemble_once(
 
 
 @pytest.mark.parametrize("num_broken", [1, 2])
-def test_soft_prompts_that_cannot_be_read_let_the_others_go(
+def test_a_member_that_cannot_be_read_releases_the_others(
     num_broken: int, llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
     engine = make_engine(llama, soft_prompt_host_bytes=0)
@@ -255,7 +255,7 @@ def test_soft_prompts_that_cannot_be_read_let_the_others_go(
     ],
     ids=["places", "context", "blocks", "prompt logprobs", "classify"],
 )
-def test_what_an_ensemble_cannot_do_is_refused(
+def test_unsupported_parameters_of_an_ensemble_are_refused(
     settings: dict[str, object],
     text: list[int],
     params: SamplingParams,
@@ -294,7 +294,7 @@ def test_rows_of_an_ensemble_become_one() -> None:
     assert seqs is alone
 
 
-def test_a_value_that_is_not_finite_spoils_its_ensemble_alone() -> None:
+def test_a_value_that_is_not_finite_affects_its_ensemble_only() -> None:
     single, members = Sequence("s", [1], SamplingParams()), make_members(2)
     logits = torch.zeros(3, 4)
     logits[2, 1] = torch.nan
@@ -303,7 +303,7 @@ def test_a_value_that_is_not_finite_spoils_its_ensemble_alone() -> None:
     assert merged[1].isnan().all()
 
 
-def test_members_that_are_not_side_by_side_are_a_fault() -> None:
+def test_members_that_are_not_adjacent_are_an_error() -> None:
     first, second = make_members(2)
     other = Sequence("s", [1], SamplingParams())
     with pytest.raises(AssertionError, match="do not sample together"):

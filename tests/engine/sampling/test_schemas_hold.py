@@ -119,9 +119,7 @@ schemas = st.recursive(
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=schemas, seed=st.integers(0, 99))
-def test_what_is_written_validates_or_the_schema_is_refused(
-    schema: dict[str, Any], seed: int, writer: Writer
-) -> None:
+def test_generated_text_validates_or_the_schema_is_refused(schema: dict[str, Any], seed: int, writer: Writer) -> None:
     try:
         check_schema(schema)
         value = writer.write(schema_constraint(schema, is_strict=True), seed)
@@ -182,7 +180,7 @@ def tool(name: str, parameters: dict[str, Any]) -> Tool:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_references_of_functions_lead_where_they_led(name: str, writer: Writer) -> None:
+def test_references_in_combined_function_schemas_are_kept(name: str, writer: Writer) -> None:
     own = PARAMETERS[name]
     # The other says the same of another definition.
     other = json.loads(json.dumps(own).replace(json.dumps(POINT)[1:-1], json.dumps(OTHER)[1:-1]))

@@ -273,7 +273,9 @@ def outcomes(compiler: GrammarCompiler, count: int) -> dict[str, str | None]:
     return ended
 
 
-def test_what_takes_too_long_is_refused_and_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_takes_too_long_is_refused_and_tried_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 0.1)
     compiler = make_compiler(folder)
@@ -287,7 +289,7 @@ def test_what_takes_too_long_is_refused_and_tried_once(folder: Path, monkeypatch
     compiler.close()
 
 
-def test_slow_grammars_stand_before_no_quick_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_grammars_do_not_delay_quick_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 10_000.0)
     compiler = make_compiler(folder)
@@ -355,7 +357,7 @@ def test_compiled_grammars_are_bounded_by_their_memory(folder: Path, monkeypatch
     compiler.close()
 
 
-def test_an_error_of_the_compiler_itself_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_compiler_ends_waiting_sequences(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def panic(*_: object) -> None:
         raise BaseException("panicked")
 

@@ -92,7 +92,7 @@ def test_a_short_soak(limits: Limits) -> None:
     assert drive.tally.finished > 100
 
 
-def test_a_soak_meets_what_it_is_for() -> None:
+def test_a_soak_covers_its_cases() -> None:
     drive = soak(4000, 1)
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats
     assert min(tally.finished, tally.aborted, tally.expired, tally.promoted, tally.ensembles) > 10
@@ -156,7 +156,7 @@ def _spoil_no_followers(
         "some members",
     ],
 )
-def test_the_soak_notices(
+def test_the_soak_finds_defects(
     owner: type, method: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, method, fault)

@@ -222,7 +222,7 @@ def tokens_of(outputs: list[TokenOutput]) -> list[int]:
     sizes=limits,
     bad_prompt=st.sampled_from([None, None, *SOFT_PROMPTS[1:]]),
 )
-def test_healthy_sequences_say_what_they_say_without_the_bad_ones(
+def test_healthy_sequences_do_not_depend_on_failing_ones(
     engine: LLMEngine, llama: Family, arriving: list[Request], sizes: Limits, bad_prompt: str | None
 ) -> None:
     sources = [llama.soft_prompts[name] if name else None for name in SOFT_PROMPTS]
