@@ -1,4 +1,4 @@
-"""What is replaced computes the same, and what is not known is left alone."""
+"""Fused modules compute the same as the model's own, and unknown modules are not replaced."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def fused_kinds(model: nn.Module) -> dict[str, int]:
     ("config", "wanted"),
     [
         (MistralConfig(**UNTIED), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 7}),
-        # The norms of heads are part of the attention.
+        # Head norms are part of the attention.
         (Qwen3Config(**UNTIED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 7}),
         (Gemma2Config(**UNTIED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
         (Gemma3TextConfig(**UNTIED, **MIXED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
-        # No rotation in one layer; norms over all heads; another rotation; nothing of the kind.
+        # No rotation in one layer; norms over all heads; another rotation; no known module.
         (FAMILIES["smollm3"](), {"FusedAttention": 2, "FusedMLP": 3, "FusedRMSNorm": 7}),
         (FAMILIES["olmo2"](), {"FusedMLP": 3, "FusedRMSNorm": 13}),
         (FAMILIES["cohere"](), {"FusedMLP": 3}),

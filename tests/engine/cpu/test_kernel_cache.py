@@ -1,4 +1,4 @@
-"""Kernels on disk follow every source that they are compiled from."""
+"""Cached kernels are compiled again when any of their sources changes."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ print(more.tolist())
 
 
 def run(package: Path, cache: Path) -> str:
-    """What a program prints that adds rows by a kernel of a copy of the package."""
+    """The output of a program that adds rows by a kernel of a copy of the package."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=package, env=environment, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Each kernel gives what the models' own operations give, one row at a time or many."""
+"""Each kernel equals the models' own operations, for one row and for many."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_largest_elements_equal_torch_with_the_first_of_equals(num_rows: int
     assert torch.equal(values[:8], wanted.values[:8].float())
     assert values[8:10].isnan().all()
     assert indices[[1, 2, 3, 5, 6, 7]].tolist() == [0, 2499, 1023, 0, 2048, 1]
-    # Rounded to bfloat16 there are equals, of which torch may give another.
+    # bfloat16 has equal elements, of which torch may return another.
     assert torch.equal(rows.gather(1, indices[:, None])[:8, 0], wanted.values[:8])
     if dtype is torch.float32:
         assert torch.equal(indices[:8], wanted.indices[:8])
@@ -158,7 +158,7 @@ def test_positions_are_rotated_as_llama_does_and_stored(width: int, dtype: torch
     wanted_query, wanted_keys = apply_rotary_pos_emb(*(head.float() for head in heads), cos[None], sin[None])
     query = projected[:, : num_heads * width]
     for got, wanted in ((query, wanted_query), (keys, wanted_keys)):
-        # Sums of two rotated parts, so rounding is that of the parts.
+        # Sums of two rotated parts, so the tolerance is that of the parts.
         scale = 4 * PRECISION[dtype]
         wanted_rows = wanted[0].transpose(0, 1).reshape(FEW, -1)
         torch.testing.assert_close(got.float(), wanted_rows, rtol=scale, atol=scale)

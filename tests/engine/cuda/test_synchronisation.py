@@ -1,8 +1,7 @@
-"""Nothing in a decode step waits for the device but the copy of its tokens.
+"""In a decode step only the copy of the tokens waits for the device.
 
-There need not be a GPU for that. What an operation's result tells Python has to come from the device, so a model that
-asks for none runs where such operations fail, and where tensors have shapes only ("meta"), which tensors of the host
-cannot be added to or compared with either.
+The tests need no GPU. A model that does not wait runs in a mode where operations that return a number to Python fail,
+and on the device "meta", where tensors have no content and cannot be combined with the host's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tests.support.engine.harness import CONFIGS, MORE_CONFIGS, VOCABULARY
 EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
 META = torch.device("meta")
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
-"""Operations that give Python a number, or a tensor whose shape depends on numbers."""
+"""Operations that return a number to Python, or a tensor whose shape depends on its content."""
 
 
 class NoWaiting(TorchDispatchMode):

@@ -106,7 +106,7 @@ def test_a_start_after_the_first_token_needs_nothing_before_it(
 
 @dataclass
 class Asked:
-    """A text that a classifier was asked about."""
+    """A text to classify."""
 
     key: str
     text: list[int]
@@ -130,7 +130,7 @@ def test_heads_equal_peft(
     for index in range(24):
         key = rng.choice([*classifiers])
         text = random_text(rng, 1, 60)
-        for twice in ("", "again"):  # a cached prefix leaves the last position to compute
+        for twice in ("", "again"):  # with a cached prefix, only the last position is computed
             request_id = f"{index}{twice}"
             asked[request_id] = Asked(key, text)
             add(engine, request_id, text, greedy(0, classify=True), soft_prompt=classifiers[key].source)
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_classify_refuses_requests(
         )
         (output,) = engine.add(request)
         assert output.error == "only a soft prompt with a classification head classifies"
-    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # nothing is kept, as for a model of another make
+    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called
     request = AddRequest(
         request_id="r", prompt_token_ids=[1], params=greedy(0, classify=True), soft_prompt=classifier.source
     )

@@ -1,4 +1,4 @@
-"""What the check at the start finds out about a model, and what it refuses: in words, whatever is wrong."""
+"""The startup check: what it measures of a model, and which models it refuses, with a message."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def gemma4(**more: object) -> Gemma4TextConfig:
 
 
 def save_model(config: PreTrainedConfig, path: Path) -> None:
-    """A random model of which no weight is zero, as in a trained one: zeros hide what would be computed from them."""
+    """A random model without zero weights, because zeros hide what is computed from them."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says, held against PEFT's own generate."""
+"""The values of a checkpoint's generation_config.json have the effect that they have in PEFT's generate."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KINDS = ("prompt_tuning_8", "prefix_13", None)
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """A Llama with an end of sequence, whose generation_config.json the tests write."""
+    """A Llama with an end-of-sequence token, whose generation_config.json the tests write."""
     config = LlamaConfig(**SHAPE | {"eos_token_id": EOS})
     own = {key: PEFT_CONFIGS[key] for key in KINDS if key}
     return make_family("generation", tmp_path_factory.mktemp("generation"), own, config=config)
@@ -60,7 +60,7 @@ def write(family: Family) -> Iterator[Callable[[dict[str, object]], None]]:
 
 
 def peft_tokens(family: Family, kind: str | None, text: list[int]) -> list[int]:
-    """Greedy tokens of a model that was loaded, as PEFT's users do, from what is on the disk now."""
+    """Greedy tokens of PEFT's model, loaded from the disk."""
     model = AutoModelForCausalLM.from_pretrained(family.path).eval()
     if kind is not None:
         model = PeftModel.from_pretrained(model, family.peft_folders[kind]).eval()
@@ -101,7 +101,7 @@ def test_greedy_tokens_equal_peft(
     write: Callable[[dict[str, object]], None],
     make_engine: Callable[..., LLMEngine],
 ) -> None:
-    """In one batch with neighbours, for soft prompts of both kinds and none."""
+    """In one batch with other requests, with soft prompts of both kinds and without."""
     plain = {kind: family.expected(kind, TEXT, NUM_NEW) for kind in KINDS}
     write(CONFIGS[name])
     engine = make_engine(family, block_size=8)
@@ -322,7 +322,7 @@ def test_rules_equal_the_processors_of_transformers(
     seq = Sequence("s", text, SamplingParams(temperature=0.0, repetition_penalty=penalty))
     seq.token_ids += new
     got = Sampler((EOS,), rules)._adjust(logits.clone(), [seq])
-    if want.amax() == -torch.inf:  # generate would take token 0; here the rules give way
+    if want.amax() == -torch.inf:  # generate would take token 0; here the rules are not applied
         assert got.isfinite().all()
     else:
         assert torch.allclose(got, want, atol=1e-5)

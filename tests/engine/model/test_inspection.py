@@ -1,4 +1,4 @@
-"""Inspecting soft prompts, held against a comparison with the whole embedding matrix at once."""
+"""Inspections of soft prompts equal a comparison with the whole embedding matrix."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ async def test_inspections_never_hang(llama: Family, monkeypatch: pytest.MonkeyP
         waiting[0].cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting[0]
-        with pytest.raises(OverloadedError):  # the engine has its work still before it
+        with pytest.raises(OverloadedError):  # the engine has not finished yet
             await engine.inspect(source, num_nearest=1)
         os.kill(engine._connection.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):

@@ -1,4 +1,4 @@
-"""The six types of PEFT on more families of models, in one mixed batch each; and families that are refused."""
+"""PEFT's six types on more model families, in one mixed batch each; and families that are refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ SMALL_BLOCKS = {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 2
 
 
 def peft_configs(config: PreTrainedConfig) -> dict[str, Callable[[], PeftConfig]]:
-    """One of each type, told the width where PEFT guesses it wrong."""
+    """One of each type, with the width where PEFT's guess is wrong."""
     width = getattr(config, "word_embed_proj_dim", None)
 
     def make(key: str) -> PeftConfig:
@@ -109,7 +109,7 @@ def test_a_mixed_batch_equals_peft(name: str, tmp_path: Path, make_engine: Calla
 def test_attention_with_sinks_is_served_in_bfloat16(tmp_path: Path, make_engine: Callable[..., LLMEngine]) -> None:
     config = FAMILIES["gpt_oss"]()
     family = make_family("gpt_oss", tmp_path, {key: ALL_PEFT_CONFIGS[key] for key in SIX_TYPES[:3]}, config)
-    engine = make_engine(family, dtype="bfloat16")  # which compares its logits with the model's own when it starts
+    engine = make_engine(family, dtype="bfloat16")  # the startup check compares the logits
     for key, source in family.soft_prompts.items():
         add(engine, key, [1, 2, 3], greedy(5), soft_prompt=source)
     assert {key: len(tokens(output)) for key, output in run(engine).items()} == dict.fromkeys(family.soft_prompts, 5)

@@ -1,4 +1,4 @@
-"""One platform says what depends on the device, and imports nothing of another's."""
+"""Each platform serves its device, and imports no library of another platform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logprobs of the text and of new tokens equal those of one forward pass of PEFT."""
+"""Logprobs of text tokens and new tokens equal those of one forward pass of PEFT."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_logprobs_equal_peft(
         for index, soft_prompt in enumerate([*PEFT_CONFIGS, None] * rounds)
     }
     for request_id, (soft_prompt, text) in requests.items():
-        for twice in ("", "again"):  # a cached prefix must not take entries away
+        for twice in ("", "again"):  # a cached prefix must not lose entries
             source = family.soft_prompts.get(soft_prompt)
             add(engine, request_id + twice, text, greedy(num_new, **SCORED), soft_prompt=source)
     outputs = run(engine)
@@ -86,7 +86,7 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
 
 def test_a_model_that_cannot_be_scored_refuses_requests(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
-    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called, so nothing is kept
+    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called
     (output,) = engine.add(AddRequest(request_id="r", prompt_token_ids=[1], params=greedy(1, prompt_logprobs=0)))
     assert (output.finish_reason, output.error) == (
         FinishReason.REFUSED,

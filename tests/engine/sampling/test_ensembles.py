@@ -1,4 +1,4 @@
-"""Ensembles that generate together: each token is the best of the mean of what PEFT's models say one by one."""
+"""Ensembles: each token is the argmax of the mean of the distributions of PEFT's models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def expected(family: Family, members: tuple[str | None, ...], text: list[int]) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens and the logarithms [tokens, vocabulary] of the mean distributions that they are the best of."""
+    """Greedy tokens, and the logarithms [tokens, vocabulary] of the mean distributions."""
     new: list[int] = []
     rows: list[torch.Tensor] = []
     while len(new) < MAX_TOKENS:
@@ -157,7 +157,7 @@ def test_parameters_are_applied_to_the_mean(llama: Family, make_engine: Callable
     stop = want[3]
     add(engine, "stop", TEXT, greedy(MAX_TOKENS, stop_token_ids=(stop,)), **members)
     add(engine, "bias", TEXT, greedy(3, logit_bias={77: 100.0}), **members)
-    # All that these models say is so unlikely beside it that its probability is 0 in float32.
+    # Beside the biased token, the probability of all others is 0 in float32.
     add(engine, "forced", TEXT, greedy(2, logit_bias=dict.fromkeys(range(100), -200.0)), **members)
     outputs = run(engine)
     assert tokens(outputs["stop"]) == want[: want.index(stop) + 1]

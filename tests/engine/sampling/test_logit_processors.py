@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen, against transformers' processors and by brute force."""
+"""The parameters that change logits, against transformers' processors and brute-force computations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_seq(prompt: list[int], new: list[int], **params: object) -> Sequence:
 
 
 def distribution(logits: torch.Tensor, seq: Sequence, draws: int = 400) -> torch.Tensor:
-    """What ``choose`` gives over evenly spaced draws: shares of each token, exact to one part in ``draws``."""
+    """The frequency of each token in ``choose`` over evenly spaced draws, exact to one part in ``draws``."""
 
     class Even:
         def __init__(self) -> None:

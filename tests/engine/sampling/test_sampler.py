@@ -40,9 +40,9 @@ def test_top_k_and_top_p_exclude_the_other_tokens() -> None:
     logits = [0.0, 1.0, 2.0, -1.0]  # probabilities 0.087, 0.237, 0.644, 0.032
     assert frequencies(logits, top_k=2)[[0, 3]].sum() == 0
     assert frequencies(logits, top_p=0.65)[[0, 3]].sum() == 0
-    assert frequencies(logits, top_p=0.65)[1] > 0.2  # the token that reaches the sum is kept
+    assert frequencies(logits, top_p=0.65)[1] > 0.2  # the token that crosses the threshold is kept
     assert frequencies(logits, top_p=0.01)[2] == 1.0
-    assert frequencies(logits, top_k=2, top_p=0.7)[2] == 1.0  # of what top-k leaves, 2 has 0.731
+    assert frequencies(logits, top_k=2, top_p=0.7)[2] == 1.0  # after top-k, token 2 has 0.731
 
 
 def test_top_k_larger_than_the_vocabulary_keeps_all() -> None:

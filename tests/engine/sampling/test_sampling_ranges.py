@@ -1,4 +1,4 @@
-"""The ends of every sampling parameter's range: whatever is asked for, a possible token is chosen."""
+"""At the ends of every sampling parameter's range, a possible token is chosen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seq_of(prompt: list[int], new: list[int], **params: object) -> Sequence:
 
 
 class Masks:
-    """In the place of a grammar's masks: the matcher is the list of the tokens that it allows."""
+    """A fake of grammar masks: the matcher is the list of the allowed tokens."""
 
     def allowed(self, matchers: list[SimpleNamespace], vocab_size: int, device: torch.device) -> torch.Tensor:
         masks = torch.zeros(len(matchers), vocab_size, dtype=torch.bool, device=device)
@@ -155,7 +155,7 @@ def test_a_penalty_beyond_float32_does_not_force_or_exclude_a_token() -> None:
 
 
 def test_top_p_of_one_keeps_every_token() -> None:
-    """Cumulated in float32, most of these reach 1 before the end."""
+    """Most cumulative sums in float32 reach 1 before the end."""
     logits = torch.full((1, 200_000), -1.0)
     seq = seq_of([1], [], top_p=1.0, min_p=1e-9)
     seq.rng = SimpleNamespace(random=lambda: 1.0 - 2.0**-25)

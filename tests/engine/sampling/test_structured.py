@@ -54,7 +54,7 @@ def compiler(folder: Path) -> Iterator[GrammarCompiler]:
 
 @pytest.fixture(scope="module")
 def endless(folder: Path) -> Iterator[GrammarCompiler]:
-    """For a model without an end of sequence."""
+    """For a model without an end-of-sequence token."""
     compiler = make_compiler(folder, eos_token_ids=())
     yield compiler
     compiler.close()
@@ -65,7 +65,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
 
 
 def follows(tokenizer: PreTrainedTokenizerFast, matcher: Matcher, text: str) -> bool:
-    """Whether the grammar takes exactly this text."""
+    """Whether the grammar accepts exactly this text."""
     for token_id in tokenizer.encode(text):
         if token_id not in allowed_ids(TokenMasks(), matcher):
             return False
@@ -105,7 +105,7 @@ def test_what_each_kind_takes(
         ("regex", "(?=a)b", "look-around"),
         ("regex", r"[^\s\S]", NO_WAY_ON),
         ("regex", "((" * 200 + "a" + "))" * 200, "nest"),
-        ("regex", "é", NO_WAY_ON),  # no token of this tokenizer can write it
+        ("regex", "é", NO_WAY_ON),  # no token of this tokenizer contains it
         ("json_schema", '{"type": "strin"}', "strin"),
         ("json_schema", "[]", "must be an object"),
         ("json_schema", '{"type": "string", "minLength": 5, "maxLength": 2}', "minLength"),
@@ -193,7 +193,7 @@ def test_a_limit_reached_on_the_way_is_an_error_of_that_matcher(compiler: Gramma
     assert "too many" in matcher.error
 
 
-# Chains of rules recurse in the compiler, and nested repetition blows automata up; both have to end, and soon.
+# Chains of rules recurse in the compiler, and nested repetition makes automata explode; both have to end soon.
 BOMBS = {
     "chain of rules": (
         "grammar",
@@ -265,7 +265,7 @@ SLOW = constraint("json_schema", '{"type": "integer", "multipleOf": 49999999}')
 
 
 def outcomes(compiler: GrammarCompiler, count: int) -> dict[str, str | None]:
-    """What has come of that many constraints, by their text, in the order of their ends."""
+    """The results of a number of constraints by their text, in order of completion."""
     ended: dict[str, str | None] = {}
     wait_until(
         lambda: ended.update((c.text, error) for c, error in compiler.take_compiled()) or len(ended) >= count, 60
@@ -299,7 +299,7 @@ def test_slow_grammars_do_not_delay_quick_ones(folder: Path, monkeypatch: pytest
     ]
     for one in slow:
         assert compiler.matcher(one, "flood") is None
-    for index in range(3):  # the one whose tenant floods gets its own, too
+    for index in range(3):  # quick grammars of the flooding tenant are not delayed either
         assert compiler.matcher(constraint("regex", f"a{{{index + 1}}}"), "flood" if index else "other") is None
     assert outcomes(compiler, 3) == {"a{1}": None, "a{2}": None, "a{3}": None}
     wait_until(lambda: compiler._slow.jobs.num_waiting("flood") == 3, 60)

@@ -1,4 +1,4 @@
-"""Turns: the bounds that server/engine/scheduling/fair_queue.py states, and its order in small."""
+"""The bounds that server/engine/scheduling/fair_queue.py states, and its order in small examples."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ arrivals = st.lists(
 def test_tokens_of_others_before_a_turn_are_bounded(
     steps: list[tuple[int, int, int] | None], quantum: int, hot: int
 ) -> None:
-    """Whatever is waiting and arrives meanwhile; ``hot`` sequences of tenant 0 wait from the beginning."""
+    """For any waiting and arriving sequences; ``hot`` sequences of tenant 0 wait from the beginning."""
     queue = FairQueue(quantum=quantum, aging_tokens=10**9)
     own: dict[str, int] = {}
     others: dict[str, list[int]] = {}
