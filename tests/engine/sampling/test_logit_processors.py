@@ -179,7 +179,9 @@ def test_the_tokens_of_a_seed_do_not_depend_on_the_batch(params: dict[str, objec
 def test_plain_rows_need_an_argmax_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_adjust", "_probabilities"):
         monkeypatch.setattr(Sampler, name, lambda *_: pytest.fail("called for a greedy row"))
-    monkeypatch.setattr("server.engine.sampling.sampler.packed_logprobs", lambda *_: pytest.fail("nobody asked"))
+    monkeypatch.setattr(
+        "server.engine.sampling.sampler.packed_logprobs", lambda *_: pytest.fail("no row requests logprobs")
+    )
     rows = [make_seq([1], [], temperature=0.0)] * 3
     logits = torch.randn(3, VOCABULARY)
     assert MAKE.choose(logits, rows) == (logits.argmax(-1).tolist(), [])
