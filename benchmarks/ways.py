@@ -31,7 +31,7 @@ PAUSE_SECONDS = 2.0
 VLLM_SCRIPT = Path(__file__).parent / "peers" / "vllm_cpu.py"
 
 
-def default_dtype() -> Literal[float32, bfloat16]:
+def default_dtype() -> Literal["float32", "bfloat16"]:
     """The dtype that this machine is fast at."""
     return "bfloat16" if torch.cuda.is_available() or has_fast_bfloat16() else "float32"
 

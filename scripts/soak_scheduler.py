@@ -309,7 +309,7 @@ class Drive:
         if chunk.run is not None:
             return _virtual(chunk.run.source)
         if chunk.seq is None:
-            raise AssertionError("a chunk is of nothing")
+            raise AssertionError("a chunk has neither a sequence nor a soft prompt")
         return _contents(chunk.seq)
 
     def _read(self, seq: Sequence, stop: int) -> None:

@@ -26,8 +26,8 @@ from server.engine.types import (
     StepOutput,
     TokenEvent,
 )
+from tests.support.engine.classifiers import make_classifier
 from tests.support.engine.harness import Family, add, check_logprobs, failure_of, greedy, random_text, run, tokens
-from tests.support.engine.heads import make_classifier
 from tests.support.engine.sequences import make_sequence
 
 TEXT = random_text(random.Random(5), 30, 30)

@@ -1,12 +1,12 @@
-"""Decode steps over tensors that stay where they are, so that a CUDA graph can replay them.
+"""Decode steps over tensors at fixed addresses, so that a CUDA graph can replay them.
 
-A decode step of a small model is hundreds of launches that each take the GPU less time than Python needs for them. A
-CUDA graph is the same launches recorded once and replayed by one call. It reads and writes the addresses that it was
-recorded with: so a step's inputs are written into the same tensors, and batches are filled up to a few sizes, for
-each of which there is one graph. Rows that only fill up are sequences of one token in the cache's spare block.
+A decode step of a small model is hundreds of launches, each of which takes the GPU less time than Python needs to
+launch it. A CUDA graph records them once and replays them by one call, with the addresses of the recording. So each
+step's inputs are written into the same tensors, and batches are padded to a few sizes with one graph each. Padding
+rows are sequences of one token in the cache's spare block.
 
-Where nothing is recorded, on CPUs too, batches are as large as they are, and decodes are still laid out here: only
-what has changed since the step before is written, which is quicker than to lay everything out anew.
+Without graphs, on CPUs too, batches are not padded. The buffers still serve, because only what changed since the last
+step is written.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from server.engine.attention.transfers import pins
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 512
-"""Rows of the largest graph; larger batches keep the GPU busy long enough without one."""
+"""Rows of the largest graph; larger batches keep the GPU busy without one."""
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function does on the device, and returns what does it again."""
+"""Records what a function does on the device; returns a function that replays it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """What the model is given for a batch of one size; all are views of the buffers.
+    """The model's inputs for a batch of one size, as views of the buffers.
 
     Attributes:
         input_ids: [1, size] int64.
@@ -47,18 +47,15 @@ class DecodeBatch:
 
 
 class DecodeBuffers:
-    """Input ids, positions, slots and block tables of decodes, each in one place for as long as the server runs.
+    """Input ids, positions, slots and block tables of decodes, at fixed addresses.
 
-    All are parts of one tensor, so a step is one copy from pinned memory, of as much as it uses: block tables are
-    kept by columns, all sequences' first blocks first.
+    All are parts of one tensor, so a step needs one copy from pinned memory. Block tables are stored by column, so
+    that the copy covers only the columns in use.
 
     Args:
         max_rows: Rows of the largest batch.
         max_blocks: Blocks of the longest sequence.
-        cache: Whose blocks they are.
-
-    Attributes:
-        max_rows: As given.
+        cache: The cache with the blocks.
     """
 
     def __init__(self, max_rows: int, max_blocks: int, cache: KVCache) -> None:
@@ -72,7 +69,7 @@ class DecodeBuffers:
         self._tables: list[list[int]] = [[] for _ in range(max_rows)]
 
     def batch(self, size: int, width: int | None = None) -> DecodeBatch:
-        """The first ``size`` rows, with the first ``width`` blocks of each; all of them where it is None."""
+        """The first ``size`` rows, with the first ``width`` blocks of each table; None for all blocks."""
         ids, positions, slots = self._device[:3, :size]
         tables = self._device[3:] if width is None else self._device[3 : 3 + width]
         rows = Rows(0, size, tables[:, :size].t(), positions[:, None])
@@ -81,19 +78,19 @@ class DecodeBuffers:
     def fill(
         self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], size: int
     ) -> int:
-        """Write a step's rows, and rows that fill up.
+        """Write a step's rows, and padding rows up to ``size``.
 
         Args:
             token_ids: The token of each row.
-            positions: Its position.
-            tables: Its sequence's blocks, at least up to that position.
-            size: Rows to have in all.
+            positions: The position of each row.
+            tables: The block table of each row, at least up to its position.
+            size: Rows of the batch.
 
         Returns:
             Blocks of the longest sequence.
         """
         if self._copied is not None:
-            self._copied.synchronize()  # a step that chose no token has not waited for the device
+            self._copied.synchronize()  # a step without a new token has not waited for the device
         ids, own_positions, slots = self._numbers[:3]
         count, width = len(token_ids), 1
         ids[:count], ids[count:size] = token_ids, 0
@@ -102,7 +99,7 @@ class DecodeBuffers:
         for row in range(size):
             position = positions[row] if row < count else 0
             length = position // self._block_size + 1
-            # Compared, not followed: whoever changes a table in place need not know of this.
+            # Compared by value, because the scheduler changes tables in place.
             table = list(tables[row][:length]) if row < count else [self._spare]
             if table != self._tables[row]:
                 self._numbers[3 : 3 + length, row] = table
@@ -121,16 +118,16 @@ class DecodeGraphs:
     """Replays a model's forward pass over decodes.
 
     Args:
-        forward: Logits [rows, vocabulary] of a batch, computed without waiting for the device.
-        buffers: Where batches are.
-        max_rows: Rows of the largest.
+        forward: Computes the logits [rows, vocabulary] of a batch without waiting for the device.
+        buffers: The buffers of the batches.
+        max_rows: Rows of the largest batch.
         record: Records a forward pass.
 
     Attributes:
-        sizes: Rows of the batches that there are graphs for, ascending.
+        sizes: Rows of the recorded batches, ascending.
 
     Raises:
-        Exception: Whatever the model or CUDA raises where a pass cannot be recorded.
+        Exception: Of any kind, if a pass cannot be recorded.
     """
 
     def __init__(
@@ -145,9 +142,9 @@ class DecodeGraphs:
         self._replays: dict[int, Callable[[], None]] = {}
         buffers.fill([], [], [], self.sizes[-1])
         first = forward(buffers.batch(self.sizes[-1]))
-        # One for all sizes: each graph's own would be kept for ever, and a step reads one of them.
+        # One tensor for all sizes: a step needs one, and separate ones would stay allocated.
         self._logits = torch.empty_like(first)
-        # The largest first: the others find room in the memory that it has taken.
+        # Largest first: the other graphs reuse its memory.
         for size in reversed(self.sizes):
             self._replays[size] = record(_Pass(forward, buffers.batch(size), self._logits[:size]))
 
@@ -158,13 +155,13 @@ class DecodeGraphs:
         tables: Sequence[Sequence[int]],
         size: int | None = None,
     ) -> torch.Tensor:
-        """Logits [rows, vocabulary] of decodes; they stay until the next call.
+        """Logits [rows, vocabulary] of decodes, valid until the next call.
 
         Args:
-            token_ids: As in ``DecodeBuffers.fill``; so are the next two. No more than the largest size.
-            positions: See above.
-            tables: See above.
-            size: Which graph to use; None takes the smallest that holds them.
+            token_ids: As in ``DecodeBuffers.fill``; at most the largest size.
+            positions: As in ``DecodeBuffers.fill``.
+            tables: As in ``DecodeBuffers.fill``.
+            size: Size of the graph; None for the smallest that is large enough.
         """
         if size is None:
             size = self.sizes[bisect_left(self.sizes, len(token_ids))]
@@ -175,7 +172,7 @@ class DecodeGraphs:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One forward pass into a part of a tensor."""
+    """One forward pass that writes its logits into ``logits``."""
 
     forward: Callable[[DecodeBatch], torch.Tensor]
     batch: DecodeBatch
@@ -186,6 +183,6 @@ class _Pass:
 
 
 def batch_sizes(max_rows: int) -> list[int]:
-    """Powers of two and what lies halfway between, up to ``max_rows`` and with it: at most a third fills up."""
+    """Powers of two, the numbers halfway between, and ``max_rows``: at most a third of a batch is padding."""
     sizes = {size for power in range(max_rows.bit_length()) for size in (1 << power, 3 << power >> 1)}
     return sorted({size for size in sizes if size < max_rows} | {max_rows})

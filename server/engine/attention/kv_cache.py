@@ -38,14 +38,14 @@ class KVCache:
     """Keys and values of every layer, in blocks.
 
     Attributes:
-        tensor: [2 (keys, values), layers, blocks and the spare one, block_size, kv_heads, head_dim].
-        spare_block: A block more, which is given to nobody: rows that only fill up a batch write there.
+        tensor: [2 (keys, values), layers, num_blocks + 1, block_size, kv_heads, head_dim].
+        spare_block: The last block, which no sequence owns: padding rows write there.
     """
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
         self.spec = spec
         self.num_blocks = self.spare_block = num_blocks
-        # Zeros need not be there, but writing them takes all of the memory at once, so that none is missing later.
+        # The content does not matter, but writing zeros allocates all the memory now, not during serving.
         self.tensor = torch.zeros(
             (2, spec.num_layers, num_blocks + 1, spec.block_size, spec.num_kv_heads, spec.head_dim),
             dtype=spec.dtype,
@@ -56,14 +56,14 @@ class KVCache:
         self._layers = [(self._slots[0, layer], self._slots[1, layer]) for layer in range(spec.num_layers)]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer by slot, each [blocks * block_size, kv_heads, head_dim], the spare block's last.
+        """Keys and values of a layer by slot, each [(num_blocks + 1) * block_size, kv_heads, head_dim].
 
-        Slot ``block * block_size + i`` is position i of that block.
+        Slot ``block * block_size + i`` is position i of a block.
         """
         return self._layers[index]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks of every layer, each from its first to its second id."""
+        """Copy blocks of every layer, given (source, destination) pairs."""
         if copies:
             source, destination = to_device(copies, self.tensor.device).unbind(1)
             self.tensor[:, :, destination] = self.tensor[:, :, source]
@@ -72,9 +72,9 @@ class KVCache:
         """Write a key/value prefix into blocks.
 
         Args:
-            blocks: As many as its tokens need.
-            rows: [tokens, layers * 2 * kv_heads * head_dim], in PEFT's order: per token K0 V0 K1 V1 ... with keys
-                as the cache holds them, positions and norms applied (peft.tuners.prefix_tuning).
+            blocks: The blocks for its tokens, in order.
+            rows: [tokens, layers * 2 * kv_heads * head_dim], in PEFT's order: per token K0 V0 K1 V1 ..., with
+                positions and norms applied to the keys (peft.tuners.prefix_tuning).
         """
         spec = self.spec
         num_tokens = rows.shape[0]
@@ -88,12 +88,12 @@ class KVCache:
         self._slots[:, :, slots] = key_values.permute(2, 1, 0, 3, 4)
 
     def are_finite(self, blocks: Sequence[int]) -> torch.Tensor:
-        """Whether all layers' keys and values at each position of some blocks are finite: [blocks, block_size].
+        """Whether the keys and values of all layers are finite at each position of some blocks: [blocks, block_size].
 
-        Nothing waits for the device.
+        Does not wait for the device.
         """
         gathered = self.tensor.index_select(2, to_device(blocks, self.tensor.device))
-        # The largest of a NaN and anything is NaN, which is not less than infinity.
+        # A maximum with a NaN is NaN, and NaN < inf is false.
         return gathered.abs_().amax(dim=(0, 1, 4, 5)) < torch.inf
 
 
@@ -105,18 +105,18 @@ def num_blocks_for(
     max_model_len: int,
     max_num_seqs: int,
 ) -> int:
-    """How many blocks to hold.
+    """The number of blocks of the cache.
 
     Args:
         spec: The shape of a block.
-        memory: Bytes to use; None takes a share of what is free, but no more than ``max_num_seqs`` sequences of
+        memory: Bytes to use; None for a fraction of the free memory, at most what ``max_num_seqs`` sequences of
             ``max_model_len`` positions and as many soft prompts could use.
-        free_memory: Bytes that are free where the blocks lie, and the share to take; the model is already there.
+        free_memory: Returns the free bytes of the device, with the model loaded, and the fraction to use.
         max_model_len: Positions of one sequence.
         max_num_seqs: Sequences that run at once.
 
     Raises:
-        ValueError: If not even one sequence of ``max_model_len`` positions fits, saying how much is missing.
+        ValueError: If one sequence of ``max_model_len`` positions does not fit; the message says what is missing.
     """
     blocks_per_seq = -(-max_model_len // spec.block_size) + 1
     if memory is None:

@@ -1,1 +1,1 @@
-"""What only GPUs use: Triton kernels and CUDA graphs."""
+"""GPU kernels: Triton and CUDA graphs."""

@@ -1,4 +1,4 @@
-"""The GPU's attention: Triton kernels that read keys and values in place."""
+"""Attention on GPUs: Triton kernels that read keys and values in place."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from server.engine.attention.kv_cache import KVCache
 from server.engine.cuda.triton_launcher import use_prebuilt
 
 MAX_SHARES = 32
-"""Programs among which the keys of one tile are divided, at most; a power of two."""
+"""Maximum number of programs that divide the keys of one tile; a power of two."""
 
 MIN_KEYS_OF_SHARE = 256
-"""Keys that a program should have to read, or putting the parts together would cost more than it saves."""
+"""Minimum number of keys per program; with fewer, combining the shares costs more than it saves."""
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that keep one multiprocessor of the GPU busy."""
 
 LANES_OF_CHUNK = 64
-"""Rows, times query heads of a key/value head, that a program takes of a prefill chunk; half of it of wide heads."""
+"""Rows times query heads per key/value head in a tile of a prefill chunk; half as many for wide heads."""
 
 
 def load_kernels() -> ModuleType:
-    """The kernels' module. Imported late, for where nothing serves by it there is no Triton.
+    """Import the kernels' module; late, because it imports Triton.
 
     Raises:
-        ImportError: If there is none.
+        ImportError: If Triton is not installed.
     """
     use_prebuilt()
     return importlib.import_module("server.engine.cuda.triton_kernels")
@@ -37,14 +37,14 @@ def load_kernels() -> ModuleType:
 class TritonBackend(AttentionBackend):
     """Paged attention for decodes and prefill chunks, without gathering keys.
 
-    What a launch does follows from the tensors' shapes alone, so a CUDA graph may record it.
+    A launch depends on the tensors' shapes only, so a CUDA graph may record it.
 
     Args:
-        cache: Keys and values on a CUDA device; anywhere in Triton's interpreter.
+        cache: On a CUDA device; on any device in Triton's interpreter.
         num_processors: Multiprocessors of the GPU.
 
     Raises:
-        ImportError: If there is no Triton.
+        ImportError: If Triton is not installed.
     """
 
     def __init__(self, cache: KVCache, num_processors: int = 4) -> None:
@@ -52,7 +52,7 @@ class TritonBackend(AttentionBackend):
         super().__init__(cache)
         spec = cache.spec
         self._dims = max(16, _power_of_two(spec.head_dim))
-        # Tiles of keys and of values have to fit into shared memory, twice where they are fetched ahead.
+        # Tiles of keys and of values have to fit into shared memory, twice if they are prefetched.
         tile_bytes = 64 * self._dims * spec.dtype.itemsize
         self._tile_keys = 64 if tile_bytes <= 2**14 else 32
         self._chunk_lanes = LANES_OF_CHUNK if tile_bytes <= 2**14 else LANES_OF_CHUNK // 2
@@ -61,11 +61,11 @@ class TritonBackend(AttentionBackend):
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a CUDA graph of a step may be replayed over other keys: it may."""
+        """True; see the base class."""
         return True
 
     def store(self, key: torch.Tensor, value: torch.Tensor, layer: int, metadata: AttentionMetadata) -> None:
-        """One launch for all rows; shapes as in the base class."""
+        """One launch for all rows; see the base class."""
         spec = self.cache.spec
         keys, values = self.cache.layer(layer)
         key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (key, value))
@@ -87,7 +87,7 @@ class TritonBackend(AttentionBackend):
     def attend(
         self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
     ) -> torch.Tensor:
-        """One launch, or two, for all decodes, and for each prefill chunk; shapes as in the base class."""
+        """One or two launches for all decodes, and for each prefill chunk; see the base class."""
         num_heads, num_rows, head_dim = query.shape
         query = query if query.stride(-1) == 1 else query.contiguous()
         out = query.new_empty(num_rows, num_heads, head_dim)
@@ -96,14 +96,13 @@ class TritonBackend(AttentionBackend):
         return out
 
     def num_shares(self, num_tiles: int, num_keys: int) -> int:
-        """Among how many programs to divide the keys of a tile.
+        """Number of programs that divide the keys of a tile.
 
         Args:
-            num_tiles: Tiles, of all key/value heads.
-            num_keys: Most keys that one may see, as far as the shape of the block tables tells.
+            num_tiles: Tiles of all key/value heads.
+            num_keys: Maximum number of keys of a tile, from the shape of the block tables.
         """
-        wanted = self._num_programs // num_tiles
-        return max(1, min(wanted, num_keys // MIN_KEYS_OF_SHARE, MAX_SHARES))
+        return max(1, min(self._num_programs // num_tiles, num_keys // MIN_KEYS_OF_SHARE, MAX_SHARES))
 
     def _attend_group(
         self, query: torch.Tensor, layer: int, rows: Rows, call: AttentionCall, out: torch.Tensor
@@ -122,7 +121,7 @@ class TritonBackend(AttentionBackend):
             sizes = [num_rows * num_heads * num_shares * width for width in (head_dim, 1, 1)]
             parts, maxima, sums = torch.split(scratch, sizes)
         else:
-            parts = maxima = sums = out  # which are not written
+            parts = maxima = sums = out  # the kernel does not write to these
         self._kernels.attend[(num_tiles, spec.num_kv_heads, num_shares)](
             query,
             keys,
@@ -170,5 +169,5 @@ class TritonBackend(AttentionBackend):
 
 
 def _power_of_two(number: int) -> int:
-    """The least power of two that is not below a number."""
+    """The smallest power of two that is at least a number."""
     return 1 << (number - 1).bit_length()

@@ -1,17 +1,17 @@
 """Attention over paged keys and values on a GPU, as Triton kernels.
 
-Imported by ``triton_attention`` alone, and only where it serves: Triton comes with torch for CUDA, not for CPUs.
+Only ``triton_attention`` imports this module, and only if it serves, because Triton may be missing.
 
-The kernels read lengths and block tables from device memory, and their grids follow from the shapes of the tensors
-alone, so that a launch which a CUDA graph has recorded is right for whatever the tensors hold when it is replayed.
+The kernels read lengths and block tables from device memory, and their grids depend on the tensors' shapes only. So a
+launch recorded in a CUDA graph is correct for the tensors' contents at each replay.
 
-``attend`` computes tiles of rows of one sequence, each row once for every query head of one key/value head; a decode
-is a tile of one row. With few tiles the keys of each are split over several programs ("flash decoding": Dao et al.,
-2023, https://pytorch.org/blog/flash-decoding), and ``combine`` puts their parts together. The softmax is taken while
-the keys come by (Milakov and Gimelshein, 2018, arXiv:1805.02867). Everything is accumulated in float32.
+``attend`` computes tiles of rows of one sequence, each row for every query head of one key/value head; a decode is a
+tile of one row. With few tiles, several programs divide the keys of each ("flash decoding": Dao et al., 2023,
+https://pytorch.org/blog/flash-decoding), and ``combine`` merges their shares. The softmax is computed online (Milakov
+and Gimelshein, 2018, arXiv:1805.02867). Sums are float32.
 """
 
-# No postponed annotations: Triton tells constant arguments by what their annotations are.
+# No postponed annotations: Triton recognises constant arguments by the annotation objects.
 
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +19,15 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# A kernel is compiled again for every kind of argument that it was specialised for, in the middle of serving: what
-# begins anywhere or varies from step to step is left out of that. Addresses in the cache follow from constants.
+# Triton compiles a kernel again for each specialisation of its arguments, in the middle of serving. So arguments with
+# arbitrary alignment, and integers that vary from step to step, are not specialised.
 _ANYWHERE = ["new_keys", "new_values", "query", "out", "slots", "tables", "positions"]
 _STRIDES = ["key_head_stride", "key_row_stride", "value_head_stride", "value_row_stride"]
 _VARYING = ["query_head_stride", "query_row_stride", "seq_stride", "block_stride", "position_stride"]
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """Have Triton compile a function when it is launched, or interpret it where TRITON_INTERPRET is set."""
+    """Compile a function by Triton at its first launch, or interpret it if TRITON_INTERPRET is set."""
     decorate: Callable[[Any], Any] = triton.jit(**options)
     return decorate
 
@@ -48,22 +48,18 @@ def store(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    """Write one row's key and value, [heads, head_dim], into its slot.
+    """Write one row's key and value, [heads, head_dim], into its slot; program (row).
 
     Args:
-        new_keys: [heads, rows, head_dim], contiguous in the last; so are ``new_values``.
-        new_values: Likewise.
-        keys: [slots, heads, head_dim], contiguous; so are ``values``.
-        values: Likewise.
+        new_keys: [heads, rows, head_dim], with last stride 1 and strides ``key_head_stride`` and ``key_row_stride``.
+        new_values: [heads, rows, head_dim], with the strides ``value_head_stride`` and ``value_row_stride``.
+        keys: [slots, heads, head_dim], contiguous.
+        values: [slots, heads, head_dim], contiguous.
         slots: [rows] int64.
-        key_head_stride: Of ``new_keys``; so are the next three, of these or of ``new_values``.
-        key_row_stride: See above.
-        value_head_stride: See above.
-        value_row_stride: See above.
         NUM_HEADS: Key/value heads.
-        HEAD_DIM: Width of one.
-        HEADS: ``NUM_HEADS``, rounded up to a power of two.
-        DIMS: ``HEAD_DIM``, likewise.
+        HEAD_DIM: Width of a head.
+        HEADS: ``NUM_HEADS`` rounded up to a power of two.
+        DIMS: ``HEAD_DIM`` rounded up to a power of two.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
@@ -118,36 +114,30 @@ def attend(  # type: ignore[no-untyped-def]
     Program (tile, key/value head, share) of a grid (sequences * tiles_per_seq, NUM_KV_HEADS, shares).
 
     Args:
-        query: [heads, sequences * rows_per_seq, head_dim], contiguous in the last.
-        keys: [slots, kv_heads, head_dim], contiguous; so are ``values``.
-        values: Likewise.
-        tables: [sequences, blocks] int64, by ``seq_stride`` and ``block_stride``.
-        positions: [sequences, rows_per_seq] int64, ascending in a sequence, by ``position_stride`` and 1.
+        query: [heads, sequences * rows_per_seq, head_dim], with last stride 1.
+        keys: [slots, kv_heads, head_dim], contiguous.
+        values: [slots, kv_heads, head_dim], contiguous.
+        tables: [sequences, blocks] int64, with strides ``seq_stride`` and ``block_stride``.
+        positions: [sequences, rows_per_seq] int64, ascending in a sequence, with strides ``position_stride`` and 1.
         sinks: [heads]; read only if HAS_SINKS.
         out: [rows, heads, head_dim], contiguous; written unless IS_SPLIT.
-        parts: [rows, heads, shares, head_dim] float32, contiguous; written, with the next two, if IS_SPLIT.
+        parts: [rows, heads, shares, head_dim] float32, contiguous; values weighted by exp(score - maximum). This and
+            the next two are written if IS_SPLIT.
         maxima: [rows, heads, shares] float32, contiguous: the largest score; -inf for none.
-        sums: Likewise: of exponentials of scores less that maximum, which weigh the values in ``parts``.
+        sums: [rows, heads, shares] float32, contiguous: the sum of exp(score - maximum).
         scale: Factor of the scores.
         softcap: As in ``AttentionCall``; read only if HAS_SOFTCAP.
         window: As in ``AttentionCall``; 0 for all.
         rows_per_seq: Rows of each sequence.
         tiles_per_seq: Tiles of each sequence.
-        query_head_stride: Of ``query``.
-        query_row_stride: Of ``query``.
-        seq_stride: Of ``tables``.
-        block_stride: Of ``tables``.
-        position_stride: Of ``positions``.
         NUM_KV_HEADS: Key/value heads.
-        GROUP_SIZE: Query heads of each.
+        GROUP_SIZE: Query heads per key/value head.
         HEAD_DIM: Width of a head.
-        DIMS: ``HEAD_DIM``, rounded up to a power of two of at least 16.
+        DIMS: ``HEAD_DIM`` rounded up to a power of two of at least 16.
         BLOCK_SIZE: Positions in a block.
         TILE_ROWS: Rows of a tile.
-        LANES: ``TILE_ROWS * GROUP_SIZE``, rounded up to a power of two of at least 16.
-        TILE_KEYS: Keys that are read at once, a power of two of at least 16.
-        HAS_SOFTCAP: Whether scores are bounded.
-        HAS_SINKS: Whether there are sinks.
+        LANES: ``TILE_ROWS * GROUP_SIZE`` rounded up to a power of two of at least 16.
+        TILE_KEYS: Keys per iteration, a power of two of at least 16.
         IS_SPLIT: Whether there is more than one share.
     """
     tile = tl.program_id(0)
@@ -166,7 +156,7 @@ def attend(  # type: ignore[no-untyped-def]
     places = query + flat_row[:, None] * query_row_stride + head[:, None] * query_head_stride + dims[None, :]
     q = tl.load(places, mask=is_element, other=0.0)
 
-    # Positions of a sequence ascend: its first row sees the first key, its last row the last.
+    # Positions ascend in a sequence: the first row sees the first key of the tile, the last row the last key.
     last = tl.max(position, axis=0)
     first = tl.min(tl.where(is_row, position, last), axis=0)
     start = tl.where(window > 0, tl.maximum(first - window + 1, 0), 0)
@@ -177,7 +167,7 @@ def attend(  # type: ignore[no-untyped-def]
     maximum = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
     if HAS_SINKS:
-        # They take their share of the softmax once, and nothing is read for it.
+        # One share adds the sinks to the denominator; they have no value.
         sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32)
         maximum = tl.where(share == 0, sink, maximum)
         total = tl.where(share == 0, 1.0, total)
@@ -194,14 +184,14 @@ def attend(  # type: ignore[no-untyped-def]
         k = tl.load(keys + offsets, mask=is_loaded, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1), which is 1 long before exp overflows; NaN stays NaN.
+            # tanh(x) = 1 - 2 / (exp(2x) + 1) is 1 long before exp overflows; NaN stays NaN.
             twice = scores * (2.0 / softcap)
             scores = softcap * (1.0 - 2.0 / (tl.exp(tl.where(twice > 80.0, 80.0, twice)) + 1.0))
         is_seen = is_key[None, :] & (key_position[None, :] <= position[:, None])
         is_seen = is_seen & ((window == 0) | (key_position[None, :] > position[:, None] - window))
         scores = tl.where(is_seen, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        # A row that has seen no key yet has nothing to weigh; -inf less -inf would be NaN.
+        # For a row that has seen no key yet, -inf - -inf would be NaN.
         pivot = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp(scores - pivot[:, None])
         kept = tl.exp(maximum - pivot)
@@ -217,7 +207,7 @@ def attend(  # type: ignore[no-untyped-def]
         tl.store(sums + part, total, mask=is_row)
         tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_element)
     else:
-        attended = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # lanes without a row have seen nothing
+        attended = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # lanes without a row have a total of 0
         tl.store(
             out + flat_head[:, None] * HEAD_DIM + dims[None, :], attended.to(out.dtype.element_ty), mask=is_element
         )
@@ -234,17 +224,13 @@ def combine(  # type: ignore[no-untyped-def]
     DIMS: tl.constexpr,
     MAX_SHARES: tl.constexpr,
 ):
-    """Put the shares of one row and head together, as ``attend`` has left them; its program is row * heads + head.
+    """Merge the shares of one row and head, as written by ``attend``; program (row * heads + head).
+
+    Arguments that are not listed are those of ``attend``.
 
     Args:
-        parts: As in ``attend``; so are the next three.
-        maxima: See above.
-        sums: See above.
-        out: See above.
-        num_shares: Shares that there are.
-        HEAD_DIM: As in ``attend``; so is the next.
-        DIMS: See above.
-        MAX_SHARES: A power of two that ``num_shares`` is never above.
+        num_shares: Number of shares.
+        MAX_SHARES: A power of two, at least ``num_shares``.
     """
     flat_head = tl.program_id(0).to(tl.int64)
     shares = tl.arange(0, MAX_SHARES)

@@ -1,83 +1,94 @@
-"""The one piece of C code by which Triton launches kernels, compiled before there is a GPU.
+"""The C library by which Triton launches kernels, compiled ahead of time.
 
-Triton compiles it when it first launches something, so wherever it runs there has to be a C compiler. An image whose
-last stage has none can be built nevertheless: ``python -m server.engine.cuda.triton_launcher`` compiles it in an
-earlier stage, beside this file, and Triton is given that instead. Where nothing was compiled so, or for
-another version of Triton, it compiles as ever.
+Triton compiles it at the first launch, and needs a C compiler then. For an image without a compiler,
+``python -m server.engine.cuda.triton_launcher`` compiles it in an earlier build stage into a folder beside this file,
+and Triton loads it from there. Without that folder, or with another version of Triton, the library is compiled at
+the first launch as usual.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 PREBUILT = Path(__file__).with_name("prebuilt")
-"""Where what was compiled before lies."""
+"""The folder of the compiled library."""
 
-_CUDA = "libcuda.so.1"  # the driver's library, which is the host's
+_CUDA = "libcuda.so.1"  # the driver's library, which the host provides
 
 
 def build(folder: Path = PREBUILT) -> Path:
-    """Compile it for the Triton and the Python that are installed; returns the file.
-
-    Args:
-        folder: Where to write it.
+    """Compile the library for the installed versions of Triton and Python; returns the file.
 
     Raises:
-        ImportError: If there is no Triton.
+        ImportError: If Triton is not installed.
         RuntimeError: If there is no C compiler, or it fails.
     """
     backend = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent
-    source = (backend / "driver.c").read_text()
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise RuntimeError("there is no C compiler")
-    target = folder / _file_name("cuda_utils", source)
+    source = backend / "driver.c"
+    target = folder / _file_name("cuda_utils", source.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        # Where there is no GPU there is no such library either; of this one only the name is kept.
-        _run(compiler, "-shared", f"-Wl,-soname,{_CUDA}", "-o", f"{name}/{_CUDA}", "-x", "c", "/dev/null")
-        _run(
-            compiler, str(backend / "driver.c"), "-O3", "-shared", "-fPIC", "-Wno-psabi", "-o", str(target),
-            f"-I{backend / 'include'}", f"-I{sysconfig.get_paths(scheme='posix_prefix')['include']}",
-            "-Wl,--no-as-needed", f"-L{name}", f"-l:{_CUDA}",
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as stub:
+        # Without a GPU there is no driver library to link with; only the stub's name is recorded.
+        _run(_compiler(), "-shared", f"-Wl,-soname,{_CUDA}", "-o", f"{stub}/{_CUDA}", "-x", "c", "/dev/null")
+        _compile(source, target, [stub], [str(backend / "include")], [_CUDA])
     return target
 
 
 def use_prebuilt(folder: Path = PREBUILT) -> None:
-    """Let Triton take what lies there in place of compiling the same.
+    """Let Triton load the compiled library, if the folder exists.
 
     Raises:
-        ImportError: If there is no Triton.
+        ImportError: If Triton is not installed.
     """
     knobs: Any = importlib.import_module("triton.knobs").build
-    if knobs.impl is None and folder.is_dir():
-        knobs.impl = _taking_from(folder, knobs)
+    if knobs.impl is not None or not folder.is_dir():
+        return
+
+    def find_or_compile(
+        name: str,
+        source: str,
+        folder_of_source: str,
+        libraries_in: list[str],
+        headers_in: list[str],
+        libraries: list[str],
+    ) -> str:
+        prebuilt = folder / _file_name(name, Path(source).read_text())
+        if prebuilt.exists():
+            return str(prebuilt)
+        target = Path(folder_of_source, f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+        _compile(Path(source), target, libraries_in, headers_in, libraries)
+        return str(target)
+
+    knobs.impl = find_or_compile
 
 
-def _taking_from(folder: Path, knobs: Any) -> Callable[..., str]:
-    compile_now: Any = importlib.import_module("triton.runtime.build")._build  # noqa: SLF001 - what it calls itself
+def _compile(
+    source: Path, target: Path, libraries_in: Sequence[str], headers_in: Sequence[str], libraries: Sequence[str]
+) -> None:
+    """Compile a Python extension of one C file, with Triton's flags."""
+    python = sysconfig.get_paths(scheme="posix_prefix")["include"]
+    _run(
+        _compiler(), str(source), "-O3", "-shared", "-fPIC", "-Wno-psabi", "-o", str(target),
+        *(f"-I{folder}" for folder in (*headers_in, python)), "-Wl,--no-as-needed",
+        *(f"-L{folder}" for folder in libraries_in),
+        *(f"-l:{library}" if ".so" in library else f"-l{library}" for library in libraries),
+    )  # fmt: skip
 
-    def take(name: str, source: str, *arguments: Any) -> str:
-        known = folder / _file_name(name, Path(source).read_text())
-        if known.exists():
-            return str(known)
-        knobs.impl = None
-        try:
-            compiled: str = compile_now(name, source, *arguments, [])
-        finally:
-            knobs.impl = take
-        return compiled
 
-    return take
+def _compiler() -> str:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("there is no C compiler")
+    return compiler
 
 
 def _file_name(name: str, source: str) -> str:
@@ -85,7 +96,7 @@ def _file_name(name: str, source: str) -> str:
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - a compiler's, on Triton's file
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the compiler
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
 

@@ -1,1 +1,1 @@
-"""The frozen model, and what is computed with it."""
+"""The frozen model and its computations."""

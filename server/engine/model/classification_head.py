@@ -1,4 +1,4 @@
-"""Classification heads: the linear layer that a soft prompt for SEQ_CLS was trained with, and what it gives."""
+"""Classification heads: the linear layer of a soft prompt that was trained for SEQ_CLS."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from server.engine.types import SoftPromptSource
 
 
 class Computed(Protocol):
-    """The part of the scheduler's ``Chunk`` that matters here."""
+    """The used attributes of the scheduler's ``Chunk``."""
 
     @property
     def seq(self) -> Sequence | None:
-        """Whose positions are computed."""
+        """The sequence of the chunk."""
         ...
 
     @property
     def num_tokens(self) -> int:
-        """How many."""
+        """Number of positions."""
         ...
 
     @property
     def samples(self) -> bool:
-        """Whether the last of them is the sequence's last."""
+        """Whether the chunk contains the sequence's last position."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """A linear layer in float32, on the host: heads are small, and a step reads one row by each.
+class ClassificationHead:
+    """A linear layer in float32, on the host, because heads are small and read one row per step.
 
     Attributes:
         weight: [labels, hidden size].
@@ -48,29 +48,25 @@ class Head:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """Bytes of weight and bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def logits(self, hidden: torch.Tensor) -> list[float]:
-        """What each label gets.
-
-        Args:
-            hidden: [hidden size], float32.
-        """
+        """The logits of all labels, for a hidden state [hidden size] in float32."""
         values: list[float] = torch.nn.functional.linear(hidden, self.weight, self.bias).tolist()
         return values
 
 
-def read_head(path: str, *, num_labels: int, width: int) -> Head:
+def read_head(path: str, *, num_labels: int, width: int) -> ClassificationHead:
     """Read the head from a soft prompt's file.
 
     Args:
         path: A safetensors file.
-        num_labels: Labels that it was recorded with.
+        num_labels: Recorded number of labels.
         width: The model's hidden size.
 
     Raises:
-        ValueError: If it is not there, or has another shape.
+        ValueError: If the file has no head, or a head of another shape.
     """
     with safe_open(path, framework="pt") as file:
         found = {
@@ -84,23 +80,23 @@ def read_head(path: str, *, num_labels: int, width: int) -> Head:
         raise ValueError(f"its weight has shape {shape}; {(num_labels, width)} is needed")
     if bias is not None and tuple(bias.shape) != (num_labels,):
         raise ValueError(f"its bias has shape {tuple(bias.shape)}; {(num_labels,)} is needed")
-    return Head(weight, bias)
+    return ClassificationHead(weight, bias)
 
 
 def wants_head(chunk: Computed) -> bool:
-    """Whether the head of the chunk's soft prompt reads its last row."""
+    """Whether the head of the chunk's soft prompt reads the chunk's last row."""
     return chunk.samples and chunk.seq is not None and chunk.seq.request.params.classify
 
 
 def head_logits(
-    chunks: SequenceOf[Computed], hidden: torch.Tensor, head_of: Callable[[SoftPromptSource], Head]
+    chunks: SequenceOf[Computed], hidden: torch.Tensor, head_of: Callable[[SoftPromptSource], ClassificationHead]
 ) -> dict[str, list[float]]:
-    """What the heads give that a step's sequences asked for.
+    """The labels' logits of a step's classification requests.
 
     Args:
-        chunks: What was computed.
-        hidden: The base model's last hidden states [1, rows, hidden size], behind its final norm.
-        head_of: The loaded head of a soft prompt.
+        chunks: The chunks of the step.
+        hidden: The base model's last hidden states [1, rows, hidden size], after its final norm.
+        head_of: Returns the loaded head of a soft prompt.
 
     Returns:
         Logits of the labels by request id.

@@ -1,7 +1,7 @@
-"""Environment variables of an engine's process.
+"""Environment variables of the engine process.
 
 They have to be set before torch, OpenMP and oneDNN are loaded, so this module imports none of them. The device is not
-known by then ("auto"): on a GPU the variables of the CPU's products do no harm.
+known yet ("auto"); on a GPU the CPU's variables have no effect.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 SPIN_COUNT = "3000"
-"""Turns (some 10 us) that torch's OpenMP threads wait actively before they sleep; libgomp's own are milliseconds.
+"""Iterations (about 10 us) that torch's OpenMP threads spin before they sleep; libgomp's default takes milliseconds.
 
-Where another process needs one of the cores, a thread that spins keeps the one it waits for from running;
-``benchmarks/spinning.py`` shows by how much.
+If another process needs a core, a spinning thread keeps the thread that it waits for from running; see
+``benchmarks/spinning.py``.
 """
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Makes torch ask for pages of 2 MiB: blocks lie all over the cache, and finding each one's pages takes as long as
-reading it."""
+"""Makes torch request pages of 2 MiB. Blocks are scattered over the cache, and with small pages address translation
+takes as long as reading a block."""
 
 PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-"""Where torch and oneDNN keep what they have compiled for a product: some 0.5 MiB for each number of rows and layer's
-shape, and 1,024 of them by default."""
+"""Capacities of torch's and oneDNN's caches of compiled products: about 0.5 MiB for each number of rows and shape,
+and 1,024 entries by default."""
 
-MOST_PRODUCTS = "384"
-"""For five shapes all numbers of rows of decodes, and the last of prefills."""
+MAX_PRODUCTS = "384"
+"""Enough for five shapes with all batch sizes of decodes, and the latest prefills."""
 
 
-def threads_and_memory(given: Mapping[str, str]) -> dict[str, str]:
+def threads_and_memory(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables for threads and memory.
 
     Args:
-        given: The environment of the process that starts the engine. A variable that the operator has set stays.
+        environment: The environment of the process that starts the engine. Variables in it are not overridden.
     """
-    chosen = {HUGE_PAGES: "1", **dict.fromkeys(PRODUCT_CACHES, MOST_PRODUCTS)}
-    if "OMP_WAIT_POLICY" not in given:
+    chosen = {HUGE_PAGES: "1", **dict.fromkeys(PRODUCT_CACHES, MAX_PRODUCTS)}
+    if "OMP_WAIT_POLICY" not in environment:
         chosen["GOMP_SPINCOUNT"] = SPIN_COUNT
-    return {name: value for name, value in chosen.items() if name not in given}
+    return {name: value for name, value in chosen.items() if name not in environment}

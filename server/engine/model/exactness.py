@@ -1,4 +1,4 @@
-"""The check at the start that a model is served exactly: paged attention against the model's own."""
+"""The startup check that a model is served exactly: paged attention against the model's own attention."""
 
 from __future__ import annotations
 
@@ -14,46 +14,47 @@ from server.engine.model.model_shape import KeyValueShape, config_value, key_val
 from server.errors import EngineStartError
 
 PROBE_TOKENS = 24
-"""Length of the texts that are computed in two ways; less where the context is shorter."""
+"""Length of the texts, or of the context if it is shorter."""
 
 PROBE_KEYS = 700
-"""Length of the made-up sequence over which kernels are compared; less where the cache is smaller."""
+"""Length of the random sequence over which kernels are compared, or of the cache if it is smaller."""
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest difference between two ways to the same logits, as a share of their standard deviation."""
+"""Largest difference of logits due to rounding, as a fraction of their standard deviation."""
 
 SOFT_PROMPT_ROWS, TEXT_ROWS = 5, 8
-"""Virtual tokens and text tokens of the soft prompts that are tried out; less where the context is shorter."""
+"""Virtual tokens and text tokens of the checked soft prompts; fewer if the context is shorter."""
 
 Span = tuple[Sequence[int], int, int]
 """Block table, first position, number of positions."""
 
 Forward = Callable[[Sequence[Span], dict[str, torch.Tensor], Sequence[int]], torch.Tensor]
-"""Spans, token ids [1, rows] or embeddings [1, rows, width] by the model's name for them, and rows whose logits are
-wanted, to logits [wanted rows, vocabulary]."""
+"""Spans, token ids [1, rows] or embeddings [1, rows, width] by the name of the model's parameter, and the selected
+rows, to the logits [selected rows, vocabulary]."""
 
 Decode = Callable[[Sequence[int], Sequence[int], Sequence[Sequence[int]], int], torch.Tensor]
-"""Token ids, their positions, block tables and the size of the batch, to logits [tokens, vocabulary]."""
+"""Token ids, their positions, block tables and the size of the batch, to the logits [tokens, vocabulary]."""
 
 
 class ExactnessCheck:
-    """What a model itself, with its eager attention, says of a few texts, bare and behind soft prompts.
+    """Compares served logits with the model's own, for a few texts with and without soft prompts.
 
-    Which models work is decided by this, not by a list: some ignore the attention interface, some compute something
-    else through it, some look more up by token id than the embeddings, and wrong tokens are worse than a refusal.
+    The constructor computes the references with the model's eager attention. This check decides which models are
+    served, not a list: some models ignore the attention interface, some compute something else through it, some look
+    up more by token id than embeddings. A refusal is better than wrong tokens.
 
     Args:
-        model: As transformers has loaded it.
-        config: Its text model's.
+        model: As loaded by transformers; its attention is set to "eager".
+        config: The configuration of its text model.
         max_model_len: Positions of a sequence.
         has_experts: Whether it is a mixture of experts.
 
     Attributes:
-        vocab_size: Token ids that have an embedding and a logit are below it.
+        vocab_size: Number of token ids with an embedding and a logit.
         shape: The shape of its keys and values.
 
     Raises:
-        EngineStartError: If the model cannot compute them, or cannot be served for what is found so far.
+        EngineStartError: If the model cannot compute the references, or cannot be served.
     """
 
     def __init__(
@@ -91,15 +92,15 @@ class ExactnessCheck:
             self._try_soft_prompts(model, embed, max_model_len)
 
     def _try_soft_prompts(self, model: PreTrainedModel, embed: torch.nn.Module, max_model_len: int) -> None:
-        """Have the model itself compute a text behind a soft prompt of each kind."""
+        """Compute the references of a text behind a soft prompt of each kind."""
         self._num_virtual = max(1, min(SOFT_PROMPT_ROWS, max_model_len // 4))
         num_text = min(TEXT_ROWS, max_model_len - self._num_virtual)
-        if num_text < 1:  # no soft prompt ever fits
+        if num_text < 1:  # no soft prompt fits
             self._num_virtual = 0
             return
         n, shape, text = self._num_virtual, self.shape, self._texts[0][:, :num_text]
         positions = torch.arange(n + num_text, device=text.device)[None]
-        try:  # with copies, for some models scale what they are given in place
+        try:  # inputs are copies, because some models scale them in place
             logits = model(inputs_embeds=embed(text), position_ids=positions[:, :num_text], use_cache=False).logits[0]
         except Exception as error:
             raise EngineStartError(
@@ -113,15 +114,15 @@ class ExactnessCheck:
             "its logits of embeddings differ from those of the same tokens' ids. It looks something up by id besides "
             "the embeddings, and a soft prompt's rows have no ids. They differ",
         )
-        # Between two tokens' embeddings each: of their size, and none of them.
+        # Midpoints of two tokens' embeddings: of the usual size, but not in the vocabulary.
         ids = torch.arange(1, n + 1, device=text.device)[None] * 131 % self.vocab_size
         rows = (embed(ids) + embed((ids + 7) % self.vocab_size)) / 2
         self._embeds = torch.cat([rows, embed(text)], dim=1)
         generator = torch.Generator().manual_seed(0)
-        made_up = torch.randn(2, shape.num_layers, n, shape.num_kv_heads, shape.head_dim, generator=generator)
+        random = torch.randn(2, shape.num_layers, n, shape.num_kv_heads, shape.head_dim, generator=generator)
         # In PEFT's order: for each token K0 V0 K1 V1 ...
-        self._key_values = made_up.permute(2, 1, 0, 3, 4).reshape(n, -1).to(self._dtype)
-        keys_and_values = made_up.to(text.device, self._dtype).transpose(2, 3)[:, :, None]
+        self._key_values = random.permute(2, 1, 0, 3, 4).reshape(n, -1).to(self._dtype)
+        keys_and_values = random.to(text.device, self._dtype).transpose(2, 3)[:, :, None]
         try:
             cache = DynamicCache()
             for layer in range(shape.num_layers):
@@ -137,17 +138,17 @@ class ExactnessCheck:
         self._behind = behind_embeddings.logits[0], behind_key_values.logits[0]
 
     def run(self, forward: Forward, *, num_blocks: int, block_size: int, layers: Set[int]) -> None:
-        """Compare with two texts side by side over paged blocks.
+        """Compare the logits of two texts over paged blocks.
 
-        One text is prefilled in two chunks, the second of them behind the other text, so that a model which attends
-        over the flat batch by itself shows. Nothing is left behind, for every position of a block is written before
-        it is read.
+        One text is prefilled in two chunks. The second chunk stands behind the other text in the batch, which reveals
+        a model that attends over the whole flat batch. The blocks need no reset, because each position is written
+        before it is read.
 
         Args:
             forward: Computes one flat batch.
-            num_blocks: Of the cache, at least 2.
-            block_size: Positions of each.
-            layers: Those that have attended to it, by now.
+            num_blocks: Blocks of the cache, at least 2.
+            block_size: Positions in a block.
+            layers: The layers that have called the backend; updated by ``forward``.
 
         Raises:
             EngineStartError: If a pass fails, or its logits differ by more than rounding explains.
@@ -164,7 +165,7 @@ class ExactnessCheck:
                 raise NotImplementedError(f"{others} of its {self.shape.num_layers} layers do not call it")
             spans = [(other, 0, half), (table, half, length - half)]
             both = forward(spans, {"input_ids": torch.cat([other_ids, ids[:, half:]], dim=1)}, range(length))
-            # The last token of each once more, as a decode: what computes single rows may be another thing.
+            # The last tokens again as decodes, for which another kernel may serve.
             spans = [(other, half - 1, 1), (table, length - 1, 1)]
             decoded = forward(spans, {"input_ids": torch.cat([other_ids[:, -1:], ids[:, -1:]], dim=1)}, range(2))
         except Exception as error:
@@ -180,13 +181,13 @@ class ExactnessCheck:
         self._compare(got, torch.cat([others_own, own, self._decodes[-1]]), [half, half, length - half, 2])
 
     def run_soft_prompts(self, forward: Forward, cache: KVCache) -> None:
-        """Compare with a bare text, a text behind embeddings and a text behind keys and values in one flat batch.
+        """Compare a bare text, a text behind embeddings and a text behind keys and values, in one flat batch.
 
-        The embeddings are filled in the pass that computes the text behind them. What is in the blocks is put back.
+        The embeddings are computed in the same pass as the text behind them. The blocks' content is restored.
 
         Args:
             forward: Computes one flat batch.
-            cache: Where it writes; the spare block serves, too.
+            cache: The cache; the spare block is used too.
 
         Raises:
             EngineStartError: As ``run``.
@@ -194,7 +195,7 @@ class ExactnessCheck:
         n, size = self._num_virtual, cache.spec.block_size
         length = min(self._embeds.shape[1] if n else 0, (cache.num_blocks + 1) // 3 * size)
         if length <= n:
-            return  # a context, or a cache, of so few positions
+            return  # the context or the cache is too small
         num_text, per_seq = length - n, -(-length // size)
         blocks = list(range(3 * per_seq))
         bare, behind_rows, behind_keys = (blocks[i * per_seq : (i + 1) * per_seq] for i in range(3))
@@ -220,11 +221,11 @@ class ExactnessCheck:
             self._compare(part, expected, [len(part)], f"over paged keys and values {what} differ from its own")
 
     def run_decodes(self, decode: Decode, sizes: Sequence[int]) -> None:
-        """After ``run``: compute the last tokens once more, in batches that are filled up to each size.
+        """Compute the last tokens of ``run`` again, in batches padded to each size.
 
         Args:
-            decode: Computes decodes in another way than ``run``'s forward pass.
-            sizes: Of the batches.
+            decode: Computes decodes, in another way than ``run``'s forward pass.
+            sizes: Sizes of the batches.
 
         Raises:
             EngineStartError: As ``run``.
@@ -246,8 +247,8 @@ class ExactnessCheck:
     ) -> None:
         by_row = (got.float() - expected.float()).abs().amax(dim=-1)
         if self._dtype != torch.float32 and self._has_experts:
-            # Rounding sends a token near the border to another expert, and its logits are other ones. Attention that
-            # is wrong shows in most rows of some part.
+            # Rounding may send a token to another expert, which changes the logits of a few rows. Wrong attention
+            # changes most rows of a part.
             difference = max(part.median().item() for part in torch.split(by_row, parts))
         else:
             difference = by_row.max().item()
@@ -266,13 +267,13 @@ class ExactnessCheck:
 
 
 def check_kernels(backend: AttentionBackend, num_heads: int) -> None:
-    """Compare a backend's attention with ``SDPABackend``'s, in each way that the model's layers have called it.
+    """Compare a backend's attention with ``SDPABackend``'s, for each kind of call by the model's layers.
 
-    The model's own texts are too short for windows to matter and for keys to be divided among programs. So keys and
-    values are made up, in the cache's last blocks, and windows are made short.
+    The texts of ``ExactnessCheck`` are too short for windows to matter and for keys to be divided among programs. So
+    random keys and values are written into the cache's last blocks, and windows are shortened.
 
     Args:
-        backend: Through which a model has run.
+        backend: The backend; the model has run through it.
         num_heads: Query heads of a layer.
 
     Raises:
@@ -283,7 +284,7 @@ def check_kernels(backend: AttentionBackend, num_heads: int) -> None:
     count = min(PROBE_KEYS, cache.num_blocks * spec.block_size)
     table = list(range(cache.num_blocks - 1, cache.num_blocks - 1 - -(-count // spec.block_size), -1))
     generator = torch.Generator().manual_seed(0)
-    made_up = torch.randn(2, len(table), *cache.tensor.shape[3:], generator=generator)
+    random = torch.randn(2, len(table), *cache.tensor.shape[3:], generator=generator)
     rows = min(40, count)
     spans = [(table, position, 1) for position in sorted({0, count // 3, count - 1})] + [(table, count - rows, rows)]
     metadata = make_metadata(spans, spec.block_size, device)
@@ -291,7 +292,7 @@ def check_kernels(backend: AttentionBackend, num_heads: int) -> None:
     query = torch.randn(num_heads, num_rows, spec.head_dim, generator=generator).to(device, spec.dtype)
     reference = SDPABackend(cache)
     before = cache.tensor[:, 0, table]
-    cache.tensor[:, 0, table] = made_up.to(cache.tensor)
+    cache.tensor[:, 0, table] = random.to(cache.tensor)
     checked = set()
     try:
         for call in backend.calls.values():

@@ -1,8 +1,8 @@
-"""Reading a checkpoint's ``generation_config.json``: what of it is applied, how, and what cannot be.
+"""Reads a checkpoint's ``generation_config.json``.
 
-transformers' ``generate``, and so PEFT's, takes from there whatever its caller does not say. What a request has a
-field for becomes a default; the rest becomes a rule for every text. A value that the API would refuse of a request is
-not taken from a file either.
+transformers' ``generate``, and so PEFT's, takes values from there that its caller omits. A value with a request field
+becomes that field's default; other values become rules for every text. A value that the API would refuse in a request
+is ignored.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from server.engine.generation_defaults import NO_RULES, GenerationDefaults, Toke
 logger = logging.getLogger(__name__)
 
 MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS = 16, 1024
-"""As for the field ``stop`` of a request."""
+"""The limits of a request's field ``stop``."""
 
 _WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
-    # Written by whoever saved the file, or read elsewhere: the ends of sequence by the model runner.
+    # Metadata, and tokens that are read elsewhere.
     **dict.fromkeys(
         ("transformers_version", "bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
     ),
-    # How to compute, not what.
+    # Ways to compute.
     **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size")),
     **dict.fromkeys(("compile_config", "disable_compile", "continuous_batching_config", "low_memory")),
-    # What generate returns beside the tokens.
+    # Additional outputs of generate.
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits")),
     **dict.fromkeys(("return_dict_in_generate", "renormalize_logits")),
-    # Of encoders, and of assistant models, which do not change greedy tokens.
+    # Encoders, and assistant models, which do not change greedy tokens.
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "is_assistant")),
     **dict.fromkeys(("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")),
     **dict.fromkeys(("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size")),
     **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_ensemble_weight", "speculation_type", "use_mtp")),
-    # Only of beam search, which is reported by num_beams.
+    # Beam search only; num_beams is reported.
     **dict.fromkeys(("early_stopping", "length_penalty", "diversity_penalty")),
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -49,18 +49,18 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "token_healing": (False,),
     "remove_invalid_values": (False,),
 }
-"""Names that change no answer, and the values with which others change none."""
+"""Names that never change an answer (None), and the values with which other names do not."""
 
 
 @dataclass(slots=True)
 class CheckpointGeneration:
-    """What a ``generation_config.json`` comes to.
+    """The content of a ``generation_config.json``.
 
     Attributes:
-        defaults: Of requests.
-        rules: For every text.
-        applied: Names and values that these are from.
-        ignored: Names and values that would change answers, and cannot be applied.
+        defaults: Defaults of requests.
+        rules: Rules for every text.
+        applied: Names and values of the defaults and rules.
+        ignored: Names and values that would change answers, but are not supported.
     """
 
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
@@ -69,7 +69,7 @@ class CheckpointGeneration:
     ignored: dict[str, object] = field(default_factory=dict)
 
     def log(self) -> None:
-        """Say what is applied, and what is not, in one line each."""
+        """Log the applied and the ignored values, one line each."""
         if self.applied:
             logger.info("defaults from generation_config.json, which requests override: %s", _listed(self.applied))
         if self.ignored:
@@ -79,13 +79,13 @@ class CheckpointGeneration:
 def read_generation_config(
     config: GenerationConfig | None, *, vocab_size: int, max_model_len: int, eos_token_ids: tuple[int, ...]
 ) -> CheckpointGeneration:
-    """Sort what a checkpoint says of generation.
+    """Sort a checkpoint's generation configuration into defaults, rules and ignored values.
 
     Args:
-        config: transformers' own reading of the file; None where there is none.
-        vocab_size: Rows of the logits: a rule that names another token cannot be applied.
-        max_model_len: Positions of one sequence: a ``max_length`` of as many changes nothing.
-        eos_token_ids: The model's ends of sequence, which are never bad words.
+        config: The file, as parsed by transformers; None if there is none.
+        vocab_size: Width of the logits; a rule with a larger token id is ignored.
+        max_model_len: Positions of one sequence; a ``max_length`` of at least this has no effect.
+        eos_token_ids: The model's end-of-sequence tokens, which are never bad words.
     """
     found = CheckpointGeneration()
     values: dict[str, Any] = {} if config is None else config.to_dict()
@@ -97,9 +97,9 @@ def read_generation_config(
         if name == "max_length" and isinstance(value, int) and value >= max_model_len:
             continue
         if name == "do_sample" and value is True:
-            continue  # so does the API
+            continue  # the API's default
         if name == "temperature" and values.get("do_sample") is False:
-            continue  # generate ignores it, too
+            continue  # ignored by generate too
         try:
             if name in _DEFAULTS:
                 attribute, read = _DEFAULTS[name]
@@ -153,7 +153,7 @@ def _count(least: int) -> Callable[[object], int]:
 
 
 def _share(value: object) -> float:
-    """``top_p``: above 0."""
+    """``top_p``, in (0, 1]."""
     share = _number(0.0, 1.0)(value)
     if share == 0.0:
         raise ValueError
@@ -180,7 +180,7 @@ def _tokens(value: object, vocab_size: int) -> tuple[int, ...]:
 
 
 def _known_tokens(value: object, vocab_size: int) -> tuple[int, ...]:
-    """Tokens to suppress; those that the model does not have need not be."""
+    """Tokens to suppress, without those that are not in the vocabulary."""
     items = list(value)  # type: ignore[call-overload]
     if not all(type(item) is int for item in items):
         raise ValueError
@@ -195,7 +195,7 @@ def _words(value: object, vocab_size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _biases(value: object, vocab_size: int) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """``sequence_bias``: [[tokens, bias], ...] as JSON has it, or a mapping."""
+    """``sequence_bias``: [[tokens, bias], ...] in JSON, or a mapping."""
     items = value.items() if isinstance(value, Mapping) else list(value)  # type: ignore[call-overload]
     biases = {_tokens(ids, vocab_size): _number(-1e38, 1e38)(bias) for ids, bias in items}
     if () in biases:
@@ -217,7 +217,7 @@ _DEFAULTS: dict[str, tuple[str, Callable[[object], object]]] = {
     "max_new_tokens": ("max_tokens", _count(1)),
     "stop_strings": ("stop", _strings),
 }
-"""transformers' name: the attribute of ``GenerationDefaults``, in the range that requests have."""
+"""Attribute of ``GenerationDefaults`` and parser (with the range of requests), by transformers' name."""
 
 _RULES: dict[str, tuple[str, Callable[[object, int], object]]] = {
     "sequence_bias": ("sequence_bias", _biases),
@@ -229,7 +229,7 @@ _RULES: dict[str, tuple[str, Callable[[object, int], object]]] = {
     "suppress_tokens": ("suppress_tokens", _known_tokens),
     "begin_suppress_tokens": ("begin_suppress_tokens", _known_tokens),
 }
-"""transformers' name: the attribute of ``TokenRules``."""
+"""Attribute of ``TokenRules`` and parser, by transformers' name."""
 
 
 def _listed(values: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""What a soft prompt looks like: norms, and which vocabulary tokens its rows are near to."""
+"""Inspection of soft prompts: norms, and the nearest vocabulary tokens."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ from server.engine.types import (
 logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2 * 1024 * 1024
-"""Elements of a float32 intermediate: 8 MiB each, whatever the vocabulary."""
+"""Maximum elements of a float32 intermediate (8 MiB), for any vocabulary."""
 
 _NICENESS = 10
-"""On Linux a thread's own: where cores are short, the steps go first."""
+"""Niceness of the thread (per thread on Linux), so that steps go first if cores are short."""
 
 
 class Inspector:
-    """Looks at soft prompts in a thread of its own, one after the other.
+    """Inspects soft prompts one at a time in a separate thread.
 
-    The vocabulary is gone through in chunks, which bounds memory and, on a GPU, how long a step may have to wait
-    behind one.
+    The vocabulary is processed in chunks, which bounds memory and, on a GPU, the time that a step waits.
 
     Args:
         runner: The model; only its input embeddings are used.
@@ -47,14 +46,14 @@ class Inspector:
     def __init__(self, runner: ModelRunner, read: Callable[[SoftPromptSource], torch.Tensor]) -> None:
         self._runner = runner
         self._read = read
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="inspector", initializer=_step_back)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="inspector", initializer=_lower_priority)
 
     def inspect(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
-        """Begin; ``on_inspected`` is called once, from the thread, with the result or with what went wrong."""
+        """Start an inspection; ``on_inspected`` is called once, from the thread, with the result or an error."""
         self._executor.submit(self._answer, message, on_inspected)
 
     def close(self) -> None:
-        """Finish what runs, drop what waits, and end the thread."""
+        """Finish the running inspection, drop waiting ones, and end the thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
@@ -74,7 +73,7 @@ class Inspector:
         return self._layers(rows) if source.is_key_values else self._nearest(rows, num_nearest)
 
     def _layers(self, rows: torch.Tensor) -> Inspection:
-        """Rows [tokens, layers * 2 * heads * head_dim], per token K0 V0 K1 V1 ... (peft.tuners.prefix_tuning)."""
+        """Norms of rows [tokens, layers * 2 * kv_heads * head_dim], per token K0 V0 K1 V1 ... (PEFT's order)."""
         spec = self._runner.cache_spec
         key_values = rows.view(len(rows), spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         layers = []
@@ -84,9 +83,9 @@ class Inspector:
         return Inspection(layers=layers)
 
     def _nearest(self, rows: torch.Tensor, num_nearest: int) -> Inspection:
-        """Rows [tokens, embedding width]; cosine similarity with what the model's embedding gives for each token id.
+        """The nearest tokens of rows [tokens, embedding width], by cosine similarity with the input embeddings.
 
-        Norms are of float64, in which squares of any float32 are finite.
+        Norms are float64, in which the square of any float32 is finite.
         """
         device = self._runner.device
         exact = rows.double()
@@ -121,7 +120,7 @@ class Inspector:
 
 
 def _directions(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors [n, width] at length 1; a vector of zeros, which has no direction, stays one."""
+    """Vectors [n, width] scaled to length 1; zero vectors stay zero."""
     lengths: torch.Tensor = vectors.norm(dim=-1, keepdim=True)
     return vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny)
 
@@ -130,6 +129,6 @@ def _range(norms: torch.Tensor) -> NormRange:
     return NormRange(float(norms.mean()), float(norms.min()), float(norms.max()))
 
 
-def _step_back() -> None:
+def _lower_priority() -> None:
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

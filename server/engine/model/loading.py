@@ -1,4 +1,4 @@
-"""Loading a checkpoint, and what its configuration says of texts."""
+"""Loads a checkpoint, and reads its context length and end-of-sequence tokens."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrainedModel, PreTrainedConfig]:
-    """Load a checkpoint onto the platform's device, in the best dtype where the settings name none.
+    """Load a checkpoint onto the platform's device, in the configured dtype or else the platform's best.
 
     Returns:
         The frozen model, and the configuration of its text model.
 
     Raises:
-        EngineStartError: If that cannot be done.
+        EngineStartError: If it cannot be loaded, or weights are missing.
     """
     model: PreTrainedModel
     loaded: dict[str, set[str]]
@@ -47,7 +47,7 @@ def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrained
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=False,  # not said, transformers asks on the terminal, and takes a yes
+            trust_remote_code=False,  # without it, transformers asks on the terminal
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise EngineStartError(f"cannot load the model {settings.model!r}: {error}") from error
@@ -56,7 +56,7 @@ def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrained
             f"cannot load the model {settings.model!r}: a weights file is damaged or truncated ({error})"
         ) from error
     missing = sorted(loaded["missing_keys"])
-    if missing:  # transformers makes up random ones
+    if missing:  # transformers initialises them randomly
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise EngineStartError(
             f"cannot load the model {settings.model!r}: its checkpoint has no weights for {missing[0]}{more}, which "
@@ -72,10 +72,10 @@ def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrained
 
 
 def _check_is_causal(config: PreTrainedConfig) -> None:
-    """Refuse what transformers has no decoder for that reads nothing but its own text.
+    """Check that a model is a decoder without an encoder.
 
     Raises:
-        ValueError: If that is so.
+        ValueError: If it is not.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"transformers has no causal language model of the type {config.model_type!r}")
@@ -84,15 +84,15 @@ def _check_is_causal(config: PreTrainedConfig) -> None:
 
 
 def max_model_len_of(configured: int | None, config: PreTrainedConfig) -> int:
-    """Positions of a sequence: as configured, or the model's own limit.
+    """Maximum positions of a sequence: as configured, or the model's own limit.
 
     Raises:
-        EngineStartError: If that is more than the model's limit, or neither is known.
+        EngineStartError: If the configured number exceeds the model's limit, or both are unknown.
     """
     own = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope" and own is not None:
-        # Beyond it transformers rotates the whole batch by other frequencies, other sequences' rows among them.
+        # Beyond this length transformers changes the frequencies of the whole batch, for all sequences.
         own = min(own, int(rope.get("original_max_position_embeddings") or own))
     if configured is None:
         if own is None:
@@ -106,7 +106,7 @@ def max_model_len_of(configured: int | None, config: PreTrainedConfig) -> int:
 
 
 def eos_token_ids_of(config: PreTrainedConfig, generation_config: GenerationConfig | None) -> tuple[int, ...]:
-    """The model's ends of sequence: the generation configuration's before the model's own."""
+    """The end-of-sequence tokens: of the generation configuration, or else of the model's configuration."""
     eos = getattr(generation_config, "eos_token_id", None)
     if eos is None:
         eos = getattr(config, "eos_token_id", None)

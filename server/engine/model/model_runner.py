@@ -1,4 +1,4 @@
-"""The frozen model with its cache: whether paged attention serves it exactly, and running one step."""
+"""The frozen model with its cache: starts it, checks that it is served exactly, and runs steps."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from server.errors import EngineStartError
 logger = logging.getLogger(__name__)
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Names that configurations of mixtures have for the number of experts."""
+"""Names of the number of experts in configurations of mixtures."""
 
 
 class ModelRunner:
     """One model with its key/value cache.
 
     Args:
-        settings: What to load, and how much memory it may take.
-        platform: The device; None chooses it from the settings.
+        settings: The model and the memory to use.
+        platform: The device; None for the one in the settings.
 
     Attributes:
-        info: What was loaded.
+        info: Facts about the loaded model.
         cache_spec: The shape of its keys and values.
-        embed_tokens: The input embeddings: token ids [...] to [..., embedding width], scaled where the model scales.
+        embed_tokens: The input embeddings: token ids [...] to [..., embedding width], with the model's scale.
 
     Raises:
         EngineStartError: If the model cannot be loaded or served exactly, or memory is short.
@@ -108,20 +108,20 @@ class ModelRunner:
 
     @property
     def scores_prompts(self) -> bool:
-        """Whether this model's logits can be had for all positions of a text."""
+        """Whether the logits at all positions of a text can be computed."""
         return self._scorer.is_exact
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
-        """Do one step.
+        """Run one step.
 
         Args:
-            plan: What to fill, to copy and to compute.
-            soft_prompts: Where the rows of the soft prompts being filled are.
+            plan: The fills, copies and chunks.
+            soft_prompts: Has the rows of the soft prompts to fill.
 
         Returns:
-            A new token (or NOT_FINITE) for each chunk that samples, one for all members of an ensemble, the
-            logprobs that were asked for, and which chunks left something that is not finite for others.
+            A new token (or NOT_FINITE) for each chunk that samples, one per ensemble; the requested logprobs; and the
+            chunks whose shared blocks contain a value that is not finite.
         """
         for run in plan.key_value_fills:
             self.cache.fill(run.blocks, soft_prompts.rows(run.source))
@@ -144,7 +144,7 @@ class ModelRunner:
         seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         logits, leaders = merge_ensembles(logits, seqs)
         tokens, logprobs = self.sampler.choose(logits, leaders) if leaders else ([], [])
-        # The tokens have been waited for, so this is not.
+        # The device has finished already, because the tokens are on the host.
         spoiled = {} if are_finite is None else self._spoiled(plan.chunks, are_finite.tolist())
         return StepOutput(tokens, logprobs, scores, class_logits, spoiled)
 
@@ -166,7 +166,7 @@ class ModelRunner:
         return KVCache(self.cache_spec, num_blocks, self.device)
 
     def _connect(self, check: ExactnessCheck, num_heads: int, unfuse: Callable[[], None] | None) -> PagedModel:
-        """Find the first backend that serves the model exactly; its own layers replace fused ones that do not."""
+        """Find the first backend that serves the model exactly; unfuse the layers if they are not exact."""
         if unfuse is not None:
             try:
                 return self._attach(self.platform.backends[0], check, num_heads)
@@ -182,7 +182,7 @@ class ModelRunner:
         return self._attach(last, check, num_heads)
 
     def _attach(self, make: MakeBackend, check: ExactnessCheck, num_heads: int) -> PagedModel:
-        """Switch the model to a backend, and check what they give together."""
+        """Check the model with a backend."""
         try:
             backend = make(self.cache)
         except ImportError as error:
@@ -198,7 +198,7 @@ class ModelRunner:
         return paged
 
     def _record_decodes(self, check: ExactnessCheck) -> DecodeGraphs | None:
-        """Record decode steps where the device and the backend can; None where they cannot, or the model cannot."""
+        """Record decode steps; None if the device, the backend or the model does not allow it."""
         record = self.platform.recorder()
         if record is None or not self.backend.is_capturable:
             return None
@@ -207,7 +207,7 @@ class ModelRunner:
             with torch.inference_mode():
                 graphs = DecodeGraphs(self.paged_model.forward_decodes, self._buffers, max_rows, record)
                 check.run_decodes(graphs.run, graphs.sizes)
-        except Exception as error:  # whatever in the model cannot be recorded, each step can be launched
+        except Exception as error:  # a model that cannot be recorded runs without graphs
             reason = f"{type(error).__name__}: {error}"
             logger.warning("decode steps do not use CUDA graphs, which is slower: %s", reason)
             return None
@@ -215,23 +215,23 @@ class ModelRunner:
         return graphs
 
     def _check_shared(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
-        """``KVCache.are_finite`` of all blocks that the chunks leave to others; None where they leave none."""
+        """``KVCache.are_finite`` of all blocks that the chunks share with later sequences; None if there are none."""
         blocks = [chunk.block_table[index] for chunk in chunks for index in chunk.shared]
         return self.cache.are_finite(blocks) if blocks else None
 
     def _spoiled(self, chunks: Sequence[Chunk], are_finite: list[list[bool]]) -> dict[int, int]:
-        """``StepOutput.spoiled``, from what ``_check_shared`` gave."""
+        """``StepOutput.spoiled``, from the result of ``_check_shared``."""
         spoiled: dict[int, int] = {}
         rows, block_size = iter(are_finite), self.cache_spec.block_size
         for number, chunk in enumerate(chunks):
             for index in chunk.shared:
-                # What is behind a soft prompt in its last block may be anybody's.
+                # Positions behind a soft prompt in its last block are arbitrary.
                 if not all(next(rows)[: chunk.stop - index * block_size]):
                     spoiled.setdefault(number, index)
         return spoiled
 
     def _are_decodes(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether a step is nothing but decodes, and logits are all that is asked of it."""
+        """Whether a step consists of decodes only, and needs nothing but logits."""
         return (
             len(chunks) <= self._buffers.max_rows
             and all(chunk.num_tokens == 1 and chunk.samples for chunk in chunks)
@@ -239,16 +239,16 @@ class ModelRunner:
         )
 
     def _compute_decodes(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Logits [chunks, vocabulary] of a step of decodes, replayed where they can be."""
+        """Logits [chunks, vocabulary] of a step of decodes, by a graph if there is one."""
         seqs = [chunk.seq for chunk in chunks if chunk.seq is not None]
-        token_ids = [seq.token_ids[-1] for seq in seqs]  # their last positions are computed
+        token_ids = [seq.token_ids[-1] for seq in seqs]
         positions, tables = [chunk.start for chunk in chunks], [chunk.block_table for chunk in chunks]
         if self._graphs is not None and len(chunks) <= self._graphs.sizes[-1]:
             return self._graphs.run(token_ids, positions, tables)
         return self.paged_model.launch_decodes(token_ids, positions, tables, len(chunks))
 
     def _launch(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> torch.Tensor:
-        """Logits [chunks that sample, vocabulary] of any step; of its last row if none does."""
+        """Logits [chunks that sample, vocabulary] of any step; of its last row if no chunk samples."""
         last_rows: list[int] = []
         row = 0
         for chunk in chunks:
@@ -256,11 +256,11 @@ class ModelRunner:
             if chunk.samples:
                 last_rows.append(row - 1)
         spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
-        # A step that only prefills still needs the pass, for its keys and values; one row of logits is least.
+        # A step without samples needs the pass for its keys and values, with at least one row of logits.
         return self.paged_model.forward(spans, self._inputs(chunks, soft_prompts), last_rows or [row - 1])
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
-        """Token ids [1, rows], or embeddings [1, rows, width] where soft prompts' rows stand among them."""
+        """Token ids [1, rows], or embeddings [1, rows, width] if the step fills soft prompts."""
         token_ids: list[int] = []
         splices: list[tuple[int, torch.Tensor]] = []
         for chunk in chunks:
@@ -285,12 +285,12 @@ class ModelRunner:
             raise ValueError("only a sequence with a soft prompt has a last virtual token")
         position = chunk.seq.num_virtual_tokens - 1
         block = chunk.block_table[position // self.cache_spec.block_size]
-        # The pass writes that position again. Others share the block, and rounding may differ with the batch, so
-        # what stands there is put back.
+        # The pass writes that position again. Other sequences share the block, and rounding may depend on the batch,
+        # so the block's content is restored.
         kept = self.cache.tensor[:, :, block].clone()
         rows = soft_prompts.rows(chunk.seq.request.soft_prompt)[position:].to(self.device, self.dtype)
         try:
-            # A copy, for some models scale what they are given in place.
+            # A copy, because some models scale their inputs in place.
             inputs = {"inputs_embeds": rows[None].clone()}
             return self.paged_model.forward([(chunk.block_table, position, 1)], inputs, [0])
         finally:

@@ -1,4 +1,4 @@
-"""What a model's keys and values look like: seen in what it computes, because configurations name it in many ways."""
+"""The shape of a model's keys and values, from its own cache, because configurations name it in many ways."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from server.errors import EngineStartError
 
 @dataclass(frozen=True, slots=True)
 class KeyValueShape:
-    """The same for every layer, or the model is refused.
-
-    Attributes:
-        num_layers: Layers with keys and values.
-        num_kv_heads: Heads of each.
-        head_dim: Width of a head.
-    """
+    """The shape of the keys and values, which is the same for every layer."""
 
     num_layers: int
     num_kv_heads: int
@@ -27,18 +21,18 @@ class KeyValueShape:
 
 
 def config_value(config: PreTrainedConfig, name: str) -> Any:
-    """A configuration's own value; None where it has none, or one for each layer."""
+    """A value of a configuration; None if it is missing or differs between layers."""
     try:
         return getattr(config, name, None)
-    except RuntimeError:  # transformers' way to say that layers differ in it
+    except RuntimeError:  # raised by transformers if layers differ
         return None
 
 
 def num_embeddings(embedding: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Token ids that the input embeddings have a row for.
+    """Number of rows of the input embeddings.
 
     Raises:
-        EngineStartError: If neither they nor the configuration say.
+        EngineStartError: If neither the module nor the configuration states it.
     """
     weight = getattr(embedding, "weight", None)
     rows = getattr(embedding, "num_embeddings", None) or (weight.shape[0] if weight is not None else None)
@@ -49,15 +43,15 @@ def num_embeddings(embedding: torch.nn.Module, config: PreTrainedConfig) -> int:
 
 
 def key_value_shape(name: str, cache: object, num_layers: int | None) -> KeyValueShape:
-    """The shape of what a model has put into its own cache.
+    """The shape of the keys and values in a model's own cache.
 
     Args:
         name: The model's class, for errors.
-        cache: What it returned as ``past_key_values`` for one text.
-        num_layers: Its layers by the configuration; None where that does not say.
+        cache: The model's ``past_key_values`` for one text.
+        num_layers: Number of layers in the configuration; None if it is missing.
 
     Raises:
-        EngineStartError: If not every layer has keys and values of one shape.
+        EngineStartError: If a layer has no keys and values, or layers have different shapes.
     """
     refused = f"{name} cannot be served"
     layers = [

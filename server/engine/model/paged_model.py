@@ -14,15 +14,12 @@ from server.engine.model.exactness import Span
 
 
 class PagedModel:
-    """A model whose attention goes through one backend.
+    """A model with an attention backend.
 
     Args:
-        model: Switched to the backend already.
-        backend: Reads and writes the cache.
-        buffers: Where decodes are laid out.
-
-    Attributes:
-        backend: As given.
+        model: A model with the attention ``ATTENTION``.
+        backend: The backend, with the cache.
+        buffers: The inputs of decodes.
     """
 
     def __init__(self, model: PreTrainedModel, backend: AttentionBackend, buffers: DecodeBuffers) -> None:
@@ -39,7 +36,7 @@ class PagedModel:
 
         Args:
             spans: As for ``make_metadata``.
-            inputs: Token ids [1, rows] or embeddings [1, rows, width], by the model's name for them.
+            inputs: Token ids [1, rows] or embeddings [1, rows, width], by the name of the model's parameter.
             logit_rows: Rows whose logits are computed.
         """
         metadata = make_metadata(spans, self._block_size, self._device)
@@ -53,13 +50,13 @@ class PagedModel:
     def launch_decodes(
         self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], size: int
     ) -> torch.Tensor:
-        """Logits [tokens, vocabulary] of decodes, launched one operation after another.
+        """Logits [tokens, vocabulary] of decodes, without a CUDA graph.
 
         Args:
             token_ids: The token of each row.
-            positions: Its position.
-            tables: Its sequence's blocks.
-            size: Rows of the batch, at least as many as there are tokens.
+            positions: The position of each row.
+            tables: The block table of each row.
+            size: Rows of the padded batch, at least the number of tokens.
         """
         width = self._buffers.fill(token_ids, positions, tables, size)
         return self.forward_decodes(self._buffers.batch(size, width))[: len(token_ids)]

@@ -1,7 +1,7 @@
-"""Everything that depends on the device, chosen once.
+"""Everything that depends on the device.
 
-The folders ``cpu`` and ``cuda`` are imported here only, and only when their platform is made: Numba need not be
-installed on a GPU machine, nor Triton on a CPU. Variables that have to be set before torch is imported are in
+Only this module imports the folders ``cpu`` and ``cuda``, each when its platform is created, so a GPU machine needs
+no Numba and a CPU machine no Triton. Environment variables, which are set before torch is imported, are in
 ``environment``.
 """
 
@@ -34,16 +34,14 @@ NUMBA = {"numba", "llvmlite"}
 
 
 class Platform:
-    """A device served by torch's own operations; subclasses know faster ones.
+    """A device served by torch's own operations; subclasses have faster ones.
 
     Args:
-        device: Where the model and its cache are.
-        backends: Attention backends, the fastest first; the next one serves a model that the one before cannot.
+        device: The device of the model and its cache.
+        backends: Attention backends, the fastest first; each is the fallback of the one before.
 
     Attributes:
-        device: As given.
-        backends: As given.
-        largest: Each row's largest logit and its token, as ``torch_largest``.
+        largest: Returns each row's largest logit and its token, like ``torch_largest``.
     """
 
     def __init__(self, device: torch.device, backends: Sequence[MakeBackend] = (SDPABackend,)) -> None:
@@ -62,50 +60,50 @@ class Platform:
             torch.set_num_threads(number)
 
     def best_dtype(self, checkpoint: torch.dtype | None) -> torch.dtype | None:
-        """The dtype in which a checkpoint's dtype is served fastest; None, which is unknown, stays None."""
+        """The dtype in which a checkpoint of some dtype is served fastest; None, for unknown, stays None."""
         return checkpoint
 
     def free_memory(self) -> tuple[int, float]:
-        """Bytes that are free, and the share of them that keys and values take by default."""
+        """Free bytes, and the fraction that keys and values take by default."""
         return _available_host_memory(), CPU_DEFAULT_FRACTION
 
     def prepare(self, model: PreTrainedModel) -> Callable[[], None] | None:
         """Replace modules of a loaded model by faster ones.
 
         Returns:
-            A function that brings back the model's own layers, for a model that is served wrongly without them; None
-            if they are all in place.
+            A function that restores the model's own layers, for a model that is not served exactly without them; None
+            if no layer was replaced.
         """
         del model
         return None
 
     def bind(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
-        """Connect the modules that ``prepare`` has put into a model with its attention backend.
+        """Connect the modules from ``prepare`` with the attention backend.
 
         Raises:
-            EngineStartError: If they do not work over this backend.
+            EngineStartError: If they do not work with this backend.
         """
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
-        """Check what the model's own short texts do not exercise of a backend.
+        """Check a backend over more keys than the texts of ``ExactnessCheck`` have.
 
         Args:
-            backend: Through which the model has run.
+            backend: The backend; the model has run through it.
             num_heads: Query heads of a layer.
 
         Raises:
-            EngineStartError: If it computes something else than plain attention, or fails.
+            EngineStartError: If it differs from plain attention, or fails.
         """
 
     def recorder(self) -> Recorder | None:
-        """What records decode steps, to replay them; None where they are launched one by one."""
+        """A recorder of decode steps; None if steps are not recorded."""
         return None
 
 
 class CPUPlatform(Platform):
-    """CPUs: kernels compiled by Numba, fused layers, products packed by oneDNN.
+    """CPUs: kernels compiled by Numba, fused layers, linear layers packed by oneDNN.
 
-    Without Numba torch's own attention and layers serve, and a warning says so.
+    Without Numba, torch's attention and the model's own layers serve, with a warning.
 
     Attributes:
         has_fast_bfloat16: Whether the processor multiplies bfloat16 faster than float32.
@@ -140,22 +138,19 @@ class CPUPlatform(Platform):
         self.largest = self._largest
 
     def set_num_threads(self, number: int | None) -> None:
-        """Set the threads of torch and of the compiled kernels, which share one pool."""
+        """Set the threads of torch and the compiled kernels, which share one pool; see the base class."""
         if self._has_kernels:
             self._set_num_threads(number or torch.get_num_threads())
         else:
             super().set_num_threads(number)
 
     def best_dtype(self, checkpoint: torch.dtype | None) -> torch.dtype | None:
-        """float32 for what CPUs have no fast products of: float16, and on some of them bfloat16."""
+        """float32 for float16, and for bfloat16 on CPUs without fast products of it."""
         is_slow = checkpoint is torch.float16 or (checkpoint is torch.bfloat16 and not self.has_fast_bfloat16)
         return torch.float32 if is_slow else checkpoint
 
     def prepare(self, model: PreTrainedModel) -> Callable[[], None] | None:
-        """Fuse the layers that have a known form, and pack every product that is left; see the base class.
-
-        The way back keeps no second copy of the weights: they are unpacked, one module after another.
-        """
+        """Fuse the layers of a known form, and pack the other linear layers; see the base class."""
         if not self._can_pack(model.dtype):
             return None
         num_fused = self._fuse_layers(model) if self._has_kernels else 0
@@ -168,7 +163,7 @@ class CPUPlatform(Platform):
         return unfuse if num_fused else None
 
     def bind(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
-        """Connect fused attention with the keys and values; see the base class."""
+        """Set the backend of fused attention; see the base class."""
         if self._has_kernels:
             self._bind(model, backend)
 
@@ -200,11 +195,11 @@ class CUDAPlatform(Platform):
         self._recorder = CUDARecorder
 
     def free_memory(self) -> tuple[int, float]:
-        """Of the GPU; see the base class."""
+        """The GPU's memory; see the base class."""
         return torch.cuda.mem_get_info(self.device)[0], CUDA_DEFAULT_FRACTION
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
-        """Compare compiled kernels with torch's attention over many keys; see the base class."""
+        """Compare Triton's kernels with torch's attention over many keys; see the base class."""
         if type(backend) is not SDPABackend:
             check_kernels(backend, num_heads)
 
@@ -217,10 +212,10 @@ def choose_platform(device: str) -> Platform:
     """The platform of a device.
 
     Args:
-        device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
+        device: "cpu", "cuda", or "auto" for CUDA if there is a GPU.
 
     Raises:
-        EngineStartError: If the device is not there.
+        EngineStartError: If there is no such device.
     """
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return CUDAPlatform()
@@ -228,7 +223,7 @@ def choose_platform(device: str) -> Platform:
 
 
 def _available_host_memory() -> int:
-    """MemAvailable, or what the control group still allows where that is less (containers)."""
+    """MemAvailable, or the rest of the control group's limit if that is less (in containers)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

@@ -1,8 +1,7 @@
-"""Logprobs of the text's own tokens, from the hidden states that a prefill computes anyway."""
+"""Logprobs of a text's tokens, from the hidden states of its prefill."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,42 +21,39 @@ from server.engine.types import Logprobs
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256
-"""Rows of logits that exist at once: a long prefill's would be gigabytes with a large vocabulary."""
+"""Rows of logits computed at once; all of a long prefill's could be gigabytes."""
 
 MAX_BOUNDARIES = 32
-"""Soft prompts whose last row of logits is kept."""
+"""Number of soft prompts whose last row of logits is cached."""
 
 
 class PromptScorer:
-    """Computes what ``Sequence.prompt_logprobs`` asks for, beside the forward passes of a model.
+    """Computes prompt logprobs from the hidden states of a model's forward passes.
 
-    The logits at a position tell how likely the next token was. A text's first token follows the last virtual one
-    where the soft prompt is made of embeddings; keys and values have no logits, so there it stays without.
+    The logits at a position give the probability of the next token. A text's first token follows the last virtual
+    token of a soft prompt of embeddings. A soft prompt of keys and values has no logits, so the first token has no
+    logprob.
 
     Args:
-        model: The model, whose base model is ``base_model_prefix`` as in all of transformers.
+        model: The model; its base model is the submodule ``base_model_prefix``.
 
     Attributes:
-        is_exact: Whether ``check`` has found that it computes the model's own logits.
+        is_exact: Whether ``check`` found that it computes the model's own logits.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
         self._base: nn.Module = model.base_model
-        # The model's own forward around a base that hands back what it is given: so whatever a family does after its
-        # layers (scaling, soft caps) is done here too, and the model itself is never changed.
-        self._given = _GivenOutput()
-        self._head = copy.copy(model)
-        self._head.__dict__["_modules"] = {**dict(model.named_children()), model.base_model_prefix: self._given}
         self.is_exact = False
         self._boundaries: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def wants(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether one of the chunks needs what ``watching`` keeps."""
+        """Whether one of the chunks needs the output of the base model."""
         return any(_wants(chunk) or wants_head(chunk) for chunk in chunks)
 
     @contextmanager
     def watching(self, chunks: Sequence[Chunk]) -> Iterator[list[ModelOutput]]:
-        """Keep what the base model returns in the forward pass inside, if one of the chunks needs it."""
+        """Yield a list that receives the base model's output in a forward pass, if one of the chunks needs it."""
         if self.wants(chunks):
             with self._keeping() as kept:
                 yield kept
@@ -65,18 +61,18 @@ class PromptScorer:
             yield []
 
     def check(self, forward: Callable[[], torch.Tensor], tolerance: float) -> None:
-        """See whether this model can be scored, by logits that it computes itself.
+        """Set ``is_exact``, by comparing with logits that the model computes.
 
         Args:
-            forward: One forward pass, returning the logits of all its rows, [rows, vocabulary].
-            tolerance: Largest difference that rounding explains, as a share of their standard deviation.
+            forward: Runs a forward pass; returns the logits of all its rows, [rows, vocabulary].
+            tolerance: Largest difference due to rounding, as a fraction of the logits' standard deviation.
         """
         try:
             with self._keeping() as kept:
                 expected = forward().float()
             got = self._logits(kept[0], range(len(expected))).float()
             self.is_exact = bool((got - expected).abs().max() <= tolerance * expected.std())
-        except Exception as error:  # whatever keeps a model from being scored, it can generate
+        except Exception as error:  # a model that cannot be scored can still generate
             reason = f"{type(error).__name__}: {error}"
             logger.warning("prompt logprobs cannot be computed for this model: %s", reason)
             self.is_exact = False
@@ -84,18 +80,18 @@ class PromptScorer:
     def score(
         self, chunks: Sequence[Chunk], output: ModelOutput, boundary: Callable[[Chunk], torch.Tensor]
     ) -> dict[str, list[Logprobs | None]]:
-        """What a forward pass adds to its sequences' prompt logprobs.
+        """The prompt logprobs that a forward pass adds to its sequences.
 
         Args:
-            chunks: What it computed.
-            output: What its base model returned, with hidden states [1, rows, width].
-            boundary: Logits [1, vocabulary] at the last virtual token before a chunk that begins its text.
+            chunks: The chunks of the pass.
+            output: The output of the base model, with hidden states [1, rows, width].
+            boundary: Returns the logits [1, vocabulary] at the last virtual token before a chunk that starts a text.
 
         Returns:
             New entries by request id.
         """
         result: dict[str, list[Logprobs | None]] = {}
-        wanted: list[tuple[str, int, int, int]] = []
+        targets: list[tuple[str, int, int, int]] = []
         first_row = 0
         for chunk in chunks:
             seq = chunk.seq
@@ -106,15 +102,15 @@ class PromptScorer:
                 if index == 0:
                     entries.append(self._first(chunk, num_top, boundary))
                     index = 1
-                # The token at text index i is told of by the row of the position before it.
+                # The row of a position gives the probability of the token at the next one.
                 first = seq.num_virtual_tokens + index - 1
                 last = min(chunk.stop, seq.num_virtual_tokens + seq.num_prompt_tokens - 1)
                 for position in range(first, last):
                     token = seq.token_ids[position + 1 - seq.num_virtual_tokens]
-                    wanted.append((seq.request_id, first_row + position - chunk.start, token, num_top))
+                    targets.append((seq.request_id, first_row + position - chunk.start, token, num_top))
             first_row += chunk.num_tokens
-        for start in range(0, len(wanted), MAX_ROWS):
-            ids, rows, tokens, num_top_of = zip(*wanted[start : start + MAX_ROWS], strict=True)
+        for start in range(0, len(targets), MAX_ROWS):
+            ids, rows, tokens, num_top_of = zip(*targets[start : start + MAX_ROWS], strict=True)
             logits = self._logits(output, rows)
             for request_id, entry in zip(ids, logprobs_of(logits, tokens, num_top_of), strict=True):
                 result[request_id].append(entry)
@@ -142,25 +138,30 @@ class PromptScorer:
             hook.remove()
 
     def _logits(self, output: ModelOutput, rows: Sequence[int]) -> torch.Tensor:
-        """Logits [rows, vocabulary] of some of the hidden states that the base model returned."""
-        self._given.output = replace(output, last_hidden_state=output[0][:, list(rows)])  # type: ignore[type-var]
+        """Logits [rows, vocabulary] of some of the hidden states in the base model's output.
+
+        The model runs with a stub in the place of its base model, so operations after the layers (scaling, soft
+        caps) are included.
+        """
+        stub = _Stub(replace(output, last_hidden_state=output[0][:, list(rows)]))  # type: ignore[type-var]
+        ids = torch.zeros(1, len(rows), dtype=torch.long, device=output[0].device)
+        self._model.set_submodule(self._model.base_model_prefix, stub)
         try:
-            ids = torch.zeros(1, len(rows), dtype=torch.long, device=output[0].device)
-            logits: torch.Tensor = self._head(input_ids=ids, use_cache=False).logits
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
         finally:
-            self._given.output = None
+            self._model.set_submodule(self._model.base_model_prefix, self._base)
         return logits[0]
 
 
-class _GivenOutput(nn.Module):
-    """Stands where a base model does, and returns what it was given."""
+class _Stub(nn.Module):
+    """A base model that returns a given output."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: ModelOutput) -> None:
         super().__init__()
-        self.output: ModelOutput | None = None
+        self._output = output
 
-    def forward(self, *_arguments: object, **_more: object) -> ModelOutput | None:
-        return self.output
+    def forward(self, *_arguments: object, **_options: object) -> ModelOutput:
+        return self._output
 
 
 def _wants(chunk: Chunk) -> bool:

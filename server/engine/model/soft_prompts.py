@@ -1,4 +1,4 @@
-"""Soft prompts in host memory, on their way from the store's files to key/value blocks."""
+"""Soft prompts in host memory, between the store's files and the key/value blocks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors import safe_open
 from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
 from server.engine.background_jobs import BackgroundJobs
-from server.engine.model.classification_head import Head, read_head
+from server.engine.model.classification_head import ClassificationHead, read_head
 from server.engine.types import HostTierStats, SoftPromptSource
 
 
 class SoftPromptLoadError(Exception):
-    """A soft prompt's file cannot be read, or does not hold what its record says."""
+    """A soft prompt's file cannot be read, or does not match its record."""
 
 
 @dataclass(slots=True)
@@ -26,26 +26,26 @@ class _Entry:
     source: SoftPromptSource
     ref_count: int = 0
     rows: torch.Tensor | None = None
-    head: Head | None = None
+    head: ClassificationHead | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what has been read."""
+        """Bytes of the loaded tensors."""
         return (0 if self.rows is None else self.rows.nbytes) + (0 if self.head is None else self.head.nbytes)
 
 
 class SoftPromptLoader:
-    """Reads soft prompts in a thread of its own and keeps them in host memory.
+    """Reads soft prompts in a separate thread and caches them in host memory.
 
-    What a living sequence or a pin refers to stays; the rest is kept up to a budget, least recently used out first.
-    All methods but ``read`` are called from the engine's thread; only the reading happens elsewhere.
+    A soft prompt stays in memory while a sequence or a pin refers to it. The others are cached up to a budget, and
+    the least recently used are evicted first. All methods but ``read`` are called from the engine's thread.
 
     Args:
-        embedding_width: Columns of a soft prompt made of embeddings.
-        key_values_width: Columns of one made of keys and values.
+        embedding_width: Columns of a soft prompt of embeddings.
+        key_values_width: Columns of a soft prompt of keys and values.
         head_width: Columns of a classification head.
-        dtype: The serving dtype; rows are cast to it when read, as PEFT casts them at use.
-        budget_bytes: Host memory for soft prompts that nobody refers to.
+        dtype: The serving dtype; rows are cast to it when they are read. PEFT casts them when they are used.
+        budget_bytes: Host memory for soft prompts without references.
         on_loaded: Called from the reading thread after each file, to wake the engine.
     """
 
@@ -73,13 +73,13 @@ class SoftPromptLoader:
         self._misses = 0
         self._evictions = 0
         self._load_seconds = Histogram.empty(LOAD_SECONDS_BOUNDS)
-        self._jobs = BackgroundJobs[str, tuple[torch.Tensor, Head | None, float]](
+        self._jobs = BackgroundJobs[str, tuple[torch.Tensor, ClassificationHead | None, float]](
             "soft-prompt-loader", on_ended=on_loaded
         )
 
     @property
     def stats(self) -> HostTierStats:
-        """What is held now, and what has been done so far."""
+        """The current state, and counters since the start."""
         return HostTierStats(
             resident=self._num_resident,
             resident_bytes=self._resident_bytes,
@@ -90,10 +90,10 @@ class SoftPromptLoader:
         )
 
     def acquire(self, source: SoftPromptSource) -> bool:
-        """Refer to a soft prompt, and start reading it where nobody has.
+        """Refer to a soft prompt, and start to read it if it is not in memory.
 
         Returns:
-            Whether its rows are in memory already; otherwise ``take_loaded`` will tell.
+            Whether its rows are in memory already; otherwise ``take_loaded`` reports it.
         """
         if source.identity in self._entries:
             self._hits += 1
@@ -102,16 +102,16 @@ class SoftPromptLoader:
         return self._refer(source)
 
     def release(self, source: SoftPromptSource) -> None:
-        """Give back one reference."""
+        """Release one reference."""
         entry = self._entries[source.identity]
         entry.ref_count -= 1
         if entry.ref_count == 0 and entry.rows is not None:
             self._make_idle(source.identity, entry)
 
     def pin(self, source: SoftPromptSource) -> None:
-        """Keep a soft prompt in memory until ``unpin``, reading it where nobody has; twice is the same as once.
+        """Keep a soft prompt in memory until ``unpin``; repeated calls have no effect.
 
-        A file that cannot be read ends the pin: ``take_loaded`` tells.
+        If its file cannot be read, the pin ends, and ``take_loaded`` reports the error.
         """
         if source.identity not in self._pinned:
             self._pinned[source.identity] = source
@@ -129,15 +129,15 @@ class SoftPromptLoader:
             raise AssertionError(f"soft prompt {source.identity} is not loaded")
         return rows
 
-    def head(self, source: SoftPromptSource) -> Head:
-        """The classification head that was loaded with a soft prompt."""
+    def head(self, source: SoftPromptSource) -> ClassificationHead:
+        """The classification head of a loaded soft prompt."""
         head = self._entries[source.identity].head
         if head is None:
             raise AssertionError(f"soft prompt {source.identity} has no head")
         return head
 
     def take_loaded(self) -> list[tuple[str, str | None]]:
-        """Identities whose reading has ended since the last call, each with what went wrong or None."""
+        """Identities whose reading has ended since the last call, each with its error or None."""
         ended: list[tuple[str, str | None]] = []
         for identity, result in self._jobs.take_ended():
             if isinstance(result, BaseException):
@@ -150,7 +150,7 @@ class SoftPromptLoader:
             self._num_resident += 1
             self._resident_bytes += entry.nbytes
             self._load_seconds.observe(LOAD_SECONDS_BOUNDS, seconds)
-            if entry.ref_count == 0:  # everybody who wanted it has gone meanwhile
+            if entry.ref_count == 0:  # all references were released meanwhile
                 self._make_idle(identity, entry)
             ended.append((identity, None))
         return ended
@@ -181,7 +181,7 @@ class SoftPromptLoader:
             self._num_resident -= 1
             self._evictions += 1
 
-    def _timed_read(self, source: SoftPromptSource) -> tuple[torch.Tensor, Head | None, float]:
+    def _timed_read(self, source: SoftPromptSource) -> tuple[torch.Tensor, ClassificationHead | None, float]:
         started = time.perf_counter()
         rows = self.read(source)
         head = None
@@ -193,16 +193,16 @@ class SoftPromptLoader:
         return rows, head, time.perf_counter() - started
 
     def read(self, source: SoftPromptSource) -> torch.Tensor:
-        """Read a soft prompt's file; from any thread, and nothing is kept.
+        """Read a soft prompt's file, from any thread, without caching it.
 
-        All that is computed is computed in float32, and F64 passes through it, because PEFT's encoders hold float32
-        whatever the file holds.
+        Computations are in float32, and float64 is cast to float32 first, because PEFT's encoders are float32
+        whatever the file's dtype.
 
         Returns:
             The rows in the serving dtype: [num_virtual_tokens, embedding or key/value width].
 
         Raises:
-            SoftPromptLoadError: If the file cannot be read, or does not hold what its record says.
+            SoftPromptLoadError: If the file cannot be read, or does not match its record.
         """
         try:
             with safe_open(source.path, framework="pt") as file:
@@ -230,7 +230,7 @@ class SoftPromptLoader:
         elif rows.dtype == torch.float64:
             rows = rows.float()
         rows = rows.to(self._dtype)
-        if not rows.isfinite().all():  # as its upload was, in the dtype that was served then
+        if not rows.isfinite().all():  # the upload was checked in the dtype that was served then
             dtype = str(self._dtype).removeprefix("torch.")
             raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} holds a value that is not finite in {dtype}")
         return rows

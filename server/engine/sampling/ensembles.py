@@ -1,4 +1,4 @@
-"""One distribution from several: the members of an ensemble that generates together."""
+"""Merges the distributions of an ensemble's members into one."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ Rows = tuple[torch.Tensor, SequenceOf[Sequence]]
 
 
 def merge_ensembles(logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> Rows:
-    """Put one row in the place of each ensemble's: the logarithm of its members' mean probability of a token.
+    """Replace each ensemble's rows by one row, the logarithm of the members' mean probability of each token.
 
-    The mean is of the models' own distributions. Penalties, bias, masks, temperature and cuts then change it as they
-    change one model's. Logarithms all the way: a token whose probability is 0 in float32 by every member can still be
-    the only one that a grammar allows.
+    The mean is over the members' own distributions, before penalties, bias, masks and temperature. It is computed in
+    logarithms, because a token with probability 0 in float32 may be the only one that a grammar allows.
 
     Args:
         logits: [rows, vocabulary], any float dtype.
-        seqs: The rows' sequences in order, the members of an ensemble side by side.
+        seqs: The rows' sequences in order; the members of an ensemble are adjacent.
 
     Returns:
-        [fewer rows, vocabulary] in float32 and their sequences, of ensembles the leaders; both as they were where
-        there is no ensemble. A row with a value that is not finite makes its ensemble's row NaN.
+        Logits [sequences and ensembles, vocabulary] in float32, with the sequences, or the leaders of ensembles; the
+        arguments themselves if there is no ensemble. A value that is not finite makes its ensemble's row NaN.
 
     Raises:
-        AssertionError: If an ensemble's members are not side by side; a fault of the scheduler.
+        AssertionError: If an ensemble's members are not adjacent.
     """
     leaders = [seq for seq in seqs if not seq.is_follower]
     if len(leaders) == len(seqs):

@@ -1,4 +1,4 @@
-"""Grammars are compiled elsewhere first, where what they cost can be limited."""
+"""Trial compilations of grammars in another process, where their cost is limited."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from server.engine.sampling.trial_process import MEMORY_BYTES, NOTHING, Trial, V
 
 
 class TooSlowError(Exception):
-    """A grammar takes more processor time than it may."""
+    """A grammar exceeds its processor time."""
 
 
 class CancelledTrialError(Exception):
-    """The trial was ended because nothing waits for it any more."""
+    """The trial was cancelled, because no sequence waits for it."""
 
 
 class GrammarTrials:
-    """One process that tries grammars out, one at a time; started with the first, and again when it has ended.
+    """A process that compiles grammars, one at a time; started with the first trial, and again if it has ended.
 
     ``try_out`` is called from one thread, ``interrupt`` and ``kill`` from any.
 
     Args:
-        vocabulary: What the process makes its tokenizer from.
-        memory_bytes: Memory that a grammar may take.
+        vocabulary: The data of the process's tokenizer.
+        memory_bytes: Maximum memory of a grammar.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -52,11 +52,11 @@ class GrammarTrials:
             cancelled: Cancels the trial; ``interrupt`` or ``kill`` has to follow if the trial is running.
 
         Raises:
-            GrammarError: If it cannot be used, takes too much memory, or cannot be tried out.
+            GrammarError: If it is invalid, takes too much memory, or the process cannot be started.
             TooSlowError: If it takes more than ``cpu_seconds``.
             CancelledTrialError: If it was cancelled.
         """
-        for _ in range(2):  # a process that ended while it was idle tells nothing of the grammar
+        for _ in range(2):  # the process may have ended while it was idle
             body = self._exchange(encode(Trial(lark, cpu_seconds, self._memory_bytes)), cancelled)
             if cancelled.is_set():
                 raise CancelledTrialError
@@ -74,7 +74,7 @@ class GrammarTrials:
         """Kill the process, after the running trial has been cancelled."""
         with self._lock:
             if self._process is not None:
-                self._process.kill()  # its end wakes the thread that waits for it
+                self._process.kill()  # wakes the thread that waits for the verdict
 
     def release(self) -> None:
         """End the process and close the connection, from the thread of ``try_out`` or after its end."""
@@ -114,7 +114,7 @@ class GrammarTrials:
 
     def _end_if_cancelled(self) -> None:
         if self._running is not None and self._running.is_set() and self._connection is not None:
-            with suppress(OSError):  # the process has ended, and with it the trial
+            with suppress(OSError):  # the process has ended, and the trial with it
                 self._connection.sendall(NOTHING)
 
     def _start(self) -> socket.socket:
@@ -129,10 +129,15 @@ class GrammarTrials:
         return ours
 
     def _bytes_of(self, verdict: Verdict) -> int:
-        """The memory that a grammar takes; raises what a bad one is refused with."""
+        """The memory of a compiled grammar.
+
+        Raises:
+            GrammarError: If it is invalid, takes too much memory, or crashes the compiler.
+            TooSlowError: If it exceeded its processor time.
+        """
         if verdict.killed_by in (signal.SIGPROF, signal.SIGKILL):
             raise TooSlowError
-        if verdict.killed_by == signal.SIGSEGV:  # such as a recursion without end, by a bound of -2**63
+        if verdict.killed_by == signal.SIGSEGV:  # such as an endless recursion, by a bound of -2**63
             raise GrammarError("the grammar compiler crashes on it: make it simpler")
         if verdict.killed_by is not None:
             limit = self._memory_bytes >> 20

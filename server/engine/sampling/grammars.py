@@ -1,15 +1,15 @@
-"""Structured output: which tokens a sequence may choose next, so that its text follows a grammar.
+"""Structured output: masks of the tokens that keep a sequence's text within its grammar.
 
-llguidance keeps the grammars and says what may follow. Constraints come from outside, and some of them are bombs, so
-llguidance's own limits are not all that holds them:
+llguidance compiles grammars and computes masks. Constraints are untrusted, and some are made to exhaust the server,
+so there are limits beyond llguidance's own:
 
-- Each is compiled in another process first (``grammar_trials``), which is killed when that takes too much time or
-  memory; only what passed is compiled here, in a thread with a deep stack, for the compiler recurses through rules.
-- Compiling has two lanes. What takes longer than a moment begins anew in the slow one, so that it stands before no
-  grammar that does not; in both, tenants take turns.
-- The processor time of masks is charged to each sequence, and what spends too much of it fails alone.
-- No text is forced in advance (``no_forcing``), since a grammar of a few characters can force a text of many
-  thousand, which would be tokenised within a step.
+- Each grammar is first compiled in another process (``grammar_trials``), which is killed if it takes too much time or
+  memory. A grammar that passes is compiled here, in a thread with a deep stack, because the compiler is recursive.
+- There are two compiling threads (lanes). A grammar that takes long starts again in the slow lane, so that it does
+  not delay quick ones. In both lanes, tenants take turns.
+- The processor time of masks is charged to each sequence; a sequence that spends too much fails alone.
+- No text is forced in advance (``no_forcing``), because a short grammar can force a text of many thousand
+  characters, which would be tokenised within a step.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ from server.engine.types import ErrorCode, RequestFailure
 logger = logging.getLogger(__name__)
 
 MAX_COMPILED = 64
-"""Compiled grammars that are kept for later sequences; one takes up to 40 MB, and seldom more than one."""
+"""Maximum number of cached compiled grammars. One takes up to 40 MB, but rarely more than 1 MB."""
 
 MAX_COMPILED_BYTES = 256 * 1024 * 1024
-"""Memory of those, as they were when they were compiled. Each grows by 10 to 40 MB at most while it is followed."""
+"""Maximum memory of the cached grammars when they were compiled. In use, each grows by at most 10 to 40 MB."""
 
 MAX_REFUSED = 64
-"""Constraints that took too long to compile and are remembered, so that each is tried once."""
+"""Maximum number of remembered constraints that took too long to compile, so that each is tried once."""
 
 MAX_WAITING = 256
-"""Different constraints of one tenant that wait to be compiled."""
+"""Maximum number of different constraints of one tenant that are being compiled."""
 
 MAX_WAITING_SLOW = 32
-"""Of those that have been found to take long."""
+"""Maximum number of a tenant's constraints that wait in the slow lane."""
 
 QUICK_SECONDS, SLOW_SECONDS = 0.05, 3.0
-"""Processor time in which a grammar has to be compiled, in each lane. Most take 0.001, schemas of 64 KiB 0.2."""
+"""Maximum processor time to compile a grammar, in each lane. Most take 0.001 s, schemas of 64 KiB 0.2 s."""
 
 BURST_SECONDS, TOKEN_SECONDS = 0.5, 0.002
-"""Processor time that one sequence's masks may take: the first for all of it, the second more for each token. A mask
-seldom takes more than 0.001; ambiguous grammars take longer with each token, up to a second."""
+"""Processor time for a sequence's masks: a budget for the whole sequence, and an allowance per token. A mask rarely
+takes more than 0.001 s; with ambiguous grammars it takes longer with each token, up to a second."""
 
 METERED_SECONDS = 0.01
-"""A step's masks that take longer than this are looked at one by one in the next."""
+"""If a step's masks take longer than this, those of the next step are computed and charged one by one."""
 
 TOO_SLOW = RequestFailure(
     ErrorCode.CONSTRAINT,
@@ -79,7 +79,7 @@ TOO_MANY_SLOW = RequestFailure(
 TOO_COSTLY = "it takes too long to find which tokens it allows: make it simpler and less ambiguous"
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written as Python's ``json.dumps`` does: where white space is free, small models do not stop writing it."""
+"""The layout of Python's ``json.dumps``; if white space is free, small models do not stop writing it."""
 
 _END = "<|prelude-end-of-grammar|>"
 
@@ -87,17 +87,17 @@ _REGEX_SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")
 
 
 class TooManyGrammarsError(Exception):
-    """A tenant has as many constraints waiting to be compiled as it may."""
+    """A tenant has reached its limit of constraints that are being compiled."""
 
 
 @dataclass(frozen=True, slots=True)
 class GrammarVocabulary:
-    """The model's tokens as grammars see them.
+    """The model's tokens, for grammars.
 
     Attributes:
         lowlevel: llguidance's tokenizer.
-        hidden_end: The token that stands for the end in a model without one; no sequence may have it.
-        source: What another process makes the same tokenizer from.
+        hidden_end: An added end-of-sequence token for a model without one, which no sequence may choose.
+        source: The data from which another process creates the same tokenizer.
     """
 
     lowlevel: LLTokenizer
@@ -107,18 +107,18 @@ class GrammarVocabulary:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """A grammar that sequences get copies of, and the memory that it took."""
+    """A compiled grammar, of which sequences get copies, and its memory."""
 
     matcher: Matcher
     num_bytes: int
 
 
 class Matcher:
-    """Where one sequence stands in its grammar.
+    """One sequence's state in its grammar.
 
     Args:
-        lowlevel: llguidance's matcher, which is this sequence's own.
-        vocabulary: What it was compiled with.
+        lowlevel: The sequence's llguidance matcher.
+        vocabulary: The vocabulary of its grammar.
     """
 
     def __init__(self, lowlevel: LLMatcher, vocabulary: GrammarVocabulary) -> None:
@@ -127,13 +127,13 @@ class Matcher:
         self._seconds_left = BURST_SECONDS
 
     def advance(self, token_id: int) -> None:
-        """Take the sequence's next token."""
+        """Advance by the sequence's next token."""
         begun = time.thread_time()
         self.lowlevel.consume_token(token_id)
         self.charge(time.thread_time() - begun - TOKEN_SECONDS)
 
     def charge(self, seconds: float) -> None:
-        """Take processor time off what the sequence may use; with none left it has failed, for good."""
+        """Charge processor time to the sequence; if its budget is spent, it has failed permanently."""
         if self._seconds_left > 0:
             self._seconds_left = min(self._seconds_left - seconds, BURST_SECONDS)
 
@@ -144,20 +144,20 @@ class Matcher:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing may follow but the end."""
+        """Whether only the end of the text may follow."""
         return self.lowlevel.is_stopped()
 
     @property
     def error(self) -> str | None:
-        """Why the grammar cannot be followed any further; None while it can."""
+        """The error after which no token can follow; None if there is none."""
         return TOO_COSTLY if self._seconds_left <= 0 else error_of(self.lowlevel)
 
 
 class TokenMasks:
-    """Which tokens may come next, for many sequences at once.
+    """Masks of the allowed next tokens, for many sequences at once.
 
-    llguidance computes many masks in parallel, without saying what each took. When that was long, the next masks are
-    computed one by one and charged to their sequences, for as long as one of them takes long.
+    llguidance computes masks in parallel, without the time of each. If that takes long, the following masks are
+    computed one by one and charged to their sequences, until none of them takes long.
     """
 
     def __init__(self) -> None:
@@ -168,15 +168,15 @@ class TokenMasks:
         return LLExecutor()
 
     def allowed(self, matchers: SequenceOf[TokenMatcher], vocab_size: int, device: torch.device) -> torch.Tensor:
-        """Tokens that may come next: [matchers, vocab_size] of bool, on the device.
+        """The allowed next tokens: [matchers, vocab_size] bool, on the device.
 
-        A row has none where its grammar is complete and the model has no end of sequence, where no token can go on,
-        and where the grammar has failed, which its ``error`` tells.
+        A row has no token if its grammar is complete and the model has no end-of-sequence token, if no token
+        satisfies the grammar, or if the grammar has failed (``error``).
 
         Args:
-            matchers: At least one ``Matcher``, all of one compiler.
+            matchers: At least one ``Matcher``, all from one compiler.
             vocab_size: Width of the logits.
-            device: Where they are.
+            device: Device of the logits.
         """
         vocabulary: GrammarVocabulary = matchers[0].vocabulary
         bitmask = allocate_token_bitmask(len(matchers), vocabulary.lowlevel.vocab_size)
@@ -188,19 +188,19 @@ class TokenMasks:
             fill_next_token_bitmask_par(self._executor, rows, bitmask)
             self._is_metered = time.perf_counter() - begun > METERED_SECONDS
         for row, matcher in enumerate(matchers):
-            if matcher.error is not None:  # llguidance allows the end there
+            if matcher.error is not None:  # llguidance allows the end here
                 bitmask[row] = 0
-        # One bit a token crosses to the device.
+        # One bit per token is copied to the device.
         packed = queue_copy(torch.from_numpy(bitmask.view(np.uint8)), device)
         bits = packed[:, :, None] & to_device([1, 2, 4, 8, 16, 32, 64, 128], device, torch.uint8)
         allowed = bits.flatten(1)[:, :vocab_size] != 0
         if vocabulary.hidden_end is not None:
-            allowed[:, vocabulary.hidden_end :] = False  # nothing of the tokenizer's is behind it
+            allowed[:, vocabulary.hidden_end :] = False  # the tokenizer has no token behind it
         return allowed
 
     @staticmethod
     def _fill_metered(matchers: SequenceOf[TokenMatcher], bitmask: npt.NDArray[np.int32]) -> bool:
-        """Compute masks one by one, charging each; returns whether one of them took long."""
+        """Compute and charge masks one by one; returns whether one of them took long."""
         longest = 0.0
         for row, matcher in enumerate(matchers):
             if matcher.error is None:
@@ -230,16 +230,16 @@ class _Lane:
 
 
 class GrammarCompiler:
-    """Compiles constraints beside the steps and gives each sequence a matcher of its own.
+    """Compiles constraints beside the step loop, and creates each sequence's matcher.
 
-    Identical constraints are compiled once; the least recently used are forgotten first. All methods are called from
-    the engine's thread; only the compiling happens elsewhere.
+    Identical constraints are compiled once; the cache evicts the least recently used. All methods are called from the
+    engine's thread; compiling has its own threads.
 
     Args:
-        load_tokenizer: Loads the model's tokenizer; called once, from a compiling thread, when the first constraint
-            comes. It may raise OSError or ValueError.
+        load_tokenizer: Loads the model's tokenizer; called once, from a compiling thread, for the first constraint.
+            It may raise OSError or ValueError.
         vocab_size: Width of the logits.
-        eos_token_ids: The model's ends of sequence.
+        eos_token_ids: The model's end-of-sequence tokens.
         on_compiled: Called from a compiling thread after each grammar, to wake the engine.
     """
 
@@ -262,13 +262,13 @@ class GrammarCompiler:
         self._vocabulary_lock = threading.Lock()
         self._quick, self._slow = (_Lane(seconds, on_compiled) for seconds in (QUICK_SECONDS, SLOW_SECONDS))
         self._refused_again: list[tuple[Constraint, RequestFailure]] = []
-        """Constraints that were refused from memory, for the next ``take_compiled``."""
+        """Remembered refusals, for the next ``take_compiled``."""
 
     def matcher(self, constraint: Constraint, tenant: str = "") -> Matcher | None:
-        """A new sequence's matcher, or None where the grammar is being compiled; ``take_compiled`` will tell.
+        """A matcher for a new sequence; None while the grammar is being compiled (see ``take_compiled``).
 
         Raises:
-            TooManyGrammarsError: If too many of the tenant's constraints are being compiled already.
+            TooManyGrammarsError: If too many of the tenant's constraints are being compiled.
         """
         known = self._compiled.get(constraint)
         if known is not None:
@@ -291,9 +291,9 @@ class GrammarCompiler:
         return None
 
     def take_compiled(self) -> list[tuple[Constraint, RequestFailure | None]]:
-        """Constraints whose compiling has ended since the last call, each with its failure or None.
+        """Constraints whose compilation has ended since the last call, each with its failure or None.
 
-        Valid ones have matchers at least until the next call.
+        A constraint without a failure has matchers at least until the next call.
         """
         while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
             self._compiled.popitem(last=False)
@@ -320,11 +320,11 @@ class GrammarCompiler:
         return ended
 
     def forget(self, constraint: Constraint) -> None:
-        """Compile it anew for the next sequence: the automaton that its matchers share has reached a limit."""
+        """Drop a compiled grammar, because the automaton that its matchers share has reached a limit."""
         self._compiled.pop(constraint, None)
 
     def abandon(self, constraint: Constraint) -> None:
-        """No sequence waits for this constraint any more: stop compiling it."""
+        """Stop compiling a constraint, because no sequence waits for it."""
         if self._compiling.pop(constraint, None) is None:
             return
         for lane in (self._quick, self._slow):
@@ -366,12 +366,12 @@ class GrammarCompiler:
         except CancelledTrialError:
             return None
         except TooSlowError:
-            return None if cancelled.is_set() else self._be_slow(lane, constraint, tenant)
+            return None if cancelled.is_set() else self._enqueue_slow(lane, constraint, tenant)
         except GrammarError as error:
             return RequestFailure(ErrorCode.CONSTRAINT, str(error))
         return _Compiled(matcher, num_bytes)
 
-    def _be_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> RequestFailure | None:
+    def _enqueue_slow(self, lane: _Lane, constraint: Constraint, tenant: str) -> RequestFailure | None:
         if lane is self._slow:
             return TOO_SLOW
         if self._slow.jobs.num_waiting(tenant) >= MAX_WAITING_SLOW:
@@ -409,7 +409,7 @@ class GrammarCompiler:
 
 
 def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, for ``GrammarCompiler``; code that came with the model is never run."""
+    """A model's tokenizer, for ``GrammarCompiler``; the model's own code is never run."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         model, revision=revision, trust_remote_code=False
     )
@@ -420,7 +420,7 @@ def lark_of(constraint: Constraint) -> str:
     """A constraint in llguidance's Lark syntax.
 
     Raises:
-        GrammarError: If its text is not what its kind says.
+        GrammarError: If its text is not of its kind.
     """
     text = constraint.text
     match constraint.kind:
@@ -442,6 +442,6 @@ def lark_of(constraint: Constraint) -> str:
 
 
 def _json_grammar(schema: dict[str, object], *, is_lenient: bool) -> str:
-    # Lenient: what llguidance does not know is left out, and oneOf is taken for anyOf.
+    # Lenient: unsupported keywords are ignored, and oneOf is treated as anyOf.
     options = {**_LAYOUT, "lenient": is_lenient, "coerce_one_of": is_lenient}
     return f"start: %json {json.dumps({**schema, 'x-guidance': options})}"

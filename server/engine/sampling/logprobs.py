@@ -1,4 +1,4 @@
-"""How likely tokens are, by the model's own logits: before temperature, penalties, bias and cuts."""
+"""Log-probabilities of tokens, from the model's logits before temperature, penalties, bias and masks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from server.engine.types import MIN_LOGPROB, Logprobs
 
 
 def logprobs_of(logits: torch.Tensor, token_ids: SequenceOf[int], num_top: SequenceOf[int]) -> list[Logprobs]:
-    """The log-probability of one token of each row, beside those of the likeliest.
+    """The log-probabilities of one token of each row, and of the row's most likely tokens.
 
-    All are taken from one log-softmax in float32, so a token that is both has the same float twice.
+    All come from one float32 log-softmax, so a token in both has the same value.
 
     Args:
         logits: [rows, vocabulary], any float dtype.
         token_ids: The token of each row.
-        num_top: How many of the likeliest each row tells, best first; the first is the one that argmax gives.
+        num_top: Number of most likely tokens of each row, in descending order; the first is the argmax.
     """
     if not token_ids:
         return []
@@ -27,7 +27,7 @@ def logprobs_of(logits: torch.Tensor, token_ids: SequenceOf[int], num_top: Seque
 
 
 def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: SequenceOf[int]) -> torch.Tensor:
-    """What ``logprobs_of`` tells, as one tensor for one copy to the host.
+    """The result of ``logprobs_of`` in one tensor, for one copy to the host.
 
     Args:
         logits: As in ``logprobs_of``.
@@ -35,7 +35,7 @@ def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: Sequenc
         num_top: As in ``logprobs_of``.
 
     Returns:
-        [rows, 2 + 2 * most of ``num_top``] of float64, which holds every token id and every float32 as it is.
+        [rows, 2 + 2 * max(num_top)] float64, which represents token ids and float32 exactly.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(-1, tokens[:, None]).clamp_min(MIN_LOGPROB)
@@ -45,7 +45,7 @@ def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: Sequenc
 
 
 def unpacked_logprobs(rows: SequenceOf[SequenceOf[float]], num_top: SequenceOf[int]) -> list[Logprobs]:
-    """The rows of ``packed_logprobs`` on the host, as what they tell."""
+    """Unpack the rows of ``packed_logprobs`` on the host."""
     result = []
     for (logprob, best, *top), count in zip(rows, num_top, strict=True):
         width = len(top) // 2
@@ -55,6 +55,6 @@ def unpacked_logprobs(rows: SequenceOf[SequenceOf[float]], num_top: SequenceOf[i
 
 
 def _best_first(top: list[tuple[int, float]], best: int) -> list[tuple[int, float]]:
-    """Put the argmax before the tokens that are as likely: ``topk`` takes equals in any order, or leaves one out."""
+    """Put the argmax first: ``topk`` orders equal values arbitrarily, and may omit one."""
     others = [item for item in top if item[0] != best]
     return [(best, top[0][1]), *others][: len(top)]

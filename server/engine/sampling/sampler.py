@@ -1,9 +1,9 @@
-"""Choosing the next token of every row at once.
+"""Chooses the next token of all rows of a step.
 
-A row's logits go through what its parameters ask for, in this order: the checkpoint's bias of sequences, repetition
-penalty, frequency and presence penalty, logit bias, mask of its grammar, end-of-sequence mask of min_tokens, the
-checkpoint's masks, temperature, top-k, top-p, min-p. Where transformers has the same step, the order and the
-arithmetic are those of its ``generate``; the other penalties are OpenAI's.
+A row's parameters are applied in this order: the checkpoint's sequence bias, repetition penalty, frequency and
+presence penalty, logit bias, grammar mask, end-of-sequence mask of min_tokens, the checkpoint's masks, temperature,
+top-k, top-p, min-p. Where transformers' ``generate`` has the same step, order and arithmetic are the same; the other
+penalties are OpenAI's.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from server.engine.scheduling.sequence import Sequence
 from server.engine.types import Logprobs, SamplingParams
 
 NOT_FINITE = -1
-"""Returned instead of a token where a row's logits hold NaN or infinity."""
+"""Returned instead of a token if a row's logits contain NaN or infinity."""
 
 NO_TOKEN = -2
-"""Returned where a row's grammar allows no token: it is complete, or has failed, and the matcher knows."""
+"""Returned if a row's grammar allows no token: it is complete or has failed, as its matcher says."""
 
-_LEAST, _LARGEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+_MIN, _MAX = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
 Largest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Logits [rows, vocabulary] to each row's largest, NaN if there is any, and its token: [rows] each."""
+"""Logits [rows, vocabulary] to each row's largest (NaN if the row has one) and its token: [rows] each."""
 
 Places = SequenceOf[tuple[int, int]]
 """(row, token) pairs."""
 
 
 def torch_largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Largest`` by torch's own operation."""
+    """``Largest`` by ``torch.max``."""
     best = torch.max(logits, dim=-1)
     return best.values, best.indices
 
@@ -45,14 +45,14 @@ def torch_largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Sampler:
     """Greedy and random choice, vectorised over the rows of a step.
 
-    Each sequence draws one number in [0, 1) per token from its own generator, and the token is where the cumulated
-    probabilities pass it (inverse transform sampling). So what a seed gives does not depend on what else is in the
-    batch, and no generator has to live on the device.
+    Each sequence draws one number in [0, 1) per token from its own generator; the token is where the cumulative
+    probability exceeds it (inverse transform sampling). So the tokens of a seed do not depend on the batch, and no
+    generator is needed on the device.
 
     Args:
-        eos_token_ids: The model's ends of sequence, which ``min_tokens`` puts off.
-        rules: What the checkpoint says of every text.
-        largest: The device's way to the largest logits.
+        eos_token_ids: The model's end-of-sequence tokens, which ``min_tokens`` excludes.
+        rules: The checkpoint's rules.
+        largest: Returns the largest logits; depends on the device.
     """
 
     def __init__(
@@ -64,32 +64,32 @@ class Sampler:
         self._masks = TokenMasks()
 
     def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> tuple[list[int], list[Logprobs | None]]:
-        """Choose one token for each row, and tell how likely it was where that is asked for.
+        """Choose one token for each row, with its logprobs if requested; synchronises with the device once.
 
         Args:
             logits: [rows, vocabulary], any float dtype.
             seqs: The rows' sequences, in order.
 
         Returns:
-            A token id for each row, or NOT_FINITE or NO_TOKEN; and one entry for each row, None where it is not asked
-            for or there is no token; no entries where no row asks. One synchronisation with the device.
+            A token id for each row, or NOT_FINITE or NO_TOKEN; and the logprobs of each row, None if they are not
+            requested or there is no token. The second list is empty if no row requests logprobs.
         """
         tokens = self._tokens(logits, seqs)
         num_tops = [seq.request.params.logprobs for seq in seqs]
-        asked = [(row, num_top) for row, num_top in enumerate(num_tops) if num_top is not None]
+        requested = [(row, num_top) for row, num_top in enumerate(num_tops) if num_top is not None]
         result: list[int]
-        if not asked:
+        if not requested:
             result = tokens.tolist()
             return result, []
-        counts = [count for _, count in asked]
-        index = to_device([row for row, _ in asked], logits.device)
+        counts = [count for _, count in requested]
+        index = to_device([row for row, _ in requested], logits.device)
         packed = packed_logprobs(logits[index], tokens[index].clamp_min(0), counts)
         flat: list[float] = torch.cat([tokens.double(), packed.flatten()]).tolist()
         result = [int(token) for token in flat[: len(seqs)]]
         width = packed.shape[-1]
         parts = [flat[start : start + width] for start in range(len(seqs), len(flat), width)]
         logprobs: list[Logprobs | None] = [None] * len(seqs)
-        for (row, _), own in zip(asked, unpacked_logprobs(parts, counts), strict=True):
+        for (row, _), own in zip(requested, unpacked_logprobs(parts, counts), strict=True):
             if result[row] >= 0:
                 logprobs[row] = own
         return result, logprobs
@@ -97,8 +97,8 @@ class Sampler:
     def _tokens(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
         """A token id for each row, or NOT_FINITE or NO_TOKEN, on the device."""
         best, tokens = self._largest(logits)
-        # Rows are cut in two by what they ask for, never by what their neighbours do, so that a row's arithmetic,
-        # and with it what its seed gives, is its own.
+        # Rows are grouped by their own parameters only, so that a row's arithmetic, and the tokens of its seed, do
+        # not depend on the other rows.
         has_rules = not self._rules.is_empty
         adjusts = [has_rules or seq.adjusts_logits for seq in seqs]
         self._draw(logits, seqs, [row for row in range(len(seqs)) if not adjusts[row]], tokens)
@@ -138,27 +138,24 @@ class Sampler:
             rows, tokens, values = zip(*biased, strict=True)
             places = to_device(rows, scores.device), to_device(tokens, scores.device)
             scores[places] += to_device(values, scores.device)
-        # What is beyond float32 would win, or lose, for good; only what the model excludes is impossible.
-        scores.clamp_(_LEAST, _LARGEST).masked_fill_(impossible, float("-inf"))
+        # An overflow must not force or exclude a token; only the model's own -inf excludes one.
+        scores.clamp_(_MIN, _MAX).masked_fill_(impossible, float("-inf"))
         matchers = {row: seq.matcher for row, seq in enumerate(seqs) if seq.matcher is not None}
         if matchers:
             allowed = self._masks.allowed(list(matchers.values()), scores.shape[-1], scores.device)
             constrained = to_device(list(matchers), scores.device)
             scores[constrained] = scores[constrained].masked_fill(~allowed, float("-inf"))
-        self._put_off_ends(scores, seqs)
+        _forbid(scores, self._excluded_ends(scores, seqs))
         return scores if self._rules.is_empty else self._rules.forbid(scores, seqs)
 
-    def _put_off_ends(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
-        """The mask of min_tokens, in place."""
-        _forbid(scores, self._ends_put_off(scores, seqs))
-
-    def _ends_put_off(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> Places:
+    def _excluded_ends(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> Places:
+        """The end-of-sequence tokens of rows with fewer than ``min_tokens`` new tokens."""
         return [
             (row, token)
             for row, seq in enumerate(seqs)
             if seq.num_new_tokens < seq.request.params.min_tokens
             for token in self._ends(seq.request.params)
-            if token < scores.shape[-1]  # some configurations name an end that the model has no row for
+            if token < scores.shape[-1]  # some configurations name a token that has no logit
         ]
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
@@ -167,7 +164,7 @@ class Sampler:
     def _draw(
         self, logits: torch.Tensor, seqs: SequenceOf[Sequence], rows: Iterable[int], tokens: torch.Tensor
     ) -> None:
-        """Put drawn tokens into ``tokens`` [all rows] for those of ``rows`` that are not greedy."""
+        """Draw the tokens of the rows in ``rows`` that are not greedy, into ``tokens`` [all rows]."""
         drawn = [row for row in rows if not seqs[row].request.params.is_greedy]
         plain = [row for row in drawn if not _cuts(seqs[row].request.params)]
         cut = [row for row in drawn if _cuts(seqs[row].request.params)]
@@ -185,16 +182,16 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = logits.device
         index = to_device(rows, device)
-        temperatures = to_device([min(seqs[row].request.params.temperature, _LARGEST) for row in rows], device)
+        temperatures = to_device([min(seqs[row].request.params.temperature, _MAX) for row in rows], device)
         draws = to_device([seqs[row].draw() for row in rows], device)
         scores = logits[index].float()
-        # The maximum is taken off before the division: a tiny temperature would overflow float32 otherwise.
+        # The maximum is subtracted before the division, because a tiny temperature would overflow float32.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures[:, None]
         return torch.softmax(scores, dim=-1), draws, index
 
 
 def _forbid(scores: torch.Tensor, places: Places) -> None:
-    """Make tokens impossible, in place; a row that would have no token left stays as it is."""
+    """Exclude tokens, in place; a row that would have no token left is not changed."""
     if not places:
         return
     rows, tokens = zip(*places, strict=True)
@@ -209,10 +206,10 @@ def _forbid(scores: torch.Tensor, places: Places) -> None:
 
 
 def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Tensor:
-    """How often each token stands in each list: [lists, vocabulary], of the dtype of ``scores``."""
+    """How often each token occurs in each list: [lists, vocabulary], in the dtype of ``scores``."""
     counts = scores.new_zeros(len(token_ids), scores.shape[-1])
     flat = to_device([token for ids in token_ids for token in ids], scores.device, torch.long)
-    # On the host, which knows how long the result is; the device would have to be asked.
+    # On the host, which knows the length of the result; on the device this would wait.
     lengths = torch.tensor([len(ids) for ids in token_ids])
     index = queue_copy(torch.repeat_interleave(torch.arange(len(token_ids)), lengths), scores.device)
     return counts.index_put_((index, flat), counts.new_ones(()), accumulate=True)
@@ -227,15 +224,15 @@ def _cuts(params: SamplingParams) -> bool:
 
 
 def _cut(probs: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
-    """Zero, in place, what top-k, top-p and min-p leave out of rows in descending order; the first always stays."""
+    """Apply top-k, top-p and min-p in place to probabilities in descending order; the first is always kept."""
     vocabulary = probs.shape[-1]
     limits = to_device([own.top_k or vocabulary for own in params], probs.device)
-    # A share of the likeliest, so it is the same before top-k and top-p as after them.
+    # Relative to the largest probability, so it is the same before and after top-k and top-p.
     unlikely = probs < probs[:, :1] * _column(probs, [own.min_p for own in params])
     probs.masked_fill_(torch.arange(vocabulary, device=probs.device) >= limits[:, None], 0.0)
-    probs /= probs.sum(dim=-1, keepdim=True)  # top-p is a share of what top-k leaves, as in transformers
+    probs /= probs.sum(dim=-1, keepdim=True)  # top-p applies to the distribution after top-k, as in transformers
     before = probs.cumsum(dim=-1) - probs
-    # Rounded sums of small probabilities reach 1 too early: 1 has to keep all of them.
+    # Rounded sums may reach 1 too early, and a top-p of 1 has to keep all tokens.
     shares = [own.top_p if own.top_p < 1.0 else 2.0 for own in params]
     out = (before >= _column(probs, shares)) | unlikely
     out[:, 0] = False
@@ -243,10 +240,10 @@ def _cut(probs: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
 
 
 def _inverse_transform(probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """For each row the index where the cumulated probability passes draw * total; never one without probability."""
+    """Each row's index where the cumulative probability exceeds draw * total; its probability is above 0."""
     cumulated = probs.cumsum(dim=-1)
     targets = draws[:, None] * cumulated[:, -1:]
     picked = torch.searchsorted(cumulated, targets, right=True).clamp_max(probs.shape[-1] - 1)
-    # Rounding can put the target on the total itself, and a parallel sum need not be monotonous to the last bit.
+    # The target can round up to the total, and a parallel sum need not be monotonic in the last bit.
     has_chance = probs.gather(-1, picked) > 0
     return torch.where(has_chance, picked, probs.argmax(dim=-1, keepdim=True))[:, 0]

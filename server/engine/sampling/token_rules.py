@@ -1,4 +1,4 @@
-"""A checkpoint's rules for every text, on the logits of a step: the processors of transformers' ``generate``."""
+"""A checkpoint's rules for every text, like the logits processors of transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Place = tuple[int, int]
 
 
 class RuleMasks:
-    """Biases and masks of ``TokenRules``, for many rows at once.
+    """Biases and masks of ``TokenRules``, for all rows of a step.
 
     Args:
-        rules: What the checkpoint says.
-        eos_token_ids: The model's ends of sequence.
+        rules: The checkpoint's rules.
+        eos_token_ids: The model's end-of-sequence tokens.
 
     Attributes:
         is_empty: Whether there are no rules.
@@ -35,7 +35,7 @@ class RuleMasks:
         self._static: torch.Tensor | None = None
 
     def add_biases(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
-        """Add ``sequence_bias``, in place on [rows, vocabulary]."""
+        """Add ``sequence_bias`` to scores [rows, vocabulary], in place."""
         biased = [
             (row, ids[-1], bias)
             for row, seq in enumerate(seqs)
@@ -48,9 +48,10 @@ class RuleMasks:
             scores.index_put_(places, to_device(values, scores.device, scores.dtype), accumulate=True)
 
     def forbid(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
-        """Scores [rows, vocabulary] without what the rules forbid; a row that would have no token left stays.
+        """Exclude forbidden tokens from scores [rows, vocabulary].
 
-        What a request demands of its text is in the scores already, and goes before what the checkpoint says.
+        A row that would have no token left is not changed. The request's own constraints are in the scores already,
+        and take precedence over the checkpoint's rules.
         """
         if self._static is None or self._static.device != scores.device:
             static = torch.zeros(scores.shape[-1], dtype=torch.bool)
@@ -63,7 +64,7 @@ class RuleMasks:
         if forced:
             mask[to_device([row for row, _ in forced], mask.device)] = mask.new_ones(())
             _set(mask, forced, mask.new_zeros(()))
-            allowed = scores.clone()  # forced tokens are equals, as far as they are possible at all
+            allowed = scores.clone()  # all possible forced tokens get the same score
             _set(allowed, forced, scores.new_zeros(()))
             allowed.masked_fill_(scores == float("-inf"), float("-inf"))
         kept = allowed.masked_fill(mask, float("-inf"))
@@ -78,7 +79,7 @@ class RuleMasks:
             tokens += seq.ngrams.completing(token_ids)
         if len(token_ids) < rules.min_length:
             tokens += self._eos_token_ids
-        # A forced beginning is not the text's own first token.
+        # A forced first token does not count as the text's first new token.
         begins_at = 1 if rules.forced_bos_token_id is not None and seq.num_prompt_tokens == 1 else 0
         if seq.num_new_tokens == begins_at:
             tokens += rules.begin_suppress_tokens
@@ -94,7 +95,7 @@ class RuleMasks:
 
 
 def _set(matrix: torch.Tensor, places: SequenceOf[Place], value: torch.Tensor) -> None:
-    """Set elements in place; ``value`` is a tensor, for a Python number would make the host wait for the device."""
+    """Set elements in place; ``value`` is a tensor, because a Python number would make the host wait."""
     known = [place for place in places if place[1] < matrix.shape[-1]]
     if known:
         rows, tokens = zip(*known, strict=True)

@@ -1,10 +1,10 @@
-"""Compiles grammars to see what they cost, each in a forked process that is killed when it costs too much.
+"""Compiles grammars to measure their cost, each in a forked process that is killed if it exceeds its limits.
 
 Run as ``python -m server.engine.sampling.trial_process FD``, where FD is one end of a socket pair. The first message
-on it is the tokenizer, the others are grammars, one at a time. Processor time and memory of a child are limited by
-the kernel, because llguidance cannot be interrupted. The process ends when the other end of the connection closes.
+is the tokenizer; the others are grammars, one at a time. The kernel limits the processor time and the memory of a
+child, because llguidance cannot be interrupted. The process ends when the other end of the connection closes.
 
-Nothing here starts a thread before it forks, and torch is not imported: a fork takes a millisecond.
+No thread is started before a fork, and torch is not imported, so a fork takes a millisecond.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from server.engine.frames import frame, receive
 from server.engine.sampling.grammar_check import STACK_BYTES, GrammarError, compile_grammar
 
 MEMORY_BYTES = 256 * 1024 * 1024
-"""What a grammar may take beyond the process as it is. Few take more than 30 MB."""
+"""Maximum memory of a grammar, beyond that of the process. Few take more than 30 MB."""
 
 _WALL_FACTOR, _WALL_SECONDS = 20, 30
-"""A child that waits instead of computing is ended, too; a busy machine gives it a part of a processor only."""
+"""A child is also ended after ``factor * cpu_seconds + seconds`` of wall time, with room for a busy machine."""
 
 NOTHING = frame(b"")
 """An empty frame."""
 
 
 class Vocabulary(msgspec.Struct, array_like=True):
-    """What a tokenizer is made from.
+    """The data of a tokenizer.
 
     Attributes:
         tokenizer: The fast tokenizer as JSON.
-        size: Tokens, at least as many as the logits have columns.
-        ends: Ends of sequence.
+        size: Number of tokens, at least the width of the logits.
+        ends: End-of-sequence tokens.
     """
 
     tokenizer: str
@@ -54,9 +54,9 @@ class Trial(msgspec.Struct, array_like=True):
     """A grammar to compile.
 
     Attributes:
-        lark: Its text.
-        cpu_seconds: Processor time that it may take.
-        memory_bytes: Memory that it may take, beyond the process as it is.
+        lark: The grammar, in llguidance's Lark syntax.
+        cpu_seconds: Maximum processor time.
+        memory_bytes: Maximum memory, beyond that of the process.
     """
 
     lark: str
@@ -65,12 +65,12 @@ class Trial(msgspec.Struct, array_like=True):
 
 
 class Verdict(msgspec.Struct, array_like=True):
-    """What came of it.
+    """The result of a trial.
 
     Attributes:
-        error: What is wrong with the grammar; None where it was compiled or where the child was killed.
-        num_bytes: Memory that it takes, compiled.
-        killed_by: The signal that ended the child; None where it ended well.
+        error: The grammar's error; None if it was compiled, or the child was killed.
+        num_bytes: Memory of the compiled grammar.
+        killed_by: The signal that killed the child; None if it was not killed.
     """
 
     error: str | None = None
@@ -79,12 +79,12 @@ class Verdict(msgspec.Struct, array_like=True):
 
 
 def make_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
-    """Llguidance's tokenizer; equal wherever it is made."""
+    """Create llguidance's tokenizer; equal in every process."""
     return LLTokenizer(vocabulary.tokenizer, n_vocab=vocabulary.size, eos_token=vocabulary.ends)
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """A message as a frame."""
+    """Encode a message as a frame."""
     return frame(msgspec.msgpack.encode(message))
 
 
@@ -107,16 +107,16 @@ class _Child:
                 _try_out(tokenizer, trial, writer)
                 status = 0
             finally:
-                os._exit(status)  # also after llguidance's panics, which are no Exception
+                os._exit(status)  # also after a panic of llguidance, which is not an Exception
         os.close(writer)
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
     def verdict(self) -> Verdict:
-        """What it wrote; blocks until it has ended, which it has once its pipe is readable."""
+        """The child's verdict; blocks until it has ended, which is the case once its pipe is readable."""
         with os.fdopen(self.pipe, "rb") as reader:
             written = reader.read()
         _, status = os.waitpid(self.pid, 0)
@@ -128,7 +128,7 @@ class _Child:
 def _try_out(tokenizer: LLTokenizer, trial: Trial, writer: int) -> None:
     """Compile a grammar within limits, in the child."""
     silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 2)  # what Rust says when it cannot go on; the verdict says it in words
+    os.dup2(silent, 2)  # Rust's panic messages; the verdict has the error
     room = _memory()[0] + STACK_BYTES + trial.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -136,7 +136,7 @@ def _try_out(tokenizer: LLTokenizer, trial: Trial, writer: int) -> None:
 
     def work() -> None:
         nonlocal verdict
-        # Once without the grammar, so that what the first one touches is not counted.
+        # Compile a trivial grammar first, so that one-time allocations are not counted.
         LLMatcher(tokenizer, 'start: "a"', log_level=0).compute_bitmask()
         before = _memory()[1]
         signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)  # SIGPROF ends the process
@@ -163,10 +163,10 @@ def _memory() -> tuple[int, int]:
 
 
 def serve(connection: socket.socket) -> None:
-    """Try out one grammar after the other until the connection closes.
+    """Compile grammars one at a time until the connection closes.
 
     Args:
-        connection: A stream socket. An empty frame ends the grammar that is being compiled.
+        connection: A stream socket. An empty frame cancels the running trial.
     """
     body = receive(connection)
     if body is None:
@@ -174,7 +174,7 @@ def serve(connection: socket.socket) -> None:
     vocabulary = msgspec.msgpack.decode(body, type=Vocabulary)
     tokenizer = make_tokenizer(vocabulary)
     while (body := receive(connection)) is not None:
-        if body:  # else it was to end a grammar that had ended already
+        if body:  # an empty frame came after the trial had ended
             child = _Child(tokenizer, msgspec.msgpack.decode(body, type=Trial))
             is_open = _wait(child, connection)
             verdict = child.verdict()
@@ -184,7 +184,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def _wait(child: _Child, connection: socket.socket) -> bool:
-    """Wait for a child's end, or bring it about; returns whether the connection is still open."""
+    """Wait for a child, and kill it on a timeout or a cancellation; returns whether the connection is open."""
     poll = select.poll()
     poll.register(child.pipe, select.POLLIN)
     poll.register(connection, select.POLLIN)
@@ -197,7 +197,7 @@ def _wait(child: _Child, connection: socket.socket) -> bool:
 
 def main() -> None:
     """Entry point of the process."""
-    # Ctrl-C reaches the whole terminal; the engine decides when this ends.
+    # Ctrl-C reaches all processes of the terminal; the engine ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with socket.socket(fileno=int(sys.argv[1])) as connection, suppress(ConnectionError):

@@ -1,1 +1,1 @@
-"""What the next step computes: pure logic, without torch."""
+"""Scheduling: which sequences the next step computes. Pure logic, without torch."""

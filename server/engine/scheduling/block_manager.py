@@ -1,24 +1,23 @@
-"""Who owns which key/value block. Pure logic: no torch, no clock, no randomness.
+"""Ownership of key/value blocks. Pure logic: no torch, no clock, no randomness.
 
 Every block is in exactly one of these states:
 
-- *free*: holds nothing worth keeping;
-- *used*: some sequence refers to it (``ref_count`` > 0), alone or shared;
-- *idle*: nobody refers to it, but it holds a cached prefix that the next sequence may want;
+- *free*: holds nothing of use;
+- *used*: one or more sequences refer to it (``ref_count`` > 0);
+- *idle*: no sequence refers to it, but it holds a cached prefix;
 - part of a *soft prompt's run*, which is used or idle as a whole.
 
-Idle things are given up in least-recently-used order when free blocks run out: a text block alone, a soft
-prompt's run all at once, for half a soft prompt serves nobody.
+If no block is free, idle blocks are evicted in least-recently-used order: a text block alone, a soft prompt's run
+as a whole.
 
-The identity of a block is a chain of hashes over everything before it: tenant salt, identity of the soft
-prompt (its content digest, and the task where it has several), then the text's tokens block by block. A name
-is never part of it, so a re-upload under an old name can not reach old keys. The hash is cryptographic
-(BLAKE2b, 128 bits), because a tenant chooses the tokens and must not be able to construct a collision with
-another's.
+A block is identified by a chain of hashes over everything before it: the tenant's salt, the identity of the soft
+prompt (its content digest, and its task if it has several), then the text's tokens block by block. Names are not
+included, so a re-upload under an old name cannot find stale keys. The hash is cryptographic (BLAKE2b, 128 bits),
+because a tenant chooses the tokens and must not be able to construct a collision with another tenant's block.
 
-A soft prompt's own blocks are shared by all tenants: they are found by content, so whoever can tell that they are
-warm has those bytes; and what is warmed before its first request would otherwise be warm for nobody who sends a key.
-The text after it is never shared between tenants, a text that begins in its partial last block included.
+All tenants share a soft prompt's blocks. They are found by content, so a tenant that can detect that they are warm
+has the bytes already, and a soft prompt that is warmed before its first request is warm for every tenant. The text
+after it is never shared between tenants, including text in its partial last block.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class SoftPromptRun:
     """The blocks of one soft prompt on the device.
 
     Attributes:
-        source: The soft prompt that fills it.
-        blocks: Block ids in order; the last is full only where the block size divides the virtual tokens.
+        source: The soft prompt.
+        blocks: Block ids in order; the last is full only if the block size divides the number of virtual tokens.
         num_computed: Virtual tokens whose keys and values are written.
         ref_count: Sequences that use it or wait for it.
     """
@@ -53,7 +52,7 @@ class SoftPromptRun:
 
     @property
     def key(self) -> str:
-        """What it holds: the soft prompt's identity."""
+        """The soft prompt's identity."""
         return self.source.identity
 
     @property
@@ -62,17 +61,17 @@ class SoftPromptRun:
         return self.num_computed == self.source.num_virtual_tokens
 
     def spoil(self) -> None:
-        """Have its blocks given up with the last reference: what is written in them is not to be used."""
+        """Mark the content as unusable, so that the blocks are freed with the last reference."""
         self.num_computed = 0
 
 
 @dataclass(slots=True)
 class Admission:
-    """What ``BlockManager.admit`` gave a sequence.
+    """The result of ``BlockManager.admit``.
 
     Attributes:
         num_cached_tokens: Text tokens whose keys and values were found.
-        copy: (source block, destination block) of the soft prompt's partial last block, if one has to be copied.
+        copy: (source block, destination block) of the soft prompt's partial last block, if it has to be copied.
     """
 
     num_cached_tokens: int
@@ -86,9 +85,9 @@ class BlockStats:
     Attributes:
         queries: Text tokens looked up.
         hits: Text tokens found.
-        run_hits: Soft prompts asked for that were in blocks, filled or being filled.
-        run_loads: Soft prompts asked for that were not, and were given blocks.
-        run_evictions: Soft prompts whose blocks were given up.
+        run_hits: Requested soft prompts that were in blocks, filled or being filled.
+        run_loads: Requested soft prompts that were not, and got blocks.
+        run_evictions: Soft prompts whose blocks were evicted.
     """
 
     queries: int = 0
@@ -123,7 +122,7 @@ class BlockManager:
     _by_hash: dict[bytes, int] = field(default_factory=dict, init=False, repr=False)
     _runs: dict[str, SoftPromptRun] = field(default_factory=dict, init=False, repr=False)
     _idle: OrderedDict[int | str, int] = field(default_factory=OrderedDict, init=False, repr=False)
-    """Oldest first; the value is the number of blocks that giving it up would free."""
+    """Block ids and keys of runs, oldest first, with the number of blocks that an eviction frees."""
     _num_idle_blocks: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -132,11 +131,11 @@ class BlockManager:
         self._blocks = [_Block() for _ in range(self.num_blocks)]
         self._free = list(range(self.num_blocks - 1, -1, -1))
 
-    # What there is
+    # State
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be taken now: free ones and idle ones."""
+        """Blocks that can be taken now: free and idle ones."""
         return len(self._free) + self._num_idle_blocks
 
     @property
@@ -151,25 +150,25 @@ class BlockManager:
 
     @property
     def findable(self) -> Collection[int]:
-        """Blocks of text that the next sequence may find."""
+        """Text blocks that a new sequence may find."""
         return self._by_hash.values()
 
     def blocks_for(self, num_positions: int) -> int:
-        """Blocks that hold so many positions."""
+        """Number of blocks for a number of positions."""
         return -(-num_positions // self.block_size)
 
     def blocks_to_finish(self, source: SoftPromptSource | None, num_positions: int) -> int:
-        """Blocks that one sequence needs when it is alone: its own, and its soft prompt's partial last block."""
+        """Blocks that a sequence needs in total: its own, and its soft prompt's partial last block."""
         partial = source is not None and source.num_virtual_tokens % self.block_size != 0
         return self.blocks_for(num_positions) + int(partial)
 
     # Soft prompts
 
     def acquire_run(self, source: SoftPromptSource) -> SoftPromptRun | None:
-        """Refer to a soft prompt's blocks, taking blocks for it where it has none yet.
+        """Refer to a soft prompt's run, and take blocks for it if it has none.
 
         Returns:
-            The run, which the caller has to fill when it is not filled; None when there are too few blocks.
+            The run, which the caller has to fill if it is not filled; None if there are too few blocks.
         """
         key = source.identity
         run = self._runs.get(key)
@@ -188,7 +187,7 @@ class BlockManager:
         return run
 
     def release_run(self, run: SoftPromptRun) -> None:
-        """Give back one reference; the run becomes idle with the last, or is dropped if it was never filled."""
+        """Release one reference; without references the run becomes idle, or is freed if it is not filled."""
         if run.ref_count < 1:
             raise AssertionError(f"soft prompt {run.key} released more often than acquired")
         run.ref_count -= 1
@@ -208,18 +207,18 @@ class BlockManager:
 
         Args:
             seq: A sequence without blocks.
-            run: Its soft prompt's run, filled; None where it has no soft prompt.
-            headroom: Blocks that have to stay available for others.
+            run: Its soft prompt's filled run; None without a soft prompt.
+            headroom: Blocks that have to stay available for other sequences.
 
         Returns:
-            What was found and what has to be copied, or None (and nothing changed) when blocks are short.
+            The admission; None, with nothing changed, if there are too few blocks.
         """
         n = seq.num_virtual_tokens
         shared, partial = divmod(n, self.block_size)
         matched, hashes = self._match(seq, shared)
         num_cached = max(0, (shared + len(matched)) * self.block_size - n) if matched else 0
         num_new = self.blocks_for(seq.num_positions) - shared - len(matched)
-        # A matched block that is idle stops being available once it is referred to.
+        # An idle block that matches is no longer available.
         num_revived = sum(1 for block in matched if self._blocks[block].ref_count == 0)
         if num_new + num_revived + headroom > self.num_available:
             return None
@@ -237,10 +236,10 @@ class BlockManager:
     def admit_all(
         self, members: Iterable[tuple[Sequence, SoftPromptRun | None]], headroom: int = 0
     ) -> list[Admission] | None:
-        """``admit`` of several sequences, all or none.
+        """``admit`` several sequences, all or none.
 
         Returns:
-            What each was given, in order, or None (and nothing changed) when blocks are short for one of them.
+            The admissions in order; None, with nothing changed, if there are too few blocks.
         """
         queries, hits = self.stats.queries, self.stats.hits
         admissions: list[Admission] = []
@@ -260,7 +259,7 @@ class BlockManager:
         """Give a sequence the blocks that its first ``num_positions`` positions need.
 
         Returns:
-            False, and nothing changed, when blocks are short.
+            False, with nothing changed, if there are too few blocks.
         """
         num_new = self.blocks_for(num_positions) - len(seq.block_table)
         if num_new > self.num_available:
@@ -272,12 +271,12 @@ class BlockManager:
     def register(self, seq: Sequence, num_positions: int) -> list[int]:
         """Make the sequence's full blocks findable, up to ``num_positions`` positions.
 
-        May be called when those positions are scheduled: in each layer of a forward pass all keys and values are
-        written before any is read, so a follower in the same step reads what is written beside it. Whatever comes
-        out not finite has to be withdrawn before the next step is scheduled.
+        May be called when those positions are scheduled. Each layer of a forward pass writes all keys and values
+        before it reads any, so a sequence in the same step may use them. Blocks whose content is not finite have to
+        be withdrawn before the next step is scheduled.
 
         Returns:
-            Indices in the block table of those that can be found from now on.
+            Indices in the block table of the newly findable blocks.
         """
         registered: list[int] = []
         if not self.enable_prefix_caching:
@@ -295,7 +294,7 @@ class BlockManager:
         return registered
 
     def withdraw(self, block_ids: Iterable[int]) -> None:
-        """Let used blocks be found no more; they are free as soon as nobody refers to them."""
+        """Make used blocks no longer findable; they become free with their last reference."""
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.block_hash is not None:
@@ -303,7 +302,7 @@ class BlockManager:
                 block.block_hash = None
 
     def unregister(self, seq: Sequence, num_positions: int) -> None:
-        """Undo ``register`` for the blocks that are full only with positions from ``num_positions`` on."""
+        """Undo ``register`` for the blocks that are not full with the first ``num_positions`` positions."""
         shared = seq.num_virtual_tokens // self.block_size
         num_kept = max(0, num_positions // self.block_size - shared)
         for index in range(num_kept, len(seq.block_hashes)):
@@ -313,9 +312,9 @@ class BlockManager:
         del seq.block_hashes[num_kept:]
 
     def free(self, seq: Sequence) -> None:
-        """Give back all blocks of a sequence, except its soft prompt's (see ``release_run``)."""
+        """Release all blocks of a sequence, except its soft prompt's (see ``release_run``)."""
         shared = seq.num_virtual_tokens // self.block_size
-        # The end of a text is the least likely part of it to be asked for again, so it becomes idle first.
+        # The end of a text is the least likely part to be used again, so it becomes idle first.
         for block_id in reversed(seq.block_table[shared:]):
             block = self._blocks[block_id]
             block.ref_count -= 1
@@ -328,14 +327,14 @@ class BlockManager:
         seq.block_hashes = []
         seq.num_computed = 0
 
-    # Inside
+    # Private methods
 
     def _seed(self, seq: Sequence) -> bytes:
         salt = seq.request.salt
         return blake2b(f"{len(salt)}:{salt}:{seq.flow}".encode(), digest_size=HASH_BYTES).digest()
 
     def _hash(self, seq: Sequence, index: int, parent: bytes) -> bytes:
-        # A block that starts inside the soft prompt holds fewer text tokens; the seed tells what the others are.
+        # A block that starts inside the soft prompt holds fewer text tokens; the seed identifies the virtual ones.
         start = max(0, index * self.block_size - seq.num_virtual_tokens)
         stop = (index + 1) * self.block_size - seq.num_virtual_tokens
         return blake2b(parent + array("q", seq.token_ids[start:stop]).tobytes(), digest_size=HASH_BYTES).digest()
@@ -384,13 +383,13 @@ class BlockManager:
                 self._free.append(key)
         return self._free.pop()
 
-    # For tests and for idle moments
+    # Checks, for tests and debug mode
 
     def check_integrity(self, sequences: list[tuple[Sequence, SoftPromptRun | None]]) -> None:
-        """Hold every structure against every other, given all sequences that have blocks or hold a run.
+        """Check all invariants, given all sequences that have blocks or a run.
 
         Raises:
-            AssertionError: If a block is lost, owned twice, or counted wrongly; a fault of this module.
+            AssertionError: If a block is lost, owned twice, or counted wrongly.
         """
         ref_counts: dict[int, int] = {}
         run_refs: dict[str, int] = {}

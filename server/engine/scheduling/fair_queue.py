@@ -1,30 +1,30 @@
-"""Whose turn it is among the waiting sequences. A pure data structure: no torch, no clock, no randomness.
+"""The fair order of waiting sequences. A pure data structure: no torch, no clock, no randomness.
 
-Three rules, from the outside in:
+Three levels, outermost first:
 
-1. *Priority classes.* The most urgent class that has waiting sequences goes first, so an urgent sequence passes all
-   others. To keep that from lasting for ever, each class counts the tokens that are served before it while it waits.
-   At ``aging_tokens`` its next sequence is promoted: it goes first, and is of the most urgent class from then on.
+1. *Priority classes.* The most urgent class with waiting sequences goes first. To prevent starvation, each waiting
+   class counts the tokens that are served from other classes. At ``aging_tokens`` its next sequence is promoted: it
+   goes first, and belongs to the most urgent class from then on.
 2. *Tenants* of a class share by deficit round robin (Shreedhar and Varghese, 1995): each turn gives a tenant
-   ``quantum`` tokens, and it sends sequences while its savings cover their cost.
-3. *Soft prompts* of a tenant share that tenant's turns in the same way. Tenants come first, or a tenant could
-   multiply its share by using many soft prompts.
+   ``quantum`` tokens, and it sends sequences while its deficit counter covers their cost.
+3. *Soft prompts* of a tenant share that tenant's turns in the same way. They are below tenants, so that a tenant does
+   not get a larger share by using many soft prompts.
 
-A sequence's cost is its text and the new tokens that it asks for. Virtual tokens are left out: they are computed
-once for everybody. What a sequence reserves is charged, not what it turns out to use, because the charge has to be
-known before it runs.
+A sequence's cost is its text tokens plus its maximum number of new tokens. Virtual tokens are not included, because
+they are computed once for all sequences. The maximum is charged, not the actual number, because the cost has to be
+known before the sequence runs.
 
-The bounds, all in tokens of cost, where q is the quantum and L the largest cost of one sequence. They are held by
-tests/engine/scheduling/test_fair_queue.py.
+The bounds are in tokens of cost, where q is the quantum and L the largest cost of one sequence.
+tests/engine/scheduling/test_fair_queue.py checks them.
 
 - Within a tenant of p active soft prompts, a sequence that has C tokens of its own soft prompt up to its own end
   waits for less than ``I = (p - 1) * (C + q + L)`` tokens of the tenant's other soft prompts.
 - Within a class of t active tenants it waits for less than ``(t - 1) * (C + I + q + L)`` tokens of other tenants.
   Neither depends on how many sequences the others have waiting, nor on how many soft prompts the other tenants use.
-- Where k classes wait, each has a sequence served before ``aging_tokens + k * L`` tokens of others are.
+- With k waiting classes, each has a sequence served before ``aging_tokens + k * L`` tokens of other classes are.
 
-Sequences that had their turn before (preempted, or waiting for their soft prompt) go before their class without a
-second charge; there are at most as many as may run.
+Sequences that had their turn before (preempted, or waiting for their soft prompt) go first in their class and are not
+charged again; there are at most ``max_num_seqs`` of them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from server.engine.types import MIN_PRIORITY
 class _Member(Protocol):
     deficit: int
 
-    def head_cost(self) -> int:
-        """Tokens of what it would send next."""
+    def next_cost(self) -> int:
+        """Cost of the sequence that it sends next, in tokens."""
         ...
 
 
@@ -51,7 +51,7 @@ M = TypeVar("M", bound=_Member)
 
 
 class _Ring(Generic[M]):
-    """Deficit round robin over members that all have something to send; the first has the turn."""
+    """Deficit round robin over members that have waiting sequences; the first member has the turn."""
 
     def __init__(self, quantum: int) -> None:
         self.members: OrderedDict[str, M] = OrderedDict()
@@ -69,9 +69,9 @@ class _Ring(Generic[M]):
             self._begin_turn()
 
     def current(self) -> M:
-        """The member that sends next. The same one until something is sent or removed."""
+        """The member that sends next; the same until a sequence is sent or removed."""
         num_passed = 0
-        while (member := self._first()).deficit < member.head_cost():
+        while (member := self._first()).deficit < member.next_cost():
             self.members.move_to_end(next(iter(self.members)))
             self._begin_turn()
             num_passed += 1
@@ -86,8 +86,8 @@ class _Ring(Generic[M]):
         self._first().deficit += self._quantum
 
     def _skip_rounds(self) -> None:
-        """Give at once what all rounds would in which nobody can send, so that a tiny quantum costs no time."""
-        missing = min(member.head_cost() - member.deficit for member in self.members.values())
+        """Add the quanta of all rounds in which no member can send, so that a small quantum needs no loop."""
+        missing = min(member.next_cost() - member.deficit for member in self.members.values())
         rounds = max(0, -(-missing // self._quantum) - 1)
         for member in self.members.values():
             member.deficit += rounds * self._quantum
@@ -100,29 +100,29 @@ class _Flow:
         self.deficit = 0
         self.seqs: deque[Sequence] = deque()
 
-    def head_cost(self) -> int:
+    def next_cost(self) -> int:
         return self.seqs[0].cost
 
 
 class _Tenant:
-    """One tenant's soft prompts that have something waiting."""
+    """One tenant's soft prompts with waiting sequences."""
 
     def __init__(self, quantum: int) -> None:
         self.deficit = 0
         self.flows: _Ring[_Flow] = _Ring(quantum)
 
-    def head_cost(self) -> int:
-        return self.flows.current().head_cost()
+    def next_cost(self) -> int:
+        return self.flows.current().next_cost()
 
 
 class _Class:
     """Waiting sequences of one urgency.
 
     Attributes:
-        passed_over: Tokens served from other classes since this one had a sequence served, or began to wait.
-        num_taken: Sequences that were taken and neither served nor put back.
-        returned: Sequences that had their turn before, by turn.
-        tenants: All others.
+        passed_over: Tokens served from other classes since a sequence of this class was served, or began to wait.
+        num_taken: Sequences that were taken, and not yet served or put back.
+        returned: Sequences that had their turn before, in order of their turns.
+        tenants: All other sequences.
     """
 
     def __init__(self, quantum: int) -> None:
@@ -163,7 +163,7 @@ class _Class:
         return seq
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence out of wherever it waits; what becomes empty loses its turn and its savings."""
+        """Remove a waiting sequence; a soft prompt or tenant without sequences loses its turn and its deficit."""
         if seq.turn is not None:
             self.returned.remove(seq)
             return
@@ -182,14 +182,14 @@ class _Class:
 
 
 class FairQueue:
-    """Waiting sequences in the order in which they get their turns; see the module for the order and its bounds.
+    """Waiting sequences in fair order; the module's docstring describes the order and its bounds.
 
-    ``take`` hands out one sequence; each is then either ``serve``d or ``put_back``. Sequences are pushed and removed
-    only while none is taken. Iterating gives every waiting sequence, in no order that means anything.
+    ``take`` returns one sequence, which is then passed to ``serve`` or ``put_back``. Sequences are pushed and removed
+    only while none is taken. Iteration is over all waiting sequences, in arbitrary order.
 
     Args:
-        quantum: Tokens that a turn is worth, at least 1. Smaller is fairer over short times.
-        aging_tokens: Tokens that may pass a less urgent class before one of its sequences is promoted, at least 1.
+        quantum: Tokens of a turn, at least 1. A smaller quantum is fairer over short times.
+        aging_tokens: Tokens served from other classes before a sequence of a waiting class is promoted, at least 1.
 
     Raises:
         ValueError: If either is less than 1.
@@ -216,17 +216,17 @@ class FairQueue:
         return [seq for group in self._classes.values() for seq in group.returned]
 
     def push(self, seq: Sequence) -> None:
-        """A new sequence begins to wait, behind those of its tenant and soft prompt."""
+        """Add a new sequence, behind those of its tenant and soft prompt."""
         self._class(seq.urgency).push(seq)
         self._num_waiting += 1
 
     def resume(self, seq: Sequence) -> None:
-        """A sequence that was served waits again, before its class and in its old place among such."""
+        """Add a sequence that was served, first in its class, in the order of turns."""
         insort(self._class(seq.urgency).returned, seq, key=_turn)
         self._num_waiting += 1
 
     def take(self) -> Sequence | None:
-        """The sequence whose turn it is, or None when none waits. Sets ``turn``, and ``urgency`` on promotion."""
+        """The sequence whose turn it is; None if none waits. Sets ``turn``, and on promotion ``urgency``."""
         waiting = [(rank, group) for rank, group in self._classes.items() if group.has_waiting]
         if not waiting:
             return None
@@ -246,34 +246,34 @@ class FairQueue:
         return seq
 
     def put_back(self, seq: Sequence) -> None:
-        """A taken sequence could not be served now; nobody behind it was served in its place."""
+        """Return a taken sequence that could not be served; no sequence behind it may have been served since."""
         self._classes[seq.urgency].num_taken -= 1
         self.resume(seq)
 
     def serve(self, seq: Sequence) -> None:
-        """A taken sequence is served; every other class that waits was passed over by its tokens."""
+        """Confirm that a taken sequence is served; its tokens are counted in every other waiting class."""
         for rank, group in self._classes.items():
             group.passed_over = 0 if rank == seq.urgency else group.passed_over + seq.cost
         self._classes[seq.urgency].num_taken -= 1
         self._drop_if_empty(seq.urgency)
 
     def remove(self, seq: Sequence) -> None:
-        """A waiting sequence ends."""
+        """Remove a waiting sequence."""
         self._classes[seq.urgency].remove(seq)
         self._drop_if_empty(seq.urgency)
         self._num_waiting -= 1
 
     def check_integrity(self) -> None:
-        """Hold the counts against what waits.
+        """Check all invariants.
 
         Raises:
-            AssertionError: If they disagree; a fault of this module.
+            AssertionError: If one does not hold.
         """
         if self._num_waiting != sum(1 for _ in self):
             raise AssertionError("waiting sequences are counted wrongly")
         for rank, group in self._classes.items():
             if group.num_taken or not group.has_waiting:
-                raise AssertionError(f"class {rank} is kept for nothing")
+                raise AssertionError(f"class {rank} is not removed, though it is empty")
             if any(seq.urgency != rank for seq in group):
                 raise AssertionError(f"a sequence of another urgency waits in class {rank}")
             turns = [_turn(seq) for seq in group.returned]
@@ -281,7 +281,7 @@ class FairQueue:
                 raise AssertionError(f"returned sequences of class {rank} are out of order: {turns}")
             for tenant in group.tenants.members.values():
                 if not tenant.flows.members or not all(flow.seqs for flow in tenant.flows.members.values()):
-                    raise AssertionError("a turn is kept for nobody")
+                    raise AssertionError("a tenant or soft prompt without sequences is not removed")
 
     def _class(self, rank: int) -> _Class:
         group = self._classes.get(rank)

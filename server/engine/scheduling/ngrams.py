@@ -1,4 +1,4 @@
-"""Runs of tokens that a text has had: what ``no_repeat_ngram_size`` forbids next."""
+"""The n-grams of a text, for ``no_repeat_ngram_size``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _NONE: frozenset[int] = frozenset()
 
 
 class NgramIndex:
-    """The n-grams of one text, read as it grows, so that a step costs what its new tokens cost.
+    """The n-grams of one text, indexed incrementally, so that the cost of a step depends on its new tokens only.
 
     Args:
         size: Tokens of an n-gram, at least 1.
@@ -20,10 +20,10 @@ class NgramIndex:
         self._num_read = 0
 
     def completing(self, token_ids: Sequence[int]) -> set[int] | frozenset[int]:
-        """Tokens that would make the text's last n-gram one that it has had already.
+        """Tokens that would repeat an n-gram of the text.
 
         Args:
-            token_ids: The whole text: what it was at the last call, and what has come since.
+            token_ids: The whole text, which extends the text of the last call.
         """
         new = token_ids[max(0, self._num_read - self.size + 1) :]
         for ngram in zip(*(new[start:] for start in range(self.size)), strict=False):

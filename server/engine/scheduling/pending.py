@@ -1,4 +1,4 @@
-"""Sequences that cannot be scheduled yet, because something of theirs is being read or compiled. Pure logic."""
+"""Sequences that cannot be scheduled yet, because a soft prompt is being read or a grammar compiled. Pure logic."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from server.engine.scheduling.sequence import Sequence
 
 
 class PendingSequences:
-    """Waits for several things at once: a sequence is let go when the last of its own has come.
+    """Sequences that wait for one or more things; a sequence is ready when all of them are supplied.
 
-    What comes is looked for by itself: thousands may wait, each for something else.
+    Sequences are indexed by need, because thousands may wait, each for something else.
     """
 
     def __init__(self) -> None:
@@ -25,23 +25,23 @@ class PendingSequences:
 
     @property
     def next_deadline(self) -> float | None:
-        """When the first of them expires; None if none does."""
+        """The earliest deadline; None if no sequence has one."""
         deadlines = (seq.deadline for seq, _ in self._waiting.values() if seq.deadline is not None)
         return min(deadlines, default=None)
 
     def add(self, seq: Sequence, needs: Iterable[Hashable]) -> None:
-        """Let a sequence wait for things, at least one."""
+        """Add a sequence that waits for at least one thing."""
         missing = set(needs)
         self._waiting[seq.request_id] = (seq, missing)
         for need in missing:
             self._by_need.setdefault(need, {})[seq.request_id] = None
 
     def waiting_for(self, need: Hashable) -> list[Sequence]:
-        """The sequences that wait for a thing, in the order of their coming."""
+        """The sequences that wait for a thing, in order of arrival."""
         return [self._waiting[request_id][0] for request_id in self._by_need.get(need, ())]
 
     def supply(self, need: Hashable) -> list[Sequence]:
-        """A thing has come: returns the sequences that waited for nothing else, which are let go."""
+        """Supply a thing; returns, and removes, the sequences that wait for nothing else."""
         ready = []
         for request_id in self._by_need.pop(need, ()):
             seq, missing = self._waiting[request_id]
@@ -52,7 +52,7 @@ class PendingSequences:
         return ready
 
     def remove(self, request_id: str) -> Sequence | None:
-        """Take one out; None if it is not here."""
+        """Remove and return a sequence; None if it does not wait here."""
         seq, missing = self._waiting.pop(request_id, (None, ()))
         for need in missing:
             others = self._by_need[need]
@@ -62,7 +62,7 @@ class PendingSequences:
         return seq
 
     def expire(self, now: float) -> list[Sequence]:
-        """Take out those whose deadline has come."""
+        """Remove and return the sequences whose deadline has passed."""
         late = [seq for seq, _ in self._waiting.values() if seq.deadline is not None and seq.deadline <= now]
         for seq in late:
             self.remove(seq.request_id)

@@ -1,17 +1,17 @@
-"""A step that raised, once more in parts: who is at fault, and what the others' next tokens are.
+"""Retries a failed step in parts, to find the parts that fail and compute the others.
 
-One bad sequence must not end those that happen to share its step. So the step's parts are run in halves, and the
-halves that raise in halves again, until what raises is one part alone. A part is one sequence with its followers, or
-the filling of one soft prompt. With one at fault among n this takes about 2 log n passes over at most twice the
-step's tokens in all; with all at fault 2 n.
+A sequence that fails must not end the other sequences of its step. So the step's parts are run in halves, and halves
+that fail are halved again, until a single part fails. A part is one sequence with its followers, or the filling of
+one soft prompt. With one failing part of n this takes about 2 log n passes over at most twice the step's tokens; if
+all parts fail, 2 n passes.
 
-A step can be run again because running it changes nothing but keys and values: those are written again, to the same
-slots; a block is copied again from a source that has not changed; a sequence keeps the random number that it drew for
-its next token; and grammars, penalties and logprobs move on only with the tokens of the step that is taken.
+A step can be repeated because it changes nothing but keys and values. Those are written to the same slots again;
+blocks are copied again from unchanged sources; a sequence keeps the random number drawn for its next token; and
+grammars, penalties and logprobs advance only with the tokens of the step that succeeds.
 
-Parts depend on each other. A sequence may read blocks that another writes in the same step (a soft prompt's, or a
-prefix that both have). Parts run in the order of the plan, in which the writer stands before its readers, and a
-reader of what could not be written does not run: it is handed back to the scheduler.
+Parts depend on each other: a sequence may read blocks that another part of the step writes (a soft prompt's, or a
+shared prefix). Parts run in the order of the plan, where writers precede readers. A part whose blocks could not be
+written does not run; its sequence is returned to the scheduler.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ RunPlan = Callable[[StepPlan], StepOutput]
 
 @dataclass(slots=True)
 class Part:
-    """What passes or raises as one.
+    """The smallest unit that can be run alone.
 
     Attributes:
-        owner: A sequence, of an ensemble the leader; or the soft prompt that is filled.
-        plan: Its share of the step.
+        owner: A sequence (of an ensemble, the leader), or the soft prompt that is filled.
+        plan: Its part of the step.
     """
 
     owner: Sequence | SoftPromptRun
@@ -43,14 +43,14 @@ class Part:
 
 @dataclass(slots=True)
 class Retry:
-    """What came of a step in parts.
+    """The result of a step in parts.
 
     Attributes:
-        plan: What was computed, in order.
-        output: What that gave.
-        failed: The parts that raised alone, each with its exception.
-        unserved: Sequences that read what could not be written; they have done nothing wrong.
-        undone: What was planned for both, and is not written.
+        plan: The parts that were computed, in order.
+        output: Their output.
+        failed: The parts that failed alone, each with its exception.
+        unserved: Sequences that read blocks which could not be written; not at fault.
+        undone: The plan of the failed and the unserved parts, which is not written.
     """
 
     plan: StepPlan = field(default_factory=StepPlan)
@@ -69,18 +69,18 @@ def retry_in_parts(
     block_size: int,
     is_fatal: Callable[[Exception], bool],
 ) -> Retry:
-    """Find out which parts of a step raise, and compute the others.
+    """Find the parts of a step that fail, and compute the others.
 
     Args:
-        plan: The step, which has raised as a whole.
-        running: All sequences with blocks; of an ensemble the leader.
+        plan: The step, which failed as a whole.
+        running: All sequences with blocks; of an ensemble, the leader.
         run: Computes a plan, or raises.
-        error: What the whole step raised.
+        error: The exception of the whole step.
         block_size: Positions in a block.
-        is_fatal: Whether an exception says that no further pass makes sense; it is raised again.
+        is_fatal: Whether no further pass is possible after an exception.
 
     Raises:
-        Exception: What ``run`` raised, where it is fatal.
+        Exception: The exception of ``run``, if it is fatal.
     """
     search = _Search(run, block_size, is_fatal)
     search.divide(_parts(plan, running, block_size), error)
@@ -97,7 +97,7 @@ class _Search:
         self._unwritten: set[int] = set()
 
     def divide(self, parts: list[Part], error: Exception) -> None:
-        """Settle parts that have raised together."""
+        """Compute parts that failed together."""
         for part in parts:
             if isinstance(part.owner, Sequence):
                 part.owner.keep_draw()
@@ -112,7 +112,7 @@ class _Search:
                 self._try(able)
 
     def set_aside_readers(self, running: Iterable[Sequence]) -> None:
-        """Find the sequences that have blocks of which some were not written, and no part in the step themselves."""
+        """Find the sequences without a part in the step that have blocks which were not written."""
         known = {id(part.owner) for part, _ in self.retry.failed} | {id(seq) for seq in self.retry.unserved}
         for seq in running:
             if id(seq) not in known and self._reads_unwritten(seq):
@@ -141,7 +141,7 @@ class _Search:
         )
 
     def _set_aside(self, part: Part) -> bool:
-        """Whether a part reads what could not be written; then it is taken out of the step."""
+        """Whether a part reads blocks that could not be written; if so, remove it from the step."""
         if not isinstance(part.owner, Sequence):
             return False
         sources = {source for source, _ in part.plan.block_copies}
@@ -160,7 +160,7 @@ class _Search:
 
 
 def _parts(plan: StepPlan, running: SequenceOf[Sequence], block_size: int) -> list[Part]:
-    """A step's parts: keys and values that are filled in first, then everything in the order of its first chunk."""
+    """A step's parts: fills of keys and values first, then the others in the order of their first chunks."""
     leaders = {member.request_id: leader for leader in running for member in leader.members}
     parts: dict[str, Part] = {}
 
@@ -172,8 +172,8 @@ def _parts(plan: StepPlan, running: SequenceOf[Sequence], block_size: int) -> li
         part_of(run).plan.key_value_fills.append(run)
     for chunk in plan.chunks:
         part_of(_owner(chunk, leaders)).plan.chunks.append(chunk)
-    # A copy goes to the block in which a sequence's text begins. Others find that block by its hash only once its
-    # first owner has a chunk in it, which then stands before theirs.
+    # A copy's destination is the block in which a sequence's text begins. Other sequences find that block by its hash
+    # only after its first owner has a chunk in it, and that chunk precedes theirs.
     begun = [member for part in parts.values() if isinstance(part.owner, Sequence) for member in part.owner.members]
     owners: dict[int, Sequence] = {}
     for member in [*begun, *(member for leader in running for member in leader.members)]:
@@ -189,7 +189,7 @@ def _owner(chunk: Chunk, leaders: dict[str, Sequence]) -> Sequence | SoftPromptR
     if chunk.seq is not None:
         return leaders[chunk.seq.request_id]
     if chunk.run is None:
-        raise AssertionError("a chunk is of nothing")
+        raise AssertionError("a chunk has neither a sequence nor a soft prompt")
     return chunk.run
 
 

@@ -1,4 +1,4 @@
-"""What is replaced computes the same, and what is not known is left alone."""
+"""Fused modules compute the same as the model's own, and unknown modules are not replaced."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def fused_kinds(model: nn.Module) -> dict[str, int]:
     ("config", "wanted"),
     [
         (MistralConfig(**UNTIED), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 7}),
-        # The norms of heads are part of the attention.
+        # Head norms are part of the attention.
         (Qwen3Config(**UNTIED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 7}),
         (Gemma2Config(**UNTIED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
         (Gemma3TextConfig(**UNTIED, **MIXED, head_dim=16), {"FusedAttention": 3, "FusedMLP": 3, "FusedRMSNorm": 13}),
-        # No rotation in one layer; norms over all heads; another rotation; nothing of the kind.
+        # No rotation in one layer; norms over all heads; another rotation; no known module.
         (FAMILIES["smollm3"](), {"FusedAttention": 2, "FusedMLP": 3, "FusedRMSNorm": 7}),
         (FAMILIES["olmo2"](), {"FusedMLP": 3, "FusedRMSNorm": 13}),
         (FAMILIES["cohere"](), {"FusedMLP": 3}),
@@ -81,7 +81,7 @@ def fused_kinds(model: nn.Module) -> dict[str, int]:
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )
-def test_what_has_the_known_form_is_replaced(config: PreTrainedConfig, wanted: dict[str, int]) -> None:
+def test_modules_of_a_known_form_are_replaced(config: PreTrainedConfig, wanted: dict[str, int]) -> None:
     model = build(config)
     count = fuse_layers(model)
     assert fused_kinds(model) == wanted
@@ -90,7 +90,7 @@ def test_what_has_the_known_form_is_replaced(config: PreTrainedConfig, wanted: d
 
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_norm_is_recognised_by_what_it_gives(kind: type[nn.Module], dtype: torch.dtype) -> None:
+def test_a_norm_is_recognised_by_its_output(kind: type[nn.Module], dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     norm: Any = kind(48, eps=1e-5).requires_grad_(False)
     norm.weight.copy_(torch.randn(48))
@@ -102,7 +102,7 @@ def test_a_norm_is_recognised_by_what_it_gives(kind: type[nn.Module], dtype: tor
     torch.testing.assert_close(fused(rows), norm(rows), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
-def test_a_norm_of_another_formula_is_left_alone() -> None:
+def test_a_norm_of_another_formula_is_not_replaced() -> None:
     class CentredRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
@@ -111,7 +111,7 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
     assert fused_layers._fused_norm(nn.LayerNorm(48)) is None
 
 
-def test_an_mlp_of_another_activation_or_formula_is_left_alone() -> None:
+def test_an_mlp_of_another_activation_or_formula_is_not_replaced() -> None:
     class Halved(MistralMLP):
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x) / 2  # type: ignore[no-untyped-call]
@@ -130,7 +130,7 @@ def test_an_mlp_of_another_activation_or_formula_is_left_alone() -> None:
     assert "FusedMLP" not in fused_kinds(relu)
 
 
-def test_attention_of_another_formula_or_other_weights_is_left_alone() -> None:
+def test_attention_of_another_formula_or_other_weights_is_not_replaced() -> None:
     class Scaled(MistralAttention):
         def forward(self, hidden_states: torch.Tensor, *arguments: Any, **others: Any) -> Any:
             return super().forward(hidden_states * 2, *arguments, **others)
@@ -184,14 +184,14 @@ def test_a_model_that_cannot_be_probed_keeps_its_attention() -> None:
         model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
 
 
-def test_where_nothing_can_be_compiled_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_compiled_kernels_the_model_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_kernels, "can_compile", lambda _dtype: False)
     model = build(MistralConfig(**UNTIED))
     assert fuse_layers(model) == 0
     assert fused_kinds(model) == {}
 
 
-def test_a_model_that_differs_when_fused_is_served_as_it_is(
+def test_a_model_that_differs_when_fused_is_served_unfused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     build(MistralConfig(**UNTIED)).save_pretrained(tmp_path)
@@ -226,9 +226,7 @@ def test_a_model_that_differs_when_fused_is_served_as_it_is(
     ],
     ids=lambda config: config.model_type,
 )
-def test_a_model_is_its_own_again_to_the_last_bit_when_fusing_is_undone(
-    config: PreTrainedConfig, dtype: torch.dtype
-) -> None:
+def test_unfusing_restores_the_model_bit_by_bit(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     if not can_pack(dtype):
         pytest.skip(f"oneDNN cannot pack {dtype} here")
     model = build(config, dtype)
@@ -292,7 +290,7 @@ def test_a_pass_of_fused_attention_outside_of_a_step_fails() -> None:
         model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
 
 
-def test_fused_attention_wants_the_kernels_and_positions_that_it_knows() -> None:
+def test_fused_attention_refuses_other_backends_and_positions() -> None:
     model = build(MistralConfig(**UNTIED))
     fuse_layers(model)
     cache = KVCache(SPEC, 4, CPU)

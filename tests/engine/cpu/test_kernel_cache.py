@@ -1,4 +1,4 @@
-"""Kernels on disk follow every source that they are compiled from."""
+"""Cached kernels are compiled again when any of their sources changes."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ print(more.tolist())
 
 
 def run(package: Path, cache: Path) -> str:
-    """What a program prints that adds rows by a kernel of a copy of the package."""
+    """The output of a program that adds rows by a kernel of a copy of the package."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=package, env=environment, capture_output=True, text=True, check=True
@@ -29,7 +29,7 @@ def run(package: Path, cache: Path) -> str:
     return done.stdout.strip()
 
 
-def test_a_changed_helper_changes_the_kernels_that_take_code_from_it(tmp_path: Path) -> None:
+def test_a_changed_helper_changes_the_kernels_that_inline_it(tmp_path: Path) -> None:
     package, cache = tmp_path / "package", tmp_path / "cache"
     for file in ("__init__.py", "engine/__init__.py", *(f"engine/cpu/{path.name}" for path in SOURCES.glob("*.py"))):
         target = package / "server" / file
@@ -58,7 +58,7 @@ def test_the_digest_covers_names_and_contents(tmp_path: Path) -> None:
     assert source_digest(tmp_path) == source_digest(tmp_path)
 
 
-def test_old_folders_go_and_the_current_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_folders_are_deleted_and_the_current_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     for age in range(MAX_FOLDERS + 3):
         old = tmp_path / f"{PREFIX}{age}"
@@ -72,7 +72,7 @@ def test_old_folders_go_and_the_current_one_stays(tmp_path: Path, monkeypatch: p
     assert left == {current.name, "somebody's"} | newest
 
 
-def test_without_a_place_that_can_be_written_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_writable_place_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(file))
@@ -87,7 +87,7 @@ def test_without_a_place_that_can_be_written_nothing_is_kept(tmp_path: Path, mon
     assert found.parent == tmp_path / "home" / "prelude"
 
 
-def test_without_a_place_kernels_are_compiled_at_each_start(tmp_path: Path) -> None:
+def test_without_a_cache_kernels_are_compiled_at_each_start(tmp_path: Path) -> None:
     """Containers may run from read-only file systems."""
     file = tmp_path / "file"
     file.touch()

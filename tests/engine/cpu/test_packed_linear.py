@@ -1,4 +1,4 @@
-"""Packed products give what torch's own give."""
+"""Packed linear layers equal torch's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ DTYPES = [
 ]
 
 
+@pytest.mark.parametrize("name", ["_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"])
+def test_torch_has_the_private_operations(name: str) -> None:
+    """There is no public way to multiply by a weight in oneDNN's layout."""
+    assert hasattr(torch.ops.mkldnn, name), (
+        f"torch {torch.__version__} has no torch.ops.mkldnn.{name}; without it CPUs serve several times slower, by "
+        "nn.Linear. Use its successor in torch/_inductor/fx_passes/mkldnn_fusion.py in packed_linear, or lower the "
+        "upper bound of torch in pyproject.toml"
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 64, 200])
-def test_products_are_those_of_linear(rows: int, bias: bool, dtype: torch.dtype) -> None:
+def test_products_equal_linear(rows: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
     linear = nn.Linear(96, 80, bias=bias, dtype=dtype).requires_grad_(False)
     x = torch.randn(1, rows, 96, dtype=dtype)
@@ -35,7 +45,7 @@ def test_products_are_those_of_linear(rows: int, bias: bool, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False)])
-def test_weights_are_unpacked_to_the_last_bit(biases: tuple[bool, bool], dtype: torch.dtype) -> None:
+def test_unpacked_weights_are_bit_equal(biases: tuple[bool, bool], dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     linears = [nn.Linear(37, size, bias=bias, dtype=dtype) for size, bias in zip((53, 11), biases, strict=True)]
     unpacked = PackedLinear(stacked(linears)).unpacked([53, 11])
@@ -68,7 +78,7 @@ def test_only_plain_linears_are_replaced_and_tied_weights_stay(dtype: torch.dtyp
     assert model["e"].weight.shape == (16, 8)
 
 
-def test_modules_are_let_go_of_as_they_are_replaced_and_their_parts_left_alone() -> None:
+def test_modules_are_released_when_they_are_replaced_and_not_descended_into() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -80,14 +90,14 @@ def test_modules_are_let_go_of_as_they_are_replaced_and_their_parts_left_alone()
     del first, second
     alive: list[int] = []
 
-    def made_of(module: nn.Module) -> nn.Module | None:
+    def make(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, Block):
             assert module is model
             return None
         alive.append(sum(reference() is not None for reference in gone))
         return nn.Sequential(nn.Linear(2, 2))
 
-    assert replace_modules(model, made_of) == 2
+    assert replace_modules(model, make) == 2
     assert alive == [2, 1]
     assert [reference() for reference in gone] == [None, None]
     assert model["a"] is model["again"]

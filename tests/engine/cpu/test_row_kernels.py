@@ -1,4 +1,4 @@
-"""Each kernel gives what the models' own operations give, one row at a time or many."""
+"""Each kernel equals the models' own operations, for one row and for many."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rotate(
     )
 
 
-def test_exp_is_that_of_numpy() -> None:
+def test_exp_equals_numpy() -> None:
     numbers = np.concatenate(
         [np.linspace(-87, 88, 20_001, dtype=np.float32), np.array([0.0, -200.0, 200.0], np.float32)]
     )
@@ -52,7 +52,7 @@ def test_exp_is_that_of_numpy() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [FEW, MANY])
 @pytest.mark.parametrize("rounds_first", [False, True])
-def test_norms_are_those_of_the_formula(num_rows: int, dtype: torch.dtype, rounds_first: bool) -> None:
+def test_norms_equal_the_formula(num_rows: int, dtype: torch.dtype, rounds_first: bool) -> None:
     torch.manual_seed(0)
     rows = torch.randn(num_rows, 50).to(dtype)
     rows[1] *= 1e-4
@@ -65,7 +65,7 @@ def test_norms_are_those_of_the_formula(num_rows: int, dtype: torch.dtype, round
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [FEW, MANY])
-def test_sums_and_their_norms_are_those_of_torch(num_rows: int, dtype: torch.dtype) -> None:
+def test_sums_and_their_norms_equal_torch(num_rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     rows, total = torch.randn(2, num_rows, 50).to(dtype)
     wanted, weight = rows + total, torch.rand(50).numpy()
@@ -85,7 +85,7 @@ def test_sums_and_their_norms_are_those_of_torch(num_rows: int, dtype: torch.dty
     ("activation", "function"),
     [(SILU, nn.functional.silu), (GELU_TANH, lambda x: nn.functional.gelu(x, approximate="tanh"))],
 )
-def test_gates_are_those_of_torch(num_rows: int, dtype: torch.dtype, activation: int, function: nn.Module) -> None:
+def test_gates_equal_torch(num_rows: int, dtype: torch.dtype, activation: int, function: nn.Module) -> None:
     torch.manual_seed(1)
     both = (torch.randn(num_rows, 100) * 4).to(dtype)
     both[0, :6] = torch.tensor([-1e4, 1e4, -100.0, 100.0, 0.0, math.nan])
@@ -96,7 +96,7 @@ def test_gates_are_those_of_torch(num_rows: int, dtype: torch.dtype, activation:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [10, SERIAL_ELEMENTS // 2500 + 1])
-def test_the_largest_are_those_of_torch_and_the_first_of_equals(num_rows: int, dtype: torch.dtype) -> None:
+def test_the_largest_elements_equal_torch_with_the_first_of_equals(num_rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     rows = torch.randn(num_rows, 2500).to(dtype)
     rows[1] = 3.0
@@ -114,13 +114,13 @@ def test_the_largest_are_those_of_torch_and_the_first_of_equals(num_rows: int, d
     assert torch.equal(values[:8], wanted.values[:8].float())
     assert values[8:10].isnan().all()
     assert indices[[1, 2, 3, 5, 6, 7]].tolist() == [0, 2499, 1023, 0, 2048, 1]
-    # Rounded to bfloat16 there are equals, of which torch may give another.
+    # bfloat16 has equal elements, of which torch may return another.
     assert torch.equal(rows.gather(1, indices[:, None])[:8, 0], wanted.values[:8])
     if dtype is torch.float32:
         assert torch.equal(indices[:8], wanted.indices[:8])
 
 
-def test_kernels_are_for_cpus_that_can_compile_them(
+def test_torch_serves_if_a_kernel_cannot_be_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_dtype: torch.dtype) -> None:
@@ -160,7 +160,7 @@ def test_positions_are_rotated_as_llama_does_and_stored(width: int, dtype: torch
     wanted_query, wanted_keys = apply_rotary_pos_emb(*(head.float() for head in heads), cos[None], sin[None])
     query = projected[:, : num_heads * width]
     for got, wanted in ((query, wanted_query), (keys, wanted_keys)):
-        # Sums of two rotated parts, so rounding is that of the parts.
+        # Sums of two rotated parts, so the tolerance is that of the parts.
         scale = 4 * PRECISION[dtype]
         wanted_rows = wanted[0].transpose(0, 1).reshape(FEW, -1)
         torch.testing.assert_close(got.float(), wanted_rows, rtol=scale, atol=scale)
@@ -168,7 +168,7 @@ def test_positions_are_rotated_as_llama_does_and_stored(width: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_is_stored_as_it_is(dtype: torch.dtype) -> None:
+def test_values_that_are_not_finite_are_stored_unchanged(dtype: torch.dtype) -> None:
     projected = torch.tensor([math.nan, 1.0, math.inf, 1.0, -math.inf, math.nan]).to(dtype)
     keys, values = torch.zeros(2, 2, dtype=dtype)
     rotate(projected, torch.ones(2), torch.zeros(2), [None, None], keys, values)

@@ -1,8 +1,7 @@
-"""Nothing in a decode step waits for the device but the copy of its tokens.
+"""In a decode step only the copy of the tokens waits for the device.
 
-There need not be a GPU for that. What an operation's result tells Python has to come from the device, so a model that
-asks for none runs where such operations fail, and where tensors have shapes only ("meta"), which tensors of the host
-cannot be added to or compared with either.
+The tests need no GPU. A model that does not wait runs in a mode where operations that return a number to Python fail,
+and on the device "meta", where tensors have no content and cannot be combined with the host's.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from server.engine.attention.backend import ATTENTION, set_attention
 from server.engine.generation_defaults import TokenRules
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.sequence import Sequence
@@ -27,7 +27,7 @@ from tests.support.presence import present
 EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
 META = torch.device("meta")
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
-"""Operations that give Python a number, or a tensor whose shape depends on numbers."""
+"""Operations that return a number to Python, or a tensor whose shape depends on its content."""
 
 
 class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -43,7 +43,7 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.fixture
 def attention() -> Iterator[str]:
-    """Attention that does nothing, under a name without masks, as backends have."""
+    """``ATTENTION`` that returns its queries, and checks that transformers makes no mask for it."""
 
     def attend(
         _module: object, query: torch.Tensor, _key: object, _value: object, mask: object, **_: object
@@ -51,9 +51,9 @@ def attention() -> Iterator[str]:
         assert mask is None
         return query.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("nothing", attend)
-    yield "nothing"
-    del AttentionInterface._global_mapping["nothing"]
+    set_attention(attend)
+    yield ATTENTION
+    set_attention(None)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -112,7 +112,7 @@ def test_the_checkpoints_rules_are_applied_without_waiting() -> None:
     assert tokens[-1] == 1
 
 
-def test_tokens_and_logprobs_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_and_logprobs_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
     tolist = torch.Tensor.tolist
 

@@ -1,4 +1,4 @@
-"""Triton finds the C code that launches its kernels where it was compiled before, and needs no compiler then."""
+"""Triton loads its C library from the folder of the image's build, and needs no compiler then."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cuda(prebuilt: Path, tmp_path: Path) -> Path:
-    """A folder with a library that stands for the driver's: what is asked of it is there, and does nothing."""
+    """A folder with a stub of the driver's library, with all functions that Triton uses."""
     (library,) = prebuilt.iterdir()
     undefined = subprocess.run(["nm", "--undefined-only", library], capture_output=True, text=True, check=True)
     names = [word for word in undefined.stdout.split() if word.startswith("cu")]
@@ -75,9 +75,7 @@ def python(code: str, *arguments: Path, cache: Path, **variables: str) -> subpro
 
 
 @needs_a_compiler
-def test_what_was_compiled_before_is_loaded_where_there_is_no_compiler(
-    prebuilt: Path, cuda: Path, tmp_path: Path
-) -> None:
+def test_the_compiled_library_is_loaded_without_a_compiler(prebuilt: Path, cuda: Path, tmp_path: Path) -> None:
     bare: dict[str, Any] = {"cache": tmp_path / "cache", "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(cuda)}
     without = python(LOAD, **bare)
     assert "Failed to find C compiler" in without.stderr
@@ -86,12 +84,12 @@ def test_what_was_compiled_before_is_loaded_where_there_is_no_compiler(
 
 
 @needs_a_compiler
-def test_other_code_is_compiled_as_ever(prebuilt: Path, tmp_path: Path) -> None:
+def test_other_code_is_compiled(prebuilt: Path, tmp_path: Path) -> None:
     done = python(COMPILE, prebuilt, cache=tmp_path / "cache")
     assert done.stdout.split() == ["own", "True"], done.stderr
 
 
-def test_where_nothing_was_compiled_triton_is_left_alone(tmp_path: Path) -> None:
+def test_without_a_compiled_library_triton_is_not_changed(tmp_path: Path) -> None:
     from triton import knobs
 
     triton_launcher.use_prebuilt(tmp_path / "none")
@@ -101,9 +99,10 @@ def test_where_nothing_was_compiled_triton_is_left_alone(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("compiler", "message"), [(None, "there is no C compiler"), ("false", "false failed")], ids=["none", "failing"]
 )
-def test_building_without_a_compiler_is_told(
+def test_building_without_a_compiler_is_an_error(
     compiler: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _name: compiler)
     with pytest.raises(RuntimeError, match=message):
         triton_launcher.build(tmp_path)

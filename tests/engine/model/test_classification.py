@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import ErrorCode, FinishReason, GenerateRequest
+from tests.support.engine.classifiers import CLASSIFIERS, NUM_LABELS, make_classifier
 from tests.support.engine.harness import (
     VOCABULARY,
     Family,
@@ -26,7 +27,6 @@ from tests.support.engine.harness import (
     run,
     tokens,
 )
-from tests.support.engine.heads import CLASSIFIERS, NUM_LABELS, make_classifier
 from tests.support.presence import present
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -119,7 +119,7 @@ def test_a_start_after_the_first_token_needs_nothing_before_it(
 
 @dataclass
 class Asked:
-    """A text that a classifier was asked about."""
+    """A text to classify."""
 
     key: str
     text: list[int]
@@ -143,7 +143,7 @@ def test_heads_equal_peft(
     for index in range(24):
         key = rng.choice([*classifiers])
         text = random_text(rng, 1, 60)
-        for twice in ("", "again"):  # a cached prefix leaves the last position to compute
+        for twice in ("", "again"):  # with a cached prefix, only the last position is computed
             request_id = f"{index}{twice}"
             asked[request_id] = Asked(key, text)
             add(engine, request_id, text, greedy(0, classify=True), soft_prompt=classifiers[key].source)
@@ -173,7 +173,7 @@ def test_a_head_is_counted_in_memory_and_evicted_with_its_rows(
     assert engine.soft_prompts.stats.resident_bytes == 0
 
 
-def test_what_cannot_classify_refuses_to(
+def test_a_model_that_cannot_classify_refuses_requests(
     llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
     engine = make_engine(llama)
@@ -184,7 +184,7 @@ def test_what_cannot_classify_refuses_to(
         )
         (output,) = engine.add(request)
         assert failure_of(output).message == "only a soft prompt with a classification head classifies"
-    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # nothing is kept, as for a model of another make
+    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called
     request = GenerateRequest(
         request_id="r", prompt_token_ids=[1], params=greedy(0, classify=True), soft_prompt=classifier.source
     )
@@ -201,7 +201,7 @@ def test_what_cannot_classify_refuses_to(
     ],
     ids=["missing", "another shape", "another bias"],
 )
-def test_a_head_that_is_not_what_was_recorded_fails_its_requests(
+def test_a_head_that_differs_from_its_record_fails_its_requests(
     change: Callable[[dict[str, torch.Tensor]], object],
     reason: str,
     llama: Family,

@@ -1,4 +1,4 @@
-"""What the check at the start finds out about a model, and what it refuses: in words, whatever is wrong."""
+"""The startup check: what it measures of a model, and which models it refuses, with a message."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def gemma4(**more: Any) -> Gemma4TextConfig:
 
 
 def save_model(config: PreTrainedConfig, path: Path) -> None:
-    """A random model of which no weight is zero, as in a trained one: zeros hide what would be computed from them."""
+    """A random model without zero weights, because zeros hide what is computed from them."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_shape_and_the_vocabulary_are_measured() -> None:
     assert llama_check(head_rows=VOCABULARY - 7).vocab_size == VOCABULARY - 7
 
 
-def test_tokens_that_could_be_chosen_and_not_read_are_refused() -> None:
+def test_tokens_without_an_embedding_are_refused() -> None:
     with pytest.raises(EngineStartError, match=f"among {VOCABULARY + 3} tokens and has embeddings for {VOCABULARY}"):
         llama_check(head_rows=VOCABULARY + 3)
 
@@ -176,7 +176,7 @@ def test_short_contexts_start(max_model_len: int, block_size: int, llama: Family
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "headless"])
-def test_what_is_no_causal_language_model_is_refused(kind: str, tmp_path: Path) -> None:
+def test_other_models_than_causal_language_models_are_refused(kind: str, tmp_path: Path) -> None:
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 16}
     if kind == "t5":
         T5ForConditionalGeneration(T5Config(**small, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
@@ -202,7 +202,7 @@ def test_what_is_no_causal_language_model_is_refused(kind: str, tmp_path: Path) 
     assert len(raised.value.message) < 600
 
 
-def test_an_error_that_nobody_thought_of_is_told_in_words(llama: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_reported_in_words(llama: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("heads")
 
@@ -234,18 +234,18 @@ def test_shapes_that_are_not_paged(cache: object, num_layers: int, reason: str) 
         key_value_shape("Tiny", cache, num_layers)
 
 
-def test_a_configuration_that_does_not_say_how_many_layers_is_no_hindrance() -> None:
+def test_the_number_of_layers_may_be_missing_in_the_configuration() -> None:
     assert key_value_shape("Tiny", cache_of((2, 8, 8), (2, 8, 8)), None) == KeyValueShape(2, 2, 8)
 
 
-def test_values_that_differ_by_layer_are_none() -> None:
+def test_values_that_differ_between_layers_are_none() -> None:
     config = gemma4(global_head_dim=32)
     assert config_value(config, "head_dim") is None
     assert config_value(config, "hidden_size") == 48
     assert config_value(config, "no_such_thing") is None
 
 
-def test_embeddings_say_how_many_they_are() -> None:
+def test_the_number_of_embeddings_is_found() -> None:
     config = LlamaConfig(vocab_size=5)
     assert num_embeddings(nn.Embedding(7, 2), config) == 7
     assert num_embeddings(nn.Identity(), config) == 5

@@ -62,7 +62,7 @@ def test_everything_in_one_batch_equals_peft(
     family, requests = family_of(name)
     engine = make_engine(family, **SETTINGS[settings])
     check_that_the_store_takes_them(family, engine)
-    for source in family.soft_prompts.values():  # in memory first, so that all are in flight at once
+    for source in family.soft_prompts.values():  # loaded first, so that all are in one batch
         add(engine, f"warm-{source.identity}", [1], greedy(1), soft_prompt=source)
     run(engine)
     order = list(requests)
@@ -109,7 +109,7 @@ def test_softcapped_attention_is_served_in_bfloat16(
     family_of: Callable[[str], tuple[Family, Answered]], make_engine: Callable[..., LLMEngine]
 ) -> None:
     family, _ = family_of("gemma2")
-    engine = make_engine(family, dtype="bfloat16")  # which compares its logits with the model's own when it starts
+    engine = make_engine(family, dtype="bfloat16")  # the startup check compares the logits
     for key, source in family.soft_prompts.items():
         add(engine, key, [1, 2, 3], greedy(5), soft_prompt=source)
     assert {key: len(tokens(output)) for key, output in run(engine).items()} == dict.fromkeys(family.soft_prompts, 5)

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says, held against PEFT's own generate."""
+"""The values of a checkpoint's generation_config.json have the effect that they have in PEFT's generate."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ KINDS = ("prompt_tuning_8", "prefix_13", None)
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """A Llama with an end of sequence, whose generation_config.json the tests write."""
+    """A Llama with an end-of-sequence token, whose generation_config.json the tests write."""
     config = LlamaConfig(**SHAPE | {"eos_token_id": EOS})
     own = {key: PEFT_CONFIGS[key] for key in KINDS if key}
     return make_family("generation", tmp_path_factory.mktemp("generation"), own, config=config)
@@ -65,7 +65,7 @@ def write(family: Family) -> Iterator[Callable[[dict[str, object]], None]]:
 
 
 def peft_tokens(family: Family, kind: str | None, text: list[int]) -> list[int]:
-    """Greedy tokens of a model that was loaded, as PEFT's users do, from what is on the disk now."""
+    """Greedy tokens of PEFT's model, loaded from the disk."""
     model = AutoModelForCausalLM.from_pretrained(family.path).eval()
     if kind is not None:
         model = PeftModel.from_pretrained(model, family.peft_folders[kind]).eval()
@@ -101,13 +101,13 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_tokens_are_those_of_peft(
+def test_greedy_tokens_equal_peft(
     name: str,
     family: Family,
     write: Callable[[dict[str, object]], None],
     make_engine: Callable[..., LLMEngine],
 ) -> None:
-    """In one batch with neighbours, for soft prompts of both kinds and none."""
+    """In one batch with other requests, with soft prompts of both kinds and without."""
     plain = {kind: family.expected(kind, TEXT, NUM_NEW) for kind in KINDS}
     write(CONFIGS[name])
     engine = make_engine(family, block_size=8)
@@ -123,7 +123,7 @@ def test_greedy_tokens_are_those_of_peft(
     assert any(want[str(kind)] != plain[kind] for kind in KINDS)
 
 
-def test_a_text_of_one_token_begins_as_it_is_forced_to(
+def test_a_text_of_one_token_begins_with_the_forced_token(
     family: Family, write: Callable[[dict[str, object]], None], make_engine: Callable[..., LLMEngine]
 ) -> None:
     write({"forced_bos_token_id": 33, "begin_suppress_tokens": list(range(100, 197))})
@@ -136,7 +136,7 @@ def test_a_text_of_one_token_begins_as_it_is_forced_to(
     assert tokens(outputs["one"])[0] == 33
 
 
-def test_none_switches_all_of_it_off_but_the_ends(
+def test_none_disables_all_values_except_the_end_of_sequence(
     family: Family, write: Callable[[dict[str, object]], None], make_engine: Callable[..., LLMEngine]
 ) -> None:
     write({})
@@ -149,7 +149,7 @@ def test_none_switches_all_of_it_off_but_the_ends(
     assert tokens(run(engine)["r"]) == want[: want.index(want[4]) + 1]
 
 
-def test_the_log_says_what_is_applied_and_what_cannot_be(
+def test_the_log_lists_applied_and_ignored_values(
     family: Family,
     write: Callable[[dict[str, object]], None],
     make_engine: Callable[..., LLMEngine],
@@ -177,7 +177,7 @@ def read(**values: Any) -> CheckpointGeneration:
     )
 
 
-def test_what_a_request_has_a_field_for_is_a_default() -> None:
+def test_a_value_with_a_request_field_becomes_a_default() -> None:
     found = read(
         do_sample=True, temperature=0.7, top_p=0.8, top_k=20, min_p=0.05, repetition_penalty=1.05, max_new_tokens=9,
         min_new_tokens=2, stop_strings=["a", "b"],
@@ -235,7 +235,7 @@ def test_a_checkpoint_that_does_not_sample_is_greedy() -> None:
         ("max_time", 3.0),
     ],
 )
-def test_what_cannot_be_applied_is_named_and_changes_nothing(name: str, value: object) -> None:
+def test_a_value_that_cannot_be_applied_is_reported_and_ignored(name: str, value: object) -> None:
     found = read(**{name: value})
     assert found.ignored.keys() == {name}
     assert (found.defaults, found.rules, found.applied) == (GenerationDefaults(), NO_RULES, {})
@@ -256,14 +256,14 @@ def test_what_cannot_be_applied_is_named_and_changes_nothing(name: str, value: o
         ("pad_token_id", 3),
     ],
 )
-def test_what_changes_no_answer_is_not_mentioned(name: str, value: object) -> None:
+def test_a_value_without_effect_is_not_reported(name: str, value: object) -> None:
     found = read(**{name: value})
     assert (found.defaults, found.rules, found.ignored) == (GenerationDefaults(), NO_RULES, {})
 
 
 @settings(deadline=None)
 @given(size=st.integers(1, 4), text=st.lists(st.integers(0, 3), max_size=30), data=st.data())
-def test_ngrams_by_brute_force(size: int, text: list[int], data: st.DataObject) -> None:
+def test_ngrams_equal_a_brute_force_search(size: int, text: list[int], data: st.DataObject) -> None:
     index = NgramIndex(size)
     for length in sorted(data.draw(st.sets(st.integers(0, len(text)))) | {len(text)}):
         ids = text[:length]
@@ -290,7 +290,7 @@ TOKENS = st.integers(0, 9)
     min_length=st.integers(0, 9),
     seed=st.integers(0, 99),
 )
-def test_rules_are_the_processors_of_transformers(
+def test_rules_equal_the_processors_of_transformers(
     text: list[int],
     new: list[int],
     size: int,
@@ -328,7 +328,7 @@ def test_rules_are_the_processors_of_transformers(
     seq = make_sequence("s", text, SamplingParams(temperature=0.0, repetition_penalty=penalty))
     seq.token_ids += new
     got = Sampler((EOS,), rules)._adjust(logits.clone(), [seq])
-    if want.amax() == -torch.inf:  # generate would take token 0; here the rules give way
+    if want.amax() == -torch.inf:  # generate would take token 0; here the rules are not applied
         assert got.isfinite().all()
     else:
         assert torch.allclose(got, want, atol=1e-5)

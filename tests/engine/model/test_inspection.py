@@ -1,4 +1,4 @@
-"""Inspecting soft prompts, held against a comparison with the whole embedding matrix at once."""
+"""Inspections of soft prompts equal a comparison with the whole embedding matrix."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 @pytest.mark.parametrize("chunk_elements", [48 * 10, inspection.CHUNK_ELEMENTS])
-def test_nearest_tokens_are_those_of_the_whole_vocabulary(
+def test_nearest_tokens_equal_a_search_of_the_whole_vocabulary(
     llama: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch, chunk_elements: int
 ) -> None:
     monkeypatch.setattr(inspection, "CHUNK_ELEMENTS", chunk_elements)
@@ -97,7 +97,7 @@ def test_the_scale_of_the_embeddings_is_in_the_norms(gemma: Family, make_engine:
     assert found.vocabulary_norm_mean > 4 * gemma.model.get_input_embeddings().weight.norm(dim=-1).mean().item()
 
 
-def test_key_values_are_told_by_layer(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_keys_and_values_are_reported_by_layer(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     source = llama.soft_prompts["prefix_13"]
     found = result(make_engine(llama), source)
     norms = load_file(source.path)["prompt_embeddings"].view(13, 3, 2, 2, 12).norm(dim=-1)
@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_read(llama: Family, make_engine: Callable[..., LL
     assert "cannot be read" in answer.outcome.message
 
 
-def test_an_unforeseen_fault_is_an_answer_too(
+def test_an_unexpected_error_is_answered(
     llama: Family, make_engine: Callable[..., LLMEngine], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = make_engine(llama)
@@ -156,7 +156,7 @@ async def test_inspections_never_hang(llama: Family, monkeypatch: pytest.MonkeyP
         waiting[0].cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting[0]
-        with pytest.raises(OverloadedError):  # the engine has its work still before it
+        with pytest.raises(OverloadedError):  # the engine has not finished yet
             await engine.inspect(source, num_nearest=1)
         os.kill(present(engine._connection).pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):

@@ -1,4 +1,4 @@
-"""The six types of PEFT on more families of models, in one mixed batch each; and families that are refused."""
+"""PEFT's six types on more model families, in one mixed batch each; and families that are refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SMALL_BLOCKS = {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 2
 
 
 def peft_configs(config: PreTrainedConfig) -> dict[str, Callable[[], PeftConfig]]:
-    """One of each type, told the width where PEFT guesses it wrong."""
+    """One of each type, with the width where PEFT's guess is wrong."""
     width = getattr(config, "word_embed_proj_dim", None)
 
     def make(key: str) -> PeftConfig:
@@ -111,7 +111,7 @@ def test_a_mixed_batch_equals_peft(name: str, tmp_path: Path, make_engine: Calla
 def test_attention_with_sinks_is_served_in_bfloat16(tmp_path: Path, make_engine: Callable[..., LLMEngine]) -> None:
     config = FAMILIES["gpt_oss"]()
     family = make_family("gpt_oss", tmp_path, {key: ALL_PEFT_CONFIGS[key] for key in SIX_TYPES[:3]}, config)
-    engine = make_engine(family, dtype="bfloat16")  # which compares its logits with the model's own when it starts
+    engine = make_engine(family, dtype="bfloat16")  # the startup check compares the logits
     for key, source in family.soft_prompts.items():
         add(engine, key, [1, 2, 3], greedy(5), soft_prompt=source)
     assert {key: len(tokens(output)) for key, output in run(engine).items()} == dict.fromkeys(family.soft_prompts, 5)
@@ -133,7 +133,7 @@ def test_a_mixture_of_experts_with_wrong_attention_is_refused(
         make_engine(family, dtype=dtype)
 
 
-def test_a_quantised_checkpoint_whose_library_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_quantised_checkpoint_without_its_library_is_reported(tmp_path: Path) -> None:
     config = FAMILIES["phi"]()
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_paged_is_refused(name: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_paged_are_refused(name: str, tmp_path: Path) -> None:
     config, reason = REFUSED[name]
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = EngineSettings(model=str(tmp_path), dtype="float32", kv_cache_memory=2**22, max_model_len=128)
@@ -167,7 +167,7 @@ def test_what_cannot_be_paged_is_refused(name: str, tmp_path: Path) -> None:
         LLMEngine(settings)
 
 
-def test_a_long_context_by_other_rotations_is_cut_to_the_short_one(
+def test_a_long_context_with_other_frequencies_is_limited_to_the_short_one(
     tmp_path: Path, make_engine: Callable[..., LLMEngine]
 ) -> None:
     factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}

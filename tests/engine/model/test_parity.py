@@ -31,8 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no_prefix_cache": {"enable_prefix_caching": False},
     "long_chunks": {},
 }
-"""few_blocks holds about three of the longest sequences, so that soft prompts and prefixes are evicted; long_chunks
-takes chunks that see nine keys for long ones, which CPUs compute in another way."""
+"""few_blocks has room for about three of the longest sequences, so that soft prompts and prefixes are evicted. With
+long_chunks, CPUs compute chunks that see nine keys by SDPA."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_preempted_sequences_and_evicted_soft_prompts_give_the_same(
 ) -> None:
     engine = make_engine(llama, **SETTINGS["few_blocks"])
     text = random_text(random.Random(7), 40, 40)
-    for key, source in llama.soft_prompts.items():  # read into memory first, so that all can be admitted in one step
+    for key, source in llama.soft_prompts.items():  # loaded first, so that all are admitted in one step
         add(engine, f"warm-{key}", text[:1], greedy(1), soft_prompt=source)
     run(engine)
     for key, source in llama.soft_prompts.items():

@@ -1,4 +1,4 @@
-"""One platform says what depends on the device, and imports nothing of another's."""
+"""Each platform serves its device, and imports no library of another platform."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ print(tokens)
     return run(script, CUDA_VISIBLE_DEVICES="").stdout.strip()
 
 
-def test_on_a_cpu_nothing_asks_for_triton_but_torch(compiled_tokens: str) -> None:
+def test_on_a_cpu_only_torch_imports_triton(compiled_tokens: str) -> None:
     script = f"""HIDDEN = {{"triton"}}
 {HIDE}
 {SERVE}
@@ -85,7 +85,7 @@ print(tokens)
     assert run(script, CUDA_VISIBLE_DEVICES="").stdout.strip() == compiled_tokens
 
 
-def test_on_a_gpu_nothing_asks_for_numba(compiled_tokens: str) -> None:
+def test_on_a_gpu_numba_is_not_imported(compiled_tokens: str) -> None:
     """Without a GPU, in Triton's interpreter."""
     pytest.importorskip("triton")
     script = f"""HIDDEN = {{"numba", "llvmlite"}}
@@ -128,7 +128,7 @@ print(tokens)
     assert "pip install 'prelude-server[cpu]'" in done.stderr
 
 
-def test_a_defect_of_an_import_is_not_taken_for_a_missing_numba() -> None:
+def test_a_failed_import_of_our_own_is_not_taken_for_a_missing_numba() -> None:
     script = f"""HIDDEN = {{"server.engine.cpu.vector_code"}}
 {HIDE.replace('name.partition(".")[0]', "name")}
 from server.engine.model.platform import CPUPlatform
@@ -140,11 +140,11 @@ except ModuleNotFoundError as error:
     assert run(script).stdout.strip() == "server.engine.cpu.vector_code"
 
 
-def test_what_starts_an_engine_imports_no_torch() -> None:
+def test_the_process_that_starts_an_engine_imports_no_torch() -> None:
     run("import sys, server.engine.process.connection\nassert 'torch' not in sys.modules")
 
 
-def test_nothing_but_the_platform_asks_for_the_kind_of_device() -> None:
+def test_only_the_platform_reads_the_kind_of_device() -> None:
     engine = ROOT / "server" / "engine"
     asking = [path.relative_to(engine) for path in engine.rglob("*.py") if "device.type" in path.read_text()]
     assert asking == [Path("model/platform.py")]
@@ -161,7 +161,7 @@ def test_the_platform_follows_the_setting(monkeypatch: pytest.MonkeyPatch) -> No
         CUDAPlatform()
 
 
-def test_a_platform_of_torch_alone_changes_nothing() -> None:
+def test_the_plain_platform_changes_nothing() -> None:
     platform = Platform(torch.device("cpu"))
     num_threads = torch.get_num_threads()
     platform.set_num_threads(None)
@@ -175,7 +175,7 @@ def test_a_platform_of_torch_alone_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_largest_of_a_cpu_is_torch_s(dtype: torch.dtype) -> None:
+def test_the_largest_logits_of_a_cpu_equal_torch(dtype: torch.dtype) -> None:
     logits = torch.randn(6, 33).to(dtype).t()[::3]  # not contiguous
     values, tokens = CPUPlatform().largest(logits)
     expected = torch.max(logits, dim=-1)

@@ -1,4 +1,4 @@
-"""Logprobs of the text and of new tokens equal those of one forward pass of PEFT."""
+"""Logprobs of text tokens and new tokens equal those of one forward pass of PEFT."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_logprobs_equal_peft(
         for index, soft_prompt in enumerate([*PEFT_CONFIGS, None] * rounds)
     }
     for request_id, (soft_prompt, text) in requests.items():
-        for twice in ("", "again"):  # a cached prefix must not take entries away
+        for twice in ("", "again"):  # a cached prefix must not lose entries
             source = family.source(soft_prompt)
             add(engine, request_id + twice, text, greedy(num_new, **SCORED), soft_prompt=source)
     outputs = run(engine)
@@ -94,9 +94,9 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
         check_logprobs(gathered(outputs), every, llama.expected_logprobs(key, every), num_top=TOP)
 
 
-def test_a_model_that_cannot_be_scored_refuses_to_be(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_a_model_that_cannot_be_scored_refuses_requests(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
-    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called, so nothing is kept
+    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called
     (output,) = engine.add(GenerateRequest(request_id="r", prompt_token_ids=[1], params=greedy(1, prompt_logprobs=0)))
     assert failure_of(output) == RequestFailure(
         ErrorCode.REFUSED,
@@ -116,7 +116,7 @@ def test_scoring_alone_returns_no_token(llama: Family, make_engine: Callable[...
     assert engine.stats.generation_tokens == 0
 
 
-def test_scoring_leaves_the_shared_blocks_as_they_were(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_scoring_does_not_change_shared_blocks(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama, block_size=4)
     source, text = llama.soft_prompts["prompt_tuning_8"], random_text(random.Random(2), 9, 9)
     add(engine, "before", text, greedy(6), soft_prompt=source)
@@ -128,7 +128,7 @@ def test_scoring_leaves_the_shared_blocks_as_they_were(llama: Family, make_engin
     assert torch.equal(engine.runner.cache.tensor[:, :, soft_prompt.blocks], kept)
 
 
-def test_only_who_asks_is_told(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_only_requests_that_ask_for_logprobs_get_them(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
     text = random_text(random.Random(3), 9, 9)
     add(engine, "plain", text, greedy(3))
@@ -142,7 +142,7 @@ def test_only_who_asks_is_told(llama: Family, make_engine: Callable[..., LLMEngi
     assert all(out.logprobs is None for out in outputs["prompt"])
 
 
-def test_logprobs_do_not_know_of_temperature_and_penalties(
+def test_logprobs_do_not_depend_on_temperature_and_penalties(
     llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
     engine = make_engine(llama)
@@ -171,7 +171,7 @@ def test_a_long_prefill_is_scored_in_pieces(
     )
 
 
-def test_min_tokens_and_penalties_reach_the_choice(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_min_tokens_and_penalties_are_applied(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
     text = random_text(random.Random(6), 9, 9)
     first = llama.expected(None, text, 1)[0]

@@ -1,4 +1,4 @@
-"""What the loader makes of a file: dtypes, tasks, and what it refuses."""
+"""The soft-prompt loader: dtypes, tasks, refused files, and the memory budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Load = Callable[..., Any]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Iterator[Load]:
-    """Write tensors and load them: the rows, or what the loader said was wrong."""
+    """Write tensors and load them; returns the rows, or the loader's error."""
     loaders = []
 
     def run(tensors: dict[str, torch.Tensor], task_id: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -70,7 +70,7 @@ def test_tasks_are_multiplied_in_float32_and_then_rounded(
 
 
 def test_float64_passes_through_float32(load: Load) -> None:
-    # Rounded to bfloat16 at once it would go up; rounded to float32 first it is a tie, which goes to even: down.
+    # Rounded directly to bfloat16 it would go up; rounded to float32 first it is a tie, which goes to even: down.
     value = 1 + 2**-8 + 2**-40
     rows = torch.full((ROWS, WIDTH), value, dtype=torch.float64)
     assert torch.equal(load({"prompt_embeddings": rows}, None, torch.bfloat16), torch.ones(ROWS, WIDTH).bfloat16())
@@ -78,17 +78,17 @@ def test_float64_passes_through_float32(load: Load) -> None:
 
 
 @pytest.mark.parametrize("task_id", [TASKS, TASKS + 10])
-def test_a_task_that_is_not_there(load: Load, task_id: int) -> None:
+def test_a_missing_task_is_an_error(load: Load, task_id: int) -> None:
     assert f"has no task {task_id}" in str(load(multitask(), task_id))
 
 
-def test_a_task_is_named_exactly_where_there_are_tasks(load: Load) -> None:
+def test_a_task_id_is_required_for_multitask_prompts_only(load: Load) -> None:
     wanted = "a multitask prompt needs a task id, and no other prompt takes one"
     assert wanted in str(load(multitask()))
     assert wanted in str(load({"prompt_embeddings": torch.ones(ROWS, WIDTH)}, 0))
 
 
-def test_a_head_is_left_where_it_is(load: Load) -> None:
+def test_a_head_is_not_part_of_the_rows(load: Load) -> None:
     rows = torch.rand(ROWS, WIDTH)
     assert torch.equal(load({"prompt_embeddings": rows, "base_model.score.weight": torch.ones(2, WIDTH)}), rows)
 
@@ -145,7 +145,7 @@ def test_the_budget_and_its_numbers(
     sources = [make_source(name) for name in "abc"]
     for source in sources:
         assert not loader.acquire(source)
-    assert not loader.acquire(sources[0])  # it is being read: that is a hit
+    assert not loader.acquire(sources[0])  # a soft prompt that is being read is a hit
     wait_loaded(loader, 3)
     for source in (*sources, sources[0]):
         loader.release(source)

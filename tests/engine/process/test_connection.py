@@ -12,7 +12,7 @@ from server.engine.process import connection
 CHOSEN = {
     "GOMP_SPINCOUNT": variables.SPIN_COUNT,
     variables.HUGE_PAGES: "1",
-    **dict.fromkeys(variables.PRODUCT_CACHES, variables.MOST_PRODUCTS),
+    **dict.fromkeys(variables.PRODUCT_CACHES, variables.MAX_PRODUCTS),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sequences under constraints, in batches with others that have none."""
+"""Sequences with constraints, in batches with sequences without."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ BOMB = '{"type": "integer", "multipleOf": 49999999}'
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """A Llama with an end of sequence and a tokenizer."""
+    """A Llama with an end-of-sequence token and a tokenizer."""
     folder = tmp_path_factory.mktemp("constrained")
     family = make_family("constrained", folder, config=LlamaConfig(**SHAPE | {"eos_token_id": END_ID}))
     save_tokenizer(family.path)
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """A Llama without an end of sequence, with a tokenizer."""
+    """A Llama without an end-of-sequence token, with a tokenizer."""
     family = make_family("endless", tmp_path_factory.mktemp("endless"), {}, config=LlamaConfig(**SHAPE))
     save_tokenizer(family.path)
     return family
@@ -83,7 +83,7 @@ def tokenizer(model: Family) -> PreTrainedTokenizerFast:
 
 
 def run_all(engine: LLMEngine) -> dict[str, list[TokenEvent]]:
-    """Step until all is done, also what waits for a grammar."""
+    """Step until all sequences have ended, including those that wait for a grammar."""
     deadline = time.monotonic() + 60
     outputs = run(engine)
     assert time.monotonic() < deadline
@@ -137,7 +137,7 @@ def test_the_greedy_token_is_the_likeliest_that_is_allowed(
         best = max(own, key=lambda token: logits[token].item())
         if len(tokenizer.decode(ids[len(TEXT) :])) < 19:
             assert output.token_ids == [best]
-        # By the model's own logits, of which the mask is no part.
+        # Logprobs are from the model's own logits, without the mask.
         want = torch.log_softmax(logits, -1)[output.token_ids[0]].item()
         assert present(output.logprobs)[0].logprob == pytest.approx(want, abs=1e-4)
         ids += output.token_ids
@@ -198,7 +198,7 @@ def test_a_complete_grammar_ends_the_sequence(
 ) -> None:
     for family in (model, endless):
         engine = make_engine(family)
-        # More tokens than there can be: the grammar is right, not min_tokens.
+        # min_tokens exceeds the grammar's longest text; the grammar takes precedence.
         params = greedy(50, constraint=constraint("choice", '["true"]'), min_tokens=30, ignore_eos=ignore_eos)
         add(engine, "choice", TEXT, params)
         add(engine, "empty", TEXT, greedy(50, constraint=constraint("regex", "a{0}"), min_tokens=3))
@@ -229,7 +229,7 @@ def test_the_end_of_sequence_ends_a_grammar_that_could_go_on(
             add(engine, f"{ignore_eos} {min_tokens}", TEXT, params)
     outputs = run_all(engine)
     for name, own in outputs.items():
-        # With ignore_eos, min_tokens puts off no end of sequence, as without a constraint.
+        # With ignore_eos, min_tokens does not exclude the end-of-sequence token, as without a constraint.
         assert len(tokens(own)) == (6 if name == "False 5" else 1)
         assert (own[-1].finish_reason, own[-1].stop_token_id) == (FinishReason.STOP, END_ID)
 
@@ -279,7 +279,7 @@ def test_a_wrong_constraint_fails_its_requests_alone(model: Family, make_engine:
     assert tokens(outputs["right"]) == model.expected("prefix_13", TEXT, 5)
     assert engine.soft_prompts.stats.resident == 1
     engine.soft_prompts.acquire(source)
-    engine.soft_prompts.release(source)  # nobody else refers to it
+    engine.soft_prompts.release(source)  # the last reference
 
 
 def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
@@ -296,7 +296,7 @@ def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
         assert failure_of(outputs["large"][-1]).code is ErrorCode.CONSTRAINT
         assert "too many" in failure_of(outputs["large"][-1]).message
         assert outputs["free"][-1].finish_reason is FinishReason.LENGTH
-        # The next of its kind begins with an automaton of its own.
+        # The next sequence with this grammar gets a new automaton.
         add(engine, "again", TEXT, greedy(1, constraint=constraint("regex", "(([a-z]{1,20}){1,20}){1,20}")))
         assert run_all(engine)["again"][-1].finish_reason is FinishReason.LENGTH
 
@@ -330,7 +330,7 @@ def test_waiting_for_a_grammar_and_a_file_both(
         assert engine.num_unfinished == 1
     assert engine._grammars.take_compiled == take_compiled
     assert run_all(engine)["ends"][-1].finish_reason is FinishReason.STOP
-    # Compiled already: the next waits for nothing.
+    # The grammar is compiled, so the next sequence does not wait.
     add(engine, "next", TEXT, params, soft_prompt=model.soft_prompts["p_tuning_7"])
     assert engine.has_work
 
@@ -374,7 +374,7 @@ def test_a_tenant_with_too_many_grammars_has_to_wait_and_others_have_not(
         assert "1 different structures" in failure_of(refused).message
     add(engine, "other", TEXT, greedy(5, constraint=constraint("regex", "b")), salt="b")
     assert engine.abort("first")
-    assert bomb in engine._grammars._compiling  # another waits for it
+    assert bomb in engine._grammars._compiling  # another sequence waits for it
     assert engine.abort("same")
     assert bomb not in engine._grammars._compiling
     assert run_all(engine)["other"][-1].finish_reason is FinishReason.STOP
@@ -401,7 +401,7 @@ def test_a_grammar_that_takes_too_long_fails_its_request_alone(
 def test_a_grammar_whose_masks_take_too_long_fails_its_request_alone(
     model: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its cost grows with each token, without a limit of llguidance's."""
+    """The cost of the mask grows with each token, and llguidance has no limit for it."""
     want = run_all_of(make_engine(model), [("free", greedy(30, ignore_eos=True))])["free"]
     monkeypatch.setattr(structured, "BURST_SECONDS", 0.02)
     monkeypatch.setattr(structured, "TOKEN_SECONDS", 0.0)
@@ -443,7 +443,7 @@ def test_the_mask_acts_after_penalties_and_bias_and_before_the_cuts(model: Famil
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model.path)
     a, b, c = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
     logits = torch.zeros(1, VOCABULARY)
-    logits[0, c] = 50.0  # the likeliest, and not allowed
+    logits[0, c] = 50.0  # the most likely token, which is not allowed
     logits[0, a] = 3.0
     sampler = Sampler((END_ID,))
 
@@ -454,7 +454,7 @@ def test_the_mask_acts_after_penalties_and_bias_and_before_the_cuts(model: Famil
     assert choose(temperature=0.0) == a
     assert choose(temperature=0.0, repetition_penalty=4.0, logit_bias={b: 1.0}) == b
     assert choose(temperature=0.0, logit_bias={c: 100.0, b: 4.0}) == b
-    # Of what is left, the first alone passes these.
+    # Of the remaining tokens, only the first passes these.
     assert choose(temperature=1.0, top_k=1, seed=1) == a
     assert choose(temperature=1.0, top_p=0.01, seed=1) == a
     assert choose(temperature=1.0, min_p=1.0, seed=1) == a

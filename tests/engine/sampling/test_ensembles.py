@@ -1,4 +1,4 @@
-"""Ensembles that generate together: each token is the best of the mean of what PEFT's models say one by one."""
+"""Ensembles: each token is the argmax of the mean of the distributions of PEFT's models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def expected(family: Family, members: tuple[str | None, ...], text: list[int]) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens and the logarithms [tokens, vocabulary] of the mean distributions that they are the best of."""
+    """Greedy tokens, and the logarithms [tokens, vocabulary] of the mean distributions."""
     new: list[int] = []
     rows: list[torch.Tensor] = []
     while len(new) < MAX_TOKENS:
@@ -84,7 +84,7 @@ def sources(family: Family, members: tuple[str | None, ...]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_mean_of_what_peft_says(
+def test_an_ensemble_equals_the_mean_of_peft(
     name: str,
     settings: str,
     make_family: Callable[[str], Family],
@@ -112,7 +112,7 @@ def test_the_mean_of_what_peft_says(
     assert engine.stats.num_used_blocks == 0
 
 
-def test_an_ensemble_is_preempted_and_goes_on_as_one(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_an_ensemble_is_preempted_and_resumed_as_one(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     answers = []
     for num_blocks in (200, 45):
         engine = make_engine(llama, block_size=4, max_model_len=100, kv_cache_memory=num_blocks * 2340)
@@ -141,7 +141,7 @@ def test_the_mean_is_of_probabilities_and_not_of_their_logarithms(
     assert {name: tokens(outputs) for name, outputs in run(engine).items()} == by_mean
 
 
-def test_a_soft_prompt_with_itself_says_what_it_says_alone(
+def test_an_ensemble_of_one_soft_prompt_twice_equals_the_soft_prompt(
     llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
     engine = make_engine(llama)
@@ -164,14 +164,14 @@ def test_a_seed_gives_an_ensemble_the_same_tokens_in_every_batch(
     assert len(set(want)) > 3
 
 
-def test_what_changes_one_distribution_changes_the_mean(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_parameters_are_applied_to_the_mean(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
     members = sources(llama, MEMBERS["embeddings"])
     want, _ = expected(llama, MEMBERS["embeddings"], TEXT)
     stop = want[3]
     add(engine, "stop", TEXT, greedy(MAX_TOKENS, stop_token_ids=(stop,)), **members)
     add(engine, "bias", TEXT, greedy(3, logit_bias={77: 100.0}), **members)
-    # All that these models say is so unlikely beside it that its probability is 0 in float32.
+    # Beside the biased token, the probability of all others is 0 in float32.
     add(engine, "forced", TEXT, greedy(2, logit_bias=dict.fromkeys(range(100), -200.0)), **members)
     outputs = run(engine)
     assert tokens(outputs["stop"]) == want[: want.index(stop) + 1]
@@ -240,7 +240,7 @@ def test_a_failed_step_ends_an_ensemble_once(
 
 
 @pytest.mark.parametrize("num_broken", [1, 2])
-def test_soft_prompts_that_cannot_be_read_let_the_others_go(
+def test_a_member_that_cannot_be_read_releases_the_others(
     num_broken: int, llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:
     engine = make_engine(llama, soft_prompt_host_bytes=0)
@@ -269,7 +269,7 @@ def test_soft_prompts_that_cannot_be_read_let_the_others_go(
     ],
     ids=["places", "context", "blocks", "prompt logprobs", "classify"],
 )
-def test_what_an_ensemble_cannot_do_is_refused(
+def test_unsupported_parameters_of_an_ensemble_are_refused(
     settings: dict[str, object],
     text: list[int],
     params: SamplingParams,
@@ -306,7 +306,7 @@ def test_rows_of_an_ensemble_become_one() -> None:
     assert seqs is alone
 
 
-def test_a_value_that_is_not_finite_spoils_its_ensemble_alone() -> None:
+def test_a_value_that_is_not_finite_affects_its_ensemble_only() -> None:
     single, members = make_sequence("s", [1], SamplingParams()), make_members(2)
     logits = torch.zeros(3, 4)
     logits[2, 1] = torch.nan
@@ -315,7 +315,7 @@ def test_a_value_that_is_not_finite_spoils_its_ensemble_alone() -> None:
     assert merged[1].isnan().all()
 
 
-def test_members_that_are_not_side_by_side_are_a_fault() -> None:
+def test_members_that_are_not_adjacent_are_an_error() -> None:
     first, second = make_members(2)
     other = make_sequence("s", [1], SamplingParams())
     with pytest.raises(AssertionError, match="do not sample together"):

@@ -36,20 +36,20 @@ def try_out(trials: GrammarTrials, lark: str, cpu_seconds: float) -> int:
     return trials.try_out(lark, cpu_seconds, threading.Event())
 
 
-def test_what_a_grammar_takes_is_measured(trials: GrammarTrials) -> None:
+def test_the_memory_of_a_grammar_is_measured(trials: GrammarTrials) -> None:
     small = try_out(trials, "start: /[a-c]+/", 10)
     large = try_out(trials, 'start: %json {"type": "integer", "multipleOf": 49999}', 10)
     assert small < 1 << 20 < large
 
 
 @pytest.mark.parametrize("text", ["start: /(/", "start: absent", "start: a\na: a a"])
-def test_a_wrong_grammar_is_refused_in_words(trials: GrammarTrials, text: str) -> None:
+def test_an_invalid_grammar_is_refused_with_a_message(trials: GrammarTrials, text: str) -> None:
     with pytest.raises(GrammarError, match=r"\w+"):
         try_out(trials, text, 10)
     assert try_out(trials, 'start: "a"', 10) >= 0
 
 
-def test_a_grammar_that_the_compiler_crashes_on_is_refused(trials: GrammarTrials) -> None:
+def test_a_grammar_that_crashes_the_compiler_is_refused(trials: GrammarTrials) -> None:
     schema = '{"type": "integer", "minimum": -9223372036854775808, "maximum": -9223372036854775808}'
     with pytest.raises(GrammarError, match="the grammar compiler crashes on it"):
         try_out(trials, f"start: %json {schema}", 10)

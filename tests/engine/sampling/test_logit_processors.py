@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen, against transformers' processors and by brute force."""
+"""The parameters that change logits, against transformers' processors and brute-force computations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_seq(prompt: list[int], new: list[int], **params: Any) -> Sequence:
 
 
 def distribution(logits: torch.Tensor, seq: Sequence, draws: int = 400) -> torch.Tensor:
-    """What ``choose`` gives over evenly spaced draws: shares of each token, exact to one part in ``draws``."""
+    """The frequency of each token in ``choose`` over evenly spaced draws, exact to one part in ``draws``."""
 
     class Even(random.Random):
         def __init__(self) -> None:
@@ -72,7 +72,7 @@ texts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12)
     new=st.lists(st.integers(0, VOCABULARY - 1), max_size=8),
     seed=st.integers(0, 9),
 )
-def test_the_chain_is_that_of_transformers(
+def test_the_order_equals_transformers(
     params: dict[str, float], prompt: list[int], new: list[int], seed: int
 ) -> None:
     logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
@@ -105,7 +105,7 @@ def test_the_chain_is_that_of_transformers(
     ignore_eos=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_adjusted_logits_by_brute_force(
+def test_adjusted_logits_equal_a_brute_force_computation(
     prompt: list[int],
     new: list[int],
     presence: float,
@@ -156,7 +156,7 @@ def test_virtual_tokens_are_never_counted() -> None:
 
 
 @pytest.mark.parametrize("params", [{"min_p": 0.1}, {"repetition_penalty": 1.2}, {"logit_bias": {4: 1.0}}])
-def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) -> None:
+def test_the_tokens_of_a_seed_do_not_depend_on_the_batch(params: dict[str, object]) -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, VOCABULARY)
 
@@ -180,17 +180,19 @@ def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) 
     assert tokens(others, 2) == tokens(others, 0) == alone
 
 
-def test_plain_rows_do_nothing_more_than_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_rows_need_an_argmax_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_adjust", "_probabilities"):
         monkeypatch.setattr(Sampler, name, lambda *_: pytest.fail("called for a greedy row"))
-    monkeypatch.setattr("server.engine.sampling.sampler.packed_logprobs", lambda *_: pytest.fail("nobody asked"))
+    monkeypatch.setattr(
+        "server.engine.sampling.sampler.packed_logprobs", lambda *_: pytest.fail("no row requests logprobs")
+    )
     rows = [make_seq([1], [], temperature=0.0)] * 3
     logits = torch.randn(3, VOCABULARY)
     assert MAKE.choose(logits, rows) == (logits.argmax(-1).tolist(), [])
     assert MAKE.choose(logits, rows)[0] == logits.argmax(-1).tolist()
 
 
-def test_logprobs_are_told_where_they_are_asked_for_and_there_is_a_token() -> None:
+def test_logprobs_are_returned_if_requested_and_there_is_a_token() -> None:
     logits = torch.randn(4, VOCABULARY)
     logits[2, 1] = math.nan
     rows = [make_seq([1], [], temperature=0.0, logprobs=count) for count in (2, None, 1, 0)]
@@ -207,7 +209,7 @@ def test_logprobs_are_told_where_they_are_asked_for_and_there_is_a_token() -> No
     num_top=st.integers(0, VOCABULARY + 2),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_top_one_is_the_argmax_and_the_same_float(
+def test_the_top_token_is_the_argmax_with_the_same_float(
     values: list[float], token: int, num_top: int, dtype: torch.dtype
 ) -> None:
     logits = torch.tensor([values], dtype=dtype)
@@ -222,7 +224,7 @@ def test_top_one_is_the_argmax_and_the_same_float(
         assert [value for _, value in entry.top] == sorted((value for _, value in entry.top), reverse=True)
 
 
-def test_impossible_tokens_have_a_number() -> None:
+def test_impossible_tokens_have_a_finite_logprob() -> None:
     (entry,) = logprobs_of(torch.tensor([[0.0, -math.inf]]), [1], [2])
     assert entry.logprob == MIN_LOGPROB
     assert entry.top == [(0, 0.0), (1, MIN_LOGPROB)]

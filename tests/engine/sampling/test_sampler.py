@@ -39,13 +39,13 @@ def test_temperature_flattens_and_sharpens() -> None:
     assert frequencies(logits, draws=50, temperature=1e-30)[2] == 1.0
 
 
-def test_top_k_and_top_p_leave_out_the_rest() -> None:
+def test_top_k_and_top_p_exclude_the_other_tokens() -> None:
     logits = [0.0, 1.0, 2.0, -1.0]  # probabilities 0.087, 0.237, 0.644, 0.032
     assert frequencies(logits, top_k=2)[[0, 3]].sum() == 0
     assert frequencies(logits, top_p=0.65)[[0, 3]].sum() == 0
-    assert frequencies(logits, top_p=0.65)[1] > 0.2  # the token that reaches the sum is kept
+    assert frequencies(logits, top_p=0.65)[1] > 0.2  # the token that crosses the threshold is kept
     assert frequencies(logits, top_p=0.01)[2] == 1.0
-    assert frequencies(logits, top_k=2, top_p=0.7)[2] == 1.0  # of what top-k leaves, 2 has 0.731
+    assert frequencies(logits, top_k=2, top_p=0.7)[2] == 1.0  # after top-k, token 2 has 0.731
 
 
 def test_top_k_larger_than_the_vocabulary_keeps_all() -> None:
@@ -53,7 +53,7 @@ def test_top_k_larger_than_the_vocabulary_keeps_all() -> None:
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}])
-def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) -> None:
+def test_the_tokens_of_a_seed_do_not_depend_on_the_batch(params: dict[str, object]) -> None:
     torch.manual_seed(0)
     logits = torch.randn(9, 50)
 
@@ -71,7 +71,7 @@ def test_a_seed_gives_the_same_whatever_is_beside_it(params: dict[str, object]) 
     assert tokens(others, 2) == alone
 
 
-def test_rows_that_are_not_finite_are_told_and_others_are_not_touched() -> None:
+def test_rows_that_are_not_finite_are_reported_and_others_are_not_affected() -> None:
     logits = torch.zeros(3, 4)
     logits[:, 2] = 1.0
     logits[0, 0] = float("nan")

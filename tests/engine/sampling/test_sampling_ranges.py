@@ -1,4 +1,4 @@
-"""The ends of every sampling parameter's range: whatever is asked for, a possible token is chosen."""
+"""At the ends of every sampling parameter's range, a possible token is chosen."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def seq_of(prompt: list[int], new: list[int], num_members: int = 1, **params: An
 
 
 class Masks(TokenMasks):
-    """In the place of a grammar's masks: the matcher is the list of the tokens that it allows."""
+    """A fake of grammar masks: the matcher is the list of the allowed tokens."""
 
     def allowed(self, matchers: SequenceOf[Any], vocab_size: int, device: torch.device) -> torch.Tensor:
         masks = torch.zeros(len(matchers), vocab_size, dtype=torch.bool, device=device)
@@ -104,7 +104,7 @@ params_strategy = st.fixed_dictionaries(
     is_ensemble=st.booleans(),
     rules=rules_strategy,
 )
-def test_the_token_is_possible_whatever_is_asked_for(
+def test_the_chosen_token_is_always_possible(
     rows: list[tuple[Any, ...]], is_ensemble: bool, rules: TokenRules
 ) -> None:
     sampler = Sampler((EOS, VOCABULARY + 5), rules)
@@ -139,7 +139,7 @@ def test_the_token_is_possible_whatever_is_asked_for(
 
 @pytest.mark.parametrize("temperature", TINY)
 @pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"repetition_penalty": 1.5}, {"min_p": 0.1, "logprobs": 1}])
-def test_what_float32_cannot_divide_by_is_greedy(temperature: float, more: dict[str, Any]) -> None:
+def test_a_temperature_below_float32_is_greedy(temperature: float, more: dict[str, Any]) -> None:
     logits = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
     rows = [seq_of([1], [2], temperature=temperature, seed=1, **more) for _ in logits]
     greedy = [seq_of([1], [2], temperature=0.0, **more) for _ in logits]
@@ -147,13 +147,13 @@ def test_what_float32_cannot_divide_by_is_greedy(temperature: float, more: dict[
 
 
 @pytest.mark.parametrize("temperature", [SMALLEST_TEMPERATURE, 1e-30, 1e-9, 1e-4])
-def test_a_small_temperature_draws_only_between_equals(temperature: float) -> None:
+def test_a_small_temperature_draws_among_equal_logits_only(temperature: float) -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, -3.0]]).expand(200, -1)
     tokens = Sampler().choose(logits, [seq_of([1], [], temperature=temperature, seed=index) for index in range(200)])
     assert set(tokens[0]) == {1, 2}
 
 
-def test_a_penalty_beyond_float32_neither_wins_nor_loses_for_good() -> None:
+def test_a_penalty_beyond_float32_does_not_force_or_exclude_a_token() -> None:
     logits = torch.tensor([[3e38, 2e38, -3e38]])
     boosted = seq_of([1], [], temperature=0.0, repetition_penalty=0.01, logprobs=1)
     assert Sampler().choose(logits, [boosted])[0] == [1]
@@ -162,20 +162,20 @@ def test_a_penalty_beyond_float32_neither_wins_nor_loses_for_good() -> None:
 
 
 def test_top_p_of_one_keeps_every_token() -> None:
-    """Cumulated in float32, most of these reach 1 before the end."""
+    """Most cumulative sums in float32 reach 1 before the end."""
     logits = torch.full((1, 200_000), -1.0)
     seq = seq_of([1], [], top_p=1.0, min_p=1e-9)
     seq.rng = mock.Mock(random=lambda: 1.0 - 2.0**-25)
     assert Sampler().choose(logits, [seq])[0][0] >= 199_000
 
 
-def test_every_seed_of_64_bits_has_numbers_of_its_own() -> None:
+def test_every_64_bit_seed_has_its_own_numbers() -> None:
     seeds = [0, 1, -1, 2, -2, INT64 - 1, -(INT64 - 1), -INT64]
     assert len({seq_of([1], [], seed=seed).rng.random() for seed in seeds}) == len(seeds)
     assert seq_of([1], [], seed=7).rng.random() == seq_of([1], [], seed=7).rng.random()
 
 
-def test_what_a_request_demands_goes_before_what_the_checkpoint_says() -> None:
+def test_a_request_takes_precedence_over_the_checkpoint() -> None:
     sampler = Sampler((EOS,), TokenRules(suppress_tokens=(4, 5), forced_bos_token_id=2))
     sampler._masks = Masks()
     logits = torch.randn(1, VOCABULARY)
@@ -187,7 +187,7 @@ def test_what_a_request_demands_goes_before_what_the_checkpoint_says() -> None:
     assert sampler.choose(logits, [free])[0] == [6]
 
 
-def test_ends_are_not_put_off_where_nothing_else_is_possible() -> None:
+def test_end_tokens_are_not_excluded_if_nothing_else_is_possible() -> None:
     every = seq_of([1], [], temperature=0.0, min_tokens=5, stop_token_ids=tuple(range(VOCABULARY)))
     logits = torch.randn(1, VOCABULARY)
     assert Sampler((EOS,)).choose(logits, [every])[0] == [int(logits.argmax())]

@@ -1,4 +1,4 @@
-"""What is written under a schema that the server takes is valid by jsonschema."""
+"""Text that is generated under an accepted schema is valid by jsonschema."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Writer:
         self.trials = GrammarTrials(source)
 
     def write(self, constraint: Constraint, seed: int, *, patience: int = 12) -> Any:
-        """A value; raises GrammarError where the constraint is refused, and TimeoutError where no end was found."""
+        """A random value; raises GrammarError if the constraint is refused, TimeoutError if the text does not end."""
         lark = lark_of(constraint)
-        self.trials.try_out(lark, 10, threading.Event())  # as the engine does: some schemas crash the compiler
+        self.trials.try_out(lark, 10, threading.Event())  # like the engine, because some schemas crash the compiler
         matcher = Matcher(compile_grammar(self.vocabulary.lowlevel, lark), self.vocabulary)
         token_ids = follow(matcher, random.Random(seed), longest=200, patience=patience)
         if matcher.error is not None:
@@ -66,7 +66,7 @@ lowers, uppers = st.sampled_from(["minimum", "exclusiveMinimum"]), st.sampled_fr
 @st.composite
 def ranges(draw: st.DrawFn) -> dict[str, Any]:
     low, high = sorted((draw(numbers), draw(numbers)))
-    if draw(st.booleans()):  # close to each other, where a rounded bound shows
+    if draw(st.booleans()):  # close bounds, to find rounding errors
         high = low + draw(st.integers(0, 4))
     bounds = {draw(lowers): low, draw(uppers): high}
     if draw(st.integers(0, 4)) == 0:
@@ -120,9 +120,7 @@ schemas = st.recursive(
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=schemas, seed=st.integers(0, 99))
-def test_what_is_written_validates_or_the_schema_is_refused(
-    schema: dict[str, Any], seed: int, writer: Writer
-) -> None:
+def test_generated_text_validates_or_the_schema_is_refused(schema: dict[str, Any], seed: int, writer: Writer) -> None:
     try:
         check_schema(schema)
         value = writer.write(schema_constraint(schema, is_strict=True), seed)
@@ -183,9 +181,9 @@ def tool(name: str, parameters: dict[str, Any]) -> Tool:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_references_of_functions_lead_where_they_led(name: str, writer: Writer) -> None:
+def test_references_in_combined_function_schemas_are_kept(name: str, writer: Writer) -> None:
     own = PARAMETERS[name]
-    # The other says the same of another definition.
+    # The other schema has the same reference to another definition.
     other = json.loads(json.dumps(own).replace(json.dumps(POINT)[1:-1], json.dumps(OTHER)[1:-1]))
     assert other != own
     parameters = {"f": own, "F": other}

@@ -40,7 +40,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
 
 
 def follows(tokenizer: PreTrainedTokenizerFast, matcher: Matcher, text: str) -> bool:
-    """Whether the grammar takes exactly this text."""
+    """Whether the grammar accepts exactly this text."""
     for token_id in tokenizer.encode(text):
         if token_id not in allowed_ids(TokenMasks(), matcher):
             return False
@@ -86,7 +86,7 @@ def test_what_each_kind_takes(
         ("regex", "(?=a)b", "look-around"),
         ("regex", r"[^\s\S]", NO_WAY_ON),
         ("regex", "((" * 200 + "a" + "))" * 200, "nest"),
-        ("regex", "é", NO_WAY_ON),  # no token of this tokenizer can write it
+        ("regex", "é", NO_WAY_ON),  # no token of this tokenizer contains it
         ("json_schema", '{"type": "strin"}', "strin"),
         ("json_schema", "[]", "must be an object"),
         ("json_schema", '{"type": "string", "minLength": 5, "maxLength": 2}', "minLength"),
@@ -184,7 +184,7 @@ def test_a_limit_reached_on_the_way_is_an_error_of_that_matcher(compiler: Gramma
     assert "too many" in present(matcher.error)
 
 
-# Chains of rules recurse in the compiler, and nested repetition blows automata up; both have to end, and soon.
+# Chains of rules recurse in the compiler, and nested repetition makes automata explode; both have to end soon.
 BOMBS = {
     "chain of rules": (
         "grammar",
@@ -260,7 +260,7 @@ SLOW = constraint("json_schema", '{"type": "integer", "multipleOf": 49999999}')
 
 
 def outcomes(compiler: GrammarCompiler, count: int) -> dict[str, RequestFailure | None]:
-    """What has come of that many constraints, by their text, in the order of their ends."""
+    """The results of a number of constraints by their text, in order of completion."""
     ended: dict[str, RequestFailure | None] = {}
 
     def are_there() -> bool:
@@ -271,7 +271,9 @@ def outcomes(compiler: GrammarCompiler, count: int) -> dict[str, RequestFailure 
     return ended
 
 
-def test_what_takes_too_long_is_refused_and_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_takes_too_long_is_refused_and_tried_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 0.1)
     compiler = make_compiler(folder)
@@ -285,7 +287,7 @@ def test_what_takes_too_long_is_refused_and_tried_once(folder: Path, monkeypatch
     compiler.close()
 
 
-def test_slow_grammars_stand_before_no_quick_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_grammars_do_not_delay_quick_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.05)
     monkeypatch.setattr(structured, "SLOW_SECONDS", 10_000.0)
     compiler = make_compiler(folder)
@@ -295,7 +297,7 @@ def test_slow_grammars_stand_before_no_quick_ones(folder: Path, monkeypatch: pyt
     ]
     for one in slow:
         assert compiler.matcher(one, "flood") is None
-    for index in range(3):  # the one whose tenant floods gets its own, too
+    for index in range(3):  # quick grammars of the flooding tenant are not delayed either
         assert compiler.matcher(constraint("regex", f"a{{{index + 1}}}"), "flood" if index else "other") is None
     assert outcomes(compiler, 3) == {"a{1}": None, "a{2}": None, "a{3}": None}
     wait_until(lambda: compiler._slow.jobs.num_waiting("flood") == 3, 60)
@@ -353,7 +355,7 @@ def test_compiled_grammars_are_bounded_by_their_memory(folder: Path, monkeypatch
     compiler.close()
 
 
-def test_an_error_of_the_compiler_itself_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_compiler_ends_waiting_sequences(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def panic(*_: object) -> None:
         raise BaseException("panicked")
 

@@ -98,7 +98,7 @@ def test_soft_prompt_is_one_run_for_all() -> None:
     assert blocks.acquire_run(soft_prompt) is run
     first, second = sequence([1, 2], soft_prompt, name="a"), sequence([3, 4], soft_prompt, name="b")
     for seq in (first, second):
-        assert present(blocks.admit(seq, run)).copy is None  # the block size divides it: nothing to copy
+        assert present(blocks.admit(seq, run)).copy is None  # the last block is full, so nothing is copied
         assert seq.block_table[:2] == run.blocks
         assert seq.num_computed == 8
     blocks.check_integrity([(first, run), (second, run)])
@@ -128,7 +128,7 @@ def test_text_after_a_partial_block_is_shared_without_a_copy() -> None:
     compute(blocks, first)
     admission = present(blocks.admit(second, run))
     assert admission.copy is None
-    assert admission.num_cached_tokens == 2  # positions 4 to 7: two virtual tokens and two of the text
+    assert admission.num_cached_tokens == 2  # positions 4 to 7: two virtual tokens and two text tokens
     assert second.block_table[1] == first.block_table[1]
 
 
@@ -252,7 +252,7 @@ def test_soft_prompts_found_and_not_found_are_counted() -> None:
     blocks.release_run(first)
     blocks.release_run(first)
     blocks.acquire_run(source(10))  # idle
-    assert blocks.acquire_run(source(40, "other")) is None  # neither: it is asked for again
+    assert blocks.acquire_run(source(40, "other")) is None  # not counted, because it is requested again
     assert (blocks.stats.run_hits, blocks.stats.run_loads) == (2, 1)
 
 
@@ -261,11 +261,11 @@ def test_blocks_that_were_not_written_are_unregistered_and_no_others() -> None:
     text = list(range(13))
     first, twin, later = sequence(text, name="first"), sequence(text, name="twin"), sequence(text, name="later")
     blocks.admit(first, None)
-    blocks.admit(twin, None)  # before anything is findable, so it has blocks of its own
+    blocks.admit(twin, None)  # before any block is findable, so it gets its own
     blocks.register(first, 6)
     blocks.register(first, 13)
     blocks.register(twin, 13)
-    blocks.unregister(twin, 0)  # whose blocks were never the ones that are found
+    blocks.unregister(twin, 0)  # its blocks were never findable
     blocks.unregister(first, 6)
     assert present(blocks.admit(later, None)).num_cached_tokens == 4
     assert later.block_table[0] == first.block_table[0]

@@ -1,4 +1,4 @@
-"""Turns: the bounds that server/engine/scheduling/fair_queue.py states, and its order in small."""
+"""The bounds that server/engine/scheduling/fair_queue.py states, and its order in small examples."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_small_sequences_are_not_held_up_by_large_ones() -> None:
     assert names(queue) == ["s0", "s1", "L0", "s2", "s3", "s4", "L1", "s5", "s6", "s7", "L2", "s8"]
 
 
-def test_what_was_preempted_goes_first_in_its_old_order_and_what_is_put_back_keeps_its_turn() -> None:
+def test_preempted_sequences_go_first_in_their_order_and_returned_ones_keep_their_turn() -> None:
     queue = FairQueue(quantum=10, aging_tokens=10**6)
     for name in "abcd":
         queue.push(make_seq(name, 10, tenant=name))
@@ -91,7 +91,7 @@ def test_a_class_that_was_passed_over_long_enough_is_promoted_once() -> None:
     assert (calm.request.priority, calm.urgency) == (5, MIN_PRIORITY)
 
 
-def test_a_tiny_quantum_skips_the_rounds_in_which_nobody_can_send() -> None:
+def test_a_small_quantum_skips_rounds_without_a_sender() -> None:
     queue = FairQueue(quantum=1, aging_tokens=10**6)
     for index in range(100):
         queue.push(make_seq(f"{index}", 10**9 + index, tenant=f"t{index}"))
@@ -112,7 +112,7 @@ arrivals = st.lists(
 def test_tokens_of_others_before_a_turn_are_bounded(
     steps: list[tuple[int, int, int] | None], quantum: int, hot: int
 ) -> None:
-    """Whatever is waiting and arrives meanwhile; ``hot`` sequences of tenant 0 wait from the beginning."""
+    """For any waiting and arriving sequences; ``hot`` sequences of tenant 0 wait from the beginning."""
     queue = FairQueue(quantum=quantum, aging_tokens=10**9)
     own: dict[str, int] = {}
     others: dict[str, list[int]] = {}

@@ -13,7 +13,7 @@ def make_seq(name: str, timeout: float | None = None) -> Sequence:
     return make_sequence(name, [1], SamplingParams(), arrival=100.0, timeout=timeout)
 
 
-def test_a_sequence_goes_on_when_the_last_of_its_things_has_come() -> None:
+def test_a_sequence_is_ready_when_all_its_needs_are_supplied() -> None:
     pending = PendingSequences()
     both, one, other = make_seq("both"), make_seq("one"), make_seq("other")
     pending.add(both, ["file", "grammar"])
@@ -53,7 +53,7 @@ needs = st.sampled_from(["file", "grammar", "another"])
         max_size=30,
     )
 )
-def test_nobody_is_lost_or_let_go_early(operations: list[tuple[str, object]]) -> None:
+def test_no_sequence_is_lost_or_ready_too_early(operations: list[tuple[str, object]]) -> None:
     pending, waiting = PendingSequences(), dict[str, set[object]]()
     for number, (what, value) in enumerate(operations):
         if what == "add":

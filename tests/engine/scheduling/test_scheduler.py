@@ -131,7 +131,7 @@ def test_newest_is_preempted_and_computed_again() -> None:
         (30, 12, 0, "needs 11 key/value blocks; the cache has 10 in all"),
     ],
 )
-def test_what_can_never_fit_is_refused_with_the_numbers(
+def test_a_sequence_that_never_fits_is_refused_with_the_numbers(
     length: int, max_tokens: int, virtual: int, message: str
 ) -> None:
     scheduler = make(num_blocks=10)
@@ -148,7 +148,7 @@ def test_same_id_twice_is_refused() -> None:
         scheduler.add(seq("a", 3))
 
 
-def test_abort_gives_everything_back() -> None:
+def test_abort_releases_everything() -> None:
     scheduler = make()
     soft_prompt = source(6, "rows", is_key_values=False)
     scheduler.add(seq("waits", 3, soft_prompt=soft_prompt))
@@ -162,7 +162,7 @@ def test_abort_gives_everything_back() -> None:
     assert scheduler.schedule(0.0).is_empty
 
 
-def test_waiting_soft_prompts_let_go_when_the_first_needs_their_blocks() -> None:
+def test_waiting_soft_prompts_release_blocks_that_the_first_needs() -> None:
     scheduler = make(num_blocks=6, budget=32, seqs=4)
     for index in range(3):
         scheduler.add(seq(f"s{index}", 9, 2, source(6, f"d{index}", is_key_values=False)))
@@ -175,7 +175,7 @@ def test_waiting_soft_prompts_let_go_when_the_first_needs_their_blocks() -> None
     lengths=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 14), st.integers(-2, 2)), min_size=2, max_size=12),
     data=st.data(),
 )
-def test_all_finish_when_the_blocks_hold_hardly_one(lengths: list[tuple[int, int, int]], data: st.DataObject) -> None:
+def test_all_finish_if_the_blocks_hold_only_one(lengths: list[tuple[int, int, int]], data: st.DataObject) -> None:
     """Seven blocks of four: one sequence may need them all, and many run at once until they do."""
     scheduler = make(num_blocks=7, seqs=6, budget=8)
     for index, (length, max_tokens, priority) in enumerate(lengths):
@@ -228,7 +228,7 @@ def test_urgent_passes_the_waiting_and_order_of_arrival_decides_within_a_soft_pr
     assert order == ["urgent", "a", "b", "later"]
 
 
-def test_a_hot_soft_prompt_and_a_hot_tenant_starve_nobody() -> None:
+def test_a_hot_soft_prompt_or_tenant_starves_no_other() -> None:
     scheduler = make(num_blocks=200, seqs=1, budget=16)
     hot = [source(4, f"hot{index}", is_key_values=True) for index in range(10)]
     for index in range(100):
@@ -258,7 +258,7 @@ def test_the_least_urgent_runs_while_urgent_ones_never_end() -> None:
     assert "calm" not in scheduler._seqs
 
 
-def test_deadlines_end_what_has_not_run_and_nothing_else() -> None:
+def test_deadlines_end_only_sequences_that_have_not_run() -> None:
     scheduler = make(num_blocks=6, seqs=2)
     params = SamplingParams(max_tokens=12)
     for name, timeout in (
@@ -282,7 +282,7 @@ def test_deadlines_end_what_has_not_run_and_nothing_else() -> None:
     assert scheduler.num_sequences == 3
 
 
-def test_what_is_undone_is_computed_again_from_the_start() -> None:
+def test_undone_chunks_are_computed_again() -> None:
     scheduler = make(budget=32)
     scheduler.add(seq("writer", 9))
     scheduler.add(seq("reader", 10))
@@ -298,7 +298,7 @@ def test_what_is_undone_is_computed_again_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("is_key_values", [True, False])
-def test_a_soft_prompt_that_was_not_filled_is_given_up_with_all_that_hold_it(is_key_values: bool) -> None:
+def test_a_soft_prompt_that_was_not_filled_is_freed_with_its_last_reference(is_key_values: bool) -> None:
     scheduler = make(budget=32)
     soft_prompt = source(6, "bad", is_key_values=is_key_values)
     for name in ("a", "b"):

@@ -17,7 +17,7 @@ from server.engine.scheduling.sequence import Sequence
 
 
 class Machine(RuleBasedStateMachine):
-    """What happens to a scheduler, in the order that hypothesis likes."""
+    """Random events of a scheduler, chosen by hypothesis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_a_short_soak(limits: Limits) -> None:
     assert drive.tally.finished > 100
 
 
-def test_a_soak_meets_what_it_is_for() -> None:
+def test_a_soak_covers_its_cases() -> None:
     drive = soak(4000, 1)
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats
     assert min(tally.finished, tally.aborted, tally.expired, tally.promoted, tally.ensembles) > 10
@@ -134,15 +134,15 @@ def _spoil_no_followers(
 @pytest.mark.parametrize(
     ("owner", "method", "fault"),
     [
-        (BlockManager, "withdraw", lambda self, block_ids: None),  # lets poison be found
+        (BlockManager, "withdraw", lambda self, block_ids: None),  # leaves poisoned blocks findable
         (SoftPromptRun, "spoil", lambda self: None),  # keeps a poisoned soft prompt
-        (Scheduler, "spoil", _spoil_no_followers),  # forgets who read it in the same step
+        (Scheduler, "spoil", _spoil_no_followers),  # misses readers of the same step
         (Scheduler, "_is_usable", _is_filled),  # copies a block before it is filled
-        (BlockManager, "_seed", lambda self, seq: b"seed"),  # shares texts across tenants and soft prompts
-        (BlockManager, "_hash", lambda self, seq, index, parent: parent + b"%d" % index),  # whatever the text is
-        (Scheduler, "_schedule_prefills", lambda self, plan, budget: 0),  # never goes on
-        (Scheduler, "_prefill", _prefill_apart),  # lets members of an ensemble reach their ends one by one
-        (BlockManager, "admit_all", _admit_some),  # keeps what some members were given
+        (BlockManager, "_seed", lambda self, seq: b"seed"),  # shares text between tenants and soft prompts
+        (BlockManager, "_hash", lambda self, seq, index, parent: parent + b"%d" % index),  # ignores the text
+        (Scheduler, "_schedule_prefills", lambda self, plan, budget: 0),  # never prefills
+        (Scheduler, "_prefill", _prefill_apart),  # lets members of an ensemble finish prefill separately
+        (BlockManager, "admit_all", _admit_some),  # admits only some members
     ],
     ids=[
         "findable poison",
@@ -156,7 +156,7 @@ def _spoil_no_followers(
         "some members",
     ],
 )
-def test_the_soak_notices(
+def test_the_soak_finds_defects(
     owner: type, method: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, method, fault)

@@ -1,8 +1,8 @@
-"""Steps that raise: who is at fault ends, and nobody else's tokens change.
+"""Failing steps: the sequences at fault end, and the tokens of all others do not change.
 
-A runner that only notes takes the place of the model: each slot of each block holds what the model would have made
-of it, and the next token follows from what is read there. So a slot that was not written, written by another, or
-left from a pass that raised shows as another token. A pass that raises leaves rubbish in all that it was to write.
+A recording runner replaces the model: each slot of each block holds a value that represents its keys and values, and
+the next token depends on the slots that are read. So a slot that was not written, was written by another sequence, or
+was left by a failed pass shows as a wrong token. A failed pass leaves garbage in all slots that it should write.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SOFT_PROMPTS = (None, "prefix_13", "prompt_tuning_8", "p_tuning_7")
 
 @dataclass(frozen=True)
 class Request:
-    """What arrives, and from which position on it fails every step that it is in; None for never."""
+    """A request, with the position from which on it fails every step that it is in; None for never."""
 
     text: list[int]
     max_tokens: int
@@ -64,8 +64,8 @@ class Request:
 
 
 @dataclass
-class NotingRunner:
-    """Computes what follows from the slots that it reads, and raises where a sequence or a soft prompt is bad."""
+class RecordingRunner:
+    """Computes tokens from the slots that it reads, and raises if a sequence or a soft prompt is bad."""
 
     block_size: int
     fails_from: dict[str, int]
@@ -141,7 +141,7 @@ class NotingRunner:
 
 @pytest.fixture(scope="module")
 def engine(make_family: Callable[[str], Family]) -> Iterator[LLMEngine]:
-    """One engine for all examples, whose soft prompts are in memory."""
+    """One engine for all examples, with its soft prompts in memory."""
     family = make_family("llama")
     made = LLMEngine(EngineSettings(model=str(family.path), dtype="float32", kv_cache_memory=2**20))
     sources = [family.soft_prompts[name] for name in SOFT_PROMPTS if name]
@@ -156,7 +156,7 @@ def engine(make_family: Callable[[str], Family]) -> Iterator[LLMEngine]:
 
 requests = st.builds(
     Request,
-    # Few different openings, so that sequences share blocks and follow each other within a step.
+    # Few different openings, so that sequences share blocks, also within a step.
     text=st.builds(
         lambda opening, length, end: [opening] * length + end,
         st.integers(0, 1),
@@ -175,7 +175,7 @@ requests = st.builds(
 
 @dataclass(frozen=True)
 class Limits:
-    """The server's size: small, so that blocks and budgets run short."""
+    """Small limits, so that blocks and budgets run short."""
 
     num_blocks: int
     block_size: int
@@ -198,9 +198,9 @@ def serve(
     arriving: dict[str, Request],
     sources: list[SoftPromptSource | None],
     **bad: Any,
-) -> tuple[dict[str, list[TokenEvent]], NotingRunner]:
-    """All outputs of each request, with the books checked after every step."""
-    runner = NotingRunner(sizes.block_size, **bad)
+) -> tuple[dict[str, list[TokenEvent]], RecordingRunner]:
+    """All outputs of each request; checks the scheduler's invariants after every step."""
+    runner = RecordingRunner(sizes.block_size, **bad)
     engine.runner.run = runner.run  # type: ignore[method-assign,assignment]
     engine.scheduler = Scheduler(
         BlockManager(sizes.num_blocks, sizes.block_size),
@@ -232,7 +232,7 @@ def tokens_of(outputs: list[TokenEvent]) -> list[int]:
     sizes=limits,
     bad_prompt=st.sampled_from([None, None, *SOFT_PROMPTS[1:]]),
 )
-def test_healthy_sequences_say_what_they_say_without_the_bad_ones(
+def test_healthy_sequences_do_not_depend_on_failing_ones(
     engine: LLMEngine, llama: Family, arriving: list[Request], sizes: Limits, bad_prompt: str | None
 ) -> None:
     sources = [llama.soft_prompts[name] if name else None for name in SOFT_PROMPTS]

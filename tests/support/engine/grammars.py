@@ -1,4 +1,4 @@
-"""A tokenizer for the tests' tiny models, and ways to follow a grammar with it."""
+"""A tokenizer for the tests' tiny models, and helpers that follow a grammar with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END_ID = 0
 
 
 def save_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """All of ASCII that can be seen, a space, a line end and a few longer tokens: fewer than the model has rows."""
+    """Printable ASCII, a line end and a few longer tokens; smaller than the model's vocabulary."""
     letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
     merges = [("t", "r"), ("tr", "u"), ("tru", "e"), ("Ġ", "a"), ('"', ":"), ("a", "b"), ("ab", "ab"), ("1", "2")]
     vocabulary = {END: END_ID, "<other>": 1}
@@ -57,7 +57,7 @@ def compiled(compiler: GrammarCompiler, wanted: Constraint) -> Matcher:
 
 
 def compiled_or_error(compiler: GrammarCompiler, wanted: Constraint) -> Matcher | str:
-    """A matcher, or what is wrong with the constraint."""
+    """A matcher, or the constraint's error."""
     matcher = compiler.matcher(wanted)
     deadline = time.monotonic() + 60
     while matcher is None:

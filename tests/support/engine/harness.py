@@ -1,4 +1,4 @@
-"""Tiny random models, soft prompts that PEFT made for them, and ways to run and compare."""
+"""Tiny random models, soft prompts from PEFT for them, and helpers to run and compare."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ MORE_PEFT_CONFIGS: dict[str, Callable[[], PeftConfig]] = {
 }
 ALL_PEFT_CONFIGS = PEFT_CONFIGS | MORE_PEFT_CONFIGS
 MULTITASK_IDS = (0, 2)
-"""The tasks of each multitask prompt that a family has soft prompts for, named ``KEY/TASK``."""
+"""The tasks of a multitask prompt for which a family has soft prompts, named ``KEY/TASK``."""
 Answered = dict[str, tuple[str | None, list[int], list[int]]]
 """Requests with PEFT's answers: id -> (soft prompt, text, tokens)."""
 
@@ -147,13 +147,13 @@ class Family:
             base = copy.deepcopy(self.model)
             folder = self.peft_folders[soft_prompt]
             config = PeftConfig.from_pretrained(str(folder))
-            # PEFT saves it and, for CPT, forgets it when it loads.
+            # PEFT saves it, but does not load it for CPT.
             config.token_dim = json.loads((folder / "adapter_config.json").read_text())["token_dim"]
             self.peft_models[soft_prompt] = PeftModel.from_pretrained(base, str(folder), config=config)
         return self.peft_models[soft_prompt]
 
     def expected(self, soft_prompt: str | None, token_ids: list[int], max_tokens: int) -> list[int]:
-        """Greedy tokens of PEFT (or of the bare model) at batch 1."""
+        """Greedy tokens of PEFT (or of the model without a soft prompt) at batch 1."""
         key, _, task_id = (soft_prompt or "").partition("/")
         model = self._peft_model(key) if key else self.model
         ids = torch.tensor([token_ids])
@@ -166,7 +166,7 @@ class Family:
         return greedy_ids
 
     def expected_logprobs(self, soft_prompt: str | None, token_ids: list[int]) -> torch.Tensor:
-        """Log-softmax [text tokens, vocabulary] of PEFT: row i tells of text token i; NaN where nothing does."""
+        """Log-softmax [text tokens, vocabulary] of PEFT: row i is the distribution of text token i, or NaN."""
         key, _, task_id = (soft_prompt or "").partition("/")
         model = self._peft_model(key) if key else self.model
         task = {"task_ids": torch.tensor([int(task_id)])} if task_id else {}
@@ -186,7 +186,7 @@ def make_family(
 ) -> Family:
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config or (CONFIGS | MORE_CONFIGS)[name]()).eval()
-    # "" keeps PEFT from looking the base up, and no file names a place on this machine.
+    # With "", PEFT does not look the base up, and no file contains a local path.
     model.config._name_or_path = model.name_or_path = ""
     path = folder / "model"
     model.save_pretrained(path)
@@ -211,7 +211,7 @@ def make_family(
 
 
 def _train(peft_model: Any, key: str) -> None:
-    """Move what PEFT starts at nothing to where it would be after training, so that mistakes show."""
+    """Randomise parameters that PEFT initialises with zeros, so that errors show."""
     encoder = peft_model.prompt_encoder["default"]
     with torch.no_grad():
         if key.startswith("multitask"):
@@ -252,7 +252,7 @@ def greedy(max_tokens: int, **params: Any) -> SamplingParams:
 def check_logprobs(
     entries: Sequence[Logprobs | None] | None, token_ids: list[int], want: torch.Tensor, *, num_top: int
 ) -> None:
-    """Hold logprobs against ``Family.expected_logprobs``."""
+    """Compare logprobs with ``Family.expected_logprobs``."""
     assert entries is not None
     assert len(entries) == len(token_ids) == len(want)
     for entry, token, row in zip(entries, token_ids, want, strict=True):
@@ -277,7 +277,7 @@ def add(engine: LLMEngine, request_id: str, token_ids: list[int], params: Sampli
 
 
 def run(engine: LLMEngine) -> dict[str, list[TokenEvent]]:
-    """Step until all is done, holding the scheduler's books to account after every step."""
+    """Step until all sequences have ended, and check the scheduler's invariants after every step."""
     outputs: dict[str, list[TokenEvent]] = {}
     while engine.num_unfinished:
         for output in engine.step():

@@ -1,4 +1,4 @@
-"""Platforms for tests, which are handed to an engine in place of the machine's own."""
+"""Platforms for tests, passed to an engine instead of the machine's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOST = torch.device("cpu")
 
 
 class PlainPlatform(Platform):
-    """The model's own layers over given attention backends, with decodes recorded by a given recorder."""
+    """The model's own layers, with the given attention backends and recorder."""
 
     def __init__(
         self,

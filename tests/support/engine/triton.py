@@ -1,4 +1,4 @@
-"""Where the tests of Triton's kernels run, and the modules that they test."""
+"""The device of the tests of Triton's kernels, and the modules that they test."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if DEVICE.type == "cpu":
         return TensorHandle((tensor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def _dot_of_bfloat16(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        """NumPy has no bfloat16: the interpreter would multiply the bits of its elements as integers."""
+        """Widen bfloat16 first: NumPy lacks it, so the interpreter would multiply its bits as integers."""
         return _dot(self, _widened(a), _widened(b), *others)
 
     InterpreterBuilder.create_dot = _dot_of_bfloat16

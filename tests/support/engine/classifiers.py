@@ -1,4 +1,4 @@
-"""Classifiers that PEFT made: a soft prompt and a head over the base of a family."""
+"""Classifiers from PEFT: a soft prompt and a classification head on a family's base model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Classifier:
 
 def make_classifier(family: Family, key: str, folder: Path) -> Classifier:
     torch.manual_seed(sum(map(ord, family.name + key)))
-    # Without a padding token the last token is the one that is pooled, which is what a text alone has.
+    # Without a padding token, the last token is pooled.
     base = AutoModelForSequenceClassification.from_pretrained(family.path, num_labels=NUM_LABELS).eval()
     peft_model: Any = get_peft_model(base, CLASSIFIERS[key]()).eval()
     with torch.no_grad():
