@@ -45,8 +45,12 @@ class TokenizeBody(TemplateOptions, KnownFieldsBody):
         "truncate_prompt_tokens": EVERYWHERE["truncate_prompt_tokens"],
     }
 
-    model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
-    prompt_id: str | None = Field(None, description="As in completions.")
+    model: str | None = Field(
+        None, description="A model name, checked as in a completion; all models share one tokenizer."
+    )
+    prompt_id: str | None = Field(
+        None, description="A soft prompt, checked as in a completion; it does not change the tokens."
+    )
     prompt: Annotated[str, AfterValidator(_text)] | None = Field(
         None,
         max_length=MAX_TEXT_CHARS,
@@ -83,8 +87,12 @@ class TokenizeReply(BaseModel):
 class DetokenizeBody(RequestBody):
     """``POST /detokenize``: convert tokens to text, including special tokens."""
 
-    model: str | None = Field(None, description="As in completions; all models share one tokenizer.")
-    prompt_id: str | None = Field(None, description="As in completions.")
+    model: str | None = Field(
+        None, description="A model name, checked as in a completion; all models share one tokenizer."
+    )
+    prompt_id: str | None = Field(
+        None, description="A soft prompt, checked as in a completion; it does not change the tokens."
+    )
     tokens: list[TokenId] = Field(
         max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]], description="Token ids, in order."
     )

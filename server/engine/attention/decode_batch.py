@@ -158,9 +158,9 @@ class DecodeGraphs:
         """Logits [rows, vocabulary] of decodes, valid until the next call.
 
         Args:
-            token_ids: As in ``DecodeBuffers.fill``; at most the largest size.
-            positions: As in ``DecodeBuffers.fill``.
-            tables: As in ``DecodeBuffers.fill``.
+            token_ids: One for each row; at most as many as the largest size.
+            positions: One for each row.
+            tables: The block table of each row.
             size: Size of the graph; None for the smallest that is large enough.
         """
         if size is None:

@@ -47,9 +47,7 @@ class KernelRows:
     """One step's rows, in the form that ``attend_rows`` takes; the same for all layers.
 
     Attributes:
-        slots: As in ``attend_rows``.
-        starts: As in ``attend_rows``, for every row of the flat batch.
-        lengths: As in ``attend_rows``, for every row of the flat batch.
+        slots, starts, lengths: The arguments of ``attend_rows``, for every row of the flat batch.
         rows: The rows that the kernel computes.
         bounds: Each thread's part of ``rows``.
         sdpa_groups: Indices of the groups that SDPA computes.

@@ -57,7 +57,7 @@ class FusedRMSNorm(nn.Module):
     Args:
         weight: [width], the factors.
         eps: Added to the mean square.
-        rounds_first: As in ``row_kernels.rms_norm``.
+        rounds_first: Whether the norm rounds before it multiplies by the weight.
 
     Attributes:
         original: The replaced norm, in a list so that torch does not register it as a submodule.
@@ -107,7 +107,7 @@ class FusedMLP(nn.Module):
 
     Args:
         mlp: The module to replace; it is left without weights.
-        activation: As in ``row_kernels.gate``.
+        activation: Number of the activation function (see ``row_kernels.gate``).
         workspace: Shared with other modules.
     """
 

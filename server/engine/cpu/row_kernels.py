@@ -257,7 +257,7 @@ def rotate_row(  # type: ignore[no-untyped-def]
         query_weight: [head_dim], the weight of the ``rms_norm`` of each query head before the rotation; [0] for none.
         key_weight: [head_dim], the same for key heads; [0] for none.
         eps: Added to the mean square.
-        rounds_first: As in ``rms_norm``.
+        rounds_first: Whether the norm rounds before it multiplies by the weight (see ``rms_norm``).
         own: [(heads + kv_heads) * head_dim] float32, a buffer.
         key: [kv_heads * head_dim], overwritten.
         value: [kv_heads * head_dim], overwritten.

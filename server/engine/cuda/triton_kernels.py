@@ -126,8 +126,8 @@ def attend(  # type: ignore[no-untyped-def]
         maxima: [rows, heads, shares] float32, contiguous: the largest score; -inf for none.
         sums: [rows, heads, shares] float32, contiguous: the sum of exp(score - maximum).
         scale: Factor of the scores.
-        softcap: As in ``AttentionCall``; read only if HAS_SOFTCAP.
-        window: As in ``AttentionCall``; 0 for all.
+        softcap: Bound of the scores (``AttentionCall.softcap``); read only if HAS_SOFTCAP.
+        window: Number of keys that a query sees (``AttentionCall.window``); 0 for all.
         rows_per_seq: Rows of each sequence.
         tiles_per_seq: Tiles of each sequence.
         NUM_KV_HEADS: Key/value heads.

@@ -30,9 +30,9 @@ def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: Sequenc
     """The result of ``logprobs_of`` in one tensor, for one copy to the host.
 
     Args:
-        logits: As in ``logprobs_of``.
+        logits: [rows, vocabulary].
         tokens: [rows] int64, on the logits' device.
-        num_top: As in ``logprobs_of``.
+        num_top: How many of the likeliest tokens to report for each row.
 
     Returns:
         [rows, 2 + 2 * max(num_top)] float64, which represents token ids and float32 exactly.

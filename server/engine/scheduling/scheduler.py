@@ -221,7 +221,7 @@ class Scheduler:
 
         Args:
             plan: The step, just computed.
-            spoiled: As in ``StepOutput``.
+            spoiled: The ``spoiled`` of the step's ``StepOutput``.
 
         Returns:
             The sequences that the caller must end: those that wrote spoiled blocks themselves, and those that hold a
