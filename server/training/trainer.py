@@ -224,12 +224,21 @@ def num_steps(settings: TrainSettings, num_examples: int) -> int:
     return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation_steps) * settings.epochs))
 
 
+class _OneDeviceArguments(TrainingArguments):
+    """Arguments for at most one GPU; with several, Trainer would use DataParallel, which splits a batch."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs."""
+        return min(int(super().n_gpu), 1)
+
+
 def _arguments(
     settings: TrainSettings, directory: RunDirectory, *, num_examples: int, evaluates: bool
 ) -> TrainingArguments:
     steps = num_steps(settings, num_examples)
     every = settings.eval_steps or max(1, steps // EVALUATIONS)
-    arguments = TrainingArguments(
+    return _OneDeviceArguments(
         output_dir=str(directory.checkpoints),
         seed=settings.seed,
         data_seed=settings.seed,
@@ -255,5 +264,3 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001 - DataParallel would split the soft prompt's batch
-    return arguments

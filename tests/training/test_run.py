@@ -451,3 +451,12 @@ def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(
         patch.setattr(os, "fsync", fail)
         trained(settings())
     assert trained(settings())["steps"] == 4
+
+
+def test_trainer_uses_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = trainer_module._OneDeviceArguments(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(arguments, "_n_gpu", 4)
+    assert super(trainer_module._OneDeviceArguments, arguments).n_gpu == 4, (
+        "transformers keeps the number elsewhere now"
+    )
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, arguments.per_device_train_batch_size)
