@@ -29,7 +29,7 @@ def connect() -> Iterator[Callable[..., socket.socket]]:
         def connect_to(live: Any, *, buffer: int | None = None) -> socket.socket:
             address = urlsplit(live.url)
             connection = stack.enter_context(socket.socket())
-            connection.settimeout(10)
+            connection.settimeout(60)
             if buffer is not None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
             connection.connect((address.hostname, address.port))

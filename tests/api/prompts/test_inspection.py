@@ -55,7 +55,7 @@ async def test_a_task(client: httpx.AsyncClient, engine: FakeEngine, other_parts
     body = (await client.get("/v1/prompts/many/inspect?task_id=2")).json()
     assert body["task_id"] == 2
     assert engine.inspected[0].task_id == 2
-    for query, message in (("", "a task is required"), ("?task_id=3", "no such task")):
+    for query, message in (("", "a task is required"), ("?task_id=3", "task 3 does not exist")):
         response = await client.get(f"/v1/prompts/many/inspect{query}")
         assert (response.status_code, response.json()["error"]["param"]) == (400, "task_id")
         assert message in response.json()["error"]["message"]
