@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test test-clients check bench bench-vllm fuzz format build-demo wheel check-wheel secrets clean
+.PHONY: install demo test test-quick test-clients check bench bench-vllm fuzz format build-demo wheel check-wheel secrets clean
 
 install: $(INSTALLED)
 
@@ -19,8 +19,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/prelude demo $(ARGS)
 
+# Two files of tests side by side; WORKERS=0 runs all in one process.
+WORKERS ?= 2
+
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+# Without the tests that are marked slow: minutes less, for use while one works.
+test-quick: install
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m 'not slow and not gpu' $(ARGS)
 
 # Clients that others wrote, in an environment of their own: they do not all go with this project's dependencies.
 test-clients: install $(CLIENTS_INSTALLED)

@@ -306,7 +306,7 @@ def test_waiting_for_a_grammar_and_a_file_both(
 ) -> None:
     woken: list[bool] = []
     engine = make_engine(model)
-    engine._grammars._on_compiled = lambda: woken.append(True)
+    monkeypatch.setattr(engine._grammars._quick.jobs, "_on_ended", lambda: woken.append(True))
     take_compiled = engine._grammars.take_compiled
     with monkeypatch.context() as patch:
         patch.setattr(engine._grammars, "take_compiled", list)
