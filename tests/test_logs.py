@@ -23,6 +23,8 @@ from tests.support.operations import OPERATIONS
 from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def made(**values: Any) -> logging.LogRecord:
     record = logging.LogRecord("a.b", logging.WARNING, "file", 1, "say %s\nmore", ("it",), None)

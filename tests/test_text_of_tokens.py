@@ -20,6 +20,8 @@ from server.engine.types import Logprobs
 from server.tokenizer import Tokenizer
 from tests.support.vocabularies import KINDS
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = ["the cat sat", "Question: fine?", "é 日本 🙂", "  a  b\n\nc", "\ufffd", "yes the"]
 
 

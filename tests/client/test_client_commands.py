@@ -22,6 +22,8 @@ from tests.support.api_fixtures import PeftDirectory, Serve, UploadParts
 from tests.support.fake_engine import FakeEngine
 from tests.support.live_server import LiveServer
 
+pytestmark = pytest.mark.slow
+
 Get = Callable[[str], Any]
 Ok = Callable[..., str]
 Prelude = Callable[..., Result]

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from server import cli
 from tests.support.processes import PRELUDE
 
+pytestmark = pytest.mark.slow
+
 KEY = re.compile(r"prelude-[\w-]{43}\n")
 FULL = Path("/dev/full")
 

@@ -110,6 +110,7 @@ def test_one_request_ends_and_no_other_changes(
     assert len(sizes) < 60
 
 
+@pytest.mark.slow
 def test_a_classifier_that_fails_fails_alone(
     llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path, seeded: list[int]
 ) -> None:

@@ -22,6 +22,8 @@ from server.engine.model.platform import Platform
 from tests.support.engine.harness import Family
 from tests.support.engine.platforms import PlainPlatform
 
+pytestmark = pytest.mark.slow
+
 POISONS = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e30]
 Make = Callable[[str], Family]
 Runners = Callable[[str, str, str, int], ModelRunner]

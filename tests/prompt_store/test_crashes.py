@@ -8,6 +8,8 @@ import pytest
 
 from scripts import crash_store
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_store_killed_at_random_moments_loses_and_leaves_nothing(tmp_path: Path) -> None:
     assert crash_store.run_rounds(tmp_path / "store", 20, seed=1, is_quiet=True) >= 20

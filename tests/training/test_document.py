@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from server.training.run_directory import RunDirectory
 from server.training.settings import DEFAULTS, Method, TrainSettings
 from tests.training.conftest import MakeSettings, Trained
@@ -27,6 +29,7 @@ def test_methods_initialised_at_random_are_those_without_a_text() -> None:
     assert random == [method.value for method in Method if not method.starts_from_text]
 
 
+@pytest.mark.slow
 def test_the_files_of_a_run_are_listed(
     settings: MakeSettings, trained: Trained, tmp_path: Path, curves: None
 ) -> None:

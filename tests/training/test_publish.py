@@ -36,6 +36,8 @@ from server.training.settings import Method
 from tests.support.serving import BASE, serving
 from tests.training.conftest import MakeSettings, Prelude, make_model, rows, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:

@@ -31,6 +31,8 @@ from tests.support.processes import PRELUDE
 from tests.support.waiting import wait_until
 from tests.training.conftest import Heard, MakeSettings, Trained, rows, write_rows
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -97,6 +97,7 @@ async def test_what_is_not_done_is_refused_by_name(
     assert engine.requests == []
 
 
+@pytest.mark.slow
 async def test_what_asks_for_nothing_is_no_reason_to_refuse(client: httpx.AsyncClient) -> None:
     for path, name, how in REFUSED:
         if name in ("prompt", "messages"):

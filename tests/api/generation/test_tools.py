@@ -467,6 +467,7 @@ bodies = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(bodies, st.sampled_from(["stop", "length"]), st.booleans(), st.integers(0, 99))
 def test_whatever_a_model_writes_is_text_or_calls_streamed_or_not(
     text: str, reason: str, allows_several: bool, seed: int

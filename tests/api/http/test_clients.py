@@ -196,6 +196,7 @@ def _httpx(url: str, _: Path) -> list[str]:
         return [client.post(url, content=content).text for content in (BODY, iter([BODY.encode()]))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "ask"),
     [("curl", _curl), ("node", _node), ("java", _java), ("", _urllib), ("", _requests), ("", _httpx)],

@@ -156,6 +156,7 @@ def test_a_second_request_on_the_connection_has_the_same_limits(
     assert error_of(everything(connection), 408) == "request_timeout"
 
 
+@pytest.mark.slow
 def test_what_follows_an_early_answer_holds_the_connection_no_longer(
     serve: Any, connect: Callable[..., socket.socket]
 ) -> None:
@@ -220,6 +221,7 @@ def test_more_connections_than_allowed_are_refused_until_one_goes(
     assert counted(live, "too_many_connections")
 
 
+@pytest.mark.slow
 def test_an_answer_that_nobody_reads_is_given_up(
     serve: Any,
     connect: Callable[..., socket.socket],
@@ -241,6 +243,7 @@ def test_an_answer_that_nobody_reads_is_given_up(
     eventually(lambda: not live.server.server_state.tasks)
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_slow_but_reads_gets_all_of_it(
     serve: Any, connect: Callable[..., socket.socket], engine: Any
 ) -> None:

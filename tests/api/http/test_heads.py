@@ -302,6 +302,7 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True) if end > start]
 
 
+@pytest.mark.slow
 @given(data=st.data(), places=st.lists(st.integers(0, 5000), max_size=12), num=st.integers(1, 5))
 def test_no_body_is_ever_read_as_a_request(data: st.DataObject, places: list[int], num: int) -> None:
     sequence = [data.draw(requests(number)) for number in range(num)]

@@ -126,6 +126,7 @@ async def test_a_reader_that_stops_takes_nothing_more_and_is_given_up(waits: tup
     assert len(client.sent) == 3
 
 
+@pytest.mark.slow
 def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing(
     serve: Callable[..., Any], engine: Any, store: Any, eventually: Callable[..., None], upload_parts: Any
 ) -> None:

@@ -138,6 +138,7 @@ def test_changed_bytes(store: PromptStore, data: st.DataObject) -> None:
 FIELDS = ["id", "alias", "description", "tags", "metadata", "lineage", "shared", "allow_other_base", "task_type"]
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(FIELDS), field_texts))
 @settings(max_examples=300, deadline=None)
 def test_arbitrary_fields(store: PromptStore, fields: dict[str, bytes]) -> None:
@@ -154,6 +155,7 @@ SPEAKING = st.dictionaries(
 """Fields that are held against what the uploader says."""
 
 
+@pytest.mark.slow
 @given(json_values | SPEAKING, st.sampled_from([b"", b"CAUSAL_LM", b"SEQ_CLS"]), st.sampled_from([b"", b"true"]))
 @settings(max_examples=300, deadline=None)
 def test_arbitrary_configurations(store: PromptStore, value: object, task: bytes, other_base: bytes) -> None:

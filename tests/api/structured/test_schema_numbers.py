@@ -88,6 +88,7 @@ nodes = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(["properties", "allOf", "minimum", "type", "const", "x"]), nodes))
 def test_any_json_is_walked(schema: dict[str, Any]) -> None:
     with suppress(ValueError):

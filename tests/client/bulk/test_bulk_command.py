@@ -259,6 +259,7 @@ def test_what_cannot_begin(live: LiveServer, tmp_path: Path, arguments: list[str
     assert reason in " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_what_can_be_gone_on_from(
     live: LiveServer, engine: FakeEngine, bulk: Bulk, tmp_path: Path, eventually: WaitUntil
 ) -> None:

@@ -21,6 +21,8 @@ from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.fake_engine import FakeEngine
 from tests.support.live_server import LiveServer
 
+pytestmark = pytest.mark.slow
+
 Data = Callable[..., Path]
 Judging = Callable[..., list[str]]
 Prelude = Callable[..., Result]

@@ -24,6 +24,8 @@ from tests.support.engine.harness import PEFT_CONFIGS, Family, add, greedy, make
 from tests.support.engine.platforms import PlainPlatform
 from tests.support.engine.triton import DEVICE, triton_attention
 
+pytestmark = pytest.mark.slow
+
 MAX_TOKENS = 5
 
 

@@ -15,6 +15,8 @@ from server.engine.attention.kv_cache import KVCache
 from server.engine.cpu.cpu_attention import CPUBackend
 from tests.support.engine.caches import CPU, make_cache
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {
     "sdpa": [torch.float32, torch.bfloat16, torch.float16],
     "compiled": [torch.float32, torch.bfloat16],

@@ -23,6 +23,8 @@ from server.engine.cpu.cpu_attention import MAX_KERNEL_KEYS, UNIT_ROWS, CPUBacke
 from server.engine.cpu.vector_code import LANES, VECTOR
 from tests.support.engine.caches import CPU, make_cache, plain_attention
 
+pytestmark = pytest.mark.slow
+
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 

@@ -88,6 +88,7 @@ def test_modules_of_a_known_form_are_replaced(config: PreTrainedConfig, wanted: 
     assert count >= sum(wanted.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_norm_is_recognised_by_its_output(kind: type[nn.Module], dtype: torch.dtype) -> None:
@@ -215,6 +216,7 @@ def test_a_model_that_differs_when_fused_is_served_unfused(
     assert len(loads) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "config",

@@ -11,6 +11,8 @@ import pytest
 from server.engine.cpu import kernel_cache as module
 from server.engine.cpu.kernel_cache import MAX_FOLDERS, PREFIX, SOURCES, kernel_cache, source_digest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import torch
 from server.engine.cpu import row_kernels

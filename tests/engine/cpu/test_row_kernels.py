@@ -137,6 +137,7 @@ def test_torch_serves_if_a_kernel_cannot_be_compiled(
     row_kernels.can_compile.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("width", [10, 64, 80])

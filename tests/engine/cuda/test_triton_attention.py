@@ -21,6 +21,8 @@ from server.errors import EngineStartError
 from tests.support.engine.caches import Span, make_cache, plain_attention
 from tests.support.engine.triton import DEVICE, triton_attention
 
+pytestmark = pytest.mark.slow
+
 PRECISION = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """In float32 a score of 16, which occurs with heads of one element, has a rounding error of 1e-6."""
 

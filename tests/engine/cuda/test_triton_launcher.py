@@ -74,6 +74,7 @@ def python(code: str, *arguments: Path, cache: Path, **variables: str) -> subpro
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 @needs_a_compiler
 def test_the_compiled_library_is_loaded_without_a_compiler(prebuilt: Path, cuda: Path, tmp_path: Path) -> None:
     bare: dict[str, Any] = {"cache": tmp_path / "cache", "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(cuda)}

@@ -29,6 +29,8 @@ from tests.support.engine.harness import (
 )
 from tests.support.presence import present
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "whole": {},
     "chunks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},

@@ -25,6 +25,8 @@ from tests.support.engine.harness import (
 )
 from tests.support.presence import present
 
+pytestmark = pytest.mark.slow
+
 MAX_TOKENS = 10
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -24,6 +24,8 @@ from tests.engine.process.test_async_engine import TEXT, collect, running
 from tests.support.engine.harness import ALL_PEFT_CONFIGS, VOCABULARY, Family, greedy, make_family
 from tests.support.presence import present
 
+pytestmark = pytest.mark.slow
+
 
 def inspect(engine: LLMEngine, source: SoftPromptSource, num_nearest: int = 5) -> Inspected:
     answers: queue.SimpleQueue[Inspected] = queue.SimpleQueue()

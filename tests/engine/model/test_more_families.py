@@ -44,6 +44,8 @@ from tests.support.engine.harness import (
     tokens,
 )
 
+pytestmark = pytest.mark.slow
+
 MAX_TOKENS = 8
 SIX_TYPES = ("prompt_tuning_20", "p_tuning_7", "prefix_13", "multitask_6", "cpt_9", "cartridge_14")
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, **NO_TOKENS}

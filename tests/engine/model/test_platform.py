@@ -16,6 +16,8 @@ from server.engine.cpu import row_kernels
 from server.engine.model.platform import CPUPlatform, CUDAPlatform, Platform, choose_platform
 from server.errors import EngineStartError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 SERVE = f"""
 from server.config import EngineSettings

@@ -44,7 +44,7 @@ from tests.support.engine.harness import Family, greedy
 from tests.support.presence import present
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 TEXT = [5, 9, 2, 30, 41, 7]
 
 

@@ -46,6 +46,8 @@ from tests.support.engine.harness import (
 from tests.support.engine.sequences import make_sequence
 from tests.support.presence import present
 
+pytestmark = pytest.mark.slow
+
 TEXT = random_text(random.Random(5), 24, 24)
 SCHEMA = {
     "type": "object",

@@ -88,6 +88,7 @@ params_strategy = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(
     rows=st.lists(

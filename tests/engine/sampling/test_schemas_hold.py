@@ -26,6 +26,8 @@ from server.engine.sampling.trial_process import Vocabulary, make_tokenizer
 from tests.support.engine.grammars import END_ID, follow, save_tokenizer
 from tests.support.presence import present
 
+pytestmark = pytest.mark.slow
+
 
 class Writer:
     """Writes random texts under a constraint, without a model."""

@@ -92,6 +92,7 @@ def test_a_short_soak(limits: Limits) -> None:
     assert drive.tally.finished > 100
 
 
+@pytest.mark.slow
 def test_a_soak_covers_its_cases() -> None:
     drive = soak(4000, 1)
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats

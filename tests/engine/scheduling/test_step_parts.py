@@ -226,6 +226,7 @@ def tokens_of(outputs: list[TokenEvent]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     arriving=st.lists(requests, min_size=1, max_size=10),
