@@ -41,11 +41,11 @@ class AdmissionMiddleware(HttpMiddleware):
         if operation is None or operation.work is None or self._is_open(scope):
             await self.app(scope, receive, send)
             return
-        messages = await _whole(receive)
+        messages = await _read_body(receive)
         fields = _fields_of(messages)
         refusal = None if fields is None else self._refusal(scope, fields)
         if fields is None or refusal is None:
-            await self.app(scope, _again(messages, receive), send)
+            await self.app(scope, _replayed(messages, receive), send)
             return
         record = begin_record(Request(scope), self._services, model=fields.model, text=lambda: None)
         await record.fail(refusal, self._services.metrics).response()(scope, receive, send)
@@ -67,21 +67,21 @@ class AdmissionMiddleware(HttpMiddleware):
         return self._services.max_wait(None)
 
 
-async def _whole(receive: Receive) -> list[Message]:
+async def _read_body(receive: Receive) -> list[Message]:
     messages = [await receive()]
     while messages[-1].get("more_body", False):
         messages.append(await receive())
     return messages
 
 
-def _again(messages: list[Message], receive: Receive) -> Receive:
+def _replayed(messages: list[Message], receive: Receive) -> Receive:
     """A receive channel that replays messages read from another."""
     left = iter(messages)
 
-    async def receive_again() -> Message:
+    async def receive_replayed() -> Message:
         return next(left, None) or await receive()
 
-    return receive_again
+    return receive_replayed
 
 
 def _fields_of(messages: list[Message]) -> _Fields | None:
