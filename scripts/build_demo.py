@@ -1,8 +1,8 @@
-"""Build the embedded demo from nothing: corpus, tokenizer, model, soft prompts, held-out examples, model card.
+"""Build the embedded demo from scratch: corpus, tokenizer, model, soft prompts, held-out examples, model card.
 
     python -m scripts.build_demo --out server/demo
 
-Each stage reads what the one before it wrote, so that one can be repeated alone (``--stage prompts``).
+Each stage reads the output of the stage before it, so a single stage can be repeated (``--stage prompts``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAGES = ("tokenizer", "model", "prompts", "evaluate", "card")
 
 
 def main() -> None:
-    """Run the stages that were asked for."""
+    """Run the requested stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("server/demo"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=SEED)

@@ -1,11 +1,11 @@
-"""Kill a writing prompt store again and again, and look at what is left.
+"""Kill a prompt store repeatedly while it writes, and check its state afterwards.
 
     python scripts/crash_store.py --rounds 200
 
-Each round starts a process that uploads, promotes, rolls back and deletes in three threads, as fast as it can, and
-writes down what it begins and what was acknowledged. It is killed with SIGKILL at a random moment. Then the store is
-opened and held against the notes: everything acknowledged is there (the one operation of each thread that was under
-way may or may not be), every version has its files with the right bytes, and nothing else lies around.
+Each round starts a process with three threads that upload, promote, roll back and delete as fast as they can. The
+process logs the start and the acknowledgement of each operation. SIGKILL ends it at a random moment. The round then
+opens the store and compares it with the log. Every acknowledged operation must have taken effect; an operation in
+progress may or may not have. Every version must have its files with the right bytes, and no other file may remain.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PromptR
 BASE = BaseModelSpec("tiny", 32, 2, 2, 8, 64, "float32")
 NUM_THREADS = 3
 MAX_LINES_READ = 40
-"""Upper bound of the random number of notes that are read before the kill."""
+"""Upper bound of the random number of log lines that are read before the kill."""
 MAX_DELAY_SECONDS = 0.02
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 
 
 def config_of(number: int) -> bytes:
-    """Few of them, so that names share blobs, lose them and get them again."""
+    """One of five configurations, so that names share blobs, drop them and add them again."""
     return json.dumps({**CONFIG, "note": number % 5}).encode()
 
 
 def weights_of(number: int) -> bytes:
-    """Another soft prompt for each number below 7."""
+    """One of seven soft prompts, so that names share blobs."""
     return save({"prompt_embeddings": np.full((4, 32), number % 7, np.float32)})
 
 
 @dataclass
 class Expected:
-    """What one name has to look like.
+    """The expected state of one name.
 
     Attributes:
-        versions: sha256 of the weights by version.
-        last_version: The highest that there ever was.
+        versions: SHA-256 of the configuration and weights, by version.
+        last_version: The highest version ever assigned.
         aliases: Version by alias.
     """
 
@@ -65,11 +65,11 @@ class Expected:
     aliases: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> Expected:
-        """One that can be changed by itself."""
+        """Return an independent copy."""
         return Expected(dict(self.versions), self.last_version, dict(self.aliases))
 
     def apply(self, operation: dict[str, object]) -> None:
-        """Do to it what an operation does to the store."""
+        """Update the expected state as the store does for this operation."""
         version = int(str(operation["version"]))
         match operation["what"]:
             case "publish":
@@ -94,7 +94,7 @@ class Expected:
 
 
 def next_operation(rng: random.Random, state: Expected) -> dict[str, object]:
-    """Something that can be done to a name in this state."""
+    """Draw an operation that is valid in this state."""
     choice = rng.random()
     if not state.versions or choice < 0.5:
         number = rng.randrange(35)
@@ -107,7 +107,7 @@ def next_operation(rng: random.Random, state: Expected) -> dict[str, object]:
 
 
 def perform(store: PromptStore, name: str, operation: dict[str, object]) -> None:
-    """Do it."""
+    """Perform the operation on the store."""
     version = int(str(operation["version"]))
     match operation["what"]:
         case "publish":
@@ -129,36 +129,38 @@ def perform(store: PromptStore, name: str, operation: dict[str, object]) -> None
 
 
 def write(folder: Path, states: dict[str, Expected], seed: int) -> None:
-    """The process that is killed: never returns by itself."""
+    """Write to the store until the process is killed; never returns."""
     store = open_store(folder)
-    saying = threading.Lock()
+    log_lock = threading.Lock()
 
-    def say(event: str, name: str, operation: dict[str, object]) -> None:
-        with saying:
+    def log(event: str, name: str, operation: dict[str, object]) -> None:
+        with log_lock:
             print(json.dumps({"event": event, "name": name, "operation": operation}), flush=True)
 
     def work(name: str, state: Expected) -> None:
         rng = random.Random(f"{seed}-{name}")
         while True:
             operation = next_operation(rng, state)
-            say("begin", name, operation)
+            log("begin", name, operation)
             try:
                 perform(store, name, operation)
             except Exception as error:
-                say(f"failed: {error!r}", name, operation)
+                log(f"failed: {error!r}", name, operation)
                 raise
             state.apply(operation)
-            say("done", name, operation)
+            log("done", name, operation)
 
     for name, state in states.items():
         threading.Thread(target=work, args=(name, state)).start()
 
 
 def run_round(folder: Path, states: dict[str, Expected], seed: int) -> int:
-    """One life of a writer; ``states`` become what is left. Returns how many operations were acknowledged.
+    """Start a writer, kill it, and check the store; returns the number of acknowledged operations.
+
+    ``states`` are updated to the state of the store after the kill.
 
     Raises:
-        AssertionError: If something is lost, half there, or left behind.
+        AssertionError: If something is lost, incomplete, or left behind.
     """
     arguments = {name: vars(state) for name, state in states.items()}
     command = [sys.executable, __file__, "--write", str(folder), "--seed", str(seed)]
@@ -171,7 +173,7 @@ def run_round(folder: Path, states: dict[str, Expected], seed: int) -> int:
     process.stdin.write(json.dumps(arguments))
     process.stdin.close()
     rng = random.Random(seed)
-    # Each name begins an operation and then acknowledges it: one more line than names is an acknowledgement.
+    # Each name logs "begin" before "done". With more lines than names, at least one operation is acknowledged.
     num_lines = len(states) + rng.randint(1, MAX_LINES_READ)
     lines = [process.stdout.readline() for _ in range(num_lines)]
     time.sleep(rng.uniform(0, MAX_DELAY_SECONDS))
@@ -179,54 +181,57 @@ def run_round(folder: Path, states: dict[str, Expected], seed: int) -> int:
     lines += process.stdout.readlines()
     process.stdout.close()
     process.wait()
-    under_way: dict[str, dict[str, object]] = {}
+    in_progress: dict[str, dict[str, object]] = {}
     num_acknowledged = 0
     for line in lines:
         if not line.endswith("\n"):
             continue  # cut off by the kill
-        note = json.loads(line)
-        if note["event"] == "begin":
-            under_way[note["name"]] = note["operation"]
-        elif note["event"] != "done":
-            raise AssertionError(f"{note}")
+        entry = json.loads(line)
+        if entry["event"] == "begin":
+            in_progress[entry["name"]] = entry["operation"]
+        elif entry["event"] != "done":
+            raise AssertionError(f"{entry}")
         else:
-            states[note["name"]].apply(under_way.pop(note["name"]))
+            states[entry["name"]].apply(in_progress.pop(entry["name"]))
             num_acknowledged += 1
-    check(folder, states, under_way)
+    check(folder, states, in_progress)
     return num_acknowledged
 
 
-def check(folder: Path, states: dict[str, Expected], under_way: dict[str, dict[str, object]]) -> None:
-    """Hold a store that was killed against what was acknowledged; takes over what was done of the rest."""
+def check(folder: Path, states: dict[str, Expected], in_progress: dict[str, dict[str, object]]) -> None:
+    """Compare a killed store with the acknowledged operations.
+
+    ``states`` are updated with the operations in progress that took effect.
+    """
     store = open_store(folder)
     digests: set[str] = set()
     try:
         for name, before in states.items():
             found = observe(store, name, before.last_version, digests)
             possible = [before]
-            if name in under_way:
+            if name in in_progress:
                 after = before.copy()
-                after.apply(under_way[name])
+                after.apply(in_progress[name])
                 possible.append(after)
             for state in possible:
                 if (found.versions, found.aliases) == (state.versions, state.aliases):
                     states[name] = state
                     break
             else:
-                raise AssertionError(f"{name} is {found}, not one of {possible}")
+                raise AssertionError(f"{name} is {found}, expected one of {possible}")
     finally:
         store.close()
     blobs = {path.name for path in (folder / "blobs").rglob("*") if path.is_file()}
     if blobs != digests:
-        raise AssertionError(f"blobs without a name: {blobs - digests}; without bytes: {digests - blobs}")
+        raise AssertionError(f"unreferenced blobs: {blobs - digests}; missing blobs: {digests - blobs}")
     for left in ("staging", "quarantine"):
         rest = [path for path in (folder / left).rglob("*") if path.is_file()]
         if rest:
-            raise AssertionError(f"left behind: {rest}")
+            raise AssertionError(f"files left behind: {rest}")
 
 
 def observe(store: PromptStore, name: str, last_version: int, digests: set[str]) -> Expected:
-    """What the store has of a name; adds the blobs that it names to ``digests``."""
+    """Read the state of a name from the store, and add its blobs to ``digests``."""
     found = Expected(last_version=last_version)
     for number in range(1, last_version + 2):
         try:
@@ -245,10 +250,10 @@ def observe(store: PromptStore, name: str, last_version: int, digests: set[str])
 
 
 def run_rounds(folder: Path, rounds: int, seed: int, *, is_quiet: bool = False) -> int:
-    """So many lives of one store; returns how many operations were acknowledged in all.
+    """Run rounds on one store; returns the total number of acknowledged operations.
 
     Raises:
-        AssertionError: As ``run_round`` does.
+        AssertionError: If a round finds a fault in the store.
     """
     states = {f"name-{index}": Expected() for index in range(NUM_THREADS)}
     total = 0
@@ -256,13 +261,13 @@ def run_rounds(folder: Path, rounds: int, seed: int, *, is_quiet: bool = False) 
         acknowledged = run_round(folder, states, seed + number)
         total += acknowledged
         if not is_quiet:
-            held = sum(len(state.versions) for state in states.values())
-            print(f"round {number + 1}: {acknowledged} operations acknowledged, {held} versions held", flush=True)
+            stored = sum(len(state.versions) for state in states.values())
+            print(f"round {number + 1}: {acknowledged} operations acknowledged, {stored} versions stored", flush=True)
     return total
 
 
 def main() -> None:
-    """Write until killed, or run the rounds."""
+    """Run the rounds, or, with ``--write``, write until killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,10 @@
-"""Send a server what its OpenAPI document allows and what it does not, and see that it keeps to the document.
+"""Send a server valid and invalid requests, and check every answer against its OpenAPI document.
 
     python -m scripts.fuzz_api [--cases 5000] [--seed 1] [--url URL]
 
-Without ``--url`` a server on the embedded model is started for it. Every answer has to have a status and a body that
-the document describes for its path, and none may be a server error. A request that sets its own ``timeout`` so
-short that it cannot be met is answered 503 with ``overloaded_waiting``, as it asked for; that is none.
+Without ``--url`` the script starts a server on the embedded model. Every answer must have a status and a body that
+the document describes for its path. None may be a server error, except 503 with ``overloaded_waiting``: a request
+that sets a very short ``timeout`` gets it by design.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ CHECKS = (
     "response_schema_conformance",
 )
 COVERAGE_CASES = 1400
-"""What the phase that goes through the schemas field by field makes, whatever the number asked for."""
+"""Number of cases that schemathesis's coverage phase makes, whatever the requested number."""
 
 NUM_OPERATIONS = 26
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of it.
+    """The result of a run.
 
     Attributes:
-        num_cases: Requests that were sent.
-        failures: What is wrong, and where.
-        log: The tool's own report.
+        num_cases: Number of requests sent.
+        failures: Each failed check with its operation.
+        log: The output of schemathesis.
     """
 
     num_cases: int
@@ -52,16 +52,19 @@ class Report:
 
 
 def fuzz(url: str, *, cases: int, seed: int, phases: str = "examples,coverage,fuzzing") -> Report:
-    """Send about so many cases, or a little more.
+    """Send at least about ``cases`` requests.
 
     Args:
         url: A server; its soft prompts will be changed and deleted.
-        cases: How many.
-        seed: Makes them the same again.
-        phases: schemathesis's phases to run.
+        cases: The requested number of requests.
+        seed: The same seed gives the same requests.
+        phases: The phases of schemathesis to run, separated by commas.
+
+    Raises:
+        RuntimeError: If schemathesis writes no report.
     """
-    made = COVERAGE_CASES if "coverage" in phases else 0
-    per_operation = max(1, (cases - made) // (NUM_OPERATIONS * 3 // 4))
+    num_coverage = COVERAGE_CASES if "coverage" in phases else 0
+    per_operation = max(1, (cases - num_coverage) // (NUM_OPERATIONS * 3 // 4))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [
@@ -108,7 +111,7 @@ def main() -> None:
 
 
 def upload_soft_prompts(url: str) -> None:
-    """Give the examples something to name."""
+    """Upload the soft prompts that the document's examples name."""
     for name in ("sentiment", "dates"):
         folder = SOFT_PROMPTS_DIRECTORY / name
         files = [("files", (path.name, path.read_bytes())) for path in folder.iterdir()]

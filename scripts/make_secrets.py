@@ -1,6 +1,6 @@
-"""Make the secrets that docker-compose.yml reads: API keys, Prometheus' key among them, and Grafana's password.
+"""Create the secrets that docker-compose.yml reads: API keys, including Prometheus's key, and Grafana's password.
 
-What is there already is kept. Run by ``make secrets``; needs nothing but Python.
+Existing files stay unchanged. Run by ``make secrets``; needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def make_secrets(folder: Path) -> list[Path]:
-    """Write what is missing in ``folder``; returns what was written.
+    """Write the secrets that are missing in ``folder``; returns the paths of the new files.
 
-    The files can be read by everybody who can reach them, because the users that the containers run as have other
-    numbers than the one on this machine; the folder lets nobody else in.
+    The files are readable by every user, because the containers run as users with other ids than the host's user.
+    The folder's mode keeps other users of the host out.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     written = []

@@ -1,9 +1,9 @@
-"""Send a server mutated bodies beside one stream, and compare the stream's longest gap with that of a quiet server.
+"""Send mutated bodies to a server during a stream, and compare the stream's longest gap with an idle server's.
 
     python -m scripts.mutate_bodies [--bodies 1000] [--seed 1]
 
-A mutation is one of: another type or a huge number in a field, a deep nest, a long string or list, bytes that are no
-UTF-8, bytes that are no JSON, a pattern or schema made to be slow. Each has to be answered below 500, and in seconds.
+A mutation is one of: a wrong type or a huge number in a field, deep nesting, a long string or list, invalid UTF-8,
+invalid JSON, a pattern or schema that is slow to compile. Each must get a status below 500 within seconds.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ SLOW_PATTERN = "(a+)+" * 20 + "$"
 
 @dataclass(slots=True)
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        statuses: How many answers had which status.
-        slowest: Seconds of the slowest answer.
-        longest_gap: Seconds between two events of the stream, at most.
-        faults: Answers that should not be, as text.
+        statuses: Number of answers by status.
+        slowest: Latency of the slowest answer, in seconds.
+        longest_gap: Longest time between two events of the stream, in seconds.
+        faults: Descriptions of wrong answers.
     """
 
     statuses: dict[int, int] = field(default_factory=dict)
@@ -64,12 +64,12 @@ class Result:
 
 
 def deep(levels: int) -> bytes:
-    """Nested lists, as bytes: the standard library would not write them."""
+    """Nested lists as JSON; the standard library's encoder refuses deep nesting."""
     return b"[" * levels + b"]" * levels
 
 
 def mutated(rng: random.Random) -> tuple[str, bytes]:
-    """A path, and a body that is wrong for it in one way (or, now and then, not)."""
+    """A path and a body with one mutation; a few mutations leave the body valid."""
     path = rng.choice([*PATHS])
     body = json.loads(json.dumps(PATHS[path]))
     name = rng.choice([*body, *FIELDS])
@@ -80,7 +80,7 @@ def mutated(rng: random.Random) -> tuple[str, bytes]:
         lambda: "x" * rng.choice([10_000, 1_000_000]),
         lambda: ["x"] * 10_000,
         lambda: list(range(10_000)),
-        lambda: [[1] * 100] * 2000,  # more than there are places
+        lambda: [[1] * 100] * 2000,  # more tokens than the context holds
         lambda: "\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace") * 100,
         lambda: {str(index): index for index in range(10_000)},
     ]
@@ -106,10 +106,10 @@ def mutated(rng: random.Random) -> tuple[str, bytes]:
 
 
 async def run(url: str, *, bodies: int, seed: int) -> tuple[Result, Result]:
-    """A stream beside nothing, then one beside the bodies.
+    """Stream on an idle server, then while ``bodies`` mutated bodies are sent.
 
     Returns:
-        Without them, and with them.
+        The results without and with the bodies.
     """
     rng = random.Random(seed)
     quiet, loud = Result(), Result()
@@ -120,7 +120,7 @@ async def run(url: str, *, bodies: int, seed: int) -> tuple[Result, Result]:
 
 
 async def send_all(client: httpx.AsyncClient, result: Result, requests: list[tuple[str, bytes]]) -> None:
-    """Send the bodies, four at a time."""
+    """Send the bodies, with four requests in flight."""
     todo = iter(requests)
 
     async def worker() -> None:
@@ -137,7 +137,7 @@ async def send_all(client: httpx.AsyncClient, result: Result, requests: list[tup
 
 
 async def stream(client: httpx.AsyncClient, result: Result, until: asyncio.Task[None]) -> None:
-    """Stream until something else has ended, and note the longest gap."""
+    """Stream until the task ``until`` has ended, and record the longest gap."""
     body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     while not until.done():
         async with client.stream("POST", "/v1/completions", json=body) as response:

@@ -1,13 +1,13 @@
-"""Mixed steps of one engine with poison in nearly every batch: does a healthy token ever change?
+"""Run one engine with poisoned requests in nearly every batch, and check that no healthy token changes.
 
     python -m scripts.soak_poison --steps 10000 --backend compiled
     python -m scripts.soak_poison --steps 10000 --backend torch --block-size 5
 
-Healthy requests of the embedded model, bare and behind its soft prompts, have known greedy tokens in float32. Beside
-them go soft prompts of huge values, ones that overflow, ones that cannot be loaded, texts with a token that is NaN,
-and ensembles with such members. The cache is so small that blocks go from one to the other all the time. Every
-healthy answer is compared, and after every step the books are checked; now and then, so are all blocks that can be
-found.
+Healthy requests to the embedded model, with and without soft prompts, have known greedy tokens in float32. They share
+batches with poisoned requests: soft prompts with huge or NaN values, texts with a token whose embedding is NaN, and
+ensembles with such a soft prompt. The cache is small, so sequences reuse each other's blocks all the time. Every
+healthy answer is compared with the known one. Every step ends with an integrity check of the scheduler, and every 50
+steps all findable blocks must be finite.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,26 +37,25 @@ TASKS = ("sentiment", "intent", "extract")
 NAN_TOKEN = 700
 HUGE = (3e38, -3e38, 1e38, 1e30, 1e20)
 CHECK_EVERY = 50
-"""Steps after which every block that can be found is looked at."""
+"""Number of steps between checks of all findable blocks."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class HealthyRequest:
     """A healthy request and its greedy tokens."""
 
     text: list[int]
     source: SoftPromptSource | None
     max_tokens: int
-    want: tuple[int, ...] = ()
+    expected: tuple[int, ...] = ()
 
 
 class Traffic:
     """Healthy and poisoned requests for one engine.
 
     Args:
-        engine: With the embedded model; its embedding of ``NAN_TOKEN`` becomes NaN.
-        folder: Where soft prompts of poison are written.
-        seed: Of everything that is random.
+        engine: An engine on the embedded model; its embedding of ``NAN_TOKEN`` becomes NaN.
+        folder: Where poisoned soft prompts are written.
     """
 
     def __init__(self, engine: LLMEngine, folder: Path, seed: int) -> None:
@@ -64,55 +63,56 @@ class Traffic:
         self.counts: Counter[str] = Counter()
         self._rng = random.Random(seed)
         self._number = 0
-        self._asked: dict[str, Ask | None] = {}
+        self._unfinished: dict[str, HealthyRequest | None] = {}
         engine.runner.embed_tokens.register_forward_hook(_poison_token)
         self._poisons = _poisons(engine, folder)
         sources = [_source(SOFT_PROMPTS_DIRECTORY / task / WEIGHTS_FILE, task) for task in TASKS]
         self._sources = sources
         lengths = (3, 16, 47, 130, 311, 600)
-        asks = [Ask(self._text(length), source, 6) for length in lengths for source in (None, *sources)]
-        asks += [Ask(ask.text[:-3] + self._text(9), ask.source, 40) for ask in asks]  # which share an opening
-        self._asks = [Ask(ask.text, ask.source, ask.max_tokens, self._alone(ask)) for ask in asks]
+        bases = [HealthyRequest(self._text(length), source, 6) for length in lengths for source in (None, *sources)]
+        # Each of these shares a prefix with one of the first.
+        requests = bases + [HealthyRequest(base.text[:-3] + self._text(9), base.source, 40) for base in bases]
+        self._requests = [replace(request, expected=self._alone(request)) for request in requests]
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that have not ended."""
-        return len(self._asked)
+    def num_unfinished(self) -> int:
+        """Number of requests that have not ended."""
+        return len(self._unfinished)
 
     def add_healthy(self) -> None:
-        """One request whose answer is known."""
-        ask = self._rng.choice(self._asks)
-        self._add(ask.text, ask.source, ask.max_tokens, ask)
+        """Add a request with a known answer."""
+        request = self._rng.choice(self._requests)
+        self._add(request.text, request.source, request.max_tokens, request)
 
     def add_poison(self) -> None:
-        """One request that the model cannot compute, or not in a way that is of use."""
+        """Add a request whose values are huge or not finite."""
         rng, text = self._rng, self._text(self._rng.randint(1, 90))
         kind = rng.random()
         if kind < 0.25:
             text[rng.randrange(len(text))] = NAN_TOKEN
             self._add(text, rng.choice([None, *self._sources]), rng.randint(1, 6))
-        elif kind < 0.35:  # an opening that healthy requests have too
-            ask = rng.choice(self._asks)
-            self._add([*ask.text, NAN_TOKEN, *text], ask.source, 2)
+        elif kind < 0.35:  # shares a prefix with healthy requests
+            request = rng.choice(self._requests)
+            self._add([*request.text, NAN_TOKEN, *text], request.source, 2)
         elif kind < 0.45:
             self._add(text, rng.choice(self._sources), 4, others=(None, rng.choice(self._poisons)))
         else:
             self._add(text, rng.choice(self._poisons), rng.randint(1, 12))
 
     def abort(self) -> None:
-        """Somebody goes."""
-        if self._asked:
-            request_id = self._rng.choice(list(self._asked))
-            self._asked.pop(request_id)
+        """Abort a random request."""
+        if self._unfinished:
+            request_id = self._rng.choice(list(self._unfinished))
+            self._unfinished.pop(request_id)
             self.engine.abort(request_id)
             self._tokens.pop(request_id, None)
             self.counts["aborted"] += 1
 
     def step(self) -> None:
-        """One step; whatever ends is compared.
+        """Run one step, and compare the healthy requests that end.
 
         Raises:
-            AssertionError: If a healthy answer is not what it is alone, or poison is findable.
+            AssertionError: If a healthy answer differs from the answer alone, or a findable block is not finite.
         """
         self.counts["steps"] += 1
         for output in self.engine.step():
@@ -120,41 +120,46 @@ class Traffic:
             tokens += output.token_ids
             if output.finish_reason is None and output.failure is None:
                 continue
-            ask = self._asked.pop(output.request_id)
-            got = tuple(self._tokens.pop(output.request_id))
-            if ask is None:
+            request = self._unfinished.pop(output.request_id)
+            received = tuple(self._tokens.pop(output.request_id))
+            if request is None:
                 self.counts[f"poison: {output.failure.code if output.failure else output.finish_reason}"] += 1
                 continue
             self.counts["healthy"] += 1
-            if got != ask.want or output.finish_reason is not FinishReason.LENGTH:
+            if received != request.expected or output.finish_reason is not FinishReason.LENGTH:
                 raise AssertionError(
-                    f"{output.request_id}: {len(ask.text)} tokens behind {ask.source and ask.source.digest} gave "
-                    f"{got} ({output.finish_reason}, {output.failure}), and alone {ask.want}"
+                    f"{output.request_id}: {len(request.text)} tokens after soft prompt "
+                    f"{request.source and request.source.digest} gave {received} "
+                    f"({output.finish_reason}, {output.failure}), expected {request.expected}"
                 )
         self.engine.scheduler.check_integrity()
         if self.counts["steps"] % CHECK_EVERY == 0:
             self.check_cache()
 
     def check_cache(self) -> None:
-        """Look at every block that the next sequence may find; AssertionError if one is not finite."""
+        """Check every block that a later sequence can reuse.
+
+        Raises:
+            AssertionError: If a block is not finite.
+        """
         blocks, cache = self.engine.scheduler.block_manager, self.engine.runner.cache
         findable = list(blocks.findable)
         if findable and not cache.are_finite(findable).all():
-            raise AssertionError("a block of text can be found, though it is not finite")
+            raise AssertionError("a findable block of text is not finite")
         for run in blocks.runs.values():
             if run.is_filled and not cache.are_finite(run.blocks).flatten()[: run.num_computed].all():
-                raise AssertionError(f"soft prompt {run.key} is kept, though it is not finite")
+                raise AssertionError(f"the cached soft prompt {run.key} is not finite")
 
     _tokens: dict[str, list[int]]
 
-    def _alone(self, ask: Ask) -> tuple[int, ...]:
+    def _alone(self, request: HealthyRequest) -> tuple[int, ...]:
         self._tokens = {}
-        self._add(ask.text, ask.source, ask.max_tokens)
+        self._add(request.text, request.source, request.max_tokens)
         tokens: list[int] = []
         while self.engine.num_unfinished:
             for output in self.engine.step():
                 tokens += output.token_ids
-        self._asked.clear()
+        self._unfinished.clear()
         return tuple(tokens)
 
     def _add(
@@ -162,7 +167,7 @@ class Traffic:
         text: list[int],
         source: SoftPromptSource | None,
         max_tokens: int,
-        ask: Ask | None = None,
+        healthy: HealthyRequest | None = None,
         others: tuple[SoftPromptSource | None, ...] = (),
     ) -> None:
         self._number += 1
@@ -175,12 +180,12 @@ class Traffic:
                 params=params,
                 soft_prompt=source,
                 others=others,
-                salt=self._rng.choice("ab") if ask else "evil",
+                salt=self._rng.choice("ab") if healthy else "evil",
             )
         )
         if refused:
             raise AssertionError(refused[0].failure)
-        self._asked[request_id] = ask
+        self._unfinished[request_id] = healthy
 
     def _text(self, length: int) -> list[int]:
         return [self._rng.randrange(3, NAN_TOKEN) for _ in range(length)]
@@ -213,7 +218,7 @@ def _poisons(engine: LLMEngine, folder: Path) -> list[SoftPromptSource]:
     for is_key_values, width in widths.items():
         for index, value in enumerate((*HUGE, float("nan"))):
             rows = torch.full(((16, 37, 33, 5, 70, 8)[index], width), value)
-            if index % 2:  # signs that differ, so that sums are of both infinities
+            if index % 2:  # mixed signs, so that sums meet both infinities
                 rows *= torch.randn(rows.shape, generator=generator).sign()
             path = folder / f"{is_key_values}-{index}.safetensors"
             save_file({ROWS_TENSOR: rows}, path)
@@ -226,8 +231,8 @@ def running(backend: str, block_size: int) -> Iterator[LLMEngine]:
     """An engine whose cache holds little more than one of the longest sequences.
 
     Args:
-        backend: ``compiled`` or ``torch``: whose attention.
-        block_size: Positions in a block.
+        backend: The attention backend: ``compiled`` or ``torch``.
+        block_size: Positions per block.
     """
     platform = Platform(torch.device("cpu")) if backend == "torch" else CPUPlatform()
     with ExitStack() as stack:
@@ -249,17 +254,17 @@ def running(backend: str, block_size: int) -> Iterator[LLMEngine]:
 
 
 def soak(num_steps: int, *, seed: int = 0, backend: str = "compiled", block_size: int = 16) -> Counter[str]:
-    """So many steps under traffic; returns what has happened.
+    """Run ``num_steps`` steps under traffic; returns the counts of events.
 
     Raises:
-        AssertionError: If a healthy answer changes, or poison can be found.
+        AssertionError: If a healthy answer changes, or a findable block is not finite.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder, running(backend, block_size) as engine:
         traffic = Traffic(engine, Path(folder), seed)
         while traffic.counts["steps"] < num_steps:
             kind = rng.random()
-            if traffic.num_waiting < 24 and kind < 0.4:
+            if traffic.num_unfinished < 24 and kind < 0.4:
                 traffic.add_healthy() if rng.random() < 0.4 else traffic.add_poison()
             elif kind < 0.41:
                 traffic.abort()
@@ -281,8 +286,8 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     counts = soak(arguments.steps, seed=arguments.seed, backend=arguments.backend, block_size=arguments.block_size)
-    told = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"{told} in {time.monotonic() - started:.0f} s: no healthy token changed")
+    summary = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"{summary} in {time.monotonic() - started:.0f} s: no healthy token changed")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Drive the scheduler and the block manager with random traffic, and hold them to account after every step.
+"""Drive the scheduler and the block manager with random traffic, and check their state after every step.
 
-Instead of a model, every slot of every block notes what was last written to it. A step writes what its plan says and
-then reads what attention would read: each position of each chunk's sequence, up to the chunk's end, has to hold that
-sequence's own token after its own tenant's text and soft prompt. So a block that is shared wrongly, evicted in use,
-copied too early or never filled is found at the first read. For some texts and soft prompts the model would compute
-NaN from some position on: after the step that does, nobody may find it, and only what has to do with it has ended.
+Instead of a model, each slot of each block records what was last written to it. A step writes what its plan says, and
+then reads what attention would read. Each position of each chunk's sequence, up to the chunk's end, must hold that
+sequence's token, computed from that sequence's prefix, soft prompt and tenant. The first read detects a block that is
+shared wrongly, evicted in use, copied too early or never filled. Some texts and soft prompts are NaN from some
+position on. After the step that computes them, no findable block may contain NaN, and only the affected sequences may
+have ended.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from server.engine.types import ErrorCode, FinishReason, GenerateRequest, Sampli
 
 NUM_PROMPTS = 7
 NOT_FINITE = "not finite"
-"""What a slot holds where the model would have computed NaN."""
+"""The content of a slot where the model would have computed NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The server that is driven: small, so that everything runs short.
+    """The limits of the scheduler under test: small, so that every resource becomes scarce.
 
     Attributes:
-        num_blocks: Blocks of the cache.
-        block_size: Positions in a block.
-        max_num_seqs: Sequences that may run at once.
-        max_num_batched_tokens: Positions of a step.
-        max_model_len: Positions of a sequence.
+        num_blocks: Number of blocks in the cache.
+        block_size: Positions per block.
+        max_num_seqs: Maximum number of running sequences.
+        max_num_batched_tokens: Maximum number of positions per step.
+        max_model_len: Maximum number of positions per sequence.
     """
 
     num_blocks: int = 14
@@ -47,9 +48,10 @@ class Limits:
 
 @dataclass(slots=True)
 class Tally:
-    """What has happened, so that a run can show that it met what it is for.
+    """Counts of events, which show that a run covered them.
 
-    ``ensembles`` are those that finished; ``spoiled`` ended by a block that is not finite, ``not_finite`` by a token.
+    ``ensembles`` counts finished ensembles. ``spoiled`` counts sequences that ended because of a shared block that is
+    not finite, and ``not_finite`` those that ended because of their own token.
     """
 
     steps: int = 0
@@ -66,9 +68,9 @@ class Tally:
 
 @dataclass(slots=True)
 class Drive:
-    """One scheduler under random traffic; each method is one thing that can happen to it.
+    """One scheduler under random traffic; each method is one event.
 
-    Every method leaves the books checked and raises AssertionError where they do not balance.
+    Every method checks the integrity of the scheduler, and raises AssertionError if it does not hold.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -99,10 +101,17 @@ class Drive:
         timeout: float | None,
         num_members: int = 1,
     ) -> None:
-        """A request arrives, whose text's opening is like all others', and then one of a few.
+        """Add a request.
 
-        Prompt 0 is the bare base, even ones are keys and values, odd ones embeddings. An ensemble's members have the
-        prompts that follow.
+        Args:
+            length: Tokens in the text. All texts share their first five tokens.
+            max_tokens: Maximum number of new tokens.
+            prompt: Soft prompt: 0 for none, even for keys and values, odd for embeddings.
+            variant: Selects the tokens after the first five.
+            tenant: Selects the salt.
+            priority: Lower is more urgent.
+            timeout: Maximum seconds in the queue.
+            num_members: Number of ensemble members; each takes the next soft prompt.
         """
         self.tally.added += 1
         source, *others = (self._source((prompt + index) % NUM_PROMPTS) for index in range(num_members))
@@ -130,10 +139,10 @@ class Drive:
         try:
             self.scheduler.add(seq)
         except ValueError:
-            _expect(not fits, f"{seq.request_id} was refused, though it fits")
+            _expect(not fits, f"{seq.request_id} was refused, but it fits")
             self.tally.refused += 1
             return
-        _expect(fits, f"{seq.request_id} was taken, though it can never fit")
+        _expect(fits, f"{seq.request_id} was accepted, but it can never fit")
         self.live[seq.request_id] = seq
 
     def _source(self, prompt: int) -> SoftPromptSource | None:
@@ -145,33 +154,33 @@ class Drive:
         )
 
     def abort(self, choice: int) -> None:
-        """A client goes."""
+        """Abort a request."""
         if self.live:
             request_id = list(self.live)[choice % len(self.live)]
             seq = self.scheduler.abort(request_id)
-            _expect(seq is self.live.pop(request_id), f"{request_id} was not there to abort")
+            _expect(seq is self.live.pop(request_id), f"the scheduler did not know {request_id}")
             self.tally.aborted += 1
         self.scheduler.check_integrity()
 
     def swap(self, prompt: int) -> None:
-        """A soft prompt gets a new version; sequences on their way keep theirs."""
+        """Publish a new version of a soft prompt; existing sequences keep their version."""
         self.versions[prompt % NUM_PROMPTS] += 1
 
     def evict(self) -> None:
-        """Something needs all blocks that nobody refers to, for a moment."""
+        """Evict all unreferenced blocks: a large sequence takes them and releases them at once."""
         blocks = self.scheduler.block_manager
         if blocks.num_available:
             text = [7] * (blocks.num_available * blocks.block_size)
             request = GenerateRequest(
-                request_id="big", prompt_token_ids=text, params=SamplingParams(max_tokens=1), salt="nobody's"
+                request_id="big", prompt_token_ids=text, params=SamplingParams(max_tokens=1), salt="evict"
             )
             big = Sequence(request)
-            _expect(blocks.admit(big, None) is not None, "available blocks could not be taken")
+            _expect(blocks.admit(big, None) is not None, "available blocks could not be allocated")
             blocks.free(big)
         self.scheduler.check_integrity()
 
     def step(self, seconds: float = 1.0) -> None:
-        """Time passes, and one step is planned and done."""
+        """Advance the clock by ``seconds``, then plan and run one step."""
         self.tally.steps += 1
         self.now += seconds
         self._expire()
@@ -184,7 +193,7 @@ class Drive:
         ]
         plan = self.scheduler.schedule(self.now)
         self._check_plan(plan, first)
-        # What was preempted has lost its table; it may have another by now.
+        # A preempted sequence has lost its table, and may have a new one.
         self._check_decodes_first(plan, [seq for seq, table in ready if seq.block_table is table])
         self._check_ensembles(plan)
         self._write(plan)
@@ -201,18 +210,18 @@ class Drive:
         self.scheduler.check_integrity()
 
     def finish(self, max_steps: int = 5000) -> None:
-        """Nothing arrives any more: everything ends, and every block comes back."""
+        """Run all sequences to their end, and check that every block was released."""
         for _ in range(max_steps):
             if not self.scheduler.has_work:
                 break
             self.step()
         _expect(not self.scheduler.has_work and not self.live, f"{len(self.live)} sequences never ended")
-        _expect(self.scheduler.block_manager.num_available == self.limits.num_blocks, "blocks are still held")
+        _expect(self.scheduler.block_manager.num_available == self.limits.num_blocks, "some blocks were not released")
 
     def _expire(self) -> None:
         for seq in self.scheduler.expire(self.now):
-            _expect(seq.first_run is None and seq.deadline is not None, f"{seq.request_id} ended, though it ran")
-            _expect(seq.end_reason is ErrorCode.WAIT_TIMEOUT, f"{seq.request_id} ended for no reason")
+            _expect(seq.first_run is None and seq.deadline is not None, f"{seq.request_id} must not expire")
+            _expect(seq.end_reason is ErrorCode.WAIT_TIMEOUT, f"{seq.request_id} expired with another reason")
             del self.live[seq.request_id]
             self.tally.expired += 1
         for seq in self.scheduler.waiting:
@@ -223,8 +232,8 @@ class Drive:
         limits = self.limits
         _expect(plan.num_tokens <= limits.max_num_batched_tokens, f"the step computes {plan.num_tokens} tokens")
         _expect(self.scheduler.num_running <= limits.max_num_seqs, "too many sequences run")
-        _expect(not plan.is_empty or not self.scheduler.has_work, "sequences wait, and nothing is done")
-        _expect(first is None or bool(first.block_table), "the oldest of the most urgent was preempted")
+        _expect(not plan.is_empty or not self.scheduler.has_work, "the plan is empty, but sequences wait")
+        _expect(first is None or bool(first.block_table), "the sequence that is first in order was preempted")
         seqs = [chunk.seq.request_id for chunk in plan.chunks if chunk.seq is not None]
         _expect(len(seqs) == len(set(seqs)), "a sequence is in the step twice")
         _expect(all(chunk.num_tokens > 0 for chunk in plan.chunks), "a chunk is empty")
@@ -239,7 +248,7 @@ class Drive:
         _expect(leading == expected, "a sequence that could decode had to wait")
 
     def _check_ensembles(self, plan: StepPlan) -> None:
-        """All members of an ensemble sample in one step, side by side, or none does."""
+        """Check that the members of an ensemble sample in the same step, in adjacent rows."""
         sampling = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         leaders = [seq for seq in sampling if not seq.is_follower]
         _expect(
@@ -260,7 +269,7 @@ class Drive:
         if not spoiled:
             return
         for seq in [ended for group in self.scheduler.spoil(plan, spoiled) for ended in group]:
-            _expect(not _is_finite(seq), f"{seq.request_id} ends, though all of it is finite")
+            _expect(not _is_finite(seq), f"{seq.request_id} ended, but all its positions are finite")
             self._end_not_finite(seq)
             self.tally.spoiled += 1
 
@@ -268,11 +277,10 @@ class Drive:
         blocks, size = self.scheduler.block_manager, self.limits.block_size
         for block in blocks.findable:
             held = [self.slots.get((block, offset)) for offset in range(size)]
-            _expect(NOT_FINITE not in held, f"block {block} can be found, though it is not finite")
+            _expect(NOT_FINITE not in held, f"the findable block {block} is not finite")
         for run in blocks.runs.values():
-            _expect(
-                not run.is_filled or NOT_FINITE not in _virtual(run.source), f"{run.key} is not finite, and stays"
-            )
+            is_valid = not run.is_filled or NOT_FINITE not in _virtual(run.source)
+            _expect(is_valid, f"the cached soft prompt {run.key} is not finite")
 
     def _end_not_finite(self, seq: Sequence) -> None:
         self.scheduler.finish(seq, ErrorCode.NOT_FINITE)
@@ -290,7 +298,7 @@ class Drive:
             self.tally.finished += 1
             self.tally.ensembles += bool(seq.followers)
 
-    # What the device would hold
+    # A model of the device's memory
 
     def _write(self, plan: StepPlan) -> None:
         size = self.limits.block_size
@@ -319,7 +327,7 @@ class Drive:
             found = self.slots.get((seq.block_table[position // size], position % size))
             _expect(
                 found == contents[position],
-                f"{seq.request_id} reads {found} at position {position}, which should be {contents[position]}",
+                f"{seq.request_id} reads {found} at position {position}, expected {contents[position]}",
             )
 
 
@@ -328,10 +336,10 @@ def _is_finite(seq: Sequence) -> bool:
 
 
 def _contents(seq: Sequence) -> list[object]:
-    """What each position of a sequence has to hold: its token, and everything that it was computed from."""
+    """The expected content of each position of a sequence: a hash of its token and everything before it."""
     soft_prompt = seq.request.soft_prompt
     contents = [] if soft_prompt is None else _virtual(soft_prompt)
-    before = crc32(f"{seq.request.salt} {seq.flow}".encode())  # the same in every run
+    before = crc32(f"{seq.request.salt} {seq.flow}".encode())  # unlike hash(), deterministic
     is_finite = NOT_FINITE not in contents
     for token in seq.token_ids:
         before = hash((before, token))
@@ -341,7 +349,7 @@ def _contents(seq: Sequence) -> list[object]:
 
 
 def _virtual(source: SoftPromptSource) -> list[object]:
-    """The same of a soft prompt; of every third version that has to be computed, NaN from somewhere on."""
+    """The expected content of a soft prompt; every third version of embeddings is NaN from some position on."""
     version = int(source.digest.partition(".")[2])
     contents: list[object] = [(source.identity, position) for position in range(source.num_virtual_tokens)]
     if not source.is_key_values and version % 3 == 2:
@@ -350,21 +358,21 @@ def _virtual(source: SoftPromptSource) -> list[object]:
     return contents
 
 
-def _expect(holds: bool, what: str) -> None:
+def _expect(holds: bool, message: str) -> None:
     if not holds:
-        raise AssertionError(what)
+        raise AssertionError(message)
 
 
 def soak(num_steps: int, seed: int, limits: Limits | None = None) -> Drive:
-    """Random traffic for so many steps, then the end of everything.
+    """Run random traffic for ``num_steps`` steps, then run all sequences to their end.
 
     Raises:
-        AssertionError: At the first step after which something does not balance.
+        AssertionError: After the first event that breaks an invariant.
     """
     rng = random.Random(seed)
     drive = Drive(limits or Limits())
     while drive.tally.steps < num_steps:
-        # Bursts: phases in which more comes than can be served, and phases in which the queue empties.
+        # Phases of overload alternate with phases in which the queue empties.
         is_burst = drive.tally.steps // 100 % 3 != 0
         kind = rng.random()
         if kind < 0.02:
@@ -394,13 +402,13 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000, help="scheduler steps under traffic")
-    parser.add_argument("--seed", type=int, default=0, help="of the traffic")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the traffic")
     arguments = parser.parse_args()
     started = time.perf_counter()
     drive = soak(arguments.steps, arguments.seed)
     counts = ", ".join(f"{getattr(drive.tally, name)} {name}" for name in Tally.__slots__)
     seconds = time.perf_counter() - started
-    print(f"{counts}, {drive.scheduler.num_preemptions} preemptions in {seconds:.1f} s: the books balance")
+    print(f"{counts}, {drive.scheduler.num_preemptions} preemptions in {seconds:.1f} s: all invariants held")
 
 
 if __name__ == "__main__":

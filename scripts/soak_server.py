@@ -1,10 +1,10 @@
-"""Mixed traffic on a whole server for minutes: does it grow, and what is left at the end?
+"""Run mixed traffic on a whole server for minutes, and check for memory growth and leaks.
 
     python -m scripts.soak_server --minutes 20
 
 Threads ask questions with known answers, upload, promote, roll back, warm and delete soft prompts, and open streams
-that they leave at random moments. The memory of the API process and of the engine's is sampled every two seconds; the
-first quarter of the time is held against the last.
+that they close at random moments. The script samples the memory of the API process and of the engine process every
+two seconds, and compares the last quarter of the time with the first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUM_PARTS = 10
 
 
 class Churn:
-    """A thread that changes soft prompts in every way there is, and counts the answers."""
+    """Changes soft prompts in every way that the API offers, and counts the answers."""
 
     def __init__(self, url: str, ends: threading.Event, seed: int) -> None:
         self.counts: Counter[str] = Counter()
@@ -42,7 +42,7 @@ class Churn:
         self._seed = seed
 
     def run(self) -> None:
-        """Change things until told to end."""
+        """Send random changes until ``ends`` is set."""
         with self._client:
             while not self._ends.is_set():
                 what = self._rng.choice(["upload"] * 4 + ["ask"] * 4 + ["promote", "rollback", "warm", "delete"])
@@ -68,8 +68,8 @@ class Churn:
                 return client.delete(path)
 
 
-def leave(url: str, ends: threading.Event, seed: int, counts: Counter[str]) -> None:
-    """Open streams, read some events of each, and go."""
+def disconnect(url: str, ends: threading.Event, seed: int, counts: Counter[str]) -> None:
+    """Open streams, read some events of each, and disconnect, until ``ends`` is set."""
     rng = random.Random(seed)
     with httpx.Client(base_url=url, timeout=60) as client:
         while not ends.is_set():
@@ -78,12 +78,12 @@ def leave(url: str, ends: threading.Event, seed: int, counts: Counter[str]) -> N
                 lines = response.iter_lines()
                 for _ in range(rng.randrange(60)):
                     next(lines, None)
-            counts["streams left"] += 1
+            counts["closed streams"] += 1
             time.sleep(rng.uniform(0, 0.2))
 
 
 def sample(server: Server, ends: threading.Event, found: dict[str, list[int]]) -> None:
-    """Note both processes' memory until told to end."""
+    """Append the memory of both processes to ``found``, in bytes, until ``ends`` is set."""
     engine = server.engine
     while not ends.wait(SAMPLE_SECONDS):
         found["API process"].append(server.process.memory_info().rss)
@@ -91,16 +91,16 @@ def sample(server: Server, ends: threading.Event, found: dict[str, list[int]]) -
 
 
 def run(folder: Path, *, minutes: float) -> Report:
-    """Let all of it go on for so many minutes."""
+    """Run all traffic for ``minutes``."""
     report, ends = Report(), threading.Event()
     found: dict[str, list[int]] = {"API process": [], "engine process": []}
-    left: Counter[str] = Counter()
+    closed: Counter[str] = Counter()
     with serve(folder, "--soft-prompt-host-memory", "4MiB") as server:
         load = Load(server, num_threads=4)
         before = Baseline.of(server)
         churns = [Churn(server.url, ends, seed) for seed in range(2)]
         threads = [threading.Thread(target=churn.run) for churn in churns]
-        threads += [threading.Thread(target=leave, args=(server.url, ends, seed, left)) for seed in range(2)]
+        threads += [threading.Thread(target=disconnect, args=(server.url, ends, seed, closed)) for seed in range(2)]
         threads.append(threading.Thread(target=sample, args=(server, ends, found)))
         with load:
             for thread in threads:
@@ -122,7 +122,7 @@ def run(folder: Path, *, minutes: float) -> Report:
             parts = [statistics.median(sizes[start : start + step]) / 2**20 for start in range(0, len(sizes), step)]
             report.figure(f"memory of the {process} by tenths, MiB", " ".join(f"{part:.0f}" for part in parts))
         load.report(report)
-        report.figure("streams that clients left", left["streams left"])
+        report.figure("streams that clients closed", closed["closed streams"])
         changes = sum((churn.counts for churn in churns), Counter[str]())
         report.figure("changes, by answer", ", ".join(f"{what}: {n}" for what, n in sorted(changes.items())))
         failed = {what: n for what, n in changes.items() if int(what.split()[1]) >= 500}

@@ -1,9 +1,9 @@
-"""Write the examples that docs/training.md trains with: ``python -m scripts.training_examples``.
+"""Write the training examples that docs/training.md uses: ``python -m scripts.training_examples``.
 
-The task is triage of a mixed inbox: complaints go to support, praise to great, orders to delivery, and whatever
-somebody asks of an assistant to call. The embedded model has read such texts, but nothing in its corpus asks for
-this. The labels are words of which its small vocabulary has each as one token. ``tasks.jsonl`` is for the method
-multitask and adds a second task that the corpus does not have: whether a request names a day of the week.
+The task is triage of a mixed inbox. Complaints get the label support, praise gets great, orders get delivery, and
+requests to an assistant get call. The corpus of the embedded model contains similar texts, but no instruction for
+this task. Each label is one token of the model's small vocabulary. ``tasks.jsonl`` is for the method multitask. It
+adds a second task that is not in the corpus either: does a request name a day of the week?
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUM_TRAIN, NUM_TEST = 400, 150
 
 
 def triage(rng: random.Random) -> tuple[str, str]:
-    """One message and where it goes."""
+    """Draw one message and its label."""
     label = rng.choice(["support", "great", "delivery", "call"])
     if label == "delivery":
         return extract(rng)[0], label
@@ -34,7 +34,7 @@ def triage(rng: random.Random) -> tuple[str, str]:
 
 
 def weekday(rng: random.Random) -> tuple[str, str]:
-    """Something said to an assistant, and whether it names a day of the week."""
+    """Draw one request to an assistant, and whether it names a day of the week."""
     wanted = rng.choice(["alarm", "manual"])
     while True:
         text = intent(rng)[0]
@@ -43,7 +43,7 @@ def weekday(rng: random.Random) -> tuple[str, str]:
 
 
 def files() -> dict[str, list[dict[str, object]]]:
-    """The rows of each file; no text of a test file is in a training file."""
+    """The rows of each file; training and test files have no text in common."""
     rng = random.Random(SEED)
     found: dict[str, list[dict[str, object]]] = {}
     for name, draws in (("triage", [triage]), ("tasks", [triage, weekday])):
@@ -61,7 +61,7 @@ def files() -> dict[str, list[dict[str, object]]]:
 
 
 def main() -> None:
-    """Write them."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
     out = parser.parse_args().out

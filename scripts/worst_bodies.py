@@ -1,11 +1,12 @@
-"""Find the body that costs a server the most, for each route: time on its event loop, CPU and memory.
+"""Find the most expensive body of each route: time on the server's event loop, CPU and memory.
 
     python -m scripts.worst_bodies [--path /v1/completions] [--only "a list of numbers"] [--megabytes 7.9]
 
-Bodies are made from the OpenAPI document: each field of each route, nested ones included, holds the longest, widest,
-deepest and most faulty values that fit the size. A server of the embedded model answers them one by one. It measures
-how long one task kept its event loop, as the CPU time of the loop's thread (other processes do not disturb that) and
-as wall time. Status 1 if some body held the loop for longer than the limit, by CPU time.
+Bodies are generated from the OpenAPI document: each field of each route, including nested fields, gets the longest,
+widest, deepest and most malformed values that fit the size. A server on the embedded model answers them one by one.
+It measures the longest time that one task blocked its event loop, as CPU time of the loop's thread (unaffected by
+other processes) and as wall time. The exit status is 1 if a body blocked the loop for longer than the limit, by CPU
+time.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ NESTED = frozenset(
         "a nest of 900 objects, wide below",
     }
 )
-"""What fields of fields hold; those of the body itself hold everything."""
+"""The values that nested fields get; the top-level fields get every value."""
 
 MAX_DEPTH = 4
-"""Objects within objects of the schema that fields are taken from."""
+"""Maximum depth of the nested fields taken from the schema."""
 
 BASES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
@@ -65,34 +66,34 @@ BASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one body cost.
+    """The cost of one body.
 
     Attributes:
         path: The route.
-        what: The field and its value, in words.
-        status: Of the answer.
-        held_cpu: Longest CPU time of the event loop's thread between two looks, in seconds.
-        held_wall: Longest wall time between two looks, in seconds.
-        cpu: CPU seconds of the whole API process.
-        memory: Bytes that its memory grew by at most.
+        description: The field and its value.
+        status: The status of the answer.
+        blocked_cpu: Longest CPU time of the event loop's thread between two probes, in seconds.
+        blocked_wall: Longest wall time between two probes, in seconds.
+        cpu: CPU time of the whole API process, in seconds.
+        memory: Peak memory growth of the API process, in bytes.
     """
 
     path: str
-    what: str
+    description: str
     status: int
-    held_cpu: float
-    held_wall: float
+    blocked_cpu: float
+    blocked_wall: float
     cpu: float
     memory: int
 
 
 class ProbedServer(PreludeServer):
-    """Writes to a file how long its event loop was kept."""
+    """Writes to a shared file how long its event loop was blocked: CPU seconds, wall seconds, number of probes."""
 
     board: mmap.mmap
 
     async def main_loop(self) -> None:
-        """Serve, and look at the clock every two milliseconds."""
+        """Serve, and probe the event loop every two milliseconds."""
         probe = asyncio.create_task(self._probe())
         try:
             await super().main_loop()
@@ -103,9 +104,9 @@ class ProbedServer(PreludeServer):
         while True:
             cpu, wall = time.thread_time(), time.perf_counter()
             await asyncio.sleep(PROBE_SECONDS)
-            held = (time.thread_time() - cpu, time.perf_counter() - wall - PROBE_SECONDS)
-            *known, looks = struct.unpack("ddd", self.board[:24])
-            self.board[:24] = struct.pack("ddd", *map(max, held, known), looks + 1)
+            blocked = (time.thread_time() - cpu, time.perf_counter() - wall - PROBE_SECONDS)
+            *longest, num_probes = struct.unpack("ddd", self.board[:24])
+            self.board[:24] = struct.pack("ddd", *map(max, blocked, longest), num_probes + 1)
 
 
 def serve(board: Path, port: int, store: str) -> None:
@@ -125,7 +126,13 @@ def serve(board: Path, port: int, store: str) -> None:
 
 
 def values(size: int, most: int, most_containers: int) -> Iterator[tuple[str, str]]:
-    """JSON texts of about so many bytes, and at most so many values and lists or objects, with what they are."""
+    """Pairs of a description and a JSON text.
+
+    Args:
+        size: Approximate size of each text, in bytes.
+        most: Maximum number of values per text, for those made by repetition.
+        most_containers: Maximum number of lists and objects in them.
+    """
 
     def repeated(item: str, opening: str = "[", closing: str = "]") -> str:
         own, containers = 1 + sum(map(item.count, ",[{")), max(1, item.count("[") + item.count("{"))
@@ -182,7 +189,7 @@ def values(size: int, most: int, most_containers: int) -> Iterator[tuple[str, st
 
 
 def fields(document: dict[str, Any], schema: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, ...]]:
-    """Paths of a schema's fields; a list's items go by the name ``[]``."""
+    """Paths of a schema's fields; the name ``[]`` stands for the items of a list."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         yield from fields(document, document["components"]["schemas"][name], depth)
@@ -202,16 +209,16 @@ def fields(document: dict[str, Any], schema: dict[str, Any], depth: int = 0) -> 
 
 
 def bodies(document: dict[str, Any], path: str, size: int) -> Iterator[tuple[str, str]]:
-    """Every body for a route, with what it is."""
+    """Pairs of a description and a body, for all bodies of a route."""
     content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     paths = dict.fromkeys(fields(document, content["schema"]))
     known = dict(values(size, 10**9, 10**9))
     most = most_values(OPERATIONS.match("POST", path).operation)
-    for what, value in values(size, most - 100, MOST_CONTAINERS - 100):
-        if value != known[what]:
-            known[f"{what}, as many values as are taken"] = value
-    for what, value in known.items():
-        yield f"the body is {what}", value
+    for description, value in values(size, most - 100, MOST_CONTAINERS - 100):
+        if value != known[description]:
+            known[f"{description}, as many values as are accepted"] = value
+    for description, value in known.items():
+        yield f"the body is {description}", value
     for found in [("unknown",), *paths]:
         base = dict(BASES[path])
         marker: Any = "@@"
@@ -219,13 +226,13 @@ def bodies(document: dict[str, Any], path: str, size: int) -> Iterator[tuple[str
             marker = [marker] if name == "[]" else {**_beside(name), name: marker}
         base[found[0]] = marker
         before, _, after = json.dumps(base).partition('"@@"')
-        for what, value in known.items():
-            if len(found) == 1 or what.partition(", as many")[0] in NESTED:
-                yield f"`{'.'.join(found)}` is {what}", before + value + after
+        for description, value in known.items():
+            if len(found) == 1 or description.partition(", as many")[0] in NESTED:
+                yield f"`{'.'.join(found)}` is {description}", before + value + after
 
 
 def _beside(name: str) -> dict[str, Any]:
-    """What has to be in an object for its field to be looked at."""
+    """Other fields that an object needs so that the server reads the field ``name``."""
     if name in ("tool_calls", "content", "role"):
         return {"role": "assistant"}
     if name in ("json_schema", "schema"):
@@ -235,25 +242,30 @@ def _beside(name: str) -> dict[str, Any]:
     return {}
 
 
-def measure(client: httpx.Client, process: psutil.Process, board: mmap.mmap, path: str, what: str, body: str) -> Cost:
-    """Send one body."""
+def measure(
+    client: httpx.Client, process: psutil.Process, board: mmap.mmap, path: str, description: str, body: str
+) -> Cost:
+    """Send one body, and measure its cost."""
     data = body.encode()
     Path(f"/proc/{process.pid}/clear_refs").write_text("5")
     before, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
     board[:24] = bytes(24)
     response = client.post(path, content=data, headers={"content-type": "application/json"})
     board[16:24] = bytes(8)
-    while struct.unpack("d", board[16:24])[0] < 2:  # a look that began after the answer has ended
+    while struct.unpack("d", board[16:24])[0] < 2:  # until a probe that began after the answer has ended
         time.sleep(PROBE_SECONDS)
-    held_cpu, held_wall, _ = struct.unpack("ddd", board[:24])
+    blocked_cpu, blocked_wall, _ = struct.unpack("ddd", board[:24])
     status = Path(f"/proc/{process.pid}/status").read_text()
     peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
     spent = sum(process.cpu_times()[:2]) - cpu
-    return Cost(path, what, response.status_code, held_cpu, held_wall, spent, max(0, peak - before))
+    return Cost(path, description, response.status_code, blocked_cpu, blocked_wall, spent, max(0, peak - before))
 
 
 def run(paths: list[str], size: int, seconds: float, only: list[str]) -> list[Cost]:
-    """Start a server, and send everything, or as much for each route as the time allows."""
+    """Start a server and send the bodies of each route, for at most ``seconds`` per route.
+
+    ``size`` is in bytes. If ``only`` is not empty, a body is sent if its description contains one of the texts in it.
+    """
     costs: list[Cost] = []
     with tempfile.TemporaryDirectory() as folder:
         board_path = Path(folder) / "board"
@@ -271,39 +283,40 @@ def run(paths: list[str], size: int, seconds: float, only: list[str]) -> list[Co
             process = psutil.Process(server.pid)
             for path in paths:
                 deadline = time.monotonic() + seconds
-                for what, body in bodies(document, path, size):
-                    if only and not any(words in what for words in only):
+                for description, body in bodies(document, path, size):
+                    if only and not any(words in description for words in only):
                         continue
-                    costs.append(measure(client, process, board, path, what, body))
+                    costs.append(measure(client, process, board, path, description, body))
                     if time.monotonic() > deadline:
-                        print(f"{path}: out of time at {what}", file=sys.stderr)
+                        print(f"{path}: out of time at {description}", file=sys.stderr)
                         break
     return costs
 
 
 def report(costs: list[Cost], *, count: int) -> str:
-    """A table in Markdown: for each route the bodies that held the loop the longest."""
+    """A Markdown table of the ``count`` bodies of each route that blocked the event loop the longest."""
     lines = ["| route | body | status | loop, CPU ms | loop, wall ms | CPU ms | memory MB |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for path in dict.fromkeys(cost.path for cost in costs):
-        worst = sorted((cost for cost in costs if cost.path == path), key=lambda cost: cost.held_cpu)[-count:]
+        worst = sorted((cost for cost in costs if cost.path == path), key=lambda cost: cost.blocked_cpu)[-count:]
         for cost in reversed(worst):
-            numbers = (cost.held_cpu * 1000, cost.held_wall * 1000, cost.cpu * 1000, cost.memory / 1e6)
-            lines.append(
-                f"| `{path}` | {cost.what} | {cost.status} | " + " | ".join(f"{n:.0f}" for n in numbers) + " |"
-            )
+            numbers = (cost.blocked_cpu * 1000, cost.blocked_wall * 1000, cost.cpu * 1000, cost.memory / 1e6)
+            cells = [f"`{path}`", cost.description, str(cost.status), *(f"{number:.0f}" for number in numbers)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Run, and print the worst."""
+    """Measure, and print the most expensive bodies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", action="append", choices=list(BASES), help="only this route")
     parser.add_argument("--megabytes", type=float, default=7.9)
     parser.add_argument("--limit-ms", type=float, default=100.0)
-    parser.add_argument("--count", type=int, default=3, help="bodies that are shown for each route")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="for each route, at most")
-    parser.add_argument("--only", action="append", default=[], help="bodies whose description has these words")
+    parser.add_argument("--count", type=int, default=3, help="number of bodies in the table per route")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="time limit per route")
+    parser.add_argument(
+        "--only", action="append", default=[], help="only bodies whose description contains this text"
+    )
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
@@ -312,7 +325,7 @@ def main() -> None:
         serve(arguments.serve, arguments.port, arguments.store)
         return
     costs = run(arguments.path or list(BASES), int(arguments.megabytes * 1e6), arguments.seconds, arguments.only)
-    over = [cost for cost in costs if cost.held_cpu * 1000 > arguments.limit_ms]
+    over = [cost for cost in costs if cost.blocked_cpu * 1000 > arguments.limit_ms]
     print(report(costs, count=arguments.count))
     print(f"\n{len(costs)} bodies, {len(over)} over {arguments.limit_ms:g} ms, statuses", end=" ")
     print({status: sum(cost.status == status for cost in costs) for status in {cost.status for cost in costs}})

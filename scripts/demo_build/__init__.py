@@ -1,1 +1,1 @@
-"""How the embedded demo model and its soft prompts are made."""
+"""The stages that build the embedded demo model and its soft prompts."""

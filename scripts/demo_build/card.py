@@ -58,7 +58,7 @@ DESCRIPTIONS = {
 
 
 def render_card(figures: dict[str, Any]) -> str:
-    """The text of the card."""
+    """Return the text of the card."""
     model, prompts = figures["model"], figures["soft_prompts"]
     return CARD.format(
         parameters=model["parameters"],

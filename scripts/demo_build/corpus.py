@@ -1,8 +1,8 @@
-"""The text that the demo model learns from, and the labelled examples that its soft prompts learn from.
+"""The corpus of the demo model, and the labelled examples for its soft prompts.
 
-A document of the corpus is one of three kinds. *Prose*: what people write, one sentence after another; here every
-kind of input is followed by more prose, so an input alone asks for nothing. *Instructed*: a line that says what to
-do, the input on the next line, the output on the one after. *Chained*: several inputs under one instruction.
+A document of the corpus is one of three kinds. *Prose*: sentences in which every kind of input is followed by more
+prose, so that an input alone does not call for an answer. *Instructed*: an instruction, the input on the next line,
+and the output on the line after that. *Chained*: several inputs after one instruction.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROSE_SHARE = 0.35
 
 @dataclass(frozen=True)
 class Document:
-    """One document: text and, for each piece, whether it is an answer (answers weigh more in the loss)."""
+    """Pieces of text, each with whether it is an answer; answers weigh more in the loss."""
 
     pieces: tuple[tuple[str, bool], ...]
 
@@ -43,7 +43,7 @@ class Document:
 
 
 def follow_up(rng: random.Random) -> str:
-    """A sentence that may follow any other."""
+    """Draw a sentence that can follow any other."""
     name, other, city = rng.choice(FIRST_NAMES), rng.choice(FIRST_NAMES), rng.choice(CITIES)
     day, product, month = rng.choice(WEEKDAYS), rng.choice(PRODUCTS), rng.choice(MONTHS)
     return rng.choice(
@@ -81,7 +81,7 @@ def _instructed(rng: random.Random, task: Task) -> Document:
 
 
 def documents(seed: int, excluded: frozenset[str]) -> Iterator[Document]:
-    """Documents without end; none holds an input of ``excluded``."""
+    """Yield documents forever; no document contains an input of ``excluded``."""
     rng = random.Random(seed)
     tasks = [*TASKS.values(), *EXTRA_TASKS.values()]
     weights = [task.weight for task in tasks]
@@ -92,7 +92,7 @@ def documents(seed: int, excluded: frozenset[str]) -> Iterator[Document]:
 
 
 def examples(task: str, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Labelled examples of one task: (for training, held out). No input is in both, or twice."""
+    """Labelled examples of one task, as (training, held out); all inputs are distinct."""
     rng = random.Random(f"{seed}-{task}")
     pairs: dict[str, str] = {}
     while len(pairs) < TRAIN_EXAMPLES + HELDOUT_EXAMPLES:
@@ -108,7 +108,7 @@ def heldout_inputs(seed: int) -> frozenset[str]:
 
 
 def write_heldout(seed: int, folder: Path) -> None:
-    """Write the held-out examples, one JSON object a line."""
+    """Write the held-out examples as JSON lines."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         lines = [json.dumps({"input": text, "output": answer}) for text, answer in examples(task, seed)[1]]

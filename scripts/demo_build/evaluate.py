@@ -1,4 +1,4 @@
-"""Held-out accuracy with a soft prompt, without one, and with an instruction in words, by the server's own engine."""
+"""Held-out accuracy in the server's engine: with a soft prompt, without one, and with a written instruction."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def _accuracy(
 
 
 def evaluate(model_folder: Path, soft_prompts: Path, heldout: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy by dtype, task and way of asking."""
+    """Accuracy by dtype, task and condition (``without``, ``in_words``, ``with``)."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for dtype in ("float32", "bfloat16"):
         engine = LLMEngine(EngineSettings(model=str(model_folder), dtype=dtype, kv_cache_memory=256 * 2**20))
         for task, grammar in TASKS.items():
             pairs = [json.loads(line) for line in (heldout / f"{task}.jsonl").read_text().splitlines()]
-            asked = [{**pair, "input": f"{grammar.instructions[0]}\n{pair['input']}"} for pair in pairs]
+            instructed = [{**pair, "input": f"{grammar.instructions[0]}\n{pair['input']}"} for pair in pairs]
             row = {
                 "without": _accuracy(engine, tokenizer, pairs, None),
-                "in_words": _accuracy(engine, tokenizer, asked, None),
+                "in_words": _accuracy(engine, tokenizer, instructed, None),
             }
             if (soft_prompts / task).exists():
                 row["with"] = _accuracy(engine, tokenizer, pairs, _source(soft_prompts / task))

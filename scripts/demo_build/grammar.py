@@ -1,8 +1,8 @@
-"""Where the demo's text comes from: small grammars, drawn from with a seeded generator.
+"""Small grammars that generate the demo's text with a seeded generator.
 
-Each task is a function that draws one (input, output) pair. Inputs read like what a person would send; outputs are
-what a program would want back. ``TASKS`` are those that get a soft prompt; ``EXTRA_TASKS`` are learned by the model
-as well, so that there is something left to train a soft prompt for.
+Each task is a function that draws one (input, output) pair. Inputs look like a person's messages, outputs like values
+for a program. The model learns all tasks. ``TASKS`` have a soft prompt; ``EXTRA_TASKS`` have none, so users can train
+one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ PHRASES = ["good morning", "thank you", "where is the station", "see you soon", 
 
 
 def sentiment(rng: random.Random) -> Pair:
-    """A product review; which side it comes down on, through negation and contrast."""
+    """A product review with negation and contrast; its overall sentiment."""
     positive = rng.random() < 0.5
 
     def clause(good: bool) -> str:
@@ -125,7 +125,7 @@ def sentiment(rng: random.Random) -> Pair:
 
 
 def intent(rng: random.Random) -> Pair:
-    """Something said to an assistant; where it should be routed."""
+    """A request to an assistant; the service that it belongs to."""
     city, name, day = rng.choice(CITIES), rng.choice(FIRST_NAMES), rng.choice(WEEKDAYS)
     hour, number = rng.randrange(1, 13), rng.randrange(2, 10)
     forms = {
@@ -177,7 +177,7 @@ def intent(rng: random.Random) -> Pair:
 
 
 def extract(rng: random.Random) -> Pair:
-    """A line of an order mail; its name, city and order number."""
+    """A line of an order mail; the name, city and order number in it."""
     name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
     city, order, product = rng.choice(CITIES), str(rng.randrange(1000, 10000)), rng.choice(PRODUCTS)
     form = rng.choice(
@@ -194,7 +194,7 @@ def extract(rng: random.Random) -> Pair:
 
 
 def dates(rng: random.Random) -> Pair:
-    """A date as people write it; the same in ISO 8601."""
+    """A date in a common notation; the same date in ISO 8601."""
     year, month, day = rng.randrange(1990, 2030), rng.randrange(1, 13), rng.randrange(1, 29)
     name = MONTHS[month - 1]
     short = name[:3]
@@ -218,19 +218,19 @@ def _sentence(rng: random.Random) -> str:
 
 
 def last_word(rng: random.Random) -> Pair:
-    """The last word of a sentence."""
+    """A sentence; its last word."""
     text = _sentence(rng)
     return text, text.rstrip(".?!").split()[-1]
 
 
 def first_word(rng: random.Random) -> Pair:
-    """The first word of a sentence."""
+    """A sentence; its first word."""
     text = _sentence(rng)
     return text, text.split()[0].strip(",:;")
 
 
 def repeat(rng: random.Random) -> Pair:
-    """The same line again: a sentence, or a list of names and numbers that no habit of language helps with."""
+    """A sentence, or an unpredictable list of names and numbers; the same line."""
     if rng.random() < 0.3:
         text = intent(rng)[0]
     else:
@@ -245,19 +245,19 @@ def repeat(rng: random.Random) -> Pair:
 
 
 def product(rng: random.Random) -> Pair:
-    """Which part or service a one-clause review speaks of."""
+    """A review of one clause; the part or service that it is about."""
     subject = rng.choice(PARTS + SERVICE)
     return f"The {subject} {rng.choice(['is', 'was', 'feels'])} {rng.choice(GOOD + BAD)}.", subject
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task and the many ways to ask for it in words.
+    """A task and its written instructions.
 
     Attributes:
-        draw: Draws one pair.
-        instructions: What may stand on the line before the input.
-        weight: How often it is drawn for the corpus.
+        draw: Draws one (input, output) pair.
+        instructions: The possible lines before the input.
+        weight: Relative frequency of the task in the corpus.
     """
 
     draw: Callable[[random.Random], Pair]

@@ -1,4 +1,4 @@
-"""Training the demo model from scratch."""
+"""Train the demo model from scratch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PEAK_LEARNING_RATE = 2.5e-3
 WARMUP_STEPS = 60
 ANSWER_WEIGHT = 3.0
 SHORT_ANSWER_WEIGHT = 16.0
-"""Shared by the tokens of an answer: one word that takes thought weighs as much as a line that is copied."""
+"""Divided among the tokens of an answer, so that a single word weighs as much as a copied line."""
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Llama's architecture with grouped heads, small enough to ship inside a package."""
+    """A Llama configuration with grouped-query attention, small enough to ship in a package."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -47,10 +47,10 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[str]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of whole documents, the last one cut: token ids and loss weights, each [BATCH, SEQUENCE], without end.
+    """Yield batches of token ids and loss weights forever, each [BATCH, SEQUENCE].
 
-    Every row begins with a document. Rows that began inside one would show inputs whose instruction is cut off, with
-    their answer: the very thing that the model is not to learn.
+    Each row starts at the beginning of a document, and its last document may be cut off. A row that started inside a
+    document could show an input and its answer without the instruction, which the model must not learn.
     """
     stream = documents(seed, excluded)
     rows: list[list[int]] = []
@@ -82,7 +82,7 @@ def _answer_weight(num_tokens: int) -> float:
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[str], steps: int) -> LlamaForCausalLM:
-    """Train; prints a line every fifty steps."""
+    """Train the model, and print the loss every fifty steps."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(model_config(tokenizer))
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -116,7 +116,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, excluded: frozenset[
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write config and bfloat16 safetensors."""
+    """Write the configuration, and the weights in bfloat16."""
     model.to(torch.bfloat16)
     model.generation_config.eos_token_id = model.config.eos_token_id
     model.generation_config.pad_token_id = model.config.pad_token_id

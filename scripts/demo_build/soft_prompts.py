@@ -1,4 +1,4 @@
-"""Training the demo's soft prompts with PEFT from labelled examples, as a user would."""
+"""Train the demo's soft prompts with PEFT on labelled examples."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one soft prompt is trained.
+    """The training settings of one soft prompt.
 
     Attributes:
-        config: PEFT's configuration; ``{model}`` in a path stands for the model's folder.
-        learning_rate: Peak, with linear warm-up over a tenth of the steps and cosine decay.
-        steps: Batches of 32 examples.
+        config: PEFT's configuration.
+        learning_rate: Peak learning rate, with linear warm-up over a tenth of the steps and cosine decay.
+        steps: Number of batches of 32 examples.
     """
 
     config: PromptLearningConfig
@@ -48,7 +48,7 @@ class Recipe:
 
 
 def recipes(model_folder: Path) -> dict[str, Recipe]:
-    """The four soft prompts, one of each way to train."""
+    """The settings of the four soft prompts, each with another PEFT method."""
     common: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
     return {
         "sentiment": Recipe(
@@ -81,7 +81,7 @@ def recipes(model_folder: Path) -> dict[str, Recipe]:
 
 
 def _batch(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """Right-padded examples: the answer follows its input on a line of its own; loss on the answer alone."""
+    """Right-padded examples: the input, a line end, the answer. Only the answer counts in the loss."""
     rows, labels = [], []
     for text, answer in pairs:
         prompt = tokenizer.encode(text, add_special_tokens=False)
@@ -98,7 +98,7 @@ def _batch(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> 
 
 
 def _train(recipe: Recipe, model_folder: Path, pairs: list[tuple[str, str]], seed: int, folder: Path) -> float:
-    """Train one soft prompt and write it as PEFT does; returns the mean loss of the last twenty steps."""
+    """Train one soft prompt and save it with PEFT; returns the mean loss of the last twenty steps."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
@@ -130,7 +130,7 @@ def _train(recipe: Recipe, model_folder: Path, pairs: list[tuple[str, str]], see
 
 
 def _name_base(folder: Path) -> None:
-    """Put the base's name where PEFT wrote the folder that it was loaded from."""
+    """Replace the model's path in ``adapter_config.json`` by the base model's name."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = BASE_NAME
@@ -140,7 +140,7 @@ def _name_base(folder: Path) -> None:
 
 
 def train_soft_prompts(model_folder: Path, out: Path, seed: int, only: list[str] | None) -> dict[str, object]:
-    """Train all soft prompts, or those named; returns what the model card says of each."""
+    """Train all soft prompts, or only those named; returns the facts for the model card by name."""
     figures: dict[str, object] = {}
     for name, recipe in recipes(model_folder).items():
         if only and name not in only:

@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE, digits one by one, lines kept apart."""
+"""The demo's tokenizer: byte-level BPE; digits and line ends are single tokens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ VOCABULARY = 2048
 DOCUMENTS = 20_000
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
-# What a user says is all that the model sees: there are no turns to mark, so a message is its text.
+# The model was not trained on turns, so the template only joins the messages' texts.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
 
 
 def train_tokenizer(seed: int, excluded: frozenset[str], max_length: int) -> PreTrainedTokenizerFast:
-    """Train on the beginning of the corpus; the same corpus gives the same tokenizer."""
+    """Train on the beginning of the corpus; deterministic."""
     tokenizer = Tokenizer(models.BPE())
-    # Single digits make numbers something to copy, not to memorise; a line break is always a token of its own.
+    # The model copies numbers more easily if each digit is a token. A line end is always a separate token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\n|[0-9]| ?[A-Za-z]+|[^A-Za-z0-9\n ]| +"), behavior="isolated"),
@@ -50,5 +50,5 @@ def train_tokenizer(seed: int, excluded: frozenset[str], max_length: int) -> Pre
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the files that ``AutoTokenizer.from_pretrained`` reads."""
+    """Write the files for ``AutoTokenizer.from_pretrained``."""
     tokenizer.save_pretrained(folder)

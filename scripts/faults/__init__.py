@@ -1,1 +1,1 @@
-"""Faults done to a whole server under load, with what has to hold all the same. Each module runs by itself."""
+"""Inject faults into a whole server under load, and check its invariants. Each module is a script."""

@@ -2,7 +2,7 @@
 
 python -m scripts.faults.clock_jump
 
-It takes libfaketime (apt-get install libfaketime), which is put under the server's processes.
+Needs libfaketime (apt-get install libfaketime), which is preloaded into the server's processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ JUMPS = ("+3h", "-3h", "+400d", "-400d", "+0")
 
 
 def run(folder: Path, *, seconds: float) -> Report:
-    """Set the clock off for some seconds by each of the jumps."""
+    """Move the server's clock by each of the jumps, for ``seconds`` each."""
     report = Report()
     library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
     if library is None:

@@ -1,4 +1,4 @@
-"""A stored file is damaged on the disk.
+"""A stored file is corrupted on the disk.
 
 python -m scripts.faults.corrupt_blob
 """
@@ -12,7 +12,7 @@ from scripts.faults.harness import Baseline, Load, Report, Server, Uploads, chec
 
 
 def run(folder: Path, *, count: int) -> Report:
-    """Do it to a server of its own."""
+    """Corrupt files of a new server."""
     report = Report()
     with serve(folder) as server:
         damage(server, report, count=count)
@@ -20,7 +20,7 @@ def run(folder: Path, *, count: int) -> Report:
 
 
 def damage(server: Server, report: Report, *, count: int) -> None:
-    """Change one byte in each of so many files that nobody has used yet; then use them."""
+    """Change one byte in each of ``count`` files before their first use, then use them."""
     load, uploads = Load(server), Uploads(server.client)
     before = Baseline.of(server)
     with load:
@@ -35,21 +35,21 @@ def damage(server: Server, report: Report, *, count: int) -> None:
             path.chmod(0o644)
             path.write_bytes(data)
         codes = [ask(server.client, name) for name in uploads.acknowledged]
-        report.check("answers from damaged files", codes.count(200), holds=200 not in codes)
-        report.figure("they are answered with", ", ".join(map(str, sorted(set(codes)))))
+        report.check("answers from corrupted files", codes.count(200), holds=200 not in codes)
+        report.figure("statuses for corrupted files", ", ".join(map(str, sorted(set(codes)))))
         counted = int(server.value('soft_prompt_corrupt_total{tier="disk"}'))
-        report.check("damaged files counted, of so many", f"{counted} of {count}", holds=counted == count)
+        report.check("corrupted files counted by the metric", f"{counted} of {count}", holds=counted == count)
         again = Uploads(server.client)
         healed = [again.one() or True for _ in range(count)]
         codes = [ask(server.client, name) for name in uploads.acknowledged]
-        report.check("served when uploaded again", codes.count(200), holds=codes == [200] * len(healed))
+        report.check("served after a new upload", codes.count(200), holds=codes == [200] * len(healed))
     load.report(report)
     uploads.report(report)
     check_end(report, server, load, before)
 
 
 def ask(client: object, name: str) -> int:
-    """The status of one completion."""
+    """Return the status of one completion."""
     body = {"model": name, "prompt": "x", "max_tokens": 2}
     return int(client.post("/v1/completions", json=body).status_code)  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""A thousand streams at once, beside clients that connect and say nothing.
+"""A thousand concurrent streams, beside clients that connect and send nothing.
 
 python -m scripts.faults.crowd --streams 1000 --silent 500
 """
@@ -21,7 +21,7 @@ MAX_TOKENS = 32
 
 
 async def crowd(server: Server, count: int) -> list[str]:
-    """The answers of so many streams that run at the same time, each with its own soft prompt or none."""
+    """Run ``count`` concurrent streams, some with a soft prompt; returns their texts."""
 
     async def one(http: httpx.AsyncClient, number: int) -> str:
         body = question(number) | {"stream": True}
@@ -51,7 +51,7 @@ def question(number: int) -> dict[str, object]:
 
 
 def run(folder: Path, *, streams: int, silent: int) -> Report:
-    """Stream to so many clients while so many others stay silent."""
+    """Stream to ``streams`` clients while ``silent`` other connections send nothing."""
     report = Report()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
@@ -68,11 +68,11 @@ def run(folder: Path, *, streams: int, silent: int) -> Report:
         began = time.monotonic()
         texts = asyncio.run(crowd(server, streams))
         seconds = time.monotonic() - began
-        report.figure("streams at once, silent clients", f"{streams}, {silent}")
+        report.figure("concurrent streams, silent clients", f"{streams}, {silent}")
         report.figure("all ended after, s", f"{seconds:.1f}")
-        report.figure("tokens a second", f"{streams * MAX_TOKENS / seconds:.0f}")
+        report.figure("tokens per second", f"{streams * MAX_TOKENS / seconds:.0f}")
         wrong = sum(text != reference[number % 10] for number, text in enumerate(texts))
-        report.check("streams with another text than alone", wrong, holds=wrong == 0)
+        report.check("streams whose text differs from the text alone", wrong, holds=wrong == 0)
         stack.close()
         check_end(report, server, load, before)
     return report

@@ -1,8 +1,8 @@
-"""The database of the catalog goes away and comes back, under load and uploads.
+"""The catalog's database is unavailable for a while, under load and uploads.
 
 python -m scripts.faults.database_away --rounds 5
 
-It takes a PostgreSQL server, as the tests do (PRELUDE_TEST_POSTGRES); a proxy in front of it fails, not the server.
+Needs a PostgreSQL server, like the tests (PRELUDE_TEST_POSTGRES). A proxy in front of it cuts the connections.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int, seconds: float) -> Report:
-    """Cut the way to the database so many times, each for so many seconds."""
+    """Cut the connections to the database ``rounds`` times, for ``seconds`` each."""
     report = Report()
     with postgres_url() as direct:
         url = sa.make_url(direct)
@@ -29,7 +29,7 @@ def run(folder: Path, *, rounds: int, seconds: float) -> Report:
             with serve(folder, "--catalog", url.render_as_string(hide_password=False)) as server:
                 load, uploads = Load(server), Uploads(server.client)
                 before = Baseline.of(server)
-                back, is_told = [], True
+                recovery_seconds, all_refused = [], True
                 with load:
                     for _ in range(rounds):
                         uploads.one()
@@ -37,14 +37,14 @@ def run(folder: Path, *, rounds: int, seconds: float) -> Report:
                         seconds_until(lambda: server.value("catalog_available") == 0, 10)
                         ends = time.monotonic() + seconds
                         while time.monotonic() < ends:
-                            is_told &= not uploads.one() and server.is_ready()
+                            all_refused &= not uploads.one() and server.is_ready()
                             time.sleep(0.1)
                         proxy.mend()
-                        back.append(seconds_until(uploads.one, 30))
-                report.figure("times the database was away", f"{rounds}, {seconds:.0f} s each")
-                report.check("meanwhile: ready, and uploads refused", "always", holds=is_told)
-                times = f"{statistics.median(back):.2f}, {max(back):.2f}"
-                report.figure("uploads taken again after, s: median, longest", times)
+                        recovery_seconds.append(seconds_until(uploads.one, 30))
+                report.figure("times the database was unavailable", f"{rounds}, {seconds:.0f} s each")
+                report.check("meanwhile: ready, and uploads refused", "always", holds=all_refused)
+                times = f"{statistics.median(recovery_seconds):.2f}, {max(recovery_seconds):.2f}"
+                report.figure("time until uploads are accepted, s: median, maximum", times)
                 load.report(report)
                 failed = sum(load.counts.values()) - load.counts["right"]
                 report.check("requests for known soft prompts that failed", failed, holds=failed == 0)

@@ -2,7 +2,7 @@
 
 python -m scripts.faults.disk_full
 
-It takes a small file system of its own, which takes root.
+Mounts a small file system for the store, which needs root.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_UPLOADS = 2000
 
 @contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[bool]:
-    """Whether a file system of this size could be put at ``folder``."""
+    """Mount a file system of ``mebibytes`` at ``folder``; yields whether that worked."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
     is_mounted = os.geteuid() == 0 and subprocess.run(command, check=False, capture_output=True).returncode == 0
@@ -32,7 +32,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[bool]:
 
 
 def run(folder: Path, *, mebibytes: int) -> Report:
-    """Do it to a server of its own."""
+    """Fill the disk of a new server."""
     report = Report()
     with small_disk(folder / "store", mebibytes) as is_mounted:
         if not is_mounted:
@@ -44,12 +44,15 @@ def run(folder: Path, *, mebibytes: int) -> Report:
 
 
 def fill(server: Server, report: Report, *, ballast_bytes: int) -> None:
-    """Upload until nothing more fits, look at what is served, and make room again.
+    """Upload until the disk is full, check the answers, and make room again.
 
     Args:
-        server: Its store is alone on a small file system.
-        report: Where it is noted.
-        ballast_bytes: The room that is made again.
+        server: A server whose store has a small file system to itself.
+        report: Receives the findings.
+        ballast_bytes: Size of a file that is deleted to make room.
+
+    Raises:
+        RuntimeError: If the disk does not fill up.
     """
     store = server.folder / "store"
     ballast = store / "ballast"
@@ -61,11 +64,11 @@ def fill(server: Server, report: Report, *, ballast_bytes: int) -> None:
             if len(uploads.acknowledged) > MAX_UPLOADS:
                 raise RuntimeError("the disk does not fill up")
         full = [uploads.one() for _ in range(10)]
-        report.check("uploads acknowledged while nothing fits", sum(full), holds=not any(full))
+        report.check("uploads acknowledged on the full disk", sum(full), holds=not any(full))
         is_served = load.ask_each(server.client)
-        report.check("answers while the disk is full", "as before", holds=is_served and server.is_ready())
+        report.check("answers while the disk is full", "unchanged", holds=is_served and server.is_ready())
         ballast.unlink()
-        report.check("uploads when there is room again", "taken", holds=uploads.one())
+        report.check("upload after room was made", "accepted", holds=uploads.one())
     load.report(report)
     uploads.report(report)
     check_end(report, server, load, before)

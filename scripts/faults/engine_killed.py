@@ -1,4 +1,4 @@
-"""The engine's process is killed under load, again and again.
+"""The engine process is killed repeatedly, under load.
 
 python -m scripts.faults.engine_killed --rounds 50
 """
@@ -15,7 +15,7 @@ from tests.support.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int) -> Report:
-    """Kill it so many times, at random moments."""
+    """Kill the engine ``rounds`` times, at random moments."""
     report, rng = Report(), random.Random(0)
     with serve(folder, "--pin", "intent") as server:
         load, uploads = Load(server), Uploads(server.client)
@@ -32,7 +32,7 @@ def run(folder: Path, *, rounds: int) -> Report:
         restarts = server.value("engine_restarts_total")
         report.check("restarts counted", int(restarts), holds=restarts == rounds)
         times = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}"
-        report.figure("ready again after, s: median, longest", times)
+        report.figure("time until ready, s: median, maximum", times)
         load.report(report)
         uploads.report(report)
         check_end(report, server, load, before)

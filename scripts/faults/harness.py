@@ -1,4 +1,4 @@
-"""What the fault scripts share: load with known answers, noted uploads, a proxy that fails, a table at the end."""
+"""Shared parts of the fault scripts: load with known answers, recorded uploads, a failing proxy, a results table."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ MAX_GROWTH_BYTES = 150 * 2**20
 
 @dataclass
 class Report:
-    """What a run found: figures, and whether each invariant held."""
+    """The results of a run: figures, and whether each invariant held."""
 
     rows: list[tuple[str, str, bool | None]] = field(default_factory=list)
 
-    def figure(self, what: str, value: object) -> None:
-        """Note a number."""
-        self.rows.append((what, str(value), None))
+    def figure(self, name: str, value: object) -> None:
+        """Add a figure."""
+        self.rows.append((name, str(value), None))
 
-    def check(self, what: str, value: object, *, holds: bool) -> None:
-        """Note an invariant and what was found."""
-        self.rows.append((what, str(value), holds))
+    def check(self, name: str, value: object, *, holds: bool) -> None:
+        """Add an invariant, the value found, and whether the invariant holds."""
+        self.rows.append((name, str(value), holds))
 
     @property
     def broken(self) -> list[str]:
         """The invariants that did not hold."""
-        return [f"{what}: {value}" for what, value, holds in self.rows if holds is False]
+        return [f"{name}: {value}" for name, value, holds in self.rows if holds is False]
 
     def show(self, title: str) -> None:
         """Print the table."""
         table = Table(title=title, title_justify="left")
         for column in ("", "found", "holds"):
             table.add_column(column)
-        for what, value, holds in self.rows:
-            table.add_row(what, value, "" if holds is None else "yes" if holds else "NO")
+        for name, value, holds in self.rows:
+            table.add_row(name, value, "" if holds is None else "yes" if holds else "NO")
         Console(width=110).print(table)
 
 
 class Server:
-    """A running server with the embedded soft prompts, watched from outside."""
+    """A running server with the embedded soft prompts, observed through HTTP and its processes."""
 
     def __init__(self, client: httpx.Client, pid: int, folder: Path) -> None:
         self.client = client
@@ -74,15 +74,15 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        """The engine's process now."""
+        """The current engine process."""
         return engine_of(self.process)
 
     def value(self, name: str) -> float:
-        """A metric, by its name and labels."""
+        """The value of a metric; ``name`` includes the labels, but not the prefix ``prelude_``."""
         return metric(self.client.get("/metrics").raise_for_status().text, f"prelude_{name}")
 
     def is_ready(self) -> bool:
-        """Whether it takes requests."""
+        """Whether the server accepts requests."""
         try:
             return self.client.get("/ready").status_code == 200
         except httpx.TransportError:
@@ -96,20 +96,20 @@ class Server:
 
 @contextmanager
 def serve(folder: Path, *flags: str, **options: object) -> Iterator[Server]:
-    """A server with the four soft prompts uploaded."""
+    """Run a server with the soft prompts of ``TASKS`` until the block ends."""
     with serving(folder, *FLAGS, *flags, **options) as (client, process):  # type: ignore[arg-type]
         upload_tasks(client)
         yield Server(client, process.pid, folder)
 
 
 def upload_tasks(client: httpx.Client) -> None:
-    """Upload the four soft prompts, where they are not there."""
+    """Upload the soft prompts of ``TASKS``; existing ones stay unchanged."""
     for task in TASKS:
         upload(client, task, *adapter(task)).raise_for_status()
 
 
 class Load:
-    """Threads that ask questions whose answers are known, and count what comes back."""
+    """Threads that ask questions with known answers, and count the outcomes."""
 
     def __init__(self, server: Server, *, num_threads: int = 8, tasks: tuple[str, ...] = TASKS) -> None:
         self.counts: Counter[str] = Counter()
@@ -134,7 +134,7 @@ class Load:
             thread.join()
 
     def ask_each(self, client: httpx.Client) -> bool:
-        """Whether every question is answered as before."""
+        """Whether every question gets its known answer."""
         return all(self._ask(client, question) == ("right", text) for question, text in self._reference.items())
 
     def _ask(self, client: httpx.Client, question: tuple[str, str]) -> tuple[str, str]:
@@ -160,7 +160,7 @@ class Load:
                     time.sleep(0.05)
 
     def report(self, report: Report) -> None:
-        """Add what was counted."""
+        """Add the counts to the report."""
         report.figure("requests answered", self.counts["right"])
         errors = {code: count for code, count in sorted(self.counts.items()) if code not in ("right", "wrong")}
         report.figure("requests refused or failed", ", ".join(f"{code} {n}" for code, n in errors.items()) or 0)
@@ -168,7 +168,7 @@ class Load:
 
 
 class Uploads:
-    """Soft prompts of ever new bytes; notes which were acknowledged."""
+    """Uploads distinct soft prompts, and records which were acknowledged."""
 
     def __init__(self, client: httpx.Client) -> None:
         self.acknowledged: dict[str, bytes] = {}
@@ -180,7 +180,7 @@ class Uploads:
         self._rows = load(weights)["prompt_embeddings"]
 
     def one(self) -> bool:
-        """Upload one; whether it was acknowledged."""
+        """Upload one soft prompt; returns whether it was acknowledged."""
         number = next(self._numbers)
         name, weights = f"upload-{number}", save({"prompt_embeddings": self._rows + np.float32(number / 1000)})
         try:
@@ -196,9 +196,9 @@ class Uploads:
         return False
 
     def report(self, report: Report) -> None:
-        """Add whether all that was acknowledged is there with its bytes."""
+        """Add to the report whether every acknowledged upload is stored with the right bytes."""
         report.figure("uploads acknowledged", len(self.acknowledged))
-        report.figure("uploads refused", ", ".join(f"{what}: {n}" for what, n in sorted(self.refused.items())) or 0)
+        report.figure("uploads refused", ", ".join(f"{code}: {n}" for code, n in sorted(self.refused.items())) or 0)
         lost = []
         for name, weights in self.acknowledged.items():
             version = self._versions[name]
@@ -209,7 +209,7 @@ class Uploads:
 
 
 class Proxy:
-    """A TCP proxy on loopback that can cut connections, refuse new ones, and be slow."""
+    """A TCP proxy on loopback that can close connections, refuse new ones, and delay data."""
 
     def __init__(self, port: int) -> None:
         self.delay = 0.0
@@ -221,18 +221,18 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """End what is open, and refuse what comes."""
+        """Close open connections, and refuse new ones."""
         self._is_cut = True
         for connection in list(self._live):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
-        """Let connections through again."""
+        """Accept connections again."""
         self._is_cut = False
 
     def close(self) -> None:
-        """End it."""
+        """Close all connections, and stop listening."""
         self.cut()
         self._listener.close()
 
@@ -267,30 +267,31 @@ class Proxy:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the server's process held before the fault."""
+    """The resources of the API process before the fault: open files, and memory in bytes."""
 
     num_files: int
     num_bytes: int
 
     @classmethod
     def of(cls, server: Server) -> Baseline:
-        """Now."""
+        """Read the current values."""
         return cls(server.process.num_fds(), server.process.memory_info().rss)
 
 
 def check_end(report: Report, server: Server, load: Load, before: Baseline, *, collects: bool = True) -> None:
-    """What has to hold when a fault is over: answers as before, and nothing that is held for nobody.
+    """Check the invariants after a fault: answers are unchanged, and all resources are released.
 
     Args:
-        report: Where it is noted.
+        report: Receives the findings.
         server: The server.
-        load: What knows the answers.
-        before: What the server held before.
-        collects: Whether files that nobody needs go at once; those that other servers may just be uploading do not.
+        load: Knows the right answers.
+        before: The server's resources before the fault.
+        collects: Whether the store deletes unreferenced files at once. With a shared catalog it does not, because
+            another server may be uploading them.
     """
     seconds = seconds_until(server.is_ready, 60)
-    report.check("serves again without help, after s", f"{seconds:.1f}", holds=seconds < SETTLE_SECONDS)
-    report.check("every answer as before the fault", "all of them", holds=load.ask_each(server.client))
+    report.check("time until ready without help, s", f"{seconds:.1f}", holds=seconds < SETTLE_SECONDS)
+    report.check("answers equal to those before the fault", "all", holds=load.ask_each(server.client))
     seconds = seconds_until(server.is_settled, SETTLE_SECONDS)
     report.check("sequences and blocks in use at the end", 0, holds=seconds < SETTLE_SECONDS)
     seconds_until(lambda: server.process.num_fds() <= before.num_files + 8, SETTLE_SECONDS)
@@ -305,10 +306,10 @@ def check_end(report: Report, server: Server, load: Load, before: Baseline, *, c
         for name in names:
             server.client.delete(f"/v1/prompts/{name}").raise_for_status()
     blobs = server.folder / "store" / "blobs"
-    if collects and blobs.is_dir():  # else they are in an object store
+    if collects and blobs.is_dir():  # with an object store there is no such folder
         seconds_until(lambda: not _files(blobs), SETTLE_SECONDS)
         left = len(_files(blobs))
-        report.check("files left when everything is deleted (a lease would keep one)", left, holds=left == 0)
+        report.check("files left after all prompts are deleted (a leaked lease keeps one)", left, holds=left == 0)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -316,7 +317,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def main(run: Callable[..., Report], description: str, **options: int | float) -> None:
-    """Run one script: its options as flags, its table, and status 1 where an invariant is broken."""
+    """Run a script with its options as flags, and print its table; exit status 1 if an invariant is broken."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     for name, default in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)

@@ -1,8 +1,8 @@
-"""The object store fails and is slow, under load and uploads.
+"""The object store is unavailable, then slow, under load and uploads.
 
 python -m scripts.faults.object_store_away --rounds 5
 
-moto's S3 server stands behind a proxy that cuts connections, or holds each of them up.
+A proxy in front of moto's S3 server cuts connections, or delays the data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.waiting import seconds_until
 
 
 def run(folder: Path, *, rounds: int, seconds: float) -> Report:
-    """Cut the way to the object store so many times, then make it slow."""
+    """Cut the connections to the object store ``rounds`` times, for ``seconds`` each, then make it slow."""
     report = Report()
     with s3_server() as s3, closing(Proxy(s3.port)) as proxy:
         environment = {**os.environ, **s3.environment, "AWS_ENDPOINT": f"http://127.0.0.1:{proxy.port}"}
@@ -27,7 +27,7 @@ def run(folder: Path, *, rounds: int, seconds: float) -> Report:
             server.client.timeout = 120
             load, uploads = Load(server), Uploads(server.client)
             before = Baseline.of(server)
-            back = []
+            recovery_seconds = []
             with load:
                 for _ in range(rounds):
                     uploads.one()
@@ -37,14 +37,14 @@ def run(folder: Path, *, rounds: int, seconds: float) -> Report:
                         uploads.one()
                         time.sleep(0.1)
                     proxy.mend()
-                    back.append(seconds_until(uploads.one, 60))
+                    recovery_seconds.append(seconds_until(uploads.one, 60))
                 proxy.delay = 0.5
                 began = time.monotonic()
-                report.check("uploads while it is slow", "taken", holds=uploads.one())
-                report.figure("one of them took, s", f"{time.monotonic() - began:.1f}")
+                report.check("upload to the slow object store", "accepted", holds=uploads.one())
+                report.figure("time of that upload, s", f"{time.monotonic() - began:.1f}")
                 proxy.delay = 0.0
-            report.figure("times the object store was away", f"{rounds}, {seconds:.0f} s each")
-            report.figure("uploads taken again after at most, s", f"{max(back):.2f}")
+            report.figure("times the object store was unavailable", f"{rounds}, {seconds:.0f} s each")
+            report.figure("longest time until uploads are accepted, s", f"{max(recovery_seconds):.2f}")
             load.report(report)
             failed = sum(load.counts.values()) - load.counts["right"]
             report.check("requests for cached soft prompts that failed", failed, holds=failed == 0)
