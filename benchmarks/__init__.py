@@ -1,1 +1,1 @@
-"""What Prelude costs and gains, as ratios between things measured side by side in one run."""
+"""Benchmarks of Prelude; each compares alternatives side by side in one run."""

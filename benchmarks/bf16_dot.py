@@ -1,10 +1,11 @@
-"""A decode step with VDPBF16PS in attention against one without, in alternating processes.
+"""Compare decode steps with and without VDPBF16PS in attention, in alternating processes.
 
     python -m benchmarks.bf16_dot
 
-It needs a processor with AVX512_BF16. The model of 135M shape with random weights, in bfloat16, 64 sequences, at 128
-and 1,024 positions. ``NUMBA_CPU_FEATURES`` with the processor's features except avx512bf16 makes the kernels convert
-to float32 instead (``server/engine/cpu/bf16_dot.py``). Prints the medians over the rounds and the ratio of the two.
+Needs a processor with AVX512_BF16. Uses a model of 135M shape with random weights in bfloat16, and 64 sequences, at
+128 and 1,024 positions. Setting ``NUMBA_CPU_FEATURES`` to the processor's features without avx512bf16 makes the
+kernels convert to float32 instead (``server/engine/cpu/bf16_dot.py``). Prints the medians over the rounds and their
+ratio.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BATCH, CONTEXTS = 64, (128, 1024)
 
 
 def measure(model: Path) -> dict[str, float]:
-    """Median milliseconds of a decode step by context, in this process."""
+    """Median milliseconds of a decode step by context length, in this process."""
     engine = LLMEngine(EngineSettings(model=str(model), dtype="bfloat16", max_num_batched_tokens=1024))
     bench = Bench(engine, [])
     bench.step_and_products(4, 32, 0)  # warm-up
@@ -41,7 +42,7 @@ def measure(model: Path) -> dict[str, float]:
 
 
 def measure_apart(model: Path, features: str | None) -> dict[str, float]:
-    """``measure`` in a separate process, with the given features of the processor; None for all that it has."""
+    """Run ``measure`` in a separate process with the given processor features; None enables all features."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CPU_FEATURES"}
     if features is not None:
         environment["NUMBA_CPU_FEATURES"] = features
@@ -76,7 +77,7 @@ def main() -> None:
     for context in map(str, CONTEXTS):
         with_it, without = (statistics.median(steps[context] for steps in rounds[name]) for name in ways)
         print(f"{context:>5s} positions: {with_it:.1f} ms with VDPBF16PS, {without:.1f} ms without,", end=" ")
-        print(f"{without / with_it:.3f} times as long")
+        print(f"ratio {without / with_it:.3f}")
 
 
 if __name__ == "__main__":

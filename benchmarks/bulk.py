@@ -1,14 +1,14 @@
-"""``prelude run`` against a bare load generator, its memory, and a kill in the middle.
+"""Compare ``prelude run`` with a minimal load generator, and test its memory and its restart after kills.
 
     python -m benchmarks.bulk [--rows 6000] [--rounds 4] [--long-rows 100000] [--kind classify|complete]
 
-Both send the same rows to the same server in turn: ``prelude run`` in a process of its own, from file to file; and,
-in one as well, the least that can ask for them (``benchmarks.bulk_load``), with as many requests of as many rows in
-flight. Each round has new texts, the same for both, and the prefix cache is off, so that nothing is gained by being
-second. Of both processes the CPU time is taken too: they share the cores with the server.
+Two processes take turns to send the same rows to the same server: ``prelude run``, from file to file, and a minimal
+load generator (``benchmarks.bulk_load``) with the same number of requests in flight and rows per request. Each round
+has new texts, the same for both, and the prefix cache is off, so the second one has no advantage. The CPU time of
+both processes is measured too, because they share the cores with the server.
 
-Then ``--long-rows`` rows go through ``prelude run`` once more: its memory is sampled, it is killed with SIGKILL when
-a third and two thirds are written, and started again; the output is held against the input row by row.
+Then ``prelude run`` processes ``--long-rows`` rows while its memory is sampled. SIGKILL ends it after a third and
+after two thirds of the rows, and it is restarted each time. The output is compared with the input row by row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
-    """Texts like those that the soft prompt was trained on, each of them new."""
+    """Write ``count`` distinct texts like those that the soft prompt was trained on."""
     texts = [json.loads(line)["input"] for line in (HELDOUT_DIRECTORY / "sentiment.jsonl").read_text().splitlines()]
     rng = random.Random(seed)
     with path.open("w") as file:
@@ -68,70 +68,73 @@ def write_rows(path: Path, count: int, seed: int) -> None:
 
 
 def command(source: Path, output: Path, url: str, kind: str) -> list[str]:
-    """``prelude run`` as it is measured: defaults, but for what is asked."""
-    asked = ["--labels", r"\npositive,\nnegative"] if kind == "classify" else ["--max-tokens", "2"]
-    return [*PRELUDE, "run", "sentiment", str(source), str(output), *asked, "--json", "--url", url]
+    """The measured ``prelude run`` command, with default options except for the task."""
+    task = ["--labels", r"\npositive,\nnegative"] if kind == "classify" else ["--max-tokens", "2"]
+    return [*PRELUDE, "run", "sentiment", str(source), str(output), *task, "--json", "--url", url]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One side's process.
+    """The figures of one process.
 
     Attributes:
-        rate: Rows a second, by its own clock: without its start.
-        cpu_seconds: CPU time of the process, with its start.
+        rate: Rows per second as the process reports it, which excludes its startup.
+        cpu_seconds: CPU time of the process, including its startup.
     """
 
     rate: float
     cpu_seconds: float
 
 
-def measured(which: str, source: Path, output: Path, url: str, kind: str) -> Finished:
-    """Run one side in a process of its own."""
+def run_side(which: str, source: Path, output: Path, url: str, kind: str) -> Finished:
+    """Run ``bulk`` or ``load`` in a separate process."""
     limits = SendLimits()
     line = [sys.executable, "-m", "benchmarks.bulk_load", str(source), url, kind]
     line += [str(limits.concurrency), str(limits.rows_per_request)]
     if which == "bulk":
         line = command(source, output, url, kind)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
-    told = process.stdout.read() if process.stdout is not None else ""
+    printed = process.stdout.read() if process.stdout is not None else ""
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{which} ended with {os.waitstatus_to_exitcode(status)}: {told}")
-    rate = json.loads(told)["rows_per_second"] if which == "bulk" else float(told)
+        raise SystemExit(f"{which} ended with {os.waitstatus_to_exitcode(status)}: {printed}")
+    rate = json.loads(printed)["rows_per_second"] if which == "bulk" else float(printed)
     return Finished(rate, usage.ru_utime + usage.ru_stime)
 
 
 def compare(folder: Path, url: str, args: argparse.Namespace) -> None:
-    """Take turns, the first one changing from round to round; CPU time is that beyond a run of one row."""
+    """Run both sides in alternating order, round by round.
+
+    The CPU time of a run of one row is subtracted, which excludes the startup.
+    """
     source = folder / "one.jsonl"
     write_rows(source, 1, 0)
     starts = dict.fromkeys(("bulk", "load"), math.inf)
     for turn in range(3):
         for which, least in starts.items():
             output = folder / f"one-{turn}.jsonl"
-            starts[which] = min(least, measured(which, source, output, url, args.kind).cpu_seconds)
+            starts[which] = min(least, run_side(which, source, output, url, args.kind).cpu_seconds)
     ratios: list[float] = []
     cpu: dict[str, list[float]] = {"bulk": [], "load": []}
     for number in range(args.rounds + 1):
         source = folder / f"in-{number}.jsonl"
         write_rows(source, args.rows, number)
         order = ("bulk", "load") if number % 2 else ("load", "bulk")
-        found = {which: measured(which, source, folder / f"out-{number}.jsonl", url, args.kind) for which in order}
-        if not number:  # it warms up
+        found = {which: run_side(which, source, folder / f"out-{number}.jsonl", url, args.kind) for which in order}
+        if not number:  # warm-up
             continue
         ratios.append(found["bulk"].rate / found["load"].rate)
         for which, times in cpu.items():
             times.append(1e6 * (found[which].cpu_seconds - starts[which]) / args.rows)
-        told = [f"{which} {found[which].rate:.1f} rows/s, {cpu[which][-1]:.0f} us of CPU a row" for which in cpu]
-        print(f"{', '.join(told)}, ratio {ratios[-1]:.3f}", flush=True)
+        lines = [f"{which} {found[which].rate:.1f} rows/s, {cpu[which][-1]:.0f} us of CPU per row" for which in cpu]
+        print(f"{', '.join(lines)}, ratio {ratios[-1]:.3f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})", flush=True)
     for which, times in cpu.items():
-        print(f"{which}: {statistics.median(times):.0f} us of CPU a row in the median", flush=True)
+        print(f"{which}: median {statistics.median(times):.0f} us of CPU per row", flush=True)
 
 
 def run_long(folder: Path, url: str, args: argparse.Namespace) -> None:
-    """Run many rows, kill the run twice, and look at the output and at the memory."""
+    """Run many rows, kill the run twice, check the output, and report the memory."""
     source, output = folder / "long.jsonl", folder / "long-out.jsonl"
     write_rows(source, args.long_rows, 1000)
     samples: list[tuple[int, int]] = []
@@ -140,7 +143,7 @@ def run_long(folder: Path, url: str, args: argparse.Namespace) -> None:
     for stop_at in (args.long_rows // 3, 2 * args.long_rows // 3, None):
         process = subprocess.Popen(command(source, output, url, args.kind), stdout=subprocess.PIPE)
         watched = psutil.Process(process.pid)
-        written = Lines(output)
+        written = LineCounter(output)
         while process.poll() is None:
             time.sleep(0.2)
             try:
@@ -156,29 +159,29 @@ def run_long(folder: Path, url: str, args: argparse.Namespace) -> None:
             summary = json.loads(process.stdout.read())
         process.wait()
     seconds = time.perf_counter() - started
-    wanted = [json.loads(line) for line in source.read_text().splitlines()]
+    expected = [json.loads(line) for line in source.read_text().splitlines()]
     found = [json.loads(line) for line in output.read_text().splitlines()]
     errors = sum("error" in row for row in found)
-    same = [{"id": row["id"], "text": row["text"]} for row in found] == wanted
+    same = [{"id": row["id"], "text": row["text"]} for row in found] == expected
     print(f"{args.long_rows} rows in {seconds:.0f} s with {num_kills} kills")
     print(f"{len(found)} rows in the output, {errors} errors")
-    print(f"every row once and in order: {same}; the last start had {summary['rows_before']} done")
+    print(f"every row once and in order: {same}; the last start found {summary['rows_before']} finished rows")
     for low in range(10):
         part = [rss / 2**20 for count, rss in samples if low <= 10 * count / args.long_rows < low + 1]
         if part:
             share = f"rows {low * 10:3}-{low * 10 + 10} %"
-            print(f"{share}: memory {statistics.median(part):.1f} MiB, at most {max(part):.1f} MiB", flush=True)
+            print(f"{share}: median memory {statistics.median(part):.1f} MiB, max {max(part):.1f} MiB", flush=True)
 
 
-class Lines:
-    """Counts a growing file's lines, reading each byte once."""
+class LineCounter:
+    """Counts the lines of a growing file, and reads each byte only once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = self._count = 0
 
     def count(self) -> int:
-        """Lines until now."""
+        """The current number of lines."""
         if self._path.exists():
             with self._path.open("rb") as file:
                 file.seek(self._offset)

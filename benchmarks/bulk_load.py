@@ -1,9 +1,9 @@
-"""The least that can ask for rows: what ``benchmarks.bulk`` holds ``prelude run`` against.
+"""A minimal load generator, which ``benchmarks.bulk`` compares with ``prelude run``.
 
     python -m benchmarks.bulk_load ROWS.jsonl URL complete|classify CONCURRENCY ROWS_PER_REQUEST
 
-An asyncio loop over one httpx client that holds all rows in memory, keeps as many requests in flight as a run does,
-and throws the answers away. Prints rows a second. It is a module of its own so that its process imports little.
+Sends all rows from memory through one httpx client, with the same number of requests in flight as ``prelude run``,
+and discards the answers. Prints rows per second. It is a separate module so that its process imports little.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LABELS = ["\npositive", "\nnegative"]
 
 
 async def load(texts: list[str], url: str, kind: str, concurrency: int, size: int) -> float:
-    """Ask for all; returns rows a second."""
+    """Send all texts; returns rows per second."""
     batches = iter([texts[start : start + size] for start in range(0, len(texts), size)])
     weight = len(LABELS) if kind == "classify" else 1
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
@@ -40,6 +40,6 @@ async def load(texts: list[str], url: str, kind: str, concurrency: int, size: in
 
 
 if __name__ == "__main__":
-    source, base_url, what, at_once, per_request = sys.argv[1:]
+    source, base_url, task, in_flight, per_request = sys.argv[1:]
     rows = [json.loads(line)["text"] for line in Path(source).read_text().splitlines()]
-    print(asyncio.run(load(rows, base_url, what, int(at_once), int(per_request))))
+    print(asyncio.run(load(rows, base_url, task, int(in_flight), int(per_request))))

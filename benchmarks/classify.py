@@ -1,10 +1,10 @@
-"""Classification with one request against one completion request for each label.
+"""Compare classification in one request with one completion request per label.
 
     python -m benchmarks.classify [--inputs 8] [--labels 8] [--tokens 128] [--rounds 5] [--model DIR]
 
-Both score the same labels behind as many texts on the same server, in turn: all inputs and labels in one
-``/v1/classify``, or for each input and label a ``/v1/completions`` with ``echo``, ``logprobs`` and ``max_tokens`` 0,
-all of them at once. Every round has new texts, so nothing is cached from one to the next.
+Both score the same labels for the same number of texts on the same server, in turn: one ``/v1/classify`` request for
+all inputs and labels, or one ``/v1/completions`` request with ``echo``, ``logprobs`` and ``max_tokens`` 0 for each
+input and label, all concurrently. Every round has new texts, so nothing is cached from the round before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 async def measure(url: str, args: argparse.Namespace) -> None:
-    """Take turns, and compare round by round."""
+    """Measure both in turn, and compare them round by round."""
     rng = random.Random(0)
     labels = [f" label {index}" for index in range(args.labels)]
     ratios = []
@@ -65,7 +65,7 @@ async def measure(url: str, args: argparse.Namespace) -> None:
                 )
             )
             apart = time.perf_counter() - started
-            if number:  # the first warms up
+            if number:  # round 0 is the warm-up
                 ratios.append(apart / shared)
                 cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
                 print(f"classify {shared:.3f} s, completions {apart:.3f} s, ratio {ratios[-1]:.2f}, cached {cached}")
@@ -73,7 +73,7 @@ async def measure(url: str, args: argparse.Namespace) -> None:
 
 
 async def post(client: httpx.AsyncClient, path: str, body: dict[str, object]) -> dict[str, Any]:
-    """Send a request that has to succeed."""
+    """Send a request that must succeed; returns the answer's JSON."""
     response = await client.post(path, json=body)
     response.raise_for_status()
     answer: dict[str, Any] = response.json()

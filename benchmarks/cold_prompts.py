@@ -1,11 +1,11 @@
-"""Time to the first token with a soft prompt that nobody has used yet, against one that is warm.
+"""Compare the time to the first token with an unused soft prompt and with a warm one.
 
     python -m benchmarks.cold_prompts [--prefix]
 
-A server with 10,000 registered soft prompts of 20 tokens, on the model of 135M shape in bfloat16. One request at a
-time: first with a soft prompt drawn from the 10,000 that was never used, then with one of eight that are on the
-device, each with a new text of 64 tokens. A cold request has to look up its name, verify and read the file, bring the
-rows to the device, and, for prompt tuning, compute their keys and values.
+The server has 10,000 registered soft prompts of 20 tokens, on a model of 135M shape in bfloat16. Requests run one at
+a time: first with a random soft prompt that was never used, then with one of eight that are on the device, each with
+a new text of 64 tokens. A cold request must look up the name, verify and read the file, copy the rows to the device,
+and, for prompt tuning, compute their keys and values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_WARM = 8
 
 
 def register(store_path: Path, count: int, *, layers: int, is_prefix: bool) -> None:
-    """Publish so many soft prompts."""
+    """Publish ``count`` soft prompts."""
     base = BaseModelSpec(BASE, 576, layers, 3, 64, 2048, "bfloat16")
     store = open_store(store_path)
     for index in range(count):
@@ -43,7 +43,7 @@ def register(store_path: Path, count: int, *, layers: int, is_prefix: bool) -> N
 
 
 def first_token_seconds(client: httpx.Client, model: str, text: list[int]) -> float:
-    """From sending a request to its first event."""
+    """Seconds from sending a request to its first event."""
     body = {"model": model, "prompt": text, "max_tokens": 2, "temperature": 0, "ignore_eos": True, "stream": True}
     started = time.perf_counter()
     with client.stream("POST", "/v1/completions", json=body) as response:

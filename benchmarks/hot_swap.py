@@ -1,13 +1,13 @@
-"""Streams while soft prompts are uploaded and promoted, against the same streams left alone.
+"""Compare streams during uploads and promotions of soft prompts with undisturbed streams.
 
     python -m benchmarks.hot_swap
 
-A server with the model of 135M shape in bfloat16 and eight soft prompts; 32 clients that stream 32 to 96 tokens, one
-request after the other, each time with a new text. In one half of the rounds another client uploads new versions of
-those eight names and promotes them, an upload and a promotion in turn at an even pace, and asks twice for one token
-after each promotion; in the other half it only asks for the tokens, as often. Both halves take turns. Counted: gaps
-between the tokens of one stream; streams that failed or were cut short; answers after a promotion that are not from
-the new version.
+The server has a model of 135M shape in bfloat16 and eight soft prompts. Each of 32 clients streams one request after
+another, of 32 to 96 tokens, each with a new text. In half of the rounds, another client uploads and promotes new
+versions of the eight names at an even pace, and requests one token twice after each promotion. In the other half it
+only requests the same number of tokens. The two kinds of rounds alternate. The benchmark measures the gaps between
+the tokens of a stream, streams that failed or ended early, and answers after a promotion that are not from the new
+version.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE
 NUM_NAMES = 8
 TEXT_TOKENS = 32
 NEW_TOKENS = (32, 96)
-"""Drawn for each stream, or all would end, and begin again, in the same step."""
+"""Range of the random lengths; streams of equal length would all end and start in the same step."""
 
 
 @dataclass
 class Tally:
-    """What one kind of rounds has shown.
+    """The results of one kind of round.
 
     Attributes:
         gaps: Seconds between the tokens of one stream.
         rounds: The 99th percentile of the gaps of each round, in milliseconds.
-        num_streams: Streams that ended as they should.
-        failures: What went wrong.
-        num_changes: Uploads and promotions.
-        num_tokens: Tokens streamed.
-        seconds: How long the rounds took.
+        num_streams: Number of streams with all their tokens.
+        failures: Descriptions of failures.
+        num_changes: Number of uploads and promotions.
+        num_tokens: Number of streamed tokens.
+        seconds: Total duration of the rounds.
     """
 
     gaps: list[float] = field(default_factory=list)
@@ -57,18 +57,18 @@ class Tally:
     seconds: float = 0.0
 
 
-def percentile(gaps: Sequence[float], share: float) -> float:
-    """A gap that this share of all gaps does not exceed, in milliseconds."""
-    return 1000 * sorted(gaps)[int(share * (len(gaps) - 1))]
+def percentile(gaps: Sequence[float], fraction: float) -> float:
+    """A percentile of gaps given in seconds, in milliseconds; ``fraction`` is between 0 and 1."""
+    return 1000 * sorted(gaps)[int(fraction * (len(gaps) - 1))]
 
 
 class Round:
-    """Some seconds of load.
+    """One round of load.
 
     Args:
         url: The server.
-        layers: Of its model.
-        tally: What is added to.
+        layers: Number of layers of its model.
+        tally: Receives the results.
     """
 
     def __init__(self, url: str, *, layers: int, tally: Tally, seed: int) -> None:
@@ -80,7 +80,7 @@ class Round:
         self._stopping = asyncio.Event()
 
     async def run(self, num_streams: int, changes: int, pause: float, *, with_changes: bool) -> None:
-        """Stream, and change things ``changes`` times with a pause before each."""
+        """Stream, and make ``changes`` changes (or only probes) with a pause before each, in seconds."""
         started = time.perf_counter()
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self._url, timeout=120, limits=limits) as client:
@@ -105,11 +105,11 @@ class Round:
 
     async def _stream(self, client: httpx.AsyncClient) -> None:
         while not self._stopping.is_set():
-            wanted = self._rng.randint(*NEW_TOKENS)
+            length = self._rng.randint(*NEW_TOKENS)
             body = {
                 "model": f"p{self._rng.randrange(NUM_NAMES)}",
                 "prompt": [self._rng.randrange(1, 2000) for _ in range(TEXT_TOKENS)],
-                "max_tokens": wanted,
+                "max_tokens": length,
                 "ignore_eos": True,
                 "stream": True,
                 "return_token_ids": True,
@@ -132,10 +132,10 @@ class Round:
                         self._tally.gaps.append(now - newest)
                     newest = now
             self._tally.num_tokens += count
-            if count == wanted:
+            if count == length:
                 self._tally.num_streams += 1
             else:
-                self._tally.failures.append(f"{count} tokens of {wanted}")
+                self._tally.failures.append(f"{count} tokens of {length}")
 
     async def _upload(self, client: httpx.AsyncClient, name: str, seed: int) -> int:
         config, weights = soft_prompt_files(seed, layers=self._layers)
@@ -145,17 +145,17 @@ class Round:
         self._tally.num_changes += 1
         return int(reply.json()["version"])
 
-    async def _probe(self, client: httpx.AsyncClient, name: str, wanted: str | None) -> None:
+    async def _probe(self, client: httpx.AsyncClient, name: str, expected: str | None) -> None:
         text = [self._rng.randrange(1, 2000) for _ in range(TEXT_TOKENS)]
         body = {"model": name, "prompt": text, "max_tokens": 1, "ignore_eos": True}
         reply = await client.post("/v1/completions", json=body)
         served_by = reply.headers.get("x-prelude-prompt")
-        if reply.status_code != 200 or (wanted is not None and served_by != wanted):
-            self._tally.failures.append(f"{reply.status_code} from {served_by}, not {wanted}")
+        if reply.status_code != 200 or (expected is not None and served_by != expected):
+            self._tally.failures.append(f"{reply.status_code} from {served_by}, expected {expected}")
 
 
 async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Tally]:
-    """All rounds."""
+    """Run all rounds; returns the results by kind of round."""
     tallies = {"alone": Tally(), "with changes": Tally()}
     per_round = arguments.changes // arguments.rounds
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
@@ -180,7 +180,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--changes", type=int, default=400, help="uploads and promotions together, in all rounds")
+    parser.add_argument("--changes", type=int, default=400, help="total number of uploads and promotions")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--pause", type=float, default=0.15, help="seconds before each change")
     parser.add_argument("--layers", type=int, default=30)

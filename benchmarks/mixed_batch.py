@@ -1,19 +1,19 @@
-"""A mixed batch against PEFT's own way, transformers' padded batch and vLLM, in one run.
+"""Compare a mixed batch with PEFT's generate, transformers' padded batch and vLLM, in one run.
 
     python -m benchmarks.mixed_batch [--vllm PYTHON]
 
-64 requests over 16 soft prompts of 20 tokens (prompt tuning and prefix tuning in turn), texts of 32 to 128 tokens, 64
-new tokens each, on a model of 135M shape with random weights, in the dtype that the machine is fast at. Side by side:
+64 requests over 16 soft prompts of 20 tokens (alternately prompt tuning and prefix tuning), with texts of 32 to 128
+tokens and 64 new tokens each, on a model of 135M shape with random weights, in the dtype that is fast on the machine:
 
-- ``mixed``: our engine, all of them at once;
-- ``no prompts``: the same texts through our engine, bare, which is what soft prompts would cost nothing against;
-- ``peft``: one soft prompt is active at a time, so requests are grouped by soft prompt and generated group after
-  group (left-padded batches of 4; that they are not exact is PEFT's, see docs/soft-prompts.md);
+- ``mixed``: our engine, all requests in one batch;
+- ``no prompts``: our engine with the same texts without soft prompts;
+- ``peft``: PEFT's generate. One soft prompt is active at a time, so the requests run group by group (left-padded
+  batches of 4; these are inexact in PEFT, see docs/soft-prompts.md);
 - ``padded``: transformers' generate over one padded batch of all the texts, without soft prompts;
-- ``vllm``: vLLM's build for this device in an environment of its own, texts that are 20 tokens longer, no prefix
-  caching. ``make bench-vllm`` sets it up.
+- ``vllm``: vLLM's build for this device in a separate environment, with texts that are 20 tokens longer and without
+  prefix caching. ``make bench-vllm`` sets it up.
 
-Each way runs in turn, several times, after one warm-up; the figures are the medians of the ratios round by round.
+The alternatives run in turn, several times, after one warm-up; the figures are medians of the ratios per round.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=default_dtype())
-    parser.add_argument("--vllm", type=Path, help="the interpreter of an environment that has vLLM")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--vllm", type=Path, help="Python interpreter of an environment with vLLM")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     texts = make_texts(arguments.requests, num_prompts=arguments.prompts, shortest=32, longest=128)
     new_tokens, dtype = arguments.new_tokens, arguments.dtype
@@ -62,7 +62,7 @@ def main() -> None:
         virtual = arguments.virtual_tokens
         folders = build_soft_prompts(model_folder, folder, count=arguments.prompts, num_virtual_tokens=virtual)
         sources = [soft_prompt_source(path, index, virtual) for index, path in enumerate(folders)]
-        # Without prefix caching, or every round after the first would find its texts computed.
+        # With prefix caching, every round after the first would find its texts computed.
         engine = LLMEngine(
             EngineSettings(
                 model=str(model_folder), dtype=dtype, enable_prefix_caching=False, kv_cache_memory=2 * 2**30

@@ -1,15 +1,16 @@
-"""What it costs that soft prompts are different ones, and what sharing one saves.
+"""Measure the cost of different soft prompts in one batch, and the savings of a shared one.
 
     python -m benchmarks.prompt_tax [--parts distinct growing sharing] [--counts 1 16 256 4096]
 
-Three figures on the model of 135M shape with few layers and a small vocabulary, or thousands of requests would take
-hours on a small machine. That makes what the engine does for soft prompts a larger part of a step, not a smaller one.
-Half of them are embeddings, which are computed once, half are keys and values, which are copied.
+The model has the 135M shape, but few layers and a small vocabulary, so that thousands of requests do not take hours
+on a small machine. This overstates the cost of soft prompts, because the rest of a step is cheaper. Half of the soft
+prompts are embeddings, which are computed once; the other half are keys and values, which are copied. Three parts:
 
-- 64 sequences over 64 different soft prompts of 20 tokens, against the same texts bare, and against the same texts
-  lengthened by 20 tokens each, which attend to as many keys;
-- 4,096 requests over 1, 16, 256 and 4,096 different soft prompts, each run with an engine of its own;
-- 64 sequences behind one Cartridge of 1,024 tokens, against 64 copies of it under different digests: blocks and time.
+- ``distinct``: 64 sequences with 64 different soft prompts of 20 tokens, against the same texts without soft prompts,
+  and against texts that are 20 tokens longer and so attend to the same number of keys;
+- ``growing``: 4,096 requests over 1, 16, 256 and 4,096 different soft prompts, each run with a new engine;
+- ``sharing``: 64 sequences with one Cartridge of 1,024 tokens, against 64 copies under different digests: memory and
+  time.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PARTS = ("distinct", "growing", "sharing")
 
 
 def random_prompts(folder: Path, count: int, layers: int, num_virtual_tokens: int = 20) -> list[SoftPromptSource]:
-    """Random soft prompts, of embeddings and of keys and values in turn."""
+    """Random soft prompts, alternately embeddings and keys and values."""
     sources = []
     for index in range(count):
         width = layers * KEY_VALUES_PER_LAYER if index % 2 else HIDDEN_SIZE
@@ -66,7 +67,7 @@ def cartridge(folder: Path, layers: int) -> SoftPromptSource:
 
 
 def copies_of(source: SoftPromptSource, count: int) -> list[SoftPromptSource]:
-    """The same content under other digests, which the engine can not know to be the same."""
+    """The same content under different digests, which the engine cannot recognize as equal."""
     return [
         SoftPromptSource(
             digest=f"{source.digest}{index}",
@@ -81,7 +82,7 @@ def copies_of(source: SoftPromptSource, count: int) -> list[SoftPromptSource]:
 def distinct(
     settings: EngineSettings, texts: Sequence[Text], sources: Sequence[SoftPromptSource], new_tokens: int, rounds: int
 ) -> dict[str, object]:
-    """64 over 64 different ones, against none."""
+    """Each text with a different soft prompt, against no soft prompts and against longer texts."""
     engine = LLMEngine(settings)
     longer = [Text([1] * 20 + text.token_ids, text.prompt) for text in texts]
     ways = {
@@ -101,7 +102,7 @@ def distinct(
 def growing(
     settings: EngineSettings, sources: Sequence[SoftPromptSource], counts: Sequence[int], new_tokens: int, rounds: int
 ) -> dict[str, object]:
-    """One request for each source, over more and more of them, each count with an engine of its own, in turn."""
+    """One request per source, over each number of different soft prompts in turn, each with a new engine."""
     texts = make_texts(len(sources), num_prompts=len(sources), shortest=32, longest=128, vocab_size=VOCABULARY)
     speeds: dict[str, list[float]] = {str(count): [] for count in counts}
     for number in range(rounds):
@@ -117,7 +118,7 @@ def growing(
 
 
 def sharing(settings: EngineSettings, folder: Path, layers: int, new_tokens: int) -> dict[str, object]:
-    """64 sequences behind one Cartridge, against 64 copies of it."""
+    """64 sequences with one Cartridge, against 64 copies of it."""
     texts = make_texts(64, num_prompts=64, shortest=32, longest=64, vocab_size=VOCABULARY)
     source = cartridge(folder, layers)
     result: dict[str, object] = {}
@@ -145,7 +146,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=default_dtype())
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--counts", nargs="+", type=int, help="soft prompts; by default 1, 16, 256 and one a request")
+    parser.add_argument(
+        "--counts", nargs="+", type=int, help="numbers of soft prompts (default: 1, 16, 256, and one per request)"
+    )
     arguments = parser.parse_args()
     counts = arguments.counts or (1, 16, 256, arguments.requests)
     with tempfile.TemporaryDirectory() as name:

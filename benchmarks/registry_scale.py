@@ -1,12 +1,11 @@
-"""How the catalog bears numbers: 100,000 registered soft prompts against 1,000.
+"""Compare catalogs with 100,000 and with 1,000 registered soft prompts.
 
     python -m benchmarks.registry_scale [--catalog postgresql://...]
 
-Two stores, small and large, side by side. Names are written into the tables in bulk (a hundred thousand uploads
-would take longer than they tell); what is measured goes through ``PromptStore`` as a request does, in turn, first one
-store and then the other: looking up a reference that is not known yet, a page of 100 names, a page of 100 names with
-a tag that every second has, an upload, a promotion. Also the memory of a process that has opened a store and looked
-up 2,000 of its names.
+Names are inserted into the tables in bulk, because 100,000 uploads would take too long. The measured operations go
+through ``PromptStore``, like those of a request, alternately on the two stores: resolve an uncached reference, list a
+page of 100 names, list a page of 100 names by a tag that every second name has, upload, promote. The benchmark also
+measures the memory of a process that has opened a store and resolved 2,000 names.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _BATCH = 5_000
 
 
 def name_of(index: int) -> str:
-    """A name; in order of a hash, as people's names are in no order."""
+    """A name with a hash prefix, so that sorted names are in random order of their index."""
     return f"{hashlib.sha256(str(index).encode()).hexdigest()[:12]}-{index}"
 
 
@@ -96,7 +95,7 @@ def register(url: str, count: int) -> None:
                 connection.execute(table.insert(), values)
     with database.writing() as connection:
         if database.is_shared:
-            # Rows with numbers of our own leave the sequences behind.
+            # Rows inserted with explicit ids do not advance the sequences.
             for name in ("prompts", "versions"):
                 connection.exec_driver_sql(f"SELECT setval('{name}_id_seq', {count + 1})")
         connection.exec_driver_sql("ANALYZE")
@@ -104,7 +103,7 @@ def register(url: str, count: int) -> None:
 
 
 def upload(store: PromptStore, name: str, number: int) -> None:
-    """Publish a soft prompt that was not there."""
+    """Publish a new soft prompt."""
     with store.upload() as staged:
         for filename, data in (
             ("adapter_config.json", CONFIG),
@@ -116,10 +115,10 @@ def upload(store: PromptStore, name: str, number: int) -> None:
 
 
 def operations(store: PromptStore, count: int, rng: random.Random) -> dict[str, Callable[[int], object]]:
-    """What is timed, by name; each takes the number of the repetition."""
+    """The timed operations by name; each takes the index of the repetition."""
     order = list(range(1, count + 1))
     rng.shuffle(order)
-    # Pages begin in the first half of the names, so that all of them are full.
+    # Pages start in the first half of the names, so that every page is full.
     starts = rng.sample(sorted(map(name_of, order))[: count // 2], count // 2)
     return {
         "resolve": lambda turn: store.resolve(PromptRef.parse(name_of(order[turn % count]))),
@@ -131,7 +130,7 @@ def operations(store: PromptStore, count: int, rng: random.Random) -> dict[str, 
 
 
 def resident_mib(location: str, catalog: str, count: int) -> float:
-    """Memory of a process of its own that opens the store and looks up 2,000 names."""
+    """Memory of a separate process that opens the store and resolves 2,000 names."""
     code = (
         "import sys, random, psutil\n"
         "from benchmarks.registry_scale import name_of\n"
@@ -152,7 +151,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=1_000)
     parser.add_argument("--large", type=int, default=100_000)
     parser.add_argument("--turns", type=int, default=300)
-    parser.add_argument("--catalog", help="a PostgreSQL server in which two databases may be made, instead of SQLite")
+    parser.add_argument("--catalog", help="URL of a PostgreSQL server for two new databases; default: SQLite")
     arguments = parser.parse_args()
     counts = {"small": arguments.small, "large": arguments.large}
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +180,7 @@ def main() -> None:
 
 
 def measure(folder: str, urls: dict[str, str], counts: dict[str, int], turns: int) -> dict[str, object]:
-    """All figures of the two stores."""
+    """Measure both stores; returns all figures."""
     for which, count in counts.items():
         started = time.perf_counter()
         register(urls[which], count)

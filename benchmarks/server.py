@@ -1,4 +1,4 @@
-"""A server in a process of its own, and soft prompts for it, for the benchmarks that measure over HTTP."""
+"""A server in a separate process, and soft prompts for it, for the benchmarks over HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ BASE = "bench"
 
 
 def build_served_model(folder: Path, *, layers: int) -> Path:
-    """The model of 135M shape, with a tokenizer of fewer words than it: the benchmarks send token ids."""
+    """Write a model of 135M shape and a tokenizer, and return their folder.
+
+    The tokenizer has a smaller vocabulary than the model; the benchmarks send token ids.
+    """
     path = build_model(folder, layers=layers)
     for file in MODEL_DIRECTORY.glob("tokenizer*"):
         shutil.copy(file, path)
@@ -39,7 +42,7 @@ def soft_prompt_files(
 
 @contextmanager
 def serving(model: Path, store: Path, *flags: str) -> Iterator[str]:
-    """``prelude serve`` until the block ends; gives its URL."""
+    """Run ``prelude serve`` until the block ends; yields its URL."""
     port = free_port()
     command = [*PRELUDE, "serve", "--model", str(model), "--served-model-name", BASE, "--port", str(port)]
     command += ["--store", str(store), "--log-level", "WARNING", *flags]

@@ -1,11 +1,12 @@
-"""Matrix products beside a busy process, by how long torch's threads spin before they sleep.
+"""Measure matrix products beside a busy process, for several spin times of torch's threads.
 
     python -m benchmarks.spinning
 
-libgomp's threads wait actively for each other for milliseconds by default. Where somebody else uses one of the cores,
-a thread that spins keeps the one that it waits for from running; but one that sleeps has to be woken for the next
-product. Products of 64 rows on all cores, with 60 us of one thread's work between them as in a decode step, are timed
-with nobody else there and beside one process that counts, for each of some settings of ``GOMP_SPINCOUNT``.
+By default, the threads of libgomp spin for milliseconds while they wait for each other. If another process uses one
+of the cores, a spinning thread can keep the thread that it waits for from running. A sleeping thread, however, must
+be woken for the next product. The benchmark times products of 64 rows on all cores, with 60 us of work by one thread
+between them, like in a decode step. It does so alone and beside one busy process, for several values of
+``GOMP_SPINCOUNT``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ print(taken / 2000)
 
 
 def products(setting: str) -> float:
-    """Mean seconds of a product in a process of its own."""
+    """Mean seconds of a product, in a separate process."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     if setting != "default":
         environment["GOMP_SPINCOUNT"] = setting

@@ -1,12 +1,12 @@
-"""What a decode step costs: against its bare matrix products, and as batch, context and soft prompts grow.
+"""Compare a decode step with its bare matrix products, for growing batch, context and number of soft prompts.
 
     python -m benchmarks.step_cost [--plot benchmarks/step_cost.png]
     OMP_NUM_THREADS=1 python -m benchmarks.step_cost --rest
 
-The model of 135M shape with random weights, in the dtype that the machine is fast at. A decode step of N sequences is
-timed in an engine that does nothing else, each with so many tokens behind it, a number of soft prompts of 20 tokens
-dealt out among them. Its bare products are the model's own linear layers, laid out as the engine has them, each
-applied to N rows in order, and nothing else; they and the steps take turns.
+Uses a model of 135M shape with random weights, in the dtype that is fast on the machine. The engine runs decode steps
+of N sequences with the given context length, which use a number of soft prompts of 20 tokens in turn. The bare
+products are the model's linear layers in the engine's layout, each applied to N rows in order. Steps and products
+alternate.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ BATCHES = (1, 4, 16, 64, 128)
 CONTEXTS = (64, 256, 1024)
 PROMPTS = (0, 1, 16, 64)
 BATCH, CONTEXT, COUNT = 64, 128, 16
-"""What the other two are while one is varied."""
+"""The values of the two other parameters while one is varied."""
 
 
 class Bench:
-    """One engine, and the products of its model.
+    """One engine, and the matrix products of its model.
 
     Args:
-        engine: With room for every batch.
-        sources: Soft prompts to deal out.
+        engine: An engine that can hold the largest batch.
+        sources: Soft prompts that the sequences use in turn.
     """
 
     def __init__(self, engine: LLMEngine, sources: Sequence[SoftPromptSource]) -> None:
@@ -69,22 +69,22 @@ class Bench:
         return statistics.median(steps), statistics.median(products)
 
     def rest(self, batch: int, context: int, prompts: int) -> float:
-        """Least seconds of CPU time of a decode step without its products, whose results are drawn once and given.
+        """Minimum CPU seconds of a decode step without its products, which return fixed random results.
 
-        CPU time of one thread, and the least of many, so that it means something beside other work too.
+        The minimum CPU time over many steps on one thread is robust to other load on the machine.
         """
         self._start(batch, context, prompts)
         drawn: dict[tuple[int, ...], torch.Tensor] = {}
 
-        def give(rows: torch.Tensor, weight: torch.Tensor, *_others: object) -> torch.Tensor:
+        def fixed_product(rows: torch.Tensor, weight: torch.Tensor, *_others: object) -> torch.Tensor:
             shape = (*rows.shape[:-1], weight.shape[0])
             if shape not in drawn:
                 drawn[shape] = torch.randn(shape).to(rows.dtype)
-            # Sums are written over the narrow ones.
+            # The engine adds the residual into results of this width in place.
             return drawn[shape].clone() if shape[-1] == HIDDEN_SIZE else drawn[shape]
 
         seconds = []
-        with patch.object(packed_linear, "_product", give):
+        with patch.object(packed_linear, "_product", fixed_product):
             for _ in range(5 * STEPS):
                 started = time.process_time()
                 self._engine.step()
@@ -93,7 +93,7 @@ class Bench:
         return min(seconds)
 
     def _start(self, batch: int, context: int, prompts: int) -> None:
-        """Prefill so many sequences of so many positions."""
+        """Prefill ``batch`` sequences of ``context`` positions."""
         engine, params = self._engine, SamplingParams(max_tokens=512, temperature=0.0, ignore_eos=True)
         for index in range(batch):
             source = self._sources[index % prompts] if prompts else None
@@ -119,7 +119,7 @@ class Bench:
 
 
 def plot(tables: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
-    """One panel for each thing that grows."""
+    """Plot one panel per varied parameter."""
     figure, panels = plt.subplots(1, len(tables), figsize=(12, 3.6), layout="constrained")
     for panel, (name, table) in zip(panels, tables.items(), strict=True):
         panel.plot(list(table), [1000 * step for step, _ in table.values()], "o-", label="decode step")
@@ -134,9 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dtype", default=default_dtype())
-    parser.add_argument("--enforce-eager", action="store_true", help="do not replay decodes from CUDA graphs")
+    parser.add_argument("--enforce-eager", action="store_true", help="do not use CUDA graphs for decode steps")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--rest", action="store_true", help="only a step's CPU time without its products, by batch")
+    parser.add_argument("--rest", action="store_true", help="only measure a step's CPU time without its products")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

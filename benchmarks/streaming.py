@@ -1,10 +1,10 @@
-"""Streaming over HTTP at 64 clients, against the engine alone.
+"""Compare streaming over HTTP to 64 clients with the engine alone.
 
     python -m benchmarks.streaming
 
-64 clients stream completions of 64 tokens over HTTP, one after the other, over 16 soft prompts; the same requests
-then go straight to an engine process through its asyncio front, from as many coroutines, without HTTP, JSON or text.
-Both have the same cores; the clients share them, too. The two take turns.
+Each of 64 clients streams completions of 64 tokens over HTTP, one after the other, over 16 soft prompts. Then the
+same number of coroutines send the same requests to an engine process through its asyncio client, without HTTP, JSON
+or text. Servers and clients share the same cores. The two ways alternate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEW_TOKENS = 64
 
 
 def make_requests(clients: int, each: int, seed: int) -> list[list[tuple[int, list[int]]]]:
-    """For each client its requests: (index of the soft prompt, token ids)."""
+    """The requests of each client, as (index of the soft prompt, token ids)."""
     rng = random.Random(seed)
     return [
         [
@@ -44,7 +44,7 @@ def make_requests(clients: int, each: int, seed: int) -> list[list[tuple[int, li
 
 
 async def over_http(url: str, plan: list[list[tuple[int, list[int]]]]) -> float:
-    """Tokens per second of all clients' streams."""
+    """Tokens per second of all streams over HTTP."""
 
     async def client(http: httpx.AsyncClient, requests: list[tuple[int, list[int]]]) -> int:
         count = 0
@@ -69,7 +69,7 @@ async def over_http(url: str, plan: list[list[tuple[int, list[int]]]]) -> float:
 async def over_engine(
     engine: AsyncEngine, plan: list[list[tuple[int, list[int]]]], sources: list[SoftPromptSource]
 ) -> float:
-    """Tokens per second of the engine process."""
+    """Tokens per second of all requests to the engine process."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
 
     async def client(name: str, requests: list[tuple[int, list[int]]]) -> int:
@@ -88,7 +88,7 @@ async def over_engine(
 
 
 async def upload(url: str, layers: int, folder: Path) -> list[SoftPromptSource]:
-    """Put the soft prompts into the server; returns them as the engine takes them."""
+    """Upload the soft prompts to the server; returns them as sources for the engine."""
     sources = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as http:
         for index in range(NUM_PROMPTS):
@@ -104,7 +104,7 @@ async def upload(url: str, layers: int, folder: Path) -> list[SoftPromptSource]:
 
 
 async def measure(url: str, model: Path, arguments: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
-    """Both, in turn, after one warm-up."""
+    """Measure both ways in turn, after one warm-up; returns tokens per second."""
     sources = await upload(url, arguments.layers, folder)
     engine = AsyncEngine(
         EngineSettings(
@@ -132,7 +132,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--each", type=int, default=2, help="requests of each client in a round")
+    parser.add_argument("--each", type=int, default=2, help="requests per client and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dtype", default=default_dtype())

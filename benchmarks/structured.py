@@ -1,11 +1,11 @@
-"""What constraints cost: a batch of 64 texts of which none, 8 or all have to be JSON of a schema, in one run.
+"""Measure the cost of constraints: a batch of 64 texts, of which none, 8 or all must match a JSON schema.
 
     python -m benchmarks.structured
 
-64 texts of 32 to 128 tokens, 64 new tokens each, on a model of 135M shape with random weights (vocabulary 49,152) and
-a tokenizer that is trained for the occasion. The JSON is a list of objects that does not end within 64 tokens. The
-three ways take turns, several times, after one warm-up in which the schema is compiled; the figures are medians of
-the ratios round by round. Besides, the time of the masks alone: 64 of them computed and expanded, as in a step.
+The texts have 32 to 128 tokens and 64 new tokens each. The model has the 135M shape and random weights (vocabulary
+49,152); its tokenizer is trained by the benchmark. The JSON is a list of objects that does not end within 64 tokens.
+The three ways alternate several times, after one warm-up that compiles the schema; the figures are medians of the
+ratios per round. The benchmark also times the computation and expansion of the 64 masks of a step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONSTRAINT = Constraint(kind=ConstraintKind.JSON_SCHEMA, text=json.dumps(SCHEMA)
 
 
 def build_tokenizer(folder: Path) -> None:
-    """Train a byte-level tokenizer of the model's vocabulary on Python's own library."""
+    """Train a byte-level tokenizer with the model's vocabulary size on Python's standard library."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -58,13 +58,13 @@ def build_tokenizer(folder: Path) -> None:
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) + sorted(
         Path(sysconfig.get_path("stdlib")).glob("*/*.py")
     )
-    # Some are there to test what is no UTF-8.
+    # Some test files are deliberately invalid UTF-8.
     core.train_from_iterator((path.read_text(errors="ignore") for path in sources), trainer)
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
 
 
 def make_way(engine: LLMEngine, texts: list[Text], new_tokens: int, num_constrained: int) -> Way:
-    """All texts at once, the constrained ones spread among them."""
+    """Run all texts in one batch; the constrained ones are spread evenly."""
     every = len(texts) // num_constrained if num_constrained else len(texts) + 1
 
     def run() -> int:
@@ -90,7 +90,7 @@ def make_way(engine: LLMEngine, texts: list[Text], new_tokens: int, num_constrai
 
 
 def mask_seconds(model_folder: Path, rows: int, steps: int) -> float:
-    """Median time of one step's masks, along texts that the grammar allows at random."""
+    """Median seconds of one step's masks, over random texts that the grammar allows."""
     compiler = GrammarCompiler(
         lambda: load_tokenizer(str(model_folder), None), vocab_size=VOCABULARY, eos_token_ids=()
     )
@@ -125,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model_folder = build_model(Path(name), layers=arguments.layers)
         build_tokenizer(model_folder)
-        # Without prefix caching, or every round after the first would find its texts computed.
+        # With prefix caching, every round after the first would find its texts computed.
         engine = LLMEngine(
             EngineSettings(model=str(model_folder), dtype=arguments.dtype, enable_prefix_caching=False)
         )

@@ -1,16 +1,16 @@
-"""What a change costs in time: two checkouts side by side in one run.
+"""Compare the speed of two checkouts side by side in one run.
 
     python -m benchmarks.two_checkouts BEFORE [--rounds 9] [--parts mixed bulk]
 
 ``BEFORE`` is another checkout of this project (``git worktree add ../before COMMIT``). Each checkout runs in a
-process of its own, by this interpreter, with its own code and its own ``benchmarks`` package, on the same work:
+separate process of this interpreter, with its own code and its own ``benchmarks`` package, on the same work:
 
 - ``mixed``: the mixed batch of ``benchmarks.mixed_batch`` (64 requests over 16 soft prompts), and the same texts
   without soft prompts, which gives the prompt tax;
-- ``bulk``: ``prelude run`` over rows for the embedded model, against a server of its own checkout.
+- ``bulk``: ``prelude run`` over rows for the embedded model, against a server of the same checkout.
 
-The processes take turns, and who begins changes with each round. The figures are the medians of the ratios, round by
-round: the time of this checkout divided by the time before.
+The processes take turns, in an order that alternates with each round. The figures are the medians of the ratios per
+round: the time of this checkout divided by the time of ``BEFORE``.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ HERE = Path(__file__).resolve().parent.parent
 SIDE = HERE / "benchmarks" / "peers" / "checkout.py"
 WORK = {"mixed": ("mixed", "bare"), "bulk": ("bulk",)}
 PAUSE_SECONDS = 0.5
-"""Before each turn: threads of the other process may wait actively for a while."""
+"""Pause before each turn; threads of the other process may still spin for a while."""
 
 
 class Side:
-    """One checkout's process, which does a piece of work each time that it is named."""
+    """The process of one checkout, which runs work by name."""
 
     def __init__(self, requests: IO[str], replies: IO[str]) -> None:
         self._requests = requests
         self._replies = replies
 
     def run(self, work: str) -> float:
-        """Seconds that the work took.
+        """Run the named work; returns its duration in seconds.
 
         Raises:
             RuntimeError: If the process ended.
@@ -54,13 +54,13 @@ class Side:
         self._requests.flush()
         reply = self._replies.readline()
         if not reply:
-            raise RuntimeError("the process of a checkout ended; see its error above")
+            raise RuntimeError("the process of a checkout ended; its error is printed above")
         return float(json.loads(reply)["seconds"])
 
 
 @contextmanager
 def side(checkout: Path, part: str) -> Iterator[Side]:
-    """The process of a checkout, ready to work, until the block ends."""
+    """Run the process of a checkout until the block ends."""
     process = subprocess.Popen(
         [sys.executable, SIDE, part],
         cwd=checkout,
@@ -70,7 +70,7 @@ def side(checkout: Path, part: str) -> Iterator[Side]:
         text=True,
     )
     if process.stdin is None or process.stdout is None:
-        raise RuntimeError("no pipes")
+        raise RuntimeError("the process has no pipes")
     try:
         yield Side(process.stdin, process.stdout)
     finally:
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def measure(sides: list[Side], work: str, rounds: int) -> list[tuple[float, float]]:
-    """Seconds of both, before and now, round by round, after a round that does not count."""
+    """Seconds of the work in both checkouts, (before, now) per round, after one warm-up round."""
     found = []
     for index in range(rounds + 1):
         order = (0, 1) if index % 2 else (1, 0)

@@ -1,4 +1,4 @@
-"""Ways to the same tokens, run side by side: our engine, PEFT's and transformers' own, vLLM's."""
+"""Ways to generate the same tokens, run side by side: our engine, PEFT, transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from server.engine.llm_engine import LLMEngine
 from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
 
 Way = Callable[[], tuple[int, float]]
-"""Does all the work once; returns the number of new tokens and the seconds that it took."""
+"""Runs all the work once; returns the number of new tokens and the duration in seconds."""
 
 PAUSE_SECONDS = 2.0
-"""Before each way: threads of the one before may wait actively for a while, in a process of their own."""
+"""Pause before each way; threads of the previous one may still spin for a while."""
 
 VLLM_SCRIPT = Path(__file__).parent / "peers" / "vllm_cpu.py"
 
 
 def default_dtype() -> Literal["float32", "bfloat16"]:
-    """The dtype that this machine is fast at."""
+    """The dtype that is fast on this machine."""
     return "bfloat16" if torch.cuda.is_available() or has_fast_bfloat16() else "float32"
 
 
 def machine() -> str:
-    """What the figures are from."""
+    """A description of the machine, for the figures."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def timed(run: Callable[[], int]) -> Way:
-    """A way that is timed from outside."""
+    """Make a way from a function that returns the number of new tokens."""
 
     def way() -> tuple[int, float]:
         started = time.perf_counter()
@@ -54,7 +54,7 @@ def timed(run: Callable[[], int]) -> Way:
 
 
 def peft_way(model_folder: Path, folders: Sequence[Path], texts: Sequence[Text], new_tokens: int, dtype: str) -> Way:
-    """PEFT's generate, group after group: one soft prompt is active at a time, and a model holds one type of them."""
+    """PEFT's generate, group by group: one soft prompt is active at a time, and a model holds one type of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models: dict[str, PeftModel] = {}
     types = [PeftConfig.from_pretrained(str(folder)).peft_type for folder in folders]
@@ -87,7 +87,7 @@ def padded_way(model_folder: Path, texts: Sequence[Text], new_tokens: int, dtype
 def engine_way(
     engine: LLMEngine, texts: Sequence[Text], new_tokens: int, sources: Sequence[SoftPromptSource] | None
 ) -> Way:
-    """Our engine, everything at once; ``sources`` are the soft prompts that ``Text.prompt`` counts."""
+    """Our engine, with all texts submitted at once; ``Text.prompt`` is an index into ``sources``."""
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
 
     def run() -> int:
@@ -111,7 +111,7 @@ def engine_way(
 def vllm_way(
     python: Path, model_folder: Path, texts: Sequence[Text], new_tokens: int, dtype: str, *, extra_tokens: int
 ) -> Iterator[Way]:
-    """Texts go to vLLM, in a process of its own interpreter; they are longer by what a soft prompt would take."""
+    """vLLM, in a process of the interpreter ``python``; ``extra_tokens`` stand in for a soft prompt."""
     work = model_folder.parent / "vllm.json"
     prompts = [[1 + index % 1000 for index in range(extra_tokens)] + text.token_ids for text in texts]
     work.write_text(json.dumps({"prompts": prompts, "new_tokens": new_tokens}))
@@ -126,7 +126,7 @@ def vllm_way(
             env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"},
         )
     if process.stdin is None or process.stdout is None:
-        raise RuntimeError("no pipes")
+        raise RuntimeError("the process has no pipes")
     requests, replies = process.stdin, process.stdout
 
     def reply() -> str:
@@ -150,25 +150,25 @@ def vllm_way(
 
 
 def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Tokens per second of each way, round by round, in turn, after one warm-up round."""
+    """Run the ways in turn, after one warm-up round; returns tokens per second of each way by round."""
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
             time.sleep(PAUSE_SECONDS)
             count, seconds = way()
-            if number:  # the first is the warm-up
+            if number:  # round 0 is the warm-up
                 speeds[name].append(count / seconds)
             print(f"round {number}  {name:12s} {count / seconds:8.1f} tokens/s", flush=True)
     return speeds
 
 
 def ratio(speeds: dict[str, list[float]], first: str, second: str) -> float:
-    """The median over the rounds of one way's speed over another's."""
+    """The median over the rounds of the first way's speed divided by the second's."""
     return round(statistics.median(a / b for a, b in zip(speeds[first], speeds[second], strict=True)), 3)
 
 
 def medians(speeds: dict[str, list[float]]) -> dict[str, float]:
-    """Tokens per second of each way."""
+    """Median tokens per second of each way."""
     return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
 
 

@@ -1,4 +1,4 @@
-"""The model and the requests that the benchmarks share."""
+"""The model and the requests of the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.engine.types import SoftPromptSource
 VOCABULARY = 49_152
 HIDDEN_SIZE = 576
 KEY_VALUES_PER_LAYER = 2 * 3 * 64
-"""Of one virtual token: keys and values of three heads."""
+"""Number of values per virtual token and layer: keys and values of three heads."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Text:
     """One request.
 
     Attributes:
-        token_ids: Its text.
-        prompt: Index of its soft prompt.
+        token_ids: The tokens of its text.
+        prompt: The index of its soft prompt.
     """
 
     token_ids: list[int]
@@ -54,7 +54,7 @@ def build_model(folder: Path, *, layers: int = 30, vocab_size: int = VOCABULARY)
 
 
 def build_soft_prompts(model_folder: Path, folder: Path, *, count: int, num_virtual_tokens: int) -> list[Path]:
-    """Let PEFT write random soft prompts, prompt tuning and prefix tuning in turn; returns their folders."""
+    """Write random soft prompts with PEFT, alternately prompt tuning and prefix tuning; returns their folders."""
     base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     folders = []
     for index in range(count):
@@ -68,7 +68,7 @@ def build_soft_prompts(model_folder: Path, folder: Path, *, count: int, num_virt
 
 
 def soft_prompt_source(folder: Path, index: int, num_virtual_tokens: int) -> SoftPromptSource:
-    """One of those soft prompts as the engine takes it."""
+    """Describe one of these soft prompts to the engine."""
     return SoftPromptSource(
         digest=folder.name,
         num_virtual_tokens=num_virtual_tokens,
@@ -80,7 +80,7 @@ def soft_prompt_source(folder: Path, index: int, num_virtual_tokens: int) -> Sof
 def make_texts(
     count: int, *, num_prompts: int, shortest: int, longest: int, vocab_size: int = VOCABULARY
 ) -> list[Text]:
-    """Random texts, the soft prompts dealt out evenly and shuffled."""
+    """Random texts; the soft prompts are assigned evenly, in random order."""
     rng = random.Random(1)
     prompts = [index % num_prompts for index in range(count)]
     rng.shuffle(prompts)

@@ -1,1 +1,1 @@
-"""Other servers' sides of comparisons; each runs in an environment of its own."""
+"""Scripts that the comparisons run in separate environments."""

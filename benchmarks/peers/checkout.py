@@ -1,6 +1,6 @@
-"""The work of one checkout in ``benchmarks.two_checkouts``, run with that checkout's code.
+"""The process of one checkout in ``benchmarks.two_checkouts``; it runs that checkout's code.
 
-It reads names of pieces of work from its standard input, and answers each with a line ``{"seconds": ...}``.
+Reads the name of a work from each line of standard input, runs it, and prints a line ``{"seconds": ...}``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS = 4000
 PRELUDE = [sys.executable, "-c", "from server.cli import main; main()"]
 
 Work = Mapping[str, Callable[[], float]]
-"""Pieces of work by name; each returns the seconds that it took."""
+"""Functions by name of the work; each returns its duration in seconds."""
 
 
 def mixed_work(folder: Path, stack: ExitStack) -> Work:
@@ -49,7 +49,7 @@ def mixed_work(folder: Path, stack: ExitStack) -> Work:
 
 
 def bulk_work(folder: Path, stack: ExitStack) -> Work:
-    """Rows of texts through ``prelude run``, each time other ones."""
+    """Rows of texts through ``prelude run``, with new texts in each run."""
     flags = ["--no-enable-prefix-caching", "--allow-other-base"]
     url = stack.enter_context(serving(MODEL_DIRECTORY, folder / "store", *flags))
     push = [*PRELUDE, "push", str(SOFT_PROMPTS_DIRECTORY / "sentiment"), "--id", "sentiment", "--url", url]
@@ -69,7 +69,7 @@ def bulk_work(folder: Path, stack: ExitStack) -> Work:
 
 
 def main() -> None:
-    """Do each piece of work that is asked for, until the input ends."""
+    """Run each requested work until the input ends."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         make = {"mixed": mixed_work, "bulk": bulk_work}[sys.argv[1]]
         work = make(Path(name), stack)

@@ -1,8 +1,8 @@
-"""vLLM's side of a comparison: run by its own interpreter, driven over pipes by ``benchmarks.ways.vllm_way``.
+"""vLLM in a comparison: runs in vLLM's environment, driven over pipes by ``benchmarks.ways.vllm_way``.
 
     python vllm_cpu.py MODEL DTYPE WORK.json
 
-Says ``peer: ready``, then for each line that it reads does the work once and says ``peer: TOKENS SECONDS``.
+Prints ``peer: ready``. Then, for each line of standard input, runs the work once and prints ``peer: TOKENS SECONDS``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm import LLM, SamplingParams
 
 
 def main() -> None:
-    """Serve the pipe."""
+    """Run the work for each line of standard input."""
     model, dtype, work = sys.argv[1:]
     task = json.loads(Path(work).read_text())
     llm = LLM(
