@@ -1,4 +1,4 @@
-"""What needs a real server: disconnects, late errors, drains, and OpenAI's own client."""
+"""Tests that need a real server: disconnects, late errors, drains and OpenAI's client."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_openai_client_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> Non
 @pytest.mark.parametrize("stall_after", [0, 3])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["abc", ["a", "b", "c"]])
-def test_disconnect_aborts_and_gives_everything_back(
+def test_a_disconnect_aborts_and_releases_everything(
     live: LiveServer,
     engine: FakeEngine,
     store: CountingStore,
@@ -189,7 +189,7 @@ def test_one_failing_sequence_ends_the_others(live: LiveServer, engine: FakeEngi
     eventually(lambda: engine.in_flight == 0)
 
 
-def test_overload(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -> None:
+def test_an_overloaded_server_is_429(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -> None:
     engine.stall_after = 0
     services = live.server._services
     threads = [
@@ -209,7 +209,7 @@ def test_overload(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -
     assert httpx.post(live.url + URL, json=BODY).status_code == 200
 
 
-def test_not_ready_while_loading(serve: Serve, engine: FakeEngine, upload_parts: UploadParts) -> None:
+def test_the_server_is_not_ready_while_loading(serve: Serve, engine: FakeEngine, upload_parts: UploadParts) -> None:
     engine.start_gate.clear()
     live = serve(wait=False)
     assert httpx.get(f"{live.url}/live").json() == {"status": "live"}
@@ -236,7 +236,7 @@ def test_an_engine_that_cannot_start_ends_the_server(serve: Serve, engine: FakeE
     assert engine.stopped
 
 
-def test_a_dead_engine(live: LiveServer, engine: FakeEngine) -> None:
+def test_a_dead_engine_is_503(live: LiveServer, engine: FakeEngine) -> None:
     engine.alive = False
     response = httpx.get(f"{live.url}/ready")
     assert response.status_code == 503
@@ -267,7 +267,7 @@ def test_drain_lets_streams_finish_and_refuses_new_work(
     assert engine.stopped
 
 
-def test_drain_cuts_off_what_takes_too_long(serve: Serve, engine: FakeEngine, eventually: WaitUntil) -> None:
+def test_a_drain_ends_requests_that_take_too_long(serve: Serve, engine: FakeEngine, eventually: WaitUntil) -> None:
     live = serve(drain_seconds=0.1)
     engine.stall_after = 3
     texts: list[str] = []
@@ -285,7 +285,7 @@ def test_drain_cuts_off_what_takes_too_long(serve: Serve, engine: FakeEngine, ev
     assert FinishReason.ABORT.value not in texts[0]
 
 
-def test_upload_over_the_limit_while_streaming(live: LiveServer, store: CountingStore) -> None:
+def test_a_streamed_upload_over_the_limit_is_413(live: LiveServer, store: CountingStore) -> None:
     def body() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="id"\r\n\r\nbig\r\n'
         yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
@@ -300,7 +300,7 @@ def test_upload_over_the_limit_while_streaming(live: LiveServer, store: Counting
     assert store.totals().num_prompts == 0
 
 
-def test_upload_declared_over_the_limit_is_refused_unread(live: LiveServer) -> None:
+def test_an_upload_declared_over_the_limit_is_refused_unread(live: LiveServer) -> None:
     with closing(http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=5)) as connection:
         connection.putrequest("POST", "/v1/prompts")
         connection.putheader("content-type", "multipart/form-data; boundary=b")
@@ -309,7 +309,7 @@ def test_upload_declared_over_the_limit_is_refused_unread(live: LiveServer) -> N
         assert connection.getresponse().status == 413
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(
+def test_an_interrupted_upload_leaves_no_files(
     live: LiveServer, settings: Settings, store: CountingStore, eventually: WaitUntil
 ) -> None:
     staging = Path(settings.store.location) / "staging"
@@ -327,7 +327,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
-def test_a_client_that_sends_too_much_can_read_why(live: LiveServer, is_declared: bool) -> None:
+def test_a_client_that_sends_too_much_can_read_the_refusal(live: LiveServer, is_declared: bool) -> None:
     body = b'{"prompt": "' + b"x" * 10_000_000 + b'"}'
     content = body if is_declared else iter([body[:5_000_000], body[5_000_000:]])
     response = httpx.post(f"{live.url}{URL}", content=content, headers={"content-type": "application/json"})

@@ -79,7 +79,7 @@ async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed) == (16, 1.0, 1.0, 0, None)
 
 
-async def test_nulls_mean_absent_and_unknown_fields_are_ignored(
+async def test_null_fields_count_as_absent_and_unknown_fields_are_ignored(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     names = (
@@ -112,7 +112,7 @@ async def test_without_special_tokens(client: httpx.AsyncClient, engine: FakeEng
     assert engine.requests[0].prompt_token_ids == [97, 98, 99]
 
 
-async def test_end_token_is_not_text_but_counts(client: httpx.AsyncClient) -> None:
+async def test_the_end_token_counts_but_adds_no_text(client: httpx.AsyncClient) -> None:
     fields = {"return_token_ids": True, "skip_special_tokens": False}
     choice = (await complete(client, **fields)).json()["choices"][0]
     assert choice["text"] == REPLY
@@ -141,7 +141,7 @@ async def test_stop_string_ends_the_text_and_aborts_the_sequence(
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(("include", "text"), [(False, "he"), (True, "he<s>")])
-async def test_a_special_token_that_is_not_shown_is_a_stop_string(
+async def test_a_hidden_special_token_works_as_a_stop_string(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, include: bool, text: str
 ) -> None:
     engine.reply = mock.Mock(encode=lambda: [*b"he", BOS, *b"llo"])
@@ -155,7 +155,7 @@ async def test_a_special_token_that_is_not_shown_is_a_stop_string(
         assert (choice["text"] if "text" in choice else choice["message"]["content"]) == text
 
 
-async def test_a_character_that_the_prompt_begins_and_the_answer_completes(
+async def test_a_character_split_between_prompt_and_answer_is_returned_whole(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     engine.reply = mock.Mock(encode=lambda: [0xA9, *b"t"])
@@ -193,7 +193,7 @@ async def test_soft_prompt_counts_virtual_tokens(
         {"model": None, "prompt_id": "sentiment@1"},
     ],
 )
-async def test_every_way_to_name_a_soft_prompt(
+async def test_every_way_to_name_a_soft_prompt_works(
     client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, fields: dict[str, Any]
 ) -> None:
     assert (await complete(client, **fields)).status_code == 200
@@ -212,7 +212,7 @@ async def test_every_way_to_name_a_soft_prompt(
         ({"model": "sentiment", "prompt_id": "sentiment"}, 400, "invalid_request", "prompt_id"),
     ],
 )
-async def test_names_that_do_not_resolve(
+async def test_names_that_do_not_resolve_are_refused(
     client: httpx.AsyncClient,
     sentiment: str,
     store: CountingStore,
@@ -227,7 +227,7 @@ async def test_names_that_do_not_resolve(
     assert len(store.leased) == len(store.released) == 0
 
 
-async def test_a_batch_resolves_once(
+async def test_a_batch_resolves_its_soft_prompt_once(
     client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str
 ) -> None:
     assert (await complete(client, model=sentiment, prompt=["a", "b", "c"])).status_code == 200
@@ -252,7 +252,7 @@ async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
         assert own[-1]["finish_reason"] == "stop"
 
 
-async def test_stream_holds_back_what_may_be_a_stop_string(client: httpx.AsyncClient) -> None:
+async def test_a_stream_withholds_a_possible_stop_string(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, stop="world!")
     texts = [piece["choices"][0]["text"] for piece in pieces]
     assert texts == [*"hello ", "world"]
@@ -278,7 +278,7 @@ async def test_stream_with_token_ids(client: httpx.AsyncClient) -> None:
     assert all("prompt_token_ids" not in piece for piece in pieces[1:])
 
 
-async def test_characters_are_never_cut(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_stream_never_splits_a_character(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "naïve 日本語 🙂"
     pieces = await chunks(client, max_tokens=60)
     texts = [piece["choices"][0]["text"] for piece in pieces]
@@ -286,7 +286,7 @@ async def test_characters_are_never_cut(client: httpx.AsyncClient, engine: FakeE
     assert not any("�" in text for text in texts)
 
 
-async def test_everything_is_given_back(
+async def test_permits_and_leases_are_released(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: CountingStore,
