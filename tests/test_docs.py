@@ -100,7 +100,7 @@ def test_every_metric_is_documented_with_its_type_labels_and_help() -> None:
     assert sorted(rows) == sorted(expected)
 
 
-def test_every_test_that_security_names_is_there() -> None:
+def test_every_test_that_security_names_exists() -> None:
     table = (ROOT / "docs" / "security.md").read_text().split("## Known attacks")[1].split("\n## ")[0]
     rows = [
         line for line in table.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| class"))
@@ -143,7 +143,7 @@ def test_architecture_names_functions_that_exist() -> None:
             assert function in known, f"{file} has no {function}"
 
 
-def test_architecture_tells_each_path_in_at_most_ten_steps() -> None:
+def test_architecture_describes_each_path_in_at_most_ten_steps() -> None:
     _, *paths = re.split(r"^## ", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
     assert [path.splitlines()[0] for path in paths] == [
         "A request, from the route to the first token",
