@@ -113,7 +113,7 @@ def test_one_thread_is_refused() -> None:
     others=st.lists(st.integers(1, SHORT_CHARS), min_size=1, max_size=5),
 )
 def test_a_tenant_with_much_work_delays_only_itself(flood: list[int], others: list[int]) -> None:
-    """A tenant's work is preceded by at most as many characters of others as its own, plus running turns."""
+    """Before a tenant's short jobs end, others process at most as many characters as it, plus running turns."""
 
     async def run() -> list[tuple[str, int]]:
         threads = FairThreads(2, name="test")

@@ -110,7 +110,7 @@ def test_a_model_on_the_hub_is_accepted(hub: type[Hub]) -> None:
 def test_refusals_of_the_hub_are_explained(hub: type[Hub], status: int, code: str, words: str) -> None:
     hub.status, hub.headers_sent = status, {"X-Error-Code": code} if code else {}
     assert words in refused("org/name", "v9" if code == "RevisionNotFound" else None)
-    assert len(hub.asked) == 1, "it is asked once"
+    assert len(hub.asked) == 1, "the hub must get one request"
 
 
 def test_a_hub_that_does_not_answer_is_an_error(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:

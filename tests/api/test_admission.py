@@ -371,7 +371,7 @@ async def test_a_long_queue_does_not_affect_other_paths_and_methods(queued: http
 
 
 @pytest.mark.anyio
-async def test_a_body_over_the_limit_is_413_in_a_long_queue_too(queued: httpx.AsyncClient) -> None:
+async def test_a_body_over_the_limit_is_413_even_in_a_long_queue(queued: httpx.AsyncClient) -> None:
     answer = await queued.post("/v1/completions", json={"prompt": "a" * 70_000})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
 

@@ -445,7 +445,7 @@ def test_piped_lines_have_no_trailing_space(ok: Ok, peft_directory: PeftDirector
     for command in (["show", "s@1"], ["show", "s"], ["list"], ["inspect", "s"]):
         lines = ok(*command).splitlines()
         assert all(line == line.rstrip() for line in lines)
-        assert sum(len(line) > 200 for line in lines) <= 1, "a wide cell widens its own line alone"
+        assert sum(len(line) > 200 for line in lines) <= 1, "a wide cell must widen only its line"
 
 
 def test_piped_columns_are_aligned_by_display_width(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ def test_an_incomplete_answer_prints_no_traceback() -> None:
         thread.join()
     assert result.exit_code == 7
     assert result.stderr.count("\n") == 1
-    assert "prelude serve" not in result.stderr, "there is a server"
+    assert "prelude serve" not in result.stderr, "a server answers, so there is no advice to start one"
 
 
 def test_a_port_in_use_and_a_bad_address_are_errors_of_one_line(tmp_path: Path) -> None:
@@ -133,5 +133,5 @@ def test_demo_with_json_logs_writes_only_json(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert {"INFO"} <= {line["level"] for line in lines}
     assert any(line["message"] == "prelude-demo is ready" for line in lines)
-    assert not any(line["logger"].startswith("http") for line in lines), "the tour's own requests are not logged"
+    assert not any(line["logger"].startswith("http") for line in lines), "the tour's requests must not be logged"
     assert "answers match the held-out ones" in done.stdout

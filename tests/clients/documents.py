@@ -9,7 +9,7 @@ from pathlib import Path
 _TEXT = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
 
 DOCUMENTED_URL = "http://127.0.0.1:8000"
-"""Where the document's server is: the one thing in an example that a test puts another in place of."""
+"""The server's address in the document: the only text in an example that a test replaces."""
 
 
 def sections() -> list[str]:

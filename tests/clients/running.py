@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 TASKS = ("sentiment", "intent", "extract", "dates")
 
 DIRECTORY_VARIABLE = "PRELUDE_TEST_CLIENTS"
-"""Names the virtual environment of the Python clients; the tests that need it are skipped without."""
+"""Names the virtual environment of the Python clients; without it, tests that need it are skipped."""
 
 _PROGRAM_SECONDS = 240.0
 
@@ -91,7 +91,7 @@ def node_environment() -> ClientEnvironment:
         pytest.skip("needs npm packages: make test-clients installs them")
     node = shutil.which("node")
     if node is None:
-        pytest.skip("needs node, which is not on this machine")
+        pytest.skip("needs node, which is not installed")
     return ClientEnvironment([node, "--input-type=module", "-"], FOLDER / "node")
 
 

@@ -22,7 +22,7 @@ from tests.support.operations import OPERATIONS
 
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
 KERNELS = dict(zip(DOCKERFILES, [("cuda", "TRITON_CACHE_DIR"), ("cpu", "NUMBA_CACHE_DIR")], strict=True))
-"""The extra that each image installs, and where its compiled kernels are kept."""
+"""The extra that each image installs, and the variable that names its kernel cache."""
 PROFILES = [(), ("gpu",), ("replicas",), ("gpu", "replicas")]
 SERVERS = ("server", "server-gpu", "replica-1", "replica-2")
 FILES = [
@@ -90,7 +90,7 @@ def test_make_targets_exist(path: Path) -> None:
 def test_the_last_stage_has_no_build_tools_and_is_not_root(path: Path) -> None:
     stage = last_stage(path)
     build, last = (rest for name, rest in instructions(path) if name == "FROM")
-    assert build == f"{last} AS build", "the interpreter that the environment was made with is the one that runs it"
+    assert build == f"{last} AS build", "the environment must be created and run by the same interpreter"
     commands = " ".join(rest for name, rest in stage if name == "RUN")
     tools = set(re.findall(r"\b(make|pip|gcc|g\+\+|build-essential|\w+-dev|git|curl)\b", commands))
     assert tools == set()
@@ -212,7 +212,7 @@ def test_images_are_pinned_and_public() -> None:
     for image in [*bases, *(service["image"] for service in services.values() if "image" in service)]:
         name, tag = image.split(":")
         assert tag != "latest"
-        assert "." not in name.split("/")[0], "no registry's host"
+        assert "." not in name.split("/")[0], "the image must have no registry's host"
 
 
 def test_secrets_are_made_once_and_accepted_by_the_server(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_dashboards_match_the_provisioned_data_source(path: Path) -> None:
     for one, other in itertools.combinations([panel["gridPos"] for panel in board["panels"]], 2):
         apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-        assert apart_x or apart_y, "two panels cover each other"
+        assert apart_x or apart_y, "two panels overlap"
 
 
 @dataclass

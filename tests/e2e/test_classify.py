@@ -14,7 +14,7 @@ from tests.support.serving import BASE, adapter, upload
 HOW = ("vote", "mean")
 
 LABELS = ["\npositive", "\nnegative"]
-"""As the embedded soft prompts' answers begin."""
+"""The beginnings of the embedded soft prompts' answers."""
 
 
 def heldout() -> list[dict[str, str]]:

@@ -104,4 +104,4 @@ def test_a_client_that_does_not_read_delays_no_other_request(served: tuple[httpx
         wait_until(lambda: value(client, "num_requests_running") == 0, 60)
         assert value(client, "kv_cache_usage_ratio") == 0
         assert psutil.Process(pid).memory_info().rss - before < 100 * 2**20
-        assert value(client, ended) == num_ended + 1, "the silent one is not finished"
+        assert value(client, ended) == num_ended + 1, "the silent client's request did not finish"

@@ -36,7 +36,7 @@ MAX_TOKENS = 14
 LONG = 4096
 EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
 EXPERTS = {"gpt_oss", "mixtral", "qwen3_moe"}
-"""Their float32 experts may wait for the device, and then their steps are not recorded."""
+"""Float32 experts of these families may synchronise with the device, and then their steps are not recorded."""
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_memory_is_allocated_at_the_start_and_freed_at_the_end(family_of: Callab
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
-def test_torch_s_attention_serves_where_the_kernels_fail(
+def test_torch_s_attention_replaces_kernels_that_fail(
     family_of: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
     caplog: pytest.LogCaptureFixture,

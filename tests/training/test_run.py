@@ -462,7 +462,5 @@ def test_after_a_full_disk_at_the_start_the_same_command_works(
 def test_trainer_uses_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = trainer_module._OneDeviceArguments(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setattr(arguments, "_n_gpu", 4)
-    assert super(trainer_module._OneDeviceArguments, arguments).n_gpu == 4, (
-        "transformers keeps the number elsewhere now"
-    )
+    assert super(trainer_module._OneDeviceArguments, arguments).n_gpu == 4, "transformers stores the number elsewhere"
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, arguments.per_device_train_batch_size)

@@ -78,7 +78,7 @@ SCORES = {
     5: {"x": 0.0, "y": -0.1, "z": -9.0},
     6: {"x": -9.0, "y": 0.0, "z": -9.0},
 }
-"""Two members are just for x, one is all for y: the vote is x, the mean y."""
+"""Two members slightly prefer x, one strongly prefers y: the vote is x, the mean y."""
 
 
 @pytest.mark.parametrize(("how", "label"), [("vote", "x"), (None, "x"), ("mean", "y")])

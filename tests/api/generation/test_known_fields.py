@@ -55,7 +55,7 @@ OTHERS = {
         ),
     ],
 }
-"""What vLLM's and OpenAI's requests have."""
+"""Fields of vLLM's and OpenAI's requests."""
 
 
 def body(path: str, **fields: Any) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def test_a_page_of_another_origin_is_refused_everything(
     # Requests without a preflight are sent and refused.
     with refused(live, "cross_origin", 3, own):
         answer = page.evaluate("a => upload(...a)", [live.url, parts("sentiment"), {"mode": "no-cors"}])
-        assert answer == {"type": "TypeError"}, "the resource policy hides that there is an answer"
+        assert answer == {"type": "TypeError"}, "the resource policy must hide the answer"
         body = '{"model": "tiny", "prompt": "abc"}'
         simple = {"mode": "no-cors", "body": body, "headers": {"content-type": "text/plain"}}
         assert page.evaluate("a => ask(...a)", [live.url, "/v1/completions", "POST", simple]) == {"type": "TypeError"}
@@ -241,7 +241,7 @@ def test_an_allowed_origin_works_and_no_other(serve: Any, show: Any, parts: Any,
         engine.step_seconds = 0.05
         pieces = page.evaluate("a => pieces(...a)", [live.url, body, own])
         engine.step_seconds = 0.0
-        assert len(pieces) > 1, "it came in one piece"
+        assert len(pieces) > 1, "the stream arrived in one piece"
         assert "".join(pieces).endswith("data: [DONE]\n\n")
         answer = page.evaluate(
             "a => ask(...a)", [live.url, f"/v1/prompts/{name}/versions/9", "DELETE", {"headers": own}]

@@ -206,7 +206,7 @@ def test_installed_clients_are_served(
     live: Any, tmp_path: Path, program: str, ask: Callable[[str, Path], list[str]]
 ) -> None:
     if program and shutil.which(program) is None:
-        pytest.skip(f"needs {program}; what it sends is replayed")
+        pytest.skip(f"needs {program}; its captured requests are replayed")
     answers = ask(live.url + PATH, tmp_path)
     assert answers
     for answer in answers:

@@ -202,7 +202,7 @@ def test_a_fast_start_does_not_extend_the_allowed_silence(serve: Any, connect: C
     began = time.monotonic()
     connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + b'{"prompt": "' + b"x" * 50_000)
     assert error_of(everything(connection), 408) == "request_timeout"
-    assert time.monotonic() - began < 8, "50,000 bytes would have bought twelve seconds"
+    assert time.monotonic() - began < 8, "50,000 bytes must not extend the timeout by twelve seconds"
 
 
 def test_connections_over_the_limit_are_refused_until_one_closes(
@@ -280,7 +280,7 @@ def test_an_endless_head_after_a_running_stream_ends_both(
     connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     assert b"200 OK" in connection.recv(4096)
     connection.sendall(b"GET /live HTTP/1.1\r\nX: " + b"x" * 3000)
-    assert b" 431 " not in everything(connection), "it would stand in the middle of the stream"
+    assert b" 431 " not in everything(connection), "a 431 must not appear inside the stream"
     eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
 
 
@@ -337,7 +337,7 @@ def test_pipelined_requests_on_one_connection_are_limited(
     eventually(lambda: engine.in_flight == 1)
     with caplog.at_level(logging.INFO, "server.api.http.refusal_log"):
         greedy.sendall(first + following * (MAX_PIPELINED + 1))
-        assert everything(greedy) == b"", "it would stand in another answer's place"
+        assert everything(greedy) == b"", "the refusal must not replace another answer"
     assert logged(caplog, "too_many_pipelined")["reason"]
     assert counted(live, "too_many_pipelined")
     eventually(lambda: engine.in_flight == 1)
@@ -352,7 +352,7 @@ def test_a_last_chunk_over_the_limit_is_refused_at_once(serve: Any, connect: Cal
     began = time.monotonic()
     connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5dc\r\n" + b"a" * 1500 + b"\r\n0\r\n\r\n")
     assert error_of(everything(connection), 413) == "payload_too_large"
-    assert time.monotonic() - began < 4, "it was waited for what does not come"
+    assert time.monotonic() - began < 4, "the server waited for more data"
 
 
 def test_the_open_file_limit_is_raised_for_the_allowed_connections(

@@ -271,7 +271,7 @@ def test_an_allowed_origin_may_read_the_refusal() -> None:
 # Pipelines
 
 Request = tuple[bytes, str, bytes | None, bool]
-"""Its bytes, its id, the body that the application reads, whether the connection ends with it."""
+"""Bytes, id, the body that the application reads, and whether the connection closes after it."""
 
 
 @st.composite

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 ROWS = 258
 ADDED = "\u2603"
-"""A text that the tokenizer has a token for, and the model none."""
+"""A text whose token the model has no row for."""
 
 
 class ExtendedTokenizer(ByteTokenizer):

@@ -1,4 +1,4 @@
-"""A tenant sees no other tenant's soft prompts, and shares its own among its keys."""
+"""A tenant's soft prompts are visible to its keys and to no other tenant."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_an_output_of_another_run_is_refused(bulk: Bulk, tmp_path: Path, change:
 def test_a_failed_restart_keeps_the_old_output(bulk: Bulk, tmp_path: Path) -> None:
     bulk([{"prompt": "a"}])
     before = (tmp_path / "out.jsonl").read_bytes()
-    result, _ = bulk([{"prompt": "b"}], "--restart", name="nobody")
+    result, _ = bulk([{"prompt": "b"}], "--restart", name="missing")
     assert result.exit_code == 3
     assert (tmp_path / "out.jsonl").read_bytes() == before
     result, written = bulk([{"prompt": "a"}], "--json")  # the old output is unchanged
