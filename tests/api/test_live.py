@@ -31,13 +31,13 @@ def sdk(live: LiveServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_openai_client_completion(sdk: openai.OpenAI) -> None:
+def test_openais_client_completes(sdk: openai.OpenAI) -> None:
     answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20)
     assert answer.choices[0].text == "hello world"
     assert answer.usage.prompt_tokens_details.cached_tokens == 2
 
 
-def test_openai_client_completion_stream(sdk: openai.OpenAI) -> None:
+def test_openais_client_streams_a_completion(sdk: openai.OpenAI) -> None:
     stream = sdk.completions.create(
         model="tiny", prompt=["a", "b"], max_tokens=20, stream=True, stream_options={"include_usage": True}
     )
@@ -46,13 +46,13 @@ def test_openai_client_completion_stream(sdk: openai.OpenAI) -> None:
     assert pieces[-1].usage.completion_tokens == 24
 
 
-def test_openai_client_chat(sdk: openai.OpenAI) -> None:
+def test_openais_client_chats(sdk: openai.OpenAI) -> None:
     answer: Any = sdk.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content == "hello world"
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_openai_client_chat_stream(sdk: openai.OpenAI) -> None:
+def test_openais_client_streams_a_chat(sdk: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "hi"}]
     with sdk.chat.completions.stream(model="tiny", messages=messages) as stream:
         stream.until_done()
@@ -61,7 +61,7 @@ def test_openai_client_chat_stream(sdk: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_openai_client_logprobs(sdk: openai.OpenAI) -> None:
+def test_openais_client_reads_logprobs(sdk: openai.OpenAI) -> None:
     answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20, logprobs=2, echo=True, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1]
     logprobs = answer.choices[1].logprobs
@@ -79,12 +79,12 @@ def test_openai_client_logprobs(sdk: openai.OpenAI) -> None:
     assert bytes(content[0].bytes) == b"h"
 
 
-def test_openai_client_models(sdk: openai.OpenAI) -> None:
+def test_openais_client_lists_models(sdk: openai.OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["tiny"]
     assert sdk.models.retrieve("tiny").owned_by == "prelude"
 
 
-def test_openai_client_errors(sdk: openai.OpenAI) -> None:
+def test_openais_client_raises_its_error_classes(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as not_found:
         sdk.completions.create(model="no-such", prompt="abc")
     assert not_found.value.code == "model_not_found"
@@ -94,7 +94,7 @@ def test_openai_client_errors(sdk: openai.OpenAI) -> None:
     assert bad.value.param == "temperature"
 
 
-def test_openai_client_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> None:
+def test_openais_client_raises_a_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> None:
     engine.fail_after, engine.failure = 3, RequestFailedError("out of blocks")
     pieces: list[str] = []
     with pytest.raises(openai.APIError, match="out of blocks"):

@@ -67,7 +67,7 @@ def test_openai_python_parses_the_arguments_of_a_forced_call(
     assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
 
 
-def test_openai_node_parses_both(server: str, node_clients: ClientEnvironment) -> None:
+def test_openai_node_parses_answers_and_calls(server: str, node_clients: ClientEnvironment) -> None:
     results = node_clients.json(
         "openai_node_structured.mjs", f"{server}/v1", {"model": BASE, "prompt_id": "sentiment"}, TEXT
     )
@@ -78,7 +78,9 @@ def test_openai_node_parses_both(server: str, node_clients: ClientEnvironment) -
 
 
 @by_either_name
-def test_langchain_parses_both(server: str, python_clients: ClientEnvironment, named: dict[str, Any]) -> None:
+def test_langchain_parses_answers_and_calls(
+    server: str, python_clients: ClientEnvironment, named: dict[str, Any]
+) -> None:
     results = python_clients.json("langchain_structured.py", f"{server}/v1", named, TEXT)
     assert {results["json_schema"], results["function_calling"]} <= LABELS
     (call,) = results["tool_calls"]
@@ -87,7 +89,9 @@ def test_langchain_parses_both(server: str, python_clients: ClientEnvironment, n
 
 
 @by_either_name
-def test_instructor_parses_both(server: str, python_clients: ClientEnvironment, named: dict[str, Any]) -> None:
+def test_instructor_parses_answers_in_both_modes(
+    server: str, python_clients: ClientEnvironment, named: dict[str, Any]
+) -> None:
     results = python_clients.json("instructor_client.py", f"{server}/v1", named, TEXT)
     assert len(results) == 4
     assert set(results.values()) <= LABELS

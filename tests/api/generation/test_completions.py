@@ -32,7 +32,7 @@ async def chunks(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-async def test_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_one_prompt_is_completed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await complete(client)
     body = response.json()
     assert response.status_code == 200
@@ -61,7 +61,7 @@ async def test_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None
         ([[5], [6, 7]], [[5], [6, 7]]),
     ],
 )
-async def test_forms_of_prompt(
+async def test_every_form_of_prompt_is_accepted(
     client: httpx.AsyncClient, engine: FakeEngine, prompt: list[Any], expected: list[list[int]]
 ) -> None:
     body = (await complete(client, prompt=prompt)).json()
@@ -73,7 +73,7 @@ async def test_forms_of_prompt(
     assert len({request.request_id for request in engine.requests}) == len(expected)
 
 
-async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_unset_sampling_fields_have_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post("/v1/completions", json={"prompt": "a"})
     params = engine.requests[0].params
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed) == (16, 1.0, 1.0, 0, None)
@@ -102,12 +102,12 @@ async def test_sampling_fields_reach_the_engine(client: httpx.AsyncClient, engin
     assert params.max_tokens == 20
 
 
-async def test_length(client: httpx.AsyncClient) -> None:
+async def test_max_tokens_ends_an_answer_with_length(client: httpx.AsyncClient) -> None:
     choice = (await complete(client, max_tokens=5)).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
 
 
-async def test_without_special_tokens(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_special_tokens_can_be_omitted(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await complete(client, add_special_tokens=False)
     assert engine.requests[0].prompt_token_ids == [97, 98, 99]
 
@@ -122,14 +122,14 @@ async def test_the_end_token_counts_but_adds_no_text(client: httpx.AsyncClient) 
     assert kept["text"] == REPLY + "</s>"
 
 
-async def test_stop_token_ids(client: httpx.AsyncClient) -> None:
+async def test_stop_token_ids_end_an_answer(client: httpx.AsyncClient) -> None:
     choice = (await complete(client, stop_token_ids=[ord("o")])).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("hell", "stop")
 
 
 @pytest.mark.parametrize("stop", ["wor", ["zzz", "wor"]])
 @pytest.mark.parametrize(("include", "text"), [(False, "hello "), (True, "hello wor")])
-async def test_stop_string_ends_the_text_and_aborts_the_sequence(
+async def test_a_stop_string_ends_the_text_and_aborts_the_sequence(
     client: httpx.AsyncClient, engine: FakeEngine, stop: str | list[str], include: bool, text: str
 ) -> None:
     body = (await complete(client, stop=stop, include_stop_str_in_output=include)).json()
@@ -168,7 +168,7 @@ async def test_a_character_split_between_prompt_and_answer_is_returned_whole(
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == "aét"
 
 
-async def test_soft_prompt_counts_virtual_tokens(
+async def test_usage_counts_virtual_tokens(
     client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str
 ) -> None:
     body = (await complete(client, model=sentiment)).json()
@@ -235,7 +235,7 @@ async def test_a_batch_resolves_its_soft_prompt_once(
     assert len({present(request.soft_prompt).digest for request in engine.requests}) == 1
 
 
-async def test_stream(client: httpx.AsyncClient) -> None:
+async def test_a_stream_adds_up_to_the_answer(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == REPLY
     assert [piece["choices"][0]["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
@@ -244,7 +244,7 @@ async def test_stream(client: httpx.AsyncClient) -> None:
     assert set(pieces[0]["choices"][0]) == {"index", "text", "logprobs", "finish_reason"}
 
 
-async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
+async def test_a_stream_of_several_prompts_numbers_its_choices(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, prompt=["a", "b", "c"])
     for index in range(3):
         own = [piece["choices"][0] for piece in pieces if piece["choices"][0]["index"] == index]
@@ -258,20 +258,20 @@ async def test_a_stream_withholds_a_possible_stop_string(client: httpx.AsyncClie
     assert texts == [*"hello ", "world"]
 
 
-async def test_stream_with_usage(client: httpx.AsyncClient) -> None:
+async def test_a_stream_ends_with_usage_on_request(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, stream_options={"include_usage": True})
     assert all(piece["usage"] is None for piece in pieces[:-1])
     assert pieces[-1]["choices"] == []
     assert pieces[-1]["usage"]["completion_tokens"] == 12
 
 
-async def test_stream_with_continuous_usage(client: httpx.AsyncClient) -> None:
+async def test_a_stream_has_continuous_usage_on_request(client: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     pieces = await chunks(client, stream_options=options)
     assert [piece["usage"]["completion_tokens"] for piece in pieces] == [*range(1, 13), 12]
 
 
-async def test_stream_with_token_ids(client: httpx.AsyncClient) -> None:
+async def test_a_stream_has_token_ids_on_request(client: httpx.AsyncClient) -> None:
     pieces = [piece["choices"][0] for piece in await chunks(client, return_token_ids=True)]
     assert [token for piece in pieces for token in piece["token_ids"]] == [*REPLY.encode(), 257]
     assert pieces[0]["prompt_token_ids"] == [256, 97, 98, 99]

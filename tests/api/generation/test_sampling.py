@@ -120,7 +120,7 @@ async def test_each_choice_has_a_separate_seed_derived_from_the_requests_seed(
     assert {request.params.seed for request in engine.requests[9:]} == {None}
 
 
-async def test_several_answers(client: httpx.AsyncClient) -> None:
+async def test_several_answers_are_returned(client: httpx.AsyncClient) -> None:
     body = await chat(client, n=2)
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert body["usage"]["prompt_tokens"] == len("[user]hi[assistant]")
@@ -132,7 +132,7 @@ async def test_several_answers(client: httpx.AsyncClient) -> None:
         assert own[-1]["finish_reason"] == "stop"
 
 
-async def test_logprobs_of_a_completion(client: httpx.AsyncClient) -> None:
+async def test_a_completion_has_logprobs(client: httpx.AsyncClient) -> None:
     logprobs = (await complete(client, logprobs=2))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [*REPLY.decode(), "</s>"]
     assert logprobs["token_logprobs"] == [-token / 512 for token in NEW]
@@ -217,7 +217,7 @@ async def test_parts_of_a_character_have_logprobs_entries(client: httpx.AsyncCli
     assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9], [33]]
 
 
-async def test_logprobs_of_an_answer(client: httpx.AsyncClient) -> None:
+async def test_a_chat_answer_has_logprobs(client: httpx.AsyncClient) -> None:
     logprobs = (await chat(client, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]
     assert logprobs["refusal"] is None
     assert logprobs["content"][0] == {

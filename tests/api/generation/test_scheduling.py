@@ -44,7 +44,7 @@ def max_wait() -> float:
     return 30.0
 
 
-async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_priority_and_timeout_are_optional(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for fields in ({}, {"priority": None, "timeout": None}):
         assert (await client.post("/v1/completions", json={"prompt": "a"} | fields)).status_code == 200
         request = engine.requests[-1]

@@ -41,7 +41,7 @@ async def test_the_same_bytes_are_the_same_version(client: httpx.AsyncClient, up
     assert other.json()["version"] == 2
 
 
-async def test_upload_to_an_alias(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_an_upload_can_set_an_alias(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     await upload(client, upload_parts("sentiment"))
     await upload(client, upload_parts("sentiment", seed=1, alias="canary"))
     prompt = (await client.get("/v1/prompts/sentiment")).json()
