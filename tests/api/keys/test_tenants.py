@@ -50,7 +50,7 @@ async def test_another_tenants_soft_prompt_looks_missing(
         for part, value in values.items():
             url = url.replace(part, value)
         answers = []
-        for name in ("mine", "missing"):
+        for name in ("mine", "ghost"):
             response = await client.request(
                 method, url.replace("{id}", name), headers=bearer("b1"), json=bodies.get(method)
             )
@@ -78,9 +78,9 @@ async def test_another_tenants_soft_prompt_cannot_be_used(
         for key, status in (("a1", 200), ("b1", 404), ("root", 404), ("a2", 200)):
             response = await client.post(path, json=body | naming, headers=bearer(key))
             assert response.status_code == status, response.text
-        unknown = await client.post(path, json=body | {"model": "missing"}, headers=bearer("b1"))
+        unknown = await client.post(path, json=body | {"model": "ghost"}, headers=bearer("b1"))
         known = await client.post(path, json=body | {"model": "mine"}, headers=bearer("b1"))
-        assert known.text == unknown.text.replace("missing", "mine")
+        assert known.text == unknown.text.replace("ghost", "mine")
 
 
 async def test_lists_show_own_and_shared_soft_prompts(client: httpx.AsyncClient, prompts: None) -> None:

@@ -130,7 +130,7 @@ async def test_an_unreachable_catalog_does_not_reveal_that_a_name_exists(
     status = catalog()
     assert len(REQUESTS) > 25
     for method, path, body in REQUESTS:
-        own, other = [await answer(client, method, path, body, name) for name in ("mine", "missing")]
+        own, other = [await answer(client, method, path, body, name) for name in ("mine", "ghost")]
         assert own == other, (method, path, body)
         assert own[0] == status, (method, path, body, own)
     assert len(engine.requests) == asked
