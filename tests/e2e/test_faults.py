@@ -34,7 +34,7 @@ def test_damaged_files_are_never_served(on_a_small_disk: tuple[Server, bool]) ->
 def test_a_full_disk_loses_no_files_and_serving_continues(on_a_small_disk: tuple[Server, bool]) -> None:
     server, is_mounted = on_a_small_disk
     if not is_mounted:
-        pytest.skip("no file system can be mounted here (it needs root)")
+        pytest.skip("no file system can be mounted here (it needs root and the right to mount)")
     report = Report()
     upload_tasks(server.client)
     fill(server, report, ballast_bytes=2**20)
