@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import settings
 
 pytest_plugins = ["tests.support.api_fixtures", "tests.support.demo_server"]
 
-# A busy machine is no fault of what is tested.
+# A busy machine must not fail a test.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 if not torch.cuda.is_available():
-    # Triton's kernels are tested in its interpreter then. Triton reads this when it is imported, which torch may do
-    # long before those tests, and nobody else reads it.
+    # Without a GPU, Triton's kernels are tested in its interpreter. Triton reads this variable at import, and torch
+    # may import it long before those tests. No other code reads it.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -30,7 +30,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def _logging_is_left_as_it_was() -> Iterator[None]:
-    """``prelude serve``, run inside a test, sends the process's log to a stream that ends with that test."""
+    """Restore logging: ``prelude serve`` in a test logs to a stream that is closed after that test."""
     root, hook = logging.getLogger(), sys.excepthook
     handlers, level = list(root.handlers), root.level
     yield

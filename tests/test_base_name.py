@@ -1,4 +1,4 @@
-"""What the base is called where nobody names it."""
+"""The default name of the base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from server.app import _default_name
 
 
-def test_a_directory_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_named_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "Llama").mkdir()
     (tmp_path / "current").symlink_to(tmp_path / "Llama")
     assert _default_name(str(tmp_path / "Llama")) == "Llama"
@@ -19,11 +19,11 @@ def test_a_directory_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert _default_name(".") == "Llama"
 
 
-def test_a_hub_id_as_it_is() -> None:
+def test_a_hub_id_is_unchanged() -> None:
     assert _default_name("org/Llama") == "org/Llama"
 
 
-def test_a_directory_of_the_hubs_cache_by_its_hub_id(tmp_path: Path) -> None:
+def test_a_directory_of_the_hubs_cache_is_named_by_its_hub_id(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--Llama" / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)
     assert _default_name(str(snapshot)) == "org/Llama"

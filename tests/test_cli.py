@@ -20,7 +20,7 @@ runner = CliRunner()
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """The settings that ``serve`` was started with, in place of a server."""
+    """Replaces the server by a list of the settings that ``serve`` was started with."""
     seen: list[Settings] = []
     monkeypatch.setattr(server_app, "run", seen.append)
     return seen
@@ -64,9 +64,7 @@ def test_variables_fill_the_settings(started: list[Settings]) -> None:
         ("", {"PRELUDE_ALLOW_ORIGIN": "http://a https://b:1", "PRELUDE_ALLOWED_HOST": "a,b"}),
     ],
 )
-def test_flags_that_may_be_given_several_times(
-    started: list[Settings], words: str, variables: dict[str, Any]
-) -> None:
+def test_some_flags_may_be_repeated(started: list[Settings], words: str, variables: dict[str, Any]) -> None:
     result = runner.invoke(app, ["serve", "--model", "m", *words.split()], env=variables)
     assert result.exit_code == 0, result.output
     (settings,) = started
@@ -75,7 +73,7 @@ def test_flags_that_may_be_given_several_times(
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--allow-origin", "*"), ("--allowed-host", "http://a")])
-def test_an_origin_or_a_host_that_is_none_is_one_line(tmp_path: Path, flag: str, value: str) -> None:
+def test_a_bad_origin_or_host_is_an_error_of_one_line(tmp_path: Path, flag: str, value: str) -> None:
     result = runner.invoke(app, ["serve", "--model", "m", "--port", "0", "--store", str(tmp_path / "s"), flag, value])
     assert result.exit_code == 1
     assert result.stderr.strip().splitlines()[-1].startswith(f"prelude: {flag} '{value}' is not a")
@@ -155,10 +153,10 @@ def test_no_server_is_status_7_and_one_line(tmp_path: Path, line: str) -> None:
     assert "prelude demo or prelude serve" in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
-    told = runner.invoke(app, [*command, "--json", "--url", "http://127.0.0.1:9"])
-    assert told.exit_code == 7
-    assert json.loads(told.stdout)["error"]["code"] == "unreachable"
-    assert told.stderr == result.stderr
+    as_json = runner.invoke(app, [*command, "--json", "--url", "http://127.0.0.1:9"])
+    assert as_json.exit_code == 7
+    assert json.loads(as_json.stdout)["error"]["code"] == "unreachable"
+    assert as_json.stderr == result.stderr
 
 
 URLS = ["nonsense", "", "127.0.0.1:8000", "http://[", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port"]
@@ -167,7 +165,7 @@ URLS += ["http://127.0.0.1:9/?a=1", "http://127.0.0.1:9/#a", "http://127.0.0.1:9
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("command", ["list", "show x", "run x {in} {out}", "eval x --data {in}", "promote x 1"])
-def test_a_url_that_is_none(url: str, command: str, tmp_path: Path) -> None:
+def test_a_bad_url_is_refused(url: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "in").write_text('{"text": "a", "label": "b"}\n')
     line = command.format(**{"in": tmp_path / "in", "out": tmp_path / "out"}).split()
     result = runner.invoke(app, [*line, "--url", url])
@@ -177,27 +175,27 @@ def test_a_url_that_is_none(url: str, command: str, tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_the_address_that_openai_clients_take_will_do() -> None:
+def test_the_url_for_openai_clients_is_accepted() -> None:
     assert str(server_url("http://127.0.0.1:8000/v1/")) == "http://127.0.0.1:8000"
     assert str(server_url("https://host/prefix/v1")) == "https://host/prefix"
     assert str(server_url(" http://127.0.0.1:8000 ")) == "http://127.0.0.1:8000"
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "k\n", "a\tb"])
-def test_a_key_that_no_header_can_carry(key: str) -> None:
+def test_a_key_that_is_not_a_valid_header_is_refused(key: str) -> None:
     result = runner.invoke(app, ["list", "--api-key", key])
     assert result.exit_code == 1
     assert "API key" in result.stderr
 
 
-def test_help_tells_the_exit_codes() -> None:
+def test_help_lists_the_exit_codes() -> None:
     for line in ("--help", "push --help", "warm --help"):
         text = " ".join(runner.invoke(app, line.split(), env={"COLUMNS": "300"}).output.split())
         for status in ExitStatus:
             assert f" {status.value} " in text.split("Exit codes:")[1]
 
 
-def test_push_without_the_files(tmp_path: Path) -> None:
+def test_push_without_the_files_is_an_error(tmp_path: Path) -> None:
     result = runner.invoke(app, ["push", str(tmp_path), "--id", "x"])
     assert result.exit_code == 1
     assert "adapter_config.json" in result.stderr
@@ -212,7 +210,7 @@ def test_help_shows_every_flag(command: str) -> None:
             assert flag.variable in text
 
 
-def test_help() -> None:
+def test_help_lists_the_commands() -> None:
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
     commands = ("serve", "demo", "push", "pull", "list", "show", "promote", "rollback", "rm", "inspect", "warm")

@@ -1,4 +1,4 @@
-"""The flags and the settings are the same thing, seen from two sides."""
+"""The flags match the settings."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_every_setting_has_a_flag() -> None:
     assert flags == settings
 
 
-def test_defaults_are_the_settings_own() -> None:
+def test_defaults_of_the_flags_are_the_settings_defaults() -> None:
     values = {flag.name: flag.default for flag in FLAGS} | {"model": "m"}
     assert settings_from(values) == Settings(engine=EngineSettings(model="m"))
 
 
-def test_variables() -> None:
+def test_every_flag_has_a_separate_variable() -> None:
     assert {flag.name: flag.variable for flag in FLAGS}["max_model_len"] == "PRELUDE_MAX_MODEL_LEN"
     assert len({flag.variable for flag in FLAGS}) == len(FLAGS)
 
@@ -49,11 +49,11 @@ def test_settings_are_frozen() -> None:
         ("1GB", 10**9),
     ],
 )
-def test_sizes(text: str | int, size: int) -> None:
+def test_sizes_are_parsed(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1.5GiB", "MiB", "1TiB", "12 apples", "1e9"])
-def test_bad_sizes(text: str) -> None:
+def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         parse_bytes(text)

@@ -1,4 +1,4 @@
-"""A continuation's tokens, for each kind of tokenizer that models come with."""
+"""A continuation's tokens, for each kind of tokenizer that models use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def by_harness(tokenizer: PreTrainedTokenizerFast, text: str, label: str) -> tuple[list[int], list[int]] | None:
-    """Where the text's own tokens begin those of both: the harness's tokens; None elsewhere."""
+    """The harness's tokens of text and label if the text's tokens are a prefix of both together, else None."""
     whole, before = ids_of(tokenizer, text + label), ids_of(tokenizer, text)
     return (before, whole[len(before) :]) if whole[: len(before)] == before else None
 
@@ -39,7 +39,7 @@ labels = st.lists(st.sampled_from(LABELS), min_size=1, max_size=3).map("".join)
 
 @given(words, labels)
 @settings(deadline=None)
-def test_tokens_are_those_of_both_together_behind_those_of_the_text(
+def test_tokens_equal_those_of_both_texts_after_those_of_the_first(
     theirs: PreTrainedTokenizerFast, text: str, label: str
 ) -> None:
     token_ids = ids_of(theirs, text)
@@ -60,7 +60,7 @@ def test_tokens_are_those_of_both_together_behind_those_of_the_text(
 @given(words.filter(str.strip), labels)
 @settings(deadline=None)
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe])
-def test_tokens_add_the_continuations_text(make: Callable[..., Any], text: str, label: str) -> None:
+def test_tokens_decode_to_the_continuation(make: Callable[..., Any], text: str, label: str) -> None:
     theirs = make()
     ours = continuations_of(theirs)
     token_ids = ids_of(theirs, text)
@@ -82,7 +82,7 @@ def test_tokens_add_the_continuations_text(make: Callable[..., Any], text: str, 
         (byte_level, "the ", "cat", ["c", "at"]),
     ],
 )
-def test_a_merged_border_keeps_the_texts_own_tokens(
+def test_tokens_merged_across_the_border_do_not_change_the_texts_tokens(
     make: Callable[..., Any], text: str, label: str, pieces: list[str]
 ) -> None:
     theirs = make()
@@ -93,7 +93,7 @@ def test_a_merged_border_keeps_the_texts_own_tokens(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("text", ["Question: ", "Question: \n"])
-async def test_all_labels_of_a_text_are_scored_from_the_same_place(text: str) -> None:
+async def test_all_labels_of_a_text_are_scored_from_the_same_position(text: str) -> None:
     theirs = sentencepiece_bpe()
     tokenizer = Tokenizer(theirs)
     names = ["cat", "\ncat"]
@@ -106,7 +106,7 @@ async def test_all_labels_of_a_text_are_scored_from_the_same_place(text: str) ->
 
 
 @pytest.mark.anyio
-async def test_a_text_of_nothing_but_spaces_keeps_them() -> None:
+async def test_a_text_of_spaces_keeps_them() -> None:
     theirs = sentencepiece_bpe()
     tokenizer = Tokenizer(theirs)
     context = Context(ids_of(theirs, " "), " ")
@@ -116,7 +116,7 @@ async def test_a_text_of_nothing_but_spaces_keeps_them() -> None:
     assert theirs.convert_ids_to_tokens(found) == ["c", "at"]
 
 
-def test_a_tokenizer_that_ends_texts_by_a_token_is_no_trouble() -> None:
+def test_an_end_token_added_by_the_tokenizer_is_ignored() -> None:
     theirs = wordpiece()
     ends = theirs.convert_tokens_to_ids("[SEP]")
     assert isinstance(ends, int)

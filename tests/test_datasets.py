@@ -101,12 +101,12 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numb
         ),
     ],
 )
-def test_a_fault_is_told_with_its_line(tmp_path: Path, line: bytes, reason: str) -> None:
-    ((number, told),) = _faults(tmp_path, GOOD + line + b"\n" + GOOD)
+def test_a_fault_is_reported_with_its_line(tmp_path: Path, line: bytes, reason: str) -> None:
+    ((number, message),) = _faults(tmp_path, GOOD + line + b"\n" + GOOD)
 
     assert number == 2
-    assert reason in told
-    assert len(told) < 400
+    assert reason in message
+    assert len(message) < 400
 
 
 def test_all_faults_are_collected_and_many_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_a_file_without_rows_is_a_fault_of_the_file(tmp_path: Path, content: byt
     assert _faults(tmp_path, content) == ((0, "has no rows"),)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(DatasetError, match=reason):
             read_examples(path)
@@ -132,5 +132,5 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
             digest(path)
 
 
-def test_the_digest_is_of_the_files_bytes(tmp_path: Path) -> None:
+def test_the_digest_covers_the_files_bytes(tmp_path: Path) -> None:
     assert digest(_file(tmp_path, GOOD)) == hashlib.sha256(GOOD).hexdigest()

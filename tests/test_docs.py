@@ -36,7 +36,7 @@ def test_every_flag_is_documented_with_its_variable_and_default() -> None:
         assert variable == flag.variable
         shown = "required" if flag.default is ... else "-" if flag.default is None else str(flag.default)
         assert default == shown, f"{name}: the default is {shown}"
-    assert len(rows) == len(FLAGS), "docs/configuration.md documents a flag that is not there"
+    assert len(rows) == len(FLAGS), "docs/configuration.md documents a flag that does not exist"
 
 
 def test_every_client_command_is_documented_with_its_options_and_exit_codes() -> None:
@@ -100,7 +100,7 @@ def test_every_metric_is_documented_with_its_type_labels_and_help() -> None:
     assert sorted(rows) == sorted(expected)
 
 
-def test_every_test_that_security_names_is_there() -> None:
+def test_every_test_that_security_names_exists() -> None:
     table = (ROOT / "docs" / "security.md").read_text().split("## Known attacks")[1].split("\n## ")[0]
     rows = [
         line for line in table.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| class"))
@@ -136,14 +136,14 @@ def names_in(file: Path) -> set[str]:
 def test_architecture_names_functions_that_exist() -> None:
     text = " ".join((ROOT / "docs" / "architecture.md").read_text().split())
     named = re.findall(r"((?:`[\w.]+`(?:, | or | and )?)+) \(`([\w/]+\.py)`\)", text)
-    assert len(named) == text.count(".py`)"), "each file follows the functions that it holds"
+    assert len(named) == text.count(".py`)"), "each file must follow the functions that it contains"
     for functions, file in named:
         known = names_in(ROOT / file)
         for function in re.findall(r"`([\w.]+)`", functions):
             assert function in known, f"{file} has no {function}"
 
 
-def test_architecture_tells_each_path_in_at_most_ten_steps() -> None:
+def test_architecture_describes_each_path_in_at_most_ten_steps() -> None:
     _, *paths = re.split(r"^## ", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
     assert [path.splitlines()[0] for path in paths] == [
         "A request, from the route to the first token",

@@ -1,4 +1,4 @@
-"""Turns in the threads that tenants share."""
+"""Fair turns of tenants in shared threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def threads() -> AsyncIterator[FairThreads]:
 
 
 class Steps:
-    """Work that ends when it is told to, in threads that say in which order it began."""
+    """Work that waits for a gate, and the order in which it began."""
 
     def __init__(self, threads: FairThreads) -> None:
         self.threads = threads
@@ -39,7 +39,7 @@ class Steps:
             self.began.append(name)
             gate.wait(20)
 
-        with working_for(tenant):  # the task takes the context with it
+        with working_for(tenant):  # the task copies the context
             return asyncio.create_task(self.threads.run(work, size=size))
 
 
@@ -57,12 +57,12 @@ async def test_a_short_text_does_not_wait_for_long_ones(threads: FairThreads) ->
 
 
 @pytest.mark.anyio
-async def test_turns_go_from_tenant_to_tenant(threads: FairThreads) -> None:
+async def test_tenants_take_turns(threads: FairThreads) -> None:
     steps = Steps(threads)
     tasks = [steps.start("a", f"a{index}", 1000) for index in range(6)]
     await until(lambda: len(steps.began) == 2)
     tasks += [steps.start("b", f"b{index}", 1000) for index in range(2)]
-    await asyncio.sleep(0)  # the tasks come to wait
+    await asyncio.sleep(0)  # let the tasks start waiting
     steps.gates["a0"].set()
     await until(lambda: len(steps.began) == 3)
     steps.gates["b0"].set()
@@ -75,14 +75,14 @@ async def test_turns_go_from_tenant_to_tenant(threads: FairThreads) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_cancelled_while_it_waits_is_never_begun(threads: FairThreads) -> None:
+async def test_work_cancelled_while_waiting_does_not_run(threads: FairThreads) -> None:
     steps = Steps(threads)
     running = [steps.start("a", name, 1) for name in ("first", "second")]
     await until(lambda: len(steps.began) == 2)
     waiting = steps.start("a", "third", 1)
     await asyncio.sleep(0)
     waiting.cancel()
-    running[0].cancel()  # its thread goes on, so its place is not free
+    running[0].cancel()  # its thread still runs, so its place is not free
     with suppress(asyncio.CancelledError):
         await waiting
     last = steps.start("b", "last", 1)
@@ -97,13 +97,13 @@ async def test_what_is_cancelled_while_it_waits_is_never_begun(threads: FairThre
 
 
 @pytest.mark.anyio
-async def test_errors_are_the_callers(threads: FairThreads) -> None:
+async def test_errors_are_raised_in_the_caller(threads: FairThreads) -> None:
     with pytest.raises(ZeroDivisionError):
         await threads.run(lambda: 1 // 0, size=1)
     assert await threads.run(lambda: 7, size=1) == 7
 
 
-def test_one_thread_is_not_enough() -> None:
+def test_one_thread_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two threads"):
         FairThreads(1, name="test")
 
@@ -112,8 +112,8 @@ def test_one_thread_is_not_enough() -> None:
     flood=st.lists(st.integers(1, 60_000), min_size=1, max_size=30),
     others=st.lists(st.integers(1, SHORT_CHARS), min_size=1, max_size=5),
 )
-def test_a_tenant_with_much_to_do_delays_only_itself(flood: list[int], others: list[int]) -> None:
-    """Before a short job of another tenant end no more characters than that tenant's own, a running turn apart."""
+def test_a_tenant_with_much_work_delays_only_itself(flood: list[int], others: list[int]) -> None:
+    """Before a tenant's short jobs end, others process at most as many characters as it, plus running turns."""
 
     async def run() -> list[tuple[str, int]]:
         threads = FairThreads(2, name="test")
@@ -142,11 +142,11 @@ def test_a_tenant_with_much_to_do_delays_only_itself(flood: list[int], others: l
     assert sorted(ended) == sorted([("flood", size) for size in flood] + [("other", size) for size in others])
     last = max(index for index, (tenant, _) in enumerate(ended) if tenant == "other")
     before = sum(size for tenant, size in ended[:last] if tenant == "flood")
-    # What ran already, what may have begun beside it, and as much as the other tenant had itself.
+    # The running work, work that began beside it, and as much as the other tenant had.
     assert before <= sum(others) + 3 * 60_000 + 256 * (len(others) + 1)
 
 
-def test_work_outside_of_requests_is_nobodys() -> None:
+def test_work_outside_of_requests_has_no_tenant() -> None:
     current_work().num_tokens += 1
     assert (current_work().tenant, current_work().num_tokens) == ("", 0)
     with working_for("a") as work:

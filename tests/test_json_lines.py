@@ -58,7 +58,7 @@ def test_a_line_has_its_number_its_object_and_its_source(path: Path) -> None:
         (b'"a"', "not a JSON object but a string"),
     ],
 )
-def test_a_faulty_line_is_reported_and_stops_no_other(path: Path, line: bytes, fault: str) -> None:
+def test_a_bad_line_is_reported_and_does_not_stop_others(path: Path, line: bytes, fault: str) -> None:
     first, faulty, last = lines_of(path, GOOD + line + b"\n" + GOOD)
 
     assert faulty == JsonLine(2, {}, fault, num_bytes=len(line))

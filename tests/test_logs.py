@@ -1,4 +1,4 @@
-"""What is logged: by the formatter, by the middleware, and by a whole server from its start to its end."""
+"""Logs of the formatter, of the middleware, and of a whole server from start to end."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def made(**values: Any) -> logging.LogRecord:
 def test_a_line_is_one_json_object_with_the_fields_given() -> None:
     line = logs.JsonFormatter().format(made(fields={"tenant": "acme", "path": Path("x")}))
     assert "\n" not in line
-    told = json.loads(line)
-    assert told["message"] == "say it\nmore"
-    assert (told["level"], told["logger"], told["tenant"], told["path"]) == ("WARNING", "a.b", "acme", "x")
-    assert told["time"].endswith("+00:00")
+    fields = json.loads(line)
+    assert fields["message"] == "say it\nmore"
+    assert (fields["level"], fields["logger"], fields["tenant"], fields["path"]) == ("WARNING", "a.b", "acme", "x")
+    assert fields["time"].endswith("+00:00")
 
 
 def test_errors_and_stacks_are_in_the_line() -> None:
@@ -46,9 +46,9 @@ def test_errors_and_stacks_are_in_the_line() -> None:
         raise ValueError("broken")
     except ValueError:
         record = made(exc_info=sys.exc_info(), stack_info="here")
-    told = json.loads(logs.JsonFormatter().format(record))
-    assert "ValueError: broken" in told["exception"]
-    assert told["stack"] == "here"
+    fields = json.loads(logs.JsonFormatter().format(record))
+    assert "ValueError: broken" in fields["exception"]
+    assert fields["stack"] == "here"
 
 
 @pytest.mark.parametrize(("path", "level"), [("/v1/models", "INFO"), ("/ready", "DEBUG"), ("/metrics", "DEBUG")])
@@ -83,7 +83,7 @@ assert logs.variables() == {name: os.environ[name] for name in (logs.LEVEL_VARIA
 """
 
 
-def test_another_process_logs_as_the_first_one_does_and_a_crash_is_a_line_too() -> None:
+def test_another_process_logs_in_the_same_way_including_crashes() -> None:
     for form in ("json", "text"):
         environment = {**os.environ, logs.LEVEL_VARIABLE: "WARNING", logs.FORMAT_VARIABLE: form}
         command = [sys.executable, "-c", PROGRAM]
@@ -102,13 +102,13 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def ended(folder: Path, request_id: str) -> dict[str, Any]:
-    """The line of a request; it is written a moment after the answer."""
+    """The line of a request, which is written shortly after the answer."""
     wait_until(lambda: any(line.get("request_id") == request_id for line in lines_of(folder)))
     (line,) = [line for line in lines_of(folder) if line.get("request_id") == request_id]
     return line
 
 
-def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -> None:
+def test_a_server_logs_only_json_and_one_line_per_request(tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text(
         '[[keys]]\nkey = "k"\ntenant = "acme"\nscopes = ["generate", "prompts:read", "prompts:write", "admin"]\n'
@@ -156,14 +156,16 @@ def test_a_server_logs_nothing_but_json_and_one_line_a_request(tmp_path: Path) -
         assert process.wait(timeout=20) == 0
     lines = lines_of(tmp_path)
     assert any(line["logger"].startswith("uvicorn") for line in lines)
-    assert not any(line["message"].startswith("Invalid HTTP") for line in lines), "there is a line of our own"
+    assert not any(line["message"].startswith("Invalid HTTP") for line in lines), (
+        "the server's refusal log replaces this line"
+    )
     assert any(line["message"] == f"{BASE} is ready" for line in lines)
     drain = "draining: refusing new requests; 0 sequences have up to 30 s to finish"
     assert any(line["message"] == drain for line in lines)
     assert "secret text" not in (tmp_path / "log").read_text()
 
 
-def test_prompts_are_logged_where_the_operator_asks(tmp_path: Path) -> None:
+def test_prompts_are_logged_only_if_configured(tmp_path: Path) -> None:
     with serving(tmp_path, "--dtype", "float32", "--log-format", "json", "--log-prompts") as (client, _):
         headers = {"x-request-id": "r1"}
         body = {"prompt": ["a secret text"], "max_tokens": 1}
@@ -171,10 +173,10 @@ def test_prompts_are_logged_where_the_operator_asks(tmp_path: Path) -> None:
         assert ended(tmp_path, "r1")["input"] == ["a secret text"]
 
 
-def test_a_failed_start_is_json_too(
+def test_a_failed_start_is_logged_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logs, "configure", lambda *_: None)  # which would take caplog's handler away
+    monkeypatch.setattr(logs, "configure", lambda *_: None)  # it would remove caplog's handler
     line = ["serve", "--model", "m", "--host", "0.0.0.0", "--port", "0", "--log-format", "json"]  # noqa: S104
     result = CliRunner().invoke(app, [*line, "--store", str(tmp_path)])
     assert result.exit_code == 1

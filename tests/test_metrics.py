@@ -18,7 +18,7 @@ from tests.docker.tools import run
 
 
 def load_seconds() -> Histogram:
-    """Five loads, two of them within a tenth of a second."""
+    """A histogram of five loads, two of them within a tenth of a second."""
     histogram = Histogram.empty(LOAD_SECONDS_BOUNDS)
     for seconds in (0.05, 0.1, 0.2, 0.2, 40.0):
         histogram.observe(LOAD_SECONDS_BOUNDS, seconds)
@@ -34,7 +34,7 @@ def make(stats: EngineStats | None = None, top_prompts: int = 2) -> Metrics:
 
 
 def make_used() -> Metrics:
-    """With at least one sample of every metric."""
+    """Metrics with at least one sample each."""
     metrics = make(EngineStats(num_blocks=8, host=HostTierStats(load_seconds=load_seconds())))
     metrics.count_request(None, "stop")
     metrics.count_request("sentiment", "error")
@@ -58,7 +58,7 @@ def test_every_metric_is_prefixed_and_explained() -> None:
 
 
 def test_the_names_of_the_endpoint_picker_protocol_are_gauges_with_its_meaning() -> None:
-    """What the Gateway API Inference Extension asks of a model server, as docs/operations.md names it."""
+    """The Gateway API Inference Extension needs these metrics of a model server; see docs/operations.md."""
     stats = EngineStats(num_waiting=3, num_running=2, num_blocks=8, num_used_blocks=4, block_size=16)
     found = families(make(stats))
     expected = {
@@ -75,7 +75,7 @@ def test_the_names_of_the_endpoint_picker_protocol_are_gauges_with_its_meaning()
         assert f"Spec: {PREFIX}{name}\n" in documented
 
 
-def test_promtool_finds_nothing_to_say() -> None:
+def test_promtool_has_no_complaints() -> None:
     text, _ = make_used().render("")
     assert run("promtool", "check", "metrics", text=text.decode()) == ""
 
@@ -108,13 +108,13 @@ def test_promtool_finds_nothing_to_say() -> None:
     + [f"{name}_seconds_count" for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency")]
     + ['requests_total{outcome="stop",prompt="-"}', 'request_errors_total{code="model_not_found"}'],
 )
-def test_promised_names(name: str) -> None:
+def test_expected_names_exist(name: str) -> None:
     text, _ = make_used().render("")
     assert any(line.startswith(f"{PREFIX}{name} ") for line in text.decode().splitlines())
 
 
 def test_buckets_reach_from_the_fastest_step_to_the_slowest_request() -> None:
-    """A quantile that falls into the first or the last bucket tells nothing."""
+    """A quantile in the first or last bucket has no meaning."""
     bounds = {
         family.name: [float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels]
         for family in families(make_used()).values()
@@ -151,7 +151,7 @@ def test_steps_are_counted_by_size() -> None:
     }
 
 
-def test_tiers_of_the_engine() -> None:
+def test_tiers_of_the_engine_have_metrics() -> None:
     host = HostTierStats(
         resident=1,
         resident_bytes=2,
@@ -179,11 +179,11 @@ def test_tiers_of_the_engine() -> None:
     assert value("load_seconds_count", "host") == 5
 
 
-def test_no_blocks_yet() -> None:
+def test_usage_is_zero_without_blocks() -> None:
     assert families(make())["prelude_kv_cache_usage_ratio"].samples[0].value == 0
 
 
-def test_the_prompt_label_is_bounded() -> None:
+def test_the_prompt_label_has_a_limited_number_of_values() -> None:
     metrics = make(top_prompts=2)
     for name in (None, "a", OTHER_LABEL, "b", "c", "a"):
         metrics.count_request(name, "stop")
@@ -192,8 +192,8 @@ def test_the_prompt_label_is_bounded() -> None:
     assert counts == {BASE_LABEL: 1, "a": 2, "b": 1, OTHER_LABEL: 2}
 
 
-def test_labels_go_to_those_who_use_them_now() -> None:
-    """A name that was pushed out loses its series; its requests are not counted a second time anywhere."""
+def test_labels_go_to_recently_used_names() -> None:
+    """A replaced name loses its series, and its requests are not counted again."""
     metrics = make(top_prompts=2)
     for outcome in ("stop", "error"):
         metrics.count_request("junk1", outcome)
@@ -215,19 +215,19 @@ def test_labels_go_to_those_who_use_them_now() -> None:
         metrics.count_request("next", "length")
     assert ("junk1", "stop") not in counts()
     assert ("junk1", "error") not in counts()
-    for _ in range(60):  # back again, it begins at 0
+    for _ in range(60):  # a returning name starts at 0
         metrics.count_request("junk1", "stop")
     assert 0 < counts()[("junk1", "stop")] < 60
     assert {prompt for prompt, _ in counts()} == {"junk1", "honest", OTHER_LABEL}
 
 
-def test_registries_are_apart() -> None:
+def test_registries_are_separate() -> None:
     one, two = make(), make()
     one.count_error("x")
     assert b'code="x"' not in two.render("")[0]
 
 
-def test_openmetrics_has_units_of_its_own() -> None:
+def test_openmetrics_has_its_content_type_and_end_marker() -> None:
     text, content_type = make().render("application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     assert text.endswith(b"# EOF\n")

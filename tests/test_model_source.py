@@ -1,4 +1,4 @@
-"""What ``--model`` may be, and how soon and in which words anything else is refused."""
+"""Values of ``--model``, and early refusals of bad ones with an explanation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.model_source import locate
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers every request as the test says."""
+    """Answers every request with the test's status and headers."""
 
     status = 200
     headers_sent: ClassVar[dict[str, str]] = {}
@@ -70,7 +70,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def cache(tmp_path: Path) -> Path:
-    """A cached model, as the hub's cache keeps it."""
+    """A model in the layout of the hub's cache."""
     commit = "0" * 40
     snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -88,7 +88,7 @@ def refused(model: str, revision: str | None = None) -> str:
     return str(caught.value)
 
 
-def test_a_model_on_the_hub(hub: type[Hub]) -> None:
+def test_a_model_on_the_hub_is_accepted(hub: type[Hub]) -> None:
     assert locate("org/name") == "org/name"
     assert locate("org/name", "v2") == "org/name"
     assert hub.asked == ["/org/name/resolve/main/config.json", "/org/name/resolve/v2/config.json"]
@@ -107,25 +107,27 @@ def test_a_model_on_the_hub(hub: type[Hub]) -> None:
         (429, "", "cannot be reached"),
     ],
 )
-def test_what_the_hub_refuses(hub: type[Hub], status: int, code: str, words: str) -> None:
+def test_refusals_of_the_hub_are_explained(hub: type[Hub], status: int, code: str, words: str) -> None:
     hub.status, hub.headers_sent = status, {"X-Error-Code": code} if code else {}
     assert words in refused("org/name", "v9" if code == "RevisionNotFound" else None)
-    assert len(hub.asked) == 1, "it is asked once"
+    assert len(hub.asked) == 1, "the hub must get one request"
 
 
-def test_a_hub_that_does_not_answer(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_an_error(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_source, "_CHECK_SECONDS", 0.05)
     hub.hangs = True
     assert "cannot be reached (no answer within 0 s)" in refused("org/name")
 
 
-def test_a_hub_that_is_not_there(nowhere: None) -> None:
+def test_an_unreachable_hub_is_an_error(nowhere: None) -> None:
     text = refused("org/name")
     for part in ("the model 'org/name' does not exist", "http://127.0.0.1:9 cannot be reached", "Give a directory"):
         assert part in text
 
 
-def test_without_the_hub_its_cache_is_served(nowhere: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cached_model_is_served_without_the_hub(
+    nowhere: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     snapshot = cache(tmp_path)
     assert locate("org/name") == str(snapshot)
     assert "loading org/name from the hub's cache" in caplog.text
@@ -140,9 +142,7 @@ def test_a_gated_model_that_was_fetched_before_is_served(
     assert "loading the cached copy" in caplog.text
 
 
-def test_offline_the_cache_alone_is_looked_at(
-    hub: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_offline_only_the_cache_is_used(hub: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused("org/name")
     cache(tmp_path)
@@ -150,12 +150,12 @@ def test_offline_the_cache_alone_is_looked_at(
     assert hub.asked == []
 
 
-def test_a_directory(tmp_path: Path) -> None:
+def test_a_directory_with_a_model_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert locate(str(tmp_path)) == str(tmp_path)
 
 
-def test_directories_that_hold_no_model(tmp_path: Path) -> None:
+def test_directories_without_a_model_are_explained(tmp_path: Path) -> None:
     assert "give a hub id" in refused(str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -165,7 +165,7 @@ def test_directories_that_hold_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["/no/such/directory", "./model", "../model", "~/model", "a/b/c", "C:\\models\\x"])
-def test_paths_that_are_not_there(hub: type[Hub], model: str) -> None:
+def test_missing_paths_are_refused(hub: type[Hub], model: str) -> None:
     assert "no such directory" in refused(model)
     assert hub.asked == []
 
@@ -182,12 +182,12 @@ def test_paths_that_are_not_there(hub: type[Hub], model: str) -> None:
         ("nul\0", "nor a hub id"),
     ],
 )
-def test_what_is_no_name_of_a_model(hub: type[Hub], model: str, words: str) -> None:
+def test_bad_model_names_are_refused(hub: type[Hub], model: str, words: str) -> None:
     assert words in refused(model)
     assert hub.asked == []
 
 
-def test_a_file(tmp_path: Path) -> None:
+def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
     assert "is a file" in refused(str(tmp_path / "model.safetensors"))
 

@@ -1,4 +1,4 @@
-"""What a stream, an answer, an echo, offsets and stop strings say of tokens, held to the decoding of all of them."""
+"""Streams, answers, echoes, offsets and stop strings agree with the decoding of all tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Kind:
     ours: Tokenizer
 
     def ids(self) -> st.SearchStrategy[list[int]]:
-        """Tokens: of sentences, of bytes, special ones, any ones and those that there are not."""
+        """Tokens of sentences, byte tokens, special tokens, random tokens and ids without a token."""
         vocabulary = self.theirs.get_vocab()
         odd = sorted(index for piece, index in vocabulary.items() if self._is_odd(piece))
         written = [self.theirs(text, add_special_tokens=False)["input_ids"] for text in SENTENCES]
@@ -66,7 +66,7 @@ def stream(kind: Kind, prompt: list[int], new: list[int], *, skip: bool, **optio
 
 
 def added(kind: Kind, prompt: list[int], new: list[int], *, skip: bool) -> str:
-    """What new tokens add to the text, by decoding all of them."""
+    """The text that new tokens add, computed by decoding all tokens."""
     before = kind.ours.decode(prompt, skip_special_tokens=skip)
     whole = kind.ours.decode(prompt + new, skip_special_tokens=skip)
     start = common_length(before, whole)
@@ -76,9 +76,7 @@ def added(kind: Kind, prompt: list[int], new: list[int], *, skip: bool) -> str:
 
 @given(st.data())
 @settings(deadline=None)
-def test_decoding_is_that_of_transformers_but_for_rows_of_bytes_with_wrong_ones(
-    kind: Kind, data: st.DataObject
-) -> None:
+def test_decoding_equals_transformers_except_for_runs_with_invalid_bytes(kind: Kind, data: st.DataObject) -> None:
     ids = data.draw(kind.ids())
     skip = data.draw(st.booleans())
     shown = [index for index in ids if not skip or index not in kind.ours.special_tokens]
@@ -96,7 +94,7 @@ def test_decoding_is_that_of_transformers_but_for_rows_of_bytes_with_wrong_ones(
 
 @given(st.data())
 @settings(deadline=None)
-def test_a_stream_adds_up_to_what_all_tokens_add_to_the_prompt(kind: Kind, data: st.DataObject) -> None:
+def test_a_stream_adds_up_to_the_text_of_all_new_tokens(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     skip = data.draw(st.booleans())
     pieces, _ = stream(kind, prompt, new, skip=skip)
@@ -105,7 +103,7 @@ def test_a_stream_adds_up_to_what_all_tokens_add_to_the_prompt(kind: Kind, data:
 
 @given(st.data())
 @settings(deadline=None)
-def test_an_echo_and_its_answer_are_the_decoding_of_all(kind: Kind, data: st.DataObject) -> None:
+def test_echo_and_answer_equal_the_decoding_of_all_tokens(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     skip = data.draw(st.booleans())
     pieces, _ = stream(kind, prompt, new, skip=skip, repeats_prompt=True)
@@ -133,14 +131,14 @@ def test_a_text_ends_before_its_first_stop_string(kind: Kind, data: st.DataObjec
 
 @given(st.data())
 @settings(deadline=None)
-def test_a_special_token_that_is_not_shown_is_a_stop_string_all_the_same(kind: Kind, data: st.DataObject) -> None:
+def test_a_hidden_special_token_works_as_a_stop_string(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     special_id = data.draw(st.sampled_from(sorted(kind.ours.special_tokens)))
     stop = kind.ours.special_tokens[special_id]
     include = data.draw(st.booleans())
     pieces, stopped = stream(kind, prompt, new, skip=True, stop=[stop], include_stop_str=include)
     text = added(kind, prompt, new, skip=True)
-    if stop in text:  # written in letters
+    if stop in text:  # the token's text in letters, not as a special token
         return
     assert stopped == (special_id in new)
     if stopped:
@@ -150,7 +148,7 @@ def test_a_special_token_that_is_not_shown_is_a_stop_string_all_the_same(kind: K
 
 @given(st.data())
 @settings(deadline=None)
-def test_tokens_stand_at_their_offsets(kind: Kind, data: st.DataObject) -> None:
+def test_offsets_point_to_the_tokens_in_the_text(kind: Kind, data: st.DataObject) -> None:
     prompt, new = data.draw(kind.ids()), data.draw(kind.ids())
     skip, echoes = data.draw(st.booleans()), data.draw(st.booleans())
     decode = partial(kind.ours.decode, skip_special_tokens=skip)
@@ -162,12 +160,14 @@ def test_tokens_stand_at_their_offsets(kind: Kind, data: st.DataObject) -> None:
         text, ids = added(kind, prompt, new, skip=skip), new
         scorer = TokenScorer(decode, kind.ours.token_bytes, prompt)
     scored = scorer.append(ids, [Logprobs(-1.0, [(token_id, -1.0)]) for token_id in ids])
-    told = completion_logprobs(scored, kind.ours.token_bytes, with_top=True)
-    assert told.text_offset == sorted(told.text_offset)
-    if kind.name == "word_ends":  # there a token's space comes with the next one
+    logprobs = completion_logprobs(scored, kind.ours.token_bytes, with_top=True)
+    assert logprobs.text_offset == sorted(logprobs.text_offset)
+    if kind.name == "word_ends":  # here a token's space is added with the next token
         return
-    assert told.top_logprobs is not None
-    for token_id, token, offset, top in zip(ids, told.tokens, told.text_offset, told.top_logprobs, strict=True):
+    assert logprobs.top_logprobs is not None
+    for token_id, token, offset, top in zip(
+        ids, logprobs.tokens, logprobs.text_offset, logprobs.top_logprobs, strict=True
+    ):
         assert top == {token: -1.0}
         if skip and token_id in kind.ours.special_tokens:
             assert offset <= len(text)

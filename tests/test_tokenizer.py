@@ -1,4 +1,4 @@
-"""What one token shows by itself, for the kinds of tokenizers that write bytes differently."""
+"""Bytes of single tokens for each byte encoding, refusals of long texts, and chat templates."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def byte_fallback() -> Iterator[Tokenizer]:
 
 
 @pytest.mark.anyio
-async def test_byte_level(byte_level: Tokenizer) -> None:
+async def test_byte_level_tokens_add_up_to_the_text(byte_level: Tokenizer) -> None:
     ((*ids,),) = await byte_level.encode([TEXT], add_special_tokens=False)
     assert len(ids) == len(TEXT.encode())
     assert b"".join(map(byte_level.token_bytes, ids)) == TEXT.encode()
 
 
 @pytest.mark.anyio
-async def test_byte_fallback_and_the_space_before_a_word(byte_fallback: Tokenizer) -> None:
+async def test_byte_fallback_tokens_add_up_to_the_text_with_its_first_space(byte_fallback: Tokenizer) -> None:
     ((*ids,),) = await byte_fallback.encode(["a a é🙂"], add_special_tokens=False)
     assert b"".join(map(byte_fallback.token_bytes, ids)) == " a a é🙂".encode()
 
 
 @pytest.mark.anyio
-async def test_the_embedded_model() -> None:
+async def test_tokens_of_the_embedded_model_add_up_to_the_text() -> None:
     with closing(Tokenizer.load(str(MODEL_DIRECTORY))) as tokenizer:
         ((*ids,),) = await tokenizer.encode([TEXT], add_special_tokens=False)
         assert b"".join(map(tokenizer.token_bytes, ids)) == TEXT.encode()
@@ -69,7 +69,7 @@ async def test_the_embedded_model() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_text_far_over_the_context_is_refused_by_its_beginning(
+async def test_a_text_far_over_the_context_is_refused_from_its_beginning(
     byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
@@ -86,7 +86,7 @@ async def test_a_text_far_over_the_context_is_refused_by_its_beginning(
     ):
         await byte_level.encode(["x" * 1_000_000], add_special_tokens=False, most=100, field="input")
     assert encoded == [984]
-    # What may fit, or is hardly longer, is encoded once; whoever sets no limit gets all tokens.
+    # A text that may fit or is barely longer is encoded once; without a limit, all tokens are returned.
     for text, most in (("x" * 100, 100), ("x" * 1900, 100), ("x" * 100_000, None)):
         encoded.clear()
         (tokens,) = await byte_level.encode([text], add_special_tokens=False, most=most)
@@ -95,7 +95,7 @@ async def test_a_text_far_over_the_context_is_refused_by_its_beginning(
 
 
 @pytest.mark.anyio
-async def test_nothing_is_encoded_behind_a_text_that_is_too_long(byte_level: Tokenizer) -> None:
+async def test_no_text_is_encoded_after_a_too_long_one(byte_level: Tokenizer) -> None:
     texts = ["x" * 900] * 40
     with (
         working_for("a") as work,
@@ -110,7 +110,7 @@ async def test_nothing_is_encoded_behind_a_text_that_is_too_long(byte_level: Tok
 
 
 @pytest.mark.anyio
-async def test_what_is_refused_was_work(byte_level: Tokenizer) -> None:
+async def test_refused_texts_count_as_work(byte_level: Tokenizer) -> None:
     with working_for("a") as work, pytest.raises(ContextLengthError):
         await byte_level.encode(["x" * 100_000], add_special_tokens=False, most=100)
     assert work.num_tokens == 984
@@ -124,7 +124,7 @@ async def test_a_long_text_of_few_tokens_is_encoded(byte_fallback: Tokenizer) ->
     assert len(tokens) == 2
 
 
-def test_what_clients_are_told_is_the_configuration_without_its_paths() -> None:
+def test_the_reported_configuration_has_no_paths() -> None:
     with closing(Tokenizer.load(str(MODEL_DIRECTORY))) as tokenizer:
         info = tokenizer.info
         assert (info["bos_token"], info["eos_token"], info["pad_token"]) == (None, "<|endoftext|>", "<|pad|>")
@@ -139,7 +139,7 @@ TURNS = [{"role": "user", "content": "x"}]
 
 
 @pytest.mark.anyio
-async def test_a_template_that_shows_tools(byte_level: Tokenizer) -> None:
+async def test_a_template_with_tools_renders_them(byte_level: Tokenizer) -> None:
     byte_level._tokenizer.chat_template = (
         "{{ messages[0].content }}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     )
@@ -158,7 +158,7 @@ async def test_a_template_that_shows_tools(byte_level: Tokenizer) -> None:
     ],
     ids=["content", "reasoning", "arguments", "tools"],
 )
-async def test_a_long_conversation_is_long_work_wherever_its_text_is(
+async def test_every_part_of_a_conversation_counts_towards_its_size(
     byte_level: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
     turns: list[dict[str, object]],
@@ -180,7 +180,7 @@ async def test_a_long_conversation_is_long_work_wherever_its_text_is(
 
 
 @pytest.mark.anyio
-async def test_a_template_that_shows_none_is_refused_where_it_has_to(byte_level: Tokenizer) -> None:
+async def test_a_template_without_tools_is_refused_if_tools_are_needed(byte_level: Tokenizer) -> None:
     byte_level._tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(InvalidRequestError, match="does not support tools") as error:
         await byte_level.render_chat(TURNS, tools=TOOLS, needs_tools=True)
@@ -199,7 +199,7 @@ async def test_a_template_that_shows_none_is_refused_where_it_has_to(byte_level:
         ("{{ messages[0].absent.deeper }}", "refuses them: 'dict object' has no attribute 'absent'"),
         ("{% for %}", "refuses them: "),
         ("{{ 1 / 0 }}", "fails on them: ZeroDivisionError: division by zero"),
-        ("{{ [].pop() }}", "refuses them: "),  # the sandbox's own words
+        ("{{ [].pop() }}", "refuses them: "),  # the sandbox's message
         ("{{ ''.nothing() }}", "has no attribute 'nothing'"),
         ("{{ messages[0].content.encode('no such') }}", "fails on them: LookupError: "),
         ("{{ messages[0].content.index('absent') }}", "fails on them: ValueError: substring not found"),
@@ -210,7 +210,7 @@ async def test_a_template_that_shows_none_is_refused_where_it_has_to(byte_level:
         (r'{{ "\ud800" }}', "fails on them: UnicodeEncodeError: "),
     ],
 )
-async def test_a_template_that_fails_is_the_conversations_fault(
+async def test_a_failing_template_is_an_error_of_the_conversation(
     byte_level: Tokenizer, template: str, words: str
 ) -> None:
     byte_level._tokenizer.chat_template = template

@@ -1,4 +1,4 @@
-"""Places go to the names that are used the most now."""
+"""Places go to the names that are used most at present."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
         return self.now
 
 
-def test_free_places_are_given_at_once_and_equals_do_not_take_turns() -> None:
+def test_free_places_are_taken_at_once_and_ties_keep_the_holder() -> None:
     top = TopNames(2, clock=Clock())
     assert [top.use(name) for name in "abcdcdab"] == [None] * 4 + ["a", "b"] + [None] * 2
     top = TopNames(2, clock=Clock())
@@ -27,19 +27,19 @@ def test_free_places_are_given_at_once_and_equals_do_not_take_turns() -> None:
     assert not top.holds("c")
 
 
-def test_what_was_used_long_ago_counts_little() -> None:
+def test_old_uses_count_little() -> None:
     clock = Clock()
     top = TopNames(1, clock=clock)
     for _ in range(1000):
         top.use("old")
     clock.now += 10 * HALF_LIFE_SECONDS
     assert [top.use("new"), top.use("new")] == [None, "old"]
-    # After a time that no float holds as a power of two, too.
+    # The same holds after more half-lives than a float's exponent allows.
     clock.now += 3000 * HALF_LIFE_SECONDS
     assert [top.use("newer"), top.use("newest")] == ["new", None]
 
 
-def test_no_places() -> None:
+def test_with_no_places_no_name_is_held() -> None:
     top = TopNames(0)
     assert top.use("a") is None
     assert not top.holds("a")
@@ -49,9 +49,7 @@ def test_no_places() -> None:
     size=st.integers(1, 4),
     uses=st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.floats(0, 2000)), max_size=200),
 )
-def test_memory_is_bounded_and_a_name_of_more_than_its_share_gets_a_place(
-    size: int, uses: list[tuple[str, float]]
-) -> None:
+def test_memory_is_limited_and_a_frequent_name_gets_a_place(size: int, uses: list[tuple[str, float]]) -> None:
     clock = Clock()
     top = TopNames(size, clock=clock)
     held: set[str] = set()
@@ -66,7 +64,7 @@ def test_memory_is_bounded_and_a_name_of_more_than_its_share_gets_a_place(
         assert len(top._candidates) <= 4 * size
         assert not top._top.keys() & top._candidates.keys()
     counts = Counter(name for name, _ in uses)
-    # Whoever is used from now on alone has a place soon, whatever came before.
+    # A name that alone is used from now on soon gets a place.
     for _ in range(2 * (max(counts.values(), default=0) + 1)):
         top.use("newcomer")
     assert top.holds("newcomer")

@@ -1,4 +1,4 @@
-"""Spans: of every phase, with the conventions' attributes, in the client's trace, and without a text."""
+"""Spans cover every phase, have the conventions' attributes, join the client's trace and contain no text."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_request_is_a_span_with_its_phases(tracer: RequestTracer, exporter: In
     assert "secret" not in root.to_json()
 
 
-def test_a_request_that_was_refused_is_one_span(tracer: RequestTracer, exporter: InMemorySpanExporter) -> None:
+def test_a_refused_request_is_one_span(tracer: RequestTracer, exporter: InMemorySpanExporter) -> None:
     absent = dict.fromkeys(
         ("first_output", "queue_seconds", "prefill_seconds", "first_token_seconds", "decode_seconds", "outcome")
     )
@@ -113,13 +113,15 @@ def test_a_request_that_was_refused_is_one_span(tracer: RequestTracer, exporter:
     assert "gen_ai.response.finish_reasons" not in attributes
 
 
-def test_what_the_client_does_not_sample_is_not_sent(tracer: RequestTracer, exporter: InMemorySpanExporter) -> None:
+def test_requests_that_the_client_does_not_sample_are_not_exported(
+    tracer: RequestTracer, exporter: InMemorySpanExporter
+) -> None:
     tracer.observe(made(traceparent=f"00-{TRACE}-00f067aa0ba902b7-00"))
     tracer.observe(made(operation=None))
     assert exporter.get_finished_spans() == ()
 
 
-def test_a_missing_extra_and_a_url_that_is_none_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_and_a_bad_url_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="is not an http"):
         RequestTracer.to("collector:4318")
     monkeypatch.setattr(tracing, "has_opentelemetry", False)

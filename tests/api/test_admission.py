@@ -1,4 +1,4 @@
-"""Permits, and the estimate of how long the next one would wait."""
+"""Permits, and the estimated wait for the next one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Clock:
 def queue_of(
     admission: Admission, clock: Clock, stack: ExitStack, tenant: str, count: int, *, begun: int, every: float
 ) -> Permits:
-    """One request of ``count`` sequences, of which ``begun`` have begun, one ``every`` so many seconds."""
+    """One request of ``count`` sequences, of which ``begun`` have begun, one each ``every`` seconds."""
     permits = stack.enter_context(admission.permits(count, tenant=tenant))
     for _ in range(begun):
         clock.now += every
@@ -56,7 +56,7 @@ def admission(clock: Clock) -> Admission:
     return Admission(1000, clock=clock)
 
 
-def test_a_queue_is_as_long_as_it_moves(admission: Admission, clock: Clock) -> None:
+def test_the_expected_wait_follows_the_queues_rate(admission: Admission, clock: Clock) -> None:
     with admission.permits(60, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.1
@@ -69,8 +69,8 @@ def test_a_queue_is_as_long_as_it_moves(admission: Admission, clock: Clock) -> N
             WaitTimeoutError, match=r"about \d.\d seconds in the queue, longer than its timeout of 2 seconds"
         ):
             admission.check("a", 2.0)
-        admission.check("b", 2.0)  # its turn is the next but one
-        clock.now += 20  # nothing has begun for so long
+        admission.check("b", 2.0)  # its turn is second
+        clock.now += 20  # no sequence has begun for this long
         assert admission.expected_wait("a") > 40
     assert admission.expected_wait("a") == 0
     assert admission.num_in_use == 0
@@ -88,7 +88,7 @@ def test_tenants_share_the_rate(admission: Admission, clock: Clock) -> None:
         assert admission.expected_wait("b") == pytest.approx(5 * 2 * 0.1, rel=0.1)
 
 
-def test_an_idle_time_is_no_slow_queue(admission: Admission, clock: Clock) -> None:
+def test_idle_time_does_not_count_as_a_slow_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(20, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.01
@@ -99,7 +99,7 @@ def test_an_idle_time_is_no_slow_queue(admission: Admission, clock: Clock) -> No
         admission.check("a", 0.1)
 
 
-def test_what_ends_before_it_began_waits_no_more(admission: Admission, clock: Clock) -> None:
+def test_a_sequence_that_ends_before_it_begins_leaves_the_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(12, tenant="a") as permits:
         for _ in range(9):
             clock.now += 1
@@ -121,7 +121,7 @@ def test_what_ends_before_it_began_waits_no_more(admission: Admission, clock: Cl
     assert admission.num_in_use == 0
 
 
-def test_what_takes_a_place_and_no_turn_says_nothing_of_the_queue(admission: Admission, clock: Clock) -> None:
+def test_permits_outside_the_queue_do_not_affect_the_estimate(admission: Admission, clock: Clock) -> None:
     with admission.permits(1, tenant="a", waits=False), admission.permits(20, tenant="a") as permits:
         for _ in range(20):
             clock.now += 1
@@ -131,33 +131,33 @@ def test_what_takes_a_place_and_no_turn_says_nothing_of_the_queue(admission: Adm
         admission.check("a", 0.1)
 
 
-def told(error: pytest.ExceptionInfo[OverloadedError | WaitTimeoutError]) -> float:
+def retry_after_of(error: pytest.ExceptionInfo[OverloadedError | WaitTimeoutError]) -> float:
     assert error.value.retry_after is not None
     return error.value.retry_after
 
 
-def test_who_is_refused_is_told_a_turn_of_its_own(admission: Admission, clock: Clock) -> None:
+def test_each_refused_request_gets_a_separate_turn(admission: Admission, clock: Clock) -> None:
     with admission.permits(60, tenant="a") as permits:
         for _ in range(20):
             clock.now += 0.1
             permits.begin()
-        pace = 1.9 / 20  # of 20 beginnings, the first is where counting starts
+        pace = 1.9 / 20  # 20 beginnings are 19 intervals
         found = []
         for _ in range(10):
             with pytest.raises(WaitTimeoutError) as error:
                 admission.check("a", 2.0)
-            found.append(told(error))
+            found.append(retry_after_of(error))
         assert found[0] == pytest.approx(40 * pace)
         steps = [then - now for now, then in itertools.pairwise(found)]
         assert steps == pytest.approx([pace] * 9)
         clock.now += 0.3
         with pytest.raises(WaitTimeoutError) as error:
             admission.check("a", 2.0)
-        assert found[-1] - 0.3 < told(error) < found[-1]  # a turn later, as time has passed
+        assert found[-1] - 0.3 < retry_after_of(error) < found[-1]  # one turn later, minus the elapsed time
         admission.check("b", 2.0)
 
 
-def test_nobody_is_told_to_come_back_at_once(admission: Admission, clock: Clock) -> None:
+def test_the_retry_time_has_a_minimum(admission: Admission, clock: Clock) -> None:
     with admission.permits(40, tenant="a") as permits:
         for _ in range(30):
             clock.now += 0.01
@@ -168,7 +168,7 @@ def test_nobody_is_told_to_come_back_at_once(admission: Admission, clock: Clock)
         assert first < second < first + 0.02
 
 
-def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock: Clock) -> None:
+def test_distant_turns_get_a_random_retry_time_below_the_maximum(clock: Clock) -> None:
     drawn: list[tuple[float, float]] = []
 
     def between(low: float, high: float) -> float:
@@ -185,10 +185,10 @@ def test_whose_turn_is_far_away_comes_any_time_in_half_a_minute(clock: Clock) ->
         assert all(seconds <= LATEST_SECONDS for seconds in found)
         assert drawn == [(LATEST_SECONDS / 2, LATEST_SECONDS)] * 16
         clock.now += 10
-        assert admission.retry_after("a") != 42.0  # turns have passed, so there are some to be had
+        assert admission.retry_after("a") != 42.0  # turns have passed, so some are free again
 
 
-def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission: Admission, clock: Clock) -> None:
+def test_turns_are_separate_per_tenant_and_end_with_its_queue(admission: Admission, clock: Clock) -> None:
     with admission.permits(20, tenant="b") as b:
         with admission.permits(30, tenant="a") as a:
             for _ in range(10):
@@ -200,11 +200,11 @@ def test_turns_are_each_tenants_own_and_forgotten_with_its_queue(admission: Admi
             assert admission.retry_after("b") == pytest.approx(first + 0.9)
         assert admission._turns.keys() == {"b"}
         assert admission.retry_after("a") is None
-        assert b.retry_after == b.retry_after  # one turn for all of a request
+        assert b.retry_after == b.retry_after  # one turn per request
     assert admission._turns == {}
 
 
-def test_without_a_queue_nothing_is_known_of_turns(admission: Admission) -> None:
+def test_there_is_no_retry_time_without_a_queue_rate(admission: Admission) -> None:
     assert admission.retry_after("a") is None
     with admission.permits(1000, tenant="a"):
         with pytest.raises(OverloadedError) as error:
@@ -212,20 +212,20 @@ def test_without_a_queue_nothing_is_known_of_turns(admission: Admission) -> None
         assert error.value.retry_after is None
 
 
-def test_a_full_server_tells_when_its_queue_has_moved(admission: Admission, clock: Clock) -> None:
+def test_a_full_server_returns_the_retry_time(admission: Admission, clock: Clock) -> None:
     with admission.permits(1000, tenant="a") as permits:
         for _ in range(10):
             clock.now += 0.01
             permits.begin()
         with pytest.raises(OverloadedError) as error:
             admission.check("a", None)
-        assert told(error) == pytest.approx(990 * 0.009)
+        assert retry_after_of(error) == pytest.approx(990 * 0.009)
         with pytest.raises(OverloadedError) as error, admission.permits(1, tenant="a"):
             pass
-        assert told(error) == pytest.approx(991 * 0.009)
+        assert retry_after_of(error) == pytest.approx(991 * 0.009)
 
 
-def test_a_full_server_is_told_before_any_work(admission: Admission) -> None:
+def test_a_full_server_refuses_before_any_work(admission: Admission) -> None:
     with admission.permits(1000, tenant="a"), pytest.raises(OverloadedError, match="all 1000 places"):
         admission.check("b", None)
 
@@ -239,7 +239,7 @@ def test_a_full_server_is_told_before_any_work(admission: Admission) -> None:
         ("/v1/classify", {"input": "a", "labels": ["x", "y"]}),
     ],
 )
-async def test_who_would_wait_too_long_is_refused_at_once(
+async def test_a_request_that_would_wait_too_long_is_refused_at_once(
     app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
 ) -> None:
     admission = app.state.services.admission
@@ -262,7 +262,7 @@ LIMITED = [
 
 @pytest.fixture
 def long_queue(make_app: MakeApp, settings: Settings) -> Iterator[FastAPI]:
-    """A server whose shared queue is longer than it lets anybody wait."""
+    """A server whose queue for requests without a key takes longer than the maximum wait."""
     app = make_app(replace(settings, http=replace(settings.http, max_wait_seconds=3.0)))
     admission = app.state.services.admission
     with admission.permits(4):
@@ -287,7 +287,7 @@ async def queued(long_queue: FastAPI, records: list[RequestRecord]) -> AsyncIter
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("path", "body", "operation"), LIMITED)
-async def test_what_would_wait_too_long_costs_no_validation(
+async def test_a_request_that_would_wait_too_long_is_not_validated(
     queued: httpx.AsyncClient,
     long_queue: FastAPI,
     records: list[RequestRecord],
@@ -303,11 +303,13 @@ async def test_what_would_wait_too_long_costs_no_validation(
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "encode", encode)
-        # A wrong field would be 400, were the body validated.
+        # With validation, the wrong field would be a 400.
         refused = await queued.post(path, json=body | {"model": "tiny", "temperature": -1})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded_waiting")
     milliseconds = int(refused.headers["retry-after-ms"])
-    assert 1000 * LATEST_SECONDS / 2 <= milliseconds <= 1000 * LATEST_SECONDS  # nothing has begun for very long
+    assert (
+        1000 * LATEST_SECONDS / 2 <= milliseconds <= 1000 * LATEST_SECONDS
+    )  # no sequence has begun for a very long time
     assert int(refused.headers["retry-after"]) == math.ceil(milliseconds / 1000)
     record = records[-1]
     assert refused.headers["x-request-id"] == record.request_id
@@ -334,20 +336,22 @@ async def test_what_would_wait_too_long_costs_no_validation(
         b'{"x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
     ],
 )
-async def test_what_cannot_be_judged_is_told_what_is_wrong_with_it(queued: httpx.AsyncClient, body: bytes) -> None:
+async def test_an_invalid_body_gets_its_validation_error(queued: httpx.AsyncClient, body: bytes) -> None:
     answer = await queued.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 @pytest.mark.anyio
-async def test_a_name_as_long_as_a_body_is_not_kept(queued: httpx.AsyncClient, records: list[RequestRecord]) -> None:
+async def test_a_long_model_name_is_truncated_in_records(
+    queued: httpx.AsyncClient, records: list[RequestRecord]
+) -> None:
     refused = await queued.post("/v1/completions", json={"model": "m" * 50_000, "prompt": "a"})
     assert refused.status_code == 503
     assert records[-1].model == "m" * MAX_MODEL_CHARS
 
 
 @pytest.mark.anyio
-async def test_only_what_is_refused_takes_a_turn(
+async def test_only_refused_requests_take_a_turn(
     queued: httpx.AsyncClient, long_queue: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -360,14 +364,14 @@ async def test_only_what_is_refused_takes_a_turn(
 
 
 @pytest.mark.anyio
-async def test_a_long_queue_is_nothing_to_other_paths_and_methods(queued: httpx.AsyncClient) -> None:
+async def test_a_long_queue_does_not_affect_other_paths_and_methods(queued: httpx.AsyncClient) -> None:
     assert (await queued.post("/tokenize", json={"prompt": "a"})).status_code == 200
     assert (await queued.get("/v1/models")).status_code == 200
     assert (await queued.get("/v1/completions")).status_code == 405
 
 
 @pytest.mark.anyio
-async def test_a_body_over_the_limit_is_413_in_a_long_queue_too(queued: httpx.AsyncClient) -> None:
+async def test_a_body_over_the_limit_is_413_even_in_a_long_queue(queued: httpx.AsyncClient) -> None:
     answer = await queued.post("/v1/completions", json={"prompt": "a" * 70_000})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
 
@@ -383,14 +387,14 @@ async def test_an_urgent_body_in_pieces_reaches_its_route_whole(queued: httpx.As
 
 
 @pytest.mark.anyio
-async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobody(long_queue: FastAPI) -> None:
-    told = []
+async def test_a_disconnect_during_the_body_gets_no_answer(long_queue: FastAPI) -> None:
+    sent = []
 
     async def receive() -> dict[str, object]:
         return {"type": "http.disconnect"}
 
     async def send(message: MutableMapping[str, Any]) -> None:
-        told.append(message)
+        sent.append(message)
 
     matched = OPERATIONS.match("POST", "/v1/completions")
     scope = {"type": "http", "method": "POST", "headers": [], "state": {"matched": matched}}
@@ -400,4 +404,4 @@ async def test_a_client_that_goes_in_the_middle_of_its_body_is_answered_by_nobod
         reached.append(await receive())
 
     await AdmissionMiddleware(app, services=long_queue.state.services)(scope, receive, send)
-    assert (reached, told) == ([{"type": "http.disconnect"}], [])
+    assert (reached, sent) == ([{"type": "http.disconnect"}], [])

@@ -1,4 +1,4 @@
-"""Bodies are bounded: how many values they hold, how many items a list has, how many faults are looked for."""
+"""Limits of bodies: the number of values, of a list's items, and of validated faults."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def calls(count: int, **function: Any) -> list[dict[str, object]]:
         ),
     ],
 )
-async def test_lists_are_bounded_before_their_items_are_looked_at(
+async def test_lists_are_limited_before_their_items_are_validated(
     serve_large: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str, words: str
 ) -> None:
     response = await serve_large.post(path, json=fields)
@@ -130,7 +130,7 @@ async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (413, "payload_too_large"), content[:20]
         assert f"more than {most} JSON values" in error["message"]
-    text = "a,b[{:" * 100_000  # commas within a text are no values
+    text = "a,b[{:" * 100_000  # commas in a string are not values
     response = await serve_large.post(
         path, json={"prompt": 5, "tokens": "x", "user": text, "note": '"' + text + "\\"}
     )
@@ -151,8 +151,8 @@ def count_values(value: object) -> int:
 
 
 @given(value=JSON_VALUES, most=st.integers(1, 40), ascii_only=st.booleans())
-def test_values_are_counted_in_the_bytes(value: Any, most: int, ascii_only: bool) -> None:
-    """Never fewer than there are; more only by an empty list or object, or by what is within a few strings."""
+def test_counting_values_in_the_bytes_never_counts_too_few(value: Any, most: int, ascii_only: bool) -> None:
+    """The count is never too low; only empty lists or objects and some strings make it too high."""
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     found = num_values(body, most)
     assert found > most or found >= count_values(value)
@@ -163,12 +163,12 @@ def test_values_are_counted_in_the_bytes(value: Any, most: int, ascii_only: bool
 
 
 @given(value=JSON_VALUES, most=st.integers(1, 40), ascii_only=st.booleans())
-def test_what_is_taken_has_no_more_values(value: Any, most: int, ascii_only: bool) -> None:
+def test_accepted_bodies_are_within_the_limit_of_values(value: Any, most: int, ascii_only: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     assert is_over(body, most) or count_values(value) <= most
     assert not is_over(body, 10**6)
 
 
-def test_commas_of_a_text_are_not_counted() -> None:
+def test_commas_in_a_string_are_not_counted() -> None:
     body = json.dumps({"a": 'x,y"[{\\' * 1000, "b": [1, 2, 3], "c\\,": {}}).encode()
     assert num_values(body, 20) == 8

@@ -1,4 +1,4 @@
-"""What needs a real server: disconnects, late errors, drains, and OpenAI's own client."""
+"""Tests that need a real server: disconnects, late errors, drains and OpenAI's client."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def sdk(live: LiveServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_openai_client_completion(sdk: openai.OpenAI) -> None:
+def test_openais_client_completes(sdk: openai.OpenAI) -> None:
     answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20)
     assert answer.choices[0].text == "hello world"
     assert answer.usage.prompt_tokens_details.cached_tokens == 2
 
 
-def test_openai_client_completion_stream(sdk: openai.OpenAI) -> None:
+def test_openais_client_streams_a_completion(sdk: openai.OpenAI) -> None:
     stream = sdk.completions.create(
         model="tiny", prompt=["a", "b"], max_tokens=20, stream=True, stream_options={"include_usage": True}
     )
@@ -46,13 +46,13 @@ def test_openai_client_completion_stream(sdk: openai.OpenAI) -> None:
     assert pieces[-1].usage.completion_tokens == 24
 
 
-def test_openai_client_chat(sdk: openai.OpenAI) -> None:
+def test_openais_client_chats(sdk: openai.OpenAI) -> None:
     answer: Any = sdk.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content == "hello world"
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_openai_client_chat_stream(sdk: openai.OpenAI) -> None:
+def test_openais_client_streams_a_chat(sdk: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "hi"}]
     with sdk.chat.completions.stream(model="tiny", messages=messages) as stream:
         stream.until_done()
@@ -61,7 +61,7 @@ def test_openai_client_chat_stream(sdk: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_openai_client_logprobs(sdk: openai.OpenAI) -> None:
+def test_openais_client_reads_logprobs(sdk: openai.OpenAI) -> None:
     answer: Any = sdk.completions.create(model="tiny", prompt="abc", max_tokens=20, logprobs=2, echo=True, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1]
     logprobs = answer.choices[1].logprobs
@@ -79,12 +79,12 @@ def test_openai_client_logprobs(sdk: openai.OpenAI) -> None:
     assert bytes(content[0].bytes) == b"h"
 
 
-def test_openai_client_models(sdk: openai.OpenAI) -> None:
+def test_openais_client_lists_models(sdk: openai.OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["tiny"]
     assert sdk.models.retrieve("tiny").owned_by == "prelude"
 
 
-def test_openai_client_errors(sdk: openai.OpenAI) -> None:
+def test_openais_client_raises_its_error_classes(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as not_found:
         sdk.completions.create(model="no-such", prompt="abc")
     assert not_found.value.code == "model_not_found"
@@ -94,7 +94,7 @@ def test_openai_client_errors(sdk: openai.OpenAI) -> None:
     assert bad.value.param == "temperature"
 
 
-def test_openai_client_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> None:
+def test_openais_client_raises_a_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> None:
     engine.fail_after, engine.failure = 3, RequestFailedError("out of blocks")
     pieces: list[str] = []
     with pytest.raises(openai.APIError, match="out of blocks"):
@@ -107,7 +107,7 @@ def test_openai_client_late_error(sdk: openai.OpenAI, engine: FakeEngine) -> Non
 @pytest.mark.parametrize("stall_after", [0, 3])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["abc", ["a", "b", "c"]])
-def test_disconnect_aborts_and_gives_everything_back(
+def test_a_disconnect_aborts_and_releases_everything(
     live: LiveServer,
     engine: FakeEngine,
     store: CountingStore,
@@ -189,7 +189,7 @@ def test_one_failing_sequence_ends_the_others(live: LiveServer, engine: FakeEngi
     eventually(lambda: engine.in_flight == 0)
 
 
-def test_overload(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -> None:
+def test_an_overloaded_server_is_429(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -> None:
     engine.stall_after = 0
     services = live.server._services
     threads = [
@@ -209,7 +209,7 @@ def test_overload(live: LiveServer, engine: FakeEngine, eventually: WaitUntil) -
     assert httpx.post(live.url + URL, json=BODY).status_code == 200
 
 
-def test_not_ready_while_loading(serve: Serve, engine: FakeEngine, upload_parts: UploadParts) -> None:
+def test_the_server_is_not_ready_while_loading(serve: Serve, engine: FakeEngine, upload_parts: UploadParts) -> None:
     engine.start_gate.clear()
     live = serve(wait=False)
     assert httpx.get(f"{live.url}/live").json() == {"status": "live"}
@@ -236,7 +236,7 @@ def test_an_engine_that_cannot_start_ends_the_server(serve: Serve, engine: FakeE
     assert engine.stopped
 
 
-def test_a_dead_engine(live: LiveServer, engine: FakeEngine) -> None:
+def test_a_dead_engine_is_503(live: LiveServer, engine: FakeEngine) -> None:
     engine.alive = False
     response = httpx.get(f"{live.url}/ready")
     assert response.status_code == 503
@@ -267,7 +267,7 @@ def test_drain_lets_streams_finish_and_refuses_new_work(
     assert engine.stopped
 
 
-def test_drain_cuts_off_what_takes_too_long(serve: Serve, engine: FakeEngine, eventually: WaitUntil) -> None:
+def test_a_drain_ends_requests_that_take_too_long(serve: Serve, engine: FakeEngine, eventually: WaitUntil) -> None:
     live = serve(drain_seconds=0.1)
     engine.stall_after = 3
     texts: list[str] = []
@@ -285,7 +285,7 @@ def test_drain_cuts_off_what_takes_too_long(serve: Serve, engine: FakeEngine, ev
     assert FinishReason.ABORT.value not in texts[0]
 
 
-def test_upload_over_the_limit_while_streaming(live: LiveServer, store: CountingStore) -> None:
+def test_a_streamed_upload_over_the_limit_is_413(live: LiveServer, store: CountingStore) -> None:
     def body() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="id"\r\n\r\nbig\r\n'
         yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
@@ -300,7 +300,7 @@ def test_upload_over_the_limit_while_streaming(live: LiveServer, store: Counting
     assert store.totals().num_prompts == 0
 
 
-def test_upload_declared_over_the_limit_is_refused_unread(live: LiveServer) -> None:
+def test_an_upload_declared_over_the_limit_is_refused_unread(live: LiveServer) -> None:
     with closing(http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=5)) as connection:
         connection.putrequest("POST", "/v1/prompts")
         connection.putheader("content-type", "multipart/form-data; boundary=b")
@@ -309,7 +309,7 @@ def test_upload_declared_over_the_limit_is_refused_unread(live: LiveServer) -> N
         assert connection.getresponse().status == 413
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(
+def test_an_interrupted_upload_leaves_no_files(
     live: LiveServer, settings: Settings, store: CountingStore, eventually: WaitUntil
 ) -> None:
     staging = Path(settings.store.location) / "staging"
@@ -327,7 +327,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
-def test_a_client_that_sends_too_much_can_read_why(live: LiveServer, is_declared: bool) -> None:
+def test_a_client_that_sends_too_much_can_read_the_refusal(live: LiveServer, is_declared: bool) -> None:
     body = b'{"prompt": "' + b"x" * 10_000_000 + b'"}'
     content = body if is_declared else iter([body[:5_000_000], body[5_000_000:]])
     response = httpx.post(f"{live.url}{URL}", content=content, headers={"content-type": "application/json"})

@@ -1,4 +1,4 @@
-"""The OpenAPI document describes everything, and its examples run."""
+"""The OpenAPI document is complete, and errors follow its standard body."""
 
 from __future__ import annotations
 
@@ -58,11 +58,13 @@ async def test_every_status_has_a_schema(document: dict[str, Any]) -> None:
         ("get", "/live", {"200"}),
     ],
 )
-async def test_statuses(document: dict[str, Any], method: str, path: str, statuses: set[str]) -> None:
+async def test_operations_document_their_statuses(
+    document: dict[str, Any], method: str, path: str, statuses: set[str]
+) -> None:
     assert document["paths"][path][method]["responses"].keys() == statuses
 
 
-async def test_references_lead_somewhere(document: dict[str, Any]) -> None:
+async def test_every_reference_resolves(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     found = []
 
@@ -81,7 +83,7 @@ async def test_references_lead_somewhere(document: dict[str, Any]) -> None:
     assert "text/event-stream" in document["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
 
 
-async def test_a_range_that_is_not_there_is_an_error_like_others(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_a_bad_range_has_the_standard_error_body(client: httpx.AsyncClient, sentiment: str) -> None:
     url = "/v1/prompts/sentiment/versions/1/files/adapter_model.safetensors"
     assert (await client.get(url, headers={"range": "bytes=0-3"})).status_code == 206
     for header, status, code in (
@@ -96,7 +98,9 @@ async def test_a_range_that_is_not_there_is_an_error_like_others(client: httpx.A
 @pytest.mark.parametrize(
     "path", ["/v1/completions", "/v1/chat/completions", "/v1/classify", "/tokenize", "/detokenize"]
 )
-async def test_what_is_no_object_is_an_error_like_others(client: httpx.AsyncClient, path: str, body: bytes) -> None:
+async def test_a_body_that_is_not_an_object_has_the_standard_error_body(
+    client: httpx.AsyncClient, path: str, body: bytes
+) -> None:
     response = await client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code in {400, 413}, response.text
     assert response.json()["error"]["type"] == "invalid_request_error"

@@ -1,4 +1,4 @@
-"""The facts of routes, and the lookup of a request's route."""
+"""The declared properties of routes, and the lookup of a request's route."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_probes_are_open_and_metrics_are_not() -> None:
     assert (metrics.is_open, metrics.is_metrics, metrics.is_polled) == (False, True, True)
 
 
-def test_work_of_the_model_takes_tokens_of_the_key() -> None:
+def test_operations_that_use_the_model_take_tokens_of_the_key() -> None:
     work = [operation for operation in OPERATIONS.by_route.values() if operation.work is not None]
     assert {operation.work for operation in work} == {"text_completion", "chat", "classify"}
     assert all(operation.quota is Quota.TOKENS for operation in work)

@@ -1,4 +1,4 @@
-"""Probes, metrics, keys, request ids, docs, and the error shape of everything else."""
+"""Probes, metrics, keys, request ids, docs and the standard error body."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.live_server import LiveServer
 pytestmark = pytest.mark.anyio
 
 
-async def test_probes(client: httpx.AsyncClient) -> None:
+async def test_probes_report_liveness_and_readiness(client: httpx.AsyncClient) -> None:
     assert (await client.get("/live")).json() == {"status": "live"}
     for path in ("/ready", "/health"):
         assert (await client.get(path)).json() == {"status": "ready", "store": "available"}
@@ -35,7 +35,7 @@ async def test_probes(client: httpx.AsyncClient) -> None:
         ("DELETE", "/live", 405, "method_not_allowed"),
     ],
 )
-async def test_unknown_paths_and_methods(
+async def test_unknown_paths_and_methods_have_the_standard_error_body(
     client: httpx.AsyncClient, method: str, path: str, status: int, code: str
 ) -> None:
     response = await client.request(method, path)
@@ -63,7 +63,7 @@ async def test_a_bug_is_a_500_without_its_text(
 
 
 @pytest.mark.parametrize("path", ["/live", "/no-such", "/metrics", "/v1/models", "/docs"])
-async def test_request_ids(client: httpx.AsyncClient, path: str) -> None:
+async def test_request_ids_are_returned(client: httpx.AsyncClient, path: str) -> None:
     first, second = [(await client.get(path)).headers["x-request-id"] for _ in range(2)]
     assert len(first) == 32
     assert first != second
@@ -81,7 +81,7 @@ async def test_streams_carry_a_request_id(client: httpx.AsyncClient) -> None:
     assert len(response.headers["x-request-id"]) == 32
 
 
-async def test_docs(client: httpx.AsyncClient) -> None:
+async def test_the_docs_are_served(client: httpx.AsyncClient) -> None:
     assert (await client.get("/docs")).status_code == 200
     schema = (await client.get("/openapi.json")).json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/prompts", "/live", "/metrics"} <= set(schema["paths"])
@@ -90,7 +90,7 @@ async def test_docs(client: httpx.AsyncClient) -> None:
     assert body["$ref"].endswith("CompletionBody")
 
 
-async def test_metrics(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_metrics_are_served(client: httpx.AsyncClient, sentiment: str) -> None:
     await client.post("/v1/completions", json={"prompt": "a", "model": sentiment})
     await client.post("/v1/completions", json={"prompt": "a", "model": "no-such"})
     response = await client.get("/metrics")
@@ -109,13 +109,13 @@ async def test_metrics(client: httpx.AsyncClient, sentiment: str) -> None:
     } <= lines
 
 
-async def test_openmetrics(client: httpx.AsyncClient) -> None:
+async def test_metrics_are_served_as_openmetrics(client: httpx.AsyncClient) -> None:
     response = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     assert response.text.endswith("# EOF\n")
 
 
-async def test_head_metrics(client: httpx.AsyncClient) -> None:
+async def test_metrics_answer_head(client: httpx.AsyncClient) -> None:
     assert (await client.head("/metrics")).status_code == 200
 
 
@@ -128,7 +128,7 @@ def key_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest) -> FastAPI:
-    """With keys, where a test asks for them."""
+    """An application, with keys if a test requests the fixture."""
     if "key_file" in request.fixturenames:
         key_file = request.getfixturevalue("key_file")
         settings = replace(settings, http=replace(settings.http, api_key_file=key_file))
@@ -138,7 +138,9 @@ def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest) -
 @pytest.mark.parametrize(
     "header", [None, "Bearer wrong", "first-key", "Basic first-key", "Bearer ", "Bearer # tenants"]
 )
-async def test_without_a_valid_key(key_file: Path, client: httpx.AsyncClient, header: str | None) -> None:
+async def test_a_request_without_a_valid_key_is_401(
+    key_file: Path, client: httpx.AsyncClient, header: str | None
+) -> None:
     for path in ("/v1/models", "/v1/prompts", "/metrics", "/docs", "/no-such"):
         response = await client.get(path, headers={"authorization": header} if header else {})
         assert response.status_code == 401
@@ -148,7 +150,7 @@ async def test_without_a_valid_key(key_file: Path, client: httpx.AsyncClient, he
 
 
 @pytest.mark.parametrize("key", ["first-key", "schlüssel-2"])
-async def test_with_a_valid_key(key_file: Path, client: httpx.AsyncClient, key: str) -> None:
+async def test_a_request_with_a_valid_key_is_served(key_file: Path, client: httpx.AsyncClient, key: str) -> None:
     headers = {b"authorization": f"Bearer {key}".encode()}
     assert (await client.get("/v1/models", headers=headers)).status_code == 200
 
@@ -158,14 +160,14 @@ async def test_probes_need_no_key(key_file: Path, client: httpx.AsyncClient) -> 
         assert (await client.get(path)).status_code == 200
 
 
-def test_keys_are_not_held(key_file: Path) -> None:
+def test_keys_are_not_stored_as_plain_text(key_file: Path) -> None:
     assert "first-key" not in str(vars(ApiKeys(read_keys(key_file))))
     with pytest.raises(AuthenticationError):
         ApiKeys(parse_plain([("here", "a")])).check(None)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe"])
-def test_bad_key_files(tmp_path: Path, content: bytes | None) -> None:
+def test_bad_key_files_are_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "keys"
     if content is not None:
         path.write_bytes(content)
@@ -181,13 +183,13 @@ def test_open_hosts_need_keys(host: str, key_file: Path) -> None:
     assert load_keys(HttpSettings(host=host, api_keys=("k",))) is not None
 
 
-def test_an_open_host_without_keys_has_to_be_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_open_host_without_keys_needs_an_explicit_setting(caplog: pytest.LogCaptureFixture) -> None:
     assert load_keys(HttpSettings(host="0.0.0.0", allow_open=True)) is None  # noqa: S104
     assert "OPEN SERVER" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])
-def test_loopback(host: str) -> None:
+def test_loopback_addresses_are_recognised(host: str) -> None:
     assert is_loopback(host)
     assert load_keys(HttpSettings(host=host)) is None
 

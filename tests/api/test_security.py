@@ -1,4 +1,4 @@
-"""What other model servers were open to; docs/security.md names these tests and those elsewhere."""
+"""Attacks that worked on other model servers. docs/security.md names these tests and others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load", "os.system", "os.popen"}
 
 
-def test_nothing_unpickles_unpacks_or_evaluates() -> None:
+def test_no_code_unpickles_unpacks_or_evaluates() -> None:
     found = []
     for path in [path for folder in ("server", "prompt_store") for path in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -47,7 +47,7 @@ def test_nothing_unpickles_unpacks_or_evaluates() -> None:
     assert found == []
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     model, marker = tmp_path / "model", tmp_path / "it ran"
     shutil.copytree(MODEL_DIRECTORY, model)
     config = json.loads((model / "config.json").read_text())
@@ -70,7 +70,7 @@ class Harmful:
         return open, (str(self._marker), "w")
 
 
-def test_a_model_of_pickles_is_not_opened(tmp_path: Path) -> None:
+def test_pickled_models_are_not_opened(tmp_path: Path) -> None:
     model, marker = tmp_path / "model", tmp_path / "it ran"
     shutil.copytree(MODEL_DIRECTORY, model)
     tensors = load_file(model / "model.safetensors")
@@ -84,7 +84,7 @@ def test_a_model_of_pickles_is_not_opened(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_key_is_compared_with_every_digest_whichever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_is_compared_with_every_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keys").write_text("one\ntwo\nthree\n")
     keys = load_keys(HttpSettings(api_key_file=tmp_path / "keys"))
     assert keys is not None
@@ -129,7 +129,7 @@ TARGETS = [
 ]
 
 
-def test_no_spelling_of_a_path_passes_without_a_key(make_app: MakeApp, settings: Settings, tmp_path: Path) -> None:
+def test_no_spelling_of_a_path_bypasses_the_key(make_app: MakeApp, settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("secret\n")
     locked = replace(settings, http=replace(settings.http, api_key_file=tmp_path / "keys"))
     with LiveServer(make_app(locked), locked).running() as live:
@@ -142,14 +142,14 @@ def test_no_spelling_of_a_path_passes_without_a_key(make_app: MakeApp, settings:
                         head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n".encode()
                         connection.sendall(head + more + b"Connection: close\r\n\r\n")
                         status = connection.makefile("rb").readline().split()[1]
-                    # The fragment is no part of a path: what is before it is the open /live.
+                    # The fragment is not part of the path, and the rest is /live, which is open.
                     is_open = target.startswith("/live#") and method == "GET"
                     expected = {b"200"} if is_open else {b"400", b"401", b"404", b"405"}
                     assert status in expected, (method, target, status)
 
 
 @pytest.mark.anyio
-async def test_no_request_brings_a_template(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_no_request_supplies_a_template(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     bomb = "{% for a in range(10**9) %}{{ a.__class__ }}{% endfor %}"
     body = {"messages": [{"role": "user", "content": bomb}], "max_tokens": 2}
     (await client.post("/v1/chat/completions", json=body)).raise_for_status()

@@ -1,4 +1,4 @@
-"""Groups of tasks: which error leaves them, and that no task outlives them."""
+"""A task group raises the first error, and no task outlives it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ async def fail(error: Exception) -> None:
     raise error
 
 
-async def test_results() -> None:
+async def test_results_are_returned() -> None:
     async with task_group() as group:
         tasks = [group.create_task(asyncio.sleep(0, result)) for result in (1, 2)]
     assert [task.result() for task in tasks] == [1, 2]
 
 
-async def test_the_first_error_of_a_task_is_raised_as_it_is_and_ends_the_others() -> None:
+async def test_the_first_error_of_a_task_is_raised_unchanged_and_cancels_the_others() -> None:
     waiting, cause = Waiting(), KeyError("cause")
     error = ValueError("first")
     error.__cause__ = cause
@@ -51,7 +51,7 @@ async def test_the_first_error_of_a_task_is_raised_as_it_is_and_ends_the_others(
     assert waiting.was_cancelled
 
 
-async def test_an_error_of_the_block_is_raised_as_it_is_and_ends_the_tasks() -> None:
+async def test_an_error_of_the_block_is_raised_unchanged_and_cancels_the_tasks() -> None:
     waiting = Waiting()
     with pytest.raises(ValueError, match="block"):
         async with task_group() as group:
@@ -61,7 +61,7 @@ async def test_an_error_of_the_block_is_raised_as_it_is_and_ends_the_tasks() -> 
     assert waiting.was_cancelled
 
 
-async def test_a_cancellation_ends_the_tasks_and_goes_on() -> None:
+async def test_a_cancellation_cancels_the_tasks_and_propagates() -> None:
     waiting = Waiting()
 
     async def grouped() -> None:

@@ -1,4 +1,4 @@
-"""Spans of requests that went through the application."""
+"""Spans of requests to the application."""
 
 from __future__ import annotations
 

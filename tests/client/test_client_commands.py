@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 Get = Callable[[str], Any]
 Ok = Callable[..., str]
 Prelude = Callable[..., Result]
-Told = Callable[..., Any]
+Data = Callable[..., Any]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def prelude(live: LiveServer) -> Prelude:
 
 @pytest.fixture
 def ok(prelude: Prelude) -> Ok:
-    """Run a command that has to succeed; its standard output."""
+    """Run a command that must succeed; returns its standard output."""
 
     def invoke(*arguments: str) -> str:
         result = prelude(*arguments)
@@ -52,8 +52,8 @@ def ok(prelude: Prelude) -> Ok:
 
 
 @pytest.fixture
-def told(ok: Ok) -> Told:
-    """Run a command with --json; what it printed."""
+def data(ok: Ok) -> Data:
+    """Run a command with --json; returns the parsed output."""
 
     def invoke(*arguments: str) -> Any:
         return json.loads(ok(*arguments, "--json"))
@@ -68,12 +68,12 @@ def get(live: LiveServer) -> Get:
 
 @pytest.fixture
 def two(ok: Ok, peft_directory: PeftDirectory) -> None:
-    """Two versions of sentiment; the newer one is the latest."""
+    """Two versions of sentiment; the second is latest."""
     for seed in (0, 1):
         ok("push", str(peft_directory("sentiment", seed=seed)), "--id", "sentiment")
 
 
-def test_push_list_remove(prelude: Prelude, peft_directory: PeftDirectory) -> None:
+def test_a_pushed_soft_prompt_is_listed_and_can_be_removed(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     first = str(peft_directory("sentiment"))
     assert prelude("push", first, "--id", "sentiment").stdout == "sentiment@1\n"
     assert (
@@ -89,9 +89,9 @@ def test_push_list_remove(prelude: Prelude, peft_directory: PeftDirectory) -> No
     assert "sentiment" not in prelude("list").stdout
 
 
-def test_push_says_what_it_is(told: Told, get: Get, peft_directory: PeftDirectory) -> None:
+def test_push_sends_every_field(data: Data, get: Get, peft_directory: PeftDirectory) -> None:
     lineage = {"parent": "other@3", "scores": {"f1": 0.5}}
-    version = told(
+    version = data(
         "push",
         str(peft_directory("sentiment")),
         *("--id", "sentiment", "--description", "of reviews", "--tag", "a", "--tag", "b"),
@@ -102,7 +102,7 @@ def test_push_says_what_it_is(told: Told, get: Get, peft_directory: PeftDirector
     assert version == get("/sentiment/versions/1")
 
 
-def test_push_on_the_uploaders_word(ok: Ok, told: Told, prelude: Prelude, peft_directory: PeftDirectory) -> None:
+def test_push_overrides_base_and_task(ok: Ok, data: Data, prelude: Prelude, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("sentiment")
     config = directory / "adapter_config.json"
     fields = json.loads(config.read_text()) | {"base_model_name_or_path": "org/large"}
@@ -113,45 +113,45 @@ def test_push_on_the_uploaders_word(ok: Ok, told: Told, prelude: Prelude, peft_d
     assert "--task-type CAUSAL_LM" in refused.stderr
     assert "--allow-other-base" in refused.stderr
     said = ["--allow-other-base", "--task-type", "CAUSAL_LM"]
-    version = told("push", str(directory), "--id", "sentiment", *said)
+    version = data("push", str(directory), "--id", "sentiment", *said)
     assert version["overrides"] == {"allow_other_base": True, "task_type": "CAUSAL_LM"}
     assert "allow_other_base=true task_type=CAUSAL_LM" in ok("show", "sentiment@1")
     assert prelude("push", str(directory), "--id", "sentiment", "--task-type", "OTHER").exit_code == 2
 
 
-def test_push_streams(live: LiveServer, peft_directory: PeftDirectory) -> None:
+def test_push_streams_the_files(live: LiveServer, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("sentiment", rows=4000)
     sizes: list[int] = []
     with PreludeClient(live.url) as client, pytest.raises(ClientError) as refused:
         client.push(directory, name="sentiment", on_bytes=sizes.append)
-    assert refused.value.status == 413  # read to its end all the same
+    assert refused.value.status == 413  # the file is still read to its end
     assert sum(sizes) == sum(path.stat().st_size for path in directory.iterdir())
     assert max(sizes) <= 65536
 
 
-def test_list(ok: Ok, told: Told, get: Get, peft_directory: PeftDirectory) -> None:
+def test_list_prints_soft_prompts(ok: Ok, data: Data, get: Get, peft_directory: PeftDirectory) -> None:
     for name, tag in (("a", "x"), ("b", "y"), ("c", "x")):
         ok("push", str(peft_directory(name, seed=ord(name))), "--id", name, "--tag", tag)
-    assert told("list") == get("")
-    assert [prompt["id"] for prompt in told("list", "--tag", "x")["data"]] == ["a", "c"]
-    assert told("list", "--limit", "2") == get("?limit=2")
-    assert told("list", "--limit", "3") == get("?limit=3")
+    assert data("list") == get("")
+    assert [prompt["id"] for prompt in data("list", "--tag", "x")["data"]] == ["a", "c"]
+    assert data("list", "--limit", "2") == get("?limit=2")
+    assert data("list", "--limit", "3") == get("?limit=3")
     assert len(ok("list", "--tag", "y").splitlines()) == 2
-    assert told("list", "--tag", "none") == {"object": "list", "data": [], "has_more": False, "last_id": None}
+    assert data("list", "--tag", "none") == {"object": "list", "data": [], "has_more": False, "last_id": None}
 
 
-def test_list_goes_on_from_page_to_page(
-    told: Told, ok: Ok, peft_directory: PeftDirectory, monkeypatch: pytest.MonkeyPatch
+def test_list_reads_every_page(
+    data: Data, ok: Ok, peft_directory: PeftDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_client, "_PAGE", 2)
     for name in "abcde":
         ok("push", str(peft_directory(name, seed=ord(name))), "--id", name)
-    assert [prompt["id"] for prompt in told("list")["data"]] == list("abcde")
-    assert [prompt["id"] for prompt in told("list", "--limit", "3")["data"]] == list("abc")
+    assert [prompt["id"] for prompt in data("list")["data"]] == list("abcde")
+    assert [prompt["id"] for prompt in data("list", "--limit", "3")["data"]] == list("abc")
 
 
-def test_show(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirectory) -> None:
-    answer = told("show", "sentiment")
+def test_show_prints_a_version(ok: Ok, data: Data, get: Get, two: None, peft_directory: PeftDirectory) -> None:
+    answer = data("show", "sentiment")
     assert answer == {
         "prompt": get("/sentiment"),
         "versions": get("/sentiment/versions?limit=20"),
@@ -163,12 +163,12 @@ def test_show(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirec
     assert "more" not in text
     assert "There are more" in ok("show", "sentiment", "--limit", "1")
     for target, version in (("sentiment@1", 1), ("sentiment@latest", 2)):
-        assert told("show", target) == get(f"/sentiment/versions/{version}")
+        assert data("show", target) == get(f"/sentiment/versions/{version}")
         assert f"sentiment@{version}" in ok("show", target)
     assert get("/sentiment/versions/1")["files"][1]["sha256"] in ok("show", "sentiment@1")
 
 
-def test_show_with_scores_and_lineage(ok: Ok, peft_directory: PeftDirectory) -> None:
+def test_show_prints_scores_and_lineage(ok: Ok, peft_directory: PeftDirectory) -> None:
     lineage = {"training_run": "run-7", "parent": "x@1", "dataset_digest": "d00d", "scores": {"f1": 0.5, "em": 1}}
     text = ["--description", "a [b]c[/b] \x1b[31mred", "--tag", "t1", "--metadata", '{"k": "v"}']
     ok("push", str(peft_directory("s")), "--id", "s", *text, "--lineage", json.dumps(lineage))
@@ -193,9 +193,9 @@ def test_piped_output_is_neither_cut_nor_coloured(
         assert any(all(tag in line for tag in tags) for line in output.splitlines())
 
 
-def test_promote_and_roll_back(ok: Ok, told: Told, get: Get, two: None) -> None:
+def test_promote_and_rollback_move_an_alias(ok: Ok, data: Data, get: Get, two: None) -> None:
     assert ok("promote", "sentiment", "1") == "sentiment@latest is version 1\n"
-    assert told("promote", "sentiment", "2", "--alias", "stable") == {
+    assert data("promote", "sentiment", "2", "--alias", "stable") == {
         "object": "prompt.alias",
         "id": "sentiment",
         "alias": "stable",
@@ -203,11 +203,13 @@ def test_promote_and_roll_back(ok: Ok, told: Told, get: Get, two: None) -> None:
     }
     assert ok("promote", "sentiment", "1", "--alias", "stable", "--expect", "2") == "sentiment@stable is version 1\n"
     assert ok("rollback", "sentiment", "--alias", "stable", "--expect", "1") == "sentiment@stable is version 2\n"
-    assert told("rollback", "sentiment")["version"] == 2
+    assert data("rollback", "sentiment")["version"] == 2
     assert get("/sentiment")["aliases"] == {"latest": 2, "stable": 2}
 
 
-def test_pull(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirectory, tmp_path: Path) -> None:
+def test_pull_writes_the_files(
+    ok: Ok, data: Data, get: Get, two: None, peft_directory: PeftDirectory, tmp_path: Path
+) -> None:
     for target, seed in (("sentiment@1", 0), ("sentiment", 1), ("sentiment@latest", 1)):
         directory = tmp_path / "new" / target
         version = 2 if seed else 1
@@ -215,7 +217,7 @@ def test_pull(ok: Ok, told: Told, get: Get, two: None, peft_directory: PeftDirec
         for path in peft_directory("sentiment", seed=seed).iterdir():
             assert (directory / path.name).read_bytes() == path.read_bytes()
         assert len(list(directory.iterdir())) == 2
-        assert told("pull", target, str(directory)) == get(f"/sentiment/versions/{version}")
+        assert data("pull", target, str(directory)) == get(f"/sentiment/versions/{version}")
 
 
 def test_pull_does_not_overwrite(prelude: Prelude, ok: Ok, two: None, tmp_path: Path) -> None:
@@ -227,14 +229,14 @@ def test_pull_does_not_overwrite(prelude: Prelude, ok: Ok, two: None, tmp_path: 
     assert f"{weights} would be overwritten" in result.stderr
     assert weights.read_bytes() == before
     config = tmp_path / "to" / "adapter_config.json"
-    inode = config.stat().st_ino  # the same in both versions: it is left alone
+    inode = config.stat().st_ino  # identical in both versions, so the file is not rewritten
     ok("pull", "sentiment@2", str(tmp_path / "to"), "--force")
     assert weights.read_bytes() != before
     assert config.stat().st_ino == inode
     assert len(list((tmp_path / "to").iterdir())) == 2
 
 
-def test_pull_to_a_place_that_is_none(prelude: Prelude, two: None, tmp_path: Path) -> None:
+def test_pull_to_an_unusable_directory_is_an_error(prelude: Prelude, two: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     result = prelude("pull", "sentiment", str(tmp_path / "file"))
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
@@ -244,7 +246,7 @@ def test_pull_to_a_place_that_is_none(prelude: Prelude, two: None, tmp_path: Pat
     assert not list((tmp_path / "to").glob("*.part")) + list((tmp_path / "to").glob(".*"))
 
 
-def test_pull_verifies(live: LiveServer, two: None, tmp_path: Path) -> None:
+def test_pull_verifies_the_digests(live: LiveServer, two: None, tmp_path: Path) -> None:
     with PreludeClient(live.url) as client:
         version = client.versions("sentiment", limit=1)["data"][0]
         version["files"][1]["sha256"] = "0" * 64
@@ -260,8 +262,8 @@ def test_pull_verifies(live: LiveServer, two: None, tmp_path: Path) -> None:
         assert not (tmp_path / "evil").exists()
 
 
-def test_remove_asks_on_a_terminal(
-    prelude: Prelude, told: Told, two: None, get: Get, monkeypatch: pytest.MonkeyPatch
+def test_remove_asks_for_confirmation_on_a_terminal(
+    prelude: Prelude, data: Data, two: None, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
@@ -274,38 +276,38 @@ def test_remove_asks_on_a_terminal(
     assert get("")["data"] == []
 
 
-def test_remove_without_asking(told: Told, two: None) -> None:
-    assert told("rm", "sentiment@1") == {"id": "sentiment@1", "object": "prompt.version", "deleted": True}
-    assert told("rm", "sentiment", "--yes") == {"id": "sentiment", "object": "prompt", "deleted": True}
+def test_remove_needs_no_confirmation_with_yes(data: Data, two: None) -> None:
+    assert data("rm", "sentiment@1") == {"id": "sentiment@1", "object": "prompt.version", "deleted": True}
+    assert data("rm", "sentiment", "--yes") == {"id": "sentiment", "object": "prompt", "deleted": True}
 
 
-def test_inspect(ok: Ok, told: Told, get: Get, two: None) -> None:
-    assert told("inspect", "sentiment@1", "--top-k", "2") == get("/sentiment/inspect?version=1&top_k=2")
-    assert told("inspect", "sentiment") == get("/sentiment/inspect")
+def test_inspect_prints_the_servers_answer(ok: Ok, data: Data, get: Get, two: None) -> None:
+    assert data("inspect", "sentiment@1", "--top-k", "2") == get("/sentiment/inspect?version=1&top_k=2")
+    assert data("inspect", "sentiment") == get("/sentiment/inspect")
     text = ok("inspect", "sentiment")
     assert "sentiment@2" in text
     assert '"a" 1.000  "b" 0.990' in text
     assert "1.5 ± 0.25" in text
 
 
-def test_inspect_key_values_and_tasks(
-    live: LiveServer, ok: Ok, told: Told, prelude: Prelude, other_parts: UploadParts
+def test_inspect_supports_key_values_and_tasks(
+    live: LiveServer, ok: Ok, data: Data, prelude: Prelude, other_parts: UploadParts
 ) -> None:
     for name, parts in (("prefix", other_parts("prefix", peft_type="PREFIX_TUNING")), ("many", other_parts("many"))):
         httpx.post(f"{live.url}/v1/prompts", **parts).raise_for_status()
         assert name in ok("list")
     lines = ok("inspect", "prefix").splitlines()
     assert lines[-1].split() == ["1", "2", "1", "3", "5", "4", "6"]
-    assert told("inspect", "many", "--task-id", "2")["task_id"] == 2
+    assert data("inspect", "many", "--task-id", "2")["task_id"] == 2
     assert prelude("inspect", "many").exit_code == 4
 
 
-def test_warm(ok: Ok, told: Told, get: Get, prelude: Prelude, two: None, engine: FakeEngine) -> None:
+def test_warm_can_pin(ok: Ok, data: Data, get: Get, prelude: Prelude, two: None, engine: FakeEngine) -> None:
     assert ok("warm", "sentiment").startswith("sentiment@2 is warm after 0.0")
     assert ok("warm", "sentiment@1", "--pin").endswith(" s, and pinned\n")
     assert get("/sentiment")["pinned"] == [1]
     assert ok("warm", "sentiment@1", "--unpin") == "sentiment@1 is not pinned\n"
-    assert told("warm", "sentiment@latest")["object"] == "prompt.warmed"
+    assert data("warm", "sentiment@latest")["object"] == "prompt.warmed"
     assert len(engine.prepared) == 3
     assert prelude("warm", "sentiment", "--task-id", "0").exit_code == 4
 
@@ -319,20 +321,22 @@ CONFLICT = ["promote sentiment 1 --expect 1", "rollback sentiment --expect 1"]
     ("line", "status", "code"),
     [(line, 3, "prompt_not_found") for line in NOT_FOUND] + [(line, 5, "conflict") for line in CONFLICT],
 )
-def test_refusals(prelude: Prelude, two: None, tmp_path: Path, line: str, status: int, code: str) -> None:
+def test_refusals_are_one_line(
+    prelude: Prelude, two: None, tmp_path: Path, line: str, status: int, code: str
+) -> None:
     arguments = line.format(tmp=tmp_path / "to").split()
     result = prelude(*arguments)
     assert result.exit_code == status
     assert result.stdout == ""
     assert result.stderr.startswith("prelude: ")
     assert result.stderr.count("\n") == 1
-    told = prelude(*arguments, "--json")
-    assert told.exit_code == status
-    assert json.loads(told.stdout)["error"]["code"] == code
-    assert told.stderr == result.stderr
+    as_json = prelude(*arguments, "--json")
+    assert as_json.exit_code == status
+    assert json.loads(as_json.stdout)["error"]["code"] == code
+    assert as_json.stderr == result.stderr
 
 
-def test_all_faults_of_invalid_files_are_told(prelude: Prelude, peft_directory: PeftDirectory) -> None:
+def test_all_faults_of_invalid_files_are_printed(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     directory = peft_directory("wrong", width=9)
     config = directory / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "TOKEN_CLS"}))
@@ -340,8 +344,8 @@ def test_all_faults_of_invalid_files_are_told(prelude: Prelude, peft_directory: 
     assert result.exit_code == 4
     lines = result.stderr.splitlines()
     assert len(lines) >= 2
-    told = prelude("push", str(directory), "--id", "wrong", "--json")
-    details = json.loads(told.stdout)["error"]["details"]
+    as_json = prelude("push", str(directory), "--id", "wrong", "--json")
+    details = json.loads(as_json.stdout)["error"]["details"]
     assert [line.split(": ")[1] for line in lines] == [fault["code"] for fault in details]
 
 
@@ -357,7 +361,7 @@ def test_refused_fields_are_status_4_and_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_too_large(prelude: Prelude, peft_directory: PeftDirectory) -> None:
+def test_a_too_large_file_is_refused(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     assert prelude("push", str(peft_directory("large", rows=4000)), "--id", "large").exit_code == 4
 
 
@@ -365,7 +369,7 @@ def test_too_large(prelude: Prelude, peft_directory: PeftDirectory) -> None:
     ("failure", "status"),
     [(OverloadedError("full"), 7), (EngineDeadError("ended"), 7), (RequestFailedError("cannot be read"), 1)],
 )
-def test_a_server_that_fails(
+def test_failures_of_the_server_have_an_exit_status(
     prelude: Prelude,
     two: None,
     engine: FakeEngine,
@@ -377,7 +381,7 @@ def test_a_server_that_fails(
     assert prelude("warm", "sentiment").exit_code == status
 
 
-def test_api_key(serve: Serve, tmp_path: Path) -> None:
+def test_the_api_key_is_an_option_or_a_variable(serve: Serve, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("k1\n")
     live = serve(api_key_file=keys)
@@ -393,7 +397,7 @@ def test_api_key(serve: Serve, tmp_path: Path) -> None:
     assert CliRunner().invoke(cli, ["list"], env={"PRELUDE_URL": live.url, "PRELUDE_API_KEY": "k1"}).exit_code == 0
 
 
-def test_a_key_that_may_not(serve: Serve, tmp_path: Path, peft_directory: PeftDirectory) -> None:
+def test_a_key_without_the_scope_is_refused(serve: Serve, tmp_path: Path, peft_directory: PeftDirectory) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text('[[keys]]\nkey = "r"\ntenant = "a"\nscopes = ["prompts:read"]\n')
     live = serve(api_key_file=keys)
@@ -408,7 +412,9 @@ def test_a_key_that_may_not(serve: Serve, tmp_path: Path, peft_directory: PeftDi
     ("status", "exit_status"), [(200, 1), (301, 1), (403, 6), (404, 3), (500, 1), (502, 7), (503, 7), (504, 7)]
 )
 @pytest.mark.parametrize("body", ["<html>", "[]", '{"error": "x"}', '{"error": {"message": 1}}'])
-def test_another_server(monkeypatch: pytest.MonkeyPatch, status: int, exit_status: int, body: str) -> None:
+def test_other_servers_are_recognised(
+    monkeypatch: pytest.MonkeyPatch, status: int, exit_status: int, body: str
+) -> None:
     if status == 200 and body.startswith("{"):
         return
     transport = httpx.MockTransport(lambda _: httpx.Response(status, text=body))
@@ -419,7 +425,7 @@ def test_another_server(monkeypatch: pytest.MonkeyPatch, status: int, exit_statu
     assert commands.status_of(refused.value) == exit_status
 
 
-def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirects_and_bad_gateways_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     for status, headers, words in (
         (301, {"location": "https://other/v1/prompts/x"}, "It redirects to 'https://other/v1/prompts/x'"),
         (502, {}, "A proxy in front of it cannot reach it"),
@@ -432,17 +438,17 @@ def test_a_proxy_that_redirects_or_reaches_nothing(monkeypatch: pytest.MonkeyPat
             client.prompt("x")
 
 
-def test_piped_lines_have_nothing_behind_their_last_cell(ok: Ok, peft_directory: PeftDirectory) -> None:
+def test_piped_lines_have_no_trailing_space(ok: Ok, peft_directory: PeftDirectory) -> None:
     metadata = json.dumps({"notes": "x" * 2300})
     ok("push", str(peft_directory("s")), "--id", "s", "--metadata", metadata, "--tag", "t")
     ok("push", str(peft_directory("s", seed=1)), "--id", "s", *[f"--tag=t{'y' * 100}{index}" for index in range(20)])
     for command in (["show", "s@1"], ["show", "s"], ["list"], ["inspect", "s"]):
         lines = ok(*command).splitlines()
         assert all(line == line.rstrip() for line in lines)
-        assert sum(len(line) > 200 for line in lines) <= 1, "a wide cell widens its own line alone"
+        assert sum(len(line) > 200 for line in lines) <= 1, "a wide cell must widen only its line"
 
 
-def test_piped_columns_are_aligned_by_what_a_terminal_shows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_piped_columns_are_aligned_by_display_width(capsys: pytest.CaptureFixture[str]) -> None:
     table = tables._table("name", "tags", "pinned")
     tables._row(table, "日本語", "a", "1")
     tables._row(table, "abc", "b" * 100, "2")
@@ -486,7 +492,7 @@ def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "".join(line.strip() for line in lines[1:]) == "x" * 100  # folded, not cut
 
 
-def test_a_file_that_cannot_be_opened(prelude: Prelude, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(prelude: Prelude, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").mkdir()
     result = prelude("push", str(tmp_path), "--id", "x")
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""What the command writes to which stream, and what it does where a stream takes nothing."""
+"""Which stream the command writes to, and what it does if a stream cannot be written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prelude(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run([*PRELUDE, *arguments], text=True, timeout=120, check=False, **options)
 
 
-def test_key_gives_each_stream_a_file_that_can_be_used(tmp_path: Path) -> None:
+def test_key_writes_a_usable_file_to_each_stream(tmp_path: Path) -> None:
     with (tmp_path / "hash").open("w") as out, (tmp_path / "key").open("w") as err:
         assert prelude("key", stdout=out, stderr=err).returncode == 0
     assert KEY.fullmatch((tmp_path / "key").read_text())
@@ -44,28 +44,28 @@ def test_key_is_labelled_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line() -> None:
+def test_a_full_disk_is_an_error_of_one_line() -> None:
     with FULL.open("w") as full:
-        told = prelude("key", stdout=full, stderr=subprocess.PIPE)
-    assert told.returncode == 1
-    assert told.stderr == "prelude: the output cannot be written: No space left on device\n"
+        done = prelude("key", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == "prelude: the output cannot be written: No space left on device\n"
     with FULL.open("w") as full:
-        told = prelude("list", "--url", "http://127.0.0.1:9", stdout=subprocess.PIPE, stderr=full)
-    assert (told.returncode, told.stdout) == (1, "")
+        done = prelude("list", "--url", "http://127.0.0.1:9", stdout=subprocess.PIPE, stderr=full)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_a_closed_pipe_is_silent() -> None:
     read, write = os.pipe()
     os.close(read)
     try:
-        told = prelude("key", stdout=write, stderr=subprocess.PIPE)
+        done = prelude("key", stdout=write, stderr=subprocess.PIPE)
     finally:
         os.close(write)
-    assert told.returncode == 1
-    assert told.stderr == "" or KEY.fullmatch(told.stderr)
+    assert done.returncode == 1
+    assert done.stderr == "" or KEY.fullmatch(done.stderr)
 
 
-def test_other_errors_of_the_system_are_bugs_and_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_os_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError(errno.ENOENT, "no such file")
 
@@ -74,12 +74,12 @@ def test_other_errors_of_the_system_are_bugs_and_not_hidden(monkeypatch: pytest.
         cli.main()
 
 
-def test_ctrl_c_is_no_traceback() -> None:
+def test_ctrl_c_prints_no_traceback() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         command = [*PRELUDE, "list", "--url", url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            connection, _ = server.accept()  # it waits for an answer that does not come
+            connection, _ = server.accept()  # it waits for an answer that never arrives
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
             connection.close()
@@ -88,8 +88,8 @@ def test_ctrl_c_is_no_traceback() -> None:
     assert "Traceback" not in err
 
 
-def test_an_answer_that_never_ends_is_no_traceback() -> None:
-    """The server dies in the middle of its answer."""
+def test_an_incomplete_answer_prints_no_traceback() -> None:
+    """The server closes the connection in the middle of its answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -104,10 +104,10 @@ def test_an_answer_that_never_ends_is_no_traceback() -> None:
         thread.join()
     assert result.exit_code == 7
     assert result.stderr.count("\n") == 1
-    assert "prelude serve" not in result.stderr, "there is a server"
+    assert "prelude serve" not in result.stderr, "a server answers, so there is no advice to start one"
 
 
-def test_a_port_in_use_and_an_address_that_is_none(tmp_path: Path) -> None:
+def test_a_port_in_use_and_a_bad_address_are_errors_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -124,14 +124,14 @@ def test_a_port_in_use_and_an_address_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_with_json_logs_json_and_nothing_else(tmp_path: Path) -> None:
-    told = prelude(
+def test_demo_with_json_logs_writes_only_json(tmp_path: Path) -> None:
+    done = prelude(
         "demo", "--exit", "--log-format", "json", "--port", "0", "--num-threads", "1", "--kv-cache-memory", "64MiB",
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    lines = [json.loads(line) for line in told.stderr.splitlines()]
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert {"INFO"} <= {line["level"] for line in lines}
     assert any(line["message"] == "prelude-demo is ready" for line in lines)
-    assert not any(line["logger"].startswith("http") for line in lines), "the tour's own requests are not logged"
-    assert "answers match the held-out ones" in told.stdout
+    assert not any(line["logger"].startswith("http") for line in lines), "the tour's requests must not be logged"
+    assert "answers match the held-out ones" in done.stdout

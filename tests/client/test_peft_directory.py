@@ -1,4 +1,4 @@
-"""What ``prelude push`` says of directories that are not what PEFT writes."""
+"""How ``prelude push`` explains directories that PEFT did not write."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def make(folder: Path, *names: str) -> Path:
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def test_a_pickle_is_told_how_to_be_converted(tmp_path: Path) -> None:
+def test_a_pickle_gets_conversion_advice(tmp_path: Path) -> None:
     text = explain_directory(make(tmp_path / "p", "adapter_config.json", "adapter_model.bin"))
     assert "a pickle" in text
     assert "save_pretrained(NEW, safe_serialization=True)" in text
 
 
-def test_one_level_too_high_names_the_folder(tmp_path: Path) -> None:
+def test_the_parent_of_an_adapter_names_the_folder(tmp_path: Path) -> None:
     inner = make(tmp_path / "run" / "my-adapter", *ADAPTER)
     assert explain_directory(tmp_path / "run").endswith(f"push its folder {inner}")
 
@@ -44,7 +44,7 @@ def test_checkpoints_are_named_newest_first_and_some_of_them(tmp_path: Path) -> 
     assert text.endswith(" and 2 more")
 
 
-def test_folders_of_several_adapters(tmp_path: Path) -> None:
+def test_folders_of_several_adapters_are_named(tmp_path: Path) -> None:
     for name in ("default", "other", "checkpoint-" + "9" * 30):
         make(tmp_path / name, "adapter_model.bin")
     text = explain_directory(tmp_path)
@@ -68,7 +68,7 @@ def test_folders_of_several_adapters(tmp_path: Path) -> None:
         (("adapter_config.json", "w.zip"), "it contains only the configuration; unpack w.zip first"),
     ],
 )
-def test_what_a_directory_is_told(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
+def test_other_directories_are_explained(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
     text = explain_directory(make(tmp_path / "d", *names))
     assert words in text
     assert "\n" not in text
@@ -77,14 +77,12 @@ def test_what_a_directory_is_told(tmp_path: Path, names: tuple[str, ...], words:
 @pytest.mark.parametrize(
     ("config", "kind"), [('{"peft_type": "LORA"}', "(peft_type LORA)"), ("[", "only the"), ("[1]", "only the")]
 )
-def test_a_configuration_alone_is_named_by_its_kind(tmp_path: Path, config: str, kind: str) -> None:
+def test_a_configuration_without_weights_is_named_by_its_kind(tmp_path: Path, config: str, kind: str) -> None:
     (tmp_path / "adapter_config.json").write_text(config)
     assert kind in explain_directory(tmp_path)
 
 
-def test_a_directory_of_very_many_files_is_not_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_a_huge_directory_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_directory, "_MAX_FOLDERS", 3)
     for index in range(10):
         make(tmp_path / f"f{index}", *ADAPTER)
@@ -92,7 +90,7 @@ def test_a_directory_of_very_many_files_is_not_read_to_its_end(
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_push_tells_it_in_one_line(tmp_path: Path, as_json: bool) -> None:
+def test_push_prints_the_explanation_in_one_line(tmp_path: Path, as_json: bool) -> None:
     make(tmp_path / "run" / "checkpoint-10", *ADAPTER)
     line = ["push", str(tmp_path / "run"), "--id", "x", "--url", "http://127.0.0.1:9"]
     result = CliRunner().invoke(app, [*line, "--json"] if as_json else line)
@@ -113,7 +111,7 @@ def test_push_of_a_file_is_a_usage_error(tmp_path: Path, name: str, words: str) 
     assert words in " ".join(result.stderr.split())
 
 
-def test_a_directory_that_goes_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_deleted_during_the_check_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.client.http.explain_directory", lambda path: list(Path(path / "gone").iterdir()))
     result = CliRunner().invoke(app, ["push", str(tmp_path), "--id", "x"])
     assert result.exit_code == 1

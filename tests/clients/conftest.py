@@ -25,13 +25,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def python_clients() -> ClientEnvironment:
-    """Where the Python clients are that do not go with this project's own dependencies."""
+    """The environment of Python clients whose dependencies conflict with this project's."""
     return python_environment()
 
 
 @pytest.fixture(scope="session")
 def node_clients() -> ClientEnvironment:
-    """Where the npm packages are."""
+    """The environment of the npm packages."""
     return node_environment()
 
 

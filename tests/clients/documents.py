@@ -1,4 +1,4 @@
-"""The examples of docs/clients.md, which the tests run as they stand there."""
+"""The examples of docs/clients.md, which the tests run unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 _TEXT = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
 
 DOCUMENTED_URL = "http://127.0.0.1:8000"
-"""Where the document's server is: the one thing in an example that a test puts another in place of."""
+"""The server's address in the document: the only text in an example that a test replaces."""
 
 
 def sections() -> list[str]:
@@ -18,7 +18,7 @@ def sections() -> list[str]:
 
 
 def example(section: str, language: str, url: str) -> str:
-    """The only block of that language under a heading, for a server at ``url``."""
+    """The only block in a language under a heading, for a server at ``url``."""
     body = re.split(r"^## .+$", _TEXT.split(f"\n## {section}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
     blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", body, re.DOTALL)
     (block,) = blocks
@@ -27,7 +27,7 @@ def example(section: str, language: str, url: str) -> str:
 
 
 def expected_output(program: str) -> list[str]:
-    """What the comments behind a program's print statements say that it prints."""
+    """The output that the comments after a program's print statements give."""
     lines = re.findall(r"^\s*(?:print|console\.log)\(.*\);?\s*(?:#|//) (.*)$", program, re.MULTILINE)
     assert lines
     return lines

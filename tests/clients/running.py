@@ -1,4 +1,4 @@
-"""Clients in environments of their own: ``make test-clients`` installs them and says where."""
+"""Clients in separate environments, which ``make test-clients`` installs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FOLDER = Path(__file__).parent
 TASKS = ("sentiment", "intent", "extract", "dates")
 
 DIRECTORY_VARIABLE = "PRELUDE_TEST_CLIENTS"
-"""Names the virtual environment of the Python clients; the tests that need it are skipped without."""
+"""Names the virtual environment of the Python clients; without it, tests that need it are skipped."""
 
 _PROGRAM_SECONDS = 240.0
 
-# No client may look anything up: the tokenizer is in a directory, the data is made here.
+# No client may use the network: the tokenizer is in a directory, and the tests create the data.
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -41,8 +41,8 @@ class ClientEnvironment:
     """An interpreter whose packages are the clients.
 
     Attributes:
-        interpreter: Runs a program that comes on its standard input.
-        folder: Where it is started: node looks for packages from there.
+        interpreter: Runs a program from its standard input.
+        folder: Working directory, from which node looks for packages.
     """
 
     interpreter: list[str]
@@ -50,7 +50,7 @@ class ClientEnvironment:
     variables: Mapping[str, str] = field(default_factory=lambda: {**os.environ, **_OFFLINE})
 
     def command(self, name: str) -> str:
-        """A command that a package has installed beside the interpreter."""
+        """A command that a package installed next to the interpreter."""
         return str(Path(self.interpreter[0]).parent / name)
 
     def run(self, program: str, *arguments: str) -> str:
@@ -58,13 +58,13 @@ class ClientEnvironment:
         return self.call([*self.interpreter, *arguments], program)
 
     def json(self, name: str, *arguments: object) -> dict[str, Any]:
-        """Run ``programs/NAME``, which prints one JSON object; arguments that are not strings go as JSON."""
-        told = [argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments]
-        printed: dict[str, Any] = json.loads(self.run((FOLDER / "programs" / name).read_text(), *told))
+        """Run ``programs/NAME``, which prints one JSON object; arguments that are not strings are passed as JSON."""
+        texts = [argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments]
+        printed: dict[str, Any] = json.loads(self.run((FOLDER / "programs" / name).read_text(), *texts))
         return printed
 
     def call(self, command: list[str], program: str = "", *, seconds: float = _PROGRAM_SECONDS) -> str:
-        """Run a command, which must end well; returns what it printed."""
+        """Run a command that must succeed; returns its standard output."""
         result = subprocess.run(
             command,
             input=program,
@@ -82,7 +82,7 @@ class ClientEnvironment:
 def python_environment() -> ClientEnvironment:
     directory = os.environ.get(DIRECTORY_VARIABLE)
     if directory is None:
-        pytest.skip(f"needs an environment of its own: make test-clients sets it up, {DIRECTORY_VARIABLE} names it")
+        pytest.skip(f"needs a separate environment: make test-clients creates it, {DIRECTORY_VARIABLE} names it")
     return ClientEnvironment([str(Path(directory).absolute() / "bin" / "python"), "-"], FOLDER.parents[1])
 
 
@@ -91,7 +91,7 @@ def node_environment() -> ClientEnvironment:
         pytest.skip("needs npm packages: make test-clients installs them")
     node = shutil.which("node")
     if node is None:
-        pytest.skip("needs node, which is not on this machine")
+        pytest.skip("needs node, which is not installed")
     return ClientEnvironment([node, "--input-type=module", "-"], FOLDER / "node")
 
 

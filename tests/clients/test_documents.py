@@ -1,4 +1,4 @@
-"""docs/clients.md has no example that is not run."""
+"""Every example of docs/clients.md is run by a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.clients.running import FOLDER
 
 
 @pytest.mark.parametrize("section", sections())
-def test_every_client_of_the_document_has_its_test(section: str) -> None:
+def test_every_client_of_the_document_has_a_test(section: str) -> None:
     call = re.compile(rf'\b(?:example|command)\("{re.escape(section)}"')
     assert any(call.search(path.read_text()) for path in FOLDER.glob("test_*.py"))
 

@@ -1,4 +1,4 @@
-"""GuideLLM's load against a whole server: every request is answered, in full."""
+"""GuideLLM's load against a whole server: every request gets a complete answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_TOKENS = {"prompt": 64, "output": 32}
     [("model=sentiment", 30), (f"model={BASE},extras.body.prompt_id=sentiment,request_format=/v1/completions", 10)],
     ids=["chats by model", "completions by prompt_id"],
 )
-def test_load_without_an_error(
+def test_every_request_under_load_is_answered(
     server: str, python_clients: ClientEnvironment, tmp_path: Path, named: str, seconds: int
 ) -> None:
     report = tmp_path / "report.json"
@@ -32,7 +32,7 @@ def test_load_without_an_error(
     (benchmark,) = json.loads(report.read_text())["benchmarks"]
     totals = benchmark["metrics"]["request_totals"]
     assert totals["errored"] == 0
-    assert totals["incomplete"] <= 4  # what was under way when the time was over
+    assert totals["incomplete"] <= 4  # requests that were running at the end
     assert totals["successful"] > 4
     for request in benchmark["requests"]["successful"]:
         assert request["input_metrics"]["text_tokens"] == NUM_TOKENS["prompt"]

@@ -1,4 +1,4 @@
-"""langchain-openai against a whole server, its soft prompt named either way."""
+"""langchain-openai against a whole server, with both ways to name a soft prompt."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ BY_MODEL = {"model": "extract"}
 BY_PROMPT_ID = {"model": BASE, "extra_body": {"prompt_id": "extract"}}
 
 
-def test_documented_example(server: str, python_clients: ClientEnvironment) -> None:
+def test_the_documented_example_runs(server: str, python_clients: ClientEnvironment) -> None:
     program = example("LangChain", "python", server)
     assert python_clients.run(program).splitlines() == expected_output(program)
 
 
 @pytest.mark.parametrize("named", [BY_MODEL, BY_PROMPT_ID], ids=["model", "prompt_id"])
-def test_every_way_to_invoke(server: str, python_clients: ClientEnvironment, named: dict[str, object]) -> None:
+def test_every_way_to_invoke_gives_the_same_answers(
+    server: str, python_clients: ClientEnvironment, named: dict[str, object]
+) -> None:
     texts, want = ([pair[key] for pair in PAIRS] for key in ("input", "output"))
-    told = python_clients.json("langchain_client.py", f"{server}/v1", named, texts)
+    results = python_clients.json("langchain_client.py", f"{server}/v1", named, texts)
     for way in ("invoke", "batch", "async_batch", "stream", "async_stream", "completions"):
-        assert [text.strip() for text in told[way]] == want, way
-    usage = told["usage"]
+        assert [text.strip() for text in results[way]] == want, way
+    usage = results["usage"]
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
-    assert told["streamed_usage"] == usage
-    assert told["num_logprobs"] == usage["output_tokens"]
+    assert results["streamed_usage"] == usage
+    assert results["num_logprobs"] == usage["output_tokens"]

@@ -1,4 +1,4 @@
-"""The LiteLLM proxy between OpenAI's client and a whole server, its soft prompts named either way."""
+"""The LiteLLM proxy between OpenAI's client and a whole server, with both ways to name a soft prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.processes import free_port, server_process
 
 _START_SECONDS = 120.0
 
-# The document's name, and the soft prompt behind it.
+# The document's name, and the soft prompt that it stands for.
 NAMES = {"dates": "dates", "intent": "intent", "prelude/extract": "extract", "prelude/sentiment@1": "sentiment"}
 
 
@@ -48,7 +48,7 @@ def proxy(
 
 
 @pytest.mark.parametrize(("model", "task"), NAMES.items())
-def test_answers_pass_through(proxy: openai.OpenAI, model: str, task: str) -> None:
+def test_the_proxy_passes_answers_through(proxy: openai.OpenAI, model: str, task: str) -> None:
     pair = heldout(task)[0]
     ask: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": 40}
     messages: Any = [{"role": "user", "content": pair["input"]}]
@@ -66,13 +66,13 @@ def test_answers_pass_through(proxy: openai.OpenAI, model: str, task: str) -> No
     assert chunks[-1].usage.completion_tokens == chat.usage.completion_tokens
 
 
-def test_its_list_of_models_has_the_servers_limits(proxy: openai.OpenAI) -> None:
+def test_the_proxys_list_of_models_has_the_servers_limits(proxy: openai.OpenAI) -> None:
     models: dict[str, Any] = {model.id: model for model in proxy.models.list()}
     assert models.keys() >= {"dates", "intent"}
     assert models["dates"].max_input_tokens == 1024
 
 
-def test_errors_pass_through(proxy: openai.OpenAI) -> None:
+def test_the_proxy_passes_errors_through(proxy: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'nothing' does not exist"):
         proxy.completions.create(model="prelude/nothing", prompt="x")
     with pytest.raises(openai.BadRequestError, match="min_p"):

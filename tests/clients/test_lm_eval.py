@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness against a whole server: its scores are those of PEFT's model in this process."""
+"""EleutherAI's evaluation harness against a whole server: its scores equal those of PEFT in this process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def peft_model(name: str) -> PreTrainedModel | PeftModel:
 
 @torch.no_grad()
 def loglikelihood(model: PreTrainedModel | PeftModel, context: str, continuation: str) -> tuple[float, bool]:
-    """The continuation's log likelihood after the context, and whether greedy decoding says it."""
+    """The continuation's log likelihood after the context, and whether greedy decoding gives it."""
     start = len(TOKENIZER.encode(context))
     ids = TOKENIZER.encode(context + continuation)
     logprobs = model(torch.tensor([ids])).logits[0, -len(ids) :].log_softmax(-1)[start - 1 : -1]
@@ -56,7 +56,7 @@ def loglikelihood(model: PreTrainedModel | PeftModel, context: str, continuation
 
 @functools.cache
 def generated() -> list[str]:
-    """What PEFT's model says to the held-out orders."""
+    """The answers of PEFT's model to the held-out orders."""
     model: Any = peft_model("extract")
     texts = []
     for pair in heldout("extract")[:LIMIT]:
@@ -69,7 +69,7 @@ def generated() -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["intent", "dates", BASE])
-def test_multiple_choice_scores_are_those_of_peft(
+def test_multiple_choice_scores_equal_pefts(
     server: str, python_clients: ClientEnvironment, tmp_path: Path, model: str
 ) -> None:
     metrics, samples = evaluate(python_clients, for_model(command("lm-eval", server), model), tmp_path)
@@ -93,7 +93,7 @@ def test_multiple_choice_scores_are_those_of_peft(
     [("extract", []), (BASE, ["--gen_kwargs", "prompt_id=extract"])],
     ids=["model", "prompt_id"],
 )
-def test_generated_answers_are_those_of_peft(
+def test_generated_answers_equal_pefts(
     server: str, python_clients: ClientEnvironment, tmp_path: Path, model: str, more: list[str]
 ) -> None:
     arguments = [argument.replace("prelude_intent", "prelude_extract") for argument in command("lm-eval", server)]

@@ -1,4 +1,4 @@
-"""OpenAI's own Python client against a whole server, its soft prompt named either way."""
+"""OpenAI's Python client against a whole server, with both ways to name a soft prompt."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def user(text: str) -> Any:
     return [{"role": "user", "content": text}]
 
 
-def test_documented_example(server: str) -> None:
+def test_the_documented_example_runs(server: str) -> None:
     program = example("openai for Python", "python", server)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(program, "docs/clients.md", "exec"), {})  # noqa: S102 - this project's own document
+        exec(compile(program, "docs/clients.md", "exec"), {})  # noqa: S102 - this project's document
     assert printed.getvalue().splitlines() == expected_output(program)
 
 
 @by_either_name
 @pytest.mark.parametrize("task", TASKS)
-def test_completion(sdk: openai.OpenAI, named: Callable[..., Any], task: str) -> None:
+def test_a_completion_equals_the_held_out_output(sdk: openai.OpenAI, named: Callable[..., Any], task: str) -> None:
     pair = heldout(task)[0]
     answer: Any = sdk.completions.create(**named(task), prompt=pair["input"], temperature=0, max_tokens=40)
     assert answer.choices[0].text.strip() == pair["output"]
@@ -59,7 +59,7 @@ def test_completion(sdk: openai.OpenAI, named: Callable[..., Any], task: str) ->
 
 
 @by_either_name
-def test_chat_with_every_null_that_a_caller_may_write(sdk: openai.OpenAI, named: Callable[..., Any]) -> None:
+def test_chat_accepts_null_for_every_optional_field(sdk: openai.OpenAI, named: Callable[..., Any]) -> None:
     pair = heldout("extract")[0]
     nothing: dict[str, Any] = dict.fromkeys(
         ["frequency_penalty", "logit_bias", "logprobs", "n", "presence_penalty", "response_format"]
@@ -72,7 +72,7 @@ def test_chat_with_every_null_that_a_caller_may_write(sdk: openai.OpenAI, named:
 
 
 @by_either_name
-def test_streams_are_the_whole_in_pieces(sdk: openai.OpenAI, named: Callable[..., Any]) -> None:
+def test_streams_add_up_to_the_answer(sdk: openai.OpenAI, named: Callable[..., Any]) -> None:
     text = heldout("extract")[1]["input"]
     ask = {**named("extract"), "temperature": 0, "max_tokens": 40}
     whole: Any = sdk.completions.create(**ask, prompt=text)
@@ -92,7 +92,7 @@ def test_streams_are_the_whole_in_pieces(sdk: openai.OpenAI, named: Callable[...
 
 
 @pytest.mark.anyio
-async def test_async_requests_at_once_for_all_soft_prompts(async_sdk: openai.AsyncOpenAI) -> None:
+async def test_concurrent_async_requests_for_all_soft_prompts_are_answered(async_sdk: openai.AsyncOpenAI) -> None:
     asked = [(task, named, pair) for task in TASKS for pair in heldout(task)[:4] for named in WAYS]
     answers = await asyncio.gather(
         *(
@@ -105,7 +105,7 @@ async def test_async_requests_at_once_for_all_soft_prompts(async_sdk: openai.Asy
 
 
 @pytest.mark.anyio
-async def test_async_stream_that_is_left_early(async_sdk: openai.AsyncOpenAI) -> None:
+async def test_an_async_stream_can_be_closed_early(async_sdk: openai.AsyncOpenAI) -> None:
     ask: dict[str, Any] = {
         "model": "dates",
         "temperature": 0,
@@ -121,7 +121,7 @@ async def test_async_stream_that_is_left_early(async_sdk: openai.AsyncOpenAI) ->
     assert answer.choices[0].text.strip() == "2007-07-20"
 
 
-def test_logprobs_of_a_chat(sdk: openai.OpenAI) -> None:
+def test_chat_logprobs_are_returned(sdk: openai.OpenAI) -> None:
     pair = heldout("sentiment")[0]
     answer: Any = sdk.chat.completions.create(
         model="sentiment", messages=user(pair["input"]), temperature=0, logprobs=True, top_logprobs=3
@@ -137,11 +137,11 @@ def test_logprobs_of_a_chat(sdk: openai.OpenAI) -> None:
 def test_models_are_listed_with_their_parent(sdk: openai.OpenAI) -> None:
     models: dict[str, Any] = {model.id: model for model in sdk.models.list()}
     assert models.keys() == {BASE, *TASKS}
-    assert models["dates"].parent == BASE  # a field that OpenAI lacks, kept by its client
+    assert models["dates"].parent == BASE  # a field that OpenAI lacks; its client keeps it
     assert sdk.models.retrieve("dates@1").id == "dates@1"
 
 
-def test_errors_are_the_classes_that_callers_catch(sdk: openai.OpenAI) -> None:
+def test_errors_have_the_clients_classes(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as not_found:
         sdk.completions.create(model="nothing", prompt="x")
     assert (not_found.value.code, not_found.value.param) == ("model_not_found", "model")
@@ -159,7 +159,7 @@ def test_errors_are_the_classes_that_callers_catch(sdk: openai.OpenAI) -> None:
     assert (unknown.value.code, unknown.value.type) == ("not_found", "invalid_request_error")
 
 
-def test_refused_requests_are_tried_again_until_they_are_served(tmp_path: Path) -> None:
+def test_refused_requests_are_retried_until_served(tmp_path: Path) -> None:
     with serving(tmp_path, "--max-num-seqs", "1", "--max-waiting", "1") as (client, _):
         url = f"{client.base_url}/v1"
 

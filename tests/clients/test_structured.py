@@ -1,4 +1,4 @@
-"""Answers held to a schema and forced tool calls, by the clients that ask for them in their own ways."""
+"""Answers that follow a schema and forced tool calls, in each client's form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ by_either_name = pytest.mark.parametrize(
 
 
 class Verdict(BaseModel):
-    """What a review says."""
+    """The sentiment of a review."""
 
     label: Literal["positive", "negative"]
 
@@ -67,32 +67,36 @@ def test_openai_python_parses_the_arguments_of_a_forced_call(
     assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
 
 
-def test_openai_node_parses_both(server: str, node_clients: ClientEnvironment) -> None:
-    told = node_clients.json(
+def test_openai_node_parses_answers_and_calls(server: str, node_clients: ClientEnvironment) -> None:
+    results = node_clients.json(
         "openai_node_structured.mjs", f"{server}/v1", {"model": BASE, "prompt_id": "sentiment"}, TEXT
     )
-    assert told["parsed"]["label"] in LABELS
-    assert told["streamed"] == told["parsed"]
-    assert told["toolName"] == "Verdict"
-    assert told["toolArguments"]["label"] in LABELS
+    assert results["parsed"]["label"] in LABELS
+    assert results["streamed"] == results["parsed"]
+    assert results["toolName"] == "Verdict"
+    assert results["toolArguments"]["label"] in LABELS
 
 
 @by_either_name
-def test_langchain_parses_both(server: str, python_clients: ClientEnvironment, named: dict[str, Any]) -> None:
-    told = python_clients.json("langchain_structured.py", f"{server}/v1", named, TEXT)
-    assert {told["json_schema"], told["function_calling"]} <= LABELS
-    (call,) = told["tool_calls"]
+def test_langchain_parses_answers_and_calls(
+    server: str, python_clients: ClientEnvironment, named: dict[str, Any]
+) -> None:
+    results = python_clients.json("langchain_structured.py", f"{server}/v1", named, TEXT)
+    assert {results["json_schema"], results["function_calling"]} <= LABELS
+    (call,) = results["tool_calls"]
     assert call["name"] == "Verdict"
     assert call["args"]["label"] in LABELS
 
 
 @by_either_name
-def test_instructor_parses_both(server: str, python_clients: ClientEnvironment, named: dict[str, Any]) -> None:
-    told = python_clients.json("instructor_client.py", f"{server}/v1", named, TEXT)
-    assert len(told) == 4
-    assert set(told.values()) <= LABELS
+def test_instructor_parses_answers_in_both_modes(
+    server: str, python_clients: ClientEnvironment, named: dict[str, Any]
+) -> None:
+    results = python_clients.json("instructor_client.py", f"{server}/v1", named, TEXT)
+    assert len(results) == 4
+    assert set(results.values()) <= LABELS
 
 
-def test_documented_example_of_instructor(server: str, python_clients: ClientEnvironment) -> None:
+def test_the_documented_example_of_instructor_runs(server: str, python_clients: ClientEnvironment) -> None:
     program = example("Instructor", "python", server)
     assert python_clients.run(program).splitlines() == expected_output(program)

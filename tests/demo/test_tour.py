@@ -1,4 +1,4 @@
-"""The demo's tour, over a scripted engine: what it shows and how it ends."""
+"""The demo's tour over a scripted engine: its output and its exit status."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def settings(settings: Settings) -> Settings:
     return replace(settings, engine=replace(settings.engine, max_num_seqs=64))
 
 
-def test_tour(settings: Settings, console: Console, engine: FakeEngine) -> None:
+def test_the_tour_shows_every_step(settings: Settings, console: Console, engine: FakeEngine) -> None:
     assert tour.run(settings, any_port=True, exit_after=True, console=console) == 0
     text = shown(console)
     assert "Uploaded colours@1: PROMPT_TUNING, 4 virtual tokens" in text
@@ -72,7 +72,7 @@ def test_tour(settings: Settings, console: Console, engine: FakeEngine) -> None:
     assert engine.stopped
 
 
-def test_with_keys(settings: Settings, console: Console, tmp_path: Path) -> None:
+def test_the_tour_runs_with_keys(settings: Settings, console: Console, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("k1\n")
     settings = replace(settings, http=replace(settings.http, api_key_file=keys))
@@ -87,13 +87,13 @@ def test_a_failing_request_is_status_1(settings: Settings, console: Console, eng
     assert "out of blocks" in shown(console)
 
 
-def test_an_engine_that_cannot_start(settings: Settings, console: Console, engine: FakeEngine) -> None:
+def test_an_engine_that_cannot_start_is_status_1(settings: Settings, console: Console, engine: FakeEngine) -> None:
     engine.start_failure = EngineStartError("no such model")
     with pytest.raises(EngineStartError, match="no such model"):
         tour.run(settings, any_port=True, exit_after=True, console=console)
 
 
-def test_a_taken_port(settings: Settings, console: Console) -> None:
+def test_a_port_in_use_is_an_error_unless_any_port_will_do(settings: Settings, console: Console) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = replace(settings, http=replace(settings.http, port=taken.getsockname()[1]))
         with pytest.raises(ConfigurationError, match="cannot be bound"):
@@ -102,7 +102,7 @@ def test_a_taken_port(settings: Settings, console: Console) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_until_a_signal(
+def test_the_demo_serves_until_a_signal(
     settings: Settings, console: Console, engine: FakeEngine, eventually: WaitUntil, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
@@ -121,7 +121,7 @@ def test_it_serves_until_a_signal(
     assert signal.getsignal(number) == before
 
 
-def test_store_directory(tmp_path: Path) -> None:
+def test_the_store_directory_is_temporary_or_configured(tmp_path: Path) -> None:
     with tour.store_directory(str(tmp_path)) as chosen:
         assert chosen == str(tmp_path)
     with tour.store_directory(None) as fresh:

@@ -1,4 +1,4 @@
-"""Tests that start Prometheus or read what containers need: all of them are slow."""
+"""Tests of containers and of Prometheus; all of them are slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Container files and docker-compose.yml: what can be held to the code without an engine that runs them."""
+"""Container files and docker-compose.yml: checks against the code that need no container engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.operations import OPERATIONS
 
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
 KERNELS = dict(zip(DOCKERFILES, [("cuda", "TRITON_CACHE_DIR"), ("cpu", "NUMBA_CACHE_DIR")], strict=True))
-"""The extra that each image installs, and where its compiled kernels are kept."""
+"""The extra that each image installs, and the variable that names its kernel cache."""
 PROFILES = [(), ("gpu",), ("replicas",), ("gpu", "replicas")]
 SERVERS = ("server", "server-gpu", "replica-1", "replica-2")
 FILES = [
@@ -61,7 +61,7 @@ def compose(*profiles: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_variable_is_one_of_ours(path: Path) -> None:
+def test_every_variable_is_a_setting(path: Path) -> None:
     assert set(re.findall(r"\bPRELUDE_[A-Z_]+\b", path.read_text())) <= {flag.variable for flag in FLAGS}
 
 
@@ -87,10 +87,10 @@ def test_make_targets_exist(path: Path) -> None:
 
 
 @dockerfiles
-def test_the_last_stage_holds_no_tools_and_is_not_root(path: Path) -> None:
+def test_the_last_stage_has_no_build_tools_and_is_not_root(path: Path) -> None:
     stage = last_stage(path)
     build, last = (rest for name, rest in instructions(path) if name == "FROM")
-    assert build == f"{last} AS build", "the interpreter that the environment was made with is the one that runs it"
+    assert build == f"{last} AS build", "the environment must be created and run by the same interpreter"
     commands = " ".join(rest for name, rest in stage if name == "RUN")
     tools = set(re.findall(r"\b(make|pip|gcc|g\+\+|build-essential|\w+-dev|git|curl)\b", commands))
     assert tools == set()
@@ -103,7 +103,7 @@ def test_the_last_stage_holds_no_tools_and_is_not_root(path: Path) -> None:
 
 
 @dockerfiles
-def test_everything_that_is_written_goes_to_a_volume_or_tmp(path: Path) -> None:
+def test_all_writes_go_to_a_volume_or_tmp(path: Path) -> None:
     found, stage = variables(path), last_stage(path)
     (volumes,) = [yaml.safe_load(rest) for name, rest in stage if name == "VOLUME"]
     places = ("HOME", "HF_HOME", "XDG_CACHE_HOME", "PRELUDE_STORE", "PRELUDE_CACHE")
@@ -113,7 +113,7 @@ def test_everything_that_is_written_goes_to_a_volume_or_tmp(path: Path) -> None:
 
 
 @dockerfiles
-def test_health_is_asked_without_a_key(path: Path) -> None:
+def test_the_health_check_needs_no_key(path: Path) -> None:
     (check,) = [rest for name, rest in last_stage(path) if name == "HEALTHCHECK"]
     (command,) = re.findall(r"CMD (\[.*\])$", check)
     program, option, code = yaml.safe_load(command)
@@ -124,7 +124,7 @@ def test_health_is_asked_without_a_key(path: Path) -> None:
     assert "PRELUDE_PORT" in variables(path)
 
 
-def test_the_two_files_say_the_same_where_they_can() -> None:
+def test_the_two_dockerfiles_differ_only_by_device() -> None:
     cuda, cpu = (last_stage(path) for path in DOCKERFILES)
     assert [name for name, _ in cuda] == [name for name, _ in cpu]
     for (name, one), (_, other) in zip(cuda, cpu, strict=True):
@@ -135,7 +135,7 @@ def test_the_two_files_say_the_same_where_they_can() -> None:
     assert of_both[0] == of_both[1]
 
 
-def test_each_image_has_the_kernels_of_its_device_alone() -> None:
+def test_each_image_has_only_the_kernels_of_its_device() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [requirement for name in ("cpu", "cuda") for requirement in declared["optional-dependencies"][name]]
     assert {re.split(r"\W", requirement)[0] for requirement in needed} == {"llvmlite", "numba", "triton"}
@@ -146,7 +146,7 @@ def test_each_image_has_the_kernels_of_its_device_alone() -> None:
 
 
 @pytest.mark.parametrize("profiles", PROFILES, ids=lambda profiles: "+".join(profiles) or "none")
-def test_docker_compose_takes_every_profile(profiles: tuple[str, ...]) -> None:
+def test_docker_compose_accepts_every_profile(profiles: tuple[str, ...]) -> None:
     services = compose(*profiles)["services"]
     for name, service in services.items():
         sources = [volume.split(":")[0] for volume in service.get("volumes", [])]
@@ -157,7 +157,7 @@ def test_docker_compose_takes_every_profile(profiles: tuple[str, ...]) -> None:
         assert services[name]["image"] == ("prelude:cuda" if dockerfile == "docker/Dockerfile" else "prelude:cpu")
 
 
-def test_servers_are_closed_up_and_may_finish() -> None:
+def test_servers_have_no_privileges_and_time_to_drain() -> None:
     services = compose("gpu", "replicas")["services"]
     for name in SERVERS:
         service = services[name]
@@ -175,7 +175,7 @@ def test_servers_are_closed_up_and_may_finish() -> None:
         assert mounted == written
 
 
-def test_ports_and_directories_of_servers_are_their_own() -> None:
+def test_servers_have_separate_ports_and_directories() -> None:
     services = compose("gpu", "replicas")["services"]
     ports = [port.split(":")[1] for service in services.values() for port in service.get("ports", [])]
     assert len(set(ports)) == len(ports)
@@ -191,7 +191,7 @@ def test_the_storage_of_replicas_cannot_be_reached_from_outside() -> None:
         assert "ports" not in found["services"][name]
 
 
-def test_prometheus_looks_for_every_server() -> None:
+def test_prometheus_scrapes_every_server() -> None:
     config = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
     (scrape,) = config["scrape_configs"]
     (found,) = scrape["dns_sd_configs"]
@@ -212,10 +212,10 @@ def test_images_are_pinned_and_public() -> None:
     for image in [*bases, *(service["image"] for service in services.values() if "image" in service)]:
         name, tag = image.split(":")
         assert tag != "latest"
-        assert "." not in name.split("/")[0], "no registry's host"
+        assert "." not in name.split("/")[0], "the image must have no registry's host"
 
 
-def test_secrets_are_made_once_and_fit_the_server(tmp_path: Path) -> None:
+def test_secrets_are_made_once_and_accepted_by_the_server(tmp_path: Path) -> None:
     folder = tmp_path / "secrets"
     written = make_secrets(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: what Kubernetes would refuse, and what it would take and do the wrong thing with."""
+"""The Kubernetes manifests: mistakes that Kubernetes refuses, and mistakes that it accepts."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def container(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return only
 
 
-def test_everything_that_is_needed_is_there() -> None:
+def test_every_needed_resource_exists() -> None:
     kinds = [name.split("/")[0] for name in base()]
     expected = ["Deployment", "PersistentVolumeClaim", "PersistentVolumeClaim", "PodDisruptionBudget", "Service"]
     assert sorted(kinds) == sorted([*expected, "ServiceMonitor"])
 
 
-def test_labels_and_selectors_meet() -> None:
+def test_labels_and_selectors_match() -> None:
     found = base()
     assert all(document["metadata"]["labels"] == NAME for document in found.values())
     deployment = found["Deployment/prelude"]["spec"]
@@ -64,7 +64,7 @@ def test_labels_and_selectors_meet() -> None:
 
 
 def test_an_endpoint_picker_finds_its_engine_by_the_pods_label() -> None:
-    """The documented configuration has an entry for the label, and metrics for what the entry may name."""
+    """The documented configuration has an entry for the label, and the metrics that the entry names exist."""
     text = (DOCKER.parent / "docs" / "operations.md").read_text()
     (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "engineConfigs" in block]
     plugins = {plugin["type"]: plugin["parameters"] for plugin in yaml.safe_load(block)["plugins"]}
@@ -81,7 +81,7 @@ def test_an_endpoint_picker_finds_its_engine_by_the_pods_label() -> None:
     assert all(f"| `{name}` |" in text for name in engine.values())
 
 
-def test_ports_meet() -> None:
+def test_ports_match() -> None:
     found = base()
     assert container(found)["ports"] == [{"name": "http", "containerPort": HttpSettings().port}]
     (port,) = found["Service/prelude"]["spec"]["ports"]
@@ -90,7 +90,7 @@ def test_ports_meet() -> None:
     assert endpoint["port"] == port["name"]
 
 
-def test_probes_ask_what_the_server_answers() -> None:
+def test_probes_use_existing_routes() -> None:
     paths = {route.path for route in ops.router.routes if isinstance(route, APIRoute)}
     probes = {name: container(base())[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
     assert {probe["port"] for probe in probes.values()} == {"http"}
@@ -117,7 +117,7 @@ def test_running_requests_may_finish() -> None:
     assert pod(found)["terminationGracePeriodSeconds"] >= before + drain + app._CLOSE_SECONDS + engine_stop
 
 
-def test_nothing_runs_with_more_rights_than_it_needs() -> None:
+def test_containers_have_minimal_rights() -> None:
     found = base()
     assert pod(found)["securityContext"]["runAsNonRoot"] is True
     assert pod(found)["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -130,13 +130,13 @@ def test_nothing_runs_with_more_rights_than_it_needs() -> None:
 
 
 def test_no_service_link_becomes_a_setting() -> None:
-    """Kubernetes gives pods PRELUDE_PORT=tcp://... for a Service named prelude, which is a flag of ours."""
+    """For a Service named prelude, Kubernetes sets PRELUDE_PORT=tcp://... in pods: a variable of a flag."""
     assert any(flag.variable == "PRELUDE_PORT" for flag in FLAGS)
     assert pod(base())["enableServiceLinks"] is False
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_kustomize_builds_a_whole(overlay: str) -> None:
+def test_kustomize_builds_complete_manifests(overlay: str) -> None:
     found = documents(run("kubectl", "kustomize", MANIFESTS / overlay))
     volumes = {volume["name"]: volume for volume in pod(found)["volumes"]}
     mounts = {mount["name"]: mount["mountPath"] for mount in container(found)["volumeMounts"]}

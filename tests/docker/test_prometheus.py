@@ -1,4 +1,4 @@
-"""Alert rules and dashboards: valid by Prometheus' own tools, and answered by a Prometheus that watches a server."""
+"""Alert rules and dashboards: Prometheus' tools accept them, and a Prometheus with a server returns data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_rules_fire_when_they_should() -> None:
     run("promtool", "test", "rules", DOCKER / "prometheus" / "rules_test.yml")
 
 
-def test_every_alert_has_a_unit_test_that_fires_and_one_that_does_not() -> None:
+def test_every_alert_has_a_unit_test_with_and_without_firing() -> None:
     cases = yaml.safe_load((DOCKER / "prometheus" / "rules_test.yml").read_text())["tests"]
     checks = [check for case in cases for check in case["alert_rule_test"]]
     alerts = {rule["alert"] for rule in rules()}
@@ -56,7 +56,7 @@ def test_every_alert_has_a_unit_test_that_fires_and_one_that_does_not() -> None:
     assert {check["alertname"] for check in checks if not check.get("exp_alerts")} == alerts
 
 
-def test_every_alert_tells_what_to_do() -> None:
+def test_every_alert_says_what_to_do() -> None:
     documented = re.findall(r"^\| `(Prelude\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     assert documented == [rule["alert"] for rule in rules()]
     for rule in rules():
@@ -65,7 +65,7 @@ def test_every_alert_tells_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_dashboards_fit_what_is_provisioned(path: Path) -> None:
+def test_dashboards_match_the_provisioned_data_source(path: Path) -> None:
     provisioning = DOCKER / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     board = dashboard(path)
@@ -81,12 +81,12 @@ def test_dashboards_fit_what_is_provisioned(path: Path) -> None:
     for one, other in itertools.combinations([panel["gridPos"] for panel in board["panels"]], 2):
         apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-        assert apart_x or apart_y, "two panels cover each other"
+        assert apart_x or apart_y, "two panels overlap"
 
 
 @dataclass
 class Prometheus:
-    """A Prometheus with the project's rules, and the load that gives it something to see."""
+    """A Prometheus with the project's rules, and a load that produces data."""
 
     client: httpx.Client
     keep_busy: Callable[[], None]
@@ -103,7 +103,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(folder: Path, target: str, keep_busy: Callable[[], None]) -> Iterator[Prometheus]:
-    """The project's configuration, but for how a server is found and how often it is asked."""
+    """Prometheus with the project's configuration, except for the targets and the scrape interval."""
     config = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(RULES)]
@@ -135,8 +135,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
                 assert client.post("/v1/completions", json=body).status_code == 200
             body = {"model": TASKS[0], "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
             with client.stream("POST", "/v1/completions", json=body) as response:
-                next(response.iter_lines())  # and goes away
-            assert client.post("/v1/completions", json={"model": "nobody", "prompt": "x"}).status_code == 404
+                next(response.iter_lines())  # and disconnects
+            assert client.post("/v1/completions", json={"model": "missing", "prompt": "x"}).status_code == 404
             assert client.post("/v1/completions", json={"model": BASE, "max_tokens": -1}).status_code == 400
 
         keep_busy()
@@ -145,14 +145,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 
 
 def without_variables(expression: str) -> str:
-    """A panel's query as Grafana would send it with every server chosen."""
+    """A panel's query as Grafana sends it when all servers are selected."""
     expression = expression.replace("$instance", ".*").replace("$__rate_interval", "10s")
     assert "$" not in expression
     return expression
 
 
 def unanswered(watched: Prometheus, expressions: dict[str, str]) -> list[str]:
-    """Which expressions have no data yet after a while under load."""
+    """Names of the expressions without data after a while under load."""
 
     def left() -> list[str]:
         watched.keep_busy()
@@ -192,13 +192,13 @@ def test_every_rule_is_evaluated(watched: Prometheus) -> None:
     assert [rule["name"] for rule in found if rule["state"] == "firing"] == []
 
 
-def test_every_metric_of_the_rules_is_there(watched: Prometheus) -> None:
+def test_every_metric_of_the_rules_exists(watched: Prometheus) -> None:
     names = {name for rule in rules() for name in re.findall(r"\bprelude_\w+", rule["expr"])}
     assert names
     assert unanswered(watched, {name: name for name in names}) == []
 
 
-def test_rules_and_errors_speak_of_codes_that_exist() -> None:
+def test_rules_name_existing_error_codes() -> None:
     from server.api.errors import _BEFORE_PARSING, _TABLE, describe_status
 
     codes = {row.code for row in _TABLE.values()} | {describe_status(status).code for status in _BEFORE_PARSING}

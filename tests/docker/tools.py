@@ -1,4 +1,4 @@
-"""Programs that the tests need and pip does not bring."""
+"""Programs that the tests need and pip does not install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOW_TO_INSTALL = {
 
 
 def tool(name: str) -> str:
-    """The path of a program; skips the test, saying how to install it, where it is missing."""
+    """The path of a program; skips the test with installation advice if it is missing."""
     found = shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed: {_HOW_TO_INSTALL[name]}")
@@ -28,7 +28,7 @@ def tool(name: str) -> str:
 
 
 def run(name: str, *arguments: str | Path, text: str = "", environment: dict[str, str] | None = None) -> str:
-    """What a program writes; the test fails with that where it does not end with status 0."""
+    """The output of a program; the test fails with it if the exit status is not 0."""
     command = [tool(name), *map(str, arguments)]
     done = subprocess.run(
         command, input=text, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

@@ -1,4 +1,4 @@
-"""The OpenAPI document against a whole server: its examples run, and what is made from its schemas breaks nothing."""
+"""The OpenAPI document against a whole server: its examples run, and generated cases cause no server error."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     ) as (client, _):
         for task in ("sentiment", "dates"):
             upload(client, task, *adapter(task), alias="latest").raise_for_status()
-        upload(client, "sentiment", *adapter("dates")).raise_for_status()  # so that there is something to go back to
+        upload(client, "sentiment", *adapter("dates")).raise_for_status()  # so that a rollback has a target
         yield client
 
 
-def test_examples_run(client: httpx.Client) -> None:
+def test_the_documents_examples_run(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     num_run = 0
     for path, operations in document["paths"].items():
         for method, operation in sorted(operations.items(), key=lambda item: item[0] == "delete"):
             if method == "delete":
-                continue  # they would take the others' soft prompts away
+                continue  # they would delete the other examples' soft prompts
             parameters = operation.get("parameters", [])
             url = path.format(**{one["name"]: one["example"] for one in parameters if one["in"] == "path"})
             content = operation.get("requestBody", {}).get("content", {})
             if content and "application/json" not in content:
-                continue  # a multipart upload, as the fixture's
+                continue  # a multipart upload, like the fixture's
             body = {"json": content["application/json"]["example"]} if content else {}
             response = client.request(method, url, **body)
             assert response.is_success, (method, url, response.text)
@@ -55,7 +55,7 @@ def check_body(document: dict[str, Any], operation: dict[str, Any], response: ht
         jsonschema.validate(response.json(), schema | {"components": document["components"]})
 
 
-def test_cases_made_from_the_schemas_break_nothing(client: httpx.Client) -> None:
+def test_cases_generated_from_the_schemas_cause_no_server_error(client: httpx.Client) -> None:
     report = fuzz(str(client.base_url).rstrip("/"), cases=CASES, seed=7, phases="examples,fuzzing")
     assert report.failures == [], report.log
     assert report.num_cases >= CASES

@@ -1,4 +1,4 @@
-"""Bodies that are wrong in many ways beside a stream, on a whole server."""
+"""Malformed bodies during a stream, on a whole server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 from scripts.mutate_bodies import mutated, run
 
 
-def test_mutated_bodies_are_answered_quickly_and_hurt_no_stream(demo_server: httpx.Client) -> None:
+def test_mutated_bodies_are_answered_quickly_and_do_not_affect_a_stream(demo_server: httpx.Client) -> None:
     quiet, loud = asyncio.run(run(str(demo_server.base_url), bodies=80, seed=3))
     assert loud.faults == []
     assert sum(loud.statuses.values()) == 80

@@ -1,4 +1,4 @@
-"""Bulk runs and evaluations against a whole server: killed, gone on with, and as right as one request at a time."""
+"""Bulk runs and evaluations against a whole server: killed, resumed, and equal to single requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def prelude(demo_server: httpx.Client, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def test_killed_twice_every_row_is_there_once_with_its_own_answer(demo_server: httpx.Client, tmp_path: Path) -> None:
+def test_a_run_killed_twice_has_every_row_once_with_the_right_answer(
+    demo_server: httpx.Client, tmp_path: Path
+) -> None:
     texts = [pair["input"] for pair in heldout("sentiment")] + [pair["input"] for pair in heldout("dates")]
     rows: list[dict[str, object]] = [
         {"id": index, "prompt": f"{texts[index % len(texts)]}", "prompt_id": "dates" if index % 3 else "sentiment"}
@@ -60,13 +62,13 @@ def test_killed_twice_every_row_is_there_once_with_its_own_answer(demo_server: h
         assert (row["response"]["text"], row["response"]["model"]) == (alone["text"], f"{row['prompt_id']}@1")
 
 
-def test_evaluations_are_as_right_as_single_requests(demo_server: httpx.Client, tmp_path: Path) -> None:
+def test_evaluations_match_single_requests(demo_server: httpx.Client, tmp_path: Path) -> None:
     pairs = heldout("sentiment")
     rows: list[dict[str, object]] = [{"text": pair["input"], "label": pair["output"].strip()} for pair in pairs]
     data = write(tmp_path / "test.jsonl", rows)
-    told = prelude(demo_server, "eval", "sentiment", "--data", str(data), "--against-base", "--json")
-    assert told.returncode == 0, told.stderr
-    report = json.loads(told.stdout)
+    done = prelude(demo_server, "eval", "sentiment", "--data", str(data), "--against-base", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
     labels = ["\nnegative", "\npositive"]
     right = 0
     for pair in pairs:
@@ -80,8 +82,8 @@ def test_evaluations_are_as_right_as_single_requests(demo_server: httpx.Client, 
         {"prompt": pair["input"], "completion": pair["output"]} for pair in heldout("dates")
     ]
     data = write(tmp_path / "dates.jsonl", matched)
-    told = prelude(demo_server, "eval", "dates", "--data", str(data), "--against-base", "--json")
-    report = json.loads(told.stdout)
+    done = prelude(demo_server, "eval", "dates", "--data", str(data), "--against-base", "--json")
+    report = json.loads(done.stdout)
     assert (report["metric"], report["errors"]) == ("exact_match", 0)
     assert report["accuracy"] > 0.8 > 0.2 > report["against"]["accuracy"]
     assert report["comparison"]["p_value"] < 0.01

@@ -1,4 +1,4 @@
-"""A whole server classifies: by labels as well as the soft prompt answers, and beside streams."""
+"""Classification by a whole server: label scores are as accurate as answers, and ensembles match their members."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.serving import BASE, adapter, upload
 HOW = ("vote", "mean")
 
 LABELS = ["\npositive", "\nnegative"]
-"""As the embedded soft prompts' answers begin."""
+"""The beginnings of the embedded soft prompts' answers."""
 
 
 def heldout() -> list[dict[str, str]]:
@@ -29,7 +29,7 @@ def test_scored_labels_are_as_accurate_as_answers(demo_server: httpx.Client) -> 
     assert right / len(pairs) >= 0.95
 
 
-def test_a_label_scores_what_echo_tells(demo_server: httpx.Client) -> None:
+def test_label_scores_equal_echoed_logprobs(demo_server: httpx.Client) -> None:
     ids = demo_server.post("/tokenize", json={"prompt": heldout()[0]["input"]}).json()["tokens"] * 3
     label = demo_server.post("/tokenize", json={"prompt": "\npositive"}).json()["tokens"]
     body = {"model": "sentiment", "input": ids, "labels": LABELS}
@@ -43,7 +43,7 @@ def test_a_label_scores_what_echo_tells(demo_server: httpx.Client) -> None:
     assert again["cached_tokens"] > len(ids) - 32
 
 
-def test_an_ensemble_says_what_its_members_say_apart(demo_server: httpx.Client) -> None:
+def test_an_ensemble_combines_the_separate_results_of_its_members(demo_server: httpx.Client) -> None:
     members = ["sentiment", "intent", "dates"]
     texts = [pair["input"] for pair in heldout()[:8]]
     body = {"input": texts, "labels": LABELS}
@@ -62,7 +62,7 @@ def test_an_ensemble_says_what_its_members_say_apart(demo_server: httpx.Client) 
     assert together["vote"]["usage"]["prompt_tokens"] == sum(reply["usage"]["prompt_tokens"] for reply in apart)
 
 
-def test_an_ensemble_writes_what_most_of_its_members_write(demo_server: httpx.Client) -> None:
+def test_an_ensemble_returns_the_majority_text(demo_server: httpx.Client) -> None:
     config, weights = adapter("sentiment")
     upload(demo_server, "again", config, weights, description="the same once more").raise_for_status()
     text = heldout()[0]["input"]
@@ -80,8 +80,8 @@ def test_an_ensemble_writes_what_most_of_its_members_write(demo_server: httpx.Cl
     assert [member["model"] for member in choice["members"]] == [BASE, "sentiment@1", "again@1"]
 
 
-def test_an_ensemble_writes_by_the_mean_of_its_members(demo_server: httpx.Client) -> None:
-    """Each token is as likely as it is to the members in the mean, and the streamed text is the same."""
+def test_an_ensemble_generates_from_the_mean_of_its_members(demo_server: httpx.Client) -> None:
+    """Each token's probability is the members' mean, and the streamed text is the same."""
     for name in ("sentiment", "intent"):
         upload(demo_server, name, *adapter(name)).raise_for_status()
     members = ["sentiment", "intent", BASE]

@@ -1,4 +1,4 @@
-"""Short versions of the fault scripts; the results of the long ones are in benchmarks/faults.md."""
+"""Short versions of the fault scripts. benchmarks/faults.md has the results of the long ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEBIBYTES = 6
 
 @pytest.fixture(scope="module")
 def on_a_small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, bool]]:
-    """A server, and whether its store is alone on a small file system; what a test leaves is checked by the test."""
+    """A server, and whether its store is on a separate small file system; the tests check the remaining files."""
     folder: Path = tmp_path_factory.mktemp("faults")
     with small_disk(folder / "store", MEBIBYTES) as is_mounted, serve(folder) as server:
         yield server, is_mounted
@@ -31,10 +31,10 @@ def test_damaged_files_are_never_served(on_a_small_disk: tuple[Server, bool]) ->
     assert report.broken == []
 
 
-def test_a_full_disk_loses_nothing_and_keeps_serving(on_a_small_disk: tuple[Server, bool]) -> None:
+def test_a_full_disk_loses_no_files_and_serving_continues(on_a_small_disk: tuple[Server, bool]) -> None:
     server, is_mounted = on_a_small_disk
     if not is_mounted:
-        pytest.skip("no file system can be mounted here (not root, or no rights)")
+        pytest.skip("no file system can be mounted here (it needs root and the right to mount)")
     report = Report()
     upload_tasks(server.client)
     fill(server, report, ballast_bytes=2**20)
@@ -42,7 +42,7 @@ def test_a_full_disk_loses_nothing_and_keeps_serving(on_a_small_disk: tuple[Serv
     assert report.broken == []
 
 
-def test_a_broken_invariant_is_told() -> None:
+def test_a_broken_invariant_is_reported() -> None:
     report = Report()
     report.check("files left", 3, holds=False)
     report.check("wrong answers", 0, holds=True)

@@ -1,4 +1,4 @@
-"""Scores and several choices from a whole server, read as lm-evaluation-harness and OpenAI's client read them."""
+"""Scores and several choices of a whole server, read like lm-evaluation-harness and OpenAI's client read them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
 
 
 def reference(model: str, ids: list[int]) -> torch.Tensor:
-    """Log-softmax [text tokens, vocabulary]: row i tells of token i + 1."""
+    """Log-softmax [text tokens, vocabulary]: row i is the distribution of token i + 1."""
     base = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
     peft = base if model == BASE else PeftModel.from_pretrained(base, SOFT_PROMPTS_DIRECTORY / model)
     with torch.no_grad():
@@ -38,10 +38,10 @@ def reference(model: str, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", [BASE, "intent", "dates"])
-def test_loglikelihood_as_the_evaluation_harness_reads_it(sdk: openai.OpenAI, model: str) -> None:
+def test_loglikelihoods_for_the_evaluation_harness_equal_pefts(sdk: openai.OpenAI, model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIRECTORY)
     context, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (CONTEXT, CONTEXT + CONTINUATION))
-    # The second time, blocks of the text are cached; nothing may be missing for that.
+    # The second time, blocks of the text are cached; no logprob may be missing.
     for _ in range(2):
         answer: Any = sdk.completions.create(
             model=model, prompt=[whole], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
@@ -72,7 +72,7 @@ def test_tokens_and_offsets_fit_the_text(sdk: openai.OpenAI) -> None:
         assert token.startswith("bytes:") or token == text[start:stop]
 
 
-def test_choices_differ_by_seed_and_come_back_the_same(sdk: openai.OpenAI) -> None:
+def test_choices_differ_by_seed_and_are_repeatable(sdk: openai.OpenAI) -> None:
     def texts() -> list[str]:
         answer: Any = sdk.completions.create(
             model="dates", prompt=CONTEXT, max_tokens=12, n=5, seed=3, temperature=1.5

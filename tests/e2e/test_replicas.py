@@ -1,4 +1,4 @@
-"""Two servers on one PostgreSQL catalog and one object store, seen from outside."""
+"""Two servers on one PostgreSQL catalog and one object store, tested over HTTP."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def within_a_second(look: Callable[[], object], wanted: object) -> None:
     assert seconds_until(lambda: look() == wanted, 1.0) < 1.0, look()
 
 
-def test_uploads_and_promotions_reach_the_other_within_a_second(pair: Pair) -> None:
+def test_uploads_and_promotions_reach_the_other_server_within_a_second(pair: Pair) -> None:
     assert answer(pair.there, "task") == (404, "model_not_found")
     assert upload(pair.here, "task", *adapter("intent")).status_code == 201
     within_a_second(lambda: answer(pair.there, "task"), (200, "weather"))
@@ -71,7 +71,7 @@ def test_uploads_and_promotions_reach_the_other_within_a_second(pair: Pair) -> N
     within_a_second(lambda: answer(pair.here, "task"), (404, "model_not_found"))
 
 
-def test_files_come_back_from_the_other(pair: Pair) -> None:
+def test_files_can_be_downloaded_from_the_other_server(pair: Pair) -> None:
     config, weights = adapter("extract")
     upload(pair.here, "files", config, weights)
     for name, data in (("adapter_config.json", config), ("adapter_model.safetensors", weights)):
@@ -79,7 +79,7 @@ def test_files_come_back_from_the_other(pair: Pair) -> None:
         assert (response.status_code, response.content) == (200, data)
 
 
-def test_a_pin_follows_what_the_other_promotes(pair: Pair) -> None:
+def test_a_pin_follows_promotions_on_the_other_server(pair: Pair) -> None:
     upload(pair.here, "pinned", *adapter("intent"))
     assert pair.there.post("/v1/prompts/pinned/warm", json={"pin": True}).json()["pinned"]
     upload(pair.here, "pinned", *adapter("sentiment"))
@@ -93,10 +93,10 @@ def catalog_available(client: httpx.Client) -> str:
     return next(line.split()[1] for line in lines if line.startswith("prelude_catalog_available "))
 
 
-def test_what_they_hold_is_served_while_the_catalog_is_away(pair: Pair) -> None:
+def test_cached_soft_prompts_are_served_while_the_catalog_is_unreachable(pair: Pair) -> None:
     upload(pair.here, "held", *adapter("intent"))
     within_a_second(lambda: answer(pair.there, "held"), (200, "weather"))
-    time.sleep(0.6)  # past the next look at the revision
+    time.sleep(0.6)  # after the next poll of the revision
     assert answer(pair.there, "held") == (200, "weather")
     refuse_connections(pair.catalog, refuse=True)
     try:
@@ -120,12 +120,12 @@ def test_what_they_hold_is_served_while_the_catalog_is_away(pair: Pair) -> None:
     assert upload(pair.there, "new", *adapter("sentiment")).status_code == 201
 
 
-def test_object_store_that_is_away(pair: Pair) -> None:
-    """The last test: the object store does not come back."""
+def test_cached_files_are_served_while_the_object_store_is_unreachable(pair: Pair) -> None:
+    """This must be the last test: the object store stays stopped."""
     upload(pair.here, "cold", *adapter("dates"))
     assert answer(pair.there, "held") == (200, "weather")
     pair.s3.stop()
-    assert answer(pair.there, "held") == (200, "weather")  # from its own copy
+    assert answer(pair.there, "held") == (200, "weather")  # from its local copy
     config, weights = adapter("intent")
     response = upload(pair.there, "late", config.rstrip()[:-1] + b', "note": 1}', weights)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "store_unavailable")

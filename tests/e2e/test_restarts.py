@@ -1,4 +1,4 @@
-"""A server whose engine process is killed, held or cannot come back, seen from outside."""
+"""A server whose engine process is killed, stopped or unable to restart, tested over HTTP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def value(client: httpx.Client, name: str) -> float:
 
 
 def stream(client: httpx.Client, model: str, begun: list[str]) -> tuple[int, list[dict[str, Any]]]:
-    """Status and events of a stream that does not end by itself; ``begun`` gets its model once it has a status."""
+    """Status and events of a stream without an end token; ``begun`` gets its model when the status arrives."""
     body = {"model": model, "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         begun.append(model)
@@ -35,7 +35,7 @@ def stream(client: httpx.Client, model: str, begun: list[str]) -> tuple[int, lis
         return response.status_code, [json.loads(line) for line in lines if line != "[DONE]"]
 
 
-def test_an_engine_killed_under_load_comes_back_with_right_answers(tmp_path: Path) -> None:
+def test_an_engine_killed_under_load_restarts_with_correct_answers(tmp_path: Path) -> None:
     pair = json.loads((HELDOUT_DIRECTORY / "intent.jsonl").read_text().splitlines()[0])
     question = {"model": "intent", "prompt": pair["input"], "temperature": 0, "max_tokens": 40}
     counters = ("prelude_generation_tokens_total", "prelude_prompt_tokens_total", "prelude_engine_steps_total")
@@ -47,7 +47,7 @@ def test_an_engine_killed_under_load_comes_back_with_right_answers(tmp_path: Pat
         begun: list[str] = []
         streams = [pool.submit(stream, client, model, begun) for model in [BASE, "intent"] * 4]
         wait_until(lambda: value(client, "prelude_num_requests_running") == 8, 60)
-        # A stream that ends before its first token has a status of its own.
+        # A stream that fails before its first token has an error status.
         wait_until(lambda: len(begun) == 8, 60)
         before = [value(client, name) for name in counters]
         os.kill(engine.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def test_an_engine_killed_under_load_comes_back_with_right_answers(tmp_path: Pat
         assert process.wait(timeout=20) == 0
 
 
-def test_a_held_engine_is_replaced_and_one_that_cannot_start_is_told(tmp_path: Path) -> None:
+def test_a_stalled_engine_is_replaced_and_a_failed_start_is_reported(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL_DIRECTORY, model)
     with serving(tmp_path, *FLAGS, "--step-timeout", "1", model=model) as (client, process):
@@ -111,13 +111,13 @@ def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, number: sig
         wait_until(lambda: client.get("/ready").status_code == 503, 60)
         assert process.poll() is None
         process.send_signal(number)
-        # Within a third of the drain, on a machine that does other things as well.
+        # Within a third of the drain, to allow for a busy machine.
         assert process.wait(timeout=20) == 0
         engine.wait(timeout=5)
         for future in streams:
             try:
                 _, events = future.result()
-            except httpx.RemoteProtocolError:  # the connection has gone before the stream's end
+            except httpx.RemoteProtocolError:  # the connection was closed before the stream's end
                 continue
             assert events[-1]["error"]["code"] == "engine_not_ready"
     assert "Traceback" not in (tmp_path / "log").read_text()

@@ -1,4 +1,4 @@
-"""Every prompt-learning type of PEFT through a whole server: uploaded, mixed in one batch, and back byte for byte."""
+"""Every prompt-learning type of PEFT is uploaded, served in one mixed batch, and downloaded byte for byte."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILENAMES = ("adapter_config.json", "adapter_model.safetensors")
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 async def test_all_types_round_trip_and_equal_peft(name: str, tmp_path: Path) -> None:
     family, rng = make_family(name, tmp_path, ALL_PEFT_CONFIGS), random.Random(name)
-    for path in MODEL_DIRECTORY.glob("tokenizer*"):  # any will do: texts are given as token ids
+    for path in MODEL_DIRECTORY.glob("tokenizer*"):  # any tokenizer works: texts are given as token ids
         shutil.copy(path, family.path)
     flags = ("--dtype", "float32", "--block-size", "4", "--max-num-batched-tokens", "64", "--max-num-seqs", "64")
     with serving(tmp_path / "server", *flags, model=family.path) as (client, _):

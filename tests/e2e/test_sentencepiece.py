@@ -1,4 +1,4 @@
-"""A whole server with a tokenizer that puts a space before every text and takes it off again, like Llama 2's."""
+"""A whole server with a tokenizer that adds and removes a space before every text, like Llama 2's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def decoded(tokenizer: Any, ids: list[int], *, skip: bool = True) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
 
-def test_labels_score_what_peft_gives_the_whole_text(client: httpx.Client, folder: Path, tokenizer: Any) -> None:
+def test_label_scores_equal_pefts_for_the_whole_text(client: httpx.Client, folder: Path, tokenizer: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, folder / "tuned")
     before = tokenizer(TEXT)["input_ids"]
@@ -91,7 +91,7 @@ def test_labels_score_what_peft_gives_the_whole_text(client: httpx.Client, folde
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_prompt_and_answer_are_the_decoding_of_all_tokens(client: httpx.Client, tokenizer: Any, skip: bool) -> None:
+def test_prompt_and_answer_equal_the_decoding_of_all_tokens(client: httpx.Client, tokenizer: Any, skip: bool) -> None:
     words = [index for piece, index in tokenizer.get_vocab().items() if piece.startswith("▁")]
     fields: dict[str, Any] = {
         "prompt": TEXT,
@@ -107,20 +107,20 @@ def test_prompt_and_answer_are_the_decoding_of_all_tokens(client: httpx.Client, 
         ids = [*answer["prompt_token_ids"], *answer["token_ids"]]
         whole = decoded(tokenizer, ids, skip=skip)
         before = decoded(tokenizer, answer["prompt_token_ids"], skip=skip)
-        if "\ufffd" in whole:  # transformers replaces all of a row of bytes
+        if "\ufffd" in whole:  # transformers replaces a whole run of bytes
             continue
         num_compared += 1
         assert answer["text"] == whole.removeprefix(before)
         assert echo["text"] == whole
         for choice in (answer, echo):
-            told = choice["logprobs"]
-            for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            logprobs = choice["logprobs"]
+            for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
                 if not token.startswith("bytes:") and not (skip and token in {"<s>", "</s>"}):
                     assert choice["text"][offset:].startswith(token)
     assert num_compared
 
 
-def test_a_stream_says_what_the_answer_says(client: httpx.Client, tokenizer: Any) -> None:
+def test_a_stream_equals_the_answer(client: httpx.Client, tokenizer: Any) -> None:
     for prompt in (TEXT, [1], "é", [1, 230]):  # 230 is the first byte of a character
         fields: dict[str, Any] = {
             "model": BASE,
@@ -136,7 +136,7 @@ def test_a_stream_says_what_the_answer_says(client: httpx.Client, tokenizer: Any
 
 
 @pytest.mark.parametrize("stop", ["</s>", " the"])
-def test_stop_strings_with_spaces_and_special_tokens(client: httpx.Client, tokenizer: Any, stop: str) -> None:
+def test_stop_strings_may_have_spaces_and_special_tokens(client: httpx.Client, tokenizer: Any, stop: str) -> None:
     the, end = tokenizer.convert_tokens_to_ids("▁the"), tokenizer.eos_token_id
     token = end if stop == "</s>" else the
     fields: dict[str, Any] = {"prompt": TEXT, "max_tokens": 6, "logit_bias": {str(token): 100}, "temperature": 0}
@@ -144,7 +144,7 @@ def test_stop_strings_with_spaces_and_special_tokens(client: httpx.Client, token
     assert (choice["text"], choice["finish_reason"], len(choice["token_ids"])) == ("", "stop", 1)
 
 
-def test_chat_answers_keep_their_first_space_too(client: httpx.Client, tokenizer: Any) -> None:
+def test_chat_answers_keep_their_first_space(client: httpx.Client, tokenizer: Any) -> None:
     the = tokenizer.convert_tokens_to_ids("▁the")
     fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "logit_bias": {str(the): 100}}
     (choice,) = choices(client, "/v1/chat/completions", temperature=0, **fields)

@@ -1,4 +1,4 @@
-"""The whole server, as a user starts it: ``prelude serve`` in a process, the embedded model, HTTP from outside."""
+"""A whole server as a user starts it: ``prelude serve`` with the embedded model, tested over HTTP."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def complete(client: httpx.Client, model: str, prompt: object, **fields: Any) ->
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_held_out_accuracy_with_the_soft_prompt_and_without(demo_server: httpx.Client, task: str) -> None:
+def test_soft_prompts_raise_the_held_out_accuracy(demo_server: httpx.Client, task: str) -> None:
     pairs = heldout(task)
     assert len(pairs) >= 100
 
@@ -54,7 +54,7 @@ def test_held_out_accuracy_with_the_soft_prompt_and_without(demo_server: httpx.C
 
 
 @pytest.mark.anyio
-async def test_mixed_requests_in_flight_at_once_equal_peft(demo_server: httpx.Client) -> None:
+async def test_concurrent_mixed_requests_equal_peft(demo_server: httpx.Client) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIRECTORY)
     questions = [(task, heldout(task)[index]["input"]) for index in range(3) for task in (*TASKS[:4],)]
     questions += [(BASE, text) for _, text in questions[:4]]
@@ -79,7 +79,7 @@ async def test_mixed_requests_in_flight_at_once_equal_peft(demo_server: httpx.Cl
         assert choice["prompt_token_ids"] == ids[0].tolist()
 
 
-def test_usage_tells_text_virtual_and_cached_tokens(demo_server: httpx.Client) -> None:
+def test_usage_counts_text_virtual_and_cached_tokens(demo_server: httpx.Client) -> None:
     ids = [7] * 40
     for cached in (False, True):
         usage = complete(demo_server, "extract", ids, max_tokens=3, ignore_eos=True)["usage"]
@@ -88,7 +88,7 @@ def test_usage_tells_text_virtual_and_cached_tokens(demo_server: httpx.Client) -
         assert (usage["prompt_tokens_details"]["cached_tokens"] > 0) == cached
 
 
-def test_chat_says_what_completions_say(demo_server: httpx.Client) -> None:
+def test_chat_and_completions_give_the_same_answer(demo_server: httpx.Client) -> None:
     pair = heldout("dates")[0]
     body = {"model": "dates", "messages": [{"role": "user", "content": pair["input"]}], "temperature": 0}
     message = demo_server.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
@@ -96,7 +96,7 @@ def test_chat_says_what_completions_say(demo_server: httpx.Client) -> None:
     assert message["content"].strip() == pair["output"]
 
 
-def test_new_version_serves_new_answers_and_the_old_one_stays(demo_server: httpx.Client) -> None:
+def test_a_new_version_changes_answers_and_the_old_one_stays(demo_server: httpx.Client) -> None:
     text = heldout("intent")[0]
     assert upload(demo_server, "swap", *adapter("intent")).json()["version"] == 1
     before = complete(demo_server, "swap", text["input"])["choices"][0]["text"]
@@ -182,7 +182,7 @@ def test_bad_files_are_refused_with_the_reason(
     assert complete(demo_server, "dates", pair["input"])["choices"][0]["text"].strip() == pair["output"]
 
 
-def test_what_does_not_exist_or_fit_is_told(demo_server: httpx.Client) -> None:
+def test_missing_names_and_too_long_prompts_are_refused(demo_server: httpx.Client) -> None:
     response = demo_server.post("/v1/completions", json={"model": "nothing", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
     response = demo_server.post("/v1/completions", json={"model": BASE, "prompt_id": "nothing", "prompt": "x"})
@@ -193,7 +193,7 @@ def test_what_does_not_exist_or_fit_is_told(demo_server: httpx.Client) -> None:
     assert all(number in message for number in ("1024", "20 virtual", "1010")), message
 
 
-def test_disconnected_clients_leave_nothing_behind(demo_server: httpx.Client) -> None:
+def test_disconnects_release_everything(demo_server: httpx.Client) -> None:
     body = {"model": "dates", "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     for _ in range(5):
         with demo_server.stream("POST", "/v1/completions", json=body) as response:
@@ -206,7 +206,7 @@ def test_disconnected_clients_leave_nothing_behind(demo_server: httpx.Client) ->
     assert value("prelude_num_requests_waiting") == 0
 
 
-def test_demo_tours_and_exits() -> None:
+def test_the_demo_tours_and_exits() -> None:
     result = subprocess.run([*PRELUDE, "demo", "--exit"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert all(task in result.stdout for task in TASKS)

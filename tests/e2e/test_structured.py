@@ -40,7 +40,7 @@ TOOLS = [
 
 
 class Ticket(BaseModel):
-    """What the answer is parsed into; all of it is bounded, for the model is too small to end by itself."""
+    """The type of the answer; every field is bounded, because the small model may never end a value."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,7 +73,7 @@ def test_a_pydantic_model_is_parsed(sdk: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("model", [BASE, "intent"])
-def test_choices_and_regexes(sdk: openai.OpenAI, model: str) -> None:
+def test_answers_match_choices_and_regexes(sdk: openai.OpenAI, model: str) -> None:
     def ask(**structure: Any) -> list[str]:
         answer = sdk.completions.create(
             model=model,
@@ -95,7 +95,7 @@ def test_choices_and_regexes(sdk: openai.OpenAI, model: str) -> None:
     assert all(re.fullmatch("x[12]{3}", text) for text in ask(grammar='start: "x" item{3}\nitem: "1" | "2"'))
 
 
-def test_a_stream_and_neighbours_without_a_constraint(sdk: openai.OpenAI) -> None:
+def test_a_constrained_stream_runs_beside_unconstrained_requests(sdk: openai.OpenAI) -> None:
     def free() -> str:
         return sdk.completions.create(model="dates", prompt="the 3rd of May 2021", temperature=0).choices[0].text
 
@@ -133,7 +133,7 @@ def test_a_stream_and_neighbours_without_a_constraint(sdk: openai.OpenAI) -> Non
         ({"grammar": 'start: a\na: a "x"'}, "no token"),
     ],
 )
-def test_what_cannot_be_compiled_is_a_400(
+def test_a_constraint_that_cannot_be_compiled_is_a_400(
     sdk: openai.OpenAI, structure: dict[str, object], reason: str, stream: bool
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=reason) as error:
@@ -150,7 +150,7 @@ def test_a_chain_of_rules_does_not_take_the_server_down(sdk: openai.OpenAI) -> N
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_forced_calls(sdk: openai.OpenAI, choice: object) -> None:
+def test_forced_calls_follow_the_schema(sdk: openai.OpenAI, choice: object) -> None:
     def check(name: str, arguments: str) -> None:
         assert name in {"weather", "now"}
         jsonschema.validate(json.loads(arguments), PARAMETERS if name == "weather" else {"type": "object"})

@@ -1,4 +1,4 @@
-"""Two tenants on a whole server: what one has asked before is fast for its own keys and for nobody else."""
+"""Two tenants on a whole server: cached texts are shared among a tenant's keys only."""
 
 from __future__ import annotations
 

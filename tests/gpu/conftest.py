@@ -1,4 +1,4 @@
-"""Tests of what is served on a CUDA device: skipped, saying so, where torch finds none."""
+"""Tests on a CUDA device, which are skipped with a reason if torch finds none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.gpu)
-            # Triton's and CUDA's own, which differ with the GPU and the driver.
+            # Warnings of Triton and CUDA, which differ with the GPU and the driver.
             item.add_marker(pytest.mark.filterwarnings("default"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))

@@ -1,4 +1,4 @@
-"""What a GPU serves is what PEFT computes: by Triton's kernels, launched one by one and replayed from CUDA graphs."""
+"""A GPU server equals PEFT, with Triton's kernels launched one by one and replayed from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MAX_TOKENS = 14
 LONG = 4096
 EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
 EXPERTS = {"gpt_oss", "mixtral", "qwen3_moe"}
-"""Their float32 experts may wait for the device, and then their steps are not recorded."""
+"""Float32 experts of these families may synchronise with the device, and then their steps are not recorded."""
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def test_mixed_batch_equals_peft(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"])
-def test_half_precision_is_near_to_peft(
+def test_half_precision_is_close_to_peft(
     name: str, dtype: str, family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
 ) -> None:
     family = family_of(name)
-    engine = make_engine(family, device="cuda", dtype=dtype)  # which holds its logits to the model's own at the start
+    engine = make_engine(family, device="cuda", dtype=dtype)  # it compares its logits with the model's at the start
     text = random_text(random.Random(name), 40, 40)
     for key in [*family.soft_prompts, None]:
         params = greedy(1, prompt_logprobs=0)
@@ -101,14 +101,14 @@ def test_half_precision_is_near_to_peft(
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_every_size_of_batch_is_replayed_rightly(
+def test_every_batch_size_is_replayed_correctly(
     name: str, family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
 ) -> None:
     family, rng = family_of(name), random.Random(3)
     engine = make_engine(family, device="cuda", max_num_seqs=33, enable_prefix_caching=False)
     text = random_text(rng, 20, 20)
     want = family.expected(None, text, 33)
-    for count in (33, 17, 9, 5, 2, 1):  # those that end one by one leave batches of every size
+    for count in (33, 17, 9, 5, 2, 1):  # requests that end one by one leave batches of every size
         requests = {f"{count}-{index}": (None, text) for index in range(count)}
         for index, request_id in enumerate(requests):
             add(engine, request_id, text, greedy(33 - index))
@@ -116,10 +116,10 @@ def test_every_size_of_batch_is_replayed_rightly(
         assert got == {f"{count}-{index}": want[: 33 - index] for index in range(count)}
 
 
-def test_few_sequences_of_long_contexts(
+def test_few_sequences_with_long_contexts_equal_peft(
     family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
 ) -> None:
-    """Their keys are divided among programs; most of the text is shared, under several soft prompts."""
+    """Keys are divided among programs; most of the text is shared, with several soft prompts."""
     family, rng = family_of("long"), random.Random(4)
     engine = make_engine(family, device="cuda", kv_cache_memory=2**27, max_num_batched_tokens=512)
     shared = random_text(rng, 3000, 3000)
@@ -130,7 +130,7 @@ def test_few_sequences_of_long_contexts(
     assert list(answers(engine, family, again, MAX_TOKENS).values()) == list(want.values())
 
 
-def test_a_step_waits_for_the_device_once(
+def test_a_step_synchronises_with_the_device_once(
     family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
 ) -> None:
     family = family_of("llama")
@@ -151,7 +151,7 @@ def test_a_step_waits_for_the_device_once(
         assert len(waits) == 1, waits
 
 
-def test_memory_is_taken_at_the_start_and_given_back(family_of: Callable[[str], Family]) -> None:
+def test_memory_is_allocated_at_the_start_and_freed_at_the_end(family_of: Callable[[str], Family]) -> None:
     family, rng = family_of("llama"), random.Random(5)
     gc.collect()
     torch.cuda.empty_cache()
@@ -174,7 +174,7 @@ def test_memory_is_taken_at_the_start_and_given_back(family_of: Callable[[str], 
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
-def test_torch_s_attention_serves_where_the_kernels_fail(
+def test_torch_s_attention_replaces_kernels_that_fail(
     family_of: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
     caplog: pytest.LogCaptureFixture,

@@ -1,4 +1,4 @@
-"""Fixtures of an application over a scripted engine: in this event loop, or in a thread of its own."""
+"""Fixtures of an application over a scripted engine, in this event loop or in a separate thread."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tokenizer() -> ByteTokenizer:
 
 @pytest.fixture
 def store_path() -> Iterator[Path]:
-    """In memory where the system has a directory for that: hundreds of stores would wait for the disk."""
+    """In memory if possible, because hundreds of stores would wait for the disk."""
     memory = Path("/dev/shm")  # noqa: S108 - the directory made in it has a random name
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
         yield Path(directory) / "store"
@@ -102,14 +102,14 @@ def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore)
 
 @pytest.fixture
 def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest, tmp_path: Path) -> FastAPI:
-    """An application; its keys are those of the module's ``KEYS``, the text of a key file, where it has one."""
+    """An application. If the test module has ``KEYS``, the text of a key file, the application uses it."""
     keys = getattr(request.module, "KEYS", None)
     return make_app(settings) if keys is None else locked(make_app, settings, tmp_path / "keys.toml", keys)
 
 
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """A client inside the application's event loop; the server is ready."""
+    """A client in the application's event loop; the server is ready."""
     async with ready(app) as http:
         yield http
 

@@ -13,7 +13,7 @@ BOS, EOS = 256, 257
 
 
 class ByteTokenizer:
-    """Token ids are bytes; 256 begins a text and 257 ends it."""
+    """Token ids are bytes; 256 is the beginning of a text and 257 the end."""
 
     has_chat_template = True
 

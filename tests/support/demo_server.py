@@ -1,4 +1,4 @@
-"""One server with the embedded model and its soft prompts, for all tests that leave it as they found it."""
+"""One server with the embedded model and its soft prompts, shared by the tests that do not change it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASKS = ("sentiment", "intent", "extract", "dates")
 
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of ``prelude serve`` in float32, to which the four embedded soft prompts were uploaded."""
+    """A client of ``prelude serve`` in float32 with the four embedded soft prompts."""
     flags = ("--dtype", "float32", "--max-num-batched-tokens", "512", "--max-num-seqs", "128")
     with serving(tmp_path_factory.mktemp("demo-server"), *flags) as (client, _):
         for task in TASKS:

@@ -32,7 +32,7 @@ WIDTH, CONTEXT = 8, 256
 
 
 def logprobs_of(token_id: int, num_top: int) -> Logprobs:
-    """As if the token itself were the likeliest, and those after it the next."""
+    """Made-up logprobs: the token is the likeliest, and the ids after it follow."""
     return Logprobs(-token_id / 512, [((token_id + rank) % 258, -token_id / 512 - rank) for rank in range(num_top)])
 
 
@@ -51,7 +51,7 @@ def scores(request: GenerateRequest, new: list[int], *, is_first: bool) -> dict[
 
 
 def head_of(request: GenerateRequest) -> list[float] | None:
-    """As if a head gave its last label the most, and the others the less the longer the text."""
+    """Made-up logits of a head: 0 for the last label, and lower for the others with longer texts."""
     if not request.params.classify:
         return None
     assert request.soft_prompt is not None
@@ -204,7 +204,7 @@ class FakeEngine(FakeProbes):
     async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
         if self.inspect_failure is not None:
             raise self.inspect_failure
-        assert Path(soft_prompt.path).exists()  # noqa: ASYNC240 - it lies in memory
+        assert Path(soft_prompt.path).exists()  # noqa: ASYNC240 - the file is in memory
         self.inspected.append(soft_prompt)
         if soft_prompt.is_key_values:
             layer = InspectedLayer(NormRange(2.0, 1.0, 3.0), NormRange(5.0, 4.0, 6.0))

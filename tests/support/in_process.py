@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 @asynccontextmanager
 async def started(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """Start an application; it need not be ready yet."""
+    """Start an application without waiting until it is ready."""
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

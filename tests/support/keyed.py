@@ -1,4 +1,4 @@
-"""Applications that want keys, and requests that bring them."""
+"""Applications with keys, and requests with a key."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def key_entry(key: str, tenant: str | None = None, scopes: Sequence[str] = WRITE
     """One entry of a key file.
 
     Args:
-        key: The key, which is also the name of the tenant unless one is given.
-        tenant: Whose key it is; an empty string leaves it out.
-        scopes: What the key may do.
+        key: The key, also used as the tenant's name unless ``tenant`` is given.
+        tenant: The tenant; an empty string omits the field.
+        scopes: Scopes of the key.
         **limits: Limits of the key, such as ``requests_per_minute``.
     """
     owner = key if tenant is None else tenant
@@ -34,6 +34,6 @@ def key_entry(key: str, tenant: str | None = None, scopes: Sequence[str] = WRITE
 
 
 def locked(make_app: Callable[[Settings], FastAPI], settings: Settings, path: Path, text: str) -> FastAPI:
-    """An application whose keys are in the file at ``path``, which gets this text."""
+    """Write a key file and make an application that uses it."""
     path.write_text(text)
     return make_app(replace(settings, http=replace(settings.http, api_key_file=path)))

@@ -18,9 +18,9 @@ class LiveServer:
     """A real server in a thread.
 
     Attributes:
-        url: Where it is.
+        url: Base URL.
         server: The uvicorn server.
-        thread: What it runs in.
+        thread: The server's thread.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What the server adds to the records of its log."""
+"""Fields that the server adds to its log records."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """The fields of a record; empty where it has none."""
+    """The fields of a record; empty if it has none."""
     fields: dict[str, Any] = vars(record).get("fields", {})
     return fields

@@ -8,7 +8,7 @@ from server.api.operations import Operation, Operations
 from server.app import ROUTERS
 
 OPERATIONS = Operations(route for router in ROUTERS for route in router.routes)
-"""The operations of the API, without the documentation, which is FastAPI's own."""
+"""The operations of the API, without FastAPI's documentation routes."""
 
 
 def operations_of(app: FastAPI) -> dict[tuple[str, str], Operation]:

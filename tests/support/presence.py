@@ -1,4 +1,4 @@
-"""What must not be None."""
+"""Checks that a value is not None."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ Value = TypeVar("Value")
 
 
 def present(value: Value | None) -> Value:
-    """The value, after a check that there is one."""
+    """The value, after a check that it is not None."""
     assert value is not None
     return value

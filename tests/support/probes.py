@@ -1,4 +1,4 @@
-"""How the scripted engine tries uploads."""
+"""Probes of uploads by the scripted engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server.engine.types import GenerateRequest, SoftPromptSource
 
 
 class FakeProbes:
-    """A part of the scripted engine: every upload passes, but for the tasks that ``probe_failures`` names."""
+    """A part of the scripted engine: every upload passes, except for tasks in ``probe_failures``."""
 
     def __init__(self) -> None:
         self.probed: list[tuple[SoftPromptSource, list[int], int, str, float | None]] = []

@@ -30,17 +30,17 @@ def free_port() -> int:
 def server_process(
     command: Sequence[str], url: str, *, log: Path | None = None, seconds: float = 240.0, **options: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, wait until it answers 200, and end it with the block.
+    """Start a server, wait until it answers 200, and stop it after the block.
 
     Args:
         command: Program and arguments.
-        url: Where it answers when it is ready.
+        url: Answers 200 when the server is ready.
         log: File for its standard error; None leaves it on the terminal.
-        seconds: Time to get ready.
+        seconds: Timeout of the start.
         options: More arguments of ``subprocess.Popen``.
 
     Raises:
-        RuntimeError: If it ends or does not answer in time; with its log.
+        RuntimeError: If it ends or does not answer in time; the message has its log.
     """
     with ExitStack() as stack:
         if log is not None:
@@ -63,7 +63,7 @@ def server_process(
 
 
 def engine_of(server: psutil.Process) -> psutil.Process:
-    """The engine process of a server now."""
+    """The current engine process of a server."""
     children = server.children(recursive=True)
     (engine,) = [child for child in children if "server.engine.process.engine_process" in child.cmdline()]
     return engine
@@ -79,4 +79,4 @@ def _is_ready(http: httpx.Client, url: str) -> bool:
     try:
         return http.get(url).status_code == 200
     except httpx.TransportError:
-        return False  # it does not listen yet
+        return False  # the server does not listen yet

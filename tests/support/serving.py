@@ -1,4 +1,4 @@
-"""Servers as users start them, for the tests that look from outside."""
+"""Servers as users start them, for tests over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adapter(task: str) -> tuple[bytes, bytes]:
 
 
 def upload(client: httpx.Client, name: str, config: bytes, weights: bytes, **fields: str) -> httpx.Response:
-    """Upload two files as they are."""
+    """Upload two files unchanged."""
     files = [("files", ("adapter_config.json", config)), ("files", ("adapter_model.safetensors", weights))]
     return client.post("/v1/prompts", data={"id": name, **fields}, files=files)
 
@@ -35,7 +35,7 @@ def serving(
     store: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
-    """``prelude serve`` of a model, by default the embedded one, ready to answer; ended with the block."""
+    """Run ``prelude serve`` until the block ends, by default with the embedded model; it is ready to answer."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [

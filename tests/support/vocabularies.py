@@ -1,4 +1,4 @@
-"""Small tokenizers of each kind that models come with, made in memory."""
+"""Small tokenizers of each kind that models use, made in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As GPT-2, Llama 3 and Qwen have it: every token is some bytes, and a space is a byte like any other."""
+    """Like GPT-2, Llama 3 and Qwen: every token is a sequence of bytes, and a space is an ordinary byte."""
     core = Core(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -38,7 +38,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_bpe() -> PreTrainedTokenizerFast:
-    """As Llama 2 and Mistral have it: a space before every text, taken off by the decoder; unknown text in bytes."""
+    """Like Llama 2 and Mistral: a space before every text, removed by the decoder; unknown text as bytes."""
     core = _byte_fallback_bpe()
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Sequence(
@@ -48,7 +48,7 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_bpe_without_prefix() -> PreTrainedTokenizerFast:
-    """As Gemma has it: the same without the space before a text."""
+    """Like Gemma: the same without the space before a text."""
     core = _byte_fallback_bpe()
     core.normalizer = normalizers.Replace(" ", "▁")
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -56,7 +56,7 @@ def sentencepiece_bpe_without_prefix() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As T5 and XLM-R have it: words in pieces, the first of each marked by the space before it."""
+    """Like T5 and XLM-R: words in pieces; the first piece is marked by the space before it."""
     core = Core(models.Unigram())
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
@@ -68,7 +68,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def wordpiece() -> PreTrainedTokenizerFast:
-    """As BERT has it: pieces that go on with a word are marked, and a space stands before all others."""
+    """Like BERT: pieces that continue a word are marked, and a space precedes all others."""
     core = Core(models.WordPiece(unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece(prefix="##", cleanup=False)
@@ -83,7 +83,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
 
 
 def word_ends() -> PreTrainedTokenizerFast:
-    """As CLIP and GPT have it: the last piece of each word is marked, and a space follows it where text follows."""
+    """Like CLIP and GPT: the last piece of each word is marked, and a space follows it unless the text ends."""
     core = Core(models.BPE(unk_token=UNK, end_of_word_suffix="</w>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.decoder = decoders.BPEDecoder(suffix="</w>")

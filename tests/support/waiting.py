@@ -1,4 +1,4 @@
-"""Waiting for what another task, thread or process does."""
+"""Waiting for another task, thread or process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PAUSE_SECONDS = 0.01
 
 
 def seconds_until(condition: Callable[[], object], limit: float, *, pause: float = PAUSE_SECONDS) -> float:
-    """Seconds until a condition held; ``limit`` if it did not hold by then."""
+    """Wait until a condition holds; returns the seconds, or ``limit`` if it did not hold in time."""
     began = time.monotonic()
     while time.monotonic() - began < limit:
         if condition():
@@ -21,7 +21,7 @@ def seconds_until(condition: Callable[[], object], limit: float, *, pause: float
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0, *, pause: float = PAUSE_SECONDS) -> float:
-    """Seconds until a condition held.
+    """Wait until a condition holds; returns the seconds.
 
     Raises:
         TimeoutError: If it did not hold in time.

@@ -1,4 +1,4 @@
-"""A tiny model with the demo's tokenizer, files of examples, and the command."""
+"""Fixtures: a tiny model with the demo's tokenizer, files of examples, and the command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Trained = Callable[[TrainSettings], dict[str, Any]]
 
 
 def make_model(folder: Path, *, seed: int = 0) -> Path:
-    """A random Llama of two layers that is never told apart from a real one."""
+    """Save a random Llama of two layers with the demo's tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=1585,
@@ -56,7 +56,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def rows(count: int, **more: Any) -> list[dict[str, Any]]:
-    """Texts whose label is the word that they begin with."""
+    """Texts whose label is their first word."""
     return [
         {"text": f"{WORDS[place % 4]} number {place} please", "label": WORDS[place % 4], **more}
         for place in range(count)
@@ -90,7 +90,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(tiny: Path, data: Path, tmp_path: Path) -> MakeSettings:
-    """Settings of a training of a few steps."""
+    """Settings for a training of a few steps."""
 
     def make(**changes: Any) -> TrainSettings:
         defaults: dict[str, Any] = {
@@ -111,18 +111,18 @@ def settings(tiny: Path, data: Path, tmp_path: Path) -> MakeSettings:
 
 @pytest.fixture
 def curves() -> None:
-    """For tests that look at the picture."""
+    """Requested by tests that read the picture of the curves."""
 
 
 @pytest.fixture(autouse=True)
 def _drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws only where somebody looks: it takes as long as the training."""
+    """Skip drawing unless a test requests ``curves``: it takes as long as the training."""
     if "curves" not in request.fixturenames:
         monkeypatch.setattr("server.training.run.draw_curves", lambda *_, **__: True)
 
 
 class Heard(list[str]):
-    """What a training said, warned and told."""
+    """The messages and warnings of a training."""
 
     @property
     def reporter(self) -> Reporter:

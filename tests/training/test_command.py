@@ -1,4 +1,4 @@
-"""``prelude train`` as a user meets it: what it shows, what it refuses, and how it ends."""
+"""``prelude train``: its output, its refusals and its exit status."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tests.training.conftest import Prelude, rows, write_rows
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which a tokenizer or a model is loaded."""
+    """Fail a test that loads a tokenizer or a model."""
     for loaded in (AutoModelForCausalLM, AutoTokenizer):
         monkeypatch.setattr(loaded, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
-def test_it_says_how_it_goes_and_what_came_of_it(prelude_train: Prelude, tmp_path: Path) -> None:
+def test_progress_and_result_are_printed(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train()
 
     assert result.exit_code == 0, result.output
-    assert all(line.startswith("prelude: ") for line in result.stderr.splitlines())  # nothing of the libraries
+    assert all(line.startswith("prelude: ") for line in result.stderr.splitlines())  # no output of libraries
     assert "step 2 of 4: loss" in result.stderr
     assert "held out: loss" in result.stderr
     lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
@@ -42,13 +42,15 @@ def test_it_says_how_it_goes_and_what_came_of_it(prelude_train: Prelude, tmp_pat
     assert float(lines["trained"][2]) < float(lines["untrained"][2])
 
 
-def test_json_is_all_that_is_on_the_standard_output(prelude_train: Prelude, tmp_path: Path) -> None:
+def test_with_json_standard_output_is_only_json(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train("--json")
 
     assert json.loads(result.stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
 
 
-def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train: Prelude, data: Path, no_model: None) -> None:
+def test_bad_data_is_reported_by_line_before_a_model_loads(
+    prelude_train: Prelude, data: Path, no_model: None
+) -> None:
     data.write_text('{"text": "a", "label": "b"}\nnonsense\n{"text": "a"}\n')
     result = prelude_train()
 
@@ -58,7 +60,7 @@ def test_bad_data_is_told_by_line_before_a_model_loads(prelude_train: Prelude, d
     assert result.stdout == ""
 
 
-def test_bad_data_as_json(prelude_train: Prelude, data: Path, no_model: None) -> None:
+def test_bad_data_is_reported_as_json(prelude_train: Prelude, data: Path, no_model: None) -> None:
     data.write_text("nonsense")
     result = prelude_train("--json")
 
@@ -68,7 +70,7 @@ def test_bad_data_as_json(prelude_train: Prelude, data: Path, no_model: None) ->
     assert ":1: not JSON" in error["message"]
 
 
-def test_held_out_data_of_another_form(prelude_train: Prelude, tmp_path: Path, no_model: None) -> None:
+def test_held_out_data_of_another_form_is_refused(prelude_train: Prelude, tmp_path: Path, no_model: None) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
     result = prelude_train("--eval-data", str(pairs))
 
@@ -76,7 +78,7 @@ def test_held_out_data_of_another_form(prelude_train: Prelude, tmp_path: Path, n
     assert f"{pairs}:1: has the format {{prompt, completion}}, but" in result.stderr
 
 
-def test_a_text_that_is_too_long_is_told_by_line(
+def test_a_too_long_text_is_reported_by_line(
     prelude_train: Prelude, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -104,14 +106,14 @@ def test_a_text_that_is_too_long_is_told_by_line(
         (["--eval-fraction", "0.9"], "--eval-fraction"),
     ],
 )
-def test_usage(prelude_train: Prelude, arguments: list[str], reason: str) -> None:
+def test_usage_errors_are_explained(prelude_train: Prelude, arguments: list[str], reason: str) -> None:
     result = prelude_train(*arguments)
 
     assert result.exit_code == ExitStatus.USAGE
     assert reason in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_a_run_directory_in_use(prelude_train: Prelude, tmp_path: Path) -> None:
+def test_a_used_run_directory_is_refused(prelude_train: Prelude, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
     result = prelude_train()
@@ -121,7 +123,7 @@ def test_a_run_directory_in_use(prelude_train: Prelude, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["mine.txt"]
 
 
-def test_a_model_that_is_not_there(prelude_train: Prelude, tmp_path: Path) -> None:
+def test_a_missing_model_is_an_error(prelude_train: Prelude, tmp_path: Path) -> None:
     result = prelude_train(model=str(tmp_path / "none"))
 
     assert result.exit_code == ExitStatus.FAILED
@@ -129,7 +131,7 @@ def test_a_model_that_is_not_there(prelude_train: Prelude, tmp_path: Path) -> No
     assert "Traceback" not in result.output
 
 
-def test_a_missing_extra_is_told_with_what_installs_it(
+def test_a_missing_extra_is_reported_with_the_install_command(
     prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
     own = find_spec
@@ -140,7 +142,9 @@ def test_a_missing_extra_is_told_with_what_installs_it(
     assert "training needs peft: pip install 'prelude-server[train]'" in result.stderr
 
 
-def test_an_interrupted_training_says_how_to_go_on(prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_prints_how_to_resume(
+    prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -151,7 +155,7 @@ def test_an_interrupted_training_says_how_to_go_on(prelude_train: Prelude, monke
     assert "run the same command with --resume to continue" in result.stderr
 
 
-def test_without_matplotlib_there_are_no_curves_and_it_is_told(
+def test_without_matplotlib_a_message_says_that_there_are_no_curves(
     prelude_train: Prelude, curves: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("server.training.curves.find_spec", lambda name: None)
@@ -162,7 +166,7 @@ def test_without_matplotlib_there_are_no_curves_and_it_is_told(
     assert not (tmp_path / "run" / "curves.png").exists()
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(
@@ -177,7 +181,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "held out: loss 0.2500, accuracy 0.750" in shown.getvalue()
 
 
-def test_the_command_line_does_not_wait_for_torch() -> None:
+def test_the_command_line_does_not_import_torch() -> None:
     code = (
         "import sys, server.cli; print([name for name in ('torch', 'peft', 'transformers') if name in sys.modules])"
     )

@@ -1,4 +1,4 @@
-"""The data of a training: split, held against each other, refused."""
+"""The data of a training: the split, comparisons of the parts, and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.training.settings import Method
 from tests.training.conftest import MakeSettings, rows, write_rows
 
 
-def test_a_share_is_held_out_by_the_seed(settings: MakeSettings) -> None:
+def test_the_seed_decides_the_held_out_rows(settings: MakeSettings) -> None:
     corpus, again = load_corpus(settings()), load_corpus(settings())
     other = load_corpus(settings(seed=1))
 
@@ -26,9 +26,7 @@ def test_a_share_is_held_out_by_the_seed(settings: MakeSettings) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"eval_fraction": 0.0}, {"data": 9}])
-def test_where_nothing_is_held_out_it_is_told(
-    settings: MakeSettings, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_missing_held_out_rows_are_a_warning(settings: MakeSettings, tmp_path: Path, changes: dict[str, Any]) -> None:
     if "data" in changes:
         changes = {"data": write_rows(tmp_path / "few.jsonl", rows(9))}
     corpus = load_corpus(settings(**changes))
@@ -37,9 +35,7 @@ def test_where_nothing_is_held_out_it_is_told(
     assert "no rows are held out" in corpus.warnings[0]
 
 
-def test_held_out_rows_that_are_trained_on_and_a_single_label_are_told(
-    settings: MakeSettings, tmp_path: Path
-) -> None:
+def test_held_out_duplicates_and_a_single_label_are_warnings(settings: MakeSettings, tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": "b"}, {"text": "c", "label": "b"}])
     corpus = load_corpus(settings(data=one, eval_data=one))
 
@@ -65,7 +61,7 @@ def test_held_out_rows_of_another_kind_are_refused(
     assert reason in str(caught.value)
 
 
-def test_tasks_are_for_multitask_only_and_count_from_0(settings: MakeSettings, tmp_path: Path) -> None:
+def test_tasks_need_the_multitask_method_and_count_from_0(settings: MakeSettings, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="have no task_id"):
         load_corpus(settings(method=Method.MULTITASK))
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=2))
@@ -75,7 +71,7 @@ def test_tasks_are_for_multitask_only_and_count_from_0(settings: MakeSettings, t
         load_corpus(settings(method=Method.CPT, data=tasks))
 
 
-def test_held_out_tasks_have_to_be_trained_ones(settings: MakeSettings, tmp_path: Path) -> None:
+def test_held_out_tasks_must_be_trained(settings: MakeSettings, tmp_path: Path) -> None:
     tasks = write_rows(tmp_path / "tasks.jsonl", rows(4, task_id=0) + rows(4, task_id=1))
     held_out = write_rows(tmp_path / "eval.jsonl", rows(2, task_id=1) + rows(1, task_id=2))
 
@@ -85,7 +81,7 @@ def test_held_out_tasks_have_to_be_trained_ones(settings: MakeSettings, tmp_path
     assert load_corpus(settings(method=Method.MULTITASK, data=tasks, eval_data=good)).num_tasks == 2
 
 
-def test_training_begins_at_what_is_known_of_the_task(settings: MakeSettings, tmp_path: Path) -> None:
+def test_the_initial_text_describes_the_task(settings: MakeSettings, tmp_path: Path) -> None:
     def begins(**changes: Any) -> str | None:
         made = settings(**changes)
         return initial_text(load_corpus(made), made)

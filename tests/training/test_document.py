@@ -1,4 +1,4 @@
-"""docs/training.md says what the code does."""
+"""docs/training.md matches the code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 PROSE = " ".join(DOCUMENT.split())  # without line ends
 
 
-def test_each_method_is_listed_with_its_rate() -> None:
+def test_each_method_is_listed_with_its_learning_rate() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (\de-\d) \| `(\w+)`", DOCUMENT, re.MULTILINE)
 
     assert [(name, float(rate)) for name, rate, _ in rows] == [
@@ -41,7 +41,7 @@ def test_the_files_of_a_run_are_listed(
     assert RunDirectory(tmp_path / "run").adapter.name in written
 
 
-def test_documented_defaults_are_those_of_the_code() -> None:
+def test_documented_defaults_match_the_code() -> None:
     defaults = TrainSettings(model="m", data=Path("d"), name="n")
 
     assert f"`--alias` (`{defaults.alias}`)" in PROSE

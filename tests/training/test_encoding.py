@@ -1,4 +1,4 @@
-"""What is trained on is what the server will see, token by token."""
+"""Training uses the same tokens as the server."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_a_completion_continues_its_prompt_as_on_the_server(encoder: Encod
     assert ours.encode(LabelledText("Question:", "cat")) == Encoded(prompt, [*label, theirs.eos_token_id])
     encoded = ours.encode(PromptCompletion("Question:", " cat"))
     assert theirs.convert_ids_to_tokens(encoded.completion_ids) == ["▁cat", "</s>"]
-    # The prompt stays what the server makes of it, also where it ends with a space.
+    # The prompt has the server's tokens, even if it ends with a space.
     encoded = ours.encode(PromptCompletion("Question: ", "cat"))
     assert encoded.prompt_ids == theirs("Question: ")["input_ids"]
     assert theirs.convert_ids_to_tokens(encoded.completion_ids) == ["c", "at", "</s>"]
@@ -73,14 +73,14 @@ async def test_messages_go_through_the_chat_template_as_on_the_server(encoder: E
     assert encoded.completion_ids == [*tokenizer("music", add_special_tokens=False)["input_ids"], 0]
 
 
-def test_a_template_that_ends_turns_by_a_token_of_its_own_is_followed(
+def test_an_end_of_turn_token_of_the_template_ends_the_completion(
     encoder: Encoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     ends = replace(encoder, eos_token_ids=(0, 1))
 
-    assert ends.encode(CHAT).completion_ids[-1] == 0  # '>' stands between: the template writes other text
+    assert ends.encode(CHAT).completion_ids[-1] == 0  # '>' follows: the template writes other text
     monkeypatch.setattr(tokenizer, "chat_template", template.replace(">{% endif", "{% endif"))
     assert ends.encode(CHAT).completion_ids[-1] == 1
 
@@ -93,7 +93,7 @@ def test_the_end_is_a_token_at_which_the_server_stops(
     assert replace(encoder, tokenizer=fake, eos_token_ids=of_model)._end(PromptCompletion("a", "b"), "a") == end
 
 
-def test_what_does_not_fit_the_context_is_told_by_line(encoder: Encoder) -> None:
+def test_a_text_over_the_context_is_reported_by_line(encoder: Encoder) -> None:
     examples = [LabelledText("short", "call", line=1), LabelledText("long " * 50, "call", line=4)]
 
     with pytest.raises(DatasetError) as caught:
@@ -104,7 +104,7 @@ def test_what_does_not_fit_the_context_is_told_by_line(encoder: Encoder) -> None
     assert "at most 40 fit: the context has 60 tokens, 20 of them virtual" in reason
 
 
-def test_a_text_that_just_fits_is_taken(encoder: Encoder) -> None:
+def test_a_text_that_just_fits_is_accepted(encoder: Encoder) -> None:
     example = LabelledText("short", "call", line=1)
     room = len(encoder.encode(example).token_ids)
 
@@ -114,7 +114,7 @@ def test_a_text_that_just_fits_is_taken(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
-def test_a_conversation_that_the_template_refuses_is_told_by_line(
+def test_a_conversation_refused_by_the_template_is_reported_by_line(
     encoder: Encoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str | None
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)

@@ -1,4 +1,4 @@
-"""The examples that come with the demo are what their script writes, and good data."""
+"""The demo's examples equal the output of their script, and are valid data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_script_writes_these_files(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
-def test_no_test_text_is_trained_on_and_labels_are_spread() -> None:
+def test_no_test_text_is_trained_on_and_labels_are_balanced() -> None:
     for task in ("triage", "tasks"):
         train, test = (read_examples(FOLDER / f"{task}{part}.jsonl") for part in ("", "-test"))
         assert (len(train), len(test)) == (400, 150)

@@ -1,4 +1,4 @@
-"""Where each method begins, what is kept of it, and what PEFT makes of what is saved."""
+"""Each method's initial state, its saved state, and PEFT's result after loading it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def example_for(method: Method) -> Encoded:
 
 
 def one_step(model: Any, method: Method) -> float:
-    """A step of plain gradient descent; the loss before it."""
+    """Do a step of plain gradient descent; returns the loss before it."""
     batch = collate([example_for(method)] * 2, 1)
     labels = batch.pop("labels")
     model.train()
@@ -69,7 +69,7 @@ def one_step(model: Any, method: Method) -> float:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_each_method_learns_and_is_kept_whole(
+def test_each_method_learns_and_is_saved_completely(
     make: Callable[..., Any], method: Method, tmp_path: Path, base: Any, tiny: Path
 ) -> None:
     model = make(method)
@@ -106,7 +106,7 @@ def test_every_method_has_a_learning_rate_with_a_source() -> None:
 
 
 @pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.MULTITASK])
-def test_embeddings_begin_at_the_texts_own(
+def test_embeddings_start_as_those_of_the_text(
     make: Callable[..., Any], method: Method, base: Any, tokenizer: Any
 ) -> None:
     model = make(method, num_virtual_tokens=5)
@@ -119,7 +119,7 @@ def test_embeddings_begin_at_the_texts_own(
 
 
 @pytest.mark.parametrize("method", [Method.PREFIX_TUNING, Method.CARTRIDGE])
-def test_keys_and_values_begin_at_the_texts_own(
+def test_keys_and_values_start_as_those_of_the_text(
     make: Callable[..., Any], method: Method, base: Any, tokenizer: Any
 ) -> None:
     ids = repeated(tokenizer("Route this request")["input_ids"], 7)
@@ -129,7 +129,7 @@ def test_keys_and_values_begin_at_the_texts_own(
     assert text_logprobs(make(method, num_virtual_tokens=7), example) == pytest.approx(in_words[7:], abs=1e-4)
 
 
-def test_a_text_that_is_of_the_data_is_not_saved(make: Callable[..., Any], tmp_path: Path, base: Any) -> None:
+def test_an_initial_text_from_the_data_is_not_saved(make: Callable[..., Any], tmp_path: Path, base: Any) -> None:
     model = make(Method.PROMPT_TUNING)
     save_adapter(model, tmp_path, base_name="b", keeps_text=False)
 
@@ -139,7 +139,7 @@ def test_a_text_that_is_of_the_data_is_not_saved(make: Callable[..., Any], tmp_p
     assert text_logprobs(reloaded, example) == pytest.approx(text_logprobs(model, example), abs=1e-6)
 
 
-def test_the_first_rows_of_a_cartridge_stay(make: Callable[..., Any]) -> None:
+def test_the_first_row_of_a_cartridge_is_frozen(make: Callable[..., Any]) -> None:
     model = make(Method.CARTRIDGE)
     before = model.prompt_encoder["default"].weight.detach().clone()
     one_step(model, Method.CARTRIDGE)
@@ -149,7 +149,7 @@ def test_the_first_rows_of_a_cartridge_stay(make: Callable[..., Any]) -> None:
     assert not torch.equal(before[1:], after[1:])
 
 
-def test_cpt_begins_at_examples_cut_at_the_beginning(make: Callable[..., Any], tokenizer: Any) -> None:
+def test_cpt_starts_from_examples_truncated_at_the_left(make: Callable[..., Any], tokenizer: Any) -> None:
     gap = tokenizer("\n")["input_ids"][0]
     config = make(Method.CPT, num_virtual_tokens=8).peft_config["default"]
 
@@ -157,7 +157,7 @@ def test_cpt_begins_at_examples_cut_at_the_beginning(make: Callable[..., Any], t
     assert config.cpt_tokens_type_mask == [4, 3, 2, 2, 2, 4, 4, 3]
 
 
-def test_cpt_can_begin_at_a_text_and_every_row_of_it_moves(make: Callable[..., Any], tokenizer: Any) -> None:
+def test_cpt_can_start_from_a_text_and_every_row_is_trained(make: Callable[..., Any], tokenizer: Any) -> None:
     model = make(Method.CPT, init_text="Route this request")
 
     assert model.peft_config["default"].cpt_token_ids == [*tokenizer("Route this request")["input_ids"] * 2][:4]
@@ -165,7 +165,7 @@ def test_cpt_can_begin_at_a_text_and_every_row_of_it_moves(make: Callable[..., A
     assert bool((model.prompt_encoder["default"].delta_embedding.weight.norm(dim=-1) > 0).all())
 
 
-def test_cpt_keeps_within_its_radius(make: Callable[..., Any], base: Any) -> None:
+def test_cpt_stays_within_its_radius(make: Callable[..., Any], base: Any) -> None:
     model = make(Method.CPT, init_text="Route this request", cpt_epsilon=0.01)
     for _ in range(5):
         one_step(model, Method.CPT)
@@ -177,11 +177,13 @@ def test_cpt_keeps_within_its_radius(make: Callable[..., Any], base: Any) -> Non
 
 
 @pytest.mark.parametrize(("ids", "count", "expected"), [([1, 2], 5, [1, 2, 1, 2, 1]), ([1, 2, 3], 2, [1, 2])])
-def test_a_text_is_repeated_or_cut(ids: list[int], count: int, expected: list[int]) -> None:
+def test_a_text_is_repeated_or_truncated(ids: list[int], count: int, expected: list[int]) -> None:
     assert repeated(ids, count) == expected
 
 
-def test_loss_is_the_models_own_and_accuracy_that_of_greedy_generation(make: Callable[..., Any], base: Any) -> None:
+def test_the_loss_equals_the_models_and_accuracy_equals_greedy_generation(
+    make: Callable[..., Any], base: Any
+) -> None:
     model = make(Method.PROMPT_TUNING).eval()
     prompts = [[31, 32, 33], [41, 42], [51]]
     examples = []
@@ -199,7 +201,7 @@ def test_loss_is_the_models_own_and_accuracy_that_of_greedy_generation(make: Cal
     assert not model.training
 
 
-def test_logprobs_are_of_the_text_alone(make: Callable[..., Any], base: Any) -> None:
+def test_logprobs_cover_only_the_text(make: Callable[..., Any], base: Any) -> None:
     example = Encoded([31, 32, 33], [34, 0])
     ids = torch.tensor([example.token_ids])
     expected = base(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
@@ -208,7 +210,7 @@ def test_logprobs_are_of_the_text_alone(make: Callable[..., Any], base: Any) -> 
     assert len(text_logprobs(make(Method.P_TUNING), example)) == 4
 
 
-def test_a_batch_is_padded_on_the_right_and_labels_the_completion_alone() -> None:
+def test_a_batch_is_padded_on_the_right_and_labels_only_the_completion() -> None:
     batch = collate([Encoded([5, 6], [7], 0), Encoded([8], [9, 0], 1), Encoded([3], [4], 1)], 1)
 
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0], [3, 4, 1]]
@@ -230,11 +232,11 @@ def test_logits_before_the_first_completion_are_not_computed(make: Callable[...,
         found.append(float(completion_loss(outputs, labels).detach()))
 
     assert can_limit_logits(model)
-    assert outputs.logits.shape[1] == 5  # of the seven tokens, those from the last of the shorter prompt
+    assert outputs.logits.shape[1] == 5  # only positions from the shorter prompt's last token on, of seven tokens
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_the_loss_of_accumulated_batches_is_that_of_one(make: Callable[..., Any]) -> None:
+def test_the_loss_of_accumulated_batches_equals_that_of_one_batch(make: Callable[..., Any]) -> None:
     model = make(Method.CPT)
     examples = [Encoded([31, 32], [33, 0]), Encoded([41], [42, 43, 44, 0])]
     whole = collate(examples, 1)

@@ -1,4 +1,4 @@
-"""Publishing to a real server of the tiny model: the golden check, what is recorded, and what is refused."""
+"""Publishing to a real server of the tiny model: the golden check, the records and the refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server of the tiny model, for all tests here."""
+    """A server of the tiny model, shared by this module's tests."""
     folder = tmp_path_factory.mktemp("server")
     with serving(folder, "--dtype", "float32", "--api-keys", "writer", model=tiny) as (client, _):
         client.headers["authorization"] = "Bearer writer"
@@ -70,7 +70,7 @@ def peft_tokens(model: Any, tokenizer: Any, prompt: str, **more: Any) -> list[in
 
 
 @pytest.mark.parametrize("method", Method)
-def test_what_was_trained_is_served_and_gives_pefts_tokens(
+def test_a_published_soft_prompt_gives_pefts_tokens(
     push: Prelude, server: httpx.Client, method: Method, tmp_path: Path, base: Any, tokenizer: Any
 ) -> None:
     name, arguments = method.replace("_", "-"), ["--method", method]
@@ -79,8 +79,12 @@ def test_what_was_trained_is_served_and_gives_pefts_tokens(
         arguments += ["--data", str(tasks)]
     result = push(*arguments, "--id", name, "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["published"]["id"], told["published"]["version"], told["published"]["alias"]) == (
+    report = json.loads(result.stdout)
+    assert (
+        report["published"]["id"],
+        report["published"]["version"],
+        report["published"]["alias"],
+    ) == (
         name,
         1,
         "candidate",
@@ -88,7 +92,7 @@ def test_what_was_trained_is_served_and_gives_pefts_tokens(
 
     task = {"task_id": 1} if method is Method.MULTITASK else {}
     of_peft = {"task_ids": torch.tensor([1])} if task else {}
-    model = PeftModel.from_pretrained(base, told["adapter"])
+    model = PeftModel.from_pretrained(base, report["adapter"])
     for prompt in ("call number 3 please", "great"):
         assert served_tokens(server, f"{name}@candidate", prompt, **task) == peft_tokens(
             model, tokenizer, prompt, **of_peft
@@ -103,13 +107,13 @@ def test_lineage_and_the_check_are_in_the_catalog(
     assert "nats from PEFT" in result.stdout
 
     version = server.get("/v1/prompts/lineage/versions/1").json()
-    told = json.loads((tmp_path / "run" / "result.json").read_text())
+    report = json.loads((tmp_path / "run" / "result.json").read_text())
     assert version["description"] == "Find the word."
     assert version["base_model_name_or_path"] == BASE
     assert version["lineage"]["dataset_digest"] == f"sha256:{digest(data)}"
     assert version["lineage"]["training_run"] == "run"
-    assert version["lineage"]["scores"]["accuracy"] == told["scores"]["trained"]["accuracy"]
-    assert version["lineage"]["scores"]["bare_loss"] == pytest.approx(told["scores"]["bare"]["loss"])
+    assert version["lineage"]["scores"]["accuracy"] == report["scores"]["trained"]["accuracy"]
+    assert version["lineage"]["scores"]["bare_loss"] == pytest.approx(report["scores"]["bare"]["loss"])
     check = version["metadata"]["golden_check"]
     assert check["is_passed"]
     assert check["largest_difference"] < check["tolerance"] == 1e-3
@@ -126,7 +130,7 @@ def test_lineage_and_the_check_are_in_the_catalog(
     assert server.get("/v1/prompts/lineage").json()["aliases"].get("canary") == 1
 
 
-def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(
+def test_a_long_initial_text_is_truncated_and_many_labels_are_not_recorded(
     push: Prelude, server: httpx.Client, tmp_path: Path
 ) -> None:
     many = [{"text": f"number {place}", "label": f"{place}" + "x" * 50} for place in range(400)]
@@ -140,7 +144,7 @@ def test_a_corpus_to_begin_at_and_many_labels_do_not_burden_the_record(
     assert "labels" not in metadata
 
 
-def test_a_failing_check_publishes_nothing_and_says_how_far_off(
+def test_a_failing_check_publishes_nothing_and_gives_the_difference(
     push: Prelude, server: httpx.Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     own = text_logprobs
@@ -165,7 +169,7 @@ def test_a_failing_check_publishes_nothing_and_says_how_far_off(
     assert server.get("/v1/prompts/failing").status_code == 200
 
 
-def test_a_wider_tolerance_can_be_given(push: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wider_tolerance_can_be_configured(push: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
     own = text_logprobs
 
     def off(model: PreTrainedModel | PeftModel, example: Encoded) -> list[float]:
@@ -181,7 +185,7 @@ def test_a_wider_tolerance_can_be_given(push: Prelude, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which training begins."""
+    """Fail a test that starts to train."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("training began")
@@ -189,7 +193,9 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.training.run.make_soft_prompt", refuse)
 
 
-def test_a_server_of_other_weights_is_told_before_training(push: Prelude, tmp_path: Path, untrained: None) -> None:
+def test_a_server_with_other_weights_is_an_error_before_training(
+    push: Prelude, tmp_path: Path, untrained: None
+) -> None:
     other = make_model(tmp_path / "tiny", seed=1)
     result = push("--id", "weights", model=str(other))
 
@@ -198,7 +204,7 @@ def test_a_server_of_other_weights_is_told_before_training(push: Prelude, tmp_pa
     assert "nats on average" in result.stderr.replace("\n", " ")
 
 
-def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(
+def test_a_server_with_another_tokenizer_is_an_error_before_a_model_loads(
     push: Prelude, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, untrained: None
 ) -> None:
     other = tmp_path / "other"
@@ -213,7 +219,7 @@ def test_a_server_with_another_tokenizer_is_told_before_a_model_loads(
     assert "which is a different model from" in result.stderr
 
 
-def test_a_server_that_is_not_there_is_told_before_a_model_loads(
+def test_an_unreachable_server_is_an_error_before_a_model_loads(
     prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -224,14 +230,14 @@ def test_a_server_that_is_not_there_is_told_before_a_model_loads(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_key_that_may_not_publish_and_the_bases_own_name_are_told_first(push: Prelude, untrained: None) -> None:
+def test_a_key_without_the_scope_and_the_bases_name_are_refused_first(push: Prelude, untrained: None) -> None:
     assert push("--id", "key", "--api-key", "wrong").exit_code == ExitStatus.NOT_AUTHORISED
     result = push("--id", BASE)
     assert result.exit_code == ExitStatus.USAGE
     assert "is the name of the server's base model" in result.stderr
 
 
-def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(
+def test_a_text_over_the_servers_context_is_an_error_before_a_model_loads(
     push: Prelude, monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
     write_rows(data, [*rows(3), {"text": "call " * 60, "label": "call"}])
@@ -245,7 +251,7 @@ def test_what_does_not_fit_the_servers_context_is_told_before_a_model_loads(
     assert "at most 44 fit: the context has 48 tokens" in result.stderr
 
 
-def test_conversations_are_published_too(push: Prelude, server: httpx.Client, tmp_path: Path) -> None:
+def test_a_soft_prompt_for_conversations_is_published(push: Prelude, server: httpx.Client, tmp_path: Path) -> None:
     chats = [
         {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
         for row in rows(12)
@@ -256,10 +262,10 @@ def test_conversations_are_published_too(push: Prelude, server: httpx.Client, tm
     assert server.get("/v1/prompts/chats/versions/1").json()["metadata"]["golden_check"]["is_passed"]
 
 
-def test_a_directory_of_a_plain_peft_script_is_served_unchanged(
+def test_the_output_of_a_plain_peft_script_is_served_unchanged(
     server: httpx.Client, tiny: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """As in PEFT's documentation: a configuration, get_peft_model, transformers' Trainer, save_pretrained."""
+    """The script follows PEFT's documentation: get_peft_model, transformers' Trainer, save_pretrained."""
     base = AutoModelForCausalLM.from_pretrained(tiny)
     model = get_peft_model(base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6))
     texts = [tokenizer(f"{row['text']}\n{row['label']}") for row in rows(16)]
@@ -304,7 +310,7 @@ NOTHING: Any = SimpleNamespace()
         (1e-5, 0.0, (0.0, None)),
     ],
 )
-def test_the_tolerance_follows_the_servers_own_rounding(
+def test_the_tolerance_follows_the_servers_rounding(
     settings: MakeSettings, noise: float, given: float | None, tolerances: tuple[Any, ...]
 ) -> None:
     publisher = Publisher(NOTHING, settings(golden_tolerance=given), NOTHING)
@@ -312,7 +318,7 @@ def test_the_tolerance_follows_the_servers_own_rounding(
     assert publisher.tolerances(Difference(noise, noise / 10, 9)) == pytest.approx(tolerances)
 
 
-def test_a_server_that_rounds_is_held_to_the_mean_too(
+def test_the_mean_difference_of_a_rounding_server_is_checked(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     client: Any = SimpleNamespace(
@@ -329,7 +335,7 @@ def test_a_server_that_rounds_is_held_to_the_mean_too(
         publisher.publish(None, [Encoded([1, 2], [0])], {})
 
 
-def test_the_rounding_is_that_of_the_soft_prompt_itself(settings: MakeSettings, base: Any, tokenizer: Any) -> None:
+def test_the_rounding_is_measured_with_the_soft_prompt(settings: MakeSettings, base: Any, tokenizer: Any) -> None:
     examples = [Encoded([31, 32, 33], [34, 0])]
     model: Any = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
     with torch.no_grad():
@@ -342,7 +348,7 @@ def test_the_rounding_is_that_of_the_soft_prompt_itself(settings: MakeSettings, 
     assert model.prompt_encoder["default"].embedding.weight.dtype == torch.bfloat16
 
 
-def test_a_server_that_rounds_is_allowed_its_rounding(tiny: Path, prelude_train: Prelude, tmp_path: Path) -> None:
+def test_a_rounding_server_gets_a_larger_tolerance(tiny: Path, prelude_train: Prelude, tmp_path: Path) -> None:
     with serving(tmp_path / "server", "--dtype", "bfloat16", model=tiny) as (client, _):
         result = prelude_train("--push", "--url", str(client.base_url), "--json")
 
@@ -350,7 +356,7 @@ def test_a_server_that_rounds_is_allowed_its_rounding(tiny: Path, prelude_train:
     assert 1e-3 < check["largest_difference"] < check["tolerance"] < 1.0
 
 
-def test_weights_that_give_no_numbers_are_other_weights(
+def test_not_a_number_counts_as_different_weights(
     settings: MakeSettings, base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher = Publisher(NOTHING, settings(), NOTHING)
@@ -360,14 +366,14 @@ def test_weights_that_give_no_numbers_are_other_weights(
         publisher.check_base(base, [])
 
 
-def test_an_alias_that_is_none_is_refused(settings: MakeSettings, encoder: Encoder) -> None:
+def test_a_bad_alias_is_refused(settings: MakeSettings, encoder: Encoder) -> None:
     publisher = Publisher(NOTHING, settings(alias="7"), NOTHING)
 
     with pytest.raises(SettingsError, match="alias"):
         publisher.check_server(encoder, [])
 
 
-def test_the_staging_name_is_one_whatever_the_name(settings: MakeSettings) -> None:
+def test_the_staging_name_depends_on_the_run_directory(settings: MakeSettings) -> None:
     publishers = [Publisher(NOTHING, settings(name="n" * 128, run_dir=Path(run)), NOTHING) for run in ("a", "a", "b")]
     names = [publisher._staging for publisher in publishers]
 
@@ -375,7 +381,7 @@ def test_the_staging_name_is_one_whatever_the_name(settings: MakeSettings) -> No
     assert names[0] == names[1] != names[2]
 
 
-def test_how_far_off_it_was_can_be_read(
+def test_the_error_has_the_difference_and_the_tolerance(
     settings: MakeSettings, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = RunDirectory(tmp_path)

@@ -1,4 +1,4 @@
-"""Whole trainings on a tiny model: repeatable, resumable, and honest about what goes wrong."""
+"""Whole trainings on a tiny model: they are repeatable and resumable, and report problems."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("method", Method)
-def test_each_method_trains_and_keeps_what_repeats_it(
+def test_each_method_trains_and_records_its_settings(
     settings: MakeSettings, trained: Trained, method: Method, tmp_path: Path, base: Any, encoder: Encoder
 ) -> None:
     made = settings(method=method)
@@ -67,7 +67,7 @@ def test_the_curves_are_drawn(settings: MakeSettings, trained: Trained, curves: 
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_was_saved_scores_in_plain_peft_as_it_was_told(
+def test_the_saved_soft_prompt_has_the_reported_score_in_plain_peft(
     settings: MakeSettings, trained: Trained, base: Any, encoder: Encoder, tmp_path: Path
 ) -> None:
     held_out = write_rows(tmp_path / "eval.jsonl", rows(8))
@@ -88,7 +88,7 @@ def _examples(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.P_TUNING_V2])
-def test_the_same_seed_gives_the_same_bytes(
+def test_the_same_seed_gives_identical_files(
     settings: MakeSettings, trained: Trained, tmp_path: Path, method: Method
 ) -> None:
     files = []
@@ -101,7 +101,9 @@ def test_the_same_seed_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("form", ["pairs", "chats"])
-def test_the_other_forms_train(settings: MakeSettings, trained: Trained, tmp_path: Path, form: str) -> None:
+def test_pairs_and_conversations_can_be_trained(
+    settings: MakeSettings, trained: Trained, tmp_path: Path, form: str
+) -> None:
     if form == "pairs":
         data = [{"prompt": row["text"], "completion": "\n" + row["label"]} for row in rows(24)]
     else:
@@ -115,7 +117,7 @@ def test_the_other_forms_train(settings: MakeSettings, trained: Trained, tmp_pat
 
 
 @pytest.mark.parametrize("method", [Method.MULTITASK, Method.CARTRIDGE])
-def test_a_model_of_another_family_trains(
+def test_a_model_of_another_family_can_be_trained(
     settings: MakeSettings, trained: Trained, tmp_path: Path, tiny: Path, method: Method
 ) -> None:
     folder = tmp_path / "gpt2"
@@ -130,7 +132,7 @@ def test_a_model_of_another_family_trains(
     assert result["scores"]["trained"]["loss"] < result["scores"]["untrained"]["loss"]
 
 
-def test_accumulated_steps_are_those_of_one_batch(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
+def test_accumulated_steps_equal_steps_of_one_batch(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     one = trained(settings(run_dir=tmp_path / "one", batch_size=8, max_steps=2, method=Method.CPT))
     four = trained(
         settings(
@@ -148,7 +150,9 @@ def test_gradient_checkpointing_changes_nothing(settings: MakeSettings, trained:
     assert saving["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
 
 
-def test_without_held_out_rows_the_last_state_is_kept(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
+def test_without_held_out_rows_the_last_state_is_saved(
+    settings: MakeSettings, trained: Trained, heard: Heard
+) -> None:
     result = trained(settings(eval_fraction=0.0))
 
     assert result["scores"] == {"bare": None, "untrained": None, "trained": None}
@@ -156,10 +160,12 @@ def test_without_held_out_rows_the_last_state_is_kept(settings: MakeSettings, tr
     assert any("no rows are held out" in line for line in heard)
 
 
-def test_training_stops_early_and_keeps_the_best(
+def test_training_stops_early_and_saves_the_best_state(
     settings: MakeSettings, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter([9.0, 5.0, 4.0, 4.5, 4.4, 4.3, 1.0, 1.0])  # bare, untrained, then evaluations, then what was saved
+    losses = iter(
+        [9.0, 5.0, 4.0, 4.5, 4.4, 4.3, 1.0, 1.0]
+    )  # the bare model, the untrained state, evaluations, then the saved state
     monkeypatch.setattr(trainer_module, "score", lambda *_, **__: CompletionScores(next(losses), 0.0))
     next(losses), next(losses)
     result = trained(settings(max_steps=40, patience=3))
@@ -168,7 +174,7 @@ def test_training_stops_early_and_keeps_the_best(
     assert result["best_step"] == 2
 
 
-def test_no_gain_is_told_and_the_beginning_is_kept(
+def test_without_a_gain_the_untrained_state_is_saved_with_a_warning(
     settings: MakeSettings, trained: Trained, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "score", lambda *_, **__: CompletionScores(1e9, 0.0))
@@ -190,11 +196,11 @@ def test_no_gain_is_told_and_the_beginning_is_kept(
         (CompletionScores(math.nan, 0.5), "loss", False),
     ],
 )
-def test_what_a_gain_is(scores: CompletionScores, monitor: str, gain: bool) -> None:
+def test_a_gain_is_an_improvement_of_the_monitored_score(scores: CompletionScores, monitor: str, gain: bool) -> None:
     assert is_improvement(scores, CompletionScores(1.0, 0.5), monitor) is gain
 
 
-def test_a_loss_that_is_no_number_ends_it(
+def test_a_loss_that_is_not_finite_ends_the_training(
     settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     own = completion_loss
@@ -205,7 +211,7 @@ def test_a_loss_that_is_no_number_ends_it(
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_norm_that_blows_up_is_told_once(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
+def test_divergence_is_reported_once(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     trained(settings(learning_rate=100.0, warmup_ratio=0.0))
 
     assert sum("training diverges. Lower --learning-rate" in line for line in heard) == 1
@@ -230,10 +236,10 @@ def test_steps_are_counted_as_the_trainer_counts_them(
 
 
 @pytest.mark.parametrize("method", [Method.P_TUNING, Method.P_TUNING_V2, Method.CPT])
-def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     settings: MakeSettings, trained: Trained, tmp_path: Path, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cut comes after the checkpoint of step 4; of P-tuning and the like, PEFT's own files could not go on."""
+    """The interruption follows step 4's checkpoint. PEFT's files alone could not resume P-tuning and its like."""
     whole = trained(settings(run_dir=tmp_path / "whole", method=method, max_steps=8, patience=0))
     own, calls = mean_norm, []
 
@@ -274,7 +280,7 @@ def test_kill_9_and_resume_give_the_same_loss(settings: MakeSettings, trained: T
     assert resumed["scores"]["trained"]["loss"] == pytest.approx(whole["scores"]["trained"]["loss"], rel=1e-5)
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     for step, text in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
         folder = directory.checkpoints / f"checkpoint-{step}"
@@ -285,7 +291,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     assert directory.newest_checkpoint() == directory.checkpoints / "checkpoint-2"
 
 
-def test_resuming_without_a_checkpoint_begins_again(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_starts_again(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     made = settings()
     whole = trained(settings(run_dir=tmp_path / "whole"))
@@ -300,7 +306,7 @@ def test_resuming_without_a_checkpoint_begins_again(settings: MakeSettings, trai
 
 
 @pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.0, "max_steps": 40, "patience": 2}])
-def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(
+def test_a_run_interrupted_after_its_last_step_ends_normally(
     settings: MakeSettings, trained: Trained, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     whole = trained(settings(**changes))
@@ -314,7 +320,7 @@ def test_a_run_that_was_cut_off_after_its_last_step_ends_as_it_would_have(
     assert whole["steps"] <= resumed["steps"] <= whole["steps"] + 1
 
 
-def test_a_run_that_is_done_is_not_done_again(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
+def test_a_finished_run_is_not_repeated(settings: MakeSettings, trained: Trained, heard: Heard) -> None:
     first = trained(settings())
     again = trained(settings(resume=True))
 
@@ -339,7 +345,7 @@ def test_a_run_directory_is_not_shared(settings: MakeSettings, trained: Trained,
         trained(settings(resume=True))
 
 
-def test_changed_data_is_another_run(settings: MakeSettings, trained: Trained, data: Path) -> None:
+def test_a_run_with_changed_data_cannot_be_resumed(settings: MakeSettings, trained: Trained, data: Path) -> None:
     trained(settings())
     data.write_text(data.read_text() + '{"text": "new", "label": "call"}\n')
 
@@ -347,19 +353,17 @@ def test_changed_data_is_another_run(settings: MakeSettings, trained: Trained, d
         trained(settings(resume=True))
 
 
-def test_a_run_directory_that_cannot_be_written_is_told(
-    settings: MakeSettings, trained: Trained, tmp_path: Path
-) -> None:
+def test_an_unwritable_run_directory_is_an_error(settings: MakeSettings, trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(RunDirectoryError, match="cannot be written: Not a directory"):
         trained(settings(run_dir=tmp_path / "file" / "run"))
 
 
-# What the model has to say
+# Errors of settings and of the disk
 
 
-def test_settings_that_do_not_go_with_the_model(
+def test_settings_that_do_not_fit_the_model_are_refused(
     settings: MakeSettings, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SettingsError, match="num_virtual_tokens is 96, but the context has only 96 tokens"):
@@ -370,7 +374,7 @@ def test_settings_that_do_not_go_with_the_model(
     with pytest.raises(TrainingError, match="cannot be loaded"):
         trained(settings(model=str(tmp_path)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for _ in range(2):  # what failed before the first step leaves the directory free
+    for _ in range(2):  # a run that failed before its first step leaves the directory usable
         with pytest.raises(SettingsError, match="no CUDA device was found"):
             trained(settings(device="cuda"))
 
@@ -386,7 +390,7 @@ def test_settings_that_do_not_go_with_the_model(
         ({"description": "a" * 5000}, "description has 5000 characters"),
     ],
 )
-def test_settings_that_do_not_go_together(
+def test_contradicting_settings_are_refused(
     settings: MakeSettings, trained: Trained, changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(SettingsError, match=reason):
@@ -418,7 +422,7 @@ def test_a_training_in_bfloat16_keeps_the_soft_prompt_in_float32(settings: MakeS
         (torch.OutOfMemoryError("CUDA out of memory"), "lower --batch-size"),
     ],
 )
-def test_what_runs_full_is_told_with_what_to_do(
+def test_full_disk_and_memory_errors_give_advice(
     settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
     def fail(*_: object) -> None:
@@ -432,7 +436,7 @@ def test_what_runs_full_is_told_with_what_to_do(
     assert trained(settings(resume=True))["steps"] == 4
 
 
-def test_another_error_of_torch_is_no_full_disk(
+def test_other_errors_of_torch_are_raised(
     settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -443,7 +447,7 @@ def test_another_error_of_torch_is_no_full_disk(
         trained(settings())
 
 
-def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(
+def test_after_a_full_disk_at_the_start_the_same_command_works(
     settings: MakeSettings, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> int:
@@ -458,7 +462,5 @@ def test_a_disk_that_is_full_from_the_beginning_takes_the_same_command_later(
 def test_trainer_uses_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = trainer_module._OneDeviceArguments(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setattr(arguments, "_n_gpu", 4)
-    assert super(trainer_module._OneDeviceArguments, arguments).n_gpu == 4, (
-        "transformers keeps the number elsewhere now"
-    )
+    assert super(trainer_module._OneDeviceArguments, arguments).n_gpu == 4, "transformers stores the number elsewhere"
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, arguments.per_device_train_batch_size)

@@ -1,4 +1,4 @@
-"""``/v1/classify`` over a scripted engine: shapes, names, bounds, and what is given back."""
+"""``/v1/classify`` over a scripted engine: results, names, limits and released resources."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ async def test_labels_are_scored_as_continuations(
     assert {request.params.prompt_logprobs_start for request in engine.requests} == {3}
 
 
-async def test_several_inputs_and_token_ids(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_each_input_gets_a_result_and_token_ids_are_accepted(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     fields = {"input": ["a", "bc"], "labels": ["x", "y", "z"], "add_special_tokens": False}
     body = (await client.post("/v1/classify", json=fields)).json()
     assert [item["index"] for item in body["data"]] == [0, 1]
@@ -106,7 +108,7 @@ async def test_several_inputs_and_token_ids(client: httpx.AsyncClient, engine: F
         assert again["data"] == body["data"][:1]
 
 
-async def test_a_head_decides_by_itself(client: httpx.AsyncClient, engine: FakeEngine, topics: str) -> None:
+async def test_a_head_classifies_without_labels(client: httpx.AsyncClient, engine: FakeEngine, topics: str) -> None:
     response = await client.post("/v1/classify", json={"model": "tiny", "prompt_id": topics, "input": "a"})
     (item,) = response.json()["data"]
     assert item["logits"] == {"LABEL_0": -4, "LABEL_1": -2, "LABEL_2": 0}
@@ -128,7 +130,9 @@ async def test_a_head_decides_by_itself(client: httpx.AsyncClient, engine: FakeE
         ({"metadata": json.dumps({"labels": ["too", "few"]})}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
     ],
 )
-async def test_a_heads_labels_have_names(client: httpx.AsyncClient, fields: dict[str, Any], names: list[str]) -> None:
+async def test_head_labels_are_named_by_metadata_or_configuration(
+    client: httpx.AsyncClient, fields: dict[str, Any], names: list[str]
+) -> None:
     assert (await client.post("/v1/prompts", **classifier_parts(**fields))).status_code == 201
     (item,) = (await client.post("/v1/classify", json={"model": "topics", "input": "a"})).json()["data"]
     assert list(item["logits"]) == names
@@ -148,7 +152,7 @@ async def test_a_heads_labels_have_names(client: httpx.AsyncClient, fields: dict
         {"labels": ["a", [1]]},
     ],
 )
-def test_names_that_cannot_be_used(source: dict[str, Any]) -> None:
+def test_unusable_label_names_are_ignored(source: dict[str, Any]) -> None:
     assert head_label_names(source, 2) is None
 
 
@@ -179,7 +183,7 @@ def test_names_that_cannot_be_used(source: dict[str, Any]) -> None:
         ({"labels": ["a"], "prompt_id": "No"}, "prompt_id"),
     ],
 )
-async def test_bad_fields_are_named(
+async def test_errors_name_the_bad_field(
     client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post("/v1/classify", json={"input": "a"} | fields)
@@ -187,7 +191,7 @@ async def test_bad_fields_are_named(
     assert engine.requests == []
 
 
-async def test_the_length_counts_all_three_parts(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_the_context_limit_counts_prompt_input_and_label(client: httpx.AsyncClient, sentiment: str) -> None:
     fields = {"model": sentiment, "labels": ["abc"], "add_special_tokens": False}
     assert (await client.post("/v1/classify", json=fields | {"input": "x" * 249})).status_code == 200
     error = (await client.post("/v1/classify", json=fields | {"input": "x" * 250})).json()["error"]
@@ -205,7 +209,7 @@ async def test_labels_and_heads_exclude_each_other(
     assert (await client.post("/v1/completions", json={"model": topics, "prompt": "a"})).status_code == 400
 
 
-async def test_labels_of_the_same_tokens_are_refused(
+async def test_labels_with_the_same_tokens_are_refused(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = tokenizer.encode_labels
@@ -223,7 +227,7 @@ async def test_labels_of_the_same_tokens_are_refused(
         assert words in error["message"]
 
 
-async def test_labels_have_their_own_tokens_behind_each_input(
+async def test_each_label_is_tokenised_after_each_input(
     client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def continued(
@@ -244,7 +248,7 @@ async def test_labels_have_their_own_tokens_behind_each_input(
     assert body["usage"]["prompt_tokens"] == 3
 
 
-async def test_nothing_is_tokenised_behind_inputs_that_are_refused(
+async def test_no_label_is_tokenised_after_a_refused_input(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def never(*_arguments: object, **_options: object) -> None:
@@ -257,7 +261,9 @@ async def test_nothing_is_tokenised_behind_inputs_that_are_refused(
         assert (response.status_code, response.json()["error"]["param"]) == (400, "input")
 
 
-async def test_a_task_is_named(client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts) -> None:
+async def test_a_multitask_prompt_needs_a_task_id(
+    client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts
+) -> None:
     assert (await client.post("/v1/prompts", **other_parts("many"))).status_code == 201
     fields = {"model": "many", "input": "a", "labels": ["x"]}
     assert (await client.post("/v1/classify", json=fields)).json()["error"]["param"] == "task_id"
@@ -268,7 +274,7 @@ async def test_a_task_is_named(client: httpx.AsyncClient, engine: FakeEngine, ot
 @pytest.mark.parametrize(
     ("failure", "status"), [(RequestFailedError("it broke"), 500), (EngineDeadError("it died"), 503)]
 )
-async def test_one_failure_fails_the_request_and_leaves_nothing(
+async def test_one_failure_fails_the_request_and_releases_everything(
     client: httpx.AsyncClient,
     app: FastAPI,
     engine: FakeEngine,
@@ -289,21 +295,21 @@ async def test_one_failure_fails_the_request_and_leaves_nothing(
     assert len(store.leased) == len(store.released)
 
 
-async def test_it_is_counted_like_other_requests(client: httpx.AsyncClient, topics: str) -> None:
+async def test_classification_is_counted_like_other_requests(client: httpx.AsyncClient, topics: str) -> None:
     await client.post("/v1/classify", json={"model": topics, "input": "a"})
     text = (await client.get("/metrics")).text
     assert 'prelude_requests_total{outcome="stop",prompt="topics"} 1.0' in text
     assert "prelude_e2e_request_latency_seconds_count 1.0" in text
 
 
-async def test_a_full_server_says_so(client: httpx.AsyncClient, app: FastAPI) -> None:
+async def test_a_full_server_refuses_with_429(client: httpx.AsyncClient, app: FastAPI) -> None:
     services = app.state.services
     with services.admission.permits(7):
         response = await client.post("/v1/classify", json={"input": "a", "labels": LABELS})
     assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
 
 
-def test_a_client_that_goes_ends_its_sequences(
+def test_a_disconnect_aborts_the_sequences(
     live: LiveServer, engine: FakeEngine, eventually: Callable[..., None]
 ) -> None:
     engine.step_seconds = 30.0

@@ -15,7 +15,7 @@ MESSAGES = [{"role": "system", "content": "be kind"}, {"role": "user", "content"
 RENDERED = "[system]be kind[user]hi[assistant]"
 
 
-async def test_answer(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_conversation_gets_an_answer(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES})
     body = response.json()
     assert body.pop("id").startswith("chatcmpl-")
@@ -33,7 +33,7 @@ async def test_answer(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert bytes(engine.requests[0].prompt_token_ids).decode() == RENDERED
 
 
-async def test_a_developer_is_the_system(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_developer_messages_become_system_messages(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     messages = [{"role": "developer", "content": "be kind"}, MESSAGES[1]]
     await client.post("/v1/chat/completions", json={"messages": messages})
     assert bytes(engine.requests[0].prompt_token_ids).decode() == RENDERED
@@ -41,7 +41,7 @@ async def test_a_developer_is_the_system(client: httpx.AsyncClient, engine: Fake
     assert bytes(tokens).decode() == RENDERED
 
 
-async def test_the_default_limit_is_the_rest_of_the_context(
+async def test_the_default_max_tokens_is_the_rest_of_the_context(
     client: httpx.AsyncClient, engine: FakeEngine, sentiment: str
 ) -> None:
     await client.post("/v1/chat/completions", json={"model": sentiment, "messages": MESSAGES})
@@ -49,19 +49,21 @@ async def test_the_default_limit_is_the_rest_of_the_context(
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 9}])
-async def test_limits(client: httpx.AsyncClient, fields: dict[str, Any]) -> None:
+async def test_max_tokens_and_max_completion_tokens_limit_the_answer(
+    client: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
     body = (await client.post("/v1/chat/completions", json={"messages": MESSAGES} | fields)).json()
     assert body["choices"][0]["message"]["content"] == "hel"
     assert body["choices"][0]["finish_reason"] == "length"
 
 
-async def test_text_parts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_text_parts_are_joined(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
     assert bytes(engine.requests[0].prompt_token_ids).decode() == "[user]a\nb[assistant]"
 
 
-async def test_stream(client: httpx.AsyncClient) -> None:
+async def test_a_stream_has_the_text_of_the_answer(client: httpx.AsyncClient) -> None:
     body = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
     response = await client.post("/v1/chat/completions", json=body)
     events = [event.removeprefix("data: ") for event in response.text.removesuffix("\n\n").split("\n\n")]
@@ -78,7 +80,7 @@ async def test_stream(client: httpx.AsyncClient) -> None:
     assert [piece["choices"][0]["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
 
 
-async def test_stream_with_token_ids(client: httpx.AsyncClient) -> None:
+async def test_a_stream_has_token_ids_on_request(client: httpx.AsyncClient) -> None:
     body = {"messages": MESSAGES, "stream": True, "return_token_ids": True}
     response = await client.post("/v1/chat/completions", json=body)
     events = response.text.removesuffix("\n\n").split("\n\n")[:-1]
@@ -87,7 +89,7 @@ async def test_stream_with_token_ids(client: httpx.AsyncClient) -> None:
     assert [choice for choice in choices if "prompt_token_ids" in choice] == choices[:1]
 
 
-async def test_a_model_without_a_template(client: httpx.AsyncClient, tokenizer: ByteTokenizer) -> None:
+async def test_a_model_without_a_template_refuses_chat(client: httpx.AsyncClient, tokenizer: ByteTokenizer) -> None:
     tokenizer.has_chat_template = False
     response = await client.post("/v1/chat/completions", json={"messages": MESSAGES})
     assert response.status_code == 400

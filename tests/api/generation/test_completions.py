@@ -32,7 +32,7 @@ async def chunks(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-async def test_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_one_prompt_is_completed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await complete(client)
     body = response.json()
     assert response.status_code == 200
@@ -61,7 +61,7 @@ async def test_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None
         ([[5], [6, 7]], [[5], [6, 7]]),
     ],
 )
-async def test_forms_of_prompt(
+async def test_every_form_of_prompt_is_accepted(
     client: httpx.AsyncClient, engine: FakeEngine, prompt: list[Any], expected: list[list[int]]
 ) -> None:
     body = (await complete(client, prompt=prompt)).json()
@@ -73,13 +73,13 @@ async def test_forms_of_prompt(
     assert len({request.request_id for request in engine.requests}) == len(expected)
 
 
-async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_unset_sampling_fields_have_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post("/v1/completions", json={"prompt": "a"})
     params = engine.requests[0].params
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed) == (16, 1.0, 1.0, 0, None)
 
 
-async def test_nulls_mean_absent_and_unknown_fields_are_ignored(
+async def test_null_fields_count_as_absent_and_unknown_fields_are_ignored(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     names = (
@@ -102,17 +102,17 @@ async def test_sampling_fields_reach_the_engine(client: httpx.AsyncClient, engin
     assert params.max_tokens == 20
 
 
-async def test_length(client: httpx.AsyncClient) -> None:
+async def test_max_tokens_ends_an_answer_with_length(client: httpx.AsyncClient) -> None:
     choice = (await complete(client, max_tokens=5)).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
 
 
-async def test_without_special_tokens(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_special_tokens_can_be_omitted(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await complete(client, add_special_tokens=False)
     assert engine.requests[0].prompt_token_ids == [97, 98, 99]
 
 
-async def test_end_token_is_not_text_but_counts(client: httpx.AsyncClient) -> None:
+async def test_the_end_token_counts_but_adds_no_text(client: httpx.AsyncClient) -> None:
     fields = {"return_token_ids": True, "skip_special_tokens": False}
     choice = (await complete(client, **fields)).json()["choices"][0]
     assert choice["text"] == REPLY
@@ -122,14 +122,14 @@ async def test_end_token_is_not_text_but_counts(client: httpx.AsyncClient) -> No
     assert kept["text"] == REPLY + "</s>"
 
 
-async def test_stop_token_ids(client: httpx.AsyncClient) -> None:
+async def test_stop_token_ids_end_an_answer(client: httpx.AsyncClient) -> None:
     choice = (await complete(client, stop_token_ids=[ord("o")])).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("hell", "stop")
 
 
 @pytest.mark.parametrize("stop", ["wor", ["zzz", "wor"]])
 @pytest.mark.parametrize(("include", "text"), [(False, "hello "), (True, "hello wor")])
-async def test_stop_string_ends_the_text_and_aborts_the_sequence(
+async def test_a_stop_string_ends_the_text_and_aborts_the_sequence(
     client: httpx.AsyncClient, engine: FakeEngine, stop: str | list[str], include: bool, text: str
 ) -> None:
     body = (await complete(client, stop=stop, include_stop_str_in_output=include)).json()
@@ -141,7 +141,7 @@ async def test_stop_string_ends_the_text_and_aborts_the_sequence(
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(("include", "text"), [(False, "he"), (True, "he<s>")])
-async def test_a_special_token_that_is_not_shown_is_a_stop_string(
+async def test_a_hidden_special_token_works_as_a_stop_string(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, include: bool, text: str
 ) -> None:
     engine.reply = mock.Mock(encode=lambda: [*b"he", BOS, *b"llo"])
@@ -155,7 +155,7 @@ async def test_a_special_token_that_is_not_shown_is_a_stop_string(
         assert (choice["text"] if "text" in choice else choice["message"]["content"]) == text
 
 
-async def test_a_character_that_the_prompt_begins_and_the_answer_completes(
+async def test_a_character_split_between_prompt_and_answer_is_returned_whole(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     engine.reply = mock.Mock(encode=lambda: [0xA9, *b"t"])
@@ -168,7 +168,7 @@ async def test_a_character_that_the_prompt_begins_and_the_answer_completes(
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == "aét"
 
 
-async def test_soft_prompt_counts_virtual_tokens(
+async def test_usage_counts_virtual_tokens(
     client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str
 ) -> None:
     body = (await complete(client, model=sentiment)).json()
@@ -193,7 +193,7 @@ async def test_soft_prompt_counts_virtual_tokens(
         {"model": None, "prompt_id": "sentiment@1"},
     ],
 )
-async def test_every_way_to_name_a_soft_prompt(
+async def test_every_way_to_name_a_soft_prompt_works(
     client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, fields: dict[str, Any]
 ) -> None:
     assert (await complete(client, **fields)).status_code == 200
@@ -212,7 +212,7 @@ async def test_every_way_to_name_a_soft_prompt(
         ({"model": "sentiment", "prompt_id": "sentiment"}, 400, "invalid_request", "prompt_id"),
     ],
 )
-async def test_names_that_do_not_resolve(
+async def test_names_that_do_not_resolve_are_refused(
     client: httpx.AsyncClient,
     sentiment: str,
     store: CountingStore,
@@ -227,7 +227,7 @@ async def test_names_that_do_not_resolve(
     assert len(store.leased) == len(store.released) == 0
 
 
-async def test_a_batch_resolves_once(
+async def test_a_batch_resolves_its_soft_prompt_once(
     client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str
 ) -> None:
     assert (await complete(client, model=sentiment, prompt=["a", "b", "c"])).status_code == 200
@@ -235,7 +235,7 @@ async def test_a_batch_resolves_once(
     assert len({present(request.soft_prompt).digest for request in engine.requests}) == 1
 
 
-async def test_stream(client: httpx.AsyncClient) -> None:
+async def test_a_stream_adds_up_to_the_answer(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == REPLY
     assert [piece["choices"][0]["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
@@ -244,7 +244,7 @@ async def test_stream(client: httpx.AsyncClient) -> None:
     assert set(pieces[0]["choices"][0]) == {"index", "text", "logprobs", "finish_reason"}
 
 
-async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
+async def test_a_stream_of_several_prompts_numbers_its_choices(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, prompt=["a", "b", "c"])
     for index in range(3):
         own = [piece["choices"][0] for piece in pieces if piece["choices"][0]["index"] == index]
@@ -252,33 +252,33 @@ async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
         assert own[-1]["finish_reason"] == "stop"
 
 
-async def test_stream_holds_back_what_may_be_a_stop_string(client: httpx.AsyncClient) -> None:
+async def test_a_stream_withholds_a_possible_stop_string(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, stop="world!")
     texts = [piece["choices"][0]["text"] for piece in pieces]
     assert texts == [*"hello ", "world"]
 
 
-async def test_stream_with_usage(client: httpx.AsyncClient) -> None:
+async def test_a_stream_ends_with_usage_on_request(client: httpx.AsyncClient) -> None:
     pieces = await chunks(client, stream_options={"include_usage": True})
     assert all(piece["usage"] is None for piece in pieces[:-1])
     assert pieces[-1]["choices"] == []
     assert pieces[-1]["usage"]["completion_tokens"] == 12
 
 
-async def test_stream_with_continuous_usage(client: httpx.AsyncClient) -> None:
+async def test_a_stream_has_continuous_usage_on_request(client: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     pieces = await chunks(client, stream_options=options)
     assert [piece["usage"]["completion_tokens"] for piece in pieces] == [*range(1, 13), 12]
 
 
-async def test_stream_with_token_ids(client: httpx.AsyncClient) -> None:
+async def test_a_stream_has_token_ids_on_request(client: httpx.AsyncClient) -> None:
     pieces = [piece["choices"][0] for piece in await chunks(client, return_token_ids=True)]
     assert [token for piece in pieces for token in piece["token_ids"]] == [*REPLY.encode(), 257]
     assert pieces[0]["prompt_token_ids"] == [256, 97, 98, 99]
     assert all("prompt_token_ids" not in piece for piece in pieces[1:])
 
 
-async def test_characters_are_never_cut(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_stream_never_splits_a_character(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "naïve 日本語 🙂"
     pieces = await chunks(client, max_tokens=60)
     texts = [piece["choices"][0]["text"] for piece in pieces]
@@ -286,7 +286,7 @@ async def test_characters_are_never_cut(client: httpx.AsyncClient, engine: FakeE
     assert not any("�" in text for text in texts)
 
 
-async def test_everything_is_given_back(
+async def test_permits_and_leases_are_released(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: CountingStore,

@@ -1,4 +1,4 @@
-"""Several soft prompts, one answer: what is combined, what is refused, and what is given back."""
+"""Ensembles of soft prompts: combination, refusals and released resources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Speak = Callable[..., None]
 
 @pytest.fixture
 async def three(client: httpx.AsyncClient, upload_parts: UploadParts) -> list[str]:
-    """Soft prompts of 4, 5 and 6 virtual tokens, by which the engine of ``speaking`` tells them apart."""
+    """Soft prompts of 4, 5 and 6 virtual tokens; the engine of ``speaking`` distinguishes them by these numbers."""
     names = ["a", "b", "c"]
     for rows, name in enumerate(names, 4):
         (await client.post("/v1/prompts", **upload_parts(name, seed=rows, rows=rows))).raise_for_status()
@@ -41,7 +41,7 @@ async def three(client: httpx.AsyncClient, upload_parts: UploadParts) -> list[st
 
 @pytest.fixture
 def speaking(app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Speak:
-    """Let the engine answer by the number of virtual tokens: with a text, with label scores, or with logits."""
+    """Make the engine answer with a text, label scores or logits that depend on the number of virtual tokens."""
 
     def speak(
         texts: dict[int, str] | None = None,
@@ -78,11 +78,11 @@ SCORES = {
     5: {"x": 0.0, "y": -0.1, "z": -9.0},
     6: {"x": -9.0, "y": 0.0, "z": -9.0},
 }
-"""Two members are just for x, one is all for y: the vote is x, the mean y."""
+"""Two members slightly prefer x, one strongly prefers y: the vote is x, the mean y."""
 
 
 @pytest.mark.parametrize(("how", "label"), [("vote", "x"), (None, "x"), ("mean", "y")])
-async def test_labels_by_vote_and_by_mean(
+async def test_labels_are_chosen_by_vote_or_by_mean(
     client: httpx.AsyncClient, three: list[str], speaking: Speak, how: str | None, label: str
 ) -> None:
     speaking(scores=SCORES)
@@ -114,7 +114,7 @@ async def test_labels_by_vote_and_by_mean(
     assert usage["prompt_tokens_details"]["virtual_tokens"] == 2 * (4 + 5 + 6)
 
 
-async def test_prompt_ids_and_the_base_as_a_member(
+async def test_members_are_given_by_prompt_ids_or_model_names(
     client: httpx.AsyncClient, three: list[str], speaking: Speak
 ) -> None:
     speaking(scores=SCORES | {0: SCORES[6]})
@@ -128,7 +128,7 @@ async def test_prompt_ids_and_the_base_as_a_member(
     assert [member["model"] for member in reply["data"][0]["members"]] == ["tiny", "a@1", "b@1"]
 
 
-async def test_heads_are_combined_by_the_names_of_their_labels(client: httpx.AsyncClient, speaking: Speak) -> None:
+async def test_heads_are_combined_by_label_name(client: httpx.AsyncClient, speaking: Speak) -> None:
     for name, labels in (("one", ["u", "v", "w"]), ("two", ["w", "u", "v"]), ("odd", ["u", "v", "q"])):
         parts = classifier_parts(name, metadata=json.dumps({"labels": labels}))
         (await client.post("/v1/prompts", **parts)).raise_for_status()
@@ -143,7 +143,7 @@ async def test_heads_are_combined_by_the_names_of_their_labels(client: httpx.Asy
     assert (error["param"], "same labels" in error["message"]) == ("model", True)
 
 
-async def test_a_head_and_scored_labels_do_not_go_together(
+async def test_heads_and_scored_labels_cannot_be_combined(
     client: httpx.AsyncClient, engine: FakeEngine, three: list[str]
 ) -> None:
     (await client.post("/v1/prompts", **classifier_parts("topics"))).raise_for_status()
@@ -181,7 +181,7 @@ async def test_the_most_frequent_text_wins(client: httpx.AsyncClient, three: lis
     ("sure", "text"),
     [({4: -1.0, 5: -2.0}, "one"), ({4: -2.0, 5: -1.0}, "two"), ({4: -1.0, 5: -1.0}, "one")],
 )
-async def test_between_as_many_votes_the_surer_text_wins(
+async def test_a_tie_goes_to_the_more_confident_text(
     client: httpx.AsyncClient, three: list[str], speaking: Speak, sure: dict[int, float], text: str
 ) -> None:
     speaking(texts={4: "one", 5: "two"}, sure=sure)
@@ -192,7 +192,7 @@ async def test_between_as_many_votes_the_surer_text_wins(
     assert len(choice["logprobs"]["tokens"]) == len(choice["token_ids"]) == 4
 
 
-async def test_a_text_by_the_mean_is_one_generation(
+async def test_mean_mode_generates_one_text(
     client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, store: CountingStore, three: list[str]
 ) -> None:
     app.state.services.admission.capacity = 32
@@ -218,7 +218,7 @@ async def test_a_text_by_the_mean_is_one_generation(
     assert len(store.leased) == len(store.released) == 3
 
 
-async def test_a_mean_can_be_streamed_and_echoed_and_have_the_base_as_a_member(
+async def test_mean_mode_supports_streams_echo_and_the_base_as_a_member(
     client: httpx.AsyncClient, engine: FakeEngine, three: list[str]
 ) -> None:
     body = {"model": ["b", "tiny"], "prompt": "p", "ensemble": "mean", "echo": True}
@@ -231,7 +231,7 @@ async def test_a_mean_can_be_streamed_and_echoed_and_have_the_base_as_a_member(
     assert response.headers["x-prelude-prompt"] == "b@1"
 
 
-def test_each_member_of_a_mean_has_a_place(
+def test_each_member_in_mean_mode_takes_a_permit(
     live: LiveServer, engine: FakeEngine, upload_parts: UploadParts, eventually: WaitUntil
 ) -> None:
     for rows, name in ((4, "a"), (5, "b"), (6, "c")):
@@ -253,7 +253,7 @@ def test_each_member_of_a_mean_has_a_place(
         assert f'prelude_requests_total{{outcome="abort",prompt="{name}"}} 1.0' in text
 
 
-async def test_what_a_mean_can_not_have_is_refused(
+async def test_unsupported_options_of_mean_mode_are_refused(
     client: httpx.AsyncClient,
     app: FastAPI,
     engine: FakeEngine,
@@ -313,7 +313,7 @@ async def test_what_a_mean_can_not_have_is_refused(
         ({"model": ["a", "b", "c"], "input": ["1", "2"], "prompt": ["1", "2", "3"]}, ("input", "prompt")),
     ],
 )
-async def test_bad_fields_are_named(
+async def test_errors_name_the_bad_field(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     app: FastAPI,
@@ -345,7 +345,7 @@ async def test_bad_fields_are_named(
         ({"ensemble": "mean", "echo": True, "logprobs": 0}, "echo"),
     ],
 )
-async def test_what_only_one_soft_prompt_does(
+async def test_options_for_one_soft_prompt_are_refused_for_ensembles(
     client: httpx.AsyncClient, engine: FakeEngine, three: list[str], fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post("/v1/completions", json={"model": three, "prompt": "i"} | fields)
@@ -353,7 +353,7 @@ async def test_what_only_one_soft_prompt_does(
     assert engine.requests == []
 
 
-async def test_conversations_have_one_soft_prompt(client: httpx.AsyncClient, three: list[str]) -> None:
+async def test_chat_refuses_ensembles(client: httpx.AsyncClient, three: list[str]) -> None:
     messages = [{"role": "user", "content": "i"}]
     for name, value in (("model", three), ("prompt_ids", three), ("ensemble", "vote")):
         response = await client.post("/v1/chat/completions", json={name: value, "messages": messages})
@@ -369,7 +369,7 @@ async def test_conversations_have_one_soft_prompt(client: httpx.AsyncClient, thr
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-async def test_one_that_is_not_there_is_named(
+async def test_the_error_names_the_missing_member(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     app: FastAPI,
@@ -393,7 +393,7 @@ async def test_one_that_is_not_there_is_named(
 @pytest.mark.parametrize(
     ("path", "how"), [("/v1/classify", "vote"), ("/v1/completions", "vote"), ("/v1/completions", "mean")]
 )
-async def test_one_failure_fails_all_and_leaves_nothing(
+async def test_one_failure_fails_the_request_and_releases_everything(
     client: httpx.AsyncClient,
     app: FastAPI,
     engine: FakeEngine,
@@ -412,7 +412,7 @@ async def test_one_failure_fails_all_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-async def test_a_full_server_takes_none_of_it(
+async def test_a_full_server_admits_no_member(
     client: httpx.AsyncClient, app: FastAPI, store: CountingStore, three: list[str], path: str
 ) -> None:
     body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i"}
@@ -425,7 +425,7 @@ async def test_a_full_server_takes_none_of_it(
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-def test_a_client_that_goes_ends_all_members(
+def test_a_disconnect_aborts_all_members(
     live: LiveServer, engine: FakeEngine, upload_parts: UploadParts, eventually: WaitUntil, path: str
 ) -> None:
     for rows, name in ((4, "a"), (5, "b")):
@@ -439,7 +439,7 @@ def test_a_client_that_goes_ends_all_members(
 
 
 @pytest.mark.parametrize(("how", "num_new"), [("vote", 6), ("mean", 2)])
-async def test_it_counts_as_one_request_of_a_key(
+async def test_an_ensemble_counts_as_one_request_of_a_key(
     client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, three: list[str], how: str, num_new: int
 ) -> None:
     from server.api.keys.callers import ANYBODY
@@ -453,14 +453,14 @@ async def test_it_counts_as_one_request_of_a_key(
         assert (await client.post("/v1/completions", json=body)).status_code == 429
     assert limiter.num_running == 0
     used = 1000 - int(limiter.headers["x-ratelimit-remaining-tokens"])
-    assert used in {3 * 2 + num_new, 3 * 2 + num_new - 1}  # a part of a token may have come back meanwhile
+    assert used in {3 * 2 + num_new, 3 * 2 + num_new - 1}  # a part of a token may have been refilled since
 
 
 probabilities = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3)
 
 
 @given(rows=st.lists(probabilities, min_size=1, max_size=7))
-def test_decisions_against_plain_counting(rows: list[list[float]]) -> None:
+def test_decisions_match_plain_counting(rows: list[list[float]]) -> None:
     mean, vote = decide(rows, "mean"), decide(rows, "vote")
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     assert mean.probabilities == vote.probabilities == pytest.approx(means)
@@ -473,7 +473,7 @@ def test_decisions_against_plain_counting(rows: list[list[float]]) -> None:
 
 
 @given(pairs=st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 0)), min_size=1, max_size=8))
-def test_elections_against_plain_counting(pairs: list[tuple[str, int]]) -> None:
+def test_elections_match_plain_counting(pairs: list[tuple[str, int]]) -> None:
     texts, likelihoods = [text for text, _ in pairs], [float(value) for _, value in pairs]
     index, votes = elect(texts, likelihoods)
     assert votes == {text: texts.count(text) for text in texts}
@@ -482,7 +482,7 @@ def test_elections_against_plain_counting(pairs: list[tuple[str, int]]) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
-async def test_one_line_of_the_log_and_a_count_for_each_member(
+async def test_an_ensemble_is_one_log_line_and_one_count_per_member(
     client: httpx.AsyncClient, three: list[str], caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
     with caplog.at_level("INFO", logger="server.api.inference.request_record"):

@@ -1,4 +1,4 @@
-"""Fields of other servers: each is done, mapped, refused by name, or ignored for a reason that is written down."""
+"""Fields of other servers: each is supported, mapped, refused by name, or ignored for a documented reason."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ OTHERS = {
         ),
     ],
 }
-"""What vLLM's and OpenAI's requests have."""
+"""Fields of vLLM's and OpenAI's requests."""
 
 
 def body(path: str, **fields: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ REFUSED += [("/v1/classify", name, how) for name, how in CLASSIFY.items()]
 
 
 @pytest.mark.parametrize(("path", "name", "how"), REFUSED)
-async def test_what_is_not_done_is_refused_by_name(
+async def test_unsupported_fields_are_refused_by_name(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, name: str, how: Refused
 ) -> None:
     response = await client.post(path, json=body(path, **{name: "x"}))
@@ -98,7 +98,7 @@ async def test_what_is_not_done_is_refused_by_name(
 
 
 @pytest.mark.slow
-async def test_what_asks_for_nothing_is_no_reason_to_refuse(client: httpx.AsyncClient) -> None:
+async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
     for path, name, how in REFUSED:
         if name in ("prompt", "messages"):
             continue
@@ -107,7 +107,7 @@ async def test_what_asks_for_nothing_is_no_reason_to_refuse(client: httpx.AsyncC
             assert response.status_code == 200, (path, name, no_op, response.text)
 
 
-async def test_true_is_not_one(client: httpx.AsyncClient) -> None:
+async def test_true_is_not_accepted_as_one(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json=body("", best_of=True))
     assert response.json()["error"]["param"] == "best_of"
 
@@ -124,7 +124,7 @@ async def test_true_is_not_one(client: httpx.AsyncClient) -> None:
         ("repeat_penalty", "repetition_penalty", 1.2),
     ],
 )
-async def test_two_names_for_one_value_ask_for_nothing_more(
+async def test_an_alias_with_the_same_value_is_accepted_and_another_value_is_refused(
     client: httpx.AsyncClient, path: str, other: str, own: str, value: list[str] | str | float
 ) -> None:
     fields = body(path, **{"max_tokens": 9, own: value, other: value})
@@ -134,7 +134,7 @@ async def test_two_names_for_one_value_ask_for_nothing_more(
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_what_changes_no_answer_and_what_is_unknown_are_ignored(
+async def test_unknown_fields_and_fields_without_effect_are_ignored(
     client: httpx.AsyncClient, engine: FakeEngine, path: str
 ) -> None:
     await client.post(path, json=body(path))
@@ -158,7 +158,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required"
         ("guided_grammar", 'start: "a"', "grammar"),
     ],
 )
-async def test_guided_fields_are_structured_outputs(
+async def test_guided_fields_become_structured_outputs(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     path: str,
@@ -175,9 +175,7 @@ async def test_guided_fields_are_structured_outputs(
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_guided_fields_that_are_empty_demand_nothing(
-    client: httpx.AsyncClient, engine: FakeEngine, path: str
-) -> None:
+async def test_empty_guided_fields_have_no_effect(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
     empty = {"guided_json": "", "guided_regex": "", "guided_choice": [], "guided_grammar": ""}
     response = await client.post(path, json=body(path, **empty))
     assert response.status_code == 200, response.text
@@ -199,7 +197,7 @@ async def test_guided_fields_that_are_empty_demand_nothing(
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
     ],
 )
-async def test_guided_fields_that_are_wrong(
+async def test_invalid_guided_fields_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(path, json=body(path, **fields))
@@ -208,7 +206,7 @@ async def test_guided_fields_that_are_wrong(
     assert engine.requests == []
 
 
-async def test_the_engines_word_on_a_guided_field_names_it(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_engine_errors_name_the_guided_field(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.failure = ConstraintError("no grammar")
     response = await client.post("/v1/completions", json=body("", guided_regex="("))
     assert response.json()["error"]["param"] == "guided_regex"
@@ -240,9 +238,9 @@ def shown(how: Refused) -> list[str]:
         ("Refused by classifications", CLASSIFY),
     ],
 )
-def test_the_document_lists_what_is_refused(heading: str, table: Mapping[str, Refused]) -> None:
+def test_the_document_lists_the_refused_fields(heading: str, table: Mapping[str, Refused]) -> None:
     assert rows(heading) == {name: shown(how) for name, how in table.items()}
 
 
-def test_the_document_lists_what_is_ignored() -> None:
+def test_the_document_lists_the_ignored_fields() -> None:
     assert rows("Ignored") == {name: [reason] for name, reason in IGNORED.items()}

@@ -67,7 +67,7 @@ async def test_fields_reach_the_engine(client: httpx.AsyncClient, engine: FakeEn
         assert (params.logprobs, params.prompt_logprobs) == (None, None)
 
 
-async def test_nulls_mean_absent(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_null_fields_count_as_absent(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     common = [
         "min_tokens",
         "min_p",
@@ -90,7 +90,7 @@ async def test_max_completion_tokens_of_a_completion(client: httpx.AsyncClient) 
     assert (choice["text"], choice["finish_reason"]) == ("hel", "length")
 
 
-async def test_several_choices_count_the_prompt_once(
+async def test_usage_counts_the_prompt_of_several_choices_once(
     client: httpx.AsyncClient, engine: FakeEngine, app: FastAPI, sentiment: str
 ) -> None:
     body = await complete(client, model=sentiment, prompt=["abc", "d"], n=3, seed=5)
@@ -106,7 +106,7 @@ async def test_several_choices_count_the_prompt_once(
     assert app.state.services.admission.num_in_use == 0
 
 
-async def test_each_choice_has_a_seed_of_its_own_that_the_seed_decides(
+async def test_each_choice_has_a_separate_seed_derived_from_the_requests_seed(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     for _ in range(2):
@@ -120,7 +120,7 @@ async def test_each_choice_has_a_seed_of_its_own_that_the_seed_decides(
     assert {request.params.seed for request in engine.requests[9:]} == {None}
 
 
-async def test_several_answers(client: httpx.AsyncClient) -> None:
+async def test_several_answers_are_returned(client: httpx.AsyncClient) -> None:
     body = await chat(client, n=2)
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert body["usage"]["prompt_tokens"] == len("[user]hi[assistant]")
@@ -132,7 +132,7 @@ async def test_several_answers(client: httpx.AsyncClient) -> None:
         assert own[-1]["finish_reason"] == "stop"
 
 
-async def test_logprobs_of_a_completion(client: httpx.AsyncClient) -> None:
+async def test_a_completion_has_logprobs(client: httpx.AsyncClient) -> None:
     logprobs = (await complete(client, logprobs=2))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [*REPLY.decode(), "</s>"]
     assert logprobs["token_logprobs"] == [-token / 512 for token in NEW]
@@ -141,13 +141,13 @@ async def test_logprobs_of_a_completion(client: httpx.AsyncClient) -> None:
     assert [max(top.values()) for top in logprobs["top_logprobs"]] == logprobs["token_logprobs"]
 
 
-async def test_logprobs_of_zero_tell_the_tokens_alone(client: httpx.AsyncClient) -> None:
+async def test_zero_logprobs_return_the_chosen_tokens_only(client: httpx.AsyncClient) -> None:
     logprobs = (await complete(client, logprobs=0))["choices"][0]["logprobs"]
     assert logprobs["top_logprobs"] is None
     assert len(logprobs["token_logprobs"]) == 12
 
 
-async def test_more_echoed_logprobs_than_a_server_should_keep(
+async def test_too_many_echoed_logprobs_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.api.generation.generation.MAX_ECHOED_LOGPROBS", 23)
@@ -170,16 +170,14 @@ async def test_echo_with_logprobs(client: httpx.AsyncClient, max_tokens: int) ->
     assert {len(entries) for entries in logprobs.values()} == {len(PROMPT) + len(new)}
 
 
-async def test_the_entry_of_an_end_token_is_there_though_its_text_is_not(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
+async def test_the_end_token_has_a_logprobs_entry_but_no_text(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = ""
     choice = (await complete(client, echo=True, logprobs=1, max_tokens=1))["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("abc", "stop")
     assert {len(entries) for entries in choice["logprobs"].values()} == {len(PROMPT) + 1}
 
 
-async def test_scoring_alone(client: httpx.AsyncClient) -> None:
+async def test_a_prompt_can_be_scored_without_generating(client: httpx.AsyncClient) -> None:
     body = await complete(client, echo=True, logprobs=1, max_tokens=0)
     choice = body["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
@@ -196,13 +194,13 @@ async def test_a_soft_prompt_gives_the_first_token_a_logprob(client: httpx.Async
 
 
 @pytest.mark.parametrize("prompt", [["abc", "d"], [[97, 98], [99]]])
-async def test_every_choice_echoes_its_own_prompt(client: httpx.AsyncClient, prompt: list[Any]) -> None:
+async def test_every_choice_echoes_its_prompt(client: httpx.AsyncClient, prompt: list[Any]) -> None:
     body = await complete(client, prompt=prompt, echo=True, logprobs=0, n=2)
     texts = ["abc", "abc", "d", "d"] if isinstance(prompt[0], str) else ["ab", "ab", "c", "c"]
     assert [choice["text"] for choice in body["choices"]] == [text + REPLY.decode() for text in texts]
 
 
-async def test_logprobs_cover_the_tokens_that_are_returned(client: httpx.AsyncClient) -> None:
+async def test_logprobs_cover_exactly_the_returned_tokens(client: httpx.AsyncClient) -> None:
     fields = {"stop": "wor", "logprobs": 1, "return_token_ids": True}
     choice = (await complete(client, **fields))["choices"][0]
     assert choice["text"] == "hello "
@@ -210,7 +208,7 @@ async def test_logprobs_cover_the_tokens_that_are_returned(client: httpx.AsyncCl
     assert choice["logprobs"]["tokens"] == [*"hello wor"]
 
 
-async def test_parts_of_a_character(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_parts_of_a_character_have_logprobs_entries(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "é!"
     logprobs = (await complete(client, logprobs=1, ignore_eos=True))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [r"bytes:\xc3", r"bytes:\xa9", "!"]
@@ -219,7 +217,7 @@ async def test_parts_of_a_character(client: httpx.AsyncClient, engine: FakeEngin
     assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9], [33]]
 
 
-async def test_logprobs_of_an_answer(client: httpx.AsyncClient) -> None:
+async def test_a_chat_answer_has_logprobs(client: httpx.AsyncClient) -> None:
     logprobs = (await chat(client, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]
     assert logprobs["refusal"] is None
     assert logprobs["content"][0] == {
@@ -237,7 +235,7 @@ async def test_logprobs_of_an_answer(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"echo": True}, {"stop": "world!"}, {"echo": True, "max_tokens": 0}])
-async def test_a_stream_has_the_logprobs_of_the_whole_answer(
+async def test_a_stream_has_the_same_logprobs_as_the_answer(
     client: httpx.AsyncClient, fields: dict[str, Any]
 ) -> None:
     whole = (await complete(client, logprobs=2, **fields))["choices"][0]
@@ -246,7 +244,7 @@ async def test_a_stream_has_the_logprobs_of_the_whole_answer(
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
 
 
-async def test_a_chat_stream_has_the_logprobs_of_the_whole_answer(client: httpx.AsyncClient) -> None:
+async def test_a_chat_stream_has_the_same_logprobs_as_the_answer(client: httpx.AsyncClient) -> None:
     fields = {"logprobs": True, "top_logprobs": 1}
     whole = (await chat(client, **fields))["choices"][0]["logprobs"]
     pieces = [piece["choices"][0] for piece in await stream(client, "/v1/chat/completions", **fields)]

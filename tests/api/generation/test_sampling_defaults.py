@@ -1,4 +1,4 @@
-"""The checkpoint's defaults, in requests that set the fields and in those that do not."""
+"""The checkpoint's sampling defaults, in requests with and without these fields."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_t
 
 @PATHS
 @pytest.mark.parametrize("is_null", [False, True])
-async def test_what_a_request_does_not_set_is_the_checkpoints(
+async def test_unset_fields_have_the_checkpoints_values(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, is_null: bool
 ) -> None:
     await send(client, path, **(dict.fromkeys([*FIELDS, "stop", "max_tokens"]) if is_null else {}))
@@ -56,7 +56,7 @@ async def test_what_a_request_does_not_set_is_the_checkpoints(
 
 
 @PATHS
-async def test_a_request_overrides_each(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
+async def test_a_request_overrides_each_default(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
     own = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
     await send(client, path, **own, max_tokens=12)
     params = engine.requests[0].params
@@ -64,13 +64,13 @@ async def test_a_request_overrides_each(client: httpx.AsyncClient, engine: FakeE
     assert params.max_tokens == 12
 
 
-async def test_stop_strings_of_the_checkpoint(client: httpx.AsyncClient) -> None:
+async def test_stop_strings_of_the_checkpoint_apply(client: httpx.AsyncClient) -> None:
     assert (await send(client, "/v1/completions"))["choices"][0]["text"] == "hello "
     assert (await send(client, "/v1/completions", stop=["l"]))["choices"][0]["text"] == "he"
     assert (await send(client, "/v1/completions", stop=[]))["choices"][0]["text"] == "hello wor"
 
 
-async def test_min_tokens_of_the_checkpoint_give_way_to_max_tokens(
+async def test_the_checkpoints_min_tokens_is_capped_by_max_tokens(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     await send(client, "/v1/completions", max_tokens=2)
@@ -79,7 +79,7 @@ async def test_min_tokens_of_the_checkpoint_give_way_to_max_tokens(
     assert response.json()["error"]["param"] == "min_tokens"
 
 
-async def test_max_tokens_of_the_checkpoint_shorten_a_default_and_nothing_else(
+async def test_the_checkpoints_max_tokens_limits_only_the_default(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare: Any = FakeEngine.model
@@ -93,7 +93,7 @@ async def test_max_tokens_of_the_checkpoint_shorten_a_default_and_nothing_else(
     assert [request.params.max_tokens for request in engine.requests] == [16, 100, 120, 2]
 
 
-async def test_models_say_what_the_defaults_are(
+async def test_the_models_route_returns_the_defaults(
     client: httpx.AsyncClient, sentiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = {name: getattr(DEFAULTS, name) for name in FIELDS} | {"stop": ["wor"], "max_tokens": 9}
@@ -103,6 +103,8 @@ async def test_models_say_what_the_defaults_are(
     assert (await client.get("/v1/models/tiny")).json()["default_sampling_params"] == {}
 
 
-async def test_members_of_a_vote_have_them_too(client: httpx.AsyncClient, engine: FakeEngine, sentiment: str) -> None:
+async def test_the_defaults_apply_to_members_of_a_vote(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str
+) -> None:
     await send(client, "/v1/completions", model=["tiny", sentiment])
     assert [request.params.temperature for request in engine.requests] == [0.7, 0.7]

@@ -1,4 +1,4 @@
-"""Tenants, priorities and timeouts on their way from a request to the engine, and what a timeout looks like."""
+"""Tenants, priorities and timeouts reach the engine; a timeout is a 503."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest, tmp_path: Path) -> FastAPI:
-    """With two keys or a limit of waiting, where a test asks for them."""
+    """An application, with two keys or a maximum wait if a test requests the fixture."""
     http = settings.http
     if "keys" in request.fixturenames:
         path = tmp_path / "keys"
@@ -44,7 +44,7 @@ def max_wait() -> float:
     return 30.0
 
 
-async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_priority_and_timeout_are_optional(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for fields in ({}, {"priority": None, "timeout": None}):
         assert (await client.post("/v1/completions", json={"prompt": "a"} | fields)).status_code == 200
         request = engine.requests[-1]
@@ -59,14 +59,16 @@ async def test_priority_and_timeout_reach_the_engine(client: httpx.AsyncClient, 
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 30.0), (5.0, 5.0), (100.0, 30.0)])
-async def test_the_shorter_of_both_timeouts_counts(
+async def test_the_shorter_of_two_timeouts_applies(
     max_wait: float, client: httpx.AsyncClient, engine: FakeEngine, asked: float | None, used: float
 ) -> None:
     assert (await client.post("/v1/completions", json={"prompt": "a", "timeout": asked})).status_code == 200
     assert engine.requests[-1].timeout == used
 
 
-async def test_a_key_is_a_tenant(keys: list[str], client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_each_plain_key_is_a_separate_tenant(
+    keys: list[str], client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     for key in ("first", "second"):
         headers = {"authorization": f"Bearer {key}"}
         assert (await client.post("/v1/completions", json={"prompt": "a"}, headers=headers)).status_code == 200
@@ -104,7 +106,7 @@ async def test_a_timeout_is_503_with_retry_after(client: httpx.AsyncClient, engi
         ("/v1/classify", {"input": ["a", "b"], "labels": ["x", "y"]}),
     ],
 )
-async def test_who_has_waited_in_vain_is_told_when_the_queue_has_moved(
+async def test_a_wait_timeout_returns_the_time_to_retry(
     app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
 ) -> None:
     engine.failure = WaitTimeoutError("the request waited 5.0 seconds")
@@ -114,12 +116,12 @@ async def test_who_has_waited_in_vain_is_told_when_the_queue_has_moved(
         response = await client.post(path, json=body)
     assert response.status_code == 503
     milliseconds = int(response.headers["retry-after-ms"])
-    # A sequence begins every 2.5 seconds; the request's own may be counted with the four, and it gets one turn.
+    # One sequence begins every 2.5 seconds. The estimate may count the request with the four, plus one turn.
     assert 10_000 <= milliseconds <= 25_000
     assert int(response.headers["retry-after"]) == math.ceil(milliseconds / 1000)
 
 
-async def test_phases_are_observed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_the_duration_of_each_phase_is_observed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.queue_seconds = 0.5
     assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
     lines = set((await client.get("/metrics")).text.splitlines())

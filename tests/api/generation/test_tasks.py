@@ -25,7 +25,7 @@ async def ask(client: httpx.AsyncClient, path: str = PATHS[0], **fields: Any) ->
 
 @pytest.fixture
 def record(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let every lease be of a version with these fields, whatever the catalog says."""
+    """Replace these fields in the version of every lease."""
     lease = store.lease
 
     def change(**fields: Any) -> None:
@@ -81,7 +81,7 @@ async def test_a_multitask_prompt_needs_one_of_its_tasks(
 @pytest.mark.parametrize(
     ("model", "named"), [("sentiment", "the soft prompt sentiment@1"), ("tiny", "the base model")]
 )
-async def test_others_have_no_tasks(
+async def test_task_ids_are_refused_for_other_soft_prompts(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: CountingStore,
@@ -102,7 +102,7 @@ async def test_others_have_no_tasks(
 @pytest.mark.parametrize(
     ("fields", "param"), [({}, "model"), ({"model": "tiny", "prompt_id": "sentiment@1"}, "prompt_id")]
 )
-async def test_a_prompt_with_a_head_does_not_generate(
+async def test_a_soft_prompt_with_a_head_cannot_generate(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: CountingStore,
@@ -122,6 +122,6 @@ async def test_a_prompt_with_a_head_does_not_generate(
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_versions_show_tasks_and_labels(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_a_version_shows_its_tasks_and_labels(client: httpx.AsyncClient, sentiment: str) -> None:
     version = (await client.get("/v1/prompts/sentiment/versions/1")).json()
     assert (version["num_tasks"], version["num_labels"]) == (None, None)

@@ -1,4 +1,4 @@
-"""How a conversation is written out: what a request may say of it."""
+"""Chat template options of a request."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def body(**fields: Any) -> dict[str, Any]:
         ),
     ],
 )
-async def test_what_reaches_the_template(
+async def test_options_reach_the_template(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer, path: str, fields: dict[str, Any], options: dict[str, Any]
 ) -> None:
     response = await client.post(path, json=body(**fields))
@@ -79,7 +79,7 @@ async def test_what_reaches_the_template(
         ({"chat_template": "{{ x }}"}, "chat_template"),
     ],
 )
-async def test_what_is_refused(
+async def test_bad_options_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(path, json=body(**fields))
@@ -89,13 +89,13 @@ async def test_what_is_refused(
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
-async def test_no_variable_takes_the_place_of_a_parameter(client: httpx.AsyncClient, name: str) -> None:
+async def test_no_variable_replaces_a_parameter(client: httpx.AsyncClient, name: str) -> None:
     response = await client.post(ROUTES[0], json=body(chat_template_kwargs={name: True}))
     assert response.status_code == 400
     assert name in response.json()["error"]["message"]
 
 
-async def test_variables_too_deep_are_refused(client: httpx.AsyncClient) -> None:
+async def test_deeply_nested_variables_are_refused(client: httpx.AsyncClient) -> None:
     value: Any = {}
     for _ in range(70):
         value = {"a": value}
@@ -103,13 +103,13 @@ async def test_variables_too_deep_are_refused(client: httpx.AsyncClient) -> None
     assert response.json()["error"]["param"] == "chat_template_kwargs"
 
 
-async def test_half_of_a_surrogate_pair_is_no_variable(client: httpx.AsyncClient) -> None:
+async def test_a_variable_with_half_of_a_surrogate_pair_is_refused(client: httpx.AsyncClient) -> None:
     content = b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": "\\ud83d"}}'
     response = await client.post(ROUTES[0], content=content, headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template_kwargs.a")
 
 
-async def test_tokenize_takes_the_tools_of_a_conversation(
+async def test_tokenize_accepts_the_tools_of_a_conversation(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer
 ) -> None:
     tools = [{"type": "function", "function": {"name": "weather", "strict": True}}]
@@ -143,7 +143,7 @@ def real() -> Iterator[Tokenizer]:
         ({"documents": [{"text": "d"}]}, "<user>hi</><assistant>Sure,</>[d]<assistant>"),
     ],
 )
-async def test_a_real_template_has_them(real: Tokenizer, options: dict[str, Any] | None, text: str) -> None:
+async def test_a_real_template_uses_the_options(real: Tokenizer, options: dict[str, Any] | None, text: str) -> None:
     assert await real.render_chat(MESSAGES, options=options) == text
 
 

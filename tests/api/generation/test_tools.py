@@ -53,7 +53,7 @@ async def ask(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
 
 
 async def stream(client: httpx.AsyncClient, **fields: Any) -> tuple[list[dict[str, Any]], str]:
-    """All deltas but the first, which tells the role, and the last, which is empty; and the finish reason."""
+    """All deltas except the first (the role) and the last (empty), and the finish reason."""
     response = await client.post(URL, json=body(stream=True, **fields))
     assert response.status_code == 200, response.text
     events = response.text.removesuffix("\n\n").split("\n\n")
@@ -73,7 +73,9 @@ def check_streamed_call(deltas: list[dict[str, Any]], name: str, arguments: str)
     assert "".join(call["function"]["arguments"] for call in calls) == arguments
 
 
-async def test_a_named_function(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer) -> None:
+async def test_a_named_function_is_called(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer
+) -> None:
     engine.reply = '{"city": "Bonn"}'
     choice = await ask(client, tool_choice=NAMED)
     message = choice["message"]
@@ -92,9 +94,7 @@ async def test_a_named_function(client: httpx.AsyncClient, engine: FakeEngine, t
     assert reason == "stop"
 
 
-async def test_a_function_without_parameters_is_strict_about_them(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
+async def test_a_function_without_parameters_accepts_none(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "{}"
     choice = await ask(client, tool_choice={"type": "function", "function": {"name": "time"}})
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": "{}"}
@@ -103,7 +103,7 @@ async def test_a_function_without_parameters_is_strict_about_them(
     assert json.loads(constraint.text) == {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-async def test_any_function_is_required(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_required_forces_a_call_of_any_function(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = '{"name": "weather", "arguments": {"city": "a}"}}'
     choice = await ask(client, tool_choice="required")
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
@@ -117,7 +117,7 @@ async def test_any_function_is_required(client: httpx.AsyncClient, engine: FakeE
     assert reason == "tool_calls"
 
 
-async def test_functions_that_name_two_schemas_alike_cannot_be_chosen_among(
+async def test_functions_with_conflicting_definitions_cannot_be_required(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     def tool(name: str, inner: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ async def test_functions_that_name_two_schemas_alike_cannot_be_chosen_among(
     assert "'https://example.com/x'" in error["message"]
 
 
-async def test_a_call_that_is_cut_off(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_truncated_call_ends_with_length(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = '{"name": "weather", "arguments": {"city": "Bonn"}}'
     choice = await ask(client, tool_choice="required", max_tokens=44)
     assert choice["finish_reason"] == "length"
@@ -142,7 +142,9 @@ async def test_a_call_that_is_cut_off(client: httpx.AsyncClient, engine: FakeEng
     assert (choice["message"]["content"], choice["finish_reason"]) == ('{"name": "we', "length")
 
 
-async def test_the_model_may_call(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer) -> None:
+async def test_with_auto_the_model_may_call_a_function(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer
+) -> None:
     engine.reply = f"Let me see.\n{CALL}\n{CALL}"
     choice = await ask(client)
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Let me see.", "tool_calls")
@@ -160,7 +162,7 @@ async def test_the_model_may_call(client: httpx.AsyncClient, engine: FakeEngine,
     assert reason == "tool_calls"
 
 
-async def test_calls_are_read_where_their_marks_are_special_tokens(
+async def test_calls_marked_by_special_tokens_are_parsed(
     client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer
 ) -> None:
     tokenizer.special_tokens = {BOS: "<tool_call>", EOS: "</s>"}
@@ -173,9 +175,7 @@ async def test_calls_are_read_where_their_marks_are_special_tokens(
     assert choice["message"]["content"] == call
 
 
-async def test_every_token_of_a_stream_is_told_once_where_calls_are_read(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
+async def test_a_stream_with_tools_returns_every_token_once(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = CALL
     response = await client.post(URL, json=body(stream=True, return_token_ids=True, logprobs=True))
     choices = [
@@ -186,7 +186,9 @@ async def test_every_token_of_a_stream_is_told_once_where_calls_are_read(
     assert len(scored) == len(CALL.encode()) + 1
 
 
-async def test_text_is_text(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer) -> None:
+async def test_an_answer_without_a_call_is_text(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: ByteTokenizer
+) -> None:
     choice = await ask(client)
     assert (choice["message"]["content"], choice["finish_reason"]) == ("hello world", "stop")
     assert "tool_calls" not in choice["message"]
@@ -196,7 +198,7 @@ async def test_text_is_text(client: httpx.AsyncClient, engine: FakeEngine, token
     assert tokenizer.tools == []
 
 
-async def test_a_template_without_tools(
+async def test_a_template_without_tools_refuses_auto(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer, engine: FakeEngine
 ) -> None:
     tokenizer.shows_tools = False
@@ -206,14 +208,14 @@ async def test_a_template_without_tools(
         assert response.json()["error"]["param"] == "tools"
     assert engine.requests == []
     engine.reply = '{"name": "time", "arguments": {}}'
-    # A forced call is one all the same; so do clients get structured output from it.
+    # A forced call needs no template: clients use it for structured output.
     assert (await ask(client, tool_choice="required"))["message"]["tool_calls"]
     assert (await ask(client, tool_choice=NAMED))["message"]["tool_calls"]
     assert (await ask(client, tool_choice="none"))["message"]["content"]
     assert (await ask(client, tools=[], tool_choice="auto"))["message"]["content"]
 
 
-async def test_messages_about_calls_reach_the_template(client: httpx.AsyncClient, tokenizer: ByteTokenizer) -> None:
+async def test_messages_with_calls_reach_the_template(client: httpx.AsyncClient, tokenizer: ByteTokenizer) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     empty = {"id": "c2", "type": "function", "function": {"name": "time", "arguments": ""}}
     messages = [
@@ -238,7 +240,7 @@ async def test_messages_about_calls_reach_the_template(client: httpx.AsyncClient
     ]
 
 
-async def test_arguments_given_as_an_object_and_answers_without_content(
+async def test_arguments_may_be_an_object_and_content_may_be_missing(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer
 ) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
@@ -323,7 +325,7 @@ def assistant(**call: Any) -> dict[str, Any]:
         ),
     ],
 )
-async def test_what_is_refused(
+async def test_bad_tools_and_messages_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(URL, json=body(**fields))
@@ -333,13 +335,13 @@ async def test_what_is_refused(
 
 
 @pytest.mark.parametrize("choice", ["any", 5, {"type": "function"}, {"type": "function", "function": {"name": 1}}])
-async def test_a_wrong_choice_is_refused(client: httpx.AsyncClient, choice: str | int | dict[str, Any]) -> None:
+async def test_a_wrong_tool_choice_is_refused(client: httpx.AsyncClient, choice: str | int | dict[str, Any]) -> None:
     response = await client.post(URL, json=body(tool_choice=choice))
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("tool_choice")
 
 
-async def test_required_tools_are_bounded_together() -> None:
+async def test_required_tools_have_a_total_size_limit() -> None:
     functions = [{"name": f"f{i}", "parameters": {"const": "x" * 9000}} for i in range(9)]
     tools = [Tool.model_validate({"type": "function", "function": function}) for function in functions]
     assert forced_constraint(tools[:5], "required") is not None
@@ -348,9 +350,7 @@ async def test_required_tools_are_bounded_together() -> None:
     assert error.value.param == "tools"
 
 
-async def test_a_schema_that_the_engine_cannot_use_is_the_tools_fault(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
+async def test_an_unusable_schema_is_an_error_of_tools(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.failure = ConstraintError("wrong type")
     response = await client.post(URL, json=body(tool_choice="required"))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
@@ -359,7 +359,7 @@ async def test_a_schema_that_the_engine_cannot_use_is_the_tools_fault(
 def read(
     reader: ToolCallReader, text: str, seed: int, reason: str = "stop"
 ) -> tuple[str, list[tuple[str, str]], str]:
-    """Text, calls and reason, the text given in random pieces."""
+    """Text, calls and finish reason after reading the text in random pieces."""
     rng = random.Random(seed)
     pieces = []
     while text:
@@ -407,7 +407,7 @@ ARGUMENTS = '{"city": "Köln"}'
         (f"<tool_call>x</tool_call>{CALL}", "<tool_call>x</tool_call>", 1),
     ],
 )
-def test_the_hermes_form(text: str, shown: str, num_calls: int) -> None:
+def test_hermes_calls_are_parsed(text: str, shown: str, num_calls: int) -> None:
     for seed in range(20):
         reader = HermesReader({"weather"}, allows_several=True)
         got, calls, reason = read(reader, text, seed)
@@ -420,7 +420,7 @@ parts = st.lists(st.sampled_from(["<", "tool_call", ">", "/", " ", "{", '"name"'
 
 
 @given(parts.map("".join), st.integers(0, 99))
-def test_text_without_calls_is_shown_as_it_is(text: str, seed: int) -> None:
+def test_text_without_calls_is_unchanged(text: str, seed: int) -> None:
     assert read(HermesReader({"f"}, allows_several=True), text, seed) == (text, [], "stop")
 
 
@@ -434,7 +434,7 @@ def test_text_without_calls_is_shown_as_it_is(text: str, seed: int) -> None:
         ('{"a": 1e308, "b": 1e-999}', '{"a": 1e+308, "b": 0.0}'),
     ],
 )
-async def test_arguments_are_json_that_can_be_sent(
+async def test_arguments_are_valid_json(
     client: httpx.AsyncClient, engine: FakeEngine, written: str, arguments: str
 ) -> None:
     engine.reply = f'<tool_call>{{"name": "weather", "arguments": {written}}}</tool_call>'
@@ -469,7 +469,7 @@ bodies = st.one_of(
 
 @pytest.mark.slow
 @given(bodies, st.sampled_from(["stop", "length"]), st.booleans(), st.integers(0, 99))
-def test_whatever_a_model_writes_is_text_or_calls_streamed_or_not(
+def test_any_output_becomes_the_same_text_and_calls_streamed_or_not(
     text: str, reason: str, allows_several: bool, seed: int
 ) -> None:
     whole = HermesReader({"f"}, allows_several=allows_several)
@@ -488,12 +488,12 @@ def test_whatever_a_model_writes_is_text_or_calls_streamed_or_not(
 
 
 @given(st.dictionaries(st.text(), st.text() | st.integers() | st.booleans()), st.integers(0, 99))
-def test_forced_calls_come_out_as_they_went_in(arguments: dict[str, Any], seed: int) -> None:
+def test_forced_calls_are_parsed_unchanged(arguments: dict[str, Any], seed: int) -> None:
     text = json.dumps(arguments)
     assert read(NamedCallReader("f"), text, seed) == ("", [("f", text)], "stop")
     whole = json.dumps({"name": "f", "arguments": arguments})
     assert read(RequiredCallReader(), whole, seed) == ("", [("f", text)], "tool_calls")
-    if "<tool_call>" not in text and "</tool_call>" not in text:  # which nobody could tell from the form's own
+    if "<tool_call>" not in text and "</tool_call>" not in text:  # a mark in a text looks like a real one
         hermes = f"<tool_call>{whole}</tool_call>"
         _, ((name, got),), _ = read(HermesReader({"f"}, allows_several=False), hermes, seed)
         assert (name, json.loads(got)) == ("f", arguments)

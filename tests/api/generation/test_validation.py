@@ -40,7 +40,7 @@ UNSUPPORTED += [("/v1/chat/completions", field, *values) for field, values in CH
 
 
 @pytest.mark.parametrize(("path", "field", "asking", "no_op"), UNSUPPORTED)
-async def test_known_fields_without_their_feature_are_refused(
+async def test_known_fields_of_unsupported_features_are_refused(
     client: httpx.AsyncClient, path: str, field: str, asking: int | str, no_op: int | str | None
 ) -> None:
     error = await refused(client, {field: asking}, path)
@@ -146,11 +146,11 @@ async def test_values_out_of_range_name_the_field(
         ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
     ],
 )
-async def test_bad_conversations(client: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
+async def test_bad_conversations_are_refused(client: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
     assert (await refused(client, fields, "/v1/chat/completions"))["param"] == param
 
 
-async def test_all_faults_are_told(client: httpx.AsyncClient) -> None:
+async def test_all_errors_are_reported(client: httpx.AsyncClient) -> None:
     error = await refused(client, {"temperature": 9, "top_p": 9, "prompt": 5})
     assert {detail["field"] for detail in error["details"]} == {"temperature", "top_p", "prompt"}
 
@@ -160,7 +160,7 @@ async def test_inputs_are_not_echoed(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"5", b"", b"\xff", b'{"prompt": NaN}', b"[" * 5000])
-async def test_bodies_that_are_not_a_json_object(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_bodies_that_are_not_a_json_object_are_refused(client: httpx.AsyncClient, content: bytes) -> None:
     headers = {"content-type": "application/json"}
     response = await client.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400, response.text
@@ -168,7 +168,7 @@ async def test_bodies_that_are_not_a_json_object(client: httpx.AsyncClient, cont
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
-async def test_numbers_that_are_not_finite(client: httpx.AsyncClient, number: str) -> None:
+async def test_numbers_that_are_not_finite_are_refused(client: httpx.AsyncClient, number: str) -> None:
     content = b'{"prompt": "x", "temperature": ' + number.encode() + b"}"
     response = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
@@ -176,7 +176,7 @@ async def test_numbers_that_are_not_finite(client: httpx.AsyncClient, number: st
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_other_content_types(client: httpx.AsyncClient, content_type: str) -> None:
+async def test_other_content_types_are_refused(client: httpx.AsyncClient, content_type: str) -> None:
     response = await client.post(
         "/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": content_type}
     )
@@ -184,13 +184,13 @@ async def test_other_content_types(client: httpx.AsyncClient, content_type: str)
     assert response.json()["error"]["code"] == "unsupported_media_type"
 
 
-async def test_body_over_the_limit(client: httpx.AsyncClient) -> None:
+async def test_a_body_over_the_limit_is_413(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json={"prompt": "x" * 70_000})
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "payload_too_large"
 
 
-async def test_chunked_body_over_the_limit(client: httpx.AsyncClient) -> None:
+async def test_a_chunked_body_over_the_limit_is_413(client: httpx.AsyncClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b'{"prompt": "'
         for _ in range(70):
@@ -201,7 +201,7 @@ async def test_chunked_body_over_the_limit(client: httpx.AsyncClient) -> None:
     assert response.json()["error"]["code"] == "payload_too_large"
 
 
-async def test_too_long_names_the_lengths(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_the_context_error_gives_the_lengths(client: httpx.AsyncClient, sentiment: str) -> None:
     # 256 positions: 4 virtual, 1 + 200 text, so 51 are left.
     fields = {"model": sentiment, "prompt": "x" * 200}
     error = await refused(client, fields | {"max_tokens": 52})
@@ -212,7 +212,7 @@ async def test_too_long_names_the_lengths(client: httpx.AsyncClient, sentiment: 
     assert response.status_code == 200
 
 
-async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(
+async def test_the_default_max_tokens_is_clipped_and_an_explicit_one_is_refused(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     body = {"model": "tiny", "prompt": "x" * 250}
@@ -222,7 +222,9 @@ async def test_the_default_is_clipped_where_an_explicit_limit_is_refused(
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1])
-async def test_no_room_for_one_token(client: httpx.AsyncClient, store: CountingStore, max_tokens: int | None) -> None:
+async def test_a_prompt_without_room_for_one_token_is_refused(
+    client: httpx.AsyncClient, store: CountingStore, max_tokens: int | None
+) -> None:
     error = await refused(client, {"prompt": "x" * 255, "max_tokens": max_tokens})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
@@ -235,7 +237,7 @@ async def test_no_room_for_one_token(client: httpx.AsyncClient, store: CountingS
         ("/v1/classify", "input", "x"),
     ],
 )
-async def test_the_tokenizer_is_told_the_context_and_the_field(
+async def test_the_tokenizer_gets_the_context_length_and_the_field(
     client: httpx.AsyncClient,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
@@ -317,10 +319,10 @@ def called(call_id: str, arguments: str) -> dict[str, object]:
         ("/v1/classify", {"input": ["a", HALF], "labels": ["b"]}, "input[1]"),
     ],
 )
-async def test_half_of_a_surrogate_pair_is_no_text(
+async def test_text_with_half_of_a_surrogate_pair_is_refused(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str | None
 ) -> None:
-    # As an escape, as clients write it; as bytes that are no UTF-8, but that Python's JSON takes; and as UTF-16.
+    # As an escape, as clients write it; as invalid UTF-8, which Python's JSON accepts; and as UTF-16.
     text = json.dumps({"model": "tiny"} | fields)
     raw = json.dumps({"model": "tiny"} | fields, ensure_ascii=False)
     for content in (text.encode(), raw.encode(errors="surrogatepass"), text.encode("utf-16")):
@@ -331,7 +333,7 @@ async def test_half_of_a_surrogate_pair_is_no_text(
     assert engine.requests == []
 
 
-async def test_whole_pairs_and_odd_characters_are_text(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_whole_pairs_and_unusual_characters_are_accepted(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     text = '"a\\ud83d\\ude00\\u0000\\uffff\\ufeff\\ufffd\\u202e\\\\ud83d"'
     for path, fields in (
         ("/v1/completions", f'"prompt": {text}'),
@@ -349,7 +351,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_the_place_of_a_half_is_found_exactly_where_there_is_one(value: Any) -> None:
+def test_an_unpaired_surrogate_is_found_exactly_if_there_is_one(value: Any) -> None:
     body = json.dumps(value)
     loc = half_pair_in(json.loads(body))
     try:
@@ -365,7 +367,7 @@ def test_the_place_of_a_half_is_found_exactly_where_there_is_one(value: Any) -> 
         assert loc is None
 
 
-def test_a_half_in_the_deep_is_found() -> None:
+def test_a_deeply_nested_unpaired_surrogate_is_found() -> None:
     value: Any = HALF
     for _ in range(50_000):
         value = [value]

@@ -1,4 +1,4 @@
-"""The server's protocol without a socket: bytes in, bytes out, and what the application was asked."""
+"""The server's protocol without a socket: bytes in, bytes out, and the requests that reach the application."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from server.api.http.refusal_log import Refusal
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is written."""
+    """Stores the written bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one connection's bytes."""
+    """The result of one connection's bytes."""
 
     calls: list[Call]
     answers: bytes
@@ -104,7 +104,7 @@ async def _drive(pieces: Iterable[bytes], origins: Sequence[str], limits: dict[s
                     return
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
-        headers = list(scope["headers"])  # as they are when the body has come
+        headers = list(scope["headers"])  # read again after the body has arrived
         calls.append(Call(method=scope["method"], path=scope["path"], headers=headers, body=body))
         answered = [(b"content-length", b"0"), (b"x-request-id", dict(headers).get(b"x-request-id", b"-"))]
         await send({"type": "http.response.start", "status": 200, "headers": answered})

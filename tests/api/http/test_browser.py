@@ -1,4 +1,4 @@
-"""A real browser shows pages that try to use a server of the same machine."""
+"""Pages in a real browser try to use a server on the same machine."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class _Blank(BaseHTTPRequestHandler):
 
 @contextmanager
 def pages() -> Iterator[int]:
-    """Serve pages of other origins than any server's; its port."""
+    """Serve pages whose origin is no server's; yields the port."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Blank) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
@@ -112,7 +112,7 @@ def page_port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium, in which two strange names are this machine's."""
+    """Chromium that resolves two foreign names to this machine."""
     names = "MAP evil.example 127.0.0.1, MAP prelude.example 127.0.0.1"
     flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
     with sync_playwright() as playwright:
@@ -177,16 +177,16 @@ def refused(live: Any, code: str, times: int, headers: dict[str, str] | None = N
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "evil.example"], ids=["same site", "cross site", "strange"]
 )
-def test_a_page_of_another_origin_can_do_nothing(
+def test_a_page_of_another_origin_is_refused_everything(
     serve: Any, show: Any, parts: Any, page_port: int, engine: Any, keys: tuple[str, ...], host: str
 ) -> None:
     live = serve(api_keys=keys)
     own = bearer(KEY) if keys else {}
     page = show(f"http://{host}:{page_port}/")
-    # What needs no preflight is sent, and refused.
+    # Requests without a preflight are sent and refused.
     with refused(live, "cross_origin", 3, own):
         answer = page.evaluate("a => upload(...a)", [live.url, parts("sentiment"), {"mode": "no-cors"}])
-        assert answer == {"type": "TypeError"}, "the resource policy hides that there is an answer"
+        assert answer == {"type": "TypeError"}, "the resource policy must hide the answer"
         body = '{"model": "tiny", "prompt": "abc"}'
         simple = {"mode": "no-cors", "body": body, "headers": {"content-type": "text/plain"}}
         assert page.evaluate("a => ask(...a)", [live.url, "/v1/completions", "POST", simple]) == {"type": "TypeError"}
@@ -194,7 +194,7 @@ def test_a_page_of_another_origin_can_do_nothing(
             page.evaluate("a => submitForm(...a)", [live.url, parts("sentiment")])
         assert shown.value.status == 403
         assert shown.value.json()["error"]["code"] == "cross_origin"
-    # What needs one is not sent, and no answer can be read.
+    # Requests with a preflight are not sent, and no answer can be read.
     page = show(f"http://{host}:{page_port}/")
     with refused(live, "cross_origin", 0, own):
         typed = {"body": body, "headers": {"content-type": "application/json", **own}}
@@ -211,10 +211,10 @@ def test_a_page_of_another_origin_can_do_nothing(
     assert engine.requests == []
 
 
-def test_a_page_whose_name_points_here_is_not_answered(serve: Any, show: Any, parts: Any) -> None:
+def test_a_page_whose_name_resolves_to_the_server_is_refused(serve: Any, show: Any, parts: Any) -> None:
     with pages() as port:
         page = show(f"http://evil.example:{port}")
-    live = serve(port=port)  # as if the name had been pointed from the page's server to this one
+    live = serve(port=port)  # simulates DNS rebinding from the page's server to this one
     answers = [
         page.evaluate("a => upload(...a)", ["", parts("sentiment"), {}]),
         page.evaluate("a => ask(...a)", ["", "/v1/prompts", "GET", {}]),
@@ -241,7 +241,7 @@ def test_an_allowed_origin_works_and_no_other(serve: Any, show: Any, parts: Any,
         engine.step_seconds = 0.05
         pieces = page.evaluate("a => pieces(...a)", [live.url, body, own])
         engine.step_seconds = 0.0
-        assert len(pieces) > 1, "it came in one piece"
+        assert len(pieces) > 1, "the stream arrived in one piece"
         assert "".join(pieces).endswith("data: [DONE]\n\n")
         answer = page.evaluate(
             "a => ask(...a)", [live.url, f"/v1/prompts/{name}/versions/9", "DELETE", {"headers": own}]
@@ -262,7 +262,7 @@ def test_an_allowed_origin_works_and_no_other(serve: Any, show: Any, parts: Any,
 
 
 @pytest.mark.parametrize("keys", [(), (KEY,)], ids=["open", "keys"])
-def test_pages_of_the_server_itself_work(serve: Any, show: Any, parts: Any, keys: tuple[str, ...]) -> None:
+def test_pages_of_the_server_work(serve: Any, show: Any, parts: Any, keys: tuple[str, ...]) -> None:
     live = serve(api_keys=keys)
     own = bearer(KEY) if keys else {}
     page = show(f"{live.url}/live")
@@ -270,7 +270,7 @@ def test_pages_of_the_server_itself_work(serve: Any, show: Any, parts: Any, keys
     assert (answer["type"], answer["status"]) == ("basic", 201)
     with page.expect_response(lambda response: response.url.endswith("/v1/prompts")) as shown:
         page.evaluate("a => submitForm(...a)", ["", parts("sentiment", seed=1)])
-    # The referrer policy makes the form's origin 'null'; where it comes from is told by Sec-Fetch-Site.
+    # The referrer policy makes the form's origin 'null'; Sec-Fetch-Site gives the relation to the server.
     assert shown.value.status == (401 if keys else 201)
     if not keys:
         page = show(f"{live.url}/docs")
@@ -279,7 +279,7 @@ def test_pages_of_the_server_itself_work(serve: Any, show: Any, parts: Any, keys
 
 
 def test_without_fetch_metadata_the_origin_decides(serve: Any, show: Any, parts: Any, page_port: int) -> None:
-    """Over plain HTTP, browsers tell ``Sec-Fetch-Site`` to loopback's own names alone."""
+    """Over plain HTTP, browsers send ``Sec-Fetch-Site`` only to loopback names."""
     live = serve(api_keys=(KEY,))
     named = f"http://prelude.example:{httpx.URL(live.url).port}"
     with refused(live, "cross_origin", 1, bearer(KEY)):

@@ -1,4 +1,4 @@
-"""HTTP clients as they are by default: those that are installed are run, and what each of them sends is replayed."""
+"""HTTP clients with default settings: installed ones run, and captured requests of others are replayed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = "hello world"
 HTTP2_OF_CURL = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
 HTTP2_OF_JAVA = b"HTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA\r\nUpgrade: h2c\r\n"
 
-# Heads of curl 7.88, OpenJDK 17 and Node 20 as captured; of Go, .NET and aiohttp as their sources write them.
+# Heads of curl 7.88, OpenJDK 17 and Node 20 are captured; those of Go, .NET and aiohttp follow their sources.
 LENGTH, CHUNKED = b"Content-Length: %d\r\n" % len(BODY), b"Transfer-Encoding: chunked\r\n"
 POST, JSON = b"POST /v1/completions HTTP/1.1\r\n", b"Content-Type: application/json\r\n"
 SENT: dict[str, bytes] = {
@@ -95,8 +95,8 @@ def framed(head: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("form", SENT.values(), ids=SENT.keys())
-def test_what_clients_send_is_served(live: Any, form: bytes) -> None:
-    """Three requests on one connection, each after the answer to the one before."""
+def test_captured_client_requests_are_served(live: Any, form: bytes) -> None:
+    """Three requests on one connection, each sent after the previous answer."""
     netloc = httpx.URL(live.url).netloc
     head = form % {b"host": netloc} + b"\r\n"
     with _connection(live) as connection:
@@ -202,11 +202,11 @@ def _httpx(url: str, _: Path) -> list[str]:
     [("curl", _curl), ("node", _node), ("java", _java), ("", _urllib), ("", _requests), ("", _httpx)],
     ids=["curl", "node", "java", "urllib", "requests", "httpx"],
 )
-def test_clients_that_are_installed_are_served(
+def test_installed_clients_are_served(
     live: Any, tmp_path: Path, program: str, ask: Callable[[str, Path], list[str]]
 ) -> None:
     if program and shutil.which(program) is None:
-        pytest.skip(f"needs {program}; what it sends is replayed")
+        pytest.skip(f"needs {program}; its captured requests are replayed")
     answers = ask(live.url + PATH, tmp_path)
     assert answers
     for answer in answers:

@@ -1,4 +1,4 @@
-"""The door of a real server: heads, bodies and answers that come or go too slowly, too large, or too many."""
+"""Connection limits of a real server: heads, bodies and answers that are too slow, too large or too many."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def connect() -> Iterator[Callable[..., socket.socket]]:
 
 
 def everything(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
+    """All bytes until the other side closes."""
     received = b""
     try:
         while part := connection.recv(65536):
@@ -64,7 +64,7 @@ def counted(live: Any, code: str) -> bool:
 
 
 def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
-    """The fields of the one line about a code."""
+    """The fields of the only line with a code."""
     lines = [fields_of(record) for record in caplog.records]
     (fields,) = [fields for fields in lines if fields.get("error") == code]
     return fields
@@ -90,7 +90,7 @@ def logged(caplog: pytest.LogCaptureFixture, code: str) -> dict[str, Any]:
         *("no URL", "no path", "no proxy", "huge length", "no chunk"),
     ],
 )
-def test_heads_that_are_not_taken(
+def test_bad_heads_are_refused(
     serve: Any,
     connect: Callable[..., socket.socket],
     caplog: pytest.LogCaptureFixture,
@@ -112,13 +112,11 @@ def test_heads_that_are_not_taken(
     assert fields["reason"] == json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
-def test_a_head_that_comes_a_byte_at_a_time_is_too_late_and_so_is_none(
-    serve: Any, connect: Callable[..., socket.socket]
-) -> None:
+def test_slow_and_missing_heads_time_out(serve: Any, connect: Callable[..., socket.socket]) -> None:
     live = serve(head_timeout=0.5)
     slow, silent = connect(live), connect(live)
     began = time.monotonic()
-    with pytest.raises(OSError):  # noqa: PT011 - whichever the kernel gives: the other side has closed
+    with pytest.raises(OSError):  # noqa: PT011 - the kernel chooses the error: the other side has closed
         for byte in HEAD * 100:
             slow.sendall(bytes([byte]))
             time.sleep(0.02)
@@ -127,7 +125,7 @@ def test_a_head_that_comes_a_byte_at_a_time_is_too_late_and_so_is_none(
     assert counted(live, "request_timeout")
 
 
-def test_a_connection_that_asks_nothing_is_logged_without_a_status(
+def test_a_connection_without_a_request_is_logged_without_a_status(
     serve: Any, connect: Callable[..., socket.socket], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "server.api.http.refusal_log")
@@ -139,7 +137,7 @@ def test_a_connection_that_asks_nothing_is_logged_without_a_status(
     }
 
 
-def test_a_head_that_stops_is_told(serve: Any, connect: Callable[..., socket.socket]) -> None:
+def test_an_incomplete_head_is_408(serve: Any, connect: Callable[..., socket.socket]) -> None:
     live = serve(head_timeout=0.3)
     connection = connect(live)
     connection.sendall(HEAD)
@@ -157,7 +155,7 @@ def test_a_second_request_on_the_connection_has_the_same_limits(
 
 
 @pytest.mark.slow
-def test_what_follows_an_early_answer_holds_the_connection_no_longer(
+def test_a_slow_body_after_an_early_answer_does_not_keep_the_connection(
     serve: Any, connect: Callable[..., socket.socket]
 ) -> None:
     live = serve(head_timeout=2.0, max_head_bytes=2048)
@@ -167,11 +165,11 @@ def test_what_follows_an_early_answer_holds_the_connection_no_longer(
     assert b"404 Not Found" in answer
     began = time.monotonic()
     with pytest.raises(OSError):  # noqa: PT011
-        connection.sendall(b"x" * 10_000)  # a body that was begun is no head that is too large
+        connection.sendall(b"x" * 10_000)  # a started body must not count as a large head
         while time.monotonic() - began < 30:
             connection.sendall(b"x")
             time.sleep(0.02)
-    assert b"HTTP/1.1 431" not in answer + everything(connection)  # a request id may hold any three digits
+    assert b"HTTP/1.1 431" not in answer + everything(connection)  # a request id may contain any three digits
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/prompts"])
@@ -187,7 +185,7 @@ def test_a_slow_body_is_408(serve: Any, connect: Callable[..., socket.socket], p
     assert live.server._services.admission.num_in_use == 0
 
 
-def test_a_body_that_keeps_up_may_take_longer(serve: Any, connect: Callable[..., socket.socket]) -> None:
+def test_a_body_above_the_minimum_rate_may_take_longer(serve: Any, connect: Callable[..., socket.socket]) -> None:
     live = serve(body_timeout=0.4)
     connection = connect(live)
     body = json.dumps({"prompt": "abc", "max_tokens": 2, "user": "x" * 16_000}).encode()
@@ -198,16 +196,16 @@ def test_a_body_that_keeps_up_may_take_longer(serve: Any, connect: Callable[...,
     assert b"200 OK" in everything(connection)
 
 
-def test_a_body_that_came_quickly_may_be_silent_no_longer(serve: Any, connect: Callable[..., socket.socket]) -> None:
+def test_a_fast_start_does_not_extend_the_allowed_silence(serve: Any, connect: Callable[..., socket.socket]) -> None:
     live = serve(body_timeout=0.4)
     connection = connect(live)
     began = time.monotonic()
     connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + b'{"prompt": "' + b"x" * 50_000)
     assert error_of(everything(connection), 408) == "request_timeout"
-    assert time.monotonic() - began < 8, "50,000 bytes would have bought twelve seconds"
+    assert time.monotonic() - began < 8, "50,000 bytes must not extend the timeout by twelve seconds"
 
 
-def test_more_connections_than_allowed_are_refused_until_one_goes(
+def test_connections_over_the_limit_are_refused_until_one_closes(
     serve: Any, connect: Callable[..., socket.socket], eventually: Callable[..., None]
 ) -> None:
     live = serve(max_connections=3)
@@ -222,7 +220,7 @@ def test_more_connections_than_allowed_are_refused_until_one_goes(
 
 
 @pytest.mark.slow
-def test_an_answer_that_nobody_reads_is_given_up(
+def test_an_unread_answer_is_abandoned(
     serve: Any,
     connect: Callable[..., socket.socket],
     engine: Any,
@@ -244,9 +242,7 @@ def test_an_answer_that_nobody_reads_is_given_up(
 
 
 @pytest.mark.slow
-def test_a_reader_that_is_slow_but_reads_gets_all_of_it(
-    serve: Any, connect: Callable[..., socket.socket], engine: Any
-) -> None:
+def test_a_slow_reader_gets_the_whole_answer(serve: Any, connect: Callable[..., socket.socket], engine: Any) -> None:
     live = serve(stall_timeout=0.5, max_waiting=1000)
     engine.reply = "x" * 200
     connection = connect(live, buffer=65536)
@@ -263,7 +259,7 @@ def test_a_reader_that_is_slow_but_reads_gets_all_of_it(
     assert len(json.loads(answer)["choices"]) == 128
 
 
-def test_pipelined_requests_are_answered_in_turn(serve: Any, connect: Callable[..., socket.socket]) -> None:
+def test_pipelined_requests_are_answered_in_order(serve: Any, connect: Callable[..., socket.socket]) -> None:
     connection = connect(serve())
     first, last = (
         b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -274,7 +270,7 @@ def test_pipelined_requests_are_answered_in_turn(serve: Any, connect: Callable[.
     assert (answer.count(b"200 OK"), answer.count(b"404 Not Found")) == (3, 1)
 
 
-def test_an_endless_head_behind_a_running_stream_ends_both(
+def test_an_endless_head_after_a_running_stream_ends_both(
     serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
 ) -> None:
     live = serve(max_head_bytes=2048)
@@ -284,11 +280,11 @@ def test_an_endless_head_behind_a_running_stream_ends_both(
     connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     assert b"200 OK" in connection.recv(4096)
     connection.sendall(b"GET /live HTTP/1.1\r\nX: " + b"x" * 3000)
-    assert b" 431 " not in everything(connection), "it would stand in the middle of the stream"
+    assert b" 431 " not in everything(connection), "a 431 must not appear inside the stream"
     eventually(lambda: engine.in_flight == 0 and live.server._services.admission.num_in_use == 0)
 
 
-def test_what_is_no_http_behind_a_request_is_not_answered_in_its_place(
+def test_an_invalid_request_is_not_answered_in_place_of_the_one_before(
     serve: Any, connect: Callable[..., socket.socket], engine: Any, eventually: Callable[..., None]
 ) -> None:
     live = serve()
@@ -303,7 +299,7 @@ def test_what_is_no_http_behind_a_request_is_not_answered_in_its_place(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_goes_with_requests_still_to_be_answered_ends_the_one_that_runs(
+def test_a_disconnect_with_pipelined_requests_aborts_the_running_one(
     serve: Any,
     connect: Callable[..., socket.socket],
     caplog: pytest.LogCaptureFixture,
@@ -324,7 +320,7 @@ def test_who_goes_with_requests_still_to_be_answered_ends_the_one_that_runs(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_no_more_requests_wait_on_one_connection_than_it_may_have(
+def test_pipelined_requests_on_one_connection_are_limited(
     serve: Any,
     connect: Callable[..., socket.socket],
     caplog: pytest.LogCaptureFixture,
@@ -341,7 +337,7 @@ def test_no_more_requests_wait_on_one_connection_than_it_may_have(
     eventually(lambda: engine.in_flight == 1)
     with caplog.at_level(logging.INFO, "server.api.http.refusal_log"):
         greedy.sendall(first + following * (MAX_PIPELINED + 1))
-        assert everything(greedy) == b"", "it would stand in another answer's place"
+        assert everything(greedy) == b"", "the refusal must not replace another answer"
     assert logged(caplog, "too_many_pipelined")["reason"]
     assert counted(live, "too_many_pipelined")
     eventually(lambda: engine.in_flight == 1)
@@ -350,18 +346,16 @@ def test_no_more_requests_wait_on_one_connection_than_it_may_have(
     eventually(lambda: engine.in_flight == 0)
 
 
-def test_a_chunk_over_the_limit_that_is_the_last_is_refused_at_once(
-    serve: Any, connect: Callable[..., socket.socket]
-) -> None:
+def test_a_last_chunk_over_the_limit_is_refused_at_once(serve: Any, connect: Callable[..., socket.socket]) -> None:
     live = serve(max_body_bytes=1000)
     connection = connect(live)
     began = time.monotonic()
     connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5dc\r\n" + b"a" * 1500 + b"\r\n0\r\n\r\n")
     assert error_of(everything(connection), 413) == "payload_too_large"
-    assert time.monotonic() - began < 4, "it was waited for what does not come"
+    assert time.monotonic() - began < 4, "the server waited for more data"
 
 
-def test_open_files_are_allowed_for_as_many_connections(
+def test_the_open_file_limit_is_raised_for_the_allowed_connections(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits: list[tuple[int, int]] = []

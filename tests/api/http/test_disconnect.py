@@ -27,13 +27,13 @@ class Client:
         return {"type": "http.disconnect"}
 
 
-async def test_the_result_of_the_work() -> None:
+async def test_the_result_of_the_work_is_returned() -> None:
     before = asyncio.all_tasks()
     assert await unless_disconnected(Client().receive, asyncio.sleep(0, "done")) == "done"
     assert asyncio.all_tasks() == before
 
 
-async def test_an_error_of_the_work_is_raised_as_it_is() -> None:
+async def test_an_error_of_the_work_is_raised_unchanged() -> None:
     error = ValueError("broken")
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""What a request is by its bytes: what is refused, what is dropped, and that no body is ever read as a request."""
+"""Parsing of requests: what is refused, what is dropped, and that no body is read as a request."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def answer_of(outcome: Outcome) -> tuple[bytes, Any]:
 
 
 @pytest.mark.parametrize(("sent", "status", "code"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_refused(sent: bytes, status: int, code: str) -> None:
+def test_invalid_requests_are_refused(sent: bytes, status: int, code: str) -> None:
     for pieces in ([sent + SMUGGLED], [bytes([byte]) for byte in sent + SMUGGLED]):
         outcome = drive(pieces)
         assert outcome.statuses == [status]
@@ -146,13 +146,13 @@ def test_what_is_refused(sent: bytes, status: int, code: str) -> None:
         head(b"X: \xe4"),
     ],
 )
-def test_what_is_unusual_and_right(sent: bytes) -> None:
+def test_unusual_but_valid_requests_are_served(sent: bytes) -> None:
     outcome = drive([sent if sent.endswith(b"\r\n\r\n") else sent + b"\r\n"])
     assert outcome.statuses == [200]
     assert [call.path for call in outcome.calls] == ["/v1/x"]
 
 
-def test_the_target_names_the_host_where_it_is_absolute() -> None:
+def test_an_absolute_target_gives_the_host() -> None:
     for target, host in (
         (b"http://evil.example:80/v1/x", b"evil.example:80"),
         (b"http://evil.example/v1/x?a", b"evil.example"),
@@ -163,7 +163,7 @@ def test_the_target_names_the_host_where_it_is_absolute() -> None:
         assert call.values(b"host") == [host]
 
 
-def test_trailers_are_no_headers() -> None:
+def test_trailers_are_not_headers() -> None:
     trailers = (
         b"Authorization: Bearer k\r\nX-Request-ID: late\r\nHost: evil.example\r\nSec-Fetch-Site: same-origin\r\n"
     )
@@ -180,7 +180,7 @@ def test_trailers_are_no_headers() -> None:
         assert second.path == "/v1/x"
 
 
-def test_a_trailer_that_ends_the_connection_ends_it() -> None:
+def test_connection_close_in_a_trailer_closes_the_connection() -> None:
     outcome = drive([head() + CHUNKED + b"0\r\nConnection: close\r\n\r\n", GET + b"\r\n"])
     assert outcome.statuses == [200]
     assert outcome.closed
@@ -199,7 +199,7 @@ def test_a_trailer_that_ends_the_connection_ends_it() -> None:
     ],
     ids=["name", "value", "lines", "extension", "extensions"],
 )
-def test_what_is_around_a_body_is_bounded(endless: bytes) -> None:
+def test_chunk_extensions_and_trailers_are_limited(endless: bytes) -> None:
     pieces = [endless[start : start + 500] for start in range(0, len(endless), 500)]
     outcome = drive([head() + CHUNKED, *pieces])
     assert outcome.closed
@@ -207,7 +207,7 @@ def test_what_is_around_a_body_is_bounded(endless: bytes) -> None:
     assert outcome.calls == []
 
 
-def test_a_body_may_come_in_the_smallest_chunks() -> None:
+def test_a_body_may_arrive_in_one_byte_chunks() -> None:
     pieces = [b"1\r\nx\r\n"] * 5000
     (call,) = drive([head() + CHUNKED, *pieces, LAST]).calls
     assert call.body == b"x" * 5000
@@ -226,7 +226,7 @@ UPGRADES = {
 
 @pytest.mark.parametrize("lines", UPGRADES.values(), ids=UPGRADES.keys())
 @pytest.mark.parametrize("framing", ["none", "length", "empty", "chunked"])
-def test_offers_of_another_protocol_are_ignored(lines: tuple[bytes, ...], framing: str) -> None:
+def test_protocol_upgrades_are_ignored(lines: tuple[bytes, ...], framing: str) -> None:
     body = b"" if framing in ("none", "empty") else SMUGGLED
     sent = head(*lines, first=GET if framing == "none" else POST)
     if framing == "chunked":
@@ -243,7 +243,7 @@ def test_offers_of_another_protocol_are_ignored(lines: tuple[bytes, ...], framin
     assert last.closed
 
 
-def test_an_expectation_is_met_before_the_body_and_ends_the_connection_after_an_early_answer() -> None:
+def test_expect_100_is_answered_before_the_body_and_an_early_answer_closes_the_connection() -> None:
     waiting = head(b"Content-Length: 3", b"Expect: 100-Continue") + b"\r\n"
     outcome = drive([waiting, b"abc", GET + b"\r\n"])
     assert outcome.statuses == [100, 200, 200]
@@ -256,7 +256,7 @@ def test_an_expectation_is_met_before_the_body_and_ends_the_connection_after_an_
     assert old.statuses == [200]
 
 
-def test_an_allowed_origin_may_read_why() -> None:
+def test_an_allowed_origin_may_read_the_refusal() -> None:
     sent = head(b"Origin: http://page.example", b"Transfer-Encoding: gzip, chunked") + b"\r\n"
     before, _ = answer_of(drive([sent], origins=["http://page.example"]))
     assert b"\r\naccess-control-allow-origin: http://page.example\r\n" in before
@@ -271,7 +271,7 @@ def test_an_allowed_origin_may_read_why() -> None:
 # Pipelines
 
 Request = tuple[bytes, str, bytes | None, bool]
-"""Its bytes, its id, the body that the application reads, whether the connection ends with it."""
+"""Bytes, id, the body that the application reads, and whether the connection closes after it."""
 
 
 @st.composite
@@ -323,7 +323,7 @@ def test_no_body_is_ever_read_as_a_request(data: st.DataObject, places: list[int
         assert final == [200] * len(expected)
         assert outcome.closed == sequence[len(expected) - 1][3]
     else:
-        # What waits behind another request is given up with it: nothing is answered in another's place.
+        # Requests queued after a bad one are dropped with it: no request gets another's answer.
         assert seen == expected[: len(seen)]
         assert final[:-1] == [200] * (len(final) - 1)
         assert final.count(200) <= len(seen)
@@ -352,8 +352,8 @@ WIRE = b"".join(sent for sent, _, _ in REFUSED.values()) + b"".join(b"".join(lin
         max_size=20,
     )
 )
-def test_any_bytes_end_in_answers_or_in_the_end_of_the_connection(pieces: list[bytes]) -> None:
-    """However they are cut: what is read does not depend on how it comes."""
+def test_any_bytes_lead_to_answers_or_a_closed_connection(pieces: list[bytes]) -> None:
+    """The parsed requests do not depend on how the bytes are split."""
     whole = drive([b"".join(pieces)])
     parts = drive(pieces)
     for outcome in (whole, parts):
@@ -364,7 +364,7 @@ def test_any_bytes_end_in_answers_or_in_the_end_of_the_connection(pieces: list[b
         assert [(call.path, call.body) for call in whole.calls] == [(call.path, call.body) for call in parts.calls]
 
 
-def test_every_answer_of_a_real_server_is_protected(serve: Any) -> None:
+def test_every_answer_of_a_real_server_has_the_security_headers(serve: Any) -> None:
     live = serve(max_body_bytes=1000, max_head_bytes=2048)
     large = b"x" * 2000
     for response in (

@@ -1,4 +1,4 @@
-"""The names that a server answers to, so that no page can point its own name at it."""
+"""The host names that a server accepts, as protection from DNS rebinding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FOREIGN += ("[::ffff:127.0.0.1]:1", "[::1", "localhost..", "l\xf6calhost")
 
 
 @pytest.mark.parametrize("host", LOOPBACK)
-def test_loopback_is_always_answered(host: str) -> None:
+def test_loopback_names_are_always_accepted(host: str) -> None:
     for names in ((), ("prelude.example",)):
         hosts = Hosts.parse(names, is_guarded=True)
         assert hosts is not None
@@ -47,7 +47,7 @@ def test_loopback_is_always_answered(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", FOREIGN)
-def test_nothing_else_is(host: str) -> None:
+def test_other_names_are_refused(host: str) -> None:
     hosts = Hosts.parse((), is_guarded=True)
     assert hosts is not None
     assert host not in hosts
@@ -64,7 +64,7 @@ def test_nothing_else_is(host: str) -> None:
         ("my_box", "my_box"),
     ],
 )
-def test_added_names(added: str, host: str) -> None:
+def test_configured_names_are_accepted(added: str, host: str) -> None:
     for is_guarded in (False, True):
         hosts = Hosts.parse([added], is_guarded=is_guarded)
         assert hosts is not None
@@ -73,7 +73,7 @@ def test_added_names(added: str, host: str) -> None:
         assert f"{host.partition(':')[0]}.evil.example" not in hosts
 
 
-def test_where_names_are_not_looked_at() -> None:
+def test_names_are_not_checked_when_unguarded_or_with_a_star() -> None:
     assert Hosts.parse((), is_guarded=False) is None
     assert Hosts.parse(("*",), is_guarded=True) is None
     assert Hosts.parse(("a.example", " * "), is_guarded=True) is None
@@ -82,7 +82,9 @@ def test_where_names_are_not_looked_at() -> None:
 @pytest.mark.parametrize(
     "name", ["", " ", "http://a.example", "a.example:80", "*.a.example", "a/b", "a b", "[::1]:80"]
 )
-def test_bad_names(make_app: Callable[[Settings], FastAPI], settings: Settings, name: str) -> None:
+def test_bad_names_are_refused_in_the_settings(
+    make_app: Callable[[Settings], FastAPI], settings: Settings, name: str
+) -> None:
     with pytest.raises(ConfigurationError, match="--allowed-host"):
         make_app(replace(settings, http=replace(settings.http, allowed_host=(name,))))
 
@@ -113,7 +115,7 @@ async def test_a_foreign_host_is_421_on_every_path(client: httpx.AsyncClient, me
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("host", ["", "a' or <b>", "x" * 300 + "$"])
-async def test_odd_names_are_not_repeated(client: httpx.AsyncClient, host: str) -> None:
+async def test_unusual_names_are_not_repeated(client: httpx.AsyncClient, host: str) -> None:
     response = await client.get("/live", headers={"host": host})
     assert response.status_code == 421
     message = response.json()["error"]["message"]
@@ -127,7 +129,7 @@ def _served(make_app: Callable[[Settings], FastAPI], settings: Settings, **http:
 
 
 @pytest.mark.anyio
-async def test_which_servers_look_at_names(
+async def test_only_guarded_servers_check_host_names(
     make_app: Callable[[Settings], FastAPI], settings: Settings, tmp_path: Path
 ) -> None:
     async def status(**http: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a page of another origin may send and read."""
+"""What pages of other origins may send and read."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ PAGE = "https://page.example"
         ({"host": "", "origin": "file://"}, True),
     ],
 )
-def test_what_is_foreign(headers: Mapping[str, str], foreign: bool) -> None:
+def test_foreign_origins_are_recognised(headers: Mapping[str, str], foreign: bool) -> None:
     assert is_foreign(Headers({"host": "a.example", **headers})) is foreign
 
 
-def test_one_foreign_value_among_several_is_enough() -> None:
+def test_one_foreign_value_among_several_makes_a_request_foreign() -> None:
     for name, own, other in (("sec-fetch-site", b"same-origin", b"cross-site"), ("origin", b"http://a", b"http://b")):
         raw = [(b"host", b"a"), (name.encode(), own), (name.encode(), other)]
         assert is_foreign(Headers(raw=raw))
@@ -66,7 +66,9 @@ def test_one_foreign_value_among_several_is_enough() -> None:
     "url",
     ["*", "null", "", "a.example", "http://", "http://a.example/path", "http://a b", "http://*.a", "//a", "http:a"],
 )
-def test_bad_origins(make_app: Callable[[Settings], FastAPI], settings: Settings, url: str) -> None:
+def test_bad_origins_are_refused_in_the_settings(
+    make_app: Callable[[Settings], FastAPI], settings: Settings, url: str
+) -> None:
     with pytest.raises(ConfigurationError, match="--allow-origin"):
         make_app(replace(settings, http=replace(settings.http, allow_origin=(url,))))
 
@@ -83,7 +85,7 @@ def test_bad_origins(make_app: Callable[[Settings], FastAPI], settings: Settings
         ("tauri://localhost", "tauri://localhost"),
     ],
 )
-def test_origins_are_compared_as_browsers_write_them(given: str, sent: str) -> None:
+def test_configured_origins_are_normalised_to_the_browsers_form(given: str, sent: str) -> None:
     origins = Origins([given])
     assert sent in origins
     for other in ("null", "", None, EVIL, sent + ":1", sent + ".evil.example", sent.replace("://", "://x.")):
@@ -127,7 +129,7 @@ async def test_a_page_of_another_origin_changes_nothing(
 
 
 @pytest.mark.anyio
-async def test_pages_of_its_own_and_what_is_no_browser_go_on(
+async def test_same_origin_pages_and_other_clients_are_served(
     client: httpx.AsyncClient, upload_parts: Callable[..., Any]
 ) -> None:
     for headers in (
@@ -156,7 +158,7 @@ async def test_a_body_is_not_read_before_the_refusal(app: FastAPI) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_page_needs_to_be_allowed_with_keys_too(
+async def test_a_page_with_a_key_still_needs_an_allowed_origin(
     make_app: Callable[[Settings], FastAPI], settings: Settings, tmp_path: Path
 ) -> None:
     app = locked(make_app, settings, tmp_path / "keys", "secret\n")
@@ -184,7 +186,7 @@ def assert_readable(response: httpx.Response) -> None:
 
 
 @pytest.mark.anyio
-async def test_an_allowed_origin_sends_and_reads(
+async def test_an_allowed_origin_may_send_and_read(
     make_app: Callable[[Settings], FastAPI], settings: Settings, upload_parts: Callable[..., Any], engine: Any
 ) -> None:
     app, client = allowing(make_app, settings)
@@ -222,7 +224,7 @@ async def test_an_allowed_origin_sends_and_reads(
 
 
 @pytest.mark.anyio
-async def test_an_allowed_origin_reads_refusals(
+async def test_an_allowed_origin_may_read_refusals(
     make_app: Callable[[Settings], FastAPI], settings: Settings, engine: Any
 ) -> None:
     _, client = allowing(make_app, settings, api_keys=("k" * 40,))
@@ -231,7 +233,7 @@ async def test_an_allowed_origin_reads_refusals(
         assert response.status_code == 401
         assert_readable(response)
         response = await client.post("/v1/completions", json={}, headers={"origin": PAGE, **bearer("k" * 40)})
-        assert response.status_code == 503  # it is not started
+        assert response.status_code == 503  # the server is not started
         assert_readable(response)
     _, client = allowing(make_app, settings, max_body_bytes=10)
     async with client:
@@ -241,7 +243,9 @@ async def test_an_allowed_origin_reads_refusals(
 
 
 @pytest.mark.anyio
-async def test_preflights(make_app: Callable[[Settings], FastAPI], settings: Settings) -> None:
+async def test_preflights_are_answered_for_allowed_origins(
+    make_app: Callable[[Settings], FastAPI], settings: Settings
+) -> None:
     _, client = allowing(make_app, settings, api_keys=("k" * 40,))
     asked = {"access-control-request-method": "DELETE"}
     names = "authorization,content-type,x-stainless-os"
@@ -271,8 +275,8 @@ async def test_preflights(make_app: Callable[[Settings], FastAPI], settings: Set
             assert not [name for name in response.headers if name.startswith("access-control")]
 
 
-def test_every_header_of_its_own_is_exposed() -> None:
-    """Read from the sources: a header that is added later has to be looked at."""
+def test_every_custom_header_is_exposed() -> None:
+    """Each name is also looked up in the sources, so that the list does not go out of date."""
     root = Path(__file__).parents[3] / "server"
     text = "".join(path.read_text() for path in root.rglob("*.py"))
     for name in ("retry-after-ms", "x-should-retry", "x-prelude-prompt", "www-authenticate", "content-disposition"):

@@ -1,4 +1,4 @@
-"""The lines of connections that were refused: what they tell, and how many there are."""
+"""Log lines about refused connections: their fields and their number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "server.api.http.refusal_log")
 
 
-def test_a_line_tells_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_has_the_known_fields(caplog: pytest.LogCaptureFixture) -> None:
     log = RefusalLog()
     log.log(Refusal(code="a", reason="because", status=431, request_id="r", client="1.2.3.4", tenant="acme"))
     log.log(Refusal(code="b", reason="no answer"))
@@ -33,7 +33,7 @@ def test_a_line_tells_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records[0].getMessage() == "refused: a, status 431, client 1.2.3.4, request r"
 
 
-def test_a_flood_is_so_many_lines_a_second_and_none_of_it_is_hidden(caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_per_second_are_limited_and_omitted_lines_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     now = 5.0
     log = RefusalLog(clock=lambda: now)
     for _ in range(1000):

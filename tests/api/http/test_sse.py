@@ -1,4 +1,4 @@
-"""Long waits, readers that stop, and crowds that leave."""
+"""Event streams with long waits, stalled readers and many disconnects."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def described(error: Exception) -> ErrorReply:
 
 
 class Client:
-    """One end of an ASGI connection, which reads until it stops.
+    """The client's end of an ASGI connection, which stops reading at some point.
 
     Attributes:
-        sent: What was sent to it.
+        sent: Messages from the server.
         ended: Whether the events were closed.
         num_taken: Events that were taken from the engine.
     """
@@ -40,7 +40,7 @@ class Client:
 
     async def receive(self) -> dict[str, str]:
         await asyncio.Event().wait()
-        raise AssertionError("it never goes by itself")
+        raise AssertionError("the client never disconnects")
 
     async def send(self, message: Any) -> None:
         if len(self.sent) >= self._reads:
@@ -83,7 +83,7 @@ async def test_silences_are_broken_by_comments() -> None:
     assert client.sent[-1]["more_body"] is False
 
 
-async def test_nothing_is_added_to_a_quick_stream() -> None:
+async def test_a_quick_stream_has_no_comments() -> None:
     client = Client()
     await client.stream(client.events(0, 0.01, 0))
     assert client.bodies == [b"data: x\n\n"] * 3 + [b""]
@@ -103,7 +103,7 @@ async def test_an_error_after_a_comment_is_an_event() -> None:
     assert b'"internal_error"' in client.bodies[-2]
 
 
-async def test_an_error_before_anything_is_raised() -> None:
+async def test_an_error_before_the_first_event_is_raised() -> None:
     async def failing() -> AsyncGenerator[bytes, None]:
         for event in list[bytes]():
             yield event
@@ -117,7 +117,7 @@ async def test_an_error_before_anything_is_raised() -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("waits", [(0,) * 1000, (0, 0, 5)], ids=["blocked by an event", "blocked by a comment"])
-async def test_a_reader_that_stops_takes_nothing_more_and_is_given_up(waits: tuple[float, ...]) -> None:
+async def test_no_events_are_taken_for_a_stalled_reader_and_its_stream_is_closed(waits: tuple[float, ...]) -> None:
     client = Client(reads=3)
     async with asyncio.timeout(3):
         await client.stream(client.events(*waits))
@@ -127,7 +127,7 @@ async def test_a_reader_that_stops_takes_nothing_more_and_is_given_up(waits: tup
 
 
 @pytest.mark.slow
-def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing(
+def test_two_hundred_random_disconnects_release_everything(
     serve: Callable[..., Any], engine: Any, store: Any, eventually: Callable[..., None], upload_parts: Any
 ) -> None:
     live = serve(max_waiting=500)

@@ -1,4 +1,4 @@
-"""The private names of uvicorn that the server's protocol uses, and the upper bound that protects them."""
+"""The private names of uvicorn that the server's protocol uses, and the version's upper bound."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def module() -> ModuleType:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_of_a_connection(module: ModuleType, name: str) -> None:
+def test_uvicorns_connection_has_the_methods_in_use(module: ModuleType, name: str) -> None:
     assert callable(getattr(module.HttpToolsProtocol, name, None)), f"no method {name}. {WHAT_TO_DO}"
 
 
-def test_attributes_of_a_connection(module: ModuleType) -> None:
+def test_uvicorns_connection_has_the_attributes_in_use(module: ModuleType) -> None:
     async def attributes() -> set[str]:
         config = Config("uvicorn:Config", lifespan="off", log_config=None)
         return set(dir(module.HttpToolsProtocol(config, ServerState(), {})))
@@ -68,7 +68,7 @@ def test_attributes_of_a_connection(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", OF_A_REQUEST)
-def test_attributes_of_a_request(module: ModuleType, name: str) -> None:
+def test_uvicorns_request_has_the_attributes_in_use(module: ModuleType, name: str) -> None:
     source = inspect.getsource(module.RequestResponseCycle)
     assert re.search(rf"self\.{name}\b.* = ", source), f"no attribute {name} of a request. {WHAT_TO_DO}"
 

@@ -1,4 +1,4 @@
-"""The life of a request: cancelled at any await, it releases everything once and has one outcome."""
+"""A request that is cancelled at any await releases everything once and has one outcome."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEMBERS = {"vote": 2, "mean": 2}
 
 @types.coroutine
 def cancelled_at(coroutine: Coroutine[Any, Any, Any], step: int | None) -> Generator[Any, Any, int]:
-    """Await a coroutine, and cancel its task when it suspends for the ``step``-th time.
+    """Await a coroutine and cancel its task at the ``step``-th suspension.
 
     Returns:
         How often it suspended.
@@ -72,7 +72,7 @@ MINUTE_TOKENS = 1000
 
 
 class Outcomes:
-    """What one request recorded, and what it took of a key whose limits never refill."""
+    """What one request recorded, and what it took from a key whose limits never refill."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_admitted = 0
@@ -131,7 +131,7 @@ async def check(
     upload_parts: Callable[..., dict[str, Any]],
     eventually: Callable[..., float],
 ) -> Callable[[int, set[str]], None]:
-    """Check that a request left nothing, and that an admitted one has one outcome, for each of its members."""
+    """Check that a request released everything, and that an admitted one has one outcome per member."""
     for seed, name in enumerate(("a", "b")):
         (await client.post("/v1/prompts", **upload_parts(name, seed=seed))).raise_for_status()
     engine.reply = "hi"
@@ -156,7 +156,7 @@ async def check(
 
 
 @pytest.mark.parametrize("kind", BODIES)
-async def test_a_request_cancelled_at_any_await_leaves_nothing(
+async def test_a_request_cancelled_at_any_await_releases_everything(
     client: httpx.AsyncClient, check: Callable[[int, set[str]], None], outcomes: Outcomes, kind: str
 ) -> None:
     path, body = BODIES[kind]
@@ -177,7 +177,7 @@ async def test_a_request_cancelled_at_any_await_leaves_nothing(
 
 @pytest.mark.parametrize("fail_after", [0, 1])
 @pytest.mark.parametrize("kind", BODIES)
-async def test_a_failure_is_one_outcome(
+async def test_a_failure_has_one_outcome(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     check: Callable[[int, set[str]], None],

@@ -1,4 +1,4 @@
-"""The way in: limits, places and sizes come before any work, on every route that does some."""
+"""Limits, permits and sizes are checked before any work, on every route that does some."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def prompts(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
 
 @pytest.fixture
 def no_work(tokenizer: ByteTokenizer, store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Nothing is tokenised, rendered, looked up or read any more."""
+    """Call it to forbid tokenising, rendering, lookups and reading from then on."""
 
     async def work(*_: object, **__: object) -> None:
         raise AssertionError("work was done for a request that is over its limit")
@@ -67,20 +67,20 @@ LIMITED = [route for route, operation in OPERATIONS.by_route.items() if operatio
 
 
 def test_expensive_operations_are_limited() -> None:
-    # The others read the catalog, or write a row there.
+    # The others read the catalog or write a row to it.
     posts = {path for method, path in OPERATIONS.by_route if method == "POST" and not path.endswith("/rollback")}
     assert {path for _, path in LIMITED} == posts | {"/v1/prompts/{id}/inspect"}
 
 
 @pytest.mark.parametrize(("method", "path"), LIMITED)
-async def test_a_spent_key_gets_nothing_done(
+async def test_no_work_is_done_for_a_key_at_its_limit(
     client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], engine: FakeEngine, method: str, path: str
 ) -> None:
     assert (await client.post("/tokenize", json={"prompt": "x"}, headers=bearer("one"))).status_code == 200
     no_work()
     asked = len(engine.requests)
     headers = bearer("one") | {"content-type": "application/json"}
-    # Were the body looked at, it would be a 400.
+    # The body is invalid: reading it would give a 400.
     response = await client.request(method, path.replace("{id}", "a"), content=b"{", headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert response.headers["x-ratelimit-remaining-requests"] == "0"
@@ -89,7 +89,7 @@ async def test_a_spent_key_gets_nothing_done(
 
 
 @pytest.mark.parametrize(("path", "body"), GENERATING)
-async def test_what_was_tokenised_is_paid_for(
+async def test_refused_requests_pay_for_tokenised_text(
     client: httpx.AsyncClient, prompts: None, engine: FakeEngine, path: str, body: dict[str, Any]
 ) -> None:
     response = await client.post(path, json=body, headers=bearer("poor"))
@@ -110,7 +110,7 @@ async def test_what_was_tokenised_is_paid_for(
         ("/detokenize", {"tokens": [1] * 101}),
     ],
 )
-async def test_what_is_hopeless_is_refused_before_any_work_and_takes_nothing(
+async def test_a_request_over_the_keys_total_limit_is_refused_before_any_work_and_costs_nothing(
     client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], path: str, body: dict[str, Any]
 ) -> None:
     no_work()
@@ -121,7 +121,7 @@ async def test_what_is_hopeless_is_refused_before_any_work_and_takes_nothing(
     assert response.headers["x-ratelimit-remaining-requests"] == "1000"
 
 
-async def test_a_text_that_is_likely_too_long_waits_for_its_tokens(
+async def test_a_text_likely_over_the_remaining_tokens_is_refused_with_a_retry(
     client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None]
 ) -> None:
     spend = {"prompt": "x" * 60}
@@ -133,7 +133,7 @@ async def test_a_text_that_is_likely_too_long_waits_for_its_tokens(
     assert 38 <= int(response.headers["x-ratelimit-remaining-tokens"]) <= 40
 
 
-async def test_tokens_that_were_made_are_counted(client: httpx.AsyncClient, prompts: None) -> None:
+async def test_tokenizer_routes_are_charged_for_their_tokens(client: httpx.AsyncClient, prompts: None) -> None:
     for path, body in (
         ("/tokenize", {"prompt": "x" * 29}),
         ("/tokenize", {"messages": [{"role": "user", "content": "x" * 7}]}),
@@ -147,11 +147,11 @@ async def test_tokens_that_were_made_are_counted(client: httpx.AsyncClient, prom
     refused = await client.post("/tokenize", json={"prompt": "x"}, headers=bearer("poor"))
     assert (refused.status_code, refused.headers["x-ratelimit-remaining-tokens"]) == (429, "0")
     assert "none now" in refused.json()["error"]["message"]
-    # What takes no tokens is not held up by those that are owed.
+    # Requests without tokens do not wait for the key's token debt.
     assert (await client.get("/v1/prompts/a/inspect", headers=bearer("poor"))).status_code == 200
 
 
-async def test_what_the_server_refuses_for_its_own_sake_is_not_counted(
+async def test_refusals_of_a_full_server_are_not_charged(
     app: FastAPI, client: httpx.AsyncClient, prompts: None, engine: FakeEngine
 ) -> None:
     services = app.state.services
@@ -180,7 +180,7 @@ async def test_what_the_server_refuses_for_its_own_sake_is_not_counted(
         ("/v1/chat/completions", "messages", lambda text: {"messages": [{"role": "user", "content": text}]}),
     ],
 )
-async def test_a_text_longer_than_any_that_fits_is_not_tokenised(
+async def test_a_text_longer_than_any_context_is_not_tokenised(
     client: httpx.AsyncClient,
     prompts: None,
     no_work: Callable[[], None],
@@ -196,7 +196,7 @@ async def test_a_text_longer_than_any_that_fits_is_not_tokenised(
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/classify"])
-async def test_texts_are_bounded_together(
+async def test_texts_have_a_total_size_limit(
     client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], path: str
 ) -> None:
     no_work()
@@ -209,13 +209,13 @@ async def test_texts_are_bounded_together(
     assert "36000 characters together, and at most 32768" in error["message"]
 
 
-async def test_a_long_text_may_be_tokenised(client: httpx.AsyncClient) -> None:
+async def test_a_long_text_may_be_sent_to_tokenize(client: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "x" * 30_000}] * 2
     response = await client.post("/tokenize", json={"messages": messages}, headers=bearer("free"))
     assert response.status_code == 200
 
 
-async def test_messages_to_tokenise_are_bounded_together(
+async def test_messages_to_tokenise_have_a_total_size_limit(
     client: httpx.AsyncClient, no_work: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.api.tokenization.routes.MAX_TEXT_CHARS", 50_000)
@@ -225,7 +225,7 @@ async def test_messages_to_tokenise_are_bounded_together(
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
-async def test_what_a_template_adds_to_messages_is_bounded_too(
+async def test_text_added_by_a_template_counts_towards_the_limit(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def encode(*_: object, **__: object) -> None:
@@ -256,7 +256,7 @@ async def test_what_a_template_adds_to_messages_is_bounded_too(
         ("/v1/classify", {"input": ["x"] * 3, "labels": ["a", "b", "c"]}, "input"),
     ],
 )
-async def test_more_sequences_than_there_are_places_are_refused_before_any_work(
+async def test_a_request_with_more_sequences_than_permits_is_refused_before_any_work(
     client: httpx.AsyncClient, prompts: None, no_work: Callable[[], None], path: str, body: dict[str, Any], param: str
 ) -> None:
     no_work()
@@ -264,7 +264,7 @@ async def test_more_sequences_than_there_are_places_are_refused_before_any_work(
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
-async def test_places_are_given_back(
+async def test_permits_are_released(
     app: FastAPI, client: httpx.AsyncClient, prompts: None, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def encode(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Token ids that the model has no row for, by every way that ids come in."""
+"""Token ids without a row in the model, in every field that accepts ids."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.anyio
 
 ROWS = 258
 ADDED = "\u2603"
-"""A text that the tokenizer has a token for, and the model none."""
+"""A text whose token the model has no row for."""
 
 
 class ExtendedTokenizer(ByteTokenizer):
-    """One that was given a token more than the model has rows; other characters are ASCII."""
+    """A tokenizer with one token more than the model has rows; other characters are ASCII."""
 
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, most: int | None = None, field: str = "prompt"
@@ -69,7 +69,7 @@ async def test_an_id_without_a_row_is_refused_and_never_reaches_the_engine(
     assert engine.requests == []
 
 
-async def test_each_member_of_an_ensemble_is_refused_alike(
+async def test_each_member_of_an_ensemble_is_checked(
     client: httpx.AsyncClient, engine: FakeEngine, sentiment: str
 ) -> None:
     for how in ("vote", "mean"):
@@ -79,20 +79,20 @@ async def test_each_member_of_an_ensemble_is_refused_alike(
     assert engine.requests == []
 
 
-async def test_the_label_and_the_id_are_named(client: httpx.AsyncClient) -> None:
+async def test_the_error_names_the_label_and_the_token_id(client: httpx.AsyncClient) -> None:
     body = {"model": BASE, "input": "a", "labels": [" good", f" {ADDED}"]}
     message = (await client.post(CLASSIFY, json=body)).json()["error"]["message"]
     assert message == f"labels: {f' {ADDED}'!r}: token id 258 is not in the vocabulary of 258 tokens"
 
 
-async def test_detokenize_takes_what_the_model_has_rows_for(client: httpx.AsyncClient) -> None:
+async def test_detokenize_accepts_ids_that_the_model_has_rows_for(client: httpx.AsyncClient) -> None:
     refused = await client.post("/detokenize", json={"tokens": [65, ROWS]})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
     assert (await client.post("/detokenize", json={"tokens": [65, ROWS - 1]})).status_code == 200
 
 
 @given(st.lists(st.integers(-3, 12)), st.integers(1, 10))
-def test_exactly_the_ids_below_the_rows_pass(token_ids: list[int], vocab_size: int) -> None:
+def test_exactly_the_ids_below_the_number_of_rows_are_accepted(token_ids: list[int], vocab_size: int) -> None:
     wrong = [token_id for token_id in token_ids if token_id not in range(vocab_size)]
     if not wrong:
         check_token_ids(token_ids, vocab_size=vocab_size, param="prompt")

@@ -67,7 +67,7 @@ def app(make_app: MakeApp, settings: Settings, key_file: Path, monkeypatch: pyte
     return locked(make_app, settings, key_file, ENTRIES)
 
 
-def test_entries(key_file: Path, tmp_path: Path) -> None:
+def test_key_file_entries_are_parsed(key_file: Path, tmp_path: Path) -> None:
     as_json = tmp_path / "keys.json"
     as_json.write_text(json.dumps(tomllib.loads(ENTRIES)))
     for path in (key_file, as_json):
@@ -77,10 +77,10 @@ def test_entries(key_file: Path, tmp_path: Path) -> None:
         assert (second.tenant, second.scopes) == ("acme", frozenset({Scope.PROMPTS_WRITE}))
         assert third.tenant == third.name == f"key-{sha256(b'key-c').hexdigest()[:12]}"
         with pytest.raises(AuthenticationError):
-            keys.check(f"Bearer {HASH}")  # whoever reads the file does not have the key
+            keys.check(f"Bearer {HASH}")  # a hash from the file is not a key
 
 
-def test_plain_lines_may_be_hashes(tmp_path: Path) -> None:
+def test_plain_lines_may_be_hashed_keys(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"\ufeffkey-a\n{HASH}\n", encoding="utf-8")
     keys = ApiKeys(read_keys(path))
@@ -110,7 +110,7 @@ def test_plain_lines_may_be_hashes(tmp_path: Path) -> None:
         ("k.json", '{"keys": [{"key": "a", "scopes": ["admin"], "tenants": "a"}]}', "tenants"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
+def test_the_error_names_the_fault(tmp_path: Path, name: str, text: str, reason: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=reason):
@@ -118,7 +118,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, reason: st
 
 
 @given(text=st.text(max_size=60), name=st.sampled_from(["k", "k.toml", "k.json"]))
-def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
+def test_any_file_is_parsed_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
     path = tmp_path_factory.getbasetemp() / name
     path.write_text(text, encoding="utf-8", errors="replace")
     try:
@@ -128,7 +128,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
     assert all(len(key.digest) == 32 and key.caller.tenant for key in keys)
 
 
-def test_an_error_does_not_tell_the_key(tmp_path: Path) -> None:
+def test_an_error_does_not_contain_the_key(tmp_path: Path) -> None:
     path = tmp_path / "k.json"
     path.write_text('{"keys": [{"key": "very secret ", "scopes": ["admin"]}]}')
     with pytest.raises(ConfigurationError) as error:
@@ -136,7 +136,7 @@ def test_an_error_does_not_tell_the_key(tmp_path: Path) -> None:
     assert "secret" not in str(error.value)
 
 
-def test_keys_of_the_environment(key_file: Path) -> None:
+def test_keys_are_read_from_the_environment(key_file: Path) -> None:
     http = HttpSettings(api_key_file=key_file, api_keys=("key-d",))
     assert ApiKeys(collect_keys(http)).check("Bearer key-d").scopes == ALL_SCOPES
     assert "key-d" not in repr(http)
@@ -146,7 +146,7 @@ def test_keys_of_the_environment(key_file: Path) -> None:
         collect_keys(HttpSettings(api_keys=("x", "x")))
 
 
-def test_the_command_makes_what_the_server_takes(tmp_path: Path) -> None:
+def test_the_server_accepts_keys_made_by_the_command(tmp_path: Path) -> None:
     runner = CliRunner()
     for arguments, name in (([], "k"), (["--tenant", "acme", "--scope", "generate"], "k.toml")):
         result = runner.invoke(cli, ["key", *arguments])
@@ -183,7 +183,7 @@ async def test_a_changed_file_is_read_again(
     assert "the API keys were not reloaded" in caplog.text
 
 
-async def test_a_hangup_reads_it_again(client: httpx.AsyncClient) -> None:
+async def test_sighup_reads_the_file_again(client: httpx.AsyncClient) -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
     async def counted() -> bool:
@@ -194,7 +194,7 @@ async def test_a_hangup_reads_it_again(client: httpx.AsyncClient) -> None:
 
 
 def methods_and_paths(app: FastAPI) -> list[tuple[str, str]]:
-    """Every route, of included routers too; fails where something without methods is mounted."""
+    """Every route, included routers' too; fails if something without methods is mounted."""
     routes = iter_route_contexts(app.routes)
     return [(method, present(route.path)) for route in routes for method in sorted(present(route.methods))]
 
@@ -205,7 +205,7 @@ def test_every_route_has_an_operation(app: FastAPI) -> None:
     assert served == operations_of(app).keys()
 
 
-async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app: FastAPI, client: httpx.AsyncClient) -> None:
+async def test_a_key_may_use_exactly_its_scopes(app: FastAPI, client: httpx.AsyncClient) -> None:
     may = {"key-a": {"generate", "prompts:read"}, "key-b": {"prompts:write"}, "key-c": {"admin"}}
     for (method, path), operation in operations_of(app).items():
         needed = operation.scopes
@@ -223,7 +223,7 @@ async def test_a_key_may_do_what_its_scopes_say_and_nothing_else(app: FastAPI, c
 
 
 @pytest.mark.parametrize("is_open", [False, True])
-async def test_metrics_need_no_key_where_the_operator_says_so_and_nothing_else_is_open(
+async def test_only_metrics_are_open_where_the_operator_opens_them(
     make_app: MakeApp, settings: Settings, tmp_path: Path, is_open: bool
 ) -> None:
     changed = replace(settings, http=replace(settings.http, open_metrics=is_open))
@@ -272,7 +272,7 @@ def test_a_mounted_application_fails_at_start_up(
         make_app(settings)
 
 
-async def test_wrong_methods(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_method_is_405(client: httpx.AsyncClient) -> None:
     response = await client.delete("/v1/models", headers=bearer("key-c"))
     assert response.status_code == 405
     assert response.json()["error"]["code"] == "method_not_allowed"

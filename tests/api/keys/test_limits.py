@@ -1,4 +1,4 @@
-"""Limits of keys: the buckets by themselves, and what clients are told."""
+"""Limits of keys: the token buckets, and the headers and errors that clients get."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Clock:
-    """Goes on only when told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -48,10 +48,8 @@ STEPS = st.lists(
 
 
 @given(limit=st.integers(1, 100), steps=STEPS)
-def test_no_window_has_more_than_the_limit_and_its_burst(
-    limit: int, steps: list[tuple[float, tuple[str, int]]]
-) -> None:
-    """Takes at random times, each given back in part: what stays taken is bounded in every window."""
+def test_no_window_exceeds_the_limit_plus_its_burst(limit: int, steps: list[tuple[float, tuple[str, int]]]) -> None:
+    """Tokens are taken at random times and partly refunded; the net amount is limited in every window."""
     clock = Clock()
     bucket = TokenBucket(limit, clock)
     events: list[tuple[float, float]] = []
@@ -79,7 +77,7 @@ def test_no_window_has_more_than_the_limit_and_its_burst(
 
 
 @given(limit=st.integers(1, 10_000), taken=st.integers(0, 10_000), wanted=st.integers(0, 10_000))
-def test_the_time_to_wait_is_enough_and_no_more(limit: int, taken: int, wanted: int) -> None:
+def test_the_reported_wait_is_enough_and_minimal(limit: int, taken: int, wanted: int) -> None:
     clock = Clock()
     bucket = TokenBucket(limit, clock)
     bucket.take(min(taken, limit))
@@ -95,7 +93,7 @@ def test_the_time_to_wait_is_enough_and_no_more(limit: int, taken: int, wanted: 
         st.tuples(st.integers(0, 60), st.integers(0, 100), st.floats(0, 30), st.booleans()), max_size=30
     )
 )
-def test_a_limiter_gives_back_what_was_not_used_and_never_more(requests: list[tuple[int, int, float, bool]]) -> None:
+def test_a_limiter_refunds_exactly_the_unused_tokens(requests: list[tuple[int, int, float, bool]]) -> None:
     clock = Clock()
     limiter = KeyLimiter(Limits(5, 50, 1), clock)
     for tokens, used, pause, fails in requests:
@@ -126,8 +124,8 @@ def test_a_limiter_gives_back_what_was_not_used_and_never_more(requests: list[tu
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 200), st.floats(0, 60)), max_size=20))
-def test_what_was_done_is_paid_for_even_if_it_is_refused(steps: list[tuple[int, int, float]]) -> None:
-    """A refused request costs what was tokenised for it, and no key ever owes more than a minute's worth."""
+def test_a_refused_request_is_charged_for_completed_work(steps: list[tuple[int, int, float]]) -> None:
+    """A refused request pays for its tokenised text, and no key owes more than one minute's tokens."""
     clock = Clock()
     limiter = KeyLimiter(Limits(tokens_per_minute=50), clock)
     level = 50.0
@@ -139,7 +137,7 @@ def test_what_was_done_is_paid_for_even_if_it_is_refused(steps: list[tuple[int, 
             with limiter.admitted() as allowance:
                 allowance.reserve(tokens, done=done)
                 allowance.settle(done)
-                allowance.settle(done)  # twice is the same as once
+                allowance.settle(done)  # settling is idempotent
         except RateLimitError as error:
             refusal = error
         if level < 1 - 1e-6:
@@ -159,7 +157,7 @@ def test_what_was_done_is_paid_for_even_if_it_is_refused(steps: list[tuple[int, 
     ("seconds", "text"),
     [(0, "0s"), (0.0001, "1ms"), (0.02, "20ms"), (1, "1s"), (8.64, "8.64s"), (60, "1m0s"), (63.5, "1m3.5s")],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_durations_are_formatted_like_openais(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -182,7 +180,7 @@ KEYS = "".join(
         ("/v1/classify", {"input": "x", "labels": ["a", "b"]}),
     ],
 )
-async def test_requests_a_minute(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+async def test_requests_per_minute_are_limited(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
     for left in ("1", "0"):
         response = await client.post(path, json=body, headers=bearer("few"))
         assert response.status_code == 200, response.text
@@ -203,12 +201,12 @@ async def test_requests_a_minute(client: httpx.AsyncClient, path: str, body: dic
     assert not any(name.startswith("x-ratelimit") for name in free.headers)
 
 
-async def test_tokens_are_reserved_and_given_back(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_tokens_are_reserved_and_refunded(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.reply = "hi"
     body = {"prompt": [1, 2, 3], "max_tokens": 10}
     response = await client.post("/v1/completions", json=body, headers=bearer("short"))
     used = response.json()["usage"]["total_tokens"]
-    assert used == 6  # the end of the text is a token too
+    assert used == 6  # the end-of-sequence token counts
     assert response.headers["x-ratelimit-remaining-tokens"] == str(20 - used)
     assert response.headers["x-ratelimit-limit-tokens"] == "20"
     refused = await client.post("/v1/completions", json=body | {"max_tokens": 17}, headers=bearer("short"))
@@ -229,7 +227,7 @@ async def test_a_refusal_for_another_reason_costs_no_tokens(app: FastAPI, client
     assert response.headers["x-ratelimit-remaining-tokens"] == "20"
 
 
-async def test_requests_at_once(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_concurrent_requests_are_limited(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.step_seconds = 0.05
     first = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone")))
     await until(lambda: engine.requests)
@@ -240,7 +238,7 @@ async def test_requests_at_once(client: httpx.AsyncClient, engine: FakeEngine) -
     assert (await client.post("/v1/completions", json={"prompt": "x"}, headers=bearer("alone"))).status_code == 200
 
 
-def test_what_was_used_outlives_a_reload(tmp_path: Path) -> None:
+def test_usage_survives_a_reload(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(KEYS)
     keys = ApiKeys(read_keys(path))
@@ -254,7 +252,7 @@ def test_what_was_used_outlives_a_reload(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", '"9"', "10000000000000"])
-def test_bad_limits(tmp_path: Path, value: str) -> None:
+def test_bad_limits_are_refused(tmp_path: Path, value: str) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(f'[[keys]]\nkey = "k"\nscopes = ["generate"]\ntokens_per_minute = {value}\n')
     with pytest.raises(ConfigurationError, match=r"keys\[0\]\.tokens_per_minute"):

@@ -1,4 +1,4 @@
-"""What a tenant sees of others' soft prompts: nothing; and what it shares with its other keys."""
+"""A tenant's soft prompts are visible to its keys and to no other tenant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = "".join(
 
 @pytest.fixture
 async def prompts(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
-    """``mine`` belongs to tenant a, ``ours`` to everybody."""
+    """``mine`` belongs to tenant a, ``ours`` is shared."""
     for name, key, fields in (("mine", "a1", {}), ("ours", "root", {"shared": "true"})):
         parts = upload_parts(name, tags="t", **fields)
         response = await client.post("/v1/prompts", headers=bearer(key), **parts)
@@ -35,8 +35,10 @@ async def prompts(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["cold", "in the cache"])
-async def test_anothers_soft_prompt_is_not_there(client: httpx.AsyncClient, prompts: None, is_known: bool) -> None:
-    """Every route that takes a name says of another tenant's what it says of one that there never was."""
+async def test_another_tenants_soft_prompt_looks_missing(
+    client: httpx.AsyncClient, prompts: None, is_known: bool
+) -> None:
+    """Every route with a name gives the same answer for another tenant's name as for an unknown one."""
     bodies = {"PUT": {"version": 1}, "POST": {}}
     routes = [(method, path) for method, path in OPERATIONS.by_route if "{id}" in path or "{model_id" in path]
     assert len(routes) > 10
@@ -48,7 +50,7 @@ async def test_anothers_soft_prompt_is_not_there(client: httpx.AsyncClient, prom
         for part, value in values.items():
             url = url.replace(part, value)
         answers = []
-        for name in ("mine", "nobodys"):
+        for name in ("mine", "ghost"):
             response = await client.request(
                 method, url.replace("{id}", name), headers=bearer("b1"), json=bodies.get(method)
             )
@@ -69,19 +71,19 @@ async def test_anothers_soft_prompt_is_not_there(client: httpx.AsyncClient, prom
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
     ],
 )
-async def test_nobody_generates_by_anothers_soft_prompt(
+async def test_another_tenants_soft_prompt_cannot_be_used(
     client: httpx.AsyncClient, prompts: None, engine: FakeEngine, path: str, body: dict[str, Any]
 ) -> None:
     for naming in ({"model": "mine"}, {"model": "mine@1"}, {"prompt_id": "mine"}):
         for key, status in (("a1", 200), ("b1", 404), ("root", 404), ("a2", 200)):
             response = await client.post(path, json=body | naming, headers=bearer(key))
             assert response.status_code == status, response.text
-        unknown = await client.post(path, json=body | {"model": "nobodys"}, headers=bearer("b1"))
+        unknown = await client.post(path, json=body | {"model": "ghost"}, headers=bearer("b1"))
         known = await client.post(path, json=body | {"model": "mine"}, headers=bearer("b1"))
-        assert known.text == unknown.text.replace("nobodys", "mine")
+        assert known.text == unknown.text.replace("ghost", "mine")
 
 
-async def test_lists(client: httpx.AsyncClient, prompts: None) -> None:
+async def test_lists_show_own_and_shared_soft_prompts(client: httpx.AsyncClient, prompts: None) -> None:
     for key, names in (("a2", ["mine", "ours"]), ("b1", ["ours"]), ("root", ["ours"])):
         for path in ("/v1/prompts", "/v1/prompts?tag=t"):
             listed = (await client.get(path, headers=bearer(key))).json()["data"]
@@ -90,7 +92,7 @@ async def test_lists(client: httpx.AsyncClient, prompts: None) -> None:
         assert [model["id"] for model in models][1:] == names
 
 
-async def test_a_taken_name_is_a_conflict_that_tells_nothing(
+async def test_a_taken_name_is_a_conflict_without_details(
     client: httpx.AsyncClient, prompts: None, upload_parts: UploadParts
 ) -> None:
     for key, fields in (("b1", {}), ("root", {}), ("root", {"shared": "true"})):
@@ -124,13 +126,13 @@ async def test_shared_soft_prompts_are_changed_by_admins_only(
     assert [response.status_code for response in changed] == [200] * len(changed)
 
 
-async def test_shared_is_true_or_false(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_shared_must_be_true_or_false(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     response = await client.post("/v1/prompts", headers=bearer("root"), **upload_parts("p", shared="yes"))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "shared"
 
 
-async def test_the_salt_is_the_tenant(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_the_cache_salt_is_the_tenant(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for key in ("a1", "a2", "b1"):
         await client.post("/v1/completions", json={"prompt": "x"}, headers=bearer(key))
     assert [request.salt for request in engine.requests] == ["a", "a", "b"]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.anyio
 URL = "/v1/prompts/sentiment/inspect"
 
 
-async def test_embeddings(
+async def test_embeddings_are_described_by_near_tokens(
     client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, store: CountingStore, eventually: WaitUntil
 ) -> None:
     body = (await client.get(URL)).json()
@@ -28,12 +28,12 @@ async def test_embeddings(
     assert engine.requests == []
 
 
-async def test_how_many_are_near(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_top_k_sets_the_number_of_near_tokens(client: httpx.AsyncClient, sentiment: str) -> None:
     body = (await client.get(URL, params={"top_k": 20})).json()
     assert len(body["tokens"][0]["nearest"]) == 20
 
 
-async def test_key_values(client: httpx.AsyncClient, other_parts: UploadParts) -> None:
+async def test_key_value_prefixes_are_described_by_layer(client: httpx.AsyncClient, other_parts: UploadParts) -> None:
     (await client.post("/v1/prompts", **other_parts("prefix", peft_type="PREFIX_TUNING"))).raise_for_status()
     body = (await client.get("/v1/prompts/prefix/inspect")).json()
     assert (body["tokens"], body["vocabulary"]) == (None, None)
@@ -44,13 +44,17 @@ async def test_key_values(client: httpx.AsyncClient, other_parts: UploadParts) -
     }
 
 
-async def test_versions_and_aliases(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
+async def test_versions_and_aliases_can_be_inspected(
+    client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str
+) -> None:
     (await client.post("/v1/prompts", **upload_parts("sentiment", seed=1, alias="canary"))).raise_for_status()
     for query, version in (({}, 1), ({"version": 2}, 2), ({"alias": "canary"}, 2), ({"alias": "latest"}, 1)):
         assert (await client.get(URL, params=query)).json()["version"] == version
 
 
-async def test_a_task(client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts) -> None:
+async def test_one_task_can_be_inspected(
+    client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts
+) -> None:
     (await client.post("/v1/prompts", **other_parts("many"))).raise_for_status()
     body = (await client.get("/v1/prompts/many/inspect?task_id=2")).json()
     assert body["task_id"] == 2
@@ -74,7 +78,7 @@ async def test_a_task(client: httpx.AsyncClient, engine: FakeEngine, other_parts
         ("version=1&alias=latest", "version"),
     ],
 )
-async def test_bad_queries(
+async def test_bad_queries_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, query: str, param: str
 ) -> None:
     response = await client.get(f"{URL}?{query}")
@@ -83,7 +87,7 @@ async def test_bad_queries(
 
 
 @pytest.mark.parametrize("path", ["no-such/inspect", "sentiment/inspect?version=9", "sentiment/inspect?alias=none"])
-async def test_not_found(client: httpx.AsyncClient, sentiment: str, path: str) -> None:
+async def test_missing_soft_prompts_are_404(client: httpx.AsyncClient, sentiment: str, path: str) -> None:
     response = await client.get(f"/v1/prompts/{path}")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "prompt_not_found")
 
@@ -96,7 +100,7 @@ async def test_not_found(client: httpx.AsyncClient, sentiment: str, path: str) -
         (EngineDeadError("the engine process ended"), 503, "engine_dead"),
     ],
 )
-async def test_the_engine_fails(
+async def test_an_engine_failure_is_an_error(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     sentiment: str,
@@ -112,6 +116,8 @@ async def test_the_engine_fails(
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_a_draining_server(client: httpx.AsyncClient, engine: FakeEngine, sentiment: str) -> None:
+async def test_a_draining_server_refuses_inspection(
+    client: httpx.AsyncClient, engine: FakeEngine, sentiment: str
+) -> None:
     engine.draining = True
     assert (await client.get(URL)).status_code == 503

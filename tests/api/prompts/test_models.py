@@ -1,4 +1,4 @@
-"""``/v1/models``: every name that a request may use."""
+"""``/v1/models`` lists every name that a request may use."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ async def test_every_name_is_found(
         ("%ff", "model_not_found"),
     ],
 )
-async def test_what_is_not_there(client: httpx.AsyncClient, sentiment: str, name: str, code: str) -> None:
+async def test_missing_models_are_404(client: httpx.AsyncClient, sentiment: str, name: str, code: str) -> None:
     response = await client.get(f"/v1/models/{name}")
     assert (response.status_code, response.json()["error"]["code"]) == (404, code)

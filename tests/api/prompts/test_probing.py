@@ -1,4 +1,4 @@
-"""An upload is tried by the engine before it is published, and leaves nothing where the model cannot use it."""
+"""The engine probes an upload before it is published; an upload that fails leaves no files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def files_under(settings: Settings) -> list[Path]:
     return [path for folder in ("blobs", "staging") for path in (kept / folder).rglob("*") if path.is_file()]
 
 
-async def test_an_upload_is_tried_by_a_short_text(
+async def test_an_upload_is_probed_with_a_short_text(
     client: httpx.AsyncClient, engine: FakeEngine, upload_parts: UploadParts
 ) -> None:
     response = await client.post("/v1/prompts", **upload_parts())
@@ -36,10 +36,10 @@ async def test_an_upload_is_tried_by_a_short_text(
     ((source, text, max_tokens, salt, max_wait),) = engine.probed
     assert (source.digest, source.num_virtual_tokens, source.task_id) == (response.json()["digest"], 4, None)
     assert (text, max_tokens, salt, max_wait) == ([BOS, *PROBE_TEXT.encode()], NEW_TOKENS, "", None)
-    assert "staging" in source.path  # nothing is a blob yet
+    assert "staging" in source.path  # no blob is stored yet
 
 
-async def test_what_the_model_cannot_compute_with_is_refused_and_leaves_nothing(
+async def test_an_upload_that_fails_the_probe_is_refused_and_leaves_no_files(
     client: httpx.AsyncClient, engine: FakeEngine, settings: Settings, store: CountingStore, upload_parts: UploadParts
 ) -> None:
     before = files_under(settings)
@@ -75,7 +75,7 @@ async def test_what_the_model_cannot_compute_with_is_refused_and_leaves_nothing(
         (RequestFailedError("it cannot be read"), 500, "request_failed"),
     ],
 )
-async def test_what_cannot_be_tried_now_is_not_published(
+async def test_an_upload_that_cannot_be_probed_is_not_published(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     settings: Settings,
@@ -92,7 +92,7 @@ async def test_what_cannot_be_tried_now_is_not_published(
     assert files_under(settings) == before
 
 
-async def test_while_the_engine_is_away_uploads_are_put_off(
+async def test_uploads_are_503_while_the_engine_restarts(
     client: httpx.AsyncClient, engine: FakeEngine, upload_parts: UploadParts
 ) -> None:
     engine.outage = "the engine process was killed by signal 9"
@@ -104,7 +104,7 @@ async def test_while_the_engine_is_away_uploads_are_put_off(
 
 
 @pytest.mark.parametrize(("room", "num_text", "num_new"), [(2, 1, 1), (3, 1, 2), (9, 7, 2)])
-async def test_a_long_soft_prompt_gets_the_text_that_fits(
+async def test_a_long_soft_prompt_is_probed_with_a_text_that_fits(
     client: httpx.AsyncClient, engine: FakeEngine, upload_parts: UploadParts, room: int, num_text: int, num_new: int
 ) -> None:
     response = await client.post("/v1/prompts", **upload_parts(rows=CONTEXT - room))
@@ -113,7 +113,7 @@ async def test_a_long_soft_prompt_gets_the_text_that_fits(
     assert (len(text), max_tokens) == (num_text, num_new)
 
 
-async def test_the_tasks_of_a_multitask_prompt_are_tried_one_by_one(
+async def test_each_task_of_a_multitask_prompt_is_probed(
     client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts
 ) -> None:
     parts = other_parts("tasks")
@@ -124,7 +124,7 @@ async def test_the_tasks_of_a_multitask_prompt_are_tried_one_by_one(
     assert [source.task_id for source, *_ in engine.probed] == [0, 1, 2]
 
 
-async def test_no_more_than_some_tasks_are_tried(
+async def test_the_number_of_probed_tasks_is_limited(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, other_parts: UploadParts
 ) -> None:
     monkeypatch.setattr("server.api.prompts.probing.MAX_TASKS", 2)
@@ -133,7 +133,7 @@ async def test_no_more_than_some_tasks_are_tried(
     assert [source.task_id for source, *_ in engine.probed] == [0, 1]
 
 
-async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(
+async def test_a_probe_takes_a_permit_and_has_the_wait_limit_of_requests(
     make_app: MakeApp, settings: Settings, engine: FakeEngine, upload_parts: UploadParts
 ) -> None:
     engine.step_seconds = 0.05
@@ -156,7 +156,7 @@ async def test_trying_takes_a_permit_and_waits_no_longer_than_requests(
 
 
 @pytest.mark.parametrize(("found", "tried"), [([5, 999, 6], [5, 6]), ([999], [0])])
-async def test_tokens_without_a_row_are_left_out_of_the_text(
+async def test_the_probe_omits_tokens_without_a_row(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     tokenizer: ByteTokenizer,

@@ -18,7 +18,7 @@ async def upload(client: httpx.AsyncClient, parts: dict[str, Any]) -> httpx.Resp
     return await client.post("/v1/prompts", **parts)
 
 
-async def test_upload(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_an_upload_creates_a_version(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     fields = {"description": "of reviews", "tags": ["a", "b,c"], "metadata": json.dumps({"f1": 0.9})}
     response = await upload(client, upload_parts("sentiment", **fields))
     body = response.json()
@@ -41,7 +41,7 @@ async def test_the_same_bytes_are_the_same_version(client: httpx.AsyncClient, up
     assert other.json()["version"] == 2
 
 
-async def test_upload_to_an_alias(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_an_upload_can_set_an_alias(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     await upload(client, upload_parts("sentiment"))
     await upload(client, upload_parts("sentiment", seed=1, alias="canary"))
     prompt = (await client.get("/v1/prompts/sentiment")).json()
@@ -50,7 +50,7 @@ async def test_upload_to_an_alias(client: httpx.AsyncClient, upload_parts: Uploa
     assert prompt["num_versions"] == 2
 
 
-async def test_faults_are_all_told(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_all_errors_are_reported(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment", width=9)
     response = await upload(client, parts)
     error = response.json()["error"]
@@ -61,14 +61,14 @@ async def test_faults_are_all_told(client: httpx.AsyncClient, upload_parts: Uplo
 
 
 def configured(parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """An upload whose configuration has these fields; None takes one out."""
+    """An upload whose configuration has these fields; None removes one."""
     files = dict(file for _, file in parts["files"])
     config = json.loads(files["adapter_config.json"]) | changes
     files["adapter_config.json"] = json.dumps({key: value for key, value in config.items() if value is not None})
     return {**parts, "files": [("files", file) for file in files.items()]}
 
 
-async def test_another_base_is_taken_on_the_uploaders_word_and_recorded(
+async def test_a_stated_base_overrides_the_file_and_is_recorded(
     client: httpx.AsyncClient, upload_parts: UploadParts
 ) -> None:
     changes = {"base_model_name_or_path": "org/large"}
@@ -80,12 +80,12 @@ async def test_another_base_is_taken_on_the_uploaders_word_and_recorded(
     assert taken.status_code == 201
     assert taken.json()["overrides"] == {"allow_other_base": True}
     assert (await client.get("/v1/prompts/a/versions/1")).json()["overrides"] == {"allow_other_base": True}
-    # The word of an uploader whose file names the served base, or none, overrides nothing.
+    # A file that names the served base, or none, needs no override.
     same = await upload(client, upload_parts("b", allow_other_base="true"))
     assert same.json()["overrides"] == {}
 
 
-async def test_a_task_type_is_taken_on_the_uploaders_word_and_recorded(
+async def test_a_stated_task_type_overrides_the_file_and_is_recorded(
     client: httpx.AsyncClient, upload_parts: UploadParts
 ) -> None:
     refused = await upload(client, configured(upload_parts("a"), task_type=None))
@@ -101,7 +101,7 @@ async def test_a_task_type_is_taken_on_the_uploaders_word_and_recorded(
     assert contradicted.json()["error"]["details"][0]["code"] == "task_type_conflict"
 
 
-async def test_missing_file(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_a_missing_file_is_refused(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"] = parts["files"][:1]
     response = await upload(client, parts)
@@ -109,7 +109,7 @@ async def test_missing_file(client: httpx.AsyncClient, upload_parts: UploadParts
     assert response.json()["error"]["details"]
 
 
-async def test_no_files(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_an_upload_without_files_is_refused(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"] = [("note", ("x", b""))]
     assert (await upload(client, parts)).status_code == 400
@@ -135,14 +135,14 @@ async def test_other_filenames_are_refused(
     assert files_of(settings) == before
 
 
-async def test_a_file_twice(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_a_repeated_file_is_refused(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"] += parts["files"]
     response = await upload(client, parts)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "files")
 
 
-async def test_a_file_in_another_field(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_a_file_in_another_field_is_refused(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     parts["files"].append(("evil", ("adapter_config.json", b"{}")))
     assert (await upload(client, parts)).json()["error"]["param"] == "files"
@@ -168,7 +168,7 @@ async def test_a_file_in_another_field(client: httpx.AsyncClient, upload_parts: 
         ({"description": "x" * 70_000}, "description"),
     ],
 )
-async def test_bad_fields(
+async def test_bad_fields_are_refused(
     client: httpx.AsyncClient, upload_parts: UploadParts, fields: dict[str, Any], param: str
 ) -> None:
     response = await upload(client, upload_parts("sentiment", **fields))
@@ -176,7 +176,7 @@ async def test_bad_fields(
     assert response.json()["error"]["param"] == param
 
 
-async def test_id_is_needed(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_the_id_is_required(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     parts = upload_parts("sentiment")
     del parts["data"]
     assert (await upload(client, parts)).json()["error"]["param"] == "id"
@@ -186,7 +186,7 @@ async def test_the_name_of_the_base_is_reserved(client: httpx.AsyncClient, uploa
     assert (await upload(client, upload_parts("tiny"))).status_code == 400
 
 
-async def test_file_over_the_limit(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_a_file_over_the_limit_is_413(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     response = await upload(client, upload_parts("sentiment", rows=4000))
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "payload_too_large"
@@ -194,7 +194,7 @@ async def test_file_over_the_limit(client: httpx.AsyncClient, upload_parts: Uplo
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data", "text/plain"])
-async def test_upload_that_is_not_multipart(client: httpx.AsyncClient, content_type: str) -> None:
+async def test_an_upload_that_is_not_multipart_is_refused(client: httpx.AsyncClient, content_type: str) -> None:
     response = await client.post("/v1/prompts", content=b"{}", headers={"content-type": content_type})
     assert response.status_code == 415
 
@@ -211,13 +211,13 @@ async def test_upload_that_is_not_multipart(client: httpx.AsyncClient, content_t
         b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\nx\r\n' * 70 + b"--b--\r\n",
     ],
 )
-async def test_malformed_multipart(client: httpx.AsyncClient, body: bytes) -> None:
+async def test_malformed_multipart_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
     headers = {"content-type": "multipart/form-data; boundary=b"}
     response = await client.post("/v1/prompts", content=body, headers=headers)
     assert response.status_code == 400, response.text
 
 
-async def test_list_pages(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+async def test_lists_have_pages(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
     for name in ("c", "a", "b"):
         await upload(client, upload_parts(name, tags="even" if name == "b" else "odd"))
     first = (await client.get("/v1/prompts?limit=2")).json()
@@ -230,20 +230,20 @@ async def test_list_pages(client: httpx.AsyncClient, upload_parts: UploadParts) 
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=9999", "limit=x", "after=Bad Name"])
-async def test_bad_queries(client: httpx.AsyncClient, query: str) -> None:
+async def test_bad_queries_are_refused(client: httpx.AsyncClient, query: str) -> None:
     response = await client.get(f"/v1/prompts?{query}")
     assert response.status_code == 400
     assert response.json()["error"]["param"] == query.partition("=")[0]
 
 
-async def test_versions(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
+async def test_versions_are_listed(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
     await upload(client, upload_parts("sentiment", seed=1))
     versions = (await client.get("/v1/prompts/sentiment/versions")).json()["data"]
     assert sorted(version["version"] for version in versions) == [1, 2]
     assert (await client.get("/v1/prompts/sentiment/versions/2")).json()["version"] == 2
 
 
-async def test_files_come_back_byte_for_byte(
+async def test_files_are_returned_byte_for_byte(
     client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str
 ) -> None:
     parts = upload_parts("sentiment")
@@ -255,7 +255,7 @@ async def test_files_come_back_byte_for_byte(
         assert "attachment" in response.headers["content-disposition"]
 
 
-async def test_part_of_a_file(
+async def test_a_byte_range_of_a_file_is_returned(
     client: httpx.AsyncClient, store: CountingStore, upload_parts: UploadParts, sentiment: str
 ) -> None:
     _, (_, weights) = upload_parts("sentiment")["files"][1]
@@ -265,7 +265,9 @@ async def test_part_of_a_file(
     assert len(store.leased) == 1
 
 
-async def test_aliases(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
+async def test_aliases_can_be_set_moved_and_deleted(
+    client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str
+) -> None:
     await upload(client, upload_parts("sentiment", seed=1))
     url = "/v1/prompts/sentiment/aliases/canary"
     reply = await client.put(url, json={"version": 1})
@@ -290,13 +292,13 @@ async def test_aliases(client: httpx.AsyncClient, upload_parts: UploadParts, sen
         ("Bad", {"version": 1}, 400),
     ],
 )
-async def test_bad_aliases(
+async def test_bad_aliases_are_refused(
     client: httpx.AsyncClient, sentiment: str, alias: str, body: dict[str, Any], status: int
 ) -> None:
     assert (await client.put(f"/v1/prompts/sentiment/aliases/{alias}", json=body)).status_code == status
 
 
-async def test_delete_version(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
+async def test_a_version_can_be_deleted(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
     await upload(client, upload_parts("sentiment", seed=1))
     reply = await client.delete("/v1/prompts/sentiment/versions/2")
     assert reply.json() == {"id": "sentiment@2", "object": "prompt.version", "deleted": True}
@@ -304,7 +306,7 @@ async def test_delete_version(client: httpx.AsyncClient, upload_parts: UploadPar
     assert (await client.get("/v1/prompts/sentiment/versions/1")).status_code == 200
 
 
-async def test_delete(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_a_soft_prompt_can_be_deleted(client: httpx.AsyncClient, sentiment: str) -> None:
     reply = await client.delete("/v1/prompts/sentiment")
     assert reply.json() == {"id": "sentiment", "object": "prompt", "deleted": True}
     assert (await client.get("/v1/prompts")).json()["data"] == []
@@ -323,18 +325,18 @@ async def test_delete(client: httpx.AsyncClient, sentiment: str) -> None:
         ("DELETE", "/v1/prompts/sentiment/aliases/no-such"),
     ],
 )
-async def test_not_found(client: httpx.AsyncClient, sentiment: str, method: str, path: str) -> None:
+async def test_missing_names_are_404(client: httpx.AsyncClient, sentiment: str, method: str, path: str) -> None:
     response = await client.request(method, path)
     assert response.status_code == 404, response.text
     assert response.json()["error"]["code"] in {"prompt_not_found", "not_found"}
 
 
 @pytest.mark.parametrize("path", ["/v1/prompts/Bad", "/v1/prompts/sentiment/versions/x"])
-async def test_malformed_paths(client: httpx.AsyncClient, path: str) -> None:
+async def test_malformed_paths_are_refused(client: httpx.AsyncClient, path: str) -> None:
     assert (await client.get(path)).status_code == 400
 
 
-async def test_models(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_soft_prompts_are_listed_as_models(client: httpx.AsyncClient, sentiment: str) -> None:
     base, prompt = (await client.get("/v1/models")).json()["data"]
     assert (base["id"], base["object"], base["owned_by"], base["max_model_len"]) == ("tiny", "model", "prelude", 256)
     assert (base["parent"], base["root"]) == (None, "tiny")

@@ -1,4 +1,4 @@
-"""An upload that ends in a refusal, of any kind, leaves nothing on the disk; and none sends more than its limit."""
+"""A refused upload leaves no files, and no upload may exceed its size limit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KEYS = "".join(
 
 
 def files_of(root: str) -> dict[str, int]:
-    """Every file of a store with its size, but for the catalog's own."""
+    """Every file of a store with its size, except the catalog's."""
     found = {}
     for folder, _, files in os.walk(root):
         for name in files:
@@ -49,7 +49,7 @@ def files_of(root: str) -> dict[str, int]:
 
 
 def folders_of(root: str) -> int:
-    """Folders of uploads under way."""
+    """Folders of unfinished uploads."""
     return sum(len(folders) for folder, folders, _ in os.walk(Path(root) / "staging") if folder.count("/staging/"))
 
 
@@ -57,7 +57,7 @@ def folders_of(root: str) -> int:
 async def nothing_left(
     client: httpx.AsyncClient, app: FastAPI, settings: Settings, upload_parts: UploadParts
 ) -> AsyncIterator[None]:
-    """After the test the disk holds what it held before, and the store takes the next upload."""
+    """After the test, the disk has the same files as before, and the store accepts the next upload."""
     root = settings.store.location
     (await client.post("/v1/prompts", headers=bearer("a"), **upload_parts("mine"))).raise_for_status()
     before, under_way = files_of(root), folders_of(root)
@@ -101,7 +101,7 @@ def config_of(parts: dict[str, Any], **fields: Any) -> bytes:
         ("a", 413, lambda parts: changed(parts, "adapter_config.json", b" " * 65_537)),
     ],
 )
-async def test_every_refusal_of_what_was_sent(
+async def test_every_refused_upload_leaves_no_files(
     client: httpx.AsyncClient,
     nothing_left: None,
     upload_parts: UploadParts,
@@ -113,13 +113,15 @@ async def test_every_refusal_of_what_was_sent(
     assert response.status_code == status, response.text
 
 
-async def test_over_a_keys_limit(client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts) -> None:
+async def test_an_upload_over_a_keys_limit_leaves_no_files(
+    client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts
+) -> None:
     for status in (409, 409, 429):
         response = await client.post("/v1/prompts", headers=bearer("b"), **upload_parts("mine", seed=6))
         assert response.status_code == status
 
 
-async def test_a_server_that_is_not_ready(
+async def test_an_upload_before_the_server_is_ready_leaves_no_files(
     client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts, engine: FakeEngine
 ) -> None:
     engine.alive = False
@@ -130,7 +132,7 @@ async def test_a_server_that_is_not_ready(
 
 @pytest.mark.parametrize("failing", ["check_owner", "reserve", "publish"])
 @pytest.mark.parametrize("error", [StoreUnavailableError("it broke off"), BlobsGoneError()])
-async def test_a_catalog_that_breaks_off(
+async def test_an_upload_that_loses_the_catalog_leaves_no_files(
     client: httpx.AsyncClient,
     nothing_left: None,
     upload_parts: UploadParts,
@@ -147,7 +149,7 @@ async def test_a_catalog_that_breaks_off(
     assert response.status_code in {500, 503}
 
 
-async def test_what_could_not_be_collected_is_collected_with_the_next_upload(
+async def test_files_that_could_not_be_deleted_are_deleted_with_the_next_upload(
     client: httpx.AsyncClient, settings: Settings, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -164,7 +166,7 @@ async def test_what_could_not_be_collected_is_collected_with_the_next_upload(
     assert len(left) == 2
 
 
-async def test_a_disk_that_is_full_before_the_second_file(
+async def test_a_disk_full_before_the_second_file_leaves_no_files(
     client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = BlobDirectory.put
@@ -185,7 +187,7 @@ async def test_a_disk_that_is_full_before_the_second_file(
     assert len(put) == 2
 
 
-async def test_a_bug(
+async def test_an_unexpected_error_leaves_no_files(
     client: httpx.AsyncClient, nothing_left: None, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -197,10 +199,10 @@ async def test_a_bug(
             await client.post("/v1/prompts", headers=bearer("a"), **upload_parts("mine", seed=5))
 
 
-async def test_two_tenants_at_once_under_a_new_name(
+async def test_the_second_of_two_tenants_with_one_name_leaves_no_files(
     client: httpx.AsyncClient, settings: Settings, upload_parts: UploadParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name is taken between the look and the writing: what has lost is not kept."""
+    """The name is taken between check and write: the later upload is deleted."""
     monkeypatch.setattr(Catalog, "check_owner", lambda *_: None)
     (await client.post("/v1/prompts", headers=bearer("a"), **upload_parts("mine"))).raise_for_status()
     before = files_of(settings.store.location)
@@ -248,10 +250,10 @@ WHOLE = part(b"id", b"mine") + b"--" + BOUNDARY + b"--\r\n"
         (b"", b"--" + BOUNDARY + b"\r\n\r\n\r\n"),
     ],
 )
-async def test_no_framing_sends_more_than_the_limit(
+async def test_the_size_limit_holds_for_every_framing(
     client: httpx.AsyncClient, nothing_left: None, monkeypatch: pytest.MonkeyPatch, opening: bytes, piece: bytes
 ) -> None:
-    """Nothing is declared, and 4 MB would come."""
+    """No length is declared, and 4 MB would follow."""
     monkeypatch.setattr(routes, "_UPLOAD_SLACK_BYTES", 100_000)
     limit, sent = 64 * 1024 + 100_000, 0
     monkeypatch.setattr("server.api.http.multipart._LINGER_BYTES", 0)
@@ -270,7 +272,7 @@ async def test_no_framing_sends_more_than_the_limit(
     assert sent <= limit + 2 * len(piece)
 
 
-async def test_bytes_are_counted_where_nothing_is_declared() -> None:
+async def test_bytes_are_counted_without_a_declared_length() -> None:
     read = 0
 
     async def send() -> AsyncIterator[bytes]:
@@ -285,7 +287,7 @@ async def test_bytes_are_counted_where_nothing_is_declared() -> None:
     assert read == 6000
 
 
-async def test_a_configuration_has_a_limit_of_its_own(store: CountingStore) -> None:
+async def test_a_configuration_has_a_separate_limit(store: CountingStore) -> None:
     assert MAX_CONFIG_BYTES < 512 * 1024 * 1024
     with store.upload() as upload:
         upload._max_bytes = 1 << 30
@@ -293,7 +295,7 @@ async def test_a_configuration_has_a_limit_of_its_own(store: CountingStore) -> N
         assert upload.open("adapter_model.safetensors")._max_bytes == 1 << 30
 
 
-def test_a_client_that_goes_in_the_middle(
+def test_a_disconnect_during_an_upload_leaves_no_files(
     serve: Serve, upload_parts: UploadParts, settings: Settings, eventually: WaitUntil
 ) -> None:
     live = serve()
@@ -303,7 +305,7 @@ def test_a_client_that_goes_in_the_middle(
     async def half() -> None:
         async def send() -> AsyncIterator[bytes]:
             yield part(b"files", b"", b"adapter_model.safetensors")[:-2] + b"x" * 30_000
-            await asyncio.to_thread(eventually, lambda: folders_of(root) == 1)  # the upload is under way
+            await asyncio.to_thread(eventually, lambda: folders_of(root) == 1)  # the upload has started
             raise ZeroDivisionError
 
         headers = bearer("a") | {"content-type": f"multipart/form-data; boundary={BOUNDARY.decode()}"}

@@ -1,4 +1,4 @@
-"""The text fields of an upload: every fault is a 400 that names its field."""
+"""The text fields of an upload: every error is a 400 that names its field."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from server.api.prompts.upload_form import MAX_DESCRIPTION_CHARS, MAX_TAGS, Uplo
 from server.errors import InvalidRequestError
 
 
-def test_defaults() -> None:
+def test_missing_fields_have_defaults() -> None:
     form = UploadForm.parse({"id": ["p"]})
     assert (form.id, form.alias, form.description, form.tags) == ("p", "latest", "", ())
     assert (form.metadata, form.lineage) == ({}, Lineage())
     assert (form.shared, form.allow_other_base, form.task_type) == (False, False, None)
 
 
-def test_an_empty_text_means_absence() -> None:
+def test_an_empty_field_counts_as_absent() -> None:
     empty = {name: [""] for name in UploadForm.model_fields if name != "id"}
     assert UploadForm.parse({"id": ["p"], **empty}) == UploadForm.parse({"id": ["p"]})
 
 
-def test_all_fields() -> None:
+def test_all_fields_are_parsed() -> None:
     form = UploadForm.parse(
         {
             "id": ["p"],
@@ -64,7 +64,7 @@ def test_all_fields() -> None:
         ("task_type", ["SEQ_CLS", "SEQ_CLS"], "sent 2 times"),
     ],
 )
-def test_faults(field: str, values: list[str], message: str) -> None:
+def test_every_fault_names_its_field(field: str, values: list[str], message: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         UploadForm.parse({"id": ["p"], field: values})
     assert caught.value.param == field

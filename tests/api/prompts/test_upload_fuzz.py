@@ -1,4 +1,4 @@
-"""Whatever is sent as an upload, the answer is the client's fault and never the server's."""
+"""A malformed upload is always a client error and never a server error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptStore]:
 
 
 def send(store: PromptStore, data: bytes, piece: int = 1000) -> int:
-    """What an upload of these bytes is answered with."""
+    """The status of an upload of these bytes."""
     with store.upload() as upload:
         try:
             parser = UploadParser(f"multipart/form-data; boundary={BOUNDARY}", upload.open, UploadForm.model_fields)
@@ -82,7 +82,7 @@ def send(store: PromptStore, data: bytes, piece: int = 1000) -> int:
         return 201 if is_new else 200
 
 
-def test_the_valid_one_is_taken(store: PromptStore) -> None:
+def test_the_valid_upload_is_accepted(store: PromptStore) -> None:
     assert send(store, VALID, piece=7) == 201
     assert send(store, VALID) == 200
 
@@ -107,7 +107,7 @@ def test_the_valid_one_is_taken(store: PromptStore) -> None:
     ],
     ids=lambda field: field[1][:24],
 )
-def test_fields_that_no_catalog_could_hold(store: PromptStore, field: tuple[str, bytes]) -> None:
+def test_fields_that_no_catalog_can_store_are_refused(store: PromptStore, field: tuple[str, bytes]) -> None:
     files = [part("files", json.dumps(CONFIG).encode(), "adapter_config.json")]
     files += [part("files", WEIGHTS, "adapter_model.safetensors")]
     assert send(store, body([part("id", b"p"), part(*field), *files])) == 400
@@ -115,13 +115,13 @@ def test_fields_that_no_catalog_could_hold(store: PromptStore, field: tuple[str,
 
 @given(st.binary(max_size=300), st.integers(1, 50))
 @settings(max_examples=200, deadline=None)
-def test_random_bytes(store: PromptStore, data: bytes, piece: int) -> None:
+def test_random_bytes_are_refused(store: PromptStore, data: bytes, piece: int) -> None:
     assert send(store, data, piece) == 400
 
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_changed_bytes(store: PromptStore, data: st.DataObject) -> None:
+def test_a_mutated_upload_is_never_a_server_error(store: PromptStore, data: st.DataObject) -> None:
     changed = bytearray(VALID)
     for _ in range(data.draw(st.integers(1, 5))):
         position = data.draw(st.integers(0, len(changed) - 1))
@@ -141,7 +141,7 @@ FIELDS = ["id", "alias", "description", "tags", "metadata", "lineage", "shared",
 @pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(FIELDS), field_texts))
 @settings(max_examples=300, deadline=None)
-def test_arbitrary_fields(store: PromptStore, fields: dict[str, bytes]) -> None:
+def test_arbitrary_fields_are_never_a_server_error(store: PromptStore, fields: dict[str, bytes]) -> None:
     parts = [part(name, data) for name, data in fields.items() if BOUNDARY.encode() not in data]
     parts += [part("files", json.dumps(CONFIG).encode(), "adapter_config.json")]
     parts += [part("files", WEIGHTS, "adapter_model.safetensors")]
@@ -152,19 +152,21 @@ SPEAKING = st.dictionaries(
     st.sampled_from(["task_type", "auto_mapping", "modules_to_save", "base_model_name_or_path", "peft_type"]),
     json_values,
 )
-"""Fields that are held against what the uploader says."""
+"""Configuration fields that are compared with the uploader's fields."""
 
 
 @pytest.mark.slow
 @given(json_values | SPEAKING, st.sampled_from([b"", b"CAUSAL_LM", b"SEQ_CLS"]), st.sampled_from([b"", b"true"]))
 @settings(max_examples=300, deadline=None)
-def test_arbitrary_configurations(store: PromptStore, value: object, task: bytes, other_base: bytes) -> None:
+def test_arbitrary_configurations_are_never_a_server_error(
+    store: PromptStore, value: object, task: bytes, other_base: bytes
+) -> None:
     config = {**CONFIG, **value} if isinstance(value, dict) else value
     parts = [part("id", b"p"), part("files", json.dumps(config).encode(), "adapter_config.json")]
     parts += [part("task_type", task), part("allow_other_base", other_base)]
     assert send(store, body([*parts, part("files", WEIGHTS, "adapter_model.safetensors")])) in {200, 201, 400}
 
 
-def test_what_is_too_large_is_413(store: PromptStore, tmp_path: Path) -> None:
+def test_a_too_large_upload_is_413(store: PromptStore, tmp_path: Path) -> None:
     large = part("files", b"x" * 70_000, "adapter_model.safetensors")
     assert send(store, body([part("id", b"p"), large])) == 413

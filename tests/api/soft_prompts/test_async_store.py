@@ -1,4 +1,4 @@
-"""The prompt store's methods as coroutines: where they run, and what a cancellation leaves behind."""
+"""The prompt store's methods as coroutines: where they run, and what a cancellation leaves."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def store(slow: SlowStore) -> Iterator[AsyncPromptStore]:
 
 
 async def cancelled_in_the_store(slow: SlowStore, coroutine: Any) -> asyncio.Task[Any]:
-    """A task that was cancelled while the store worked for it."""
+    """A task that was cancelled during its call of the store."""
     task = asyncio.create_task(coroutine)
     assert await asyncio.to_thread(slow.begun.wait, 10)
     task.cancel()
@@ -93,7 +93,7 @@ async def test_a_cancelled_call_ends_after_its_thread(store: AsyncPromptStore, s
     assert len(slow.finished) == 1
 
 
-async def test_a_lease_is_released_once_however_its_caller_ends(store: AsyncPromptStore, slow: SlowStore) -> None:
+async def test_a_lease_is_released_once_for_every_outcome(store: AsyncPromptStore, slow: SlowStore) -> None:
     async def use(error: type[BaseException] | None) -> None:
         async with store.lease(REF, None):
             if error is not None:

@@ -1,4 +1,4 @@
-"""Pins have a budget: each tenant's, and all together."""
+"""Budgets of pins, per tenant and in total."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ SIZES = {"p": 10, "q": 20, "r": 30, "s": 40}
         max_size=60,
     )
 )
-def test_no_budget_is_ever_exceeded_and_what_fits_is_taken(steps: list[tuple[str, Any, Any]]) -> None:
-    """Against plain counting of a list of pins."""
+def test_the_budget_accepts_exactly_the_pins_that_fit(steps: list[tuple[str, Any, Any]]) -> None:
+    """Compared with plain counting of a list of pins."""
     budget = PinBudget(100, 60)
     pins: list[tuple[str | None, str]] = []
 
@@ -100,7 +100,7 @@ def test_no_budget_is_ever_exceeded_and_what_fits_is_taken(steps: list[tuple[str
 
 
 @pytest.mark.anyio
-async def test_what_a_pin_takes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_the_size_of_a_pin_is_computed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     model = engine.model
     source = SoftPromptSource(digest="d", num_virtual_tokens=1000, is_key_values=False, path="x")
     assert pinned_bytes(source, model) == 1000 * 8 * 4
@@ -114,7 +114,7 @@ async def test_what_a_pin_takes(client: httpx.AsyncClient, engine: FakeEngine) -
 
 @pytest.fixture
 def app(make_app: MakeApp, settings: Settings, tmp_path: Path) -> FastAPI:
-    """One pin of a tenant takes 4 KiB; a tenant may have two of them, and there may be three."""
+    """A pin takes 4 KiB; at most two fit per tenant and three in total."""
     store = replace(settings.store, pinned_bytes=3 * LEAST_BYTES, tenant_pinned_bytes=2 * LEAST_BYTES)
     return locked(make_app, replace(settings, store=store), tmp_path / "keys.toml", KEYS)
 
@@ -137,7 +137,7 @@ def pin(client: httpx.AsyncClient) -> Pin:
 
 
 @pytest.mark.anyio
-async def test_a_tenants_pins(
+async def test_a_tenants_pins_are_limited(
     app: FastAPI,
     client: httpx.AsyncClient,
     engine: FakeEngine,
@@ -158,7 +158,7 @@ async def test_a_tenants_pins(
     assert (len(engine.prepared), len(engine.pinned)) == (prepared, 2)
     assert (await client.get("/v1/prompts/r", headers=bearer("a"))).json()["pinned"] == []
     eventually(lambda: len(store.leased) == len(store.released) + 2)
-    # Without a pin it is warmed; with another's end it is pinned.
+    # Warming without a pin works; pinning works after another pin has ended.
     assert (await pin("r", pin=None)).status_code == 200
     assert (await pin("p", pin=False)).status_code == 200
     assert (await pin("r")).status_code == 200
@@ -167,7 +167,7 @@ async def test_a_tenants_pins(
 
 
 @pytest.mark.anyio
-async def test_all_pins_together(client: httpx.AsyncClient, push: Push, pin: Pin) -> None:
+async def test_all_pins_together_are_limited(client: httpx.AsyncClient, push: Push, pin: Pin) -> None:
     for seed, (name, key) in enumerate((("p", "a"), ("q", "a"), ("r", "b"), ("s", "b"))):
         await push(name, key, seed=seed)
     assert [(await pin(name, key)).status_code for name, key in (("p", "a"), ("q", "a"), ("r", "b"))] == [200] * 3
@@ -200,10 +200,10 @@ async def test_a_pin_that_follows_an_alias_makes_room_for_itself(
     await push("p", seed=1)
     await push("q", seed=2)
     assert [(await pin(name)).status_code for name in ("p", "q")] == [200] * 2
-    await push("p", seed=3)  # the pin moves, and two are pinned as before
+    await push("p", seed=3)  # the pin moves: two pins as before
     warmer = app.state.services.warmer
     await until(lambda: warmer.pinned_versions("p") == [2])
-    await push("p", seed=4, rows=150)  # 4,800 bytes: too much beside the other
+    await push("p", seed=4, rows=150)  # 4,800 bytes: too much with the other pin
     await until(lambda: not warmer._tasks)
     assert warmer.pinned_versions("p") == [2]
     assert (await pin("q", pin=False)).status_code == 200
@@ -212,7 +212,7 @@ async def test_a_pin_that_follows_an_alias_makes_room_for_itself(
 
 
 @pytest.mark.anyio
-async def test_a_restarted_engine_gets_back_what_was_pinned_and_no_more(
+async def test_a_restarted_engine_gets_exactly_the_earlier_pins(
     client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, push: Push, pin: Pin
 ) -> None:
     for seed, name in enumerate(("p", "q", "r")):
@@ -226,7 +226,7 @@ async def test_a_restarted_engine_gets_back_what_was_pinned_and_no_more(
 
 
 @pytest.mark.anyio
-async def test_the_operators_pins_are_kept_and_leave_less_to_others(
+async def test_the_operators_pins_stay_and_reduce_the_budget_of_others(
     make_app: MakeApp, settings: Settings, tmp_path: Path, engine: FakeEngine, upload_parts: UploadParts
 ) -> None:
     store = replace(settings.store, pinned_bytes=LEAST_BYTES, pin=("p", "q@1"))
@@ -257,7 +257,7 @@ async def test_the_operators_pins_are_kept_and_leave_less_to_others(
         (True, {"pinned_bytes": 0, "tenant_pinned_bytes": 7}, (0, 7)),
     ],
 )
-def test_budgets_come_from_the_settings(
+def test_budgets_are_read_from_the_settings(
     settings: Settings, has_keys: bool, store: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     engine = replace(settings.engine, soft_prompt_host_bytes=1000)

@@ -1,4 +1,4 @@
-"""What is answered while the store is away: 503, and of another tenant's name what is said of one that never was."""
+"""Answers while the store is unavailable: 503, and the same for another tenant's name as for an unknown one."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ async def answer(
     for part, value in VALUES.items():
         path = path.replace(part, value)
     response = await client.request(method, path.replace("{id}", name), json=filled(body, name), headers=bearer("b"))
-    told = {
+    headers = {
         key: value for key, value in response.headers.items() if key not in ("x-request-id", "content-length", "date")
     }
     counted = ("x-ratelimit-remaining-requests", "x-ratelimit-reset-requests", "retry-after-ms")
     return (
         response.status_code,
         response.text.replace(name, "NAME"),
-        {key: "" if key in counted else value for key, value in told.items()},
+        {key: "" if key in counted else value for key, value in headers.items()},
     )
 
 
@@ -89,7 +89,7 @@ async def answer(
 def catalog(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, store: CountingStore
 ) -> Callable[[], int]:
-    """Puts the catalog into a state in which to be asked."""
+    """Puts the catalog into a state; returns the status of requests for missing names."""
 
     def fail(*_: object, **__: object) -> None:
         raise StoreUnavailableError("the catalog broke off")
@@ -113,14 +113,14 @@ def catalog(
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["cold", "in the cache"])
-async def test_existence_is_not_told(
+async def test_an_unreachable_catalog_does_not_reveal_that_a_name_exists(
     client: httpx.AsyncClient,
     upload_parts: UploadParts,
     catalog: Callable[[], int],
     engine: FakeEngine,
     is_known: bool,
 ) -> None:
-    """On every route that takes a name, in every state of the catalog and of what is known of it."""
+    """Checked on every route with a name, in every state of the catalog and of the cache."""
     await upload(client, upload_parts, "mine", "a")
     if is_known:
         for model in ("mine", "mine@1"):
@@ -130,16 +130,16 @@ async def test_existence_is_not_told(
     status = catalog()
     assert len(REQUESTS) > 25
     for method, path, body in REQUESTS:
-        own, other = [await answer(client, method, path, body, name) for name in ("mine", "nobodys")]
+        own, other = [await answer(client, method, path, body, name) for name in ("mine", "ghost")]
         assert own == other, (method, path, body)
         assert own[0] == status, (method, path, body, own)
     assert len(engine.requests) == asked
-    if is_known:  # and what is known serves its owner, whatever others have asked meanwhile
+    if is_known:  # the cached name still serves its owner
         done = await client.post("/v1/completions", json={"model": "mine", "prompt": "x"}, headers=bearer("a"))
         assert done.status_code == 200
 
 
-async def test_nobody_makes_the_server_forget_anothers_name(
+async def test_requests_of_others_do_not_evict_a_cached_name(
     client: httpx.AsyncClient, upload_parts: UploadParts, store: CountingStore
 ) -> None:
     await upload(client, upload_parts, "mine", "a")
@@ -149,7 +149,7 @@ async def test_nobody_makes_the_server_forget_anothers_name(
     assert len(store._store._resolved._names) == 1
 
 
-async def test_a_directory_that_is_away_is_503_and_then_serves_again(
+async def test_a_missing_directory_is_503_until_it_returns(
     client: httpx.AsyncClient, upload_parts: UploadParts, settings: Settings
 ) -> None:
     await upload(client, upload_parts, "mine", "b")

@@ -42,7 +42,7 @@ def push(client: httpx.AsyncClient, upload_parts: UploadParts) -> Push:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"json": {}}, {"json": None}, {"json": {"version": 1}}])
-async def test_warm(
+async def test_a_soft_prompt_can_be_warmed(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: CountingStore,
@@ -65,7 +65,7 @@ async def test_warm(
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_versions_and_aliases(client: httpx.AsyncClient, push: Push, sentiment: str) -> None:
+async def test_versions_and_aliases_can_be_warmed(client: httpx.AsyncClient, push: Push, sentiment: str) -> None:
     await push(seed=1, alias="canary")
     for body, version in (({"version": 2}, 2), ({"alias": "canary"}, 2), ({"alias": "latest"}, 1)):
         assert (await client.post(URL, json=body)).json()["version"] == version
@@ -86,7 +86,7 @@ async def test_versions_and_aliases(client: httpx.AsyncClient, push: Push, senti
         ([], None),
     ],
 )
-async def test_bad_bodies(
+async def test_bad_bodies_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, sentiment: str, body: dict[str, Any] | list[Any], param: str | None
 ) -> None:
     response = await client.post(URL, json=body)
@@ -94,14 +94,14 @@ async def test_bad_bodies(
     assert engine.prepared == []
 
 
-async def test_a_body_that_is_not_json(client: httpx.AsyncClient, sentiment: str) -> None:
+async def test_a_body_that_is_not_json_is_refused(client: httpx.AsyncClient, sentiment: str) -> None:
     for headers in ({}, {"content-type": "text/plain"}):
         assert (await client.post(URL, content=b"{}", headers=headers)).status_code == 415
     assert (await client.post(URL, content=b"{", headers={"content-type": "application/json"})).status_code == 400
 
 
 @pytest.mark.parametrize("body", [{"version": 9}, {"alias": "none"}, {"version": 9, "pin": False}])
-async def test_not_found(client: httpx.AsyncClient, sentiment: str, body: dict[str, Any]) -> None:
+async def test_missing_soft_prompts_are_404(client: httpx.AsyncClient, sentiment: str, body: dict[str, Any]) -> None:
     response = await client.post(URL, json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "prompt_not_found")
 
@@ -109,7 +109,7 @@ async def test_not_found(client: httpx.AsyncClient, sentiment: str, body: dict[s
 @pytest.mark.parametrize(
     ("failure", "status"), [(RequestFailedError("cannot be read"), 500), (EngineDeadError("ended"), 503)]
 )
-async def test_what_fails_is_not_pinned(
+async def test_a_failed_request_pins_nothing(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: CountingStore,
@@ -125,7 +125,7 @@ async def test_what_fails_is_not_pinned(
     eventually(lambda: len(store.leased) == len(store.released) == 1)
 
 
-async def test_a_full_or_draining_server(
+async def test_a_full_or_draining_server_refuses_to_warm(
     client: httpx.AsyncClient, app: FastAPI, engine: FakeEngine, sentiment: str
 ) -> None:
     with app.state.services.admission.permits(8):
@@ -134,7 +134,7 @@ async def test_a_full_or_draining_server(
     assert (await client.post(URL)).status_code == 503
 
 
-async def test_pin_and_unpin(
+async def test_a_version_can_be_pinned_and_unpinned(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: CountingStore,
@@ -145,7 +145,7 @@ async def test_pin_and_unpin(
     digest = (await client.get("/v1/prompts/sentiment/versions/1")).json()["digest"]
     assert (await client.post(URL, json={"pin": True})).json()["pinned"]
     assert (await client.post(URL, json={"pin": True, "version": 1})).json()["pinned"]
-    assert (await client.post(URL)).json()["pinned"]  # says nothing of pins, so the pin stays
+    assert (await client.post(URL)).json()["pinned"]  # the body does not mention pins, so the pin stays
     assert await pinned(client) == [1]
     await push(seed=1, alias="other")
     versions = (await client.get("/v1/prompts/sentiment/versions")).json()["data"]
@@ -192,11 +192,11 @@ async def test_deleting_the_name_ends_all_its_pins(
     await client.delete("/v1/prompts/sentiment")
     assert engine.pinned == {}
     eventually(lambda: len(store.leased) == len(store.released))
-    await push()  # nobody follows the new one's aliases
+    await push()  # the new soft prompt's aliases are not followed
     assert await pinned(client) == []
 
 
-async def test_deleted_while_it_is_being_pinned(
+async def test_deletion_during_pinning_leaves_no_pin(
     client: httpx.AsyncClient, engine: FakeEngine, store: CountingStore, sentiment: str, eventually: WaitUntil
 ) -> None:
     engine.step_seconds = 0.05
@@ -208,7 +208,9 @@ async def test_deleted_while_it_is_being_pinned(
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_the_same_bytes_under_two_names(client: httpx.AsyncClient, engine: FakeEngine, push: Push) -> None:
+async def test_the_same_bytes_under_two_names_share_a_pin(
+    client: httpx.AsyncClient, engine: FakeEngine, push: Push
+) -> None:
     for name in ("one", "two"):
         response = await push(name)
         await client.post(f"/v1/prompts/{name}/warm", json={"pin": True})
@@ -219,7 +221,9 @@ async def test_the_same_bytes_under_two_names(client: httpx.AsyncClient, engine:
     assert engine.pinned == {}
 
 
-async def test_tasks(client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts) -> None:
+async def test_tasks_can_be_warmed_and_pinned_one_by_one(
+    client: httpx.AsyncClient, engine: FakeEngine, other_parts: UploadParts
+) -> None:
     (await client.post("/v1/prompts", **other_parts("many"))).raise_for_status()
     url = "/v1/prompts/many/warm"
     assert (await client.post(url)).json()["task_ids"] == [0, 1, 2]
@@ -240,7 +244,7 @@ Settled = Callable[[], Awaitable[None]]
 
 @pytest.fixture
 def settled(app: FastAPI) -> Settled:
-    """Wait until every promotion has been followed, or need not be."""
+    """Wait until no promotion has to be followed."""
     warmer = app.state.services.warmer
     return lambda: until(lambda: not warmer._tasks)
 
@@ -264,14 +268,14 @@ async def test_a_pin_by_alias_follows_promotions(
     assert await pinned(client) == [1]
     await client.put("/v1/prompts/sentiment/aliases/latest", json={"version": 2})
     await until(lambda: digests(engine) == [second["digest"]])
-    await client.post(URL, json={"pin": False, "version": 2})  # also ends the following
+    await client.post(URL, json={"pin": False, "version": 2})  # also stops following the alias
     await client.put("/v1/prompts/sentiment/aliases/latest", json={"version": 1})
     await settled()
     assert engine.pinned == {}
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_a_version_pinned_for_itself_stays_when_an_alias_moves_on(
+async def test_a_version_pinned_by_number_stays_after_an_alias_moves(
     client: httpx.AsyncClient, push: Push, sentiment: str
 ) -> None:
     await client.post(URL, json={"pin": True})
@@ -283,7 +287,7 @@ async def test_a_version_pinned_for_itself_stays_when_an_alias_moves_on(
     pytest.fail("the promotion was not followed")
 
 
-async def test_promotions_are_followed_in_their_order(
+async def test_promotions_are_followed_in_order(
     client: httpx.AsyncClient, engine: FakeEngine, push: Push, sentiment: str, settled: Settled
 ) -> None:
     await client.post(URL, json={"pin": True})
@@ -296,7 +300,7 @@ async def test_promotions_are_followed_in_their_order(
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
-async def test_unpinned_while_a_promotion_is_followed(
+async def test_unpinning_during_a_promotion_leaves_no_pin(
     app: FastAPI,
     client: httpx.AsyncClient,
     engine: FakeEngine,
@@ -319,7 +323,7 @@ async def test_unpinned_while_a_promotion_is_followed(
     eventually(lambda: len(store.leased) == len(store.released))
 
 
-async def test_what_other_servers_change_is_followed(
+async def test_changes_of_other_servers_are_followed(
     app: FastAPI,
     client: httpx.AsyncClient,
     engine: FakeEngine,
@@ -385,7 +389,7 @@ async def test_settings_are_applied_before_the_server_is_ready(
         assert "no-such@latest cannot be warmed" in caplog.text
         assert "Bad cannot be warmed" in caplog.text
         assert "two@9 cannot be pinned" in caplog.text
-        # Both are followed, where they were named by an alias.
+        # Both are followed if they were named by an alias.
         (await http.post("/v1/prompts", **upload_parts("one", seed=77))).raise_for_status()
         (await http.post("/v1/prompts", **upload_parts("no-such", seed=78))).raise_for_status()
         (await http.post("/v1/prompts", **upload_parts("two", seed=79))).raise_for_status()
@@ -394,7 +398,7 @@ async def test_settings_are_applied_before_the_server_is_ready(
     assert len(store.leased) == len(store.released)
 
 
-async def test_the_server_can_be_stopped_while_it_preloads(
+async def test_the_server_can_be_stopped_during_preloading(
     make_app: MakeApp,
     settings: Settings,
     engine: FakeEngine,
@@ -411,7 +415,7 @@ async def test_the_server_can_be_stopped_while_it_preloads(
     assert len(store.leased) == len(store.released)
 
 
-async def test_a_restarted_engine_gets_everything_back(
+async def test_a_restarted_engine_gets_all_pins_again(
     make_app: MakeApp,
     settings: Settings,
     engine: FakeEngine,
@@ -442,7 +446,7 @@ async def test_a_restarted_engine_gets_everything_back(
         await until(lambda: is_ready(http))
         assert {source.digest for source in engine.prepared} == lost
         assert await pinned(http, "three") == [1]
-        # What was unpinned or deleted meanwhile does not come back.
+        # Versions that were unpinned or deleted in the meantime are not pinned again.
         await http.post("/v1/prompts/three/warm", json={"pin": False})
         await http.delete("/v1/prompts/two")
         engine.prepared.clear()
@@ -454,7 +458,7 @@ async def test_a_restarted_engine_gets_everything_back(
     assert len(store.leased) == len(store.released)
 
 
-async def test_a_pin_that_cannot_be_brought_back_is_a_warning(
+async def test_a_pin_that_cannot_be_restored_is_a_warning(
     make_app: MakeApp,
     settings: Settings,
     client: httpx.AsyncClient,

@@ -38,7 +38,7 @@ NO = {"additionalProperties": False}
         ({"additionalProperties": A}, {"additionalProperties": A | NO}),
     ],
 )
-def test_objects_have_the_properties_that_they_name(schema: dict[str, Any], want: dict[str, Any]) -> None:
+def test_objects_with_named_properties_are_closed(schema: dict[str, Any], want: dict[str, Any]) -> None:
     before = copy.deepcopy(schema)
     assert closed(schema) == want
     assert schema == before
@@ -66,7 +66,7 @@ def test_objects_have_the_properties_that_they_name(schema: dict[str, Any], want
         {"items": [A, 3], "anyOf": 4, "allOf": 5},
     ],
 )
-def test_what_may_have_others_stays_open(schema: dict[str, Any]) -> None:
+def test_objects_that_allow_other_properties_stay_open(schema: dict[str, Any]) -> None:
     assert closed(schema) == schema
 
 
@@ -98,6 +98,6 @@ def without_closing(node: Any) -> Any:
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(["properties", "allOf", "items", "$defs", "anyOf"]), JSON, max_size=3))
-def test_any_json_is_only_added_to(schema: dict[str, Any]) -> None:
+def test_closing_any_schema_only_adds_keywords(schema: dict[str, Any]) -> None:
     assert without_closing(closed(schema)) == without_closing(schema)
     assert closed(closed(schema)) == closed(schema)

@@ -27,7 +27,7 @@ BOMB = 49_999_999
         'start: %json {"const": NaN}',
     ],
 )
-def test_schemas_in_grammars_that_are_refused(text: str) -> None:
+def test_bad_schemas_in_grammars_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="an unsupported JSON schema: it "):
         check_grammar(text)
 
@@ -45,11 +45,11 @@ def test_schemas_in_grammars_that_are_refused(text: str) -> None:
         f"start: %json {'1' * 5000}",
     ],
 )
-def test_what_is_left_to_the_compiler(text: str) -> None:
+def test_other_grammars_are_left_to_the_compiler(text: str) -> None:
     assert check_grammar(text) == text
 
 
-def test_options_are_held_back_in_nested_grammars_too() -> None:
+def test_options_are_refused_in_nested_grammars() -> None:
     with pytest.raises(ValueError, match="%llguidance"):
         check_grammar('start: %lark { start: "a" %llguidance {} }')
 

@@ -27,7 +27,10 @@ BIG = 2**53 + 1
         ({"const": {"a": [1, {"b": 10**400}]}}, "const"),
         ({"enum": [1, 2**64]}, "enum"),
         ({"const": 1e23}, "const"),
-        ({"const": float(2**53 - 1)}, "const"),  # written with a zero behind the point, which is one digit too many
+        (
+            {"const": float(2**53 - 1)},
+            "const",
+        ),  # written with a zero after the decimal point, which is one digit too many
         ({"const": 5.914578334801731e16}, "const"),
         ({"const": 1.0259818493301033e-60}, "const"),
         ({"const": 1e-23}, "const"),
@@ -70,7 +73,7 @@ def test_numbers_that_would_be_rounded_are_refused(schema: dict[str, Any], word:
     ],
     ids=str,
 )
-def test_numbers_that_are_taken(schema: dict[str, Any]) -> None:
+def test_exact_numbers_are_accepted(schema: dict[str, Any]) -> None:
     check_numbers(schema)
 
 
@@ -90,7 +93,7 @@ nodes = st.recursive(
 
 @pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(["properties", "allOf", "minimum", "type", "const", "x"]), nodes))
-def test_any_json_is_walked(schema: dict[str, Any]) -> None:
+def test_any_schema_is_accepted_or_refused(schema: dict[str, Any]) -> None:
     with suppress(ValueError):
         check_numbers(schema)
     assert next(subschemas(schema)) == schema

@@ -48,7 +48,7 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"', False),
     ],
 )
-async def test_what_reaches_the_engine(
+async def test_constraints_reach_the_engine(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     path: str,
@@ -75,7 +75,7 @@ async def test_what_reaches_the_engine(
         {"structured_outputs": {"json_object": False}},
     ],
 )
-async def test_what_asks_for_nothing(
+async def test_fields_without_a_constraint_have_no_effect(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any]
 ) -> None:
     assert (await client.post(path, json=body(path, **fields))).status_code == 200
@@ -145,7 +145,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({"structured_outputs": {"grammar": 'start: %json {"multipleOf": 999983}'}}, "structured_outputs.grammar"),
     ],
 )
-async def test_what_is_refused_at_the_door(
+async def test_bad_constraints_are_refused_before_the_engine(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(path, json=body(path, **fields))
@@ -154,7 +154,7 @@ async def test_what_is_refused_at_the_door(
     assert engine.requests == []
 
 
-def test_bounds_that_a_body_of_the_tests_has_no_room_for() -> None:
+def test_size_limits_of_constraints_are_enforced() -> None:
     with pytest.raises(ValidationError, match="65536 characters together"):
         StructuredOutputs.model_validate({"choice": ["a" * 1000] * 66})
     with pytest.raises(ValidationError, match="65536 characters as JSON"):
@@ -166,7 +166,7 @@ def test_bounds_that_a_body_of_the_tests_has_no_room_for() -> None:
 
 
 @pytest.mark.parametrize("value", [2, 100, 0.01, 12.5, 0.25, 1e-9, 49999, MAX_MULTIPLE, "7", True, -3, 0, None])
-def test_multiples_that_are_taken(value: object) -> None:
+def test_supported_multiples_are_accepted(value: object) -> None:
     schema = (
         {"allOf": [{"multipleOf": value}, {"multipleOf": 100}]} if value in (0.01, 0.25) else {"multipleOf": value}
     )
@@ -174,7 +174,7 @@ def test_multiples_that_are_taken(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [MAX_MULTIPLE + 1, 1e308, 5e-324, 0.000050001])
-def test_multiples_that_are_refused(value: float) -> None:
+def test_unsupported_multiples_are_refused(value: float) -> None:
     with pytest.raises(ValueError, match="multipleOf"):
         check_schema({"multipleOf": value})
 
@@ -189,7 +189,7 @@ async def test_deeply_nested_bodies_are_refused(client: httpx.AsyncClient, path:
 
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_the_engine_cannot_use_is_a_400_that_names_the_field(
+async def test_a_constraint_that_the_engine_refuses_is_a_400_that_names_the_field(
     client: httpx.AsyncClient, engine: FakeEngine, app: FastAPI, path: str, stream: bool
 ) -> None:
     engine.failure = ConstraintError("unclosed group")
@@ -209,7 +209,7 @@ async def test_what_the_engine_cannot_use_is_a_400_that_names_the_field(
     assert app.state.services.admission.num_in_use == 0
 
 
-async def test_what_fails_on_the_way_ends_a_stream_with_an_error(
+async def test_a_late_constraint_failure_ends_a_stream_with_an_error(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     engine.failure, engine.fail_after = ConstraintError("too complex"), 3

@@ -14,7 +14,7 @@ from tests.support.fake_engine import FakeEngine
 pytestmark = pytest.mark.anyio
 
 
-async def test_text_to_tokens(client: httpx.AsyncClient) -> None:
+async def test_text_is_tokenised(client: httpx.AsyncClient) -> None:
     reply = await client.post("/tokenize", json={"prompt": "hé"})
     assert reply.json() == {
         "count": 4,
@@ -29,7 +29,7 @@ async def test_text_to_tokens(client: httpx.AsyncClient) -> None:
     assert (await client.post("/tokenize", json={"prompt": "", "add_special_tokens": False})).json()["tokens"] == []
 
 
-async def test_a_conversation_is_what_chat_sees(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_conversation_has_the_same_tokens_as_in_chat(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     tokens = (await client.post("/tokenize", json={"messages": messages})).json()["tokens"]
     await client.post("/v1/chat/completions", json={"messages": messages})
@@ -38,13 +38,13 @@ async def test_a_conversation_is_what_chat_sees(client: httpx.AsyncClient, engin
     assert special.json()["tokens"] == [BOS, *tokens]
 
 
-async def test_tokens_to_text(client: httpx.AsyncClient) -> None:
+async def test_tokens_are_decoded(client: httpx.AsyncClient) -> None:
     reply = await client.post("/detokenize", json={"tokens": [BOS, *b"abc", EOS]})
     assert reply.json() == {"prompt": "<s>abc</s>"}
     assert (await client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
 
 
-async def test_the_configuration_is_told(client: httpx.AsyncClient) -> None:
+async def test_the_tokenizer_configuration_is_returned(client: httpx.AsyncClient) -> None:
     info = (await client.get("/tokenizer_info")).json()
     assert info == {
         "tokenizer_class": "ByteTokenizer",
@@ -76,12 +76,14 @@ async def test_the_configuration_is_told(client: httpx.AsyncClient) -> None:
         ("/detokenize", {"tokens": [1], "prompt_id": "No"}, "prompt_id"),
     ],
 )
-async def test_bad_fields_are_named(client: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str) -> None:
+async def test_errors_name_the_bad_field(
+    client: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str
+) -> None:
     response = await client.post(path, json=fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
-async def test_sizes_are_bounded(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sizes_are_limited(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "MAX_TEXT_CHARS", 8)
     messages = [{"role": "user", "content": "12345"}] * 2
     error = (await client.post("/tokenize", json={"messages": messages})).json()["error"]
@@ -91,7 +93,7 @@ async def test_sizes_are_bounded(client: httpx.AsyncClient, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
-async def test_the_model_has_to_exist(client: httpx.AsyncClient, path: str, sentiment: str) -> None:
+async def test_the_model_must_exist(client: httpx.AsyncClient, path: str, sentiment: str) -> None:
     text = {"prompt": "a", "tokens": [1]}
     assert (await client.post(path, json=text | {"model": sentiment})).status_code == 200
     assert (await client.post(path, json=text | {"model": "tiny", "prompt_id": sentiment})).status_code == 200
@@ -102,7 +104,7 @@ async def test_the_model_has_to_exist(client: httpx.AsyncClient, path: str, sent
     assert (await client.post(path, content="{}", headers={"content-type": "text/plain"})).status_code == 415
 
 
-async def test_a_model_without_a_template_takes_no_messages(
+async def test_a_model_without_a_template_refuses_messages(
     client: httpx.AsyncClient, tokenizer: ByteTokenizer
 ) -> None:
     tokenizer.has_chat_template = False

@@ -27,7 +27,7 @@ Bulk = Callable[..., tuple[Result, list[Any]]]
 
 @pytest.fixture
 def bulk(live: LiveServer, tmp_path: Path) -> Bulk:
-    """Run ``prelude run`` on rows; its result and the output's rows."""
+    """Run ``prelude run`` on rows; returns its result and the output's rows."""
 
     def invoke(rows: bytes | list[Any], *options: str, name: str = "tiny") -> tuple[Result, list[Any]]:
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -46,7 +46,7 @@ def push(live: LiveServer, directory: Path, name: str) -> None:
     assert result.exit_code == 0, result.output
 
 
-def test_rows_are_answered_in_order_with_all_that_they_carry(
+def test_rows_are_answered_in_order_with_all_their_fields(
     live: LiveServer, engine: FakeEngine, bulk: Bulk, peft_directory: PeftDirectory
 ) -> None:
     push(live, peft_directory("sentiment"), "sentiment")
@@ -63,7 +63,7 @@ def test_rows_are_answered_in_order_with_all_that_they_carry(
     assert sorted(sent) == sorted(row["prompt"] for row in rows)
 
 
-def test_a_summary_for_programs(bulk: Bulk) -> None:
+def test_json_prints_a_summary(bulk: Bulk) -> None:
     result, _ = bulk([{"prompt": "a"}, {"prompt": ""}], "--json", "--options", '{"top_k": 3}', "--top-p", "0.5")
     assert result.exit_code == 4
     summary = json.loads(result.stdout)
@@ -86,7 +86,7 @@ def test_a_summary_for_programs(bulk: Bulk) -> None:
     }
 
 
-def test_bad_rows_are_told_by_line_and_the_others_answered(bulk: Bulk) -> None:
+def test_bad_rows_are_reported_by_line_and_the_others_are_answered(bulk: Bulk) -> None:
     result, written = bulk(b'{"prompt": "a", "id": 1}\n\nnonsense\n{"prompt": "b"}\n')
     assert result.exit_code == 4
     assert [row.get("id") for row in written] == [1, None, None]
@@ -96,7 +96,7 @@ def test_bad_rows_are_told_by_line_and_the_others_answered(bulk: Bulk) -> None:
     assert "errors: 1 (invalid_row 1)" in result.stdout
 
 
-def test_a_row_that_the_server_refuses_is_found_among_others(bulk: Bulk) -> None:
+def test_one_refused_row_fails_alone(bulk: Bulk) -> None:
     rows = [{"prompt": "a"}, {"prompt": "x" * 300}, {"prompt": "b"}]
     result, written = bulk(rows)
     assert result.exit_code == 4
@@ -104,7 +104,7 @@ def test_a_row_that_the_server_refuses_is_found_among_others(bulk: Bulk) -> None
     assert [("response" in row) for row in written] == [True, False, True]
 
 
-def test_labels_conversations_and_rows_of_their_own(
+def test_rows_may_be_texts_or_conversations_or_name_a_soft_prompt(
     live: LiveServer, bulk: Bulk, peft_directory: PeftDirectory
 ) -> None:
     push(live, peft_directory("sentiment"), "sentiment")
@@ -123,7 +123,7 @@ def test_labels_conversations_and_rows_of_their_own(
     assert written[3]["error"]["code"] == "prompt_not_found"
 
 
-def test_a_head_classifies_by_itself(live: LiveServer, bulk: Bulk, tmp_path: Path) -> None:
+def test_a_head_classifies_without_labels(live: LiveServer, bulk: Bulk, tmp_path: Path) -> None:
     import httpx
 
     from tests.api.classification.test_classify import classifier_parts
@@ -137,7 +137,7 @@ def test_a_head_classifies_by_itself(live: LiveServer, bulk: Bulk, tmp_path: Pat
     assert "not for generation" in written[0]["error"]["message"]
 
 
-def test_a_run_keeps_its_version_and_goes_on(
+def test_a_resumed_run_keeps_its_version(
     live: LiveServer, engine: FakeEngine, bulk: Bulk, peft_directory: PeftDirectory, tmp_path: Path
 ) -> None:
     push(live, peft_directory("sentiment"), "sentiment")
@@ -158,7 +158,7 @@ def test_a_run_keeps_its_version_and_goes_on(
 
 
 @pytest.mark.parametrize("change", ["input", "options", "file"])
-def test_what_is_not_the_same_run_is_refused(bulk: Bulk, tmp_path: Path, change: str) -> None:
+def test_an_output_of_another_run_is_refused(bulk: Bulk, tmp_path: Path, change: str) -> None:
     if change == "file":
         (tmp_path / "out.jsonl").write_text("mine\n")
     else:
@@ -175,19 +175,19 @@ def test_what_is_not_the_same_run_is_refused(bulk: Bulk, tmp_path: Path, change:
     assert (tmp_path / "out.jsonl").read_text() == before
 
 
-def test_a_new_beginning_that_cannot_begin_leaves_the_old_output(bulk: Bulk, tmp_path: Path) -> None:
+def test_a_failed_restart_keeps_the_old_output(bulk: Bulk, tmp_path: Path) -> None:
     bulk([{"prompt": "a"}])
     before = (tmp_path / "out.jsonl").read_bytes()
-    result, _ = bulk([{"prompt": "b"}], "--restart", name="nobody")
+    result, _ = bulk([{"prompt": "b"}], "--restart", name="missing")
     assert result.exit_code == 3
     assert (tmp_path / "out.jsonl").read_bytes() == before
-    result, written = bulk([{"prompt": "a"}], "--json")  # the old run is there as it was
+    result, written = bulk([{"prompt": "a"}], "--json")  # the old output is unchanged
     assert json.loads(result.stdout)["requests"] == 0
     result, written = bulk([{"prompt": "b"}], "--restart")
     assert [row["prompt"] for row in written] == ["b"]
 
 
-def test_an_input_that_shrinks_meanwhile_is_told(bulk: Bulk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_that_shrinks_during_the_run_is_an_error(bulk: Bulk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "server.client.bulk.job.read_rows", lambda path, *, skip: iter(list(read_rows(path, skip=skip))[:1])
     )
@@ -197,14 +197,14 @@ def test_an_input_that_shrinks_meanwhile_is_told(bulk: Bulk, monkeypatch: pytest
     assert len(written) == 1
 
 
-def test_as_much_is_asked_at_once_as_the_server_takes(engine: FakeEngine, bulk: Bulk) -> None:
+def test_the_concurrency_fits_the_server(engine: FakeEngine, bulk: Bulk) -> None:
     engine.step_seconds = 0.005
-    result, _ = bulk([{"prompt": "a"}] * 60, "--json")  # of 4 places and 4 to wait
+    result, _ = bulk([{"prompt": "a"}] * 60, "--json")  # the server has 4 permits and 4 waiting places
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["retries"] == {}
 
 
-def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk: Bulk) -> None:
+def test_more_errors_than_max_errors_stop_the_run(bulk: Bulk) -> None:
     rows = [{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, {"prompt": ""}, {"prompt": "c"}]
     result, written = bulk(rows, "--max-errors", "1")
     assert result.exit_code == 4
@@ -216,7 +216,7 @@ def test_too_many_errors_stop_it_and_more_allowed_ones_let_it_go_on(bulk: Bulk) 
     assert len(written) == 5
 
 
-def test_a_server_that_fails_one_row_for_good(
+def test_a_permanent_failure_of_one_row_is_its_error(
     engine: FakeEngine, bulk: Bulk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.client.bulk.sender._BACKOFF_SECONDS", 0.001)
@@ -248,7 +248,9 @@ def test_a_server_that_fails_one_row_for_good(
         (["tiny", "{in}", "{out}", "--options", '{"n": 2}'], 2, "n cannot be set by this option"),
     ],
 )
-def test_what_cannot_begin(live: LiveServer, tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
+def test_a_run_that_cannot_start_prints_the_reason(
+    live: LiveServer, tmp_path: Path, arguments: list[str], status: int, reason: str
+) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     names = {"{in}": str(tmp_path / "in.jsonl"), "{out}": str(tmp_path / "out.jsonl")}
     line = arguments
@@ -260,7 +262,7 @@ def test_what_cannot_begin(live: LiveServer, tmp_path: Path, arguments: list[str
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_what_can_be_gone_on_from(
+def test_a_run_ended_by_a_signal_can_be_resumed(
     live: LiveServer, engine: FakeEngine, bulk: Bulk, tmp_path: Path, eventually: WaitUntil
 ) -> None:
     rows = [{"prompt": f"t{index}"} for index in range(400)]
@@ -295,12 +297,12 @@ def test_a_signal_leaves_what_can_be_gone_on_from(
         (r"a\,b,c\\n", ("a,b", r"c\n")),
     ],
 )
-def test_labels_are_read(text: str, labels: tuple[str, str]) -> None:
+def test_labels_are_parsed(text: str, labels: tuple[str, str]) -> None:
     assert parse_labels(text) == labels
 
 
 @pytest.mark.parametrize("text", ["", ",", "a,", "a,a", r"a\x", "a\\"])
-def test_labels_that_are_none(text: str) -> None:
+def test_bad_labels_are_refused(text: str) -> None:
     import typer
 
     with pytest.raises(typer.BadParameter):

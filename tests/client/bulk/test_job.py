@@ -1,4 +1,4 @@
-"""What stands in the output for each row."""
+"""The output line of each row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def only_row(tmp_path: Path, line: bytes) -> Row:
         ('{"prompt": "\u2028"}'.encode(), None),
     ],
 )
-def test_a_rows_own_fields_stand_there_byte_for_byte(tmp_path: Path, line: bytes, kept: bytes | None) -> None:
+def test_the_fields_of_a_row_are_copied_byte_for_byte(tmp_path: Path, line: bytes, kept: bytes | None) -> None:
     written, error = output_line(Outcome(only_row(tmp_path, line), response=RESPONSE))
     assert error is None
     assert written.startswith((kept or line.rstrip()[:-1]) + b', "response": {')
@@ -40,7 +40,7 @@ def test_a_rows_own_fields_stand_there_byte_for_byte(tmp_path: Path, line: bytes
     assert json.loads(written) == fields | {"response": RESPONSE}
 
 
-def test_a_carriage_return_between_fields_ends_no_line(tmp_path: Path) -> None:
+def test_a_carriage_return_between_fields_does_not_end_the_line(tmp_path: Path) -> None:
     written, _ = output_line(Outcome(only_row(tmp_path, b'{"text": "a",\r"id": 1}\n'), response=RESPONSE))
     assert b"\r" not in written
     assert json.loads(written) == {"text": "a", "id": 1, "response": RESPONSE}
@@ -56,7 +56,7 @@ def test_a_carriage_return_between_fields_ends_no_line(tmp_path: Path) -> None:
         (b'{"text": "a", "response": 1}', {"text": "a", "response": 1}),
     ],
 )
-def test_a_row_at_fault_keeps_what_can_be_read_and_names_its_line(
+def test_a_bad_row_keeps_its_readable_fields_and_gives_its_line(
     tmp_path: Path, line: bytes, fields: dict[str, Any]
 ) -> None:
     row = only_row(tmp_path, line)

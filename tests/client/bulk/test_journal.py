@@ -1,4 +1,4 @@
-"""An output survives a kill at any byte; what is not this run's is not touched."""
+"""An output survives a kill at any byte, and files of other runs are not changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(path: Path, first: int, last: int, **options: Any) -> None:
 
 @settings(deadline=None)
 @given(count=st.integers(0, 8), data=st.data())
-def test_a_cut_at_any_byte_is_gone_on_from(
+def test_an_output_cut_at_any_byte_can_be_resumed(
     tmp_path_factory: pytest.TempPathFactory, count: int, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "out.jsonl"
@@ -54,7 +54,7 @@ def test_a_cut_at_any_byte_is_gone_on_from(
     assert path.read_bytes() == whole
 
 
-def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path: Path) -> None:
+def test_trailing_zeros_of_a_power_failure_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 2)
     whole = path.read_bytes()
@@ -64,7 +64,7 @@ def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_what_was_changed_since_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_changed_output_cannot_be_resumed(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 3)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -75,7 +75,7 @@ def test_what_was_changed_since_is_not_gone_on_with(tmp_path: Path) -> None:
     assert path.read_bytes() == changed
 
 
-def test_another_run_is_refused_until_restart(tmp_path: Path) -> None:
+def test_the_output_of_another_run_needs_restart(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 3)
     before = path.read_bytes()
@@ -85,12 +85,12 @@ def test_another_run_is_refused_until_restart(tmp_path: Path) -> None:
     with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal:
         assert journal.is_new
         assert journal.written.num_rows == 0
-        assert path.read_bytes() == before  # until it is known that the new one can begin
+        assert path.read_bytes() == before  # the old output stays until the new run can start
         journal.start({"model": "a@1"})
     assert path.read_bytes() == b""
 
 
-def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("mine")
     with pytest.raises(JournalError, match="already exists"):
@@ -99,7 +99,7 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["", "{", "[]", '{"version": 2}', '{"version": 1, "notes": [], "identity": {}}'])
-def test_a_state_that_cannot_be_read(tmp_path: Path, state: str) -> None:
+def test_an_unreadable_state_needs_restart(tmp_path: Path, state: str) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 1)
     path.with_name("out.jsonl.state").write_text(state)
@@ -109,22 +109,22 @@ def test_a_state_that_cannot_be_read(tmp_path: Path, state: str) -> None:
     assert json.loads(path.with_name("out.jsonl.state").read_text())["identity"] == IDENTITY
 
 
-def test_a_run_that_did_not_begin_leaves_no_file(tmp_path: Path) -> None:
+def test_a_run_that_did_not_start_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     Journal(path, IDENTITY).close()
     assert not path.exists()
     path.touch()
-    Journal(path, IDENTITY).close()  # which somebody else has made
+    Journal(path, IDENTITY).close()  # created by another program
     assert path.exists()
 
 
-def test_two_at_once(tmp_path: Path) -> None:
+def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with Journal(path, IDENTITY), pytest.raises(JournalError, match="being written by another run"):
         Journal(path, IDENTITY)
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_output_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="No such file"):
         Journal(tmp_path / "no" / "out.jsonl", IDENTITY)
     with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
@@ -133,7 +133,9 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
             journal.start({"a": 1})
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sync_is_an_error_and_the_run_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "out.jsonl"
     write(path, 0, 1)
 
@@ -149,7 +151,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert journal.written.num_rows == 2
 
 
-def test_syncs_are_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_is_due_after_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         monkeypatch.setattr(module, "_SYNC_SECONDS", -1.0)
         due = [journal.is_sync_due]
@@ -160,7 +162,7 @@ def test_syncs_are_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_disk_that_takes_no_more_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_advice(tmp_path: Path) -> None:
     reason = r"No space left on device; run the same command to resume"
     with pytest.raises(JournalError, match=reason), Journal(tmp_path / "out.jsonl", IDENTITY) as journal:
         journal.start({"model": "a@1"})

@@ -1,4 +1,4 @@
-"""What answers, and how much it may be asked at once."""
+"""Lookup of the model to request, and the default concurrency."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def failure(status: int | None) -> ClientError:
     [
         ("a", Client({"id": "a", "version": 3, "task_type": "CAUSAL_LM"}), ("a@3", False)),
         ("a@x", Client({"id": "a", "version": 3, "task_type": "SEQ_CLS"}), ("a@3", True)),
-        ("a", Client(failure(404)), ("a", False)),  # the base model is called so
+        ("a", Client(failure(404)), ("a", False)),  # the base model has this name
         ("Org/Base", Client(failure(500)), ("Org/Base", False)),
         ("base:a@2", Client(failure(500)), ("base:a@2", False)),
-        ("a@x", Client(failure(403), failure(403)), ("a@x", False)),  # a key for nothing but generation
+        ("a@x", Client(failure(403), failure(403)), ("a@x", False)),  # a key with only the scope "generate"
     ],
 )
-def test_what_answers(name: str, client: Client, resolved: tuple[str, bool]) -> None:
+def test_a_name_resolves_to_the_model_to_request(name: str, client: Client, resolved: tuple[str, bool]) -> None:
     found = resolve_model(client, name)
     assert (found.model, found.has_head) == resolved
     model, has_head = resolved
@@ -59,7 +59,7 @@ def test_what_answers(name: str, client: Client, resolved: tuple[str, bool]) -> 
 
 
 @pytest.mark.parametrize("client", [Client(failure(404), failure(404)), Client(failure(None)), Client(failure(500))])
-def test_nothing_answers(client: Client) -> None:
+def test_a_name_that_does_not_resolve_is_an_error(client: Client) -> None:
     with pytest.raises(ClientError, match="it said no"):
         resolve_model(client, "a")
 
@@ -68,13 +68,13 @@ def test_nothing_answers(client: Client) -> None:
     ("card", "count"),
     [
         ({"max_num_seqs": 256, "max_waiting": 1024}, 512),
-        ({"max_num_seqs": 64, "max_waiting": 10}, 74),  # more than these would be refused
+        ({"max_num_seqs": 64, "max_waiting": 10}, 74),  # the server refuses more than these
         ({"max_num_seqs": 64, "max_waiting": 0}, 64),
-        ({}, SendLimits().concurrency),  # a server that does not tell
+        ({}, SendLimits().concurrency),  # a server that does not report its limits
         ({"max_num_seqs": None, "max_waiting": "x"}, SendLimits().concurrency),
-        (failure(None), SendLimits().concurrency),  # one that is away for now, when a run goes on
+        (failure(None), SendLimits().concurrency),  # a server that is unreachable when a run resumes
     ],
 )
-def test_how_much_is_asked_at_once_follows_the_server(card: dict[str, Any] | ClientError, count: int) -> None:
+def test_the_default_concurrency_follows_the_servers_limits(card: dict[str, Any] | ClientError, count: int) -> None:
     client = Client({}, card) if isinstance(card, ClientError) else Client({}, card=card)
     assert default_concurrency(client, "a@3") == count

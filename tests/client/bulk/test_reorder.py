@@ -1,4 +1,4 @@
-"""Results leave in order, each once."""
+"""The reorder buffer returns results in order, each once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from server.client.bulk.reorder import ReorderBuffer
 
 
 @given(first=st.integers(0, 5), order=st.permutations(range(12)), takes=st.lists(st.booleans(), min_size=12))
-def test_any_order_leaves_in_order(first: int, order: list[int], takes: list[bool]) -> None:
+def test_results_are_taken_in_order(first: int, order: list[int], takes: list[bool]) -> None:
     buffer = ReorderBuffer[str](first)
     given_out = []
     for index, take in zip(order, takes, strict=False):
@@ -26,7 +26,7 @@ def test_any_order_leaves_in_order(first: int, order: list[int], takes: list[boo
 
 
 @pytest.mark.parametrize("index", [0, 2])
-def test_nothing_comes_twice(index: int) -> None:
+def test_no_index_is_accepted_twice(index: int) -> None:
     buffer = ReorderBuffer[int]()
     buffer.add(0, 0)
     buffer.take()

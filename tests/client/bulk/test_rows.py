@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "in.jsonl"
 
 
-def test_the_three_forms_and_what_a_row_carries(path: Path) -> None:
+def test_rows_of_the_three_forms_keep_their_fields(path: Path) -> None:
     fields: list[dict[str, Any]] = [
         {"prompt": "a", "id": 7, "n": 12345678901234567890123},
         {"text": "b", "prompt_id": "x@2", "task_id": 1},
@@ -40,7 +40,7 @@ def test_the_three_forms_and_what_a_row_carries(path: Path) -> None:
     assert found[1].content == "b"
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_rows(path: Path) -> None:
+def test_blank_lines_and_a_byte_order_mark_are_skipped(path: Path) -> None:
     data = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}'
     assert [(row.index, row.line) for row in rows_of(path, data)] == [(0, 1), (1, 4)]
     assert [(row.index, row.line) for row in rows_of(path, data, skip=1)] == [(1, 4)]
@@ -65,7 +65,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(path: Path) -> None:
         (b'{"text": "a", "error": 1}', "'error' is reserved for the output"),
     ],
 )
-def test_a_faulty_row_stops_no_other(path: Path, line: bytes, reason: str) -> None:
+def test_a_bad_row_does_not_stop_others(path: Path, line: bytes, reason: str) -> None:
     first, bad, last = rows_of(path, b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert first.fault is last.fault is None
     assert bad.fault is not None
@@ -78,7 +78,7 @@ def test_a_faulty_row_stops_no_other(path: Path, line: bytes, reason: str) -> No
     begin=st.sampled_from([b"", b"\xef\xbb\xbf"]),
     ends=st.booleans(),
 )
-def test_the_count_is_that_of_the_rows(
+def test_identify_counts_the_rows(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], begin: bytes, ends: bool
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "count.jsonl"
@@ -89,7 +89,7 @@ def test_the_count_is_that_of_the_rows(
     assert [row.index for row in found] == list(range(len(found)))
 
 
-def test_another_content_is_another_file(path: Path) -> None:
+def test_different_content_has_a_different_digest(path: Path) -> None:
     path.write_text('{"text": "a"}')
     first = identify(path)
     path.write_text('{"text": "b"}')

@@ -1,4 +1,4 @@
-"""What is sent, and what becomes of answers and refusals."""
+"""Requests of the sender, and its handling of answers and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Answer = Callable[[str, dict[str, Any]], Awaitable[Response]]
 
 
 class FakeTransport:
-    """Hands each request to a function."""
+    """Passes each request to a function."""
 
     base_url = "http://test"
 
@@ -44,7 +44,7 @@ class FakeTransport:
 
 
 class Server:
-    """Answers as the API does; ``refuse`` may say otherwise of a body."""
+    """Answers like the API, unless ``refuse`` returns another response for a body."""
 
     def __init__(self, refuse: Refuse = lambda _: None) -> None:
         self.refuse = refuse
@@ -113,7 +113,7 @@ async def test_rows_of_one_kind_share_requests_and_keep_their_order() -> None:
     assert server.sender.tally.completion_tokens == server.sender.tally.requests == 5
 
 
-async def test_a_mixture_goes_by_what_each_row_names() -> None:
+async def test_each_row_goes_to_the_soft_prompt_it_names() -> None:
     rows = [Row(i, i + 1, {"text": f"t{i}", "prompt_id": f"p{i % 2}", "task_id": 3}, "text") for i in range(4)]
     rows += [Row(4, 5, {"messages": [{"role": "user", "content": "x"}]}, "messages")]
     rows += [Row(5, 6, {"prompt": "y", "model": "m"}, "prompt"), Row(6, 7, {"prompt": "z"}, "prompt")]
@@ -148,7 +148,7 @@ async def test_a_mixture_goes_by_what_each_row_names() -> None:
 
 
 @pytest.mark.parametrize(("labels", "by_head"), [(("x", "y"), False), ((), True)])
-async def test_labels_and_heads_classify(labels: tuple[str, ...], by_head: bool) -> None:
+async def test_rows_are_classified_by_labels_or_a_head(labels: tuple[str, ...], by_head: bool) -> None:
     server = Server()
     (outcome,) = await server.all(text_rows(1), RequestTemplate(model="a", labels=labels, by_head=by_head))
     assert outcome.response == {"model": "a@1", "label": "t0", "probability": 1.0, "probabilities": {"t0": 1.0}}
@@ -157,7 +157,7 @@ async def test_labels_and_heads_classify(labels: tuple[str, ...], by_head: bool)
     assert body.get("labels", []) == list(labels)
 
 
-async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded() -> None:
+async def test_requests_in_flight_and_rows_read_ahead_are_limited() -> None:
     server = Server()
     read = 0
 
@@ -177,14 +177,12 @@ async def test_what_is_at_the_server_and_what_is_read_ahead_is_bounded() -> None
         given_out += len(given_rows)
         assert read - given_out <= 4 * 32 // 2
     assert given_out == 2000
-    assert server.most_in_flight <= 16  # of two sequences each
+    assert server.most_in_flight <= 16  # each request has two sequences
 
 
 @settings(max_examples=30, deadline=None)
 @given(bad=st.sets(st.integers(0, 39)), faults=st.sets(st.integers(0, 39)), per=st.integers(1, 40))
-def test_every_row_has_its_own_outcome_whatever_is_wrong_with_others(
-    bad: set[int], faults: set[int], per: int
-) -> None:
+def test_every_row_has_an_outcome_independent_of_the_others(bad: set[int], faults: set[int], per: int) -> None:
     def refuse(body: dict[str, Any]) -> Response | None:
         return refusal(400) if bad & {int(text[1:]) for text in body["prompt"]} else None
 
@@ -202,7 +200,7 @@ def test_every_row_has_its_own_outcome_whatever_is_wrong_with_others(
             assert outcome.response["text"] == f"t{index}!"
 
 
-async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_then() -> None:
+async def test_too_large_requests_are_split_and_later_ones_are_smaller() -> None:
     server = Server(lambda body: refusal(413) if len(body["prompt"]) > 5 else None)
     outcomes = await server.all(text_rows(200), rows_per_request=16, concurrency=32)
     assert all(outcome.error is None for outcome in outcomes)
@@ -220,7 +218,7 @@ async def test_too_many_rows_for_the_server_are_taken_apart_and_fewer_are_sent_t
         (NoResponseError("reset"), "unreachable"),
     ],
 )
-async def test_what_may_pass_is_tried_again(refused: Response | NoResponseError, reason: str) -> None:
+async def test_temporary_failures_are_retried(refused: Response | NoResponseError, reason: str) -> None:
     left = [refused, refused]
     server = Server(lambda _: left.pop() if left else None)
     outcomes = await server.all(text_rows(4))
@@ -228,19 +226,19 @@ async def test_what_may_pass_is_tried_again(refused: Response | NoResponseError,
     assert server.sender.tally.retries == {reason: 2}
 
 
-async def test_a_fault_of_the_server_that_does_not_pass_is_the_rows() -> None:
+async def test_a_permanent_server_failure_is_the_rows_error() -> None:
     server = Server(lambda body: refusal(500, "request_failed") if "t1" in body["prompt"] else None)
     outcomes = await server.all(text_rows(4), rows_per_request=4)
     assert [outcome.error and outcome.error["status"] for outcome in outcomes] == [None, 500, None, None]
 
 
-async def test_a_row_that_no_key_may_ever_send() -> None:
+async def test_a_row_that_must_not_be_retried_fails_at_once() -> None:
     server = Server(lambda body: refusal(429, x_should_retry="false") if "t1" in body["prompt"] else None)
     outcomes = await server.all(text_rows(2))
     assert [outcome.error and outcome.error["code"] for outcome in outcomes] == [None, "c"]
 
 
-async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error() -> None:
+async def test_a_missing_soft_prompt_of_a_row_is_the_rows_error() -> None:
     server = Server(lambda body: refusal(404, "prompt_not_found") if body["model"] == "gone" else None)
     rows = [Row(0, 1, {"text": "a"}, "text"), Row(1, 2, {"text": "b", "model": "gone"}, "text")]
     outcomes = await server.all(rows)
@@ -248,18 +246,18 @@ async def test_a_soft_prompt_of_the_rows_own_that_is_not_there_is_the_rows_error
 
 
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 405])
-async def test_what_every_row_would_be_told_ends_it(status: int) -> None:
+async def test_an_error_of_every_row_ends_the_run(status: int) -> None:
     with pytest.raises(SenderError, match=f"m{status}") as failed:
         await Server(lambda _: refusal(status)).all(text_rows(4))
     assert failed.value.status == status
 
 
-async def test_silence_ends_it_after_a_while() -> None:
+async def test_a_server_without_answers_ends_the_run_after_a_while() -> None:
     with pytest.raises(SenderError, match="no response for 0.02 s; last error: .* cannot be reached: off"):
         await Server(lambda _: NoResponseError("off")).all(text_rows(4), patience=0.02)
 
 
-async def test_an_answer_that_takes_too_long_is_asked_again() -> None:
+async def test_a_request_that_times_out_is_sent_again() -> None:
     server = Server()
     slow = [True]
 
@@ -276,7 +274,7 @@ async def test_an_answer_that_takes_too_long_is_asked_again() -> None:
 
 
 @pytest.mark.parametrize("reply", ["<html>", "[]", '{"choices": []}', '{"choices": [{"index": 0}], "usage": {}}'])
-async def test_what_is_no_prelude_server_is_told(reply: str) -> None:
+async def test_the_error_says_that_it_is_not_a_prelude_server(reply: str) -> None:
     async def answer(_path: str, _body: dict[str, Any]) -> Response:
         return Response(200, {}, reply.encode())
 
@@ -287,7 +285,7 @@ async def test_what_is_no_prelude_server_is_told(reply: str) -> None:
     assert failed.value.code == "not_prelude"
 
 
-async def test_closing_it_ends_the_requests() -> None:
+async def test_closing_the_sender_cancels_its_requests() -> None:
     begun, ended = [], []
 
     async def answer(_path: str, body: dict[str, Any]) -> Response:
@@ -307,7 +305,7 @@ async def test_closing_it_ends_the_requests() -> None:
     assert len(ended) == 3
 
 
-async def test_a_full_server_is_asked_for_less_and_then_for_more_again() -> None:
+async def test_the_concurrency_falls_when_the_server_is_full_and_recovers() -> None:
     server = Server()
     server.refuse = lambda _: refusal(429, "overloaded") if server.in_flight > 20 else None
     outcomes = await server.all(text_rows(400), concurrency=64, rows_per_request=4)

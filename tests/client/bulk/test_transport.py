@@ -1,4 +1,4 @@
-"""Requests over kept connections: every answer is its own request's, whatever a server does with a connection."""
+"""Requests over reused connections: every answer belongs to its request, even if connections break."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    """The loop of the command, and the one of everybody else."""
+    """The default event loop and the command's, uvloop."""
     return "asyncio", {"use_uvloop": request.param}
 
 
@@ -34,12 +34,12 @@ def reply(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
 
 
 class Server:
-    """Hands each request's head and body to ``answer``, which writes what it likes.
+    """Passes each request's head and body to ``answer``, which writes the response.
 
     Attributes:
-        heads: Of all requests so far.
-        num_connections: Connections so far.
-        num_lost: Those of them that the client closed.
+        heads: Heads of all requests.
+        num_connections: Number of accepted connections.
+        num_lost: Number of connections that the client closed.
     """
 
     def __init__(self, answer: Answer) -> None:
@@ -73,7 +73,7 @@ async def echo(_: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
     writer.write(reply(body, "X-Prelude-Prompt: a@1"))
 
 
-async def test_as_many_connections_as_requests_at_once_and_each_is_used_again() -> None:
+async def test_one_connection_per_concurrent_request_is_reused() -> None:
     server = Server(echo)
     async with server.running() as url, open_transport(f"{url}/under/", "key") as http:
         assert http.base_url == f"{url}/under"
@@ -91,7 +91,7 @@ async def test_as_many_connections_as_requests_at_once_and_each_is_used_again() 
 
 @settings(max_examples=40, deadline=None)
 @given(body=st.binary(max_size=200), cuts=st.lists(st.integers(1, 400), max_size=8), is_chunked=st.booleans())
-def test_an_answer_in_any_pieces_is_the_same(body: bytes, cuts: list[int], is_chunked: bool) -> None:
+def test_an_answer_is_the_same_in_any_pieces(body: bytes, cuts: list[int], is_chunked: bool) -> None:
     if is_chunked:
         pieces = [body[start : start + 7] for start in range(0, len(body), 7)] + [b""]
         whole = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -114,7 +114,7 @@ def test_an_answer_in_any_pieces_is_the_same(body: bytes, cuts: list[int], is_ch
     asyncio.run(ask())
 
 
-async def test_what_the_server_ends_with_the_connection() -> None:
+async def test_an_answer_without_a_length_ends_with_the_connection() -> None:
     async def answer(_: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\n\r\n" + body)
         writer.close()
@@ -148,7 +148,7 @@ async def test_a_connection_that_the_server_closes_between_two_requests_is_repla
         (b"SSH-2.0-OpenSSH_9.2\r\n", "Bad status line"),
     ],
 )
-async def test_what_is_no_whole_answer(sent: bytes, reason: str) -> None:
+async def test_an_incomplete_answer_is_an_error(sent: bytes, reason: str) -> None:
     async def answer(_: bytes, __: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(sent)
         await writer.drain()
@@ -159,7 +159,7 @@ async def test_what_is_no_whole_answer(sent: bytes, reason: str) -> None:
             await http.post("/", b"{}")
 
 
-async def test_a_cancelled_request_ends_at_the_server_too() -> None:
+async def test_a_cancelled_request_closes_its_connection() -> None:
     async def answer(_: bytes, __: bytes, ___: asyncio.StreamWriter) -> None:
         return
 
@@ -171,15 +171,13 @@ async def test_a_cancelled_request_ends_at_the_server_too() -> None:
         await until(lambda: server.num_lost == 1)
 
 
-async def test_nobody_listens() -> None:
+async def test_a_refused_connection_is_an_error() -> None:
     async with open_transport("http://127.0.0.1:1", None) as http:
         with pytest.raises(NoResponseError, match=r"refused|Connect call failed"):
             await http.post("/", b"{}")
 
 
-async def test_over_tls_and_a_certificate_that_nobody_vouches_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tls_accepts_only_trusted_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate = make_certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
@@ -193,7 +191,7 @@ async def test_over_tls_and_a_certificate_that_nobody_vouches_for(
 
 
 def make_certificate(folder: Path) -> Path:
-    """A key and a certificate of 127.0.0.1 that vouches for itself, in one file."""
+    """One file with a key and a self-signed certificate for 127.0.0.1."""
     from datetime import UTC, datetime, timedelta
     from ipaddress import ip_address
 
@@ -231,13 +229,13 @@ async def test_a_user_and_password_in_the_url_are_sent() -> None:
     assert b"\r\nauthorization: basic bmftztp3b3jk\r\n" in server.heads[0].lower()
 
 
-async def test_a_user_and_a_key_are_one_too_many() -> None:
+async def test_a_user_in_the_url_and_a_key_cannot_be_combined() -> None:
     with pytest.raises(ClientError, match="cannot be combined with an API key"):
         async with open_transport("http://name:word@host", "key"):
             pass
 
 
-async def test_a_request_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_use_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(echo)
     async with server.running() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy)
@@ -250,7 +248,7 @@ async def test_a_request_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port"])
-async def test_a_url_that_is_none(url: str) -> None:
+async def test_a_bad_url_is_refused(url: str) -> None:
     with pytest.raises(ClientError) as refused:
         async with open_transport(url, None):
             pass
@@ -258,7 +256,7 @@ async def test_a_url_that_is_none(url: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["é", "a\r\nx: y", "a\0"])
-async def test_a_key_that_no_header_can_carry(key: str) -> None:
+async def test_a_key_that_is_not_a_valid_header_is_refused(key: str) -> None:
     with pytest.raises(ClientError, match="is not allowed in a header"):
         async with open_transport("http://127.0.0.1", key):
             pass

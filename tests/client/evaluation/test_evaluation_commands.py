@@ -51,7 +51,7 @@ def versions(prelude: Prelude, peft_directory: PeftDirectory) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Data:
-    """Ten texts of two labels. ``data(n)`` makes more."""
+    """A file of ``n`` texts with two labels, by default ten."""
 
     def write(count: int = 10) -> Path:
         path = tmp_path / "test.jsonl"
@@ -64,7 +64,7 @@ def data(tmp_path: Path) -> Data:
 
 @pytest.fixture
 def judging(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Judging:
-    """Let a soft prompt of so many virtual tokens (0: the base) label all texts right but for so many first ones."""
+    """``judge({virtual tokens: errors})``: a soft prompt of this size (0: the base) labels the first texts wrong."""
 
     def judge(wrong: dict[int, int], separator: str = "\n") -> list[str]:
         generate, texts = engine.generate, []
@@ -87,7 +87,7 @@ def judging(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Judging:
     return judge
 
 
-def test_accuracy_f1_and_confusion(
+def test_eval_prints_accuracy_f1_and_confusion(
     prelude: Prelude, versions: None, data: Data, judging: Judging, tmp_path: Path
 ) -> None:
     judging({5: 3})
@@ -99,7 +99,7 @@ def test_accuracy_f1_and_confusion(
     assert (report["model"], report["metric"], report["rows"]) == ("sentiment@2", "accuracy", 10)
     assert report["dataset_digest"] == digest(path)
     assert report["accuracy"] == pytest.approx(0.7)
-    # t0 and t2 are bad and called good, t1 is good and called bad.
+    # t0 and t2 are bad and predicted good, t1 is good and predicted bad.
     assert report["confusion"] == {"labels": ["bad", "good", "(other)"], "counts": [[3, 2, 0], [1, 4, 0]]}
     assert report["labels"]["bad"]["f1"] == pytest.approx(2 * 3 / (2 * 3 + 2 + 1))
     assert report["against"] is report["comparison"] is None
@@ -109,7 +109,7 @@ def test_accuracy_f1_and_confusion(
     assert "0.7000" in text
 
 
-def test_against_another_version(prelude: Prelude, versions: None, data: Data, judging: Judging) -> None:
+def test_eval_compares_two_versions(prelude: Prelude, versions: None, data: Data, judging: Judging) -> None:
     judging({4: 8, 5: 0})
     arguments = ["eval", "sentiment", "--data", str(data(12)), "--against", "sentiment@1"]
     report = json.loads(prelude(*arguments, "--json").stdout)
@@ -132,7 +132,7 @@ def test_against_another_version(prelude: Prelude, versions: None, data: Data, j
         (["--text-prompt", "Is {}?"], "tiny with a text prompt", "Is t"),
     ],
 )
-def test_against_the_bare_model_and_a_text_prompt(
+def test_eval_compares_with_the_bare_model_and_a_text_prompt(
     prelude: Prelude, versions: None, data: Data, judging: Judging, options: list[str], name: str, begin: str
 ) -> None:
     texts = judging({5: 0, 0: 10})
@@ -141,7 +141,7 @@ def test_against_the_bare_model_and_a_text_prompt(
     assert texts[-1].startswith(begin)
 
 
-def test_the_separator_is_that_of_the_training(
+def test_the_separator_is_the_one_of_the_training(
     prelude: Prelude, peft_directory: PeftDirectory, data: Data, judging: Judging
 ) -> None:
     metadata = json.dumps({"training": {"settings": {"separator": " = "}}})
@@ -152,16 +152,16 @@ def test_the_separator_is_that_of_the_training(
     assert json.loads(prelude(*arguments).stdout)["accuracy"] < 1.0
 
 
-def test_a_head_is_asked_without_labels(prelude: Prelude, live: LiveServer, tmp_path: Path) -> None:
+def test_a_head_is_requested_without_labels(prelude: Prelude, live: LiveServer, tmp_path: Path) -> None:
     parts = classifier_parts(metadata=json.dumps({"labels": ["x", "y", "z"]}))
     httpx.post(f"{live.url}/v1/prompts", **parts).raise_for_status()
     path = tmp_path / "test.jsonl"
     path.write_text('{"text": "a", "label": "z"}\n{"text": "b", "label": "x"}\n')
     report = json.loads(prelude("eval", "topics", "--data", str(path), "--json").stdout)
-    assert report["confusion"]["counts"] == [[0, 1, 0], [0, 1, 0]]  # of x and z; the answer to both is z
+    assert report["confusion"]["counts"] == [[0, 1, 0], [0, 1, 0]]  # the labels are x and z; both predictions are z
 
 
-def test_texts_and_conversations_have_to_match(
+def test_completions_and_conversations_are_scored_by_exact_match(
     prelude: Prelude, engine: FakeEngine, tokenizer: ByteTokenizer, tmp_path: Path
 ) -> None:
     path = tmp_path / "test.jsonl"
@@ -180,7 +180,7 @@ def test_texts_and_conversations_have_to_match(
     assert json.loads(prelude(*arguments).stdout)["accuracy"] == 0.0
 
 
-def test_tasks_are_sent_to_soft_prompts_that_have_some(
+def test_tasks_are_sent_only_to_multitask_prompts(
     prelude: Prelude, live: LiveServer, engine: FakeEngine, other_parts: UploadParts, tmp_path: Path
 ) -> None:
     httpx.post(f"{live.url}/v1/prompts", **other_parts("many")).raise_for_status()
@@ -191,7 +191,7 @@ def test_tasks_are_sent_to_soft_prompts_that_have_some(
     assert [request.soft_prompt and request.soft_prompt.task_id for request in engine.requests] == [2, None]
 
 
-def test_a_row_without_an_answer_is_wrong_and_told(prelude: Prelude, tmp_path: Path) -> None:
+def test_a_row_without_an_answer_is_wrong_and_reported(prelude: Prelude, tmp_path: Path) -> None:
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"text": "x" * 300, "label": "a"}) + '\n{"text": "t", "label": "a"}\n')
     result = prelude("eval", "tiny", "--data", str(path), "--json")
@@ -222,7 +222,7 @@ def test_a_row_without_an_answer_is_wrong_and_told(prelude: Prelude, tmp_path: P
         (["promote", "sentiment", "1", "--if-better-than", "latest", "--data", "{bad}"], 4, "has no 'label'"),
     ],
 )
-def test_what_cannot_be_scored(
+def test_bad_arguments_and_data_are_refused(
     prelude: Prelude, versions: None, data: Data, tmp_path: Path, arguments: list[str], status: int, reason: str
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a"}\n')
@@ -240,7 +240,7 @@ def test_what_cannot_be_scored(
     assert result.stdout == ""
 
 
-def test_a_picture_that_cannot_be_written_loses_no_score(prelude: Prelude, versions: None, data: Data) -> None:
+def test_an_unwritable_picture_does_not_lose_the_scores(prelude: Prelude, versions: None, data: Data) -> None:
     path = data()
     result = prelude("eval", "tiny", "--data", str(path), "--png", f"{path}/x.png", "--json")
     assert result.exit_code == 1
@@ -291,7 +291,7 @@ def test_a_better_version_with_significance_and_json(
         ({4: 0, 5: 3}, ["--significant", "0.05"], "is not significant: McNemar's p-value is 0.25, not below 0.05"),
     ],
 )
-def test_what_is_not_better_is_not_promoted(
+def test_a_version_that_is_not_better_is_not_promoted(
     prelude: Prelude,
     live: LiveServer,
     versions: None,
@@ -307,9 +307,9 @@ def test_what_is_not_better_is_not_promoted(
     assert result.exit_code == 1
     assert reason in result.stderr
     assert result.stderr.count("\n") == 1
-    told = json.loads(prelude(*arguments, "--json").stdout)
-    assert told["error"]["code"] == "not_better"
-    assert told["evaluation"]["rows"] == 10
+    report = json.loads(prelude(*arguments, "--json").stdout)
+    assert report["error"]["code"] == "not_better"
+    assert report["evaluation"]["rows"] == 10
     assert aliases(live) == {"latest": 2}
 
 
@@ -319,7 +319,7 @@ def test_a_version_is_not_compared_with_itself(prelude: Prelude, versions: None,
     assert "sentiment@latest is already version 2" in result.stderr
 
 
-def test_rows_without_an_answer_promote_nothing(prelude: Prelude, versions: None, tmp_path: Path) -> None:
+def test_with_unanswered_rows_no_version_is_promoted(prelude: Prelude, versions: None, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "x" * 300, "label": "a"}) + "\n")
     result = prelude("promote", "sentiment", "1", "--if-better-than", "latest", "--data", str(path))
@@ -327,7 +327,7 @@ def test_rows_without_an_answer_promote_nothing(prelude: Prelude, versions: None
     assert "2 rows have no answer (line 1: input: the model's context" in result.stderr
 
 
-def test_an_alias_that_moves_meanwhile_is_a_conflict(
+def test_an_alias_that_moves_during_the_evaluation_is_a_conflict(
     prelude: Prelude,
     live: LiveServer,
     versions: None,

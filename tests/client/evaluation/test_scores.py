@@ -1,4 +1,4 @@
-"""Scores against plain counting."""
+"""Scores, compared with plain counting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pairs = st.lists(
 
 
 @given(pairs=pairs)
-def test_labels_against_plain_counting(pairs: list[tuple[str, str | None]]) -> None:
+def test_scores_of_labels_match_plain_counting(pairs: list[tuple[str, str | None]]) -> None:
     expected, answers = [want for want, _ in pairs], [got for _, got in pairs]
     scores = score_labels(expected, answers, LABELS)
     assert scores.accuracy == pytest.approx(sum(want == got for want, got in pairs) / len(pairs))
@@ -26,7 +26,7 @@ def test_labels_against_plain_counting(pairs: list[tuple[str, str | None]]) -> N
         hits = sum(want == got == label for want, got in pairs)
         misses, alarms = expected.count(label) - hits, answers.count(label) - hits
         own = labels[label]
-        # The other way to write F1.
+        # An equivalent formula of F1.
         assert own.f1 == pytest.approx(2 * hits / (2 * hits + misses + alarms) if hits else 0.0)
         assert own.support == expected.count(label) == sum(confusion[place])
         assert confusion[place][place] == hits
@@ -35,7 +35,7 @@ def test_labels_against_plain_counting(pairs: list[tuple[str, str | None]]) -> N
     assert scores.macro_f1 == pytest.approx(sum(own.f1 for own in labels.values()) / 3)
 
 
-def test_a_known_case() -> None:
+def test_scores_of_a_known_case_are_exact() -> None:
     scores = score_labels(["a", "a", "a", "b"], ["a", "a", "b", None], ["a", "b"])
     assert scores.as_json == {
         "rows": 4,
@@ -51,7 +51,7 @@ def test_a_known_case() -> None:
     }
 
 
-def test_texts_match_but_for_white_space_at_the_ends() -> None:
+def test_texts_match_without_surrounding_white_space() -> None:
     scores = exact_match(["\nyes", "no", "a b", "x"], [" yes\n", "No", "a  b", None])
     assert scores.right == [True, False, False, False]
     assert (scores.accuracy, scores.num_errors, scores.macro_f1) == (0.25, 1, None)

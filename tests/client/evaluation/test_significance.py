@@ -1,4 +1,4 @@
-"""The test against all that might have happened, the interval against resampling rows."""
+"""McNemar's test, compared with enumeration, and the bootstrap interval, compared with resampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.client.evaluation.significance import bootstrap, compare, mcnemar
 
 
 @given(first=st.integers(0, 6), second=st.integers(0, 6))
-def test_mcnemar_against_every_outcome_of_the_coins(first: int, second: int) -> None:
+def test_mcnemar_matches_enumeration_of_all_outcomes(first: int, second: int) -> None:
     count = first + second
     observed = abs(first - second)
     as_uneven = sum(abs(2 * sum(flips) - count) >= observed for flips in itertools.product((0, 1), repeat=count))
@@ -32,19 +32,19 @@ def test_mcnemar_against_every_outcome_of_the_coins(first: int, second: int) -> 
         (10, 2, 2 * (1 + 12 + 66) / 4096),
     ],
 )
-def test_known_values_of_mcnemar(first: int, second: int, p: float) -> None:
+def test_mcnemar_matches_known_values(first: int, second: int, p: float) -> None:
     assert mcnemar(first, second) == pytest.approx(p)
 
 
-def test_mcnemar_of_many_rows_is_a_number() -> None:
+def test_mcnemar_of_many_rows_is_finite() -> None:
     assert mcnemar(0, 5000) == 0.0
     assert 0.0 < mcnemar(4900, 5100) < 1.0
-    # The normal approximation is good by then.
+    # The normal approximation is accurate for this many rows.
     assert mcnemar(4900, 5100) == pytest.approx(math.erfc(199 / math.sqrt(10_000) / math.sqrt(2)), rel=0.01)
 
 
 @given(pairs=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_comparisons_against_plain_counting(pairs: list[tuple[bool, bool]]) -> None:
+def test_comparisons_match_plain_counting(pairs: list[tuple[bool, bool]]) -> None:
     first, second = [one for one, _ in pairs], [other for _, other in pairs]
     found = compare(first, second)
     assert found.num_rows == len(pairs)
@@ -57,7 +57,7 @@ def test_comparisons_against_plain_counting(pairs: list[tuple[bool, bool]]) -> N
     assert found.as_json["p_value"] == mcnemar(found.only_first, found.only_second)
 
 
-def test_the_interval_is_that_of_resampled_rows() -> None:
+def test_the_interval_matches_resampled_rows() -> None:
     differences = [1] * 30 + [-1] * 12 + [0] * 158
     rng = random.Random(3)
     drawn = sorted(sum(rng.choices(differences, k=200)) / 200 for _ in range(4000))
@@ -67,6 +67,6 @@ def test_the_interval_is_that_of_resampled_rows() -> None:
     assert low < 18 / 200 < high
 
 
-def test_no_difference_has_no_width() -> None:
+def test_the_interval_of_identical_outcomes_has_no_width() -> None:
     assert bootstrap(0, 0, 10, seed=0) == (0.0, 0.0)
     assert bootstrap(10, 0, 10, seed=0) == (1.0, 1.0)

@@ -10,17 +10,17 @@ from pydantic import BaseModel
 
 
 class Verdict(BaseModel):
-    """What a review says."""
+    """The sentiment of a review."""
 
     label: Literal["positive", "negative"]
 
 
 base_url, named, text = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-told = {}
+results = {}
 for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
     client = instructor.from_openai(OpenAI(base_url=base_url, api_key="none", max_retries=0), mode=mode)
     ask = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_retries": 0, **named}
-    told[mode.value] = client.chat.completions.create(response_model=Verdict, **ask).label
+    results[mode.value] = client.chat.completions.create(response_model=Verdict, **ask).label
     *_, last = client.chat.completions.create_partial(response_model=Verdict, **ask)
-    told[f"{mode.value} streamed"] = last.label
-json.dump(told, sys.stdout)
+    results[f"{mode.value} streamed"] = last.label
+json.dump(results, sys.stdout)

@@ -13,7 +13,7 @@ chat = ChatOpenAI(**address, stream_usage=True)
 
 
 def usage(message: Any) -> dict[str, int]:
-    """The counts that both an answer and the sum of its chunks tell."""
+    """The token counts that both an answer and the sum of its chunks have."""
     return {key: message.usage_metadata[key] for key in ("input_tokens", "output_tokens", "total_tokens")}
 
 
@@ -38,7 +38,7 @@ invoked = [chat.invoke([("human", text)]) for text in texts]
 streams = [streamed(text) for text in texts]
 async_batch, async_stream = asyncio.run(with_async())
 scored = chat.bind(logprobs=True).invoke(texts[0])
-told = {
+results = {
     "invoke": [answer.text for answer in invoked],
     "batch": [answer.text for answer in chat.batch(texts)],
     "async_batch": async_batch,
@@ -49,4 +49,4 @@ told = {
     "streamed_usage": usage(streams[0]),
     "num_logprobs": len(scored.response_metadata["logprobs"]["content"]),
 }
-json.dump(told, sys.stdout)
+json.dump(results, sys.stdout)

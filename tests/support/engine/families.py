@@ -128,4 +128,4 @@ LESS_COMMON: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "seed_oss": lambda: SeedOssConfig(**UNTIED, head_dim=16),
 }
-"""Families of which only the tokens are compared with PEFT's."""
+"""Families whose tokens, but not logprobs, are compared with PEFT's."""

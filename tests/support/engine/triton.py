@@ -1,4 +1,4 @@
-"""The device of the tests of Triton's kernels, and the modules that they test."""
+"""The device for tests of Triton's kernels, and the tested modules."""
 
 from __future__ import annotations
 
