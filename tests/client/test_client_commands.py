@@ -408,36 +408,6 @@ def test_a_key_without_the_scope_is_refused(serve: Serve, tmp_path: Path, peft_d
     assert "The sent key is from --api-key or PRELUDE_API_KEY" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("status", "exit_status"), [(200, 1), (301, 1), (403, 6), (404, 3), (500, 1), (502, 7), (503, 7), (504, 7)]
-)
-@pytest.mark.parametrize("body", ["<html>", "[]", '{"error": "x"}', '{"error": {"message": 1}}'])
-def test_other_servers_are_recognised(
-    monkeypatch: pytest.MonkeyPatch, status: int, exit_status: int, body: str
-) -> None:
-    if status == 200 and body.startswith("{"):
-        return
-    transport = httpx.MockTransport(lambda _: httpx.Response(status, text=body))
-    client = PreludeClient("http://other")
-    monkeypatch.setattr(client, "_http", httpx.Client(transport=transport))
-    with client, pytest.raises(ClientError, match="is this a Prelude server") as refused:
-        client.prompt("x")
-    assert commands.status_of(refused.value) == exit_status
-
-
-def test_redirects_and_bad_gateways_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    for status, headers, words in (
-        (301, {"location": "https://other/v1/prompts/x"}, "It redirects to 'https://other/v1/prompts/x'"),
-        (502, {}, "A proxy in front of it cannot reach it"),
-    ):
-        answer = httpx.Response(status, headers=headers, text="<html>")
-        client = PreludeClient("http://other")
-        transport = httpx.MockTransport(lambda _, answer=answer: answer)
-        monkeypatch.setattr(client, "_http", httpx.Client(transport=transport))
-        with client, pytest.raises(ClientError, match=re.escape(words)):
-            client.prompt("x")
-
-
 def test_piped_lines_have_no_trailing_space(ok: Ok, peft_directory: PeftDirectory) -> None:
     metadata = json.dumps({"notes": "x" * 2300})
     ok("push", str(peft_directory("s")), "--id", "s", "--metadata", metadata, "--tag", "t")
