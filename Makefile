@@ -23,11 +23,11 @@ demo: install
 WORKERS ?= 2
 
 test: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Without the tests that are marked slow: minutes less, for use while one works.
 test-quick: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
 
 # Clients that others wrote, in an environment of their own: they do not all go with this project's dependencies.
 test-clients: install $(CLIENTS_INSTALLED)

@@ -40,3 +40,10 @@ def _logging_is_left_as_it_was() -> Iterator[None]:
     root.setLevel(level)
     sys.excepthook = hook
     logging.captureWarnings(False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first: with two workers, none is left with a long file at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
