@@ -30,6 +30,8 @@ from tests.support.engine.classifiers import make_classifier
 from tests.support.engine.harness import Family, add, check_logprobs, failure_of, greedy, random_text, run, tokens
 from tests.support.engine.sequences import make_sequence
 
+pytestmark = pytest.mark.slow
+
 TEXT = random_text(random.Random(5), 30, 30)
 MESSAGE = "the model failed to compute this request (IndexError: bad row)"
 SMALL = {"block_size": 4, "max_num_batched_tokens": 32, "max_num_seqs": 12}
@@ -110,7 +112,6 @@ def test_one_request_ends_and_no_other_changes(
     assert len(sizes) < 60
 
 
-@pytest.mark.slow
 def test_a_classifier_that_fails_fails_alone(
     llama: Family, make_engine: Callable[..., LLMEngine], tmp_path: Path, seeded: list[int]
 ) -> None:

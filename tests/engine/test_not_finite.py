@@ -17,6 +17,8 @@ from server.engine.types import ErrorCode, RequestFailure, SamplingParams, SoftP
 from tests.support.engine.harness import VOCABULARY, Family, add, failure_of, greedy, random_text, run, tokens
 from tests.support.engine.platforms import PlainPlatform
 
+pytestmark = pytest.mark.slow
+
 RNG = random.Random(8)
 NAN_TOKEN = VOCABULARY - 1
 """A token whose embedding the tests make NaN: texts that hold it are poison from there on."""

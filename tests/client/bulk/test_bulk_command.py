@@ -22,6 +22,8 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.live_server import LiveServer
 from tests.support.processes import PRELUDE
 
+pytestmark = pytest.mark.slow
+
 Bulk = Callable[..., tuple[Result, list[Any]]]
 
 
@@ -261,7 +263,6 @@ def test_a_run_that_cannot_start_prints_the_reason(
     assert reason in " ".join(result.stderr.replace("│", " ").split())
 
 
-@pytest.mark.slow
 def test_a_run_ended_by_a_signal_can_be_resumed(
     live: LiveServer, engine: FakeEngine, bulk: Bulk, tmp_path: Path, eventually: WaitUntil
 ) -> None:

@@ -38,6 +38,8 @@ from tests.support.engine.harness import (
 )
 from tests.support.engine.sequences import make_sequence
 
+pytestmark = pytest.mark.slow
+
 EOS = 7
 NUM_NEW = 24
 TEXT = random_text(random.Random(3), 20, 20)

@@ -33,6 +33,8 @@ from tests.support.engine.harness import (
 )
 from tests.support.presence import present
 
+pytestmark = pytest.mark.slow
+
 TOP = 3
 SCORED: dict[str, Any] = {"logprobs": TOP, "prompt_logprobs": TOP}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -29,6 +29,8 @@ from tests.support.engine.harness import (
 from tests.support.engine.sequences import make_sequence
 from tests.support.presence import present
 
+pytestmark = pytest.mark.slow
+
 MAX_TOKENS = 10
 TEXT = random_text(random.Random(8), 24, 24)
 MEMBERS: dict[str, tuple[str | None, ...]] = {
