@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from prompt_store.durable import write_file
+from prompt_store.durable import replace_file
 from server.json_lines import MAX_LINE_BYTES
 
 STATE_SUFFIX = ".state"
@@ -116,10 +116,13 @@ class Journal:
         self.notes = dict(notes)
         state = {"version": _STATE_VERSION, "identity": self._identity, "notes": self.notes}
         try:
-            # Only now: a restart that fails earlier must leave the old output as it is.
-            self.state_path.unlink(missing_ok=True)
-            self._file.truncate(0)
-            write_file(self.state_path, json.dumps(state, indent=1).encode())
+            with replace_file(self.state_path) as file:
+                file.write(json.dumps(state, indent=1).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                # Only now: a restart that fails earlier, on a full disk say, must leave the old output as it is.
+                self.state_path.unlink(missing_ok=True)
+                self._file.truncate(0)
         except OSError as error:
             raise JournalError(f"{self.state_path}: {error.strerror}") from error
 

@@ -90,6 +90,23 @@ def test_the_output_of_another_run_needs_restart(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+def test_a_full_disk_at_a_restart_leaves_the_old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 3)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Journal(path, IDENTITY | {"input": "beef"}, restart=True) as journal, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(JournalError, match="No space left"):
+            journal.start({"model": "a@1"})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with Journal(path, IDENTITY) as journal:
+        assert journal.written.num_rows == 3
+
+
 def test_a_file_of_another_program_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("mine")
