@@ -79,10 +79,11 @@ def test_ctrl_c_prints_no_traceback() -> None:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         command = [*PRELUDE, "list", "--url", url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            connection, _ = server.accept()  # it waits for an answer that never arrives
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-            connection.close()
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)  # the whole request: now it waits for an answer that never arrives
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     assert out == ""
     assert "Traceback" not in err

@@ -28,5 +28,5 @@ def test_the_check_detects_losses_and_leftovers(tmp_path: Path) -> None:
         crash_store.check(folder, lost, {})
     (folder / "blobs" / "ab").mkdir(exist_ok=True)
     (folder / "blobs" / "ab" / "ab01").touch()
-    with pytest.raises(AssertionError, match="blobs without a name"):
+    with pytest.raises(AssertionError, match="unreferenced blobs"):
         crash_store.check(folder, states, {})
