@@ -6,12 +6,16 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 pytest_plugins = ["tests.support.api_fixtures", "tests.support.demo_server"]
+
+SLOW_FOLDERS = [Path(__file__).parent / name for name in ("clients", "docker", "e2e")]
+"""Folders whose tests start processes."""
 
 # A busy machine must not fail a test.
 settings.register_profile("unhurried", deadline=None)
@@ -42,8 +46,13 @@ def _logging_is_left_as_it_was() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with slow tests first: with two workers, none is left with a long file at the end."""
+    """Mark the folders that start processes as slow, and run files with slow tests first.
+
+    With two workers, none is left with a long file at the end.
+    """
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in SLOW_FOLDERS):
+            item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.clients.running import TASKS, ClientEnvironment, node_environment, python_environment
 from tests.support.serving import adapter, serving, upload
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +30,3 @@ def python_clients() -> ClientEnvironment:
 def node_clients() -> ClientEnvironment:
     """The environment of the npm packages."""
     return node_environment()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.slow)

@@ -13,7 +13,7 @@ from server.config import Settings
 from server.errors import EngineDeadError, RequestFailedError
 from tests.support.api_fixtures import CountingStore, MakeApp, UploadParts, WaitUntil
 from tests.support.fake_engine import FakeEngine
-from tests.support.in_process import is_ready, started
+from tests.support.in_process import is_ready, ready, started
 from tests.support.waiting import until
 
 Push = Callable[..., Awaitable[dict[str, Any]]]
@@ -372,8 +372,7 @@ async def test_settings_are_applied_before_the_server_is_ready(
     caplog: pytest.LogCaptureFixture,
     eventually: WaitUntil,
 ) -> None:
-    async with started(make_app(settings)) as http:
-        await until(lambda: is_ready(http))
+    async with ready(make_app(settings)) as http:
         for name in ("one", "two"):
             (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
     engine.step_seconds = 0.02
@@ -406,8 +405,7 @@ async def test_the_server_can_be_stopped_during_preloading(
     upload_parts: UploadParts,
     eventually: WaitUntil,
 ) -> None:
-    async with started(make_app(settings)) as http:
-        await until(lambda: is_ready(http))
+    async with ready(make_app(settings)) as http:
         (await http.post("/v1/prompts", **upload_parts("one"))).raise_for_status()
     engine.step_seconds = 60.0
     async with started(make_app(storing(settings, pin=("one",)))):
@@ -424,12 +422,10 @@ async def test_a_restarted_engine_gets_all_pins_again(
     caplog: pytest.LogCaptureFixture,
     eventually: WaitUntil,
 ) -> None:
-    async with started(make_app(settings)) as http:
-        await until(lambda: is_ready(http))
+    async with ready(make_app(settings)) as http:
         for name in ("one", "two", "three"):
             (await http.post("/v1/prompts", **upload_parts(name, seed=len(name) + ord(name[0])))).raise_for_status()
-    async with started(make_app(storing(settings, preload=("one", "two@1"), pin=("three@1",)))) as http:
-        await until(lambda: is_ready(http))
+    async with ready(make_app(storing(settings, preload=("one", "two@1"), pin=("three@1",)))) as http:
         lost = {source.digest for source in engine.prepared}
         assert len(lost) == 3
         engine.prepared.clear()
