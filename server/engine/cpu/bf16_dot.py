@@ -23,20 +23,20 @@ BF16_LANES = 2 * LANES
 """Elements that one instruction multiplies. The head width has to be a multiple of it."""
 
 
-class _BFloat(ir.types.Type):  # type: ignore[misc]
+class BFloat(ir.types.Type):  # type: ignore[misc]
     """LLVM's type bfloat, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
+        return isinstance(other, BFloat)
 
     def __hash__(self) -> int:
-        return hash(_BFloat)
+        return hash(BFloat)
 
 
-_SHORTS, _BFLOATS = ir.VectorType(SHORT, BF16_LANES), ir.VectorType(_BFloat(), BF16_LANES)
+_SHORTS, _BFLOATS = ir.VectorType(SHORT, BF16_LANES), ir.VectorType(BFloat(), BF16_LANES)
 _LOW, _HIGH = (
     ir.Constant(
         ir.VectorType(INT, BF16_LANES),
@@ -71,7 +71,7 @@ def score_positions_bf16(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = _BFloat16Code(context, builder, signature.args, arguments)
+        code = BFloat16Code(context, builder, signature.args, arguments)
         starts = code.starts(slots=4, slots_at=5, stride=6, base=7)
         products = code.products(0, arguments[1], 3, starts, width=8)
         code.store(code.multiply(products, code.repeat(arguments[2])), 9, arguments[10])
@@ -82,11 +82,13 @@ def score_positions_bf16(  # type: ignore[no-untyped-def]
 
 
 @_intrinsic
-def interleave_positions(_context, array, slots, slots_at, stride, base, width, out):  # type: ignore[no-untyped-def]
+def interleave_positions(  # type: ignore[no-untyped-def]
+    _context, array, slots, slots_at, stride, base, width, out, out_at, out_stride
+):
     """Copy one head's values of sixteen positions, with the elements of adjacent positions interleaved.
 
-    ``out[2 * p * width:][:2 * width]`` becomes the values of positions ``2 * p`` and ``2 * p + 1``: element 0 of
-    both, element 1 of both, and so on. The other arguments are those of ``score_positions_bf16``.
+    ``out[out_at + 2 * p * out_stride:][:2 * width]`` becomes the values of positions ``2 * p`` and ``2 * p + 1``:
+    element 0 of both, element 1 of both, and so on. The other arguments are those of ``score_positions_bf16``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
@@ -98,13 +100,14 @@ def interleave_positions(_context, array, slots, slots_at, stride, base, width, 
                     builder.load(code.pointer(0, builder.add(start, at), SHORT, _SHORTS), align=2)
                     for start in starts[2 * pair : 2 * pair + 2]
                 )
-                place = builder.mul(LONG(2), builder.add(builder.mul(LONG(pair), arguments[5]), at))
+                row = builder.add(arguments[7], builder.mul(LONG(2 * pair), arguments[8]))
+                place = builder.add(row, builder.mul(LONG(2), at))
                 for further, order in ((0, _LOW), (BF16_LANES, _HIGH)):
                     target = code.pointer(6, builder.add(place, LONG(further)), SHORT, _SHORTS)
                     builder.store(builder.shuffle_vector(even, odd, order), target, align=2)
         return context.get_dummy_value()
 
-    return types.void(array, slots, slots_at, stride, base, width, out), generate
+    return types.void(array, slots, slots_at, stride, base, width, out, out_at, out_stride), generate
 
 
 @_intrinsic
@@ -121,11 +124,9 @@ def add_positions_bf16(_context, weights, weights_at, values, width, out, out_at
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        code = _BFloat16Code(context, builder, signature.args, arguments)
-        shares = []
-        for pair in range(LANES // 2):
-            two = code.pointer(0, builder.add(arguments[1], LONG(2 * pair)), SHORT, INT)
-            shares.append(builder.bitcast(code.repeat(builder.load(two, align=2)), _BFLOATS))
+        code = BFloat16Code(context, builder, signature.args, arguments)
+        pairs = range(0, LANES, 2)
+        shares = [code.repeated_factor(0, builder.add(arguments[1], LONG(first))) for first in pairs]
         with code.steps(width=3) as at:
             place = builder.add(arguments[5], at)
             # Two independent sums: with one, each product would wait for the one before it.
@@ -139,7 +140,7 @@ def add_positions_bf16(_context, weights, weights_at, values, width, out, out_at
     return types.void(weights, weights_at, values, width, out, out_at), generate
 
 
-class _BFloat16Code(Code):
+class BFloat16Code(Code):
     """Code whose products are VDPBF16PS, 32 elements at a time."""
 
     step = BF16_LANES
@@ -148,6 +149,11 @@ class _BFloat16Code(Code):
         """32 bfloat16 elements."""
         shorts = self.builder.load(self.pointer(array, at, SHORT, _SHORTS), align=2)
         return self.builder.bitcast(shorts, _BFLOATS)
+
+    def repeated_factor(self, array: int, at: Any) -> Any:
+        """Two adjacent bfloat16 elements, repeated sixteen times."""
+        pair = self.builder.load(self.pointer(array, at, SHORT, INT), align=2)
+        return self.builder.bitcast(self.repeat(pair), _BFLOATS)
 
     def multiply_add(self, left: Any, right: Any, addend: Any) -> Any:
         """``addend`` [16] plus the sums of adjacent products of ``left`` and ``right`` [32]."""

@@ -107,7 +107,7 @@ def _score_float32(query, row, scale, keys, values, slots, first, seen, scores, 
             base = kv_head * head_dim
             fetch_positions(values, slots, at, stride, base, head_dim)
             if widens:
-                widen_positions(keys, slots, at, stride, base, whole, widened)
+                widen_positions(keys, slots, at, stride, base, whole, widened, 0, whole)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 to = head * scores.shape[1] + column
                 if widens:
@@ -133,7 +133,7 @@ def _mix_float32(weights, values, keys, slots, first, then, seen, mixed, scratch
             base = kv_head * head_dim
             fetch_positions(keys, slots, min(then + column, slots.shape[0] - LANES), stride, base, head_dim)
             if widens:
-                widen_positions(values, slots, at, stride, base, whole, widened)
+                widen_positions(values, slots, at, stride, base, whole, widened, 0, whole)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 of = head * weights.shape[1] + column
                 if widens:
@@ -183,7 +183,7 @@ def _mix_bf16(weights, values, keys, slots, first, then, seen, mixed, scratch): 
         for kv_head in range(num_kv_heads):
             base = kv_head * head_dim
             fetch_positions(keys, slots, min(then + column, slots.shape[0] - LANES), stride, base, head_dim)
-            interleave_positions(values, slots, at, stride, base, head_dim, interleaved)
+            interleave_positions(values, slots, at, stride, base, head_dim, interleaved, 0, head_dim)
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 for position in range(LANES):
                     rounded[position] = element_of(weights[head, column + position], rounded)

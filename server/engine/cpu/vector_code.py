@@ -103,22 +103,24 @@ def add_positions(  # type: ignore[no-untyped-def]
 
 
 @_intrinsic
-def widen_positions(_context, array, slots, slots_at, stride, base, width, wide):  # type: ignore[no-untyped-def]
+def widen_positions(  # type: ignore[no-untyped-def]
+    _context, array, slots, slots_at, stride, base, width, wide, wide_at, wide_stride
+):
     """Copy one head's keys or values of sixteen positions as float32, one after another.
 
-    ``wide[p * width:][:width]`` becomes ``array[start:][:width]``, where ``start`` is
+    ``wide[wide_at + p * wide_stride:][:width]`` becomes ``array[start:][:width]``, where ``start`` is
     ``slots[slots_at + p] * stride + base``. The other arguments are those of ``score_positions``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
         code = Code(context, builder, signature.args, arguments)
         for position, start in enumerate(code.starts(slots=1, slots_at=2, stride=3, base=4)):
-            first = builder.mul(LONG(position), arguments[5])
+            first = builder.add(arguments[7], builder.mul(LONG(position), arguments[8]))
             with code.steps(width=5) as at:
                 code.store(code.load(0, builder.add(start, at)), 6, builder.add(first, at))
         return context.get_dummy_value()
 
-    return types.void(array, slots, slots_at, stride, base, width, wide), generate
+    return types.void(array, slots, slots_at, stride, base, width, wide, wide_at, wide_stride), generate
 
 
 @_intrinsic
@@ -226,6 +228,10 @@ class Code:
     def factors(self, array: int, at: Any) -> Any:
         """Elements in the form that ``multiply_add`` takes."""
         return self.load(array, at)
+
+    def repeated_factor(self, array: int, at: Any) -> Any:
+        """One factor, repeated in the form that ``multiply_add`` takes."""
+        return self.splat(array, at)
 
     def store(self, vector: Any, array: int, at: Any) -> None:
         """Write sixteen elements of a float32 array."""

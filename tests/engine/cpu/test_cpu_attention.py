@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from numba.core import config
 from server.demo.tour import MODEL_DIRECTORY
 from server.engine.attention.backend import AttentionCall, SDPABackend, make_metadata
 from server.engine.cpu import bf16_dot, cpu_attention
-from server.engine.cpu.cpu_attention import MAX_KERNEL_KEYS, UNIT_ROWS, CPUBackend, divide_rows, make_backend
+from server.engine.cpu.cpu_attention import MAX_POSITIONS, CPUBackend, divide_rows, make_backend
+from server.engine.cpu.tile_code import TILE_KEYS
 from server.engine.cpu.vector_code import LANES, VECTOR
 from tests.support.engine.caches import CPU, make_cache, plain_attention
 
@@ -72,48 +72,91 @@ def test_decodes_equal_plain_attention(
     torch.testing.assert_close(got.double(), want, rtol=PRECISION[dtype], atol=PRECISION[dtype])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(list(PRECISION)),
-    num_decodes=st.integers(0, 3),
-    chunks=st.lists(st.tuples(st.integers(0, 40), st.integers(2, 40)), max_size=4),
-    long_chunk=st.none() | st.integers(2, 30),
-    call=st.builds(
-        AttentionCall, st.just(0.25), st.none() | st.integers(1, 60), st.none() | st.floats(1.0, 30.0), st.none()
+    num_decodes=st.integers(0, 2),
+    chunks=st.lists(
+        st.tuples(st.integers(0, 3 * TILE_KEYS), st.integers(1, MAX_POSITIONS + 10)), min_size=1, max_size=3
     ),
+    block_size=st.integers(1, 17),
+    num_kv_heads=st.integers(1, 2),
+    group_size=st.integers(1, 4),
+    head_dim=st.sampled_from([1, 7, 16, 32, 40, 64, 80, 96, 128]),
+    window=st.none() | st.integers(1, 3 * TILE_KEYS),
+    softcap=st.none() | st.floats(0.5, 50.0),
     has_sinks=st.booleans(),
-    num_threads=st.integers(1, 2),
+    num_threads=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
 )
-def test_decodes_and_prefills_of_one_step_equal_sdpa(
+def test_prefill_chunks_beside_decodes_equal_plain_attention(
     dtype: torch.dtype,
     num_decodes: int,
     chunks: list[tuple[int, int]],
-    long_chunk: int | None,
-    call: AttentionCall,
+    block_size: int,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None,
     has_sinks: bool,
     num_threads: int,
+    seed: int,
 ) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = [(5 + index, 1) for index in range(num_decodes)] + chunks
-    sizes += [(MAX_KERNEL_KEYS - 1, long_chunk)] if long_chunk else []
-    sizes = sizes or [(0, 3)]
-    spans, num_blocks = [], 0
-    for start, count in sizes:
-        blocks = -(-(start + count) // 4)
-        spans.append((list(range(num_blocks, num_blocks + blocks)), start, count))
-        num_blocks += blocks
-    cache = make_cache(dtype, block_size=4, num_blocks=num_blocks)
-    metadata = make_metadata(spans, cache.spec.block_size, CPU)
-    query = torch.randn(6, sum(count for _, count in sizes), 16).to(dtype)
-    call = replace(call, sinks=torch.randn(6).to(dtype) if has_sinks else None)
+    counts = [-(-(start + count) // block_size) for start, count in sizes]
+    tables = [table.tolist() for table in torch.split(torch.randperm(sum(counts)), counts)]
+    spans = [(table, *size) for table, size in zip(tables, sizes, strict=True)]
+    cache = make_cache(
+        dtype, block_size=block_size, num_blocks=sum(counts), num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
+    num_heads = num_kv_heads * group_size
+    query = torch.randn(num_heads, sum(count for _, count in sizes), head_dim).to(dtype)
+    call = AttentionCall(head_dim**-0.5, window, softcap, torch.randn(num_heads).to(dtype) if has_sinks else None)
+    backend = CPUBackend(cache)
+    backend._num_threads = num_threads
+    metadata = make_metadata(spans, block_size, CPU)
+    backend.begin(metadata)
+    got = backend.attend(query, 0, metadata, call)
+    assert got.dtype is dtype
+    want = plain_attention(query, cache, spans, call)
+    tolerance = 5e-6 if dtype == torch.float32 else PRECISION[dtype]  # sums of more keys than in decodes
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(PRECISION))
+@pytest.mark.parametrize("size", [1e-3, 30.0])
+def test_scores_of_any_size_are_exact_over_many_tiles(dtype: torch.dtype, size: float) -> None:
+    """Large scores, whose largest is in any tile, rescale what was summed before."""
+    torch.manual_seed(0)
+    cache = make_cache(dtype, block_size=16, num_blocks=40, head_dim=64)
+    query = size * torch.randn(4, 70, 64).to(dtype)
+    spans = [(list(range(40)), 560, 70)]
+    metadata = make_metadata(spans, 16, CPU)
+    backend = CPUBackend(cache)
+    backend.begin(metadata)
+    call = AttentionCall(0.125)
+    got = backend.attend(query, 0, metadata, call)
+    tolerance = 5e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        got.double(), plain_attention(query, cache, spans, call), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_a_row_does_not_depend_on_how_a_chunk_is_divided() -> None:
+    torch.manual_seed(0)
+    cache = make_cache(torch.bfloat16, block_size=16, num_blocks=40, head_dim=64)
+    query = torch.randn(4, 300, 64).to(torch.bfloat16)
+    call = AttentionCall(0.125, window=150)
     results = []
-    compiled = CPUBackend(cache)
-    compiled._num_threads = num_threads
-    for backend in (SDPABackend(cache), compiled):
+    for start, stop in ((0, 300), (171, 300), (250, 270)):
+        metadata = make_metadata([(list(range(40)), 300 + start, stop - start)], 16, CPU)
+        backend = CPUBackend(cache)
         backend.begin(metadata)
-        results.append(backend.attend(query, 0, metadata, call))
-    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
-    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+        results.append(backend.attend(query[:, start:stop], 0, metadata, call)[250 - start : 270 - start])
+    assert results[0].equal(results[1])
+    assert results[0].equal(results[2])
 
 
 def test_vdpbf16ps_is_used_on_this_processor_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +180,7 @@ def test_llvm_knows_the_instruction_and_its_element_type() -> None:
     kind = ir.FunctionType(VECTOR, [VECTOR, bf16_dot._BFLOATS, bf16_dot._BFLOATS])
     ir.Function(module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     assert "<32 x bfloat>" in str(module), (
-        "llvmlite's types no longer print themselves by _to_string: change bf16_dot._BFloat to the new way (or to "
+        "llvmlite's types no longer print themselves by _to_string: change bf16_dot.BFloat to the new way (or to "
         "llvmlite's own bfloat), or lower llvmlite's upper bound in pyproject.toml"
     )
     binding.parse_assembly(str(module)).verify()
@@ -156,35 +199,50 @@ def test_a_value_that_is_not_finite_affects_its_row_only() -> None:
 
 @settings(deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=80),
-    chunks=st.lists(st.tuples(st.integers(0, 600), st.integers(2, 90)), max_size=6),
+    lengths=st.lists(st.integers(1, 5000), max_size=80),
+    chunks=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 300)), max_size=6),
+    num_kv_heads=st.integers(1, 8),
     num_threads=st.integers(1, 16),
 )
 def test_keys_are_divided_evenly_among_threads(
-    lengths: list[int], chunks: list[tuple[int, int]], num_threads: int
+    lengths: list[int], chunks: list[tuple[int, int]], num_kv_heads: int, num_threads: int
 ) -> None:
     spans = [(list(range(1250)), length - 1, 1) for length in lengths]
-    spans += [(list(range(175)), start, count) for start, count in chunks]
+    spans += [(list(range(225)), start, count) for start, count in chunks]
+    spans = spans or [([0], 0, 1)]
     metadata = make_metadata(spans, 4, CPU)
-    divided = divide_rows(metadata.groups, 4, num_threads)
+    divided = divide_rows(metadata.groups, 4, num_threads, num_kv_heads)
     seen = [start + offset + 1 for _, start, count in spans for offset in range(count)]
-    left = [
-        row
-        for index in divided.sdpa_groups
-        for row in range(metadata.groups[index].start, metadata.groups[index].stop)
-    ]
-    assert sorted([*divided.rows.tolist(), *left]) == list(range(len(seen)))
-    assert all(seen[row] == divided.lengths[row] for row in divided.rows)
-    assert len(divided.sdpa_groups) == sum(start + count > MAX_KERNEL_KEYS for start, count in chunks)
-    for row in divided.rows:  # block tables ascend, so each sequence's slots do
-        start, length = divided.starts[row], divided.lengths[row]
+    assert divided.lengths.tolist() == seen
+    is_single = [count == 1 for _, _, count in spans for _ in range(count)]
+    assert sorted(divided.rows.tolist()) == [row for row, single in enumerate(is_single) if single]
+    computed = [(row, head) for first, stop, head in divided.units for row in range(first, stop)]
+    chunked = [row for row, single in enumerate(is_single) if not single]
+    assert sorted(computed) == [(row, head) for row in chunked for head in range(num_kv_heads)]
+    owners = [owner for owner, (_, _, count) in enumerate(spans) for _ in range(count)]
+    for first, stop, _ in divided.units:
+        assert owners[first] == owners[stop - 1]
+        assert stop - first <= divided.max_positions <= MAX_POSITIONS
+    for row, length in enumerate(seen):  # block tables ascend, so each sequence's slots do
+        start = divided.starts[row]
         assert divided.slots[start : start + length].tolist() == list(range(length))
-        assert len(divided.slots) >= start + length + LANES - 1
-    parts = np.split(divided.rows, divided.bounds[1:-1])
-    assert len(parts) <= num_threads
-    loads = [sum(seen[row] for row in part) for part in parts]
-    # Longest first: no thread has more than another by more than its last unit.
-    assert max(loads) - min(loads) <= max(*lengths, UNIT_ROWS * MAX_KERNEL_KEYS)
+        assert len(divided.slots) >= start + length + (LANES if is_single[row] else TILE_KEYS) - 1
+    assert len(divided.bounds) == len(divided.unit_bounds) == divided.num_threads + 1 <= num_threads + 1
+    rows = [[seen[row] for row in part] for part in np.split(divided.rows, divided.bounds[1:-1])]
+    units = [
+        [sum(seen[first:stop]) for first, stop, _ in part]
+        for part in np.split(divided.units, divided.unit_bounds[1:-1])
+    ]
+    for parts in (rows, units):
+        # Longest first: no thread has more than another by more than its last item.
+        loads = [sum(part) for part in parts]
+        assert max(loads) - min(loads) <= max((item for part in parts for item in part), default=0)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((0, 2), 1), ((4000, 1), 2), ((200, 100), 2)])
+def test_few_keys_are_left_to_one_thread(size: tuple[int, int], expected: int) -> None:
+    metadata = make_metadata([(list(range(1250)), *size)], 4, CPU)
+    assert divide_rows(metadata.groups, 4, 2, num_kv_heads=2).num_threads == expected
 
 
 def test_torch_serves_if_the_kernels_cannot_be_compiled(
@@ -202,15 +260,6 @@ def test_torch_serves_if_the_kernels_cannot_be_compiled(
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, CPUBackend), (torch.float16, SDPABackend)])
 def test_the_backend_follows_the_dtype(dtype: torch.dtype, expected: type[SDPABackend]) -> None:
     assert type(make_backend(make_cache(dtype))) is expected
-
-
-def test_a_step_of_long_chunks_only_does_not_call_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = make_cache(num_blocks=130)
-    metadata = make_metadata([([*range(130)], 500, 20)], 4, CPU)
-    backend = CPUBackend(cache)
-    monkeypatch.setattr(cpu_attention, "attend_rows", None)
-    backend.begin(metadata)
-    assert backend.attend(torch.randn(2, 20, 16), 0, metadata, AttentionCall(0.25)).shape == (20, 2, 16)
 
 
 def test_the_configured_number_of_threads_is_in_force_after_loading() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from server.engine.cpu import cpu_attention
 from server.engine.llm_engine import LLMEngine
 from tests.support.engine.harness import (
     CONFIGS,
@@ -29,10 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small_blocks": {"block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 24},
     "few_blocks": {"block_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 12, "kv_cache_memory": 220_000},
     "no_prefix_cache": {"enable_prefix_caching": False},
-    "long_chunks": {},
 }
-"""few_blocks has room for about three of the longest sequences, so that soft prompts and prefixes are evicted. With
-long_chunks, CPUs compute chunks that see nine keys by SDPA."""
+"""few_blocks has room for about three of the longest sequences, so that soft prompts and prefixes are evicted."""
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +59,7 @@ def test_mixed_batch_equals_peft(
     make_family: Callable[[str], Family],
     make_engine: Callable[..., LLMEngine],
     expected: Callable[[str], Answered],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if settings == "long_chunks":
-        monkeypatch.setattr(cpu_attention, "MAX_KERNEL_KEYS", 8)
     family, requests = make_family(name), expected(name)
     engine = make_engine(family, **SETTINGS[settings])
     order = list(requests)

@@ -1,0 +1,275 @@
+"""Attention of many rows of one sequence over paged keys and values, compiled by Numba for the host's processor.
+
+Rows attend in tiles with an online softmax, in the order of FlashAttention (arXiv 2205.14135): for each tile of keys,
+all rows of a unit compute their scores, rescale what they have summed so far, and add the weighted values. The query
+heads of a key/value head share its tiles. So keys and values are read and packed once per unit, and scores stay in
+the caches of the processor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange, types
+from numba.extending import overload
+
+from server.engine.cpu.bf16_dot import has_bf16_dot, interleave_positions
+from server.engine.cpu.compiled import compiled, compiled_twice, element_of, exp, float32_of
+from server.engine.cpu.tile_code import (
+    TILE_KEYS,
+    TILE_ROWS,
+    TILE_VECTORS,
+    add_narrow_tile,
+    add_tile,
+    masked_softmax_tile,
+    multiply_tile,
+    softmax_tile,
+    transpose_keys,
+)
+from server.engine.cpu.vector_code import LANES, widen_positions
+
+_TILE_COLUMNS = TILE_VECTORS * LANES
+_MINUS_INFINITY, _LOG2_E = np.float32(-np.inf), np.float32(1.44269504)
+_ONE, _TWO = np.float32(1.0), np.float32(2.0)
+
+
+class _Tiles(NamedTuple):
+    """Buffers of one thread. Factors are float32, or bfloat16 viewed as uint16 (see ``tile_code``).
+
+    Attributes:
+        queries: [rows, width], factors; the width is the head's, rounded up to whole vectors.
+        keys: [width, TILE_KEYS], factors of one tile, transposed.
+        values: [TILE_KEYS, width], factors of one tile.
+        scores: [TILE_ROWS, TILE_KEYS] float32.
+        weights: [TILE_ROWS, TILE_KEYS], factors.
+        largest: [rows + LANES] float32, each row's largest score.
+        sums: [rows, LANES] float32, partial sums of each row's weights.
+        mixed: [rows, width] float32, the sums of weighted values.
+        scales: [LANES] float32, the factors of the rows' earlier sums.
+        lows: [TILE_ROWS] int32, the first key of the tile that each row sees.
+        highs: [TILE_ROWS] int32, the key after the last.
+    """
+
+    queries: Any
+    keys: Any
+    values: Any
+    scores: Any
+    weights: Any
+    largest: Any
+    sums: Any
+    mixed: Any
+    scales: Any
+    lows: Any
+    highs: Any
+
+
+def _new_factors(_shape: Any, _kind: Any) -> Any:
+    """An array of zeros for factors of elements of ``_kind``, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_new_factors, inline="always")
+def _overload_new_factors(shape, kind):  # type: ignore[no-untyped-def]
+    dtype = np.uint16 if kind.dtype == types.uint16 and has_bf16_dot() else np.float32
+    return lambda shape, kind: np.zeros(shape, dtype)
+
+
+def _factor_of(_element: Any, _array: Any) -> Any:
+    """An element of a query, key or value in the type of ``_array``, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_factor_of, inline="always")
+def _overload_factor_of(element, array):  # type: ignore[no-untyped-def]
+    if array.dtype == types.uint16:
+        return lambda element, array: element
+    return lambda element, array: float32_of(element)
+
+
+def _is_paired(_array: Any) -> Any:
+    """Whether factors are multiplied in pairs, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_is_paired, inline="always")
+def _overload_is_paired(array):  # type: ignore[no-untyped-def]
+    is_paired = array.dtype == types.uint16
+    return lambda array: is_paired
+
+
+def _pack_values(*_arguments: Any) -> Any:
+    """Copy the values of sixteen positions into a tile, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_pack_values, inline="always")
+def _overload_pack_values(values, slots, at, stride, base, whole, packed, column):  # type: ignore[no-untyped-def]
+    if packed.dtype == types.uint16:
+
+        def interleave(values, slots, at, stride, base, whole, packed, column):  # type: ignore[no-untyped-def]
+            width = packed.shape[1]
+            interleave_positions(values, slots, at, stride, base, whole, packed, column * width, width)
+
+        return interleave
+
+    def widen(values, slots, at, stride, base, whole, packed, column):  # type: ignore[no-untyped-def]
+        width = packed.shape[1]
+        widen_positions(values, slots, at, stride, base, whole, packed, column * width, width)
+
+    return widen
+
+
+@compiled()
+def _pack_tile(keys, values, slots, first, kv_head, tiles):  # type: ignore[no-untyped-def]
+    """Pack the keys and values of one head at ``slots[first:first + TILE_KEYS]``."""
+    head_dim, stride, base = keys.shape[2], keys.shape[1] * keys.shape[2], kv_head * keys.shape[2]
+    packed_keys, packed_values = tiles.keys, tiles.values
+    size = 2 if _is_paired(packed_keys) else 1
+    whole = head_dim // (LANES * size) * (LANES * size)
+    width = packed_values.shape[1]
+    flat_keys, flat_values = packed_keys.reshape(-1), packed_values.reshape(-1)
+    for column in range(0, TILE_KEYS, LANES):
+        transpose_keys(keys, slots, first + column, stride, base, whole, packed_keys, size * column)
+        _pack_values(values, slots, first + column, stride, base, whole, packed_values, column)
+    for column in range(TILE_KEYS if whole < head_dim else 0):
+        slot = slots[first + column]
+        for d in range(whole, head_dim):
+            at = (d - d % size) * TILE_KEYS + size * column + d % size
+            flat_keys[at] = _factor_of(keys[slot, kv_head, d], packed_keys)
+            at = (column - column % size) * width + size * d + column % size
+            flat_values[at] = _factor_of(values[slot, kv_head, d], packed_values)
+
+
+@compiled()
+def _cap(scores, scale, softcap):  # type: ignore[no-untyped-def]
+    """Scale and cap the scores of one tile in place. tanh(x) is 1 - 2 / (exp(2 x) + 1)."""
+    for row in range(scores.shape[0]):
+        for key in range(scores.shape[1]):
+            x = scores[row, key] * scale / softcap
+            scores[row, key] = softcap * (_ONE - _TWO / (exp(x + x) + _ONE))
+
+
+@compiled()
+def _attend_tile(tiles, num_rows, column, lengths, num_heads, scale, window, softcap):  # type: ignore[no-untyped-def]
+    """Let the rows of a unit attend to the packed tile, whose first key is number ``column`` of the sequence.
+
+    Args:
+        tiles: The buffers.
+        num_rows: A multiple of ``TILE_ROWS``; rows past the last repeat it.
+        column: The number of the tile's first key.
+        lengths: [positions], the number of keys that each position of the unit sees.
+        num_heads: Rows of each position.
+        scale: Factor of the scores.
+        window: Number of newest keys that a row sees; 0 for all.
+        softcap: Bound of the scores; 0 for none.
+    """
+    # Taken out of the tuple once: each time, Numba counts a reference, which is slow beside this loop.
+    queries, keys, values, scores, weights = tiles.queries, tiles.keys, tiles.values, tiles.scores, tiles.weights
+    largest, sums, mixed, scales = tiles.largest, tiles.sums, tiles.mixed, tiles.scales
+    lows, highs = tiles.lows, tiles.highs
+    width, last = queries.shape[1], lengths.shape[0] - 1
+    size = 2 if _is_paired(keys) else 1
+    whole = width // _TILE_COLUMNS * _TILE_COLUMNS
+    factor = np.float32(_LOG2_E if softcap > 0.0 else scale * _LOG2_E)
+    for row in range(0, num_rows, TILE_ROWS):
+        shortest = lengths[min(row // num_heads, last)]
+        longest = lengths[min((row + TILE_ROWS - 1) // num_heads, last)]
+        if longest <= column or (window and shortest - window >= column + TILE_KEYS):
+            continue
+        num_keys = min(TILE_KEYS, (longest - column + _TILE_COLUMNS - 1) // _TILE_COLUMNS * _TILE_COLUMNS)
+        at = row * width
+        for key in range(0, num_keys, _TILE_COLUMNS):
+            multiply_tile(queries, at, width, keys, size * key, TILE_KEYS, width, scores, key, TILE_KEYS)
+        if softcap > 0.0:
+            _cap(scores, scale, softcap)
+        if shortest >= column + num_keys and (not window or longest - window <= column):
+            softmax_tile(scores, num_keys, factor, row, largest, sums, scales, weights)
+        else:
+            for index in range(TILE_ROWS):
+                high = lengths[min((row + index) // num_heads, last)]
+                lows[index] = high - window - column if window else 0
+                highs[index] = high - column
+            masked_softmax_tile(scores, num_keys, factor, row, largest, sums, scales, weights, lows, highs)
+        for d in range(0, whole, _TILE_COLUMNS):
+            add_tile(weights, 0, TILE_KEYS, values, size * d, width, num_keys, mixed, at + d, width, scales, 0)
+        for d in range(whole, width, LANES):
+            add_narrow_tile(weights, 0, TILE_KEYS, values, size * d, width, num_keys, mixed, at + d, width, scales, 0)
+
+
+@compiled()
+def _attend_unit(  # type: ignore[no-untyped-def]
+    query, keys, values, slots, starts, lengths, start, stop, kv_head, scale, window, softcap, sinks, out, tiles
+):
+    """Attention of the rows ``start`` to ``stop - 1`` and the query heads of one key/value head."""
+    head_dim, group_size = keys.shape[2], out.shape[1] // keys.shape[1]
+    num_rows = (stop - start) * group_size
+    first_head = kv_head * group_size
+    # Taken out of the tuple once, as in _attend_tile.
+    queries, largest, sums, mixed = tiles.queries, tiles.largest, tiles.sums, tiles.mixed
+    for position in range(start, stop):
+        for head in range(group_size):
+            row = (position - start) * group_size + head
+            for d in range(head_dim):
+                queries[row, d] = _factor_of(query[position, (first_head + head) * head_dim + d], queries)
+    num_padded = (num_rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    queries[num_rows:num_padded] = 0
+    largest[:num_padded] = _MINUS_INFINITY
+    sums[:num_padded] = 0
+    mixed[:num_padded] = 0
+    seen = lengths[start:stop]
+    first = max(0, seen[0] - window) // TILE_KEYS * TILE_KEYS if window else 0
+    for column in range(first, seen[-1], TILE_KEYS):
+        _pack_tile(keys, values, slots, starts[start] + column, kv_head, tiles)
+        _attend_tile(tiles, num_padded, column, seen, group_size, scale, window, softcap)
+    for row in range(num_rows):
+        position, head = start + row // group_size, first_head + row % group_size
+        total = np.float32(0.0)
+        for lane in range(LANES):
+            total += sums[row, lane]
+        if sinks.shape[0]:
+            total += np.exp(sinks[head] - largest[row] / _LOG2_E)
+        for d in range(head_dim):
+            out[position, head, d] = element_of(mixed[row, d] / total, out)
+
+
+@compiled_twice
+def _attend_all_tiles(  # type: ignore[no-untyped-def]
+    query, keys, values, slots, starts, lengths, units, bounds, max_positions, scale, window, softcap, sinks, out
+):
+    """Attention of rows that each see the keys of a sequence up to their own position.
+
+    Arguments that are not listed are those of ``decode_kernel.attend_rows``.
+
+    Args:
+        query: [rows, at least heads * head_dim]: each row's queries first.
+        slots: ``TILE_KEYS - 1`` padding slots follow each sequence that the units refer to.
+        units: [units, 3] int64: first row, row after the last, key/value head. The rows of a unit are consecutive
+            positions of one sequence.
+        bounds: [threads + 1] int64: thread t computes ``units[bounds[t]:bounds[t + 1]]``.
+        max_positions: Most rows of a unit.
+    """
+    for part in prange(bounds.shape[0] - 1):
+        num_padded = max_positions * (out.shape[1] // keys.shape[1]) + TILE_ROWS - 1
+        width = (keys.shape[2] + LANES - 1) // LANES * LANES
+        tiles = _Tiles(
+            _new_factors((num_padded, width), keys),
+            _new_factors((width, TILE_KEYS), keys),
+            _new_factors((TILE_KEYS, width), keys),
+            np.empty((TILE_ROWS, TILE_KEYS), np.float32),
+            _new_factors((TILE_ROWS, TILE_KEYS), keys),
+            np.empty(num_padded + LANES, np.float32),
+            np.empty((num_padded, LANES), np.float32),
+            np.empty((num_padded, width), np.float32),
+            np.empty(LANES, np.float32),
+            np.empty(TILE_ROWS, np.int32),
+            np.empty(TILE_ROWS, np.int32),
+        )
+        for index in range(bounds[part], bounds[part + 1]):
+            _attend_unit(
+                query, keys, values, slots, starts, lengths, units[index, 0], units[index, 1], units[index, 2],
+                np.float32(scale), window, np.float32(softcap), sinks, out, tiles,
+            )  # fmt: skip
+
+
+attend_tiles, attend_tiles_in_parallel = _attend_all_tiles
