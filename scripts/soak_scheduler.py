@@ -51,7 +51,8 @@ class Tally:
     """Counts of events, which show that a run covered them.
 
     ``ensembles`` counts finished ensembles. ``spoiled`` counts sequences that ended because of a shared block that is
-    not finite, and ``not_finite`` those that ended because of their own token.
+    not finite, and ``not_finite`` those that ended because of their own token. ``repeated`` counts chunks of
+    sequences that begin with virtual tokens.
     """
 
     steps: int = 0
@@ -64,6 +65,7 @@ class Tally:
     ensembles: int = 0
     spoiled: int = 0
     not_finite: int = 0
+    repeated: int = 0
 
 
 @dataclass(slots=True)
@@ -241,6 +243,7 @@ class Drive:
             all(seq.block_table for chunk in plan.chunks if (seq := chunk.seq) is not None),
             "a preempted sequence is in the step",
         )
+        self.tally.repeated += sum(chunk.num_virtual_tokens > 0 for chunk in plan.chunks if chunk.seq is not None)
 
     def _check_decodes_first(self, plan: StepPlan, ready: list[Sequence]) -> None:
         expected = [member for seq in ready for member in seq.members]

@@ -260,17 +260,18 @@ class ModelRunner:
         return self.paged_model.forward(spans, self._inputs(chunks, soft_prompts), last_rows or [row - 1])
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
-        """Token ids [1, rows], or embeddings [1, rows, width] if the step fills soft prompts."""
+        """Token ids [1, rows], or embeddings [1, rows, width] if the step computes virtual tokens."""
         token_ids: list[int] = []
         splices: list[tuple[int, torch.Tensor]] = []
         for chunk in chunks:
+            source, num_virtual = chunk.soft_prompt, chunk.num_virtual_tokens
+            if source is not None and num_virtual:
+                rows = soft_prompts.rows(source)[chunk.start : chunk.start + num_virtual]
+                splices.append((len(token_ids), queue_copy(rows, self.device)))
+                token_ids += [0] * num_virtual
             if chunk.seq is not None:
-                first = chunk.start - chunk.seq.num_virtual_tokens
-                token_ids += chunk.seq.token_ids[first : first + chunk.num_tokens]
-            elif chunk.run is not None:
-                rows = queue_copy(soft_prompts.rows(chunk.run.source)[chunk.start : chunk.stop], self.device)
-                splices.append((len(token_ids), rows))
-                token_ids += [0] * chunk.num_tokens
+                first = chunk.start + num_virtual - chunk.seq.num_virtual_tokens
+                token_ids += chunk.seq.token_ids[first : first + chunk.num_tokens - num_virtual]
         ids = to_device([token_ids], self.device)
         if not splices:
             return {"input_ids": ids}

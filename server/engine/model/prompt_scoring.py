@@ -85,7 +85,8 @@ class PromptScorer:
         Args:
             chunks: The chunks of the pass.
             output: The output of the base model, with hidden states [1, rows, width].
-            boundary: Returns the logits [1, vocabulary] at the last virtual token before a chunk that starts a text.
+            boundary: Returns the logits [1, vocabulary] at the last virtual token before a chunk that starts with a
+                text's first token.
 
         Returns:
             New entries by request id.
@@ -98,12 +99,11 @@ class PromptScorer:
             if seq is not None and _wants(chunk):
                 num_top = seq.request.params.prompt_logprobs or 0
                 entries = result.setdefault(seq.request_id, [])
-                index = seq.next_scored
-                if index == 0:
-                    entries.append(self._first(chunk, num_top, boundary))
-                    index = 1
                 # The row of a position gives the probability of the token at the next one.
-                first = seq.num_virtual_tokens + index - 1
+                first = seq.num_virtual_tokens + seq.next_scored - 1
+                if first < chunk.start:  # only before a text's first token: the pass has no row for it
+                    entries.append(self._first(chunk, num_top, boundary))
+                    first += 1
                 last = min(chunk.stop, seq.num_virtual_tokens + seq.num_prompt_tokens - 1)
                 for position in range(first, last):
                     token = seq.token_ids[position + 1 - seq.num_virtual_tokens]

@@ -200,15 +200,22 @@ class BlockManager:
 
     # Sequences
 
-    def admit(self, seq: Sequence, run: SoftPromptRun | None, headroom: int = 0) -> Admission | None:
+    def admit(
+        self, seq: Sequence, run: SoftPromptRun | None, headroom: int = 0, filling: Collection[str] = ()
+    ) -> Admission | None:
         """Give a waiting sequence blocks for all its tokens, starting from the longest cached prefix.
 
         Sets ``block_table``, ``block_hashes`` and ``num_computed``. The caller holds a reference to ``run``.
+
+        The soft prompt's partial last block is copied before the forward pass. If the same pass computes it, there is
+        nothing to copy: ``num_computed`` is then the first position of that block, so that the sequence computes its
+        virtual tokens again, in its own block.
 
         Args:
             seq: A sequence without blocks.
             run: Its soft prompt's filled run; None without a soft prompt.
             headroom: Blocks that have to stay available for other sequences.
+            filling: Keys of the runs that the forward pass of this step computes.
 
         Returns:
             The admission; None, with nothing changed, if there are too few blocks.
@@ -225,16 +232,24 @@ class BlockManager:
         for block in matched:
             self._refer(block)
         fresh = [self._take_used() for _ in range(num_new)]
-        copy = (run.blocks[shared], fresh[0]) if run is not None and partial and not matched else None
+        start, copy = n + num_cached, None
+        if run is not None and partial and not matched:
+            if run.key in filling:
+                start = shared * self.block_size
+            else:
+                copy = run.blocks[shared], fresh[0]
         seq.block_table = [*(run.blocks[:shared] if run is not None else ()), *matched, *fresh]
         seq.block_hashes = hashes
-        seq.num_computed = n + num_cached
+        seq.num_computed = start
         self.stats.queries += len(seq.token_ids)
         self.stats.hits += num_cached
         return Admission(num_cached, copy)
 
     def admit_all(
-        self, members: Iterable[tuple[Sequence, SoftPromptRun | None]], headroom: int = 0
+        self,
+        members: Iterable[tuple[Sequence, SoftPromptRun | None]],
+        headroom: int = 0,
+        filling: Collection[str] = (),
     ) -> list[Admission] | None:
         """``admit`` several sequences, all or none.
 
@@ -245,7 +260,7 @@ class BlockManager:
         admissions: list[Admission] = []
         admitted: list[Sequence] = []
         for seq, run in members:
-            admission = self.admit(seq, run, headroom)
+            admission = self.admit(seq, run, headroom, filling)
             if admission is None:
                 for other in admitted:
                     self.free(other)
@@ -399,6 +414,9 @@ class BlockManager:
                 run_refs[run.key] = run_refs.get(run.key, 0) + 1
                 _expect(self._runs.get(run.key) is run, f"{seq.request_id} holds an evicted soft prompt")
                 _expect(seq.block_table[:shared] == run.blocks[:shared], f"{seq.request_id} left its soft prompt")
+                first = seq.num_virtual_tokens if run.source.is_key_values else shared * self.block_size
+                writes = bool(seq.block_table) and seq.num_computed < first
+                _expect(not writes, f"{seq.request_id} writes to its soft prompt")
             for block_id in seq.block_table[shared:]:
                 ref_counts[block_id] = ref_counts.get(block_id, 0) + 1
         owners: dict[int, str] = {}

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 
 from server.engine.scheduling.block_manager import SoftPromptRun
 from server.engine.scheduling.sequence import Sequence
+from server.engine.types import SoftPromptSource
 
 
 @dataclass(slots=True)
 class Chunk:
     """Consecutive positions that a step computes, of one sequence or of one soft prompt being filled.
+
+    A sequence's chunk may begin before its text, in the partial last block of a soft prompt of embeddings: see
+    ``BlockManager.admit``.
 
     Attributes:
         block_table: The blocks that hold its keys and values.
@@ -33,6 +37,19 @@ class Chunk:
     def stop(self) -> int:
         """The position after the last one to compute."""
         return self.start + self.num_tokens
+
+    @property
+    def soft_prompt(self) -> SoftPromptSource | None:
+        """The soft prompt being filled, or the one before the sequence's text."""
+        if self.run is not None:
+            return self.run.source
+        return None if self.seq is None else self.seq.request.soft_prompt
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens among the positions to compute; they come first."""
+        source = self.soft_prompt
+        return 0 if source is None else max(0, min(self.stop, source.num_virtual_tokens) - self.start)
 
     @property
     def samples(self) -> bool:

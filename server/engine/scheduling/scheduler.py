@@ -14,6 +14,9 @@ with an earlier turn.
 
 A sequence whose soft prompt is not on the device acquires a run of blocks for it. Keys and values are copied into the
 run within the same step. Embeddings are computed as a separate chunk, shared by all sequences that wait for them.
+These start in the step that completes the run, because each layer writes all keys and values before it reads any. A
+partial last block would have to be copied before the forward pass, so each of them computes the block's few virtual
+tokens again, in its own block.
 """
 
 from __future__ import annotations
@@ -317,12 +320,14 @@ class Scheduler:
             has_blocks, budget = self._fill_soft_prompts(plan, members, budget, filling)
             if not has_blocks:
                 break  # later sequences wait, or one with a large soft prompt could wait forever
-            if not all(self._is_usable(member, filling) for member in members):
+            if not self._can_start(members, budget, filling):
                 num_slots -= len(members)
                 continue
             # A reserve of one block per running sequence, so that an admission does not cause a preemption at once.
             admissions = self.block_manager.admit_all(
-                [(member, self._held_runs.get(member.request_id)) for member in members], headroom=self.num_running
+                [(member, self._held_runs.get(member.request_id)) for member in members],
+                headroom=self.num_running,
+                filling=filling,
             )
             if admissions is None:
                 break
@@ -401,18 +406,16 @@ class Scheduler:
         filling.add(run.key)
         return run, num_tokens
 
-    def _is_usable(self, seq: Sequence, filling: set[str]) -> bool:
-        """Whether a sequence, which holds its soft prompt, may read it in this step.
+    def _can_start(self, members: tuple[Sequence, ...], budget: int, filling: set[str]) -> bool:
+        """Whether sequences, which hold their soft prompts, start in this step.
 
-        A step may read full blocks that it computes itself. A partial last block is copied before the forward pass,
-        so an earlier step must have computed it.
+        Virtual tokens of a partial last block that this step computes are computed again for each sequence. If the
+        budget leaves no room for text after them, waiting costs nothing: a later step copies the block.
         """
-        if seq.request.soft_prompt is None:
-            return True
-        run = self._held_runs[seq.request_id]
-        if not run.is_filled:
-            return False
-        return run.key not in filling or run.source.num_virtual_tokens % self.block_manager.block_size == 0
+        runs = [run for member in members if (run := self._held_runs.get(member.request_id)) is not None]
+        block_size = self.block_manager.block_size
+        num_repeated = sum(run.source.num_virtual_tokens % block_size for run in runs if run.key in filling)
+        return all(run.is_filled for run in runs) and (num_repeated == 0 or num_repeated < budget)
 
     def _blocks_to_finish(self, seq: Sequence) -> int:
         """Blocks of one sequence, or one member of an ensemble, at its maximum length."""

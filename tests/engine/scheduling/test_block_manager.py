@@ -118,6 +118,43 @@ def test_partial_last_block_is_copied_for_each_sequence() -> None:
     blocks.check_integrity([(first, run), (second, run)])
 
 
+@pytest.mark.parametrize(("num", "start"), [(6, 4), (3, 0)])
+def test_a_partial_last_block_that_the_step_fills_is_computed_by_the_sequence(num: int, start: int) -> None:
+    blocks = BlockManager(20, 4)
+    soft_prompt, other = source(num, "rows", is_key_values=False), source(num, "kv")
+    run, filled = filled_run(blocks, soft_prompt), filled_run(blocks, other)
+    blocks.acquire_run(soft_prompt)
+    first, second = sequence([1, 2, 3], soft_prompt, name="a"), sequence([1, 2, 3], soft_prompt, name="b")
+    beside = sequence([1, 2, 3], other, name="beside")
+    members = [(first, run), (beside, filled)]
+    admissions = present(blocks.admit_all(members, filling=[run.key]))
+    assert [admission.copy for admission in admissions] == [None, (filled.blocks[-1], beside.block_table[start // 4])]
+    assert [admission.num_cached_tokens for admission in admissions] == [0, 0]
+    assert (first.num_computed, beside.num_computed) == (start, num)
+    assert first.block_table[: start // 4] == run.blocks[: start // 4]
+    assert run.blocks[-1] not in first.block_table
+    compute(blocks, first)
+    assert present(blocks.admit(second, run, filling=[run.key])).num_cached_tokens == start + 4 - num
+    assert second.num_computed == start + 4
+    blocks.check_integrity([*members, (second, run)])
+
+
+@pytest.mark.parametrize(("is_key_values", "first"), [(False, 4), (True, 6)])
+def test_integrity_check_finds_a_sequence_that_would_write_to_its_soft_prompt(
+    is_key_values: bool, first: int
+) -> None:
+    blocks = BlockManager(20, 4)
+    soft_prompt = source(6, is_key_values=is_key_values)
+    run = filled_run(blocks, soft_prompt)
+    seq = sequence([1], soft_prompt)
+    blocks.admit(seq, run)
+    seq.num_computed = first
+    blocks.check_integrity([(seq, run)])
+    seq.num_computed = first - 1
+    with pytest.raises(AssertionError, match="s writes to its soft prompt"):
+        blocks.check_integrity([(seq, run)])
+
+
 def test_text_after_a_partial_block_is_shared_without_a_copy() -> None:
     blocks = BlockManager(20, 4)
     soft_prompt = source(6)

@@ -73,39 +73,125 @@ def test_key_values_are_copied_in_the_step_that_uses_them() -> None:
     assert plan.num_distinct_prompts == 1
 
 
-def test_embeddings_are_computed_once_and_followed_a_step_later() -> None:
-    scheduler = make(budget=16)
-    soft_prompt = source(6, "rows", is_key_values=False)
-    scheduler.add(seq("a", 3, soft_prompt=soft_prompt))
-    scheduler.add(seq("b", 3, soft_prompt=soft_prompt))
-    scheduler.add(seq("bare", 3))
-    first = scheduler.schedule(0.0)
-    assert [(chunk.run is not None, chunk.num_tokens) for chunk in first.chunks] == [(True, 6), (False, 3)]
-    finish_step(scheduler, first)
-    second = scheduler.schedule(0.0)
-    assert [present(chunk.seq).request_id for chunk in second.chunks] == ["bare", "a", "b"]
-    assert scheduler.block_manager.stats.run_loads == 1
-
-
-def test_followers_need_not_wait_for_full_blocks() -> None:
-    scheduler = make(budget=16)
-    scheduler.add(seq("a", 3, soft_prompt=source(8, "rows", is_key_values=False)))
-    plan = scheduler.schedule(0.0)
-    assert [(chunk.run is not None, chunk.start, chunk.num_tokens) for chunk in plan.chunks] == [
-        (True, 0, 8),
-        (False, 8, 3),
+def spans(plan: StepPlan) -> list[tuple[str, int, int]]:
+    """(id of the sequence or key of the soft prompt, start, number of positions) of each chunk."""
+    return [
+        (chunk.seq.request_id if chunk.seq is not None else present(chunk.run).key, chunk.start, chunk.num_tokens)
+        for chunk in plan.chunks
     ]
 
 
-def test_long_soft_prompts_are_computed_in_chunks() -> None:
-    scheduler = make(budget=8)
+@pytest.mark.parametrize(
+    ("num", "start"), [(8, 8), (6, 4), (3, 0)], ids=["aligned", "partial last block", "less than a block"]
+)
+def test_sequences_start_in_the_step_that_fills_their_soft_prompt(num: int, start: int) -> None:
+    scheduler = make(budget=32)
+    soft_prompt = source(num, "rows", is_key_values=False)
+    scheduler.add(seq("a", 3, soft_prompt=soft_prompt))
+    scheduler.add(make_sequence("b", [9, 8, 7], SamplingParams(max_tokens=4), soft_prompt))
+    scheduler.add(seq("bare", 3))
+    plan = scheduler.schedule(0.0)
+    size = num + 3 - start
+    assert spans(plan) == [("rows", 0, num), ("a", start, size), ("b", start, size), ("bare", 0, 3)]
+    assert plan.block_copies == []
+    a, b = (present(chunk.seq) for chunk in plan.chunks[1:3])
+    assert a.block_table[: start // 4] == b.block_table[: start // 4]
+    assert not {*a.block_table[start // 4 :]} & {*b.block_table[start // 4 :]}
+    finish_step(scheduler, plan)
+    assert spans(scheduler.schedule(0.0)) == [("a", num + 3, 1), ("b", num + 3, 1), ("bare", 3, 1)]
+    assert scheduler.block_manager.stats.run_loads == 1
+
+
+def test_a_partial_block_that_another_sequence_of_the_step_computes_is_shared_with_its_text() -> None:
+    scheduler = make(budget=32)
+    soft_prompt = source(6, "rows", is_key_values=False)
+    for name in ("a", "b"):
+        scheduler.add(seq(name, 3, soft_prompt=soft_prompt))
+    plan = scheduler.schedule(0.0)
+    assert spans(plan) == [("rows", 0, 6), ("a", 4, 5), ("b", 8, 1)]
+
+
+def test_a_filled_partial_block_is_copied() -> None:
+    scheduler = make(budget=32)
+    soft_prompt = source(6, "rows", is_key_values=False)
+    scheduler.add(seq("cold", 3, soft_prompt=soft_prompt))
+    finish_step(scheduler, scheduler.schedule(0.0))
+    scheduler.block_manager.withdraw(list(scheduler.block_manager.findable))  # else the text's block is found again
+    scheduler.preempt(scheduler.running[0])
+    scheduler.add(make_sequence("warm", [9, 8, 7], SamplingParams(max_tokens=4), soft_prompt))
+    plan = scheduler.schedule(0.0)
+    assert spans(plan) == [("cold", 6, 4), ("warm", 6, 3)]
+    (run,) = scheduler.block_manager.runs.values()
+    assert [copied for copied, _ in plan.block_copies] == [run.blocks[1]] * 2
+    finish_step(scheduler, plan)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (8, [[("rows", 0, 8)], [("rows", 8, 8)], [("rows", 16, 2), ("a", 16, 5)]]),
+        (10, [[("rows", 0, 10)], [("rows", 10, 8)], [("a", 18, 3)]]),  # no room for text behind two virtual tokens
+        (11, [[("rows", 0, 11)], [("rows", 11, 7), ("a", 16, 4)], [("a", 20, 1)]]),
+        (18, [[("rows", 0, 18)], [("a", 18, 3)]]),
+        (21, [[("rows", 0, 18), ("a", 16, 3)], [("a", 19, 2)]]),
+    ],
+)
+def test_long_soft_prompts_are_computed_in_chunks(budget: int, expected: list[list[tuple[str, int, int]]]) -> None:
+    scheduler = make(budget=budget)
     scheduler.add(seq("a", 3, soft_prompt=source(18, "rows", is_key_values=False)))
-    spans = []
-    for _ in range(4):
+    for want in expected:
         plan = scheduler.schedule(0.0)
-        spans += [(chunk.start, chunk.num_tokens) for chunk in plan.chunks]
+        assert spans(plan) == want
+        assert len(plan.block_copies) == (want[0][:2] == ("a", 18))
         finish_step(scheduler, plan)
-    assert spans[:4] == [(0, 8), (8, 8), (16, 2), (18, 3)]
+
+
+def test_members_of_an_ensemble_compute_or_copy_each_their_partial_block() -> None:
+    scheduler = make(budget=64)
+    cold, warm = source(6, "cold", is_key_values=False), source(7, "warm", is_key_values=False)
+    scheduler.add(seq("first", 1, max_tokens=1, soft_prompt=warm))
+    finish_step(scheduler, scheduler.schedule(0.0))
+    others = (warm, source(5, "kv", is_key_values=True), source(8, "full", is_key_values=False), None)
+    scheduler.add(make_sequence("e", [1, 2], SamplingParams(max_tokens=4), cold, others=others))
+    plan = scheduler.schedule(0.0)
+    assert spans(plan) == [
+        ("cold", 0, 6),
+        ("full", 0, 8),
+        ("e", 4, 4),
+        ("e/1", 7, 2),
+        ("e/2", 5, 2),
+        ("e/3", 8, 2),
+        ("e/4", 0, 2),
+    ]
+    assert len(plan.block_copies) == 2
+    finish_step(scheduler, plan)
+
+
+def test_an_ensemble_whose_repeated_virtual_tokens_exceed_the_budget_copies_them_a_step_later() -> None:
+    scheduler = make(budget=16)
+    soft_prompts = [source(6, f"d{index}", is_key_values=False) for index in range(2)]
+    scheduler.add(make_sequence("e", [1], SamplingParams(max_tokens=4), soft_prompts[0], others=(soft_prompts[1],)))
+    plan = scheduler.schedule(0.0)
+    assert spans(plan) == [("d0", 0, 6), ("d1", 0, 6)]
+    finish_step(scheduler, plan)
+    plan = scheduler.schedule(0.0)
+    assert spans(plan) == [("e", 6, 1), ("e/1", 6, 1)]
+    assert len(plan.block_copies) == 2
+
+
+def test_a_member_that_the_budget_cuts_before_its_text_goes_on_there() -> None:
+    scheduler = make(budget=21)
+    first, second = (source(7, f"d{index}", is_key_values=False) for index in range(2))
+    scheduler.add(make_sequence("e", [1, 2, 3], SamplingParams(max_tokens=4), first, others=(second,)))
+    plan = scheduler.schedule(0.0)
+    assert spans(plan) == [("d0", 0, 7), ("d1", 0, 7), ("e", 4, 5), ("e/1", 4, 2)]
+    assert [chunk.num_virtual_tokens for chunk in plan.chunks] == [7, 7, 3, 2]
+    finish_step(scheduler, plan)
+    plan = scheduler.schedule(0.0)
+    assert spans(plan) == [("e", 9, 1), ("e/1", 6, 4)]
+    assert [chunk.num_virtual_tokens for chunk in plan.chunks] == [0, 1]
+    assert plan.block_copies == []
+    finish_step(scheduler, plan)
 
 
 def test_newest_is_preempted_and_computed_again() -> None:

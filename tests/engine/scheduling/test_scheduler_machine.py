@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -97,12 +97,27 @@ def test_a_soak_covers_its_cases() -> None:
     drive = soak(4000, 1)
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats
     assert min(tally.finished, tally.aborted, tally.expired, tally.promoted, tally.ensembles) > 10
-    assert min(tally.spoiled, tally.not_finite) > 10
+    assert min(tally.spoiled, tally.not_finite, tally.repeated) > 10
     assert min(drive.scheduler.num_preemptions, blocks.hits, blocks.run_hits, blocks.run_evictions) > 10
 
 
-def _is_filled(self: Scheduler, seq: Sequence, filling: set[str]) -> bool:
-    return seq.request.soft_prompt is None or self._held_runs[seq.request_id].is_filled
+_admit = BlockManager.admit
+
+
+def _admit_with_early_copy(
+    self: BlockManager,
+    seq: Sequence,
+    run: SoftPromptRun | None,
+    headroom: int = 0,
+    filling: Collection[str] = (),
+) -> Admission | None:
+    return _admit(self, seq, run, headroom)
+
+
+def _admit_without_copy(
+    self: BlockManager, seq: Sequence, run: SoftPromptRun | None, headroom: int = 0, filling: Collection[str] = ()
+) -> Admission | None:
+    return _admit(self, seq, run, headroom, filling if run is None else [run.key])
 
 
 def _prefill_apart(self: Scheduler, plan: StepPlan, seq: Sequence, budget: int) -> int:
@@ -115,9 +130,12 @@ def _prefill_apart(self: Scheduler, plan: StepPlan, seq: Sequence, budget: int) 
 
 
 def _admit_some(
-    self: BlockManager, members: Iterable[tuple[Sequence, SoftPromptRun | None]], headroom: int
+    self: BlockManager,
+    members: Iterable[tuple[Sequence, SoftPromptRun | None]],
+    headroom: int,
+    filling: Collection[str],
 ) -> list[Admission] | None:
-    admissions = [self.admit(seq, run, headroom) for seq, run in members]
+    admissions = [self.admit(seq, run, headroom, filling) for seq, run in members]
     given = [admission for admission in admissions if admission is not None]
     return given if len(given) == len(admissions) else None
 
@@ -138,7 +156,13 @@ def _spoil_no_followers(
         (BlockManager, "withdraw", lambda self, block_ids: None),  # leaves poisoned blocks findable
         (SoftPromptRun, "spoil", lambda self: None),  # keeps a poisoned soft prompt
         (Scheduler, "spoil", _spoil_no_followers),  # misses readers of the same step
-        (Scheduler, "_is_usable", _is_filled),  # copies a block before it is filled
+        (
+            Scheduler,
+            "_can_start",
+            lambda self, members, budget, filling: True,
+        ),  # reads a soft prompt that is not filled
+        (BlockManager, "admit", _admit_with_early_copy),  # copies a block before it is filled
+        (BlockManager, "admit", _admit_without_copy),  # computes keys and values that can only be copied
         (BlockManager, "_seed", lambda self, seq: b"seed"),  # shares text between tenants and soft prompts
         (BlockManager, "_hash", lambda self, seq, index, parent: parent + b"%d" % index),  # ignores the text
         (Scheduler, "_schedule_prefills", lambda self, plan, budget: 0),  # never prefills
@@ -149,7 +173,9 @@ def _spoil_no_followers(
         "findable poison",
         "kept run",
         "no followers",
+        "not filled",
         "early copy",
+        "no copy",
         "shared seed",
         "same hash",
         "no prefill",

@@ -125,9 +125,10 @@ class RecordingRunner:
     def _compute(self, chunk: Chunk) -> int:
         value = self._read(chunk.block_table, chunk.start - 1) if chunk.start else 0
         for position in range(chunk.start, chunk.stop):
-            if chunk.seq is None:
-                value = hash((value, chunk.run.key if chunk.run else "", position))
-            else:
+            source = chunk.soft_prompt
+            if source is not None and position < source.num_virtual_tokens:
+                value = hash((value, source.identity, position))
+            elif chunk.seq is not None:
                 value = hash((value, chunk.seq.token_ids[position - chunk.seq.num_virtual_tokens]))
             self._write(chunk.block_table, position, value)
         return value
