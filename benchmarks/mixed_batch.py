@@ -39,6 +39,7 @@ LONG_PROMPTS, LONG_NEW_TOKENS = 8, 8
 
 def compare(contenders: Contenders, texts: Sequence[Text], new_tokens: int, rounds: int) -> dict[str, object]:
     """Run the alternatives in turn; returns their median speeds, and the ratios of ``mixed`` to the others."""
+    print(f"-- {len(texts)} requests, {new_tokens} new tokens each", flush=True)
     ways: dict[str, Way] = {"mixed": contenders.with_soft_prompts(texts, new_tokens)}
     ways |= contenders.others(texts, new_tokens)
     speeds = measure(ways, rounds)

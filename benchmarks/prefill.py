@@ -96,66 +96,65 @@ def measure_throughput(contenders: Contenders, arguments: argparse.Namespace) ->
     ]
 
 
+def measure_engines(arguments: argparse.Namespace, folder: Path, figures: dict[str, object]) -> None:
+    """All parts but ``layouts``; adds to the figures."""
+    parts, dtype, virtual = arguments.parts, arguments.dtype, arguments.virtual_tokens
+    model_folder = build_model(folder, layers=arguments.layers)
+    folders = build_soft_prompts(model_folder, folder, count=max(PROMPT_COUNTS), num_virtual_tokens=virtual)
+    sources = [soft_prompt_source(path, index, virtual) for index, path in enumerate(folders)]
+    settings = EngineSettings(
+        model=str(model_folder), dtype=dtype, enable_prefix_caching=False, kv_cache_memory=KV_CACHE_GIB * 2**30
+    )
+    figures["max_num_batched_tokens"] = settings.max_num_batched_tokens
+    engine = LLMEngine(settings)
+
+    def start_vllm(stack: ExitStack, max_num_seqs: int, *, steps_on_call: bool) -> VllmProcess | None:
+        if arguments.vllm is None:
+            return None
+        process = vllm_process(
+            arguments.vllm,
+            model_folder,
+            dtype,
+            max_num_seqs=max_num_seqs,
+            kv_cache_gib=KV_CACHE_GIB,
+            steps_on_call=steps_on_call,
+        )
+        vllm = stack.enter_context(process)
+        figures["vllm"] = vllm.facts
+        print(f"vLLM: {vllm.facts}", flush=True)
+        return vllm
+
+    if "throughput" in parts:
+        with ExitStack() as stack:
+            vllm = start_vllm(stack, max(arguments.mixed_requests, *arguments.requests), steps_on_call=False)
+            contenders = Contenders(model_folder, dtype, engine, folders, sources, vllm)
+            figures["throughput"] = measure_throughput(contenders, arguments)
+    if "first-token" in parts:
+        with ExitStack() as stack:
+            stream = Stream(arguments.text_length, arguments.texts, arguments.decodes, arguments.steps_between)
+            vllm = start_vllm(stack, arguments.decodes + 1, steps_on_call=True)
+            figures["first_token"] = first_token.compare(engine, sources, vllm, stream, arguments.rounds)
+    if "steps" in parts:
+        figures["steps"] = [
+            steps.compare(engine, count, length, arguments.rounds) for count, length in arguments.steps
+        ]
+    engine.close()
+
+
 def main() -> None:
     """Measure and print."""
     arguments = parse_arguments()
-    parts, dtype = arguments.parts, arguments.dtype
-    figures: dict[str, object] = {
-        "machine": machine(),
-        "dtype": dtype,
-        "layers": arguments.layers,
-        "rounds": arguments.rounds,
-    }
-    print(f"{figures['machine']}, {dtype}, {arguments.layers} layers", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model_folder = build_model(folder, layers=arguments.layers)
-        virtual = arguments.virtual_tokens
-        folders = build_soft_prompts(model_folder, folder, count=max(PROMPT_COUNTS), num_virtual_tokens=virtual)
-        sources = [soft_prompt_source(path, index, virtual) for index, path in enumerate(folders)]
-        engine = LLMEngine(
-            EngineSettings(
-                model=str(model_folder),
-                dtype=dtype,
-                enable_prefix_caching=False,
-                kv_cache_memory=KV_CACHE_GIB * 2**30,
-            )
-        )
-
-        def start_vllm(stack: ExitStack, max_num_seqs: int, *, steps_on_call: bool) -> VllmProcess | None:
-            if arguments.vllm is None:
-                return None
-            process = vllm_process(
-                arguments.vllm,
-                model_folder,
-                dtype,
-                max_num_seqs=max_num_seqs,
-                kv_cache_gib=KV_CACHE_GIB,
-                steps_on_call=steps_on_call,
-            )
-            return stack.enter_context(process)
-
-        if "throughput" in parts:
-            with ExitStack() as stack:
-                most = max(arguments.mixed_requests, *arguments.requests)
-                vllm = start_vllm(stack, most, steps_on_call=False)
-                contenders = Contenders(model_folder, dtype, engine, folders, sources, vllm)
-                figures["throughput"] = measure_throughput(contenders, arguments)
-        if "first-token" in parts:
-            with ExitStack() as stack:
-                stream = Stream(arguments.text_length, arguments.texts, arguments.decodes, arguments.steps_between)
-                vllm = start_vllm(stack, arguments.decodes + 1, steps_on_call=True)
-                figures["first_token"] = first_token.compare(engine, sources, vllm, stream, arguments.rounds)
-        if "steps" in parts:
-            figures["steps"] = [
-                steps.compare(engine, count, length, arguments.rounds) for count, length in arguments.steps
-            ]
-        engine.close()
-    torch_dtype = getattr(torch, dtype)
-    if "layouts" in parts and can_pack(torch_dtype):
-        figures["layouts"] = layouts.compare(torch_dtype, arguments.layers, arguments.rows, arguments.rounds)
-    elif "layouts" in parts:
-        print(f"layouts: oneDNN has no packed products in {dtype} here")
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    names = ("dtype", "layers", "virtual_tokens", "rounds")
+    figures: dict[str, object] = {"machine": machine(), **{name: getattr(arguments, name) for name in names}}
+    print(", ".join(f"{name}: {value}" for name, value in figures.items()), flush=True)
+    if set(arguments.parts) - {"layouts"}:
+        with tempfile.TemporaryDirectory() as name:
+            measure_engines(arguments, Path(name), figures)
+    if "layouts" in arguments.parts and can_pack(dtype):
+        figures["layouts"] = layouts.compare(dtype, arguments.layers, arguments.rows, arguments.rounds)
+    elif "layouts" in arguments.parts:
+        print(f"layouts: oneDNN has no packed products in {arguments.dtype} here")
     print(json.dumps(figures, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers.vllm_cpu MODEL DTYPE MAX_NUM_SEQS
 
-Replies ``ready``. Then performs the task in each file that standard input names, and replies with its result
+Replies with facts for the figures. Then performs the task in each file that standard input names, and replies with its result
 (``benchmarks.peers.protocol``). A task has a ``kind``:
 
 - ``generate``: ``new_tokens`` tokens for each of ``prompts``; the result is the number of tokens and the seconds;
@@ -22,6 +22,7 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
 
+import vllm
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -87,7 +88,11 @@ def main() -> None:
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=int(max_num_seqs),
     )
-    print(reply_line("ready"), flush=True)
+    facts = {
+        "version": vllm.__version__,
+        "max_num_batched_tokens": llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens,
+    }
+    print(reply_line(facts), flush=True)
     for line in sys.stdin:
         print(reply_line(perform(llm, **json.loads(Path(line.strip()).read_text()))), flush=True)
 

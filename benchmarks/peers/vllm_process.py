@@ -26,6 +26,9 @@ class VllmProcess:
         process: Runs ``benchmarks.peers.vllm_cpu``, with pipes.
         folder: For the files of tasks, and the process's log.
 
+    Attributes:
+        facts: Version and limits, for the figures.
+
     Raises:
         RuntimeError: If vLLM did not start.
     """
@@ -37,7 +40,7 @@ class VllmProcess:
         self._tasks: IO[str] = process.stdin
         self._lines: IO[str] = process.stdout
         self._num_tasks = 0
-        self._next_reply()
+        self.facts: dict[str, object] = self._next_reply()
 
     def task(self, kind: str, **arguments: object) -> str:
         """Write a task to a file; returns its name for ``perform``."""
