@@ -108,7 +108,7 @@ def measure_engines(arguments: argparse.Namespace, folder: Path, figures: dict[s
     figures["max_num_batched_tokens"] = settings.max_num_batched_tokens
     engine = LLMEngine(settings)
 
-    def start_vllm(stack: ExitStack, max_num_seqs: int, *, steps_on_call: bool) -> VllmProcess | None:
+    def start_vllm(part: str, stack: ExitStack, max_num_seqs: int, *, steps_on_call: bool) -> VllmProcess | None:
         if arguments.vllm is None:
             return None
         process = vllm_process(
@@ -120,19 +120,21 @@ def measure_engines(arguments: argparse.Namespace, folder: Path, figures: dict[s
             steps_on_call=steps_on_call,
         )
         vllm = stack.enter_context(process)
-        figures["vllm"] = vllm.facts
+        figures[f"vllm in {part}"] = vllm.facts
         print(f"vLLM: {vllm.facts}", flush=True)
         return vllm
 
     if "throughput" in parts:
         with ExitStack() as stack:
-            vllm = start_vllm(stack, max(arguments.mixed_requests, *arguments.requests), steps_on_call=False)
+            vllm = start_vllm(
+                "throughput", stack, max(arguments.mixed_requests, *arguments.requests), steps_on_call=False
+            )
             contenders = Contenders(model_folder, dtype, engine, folders, sources, vllm)
             figures["throughput"] = measure_throughput(contenders, arguments)
     if "first-token" in parts:
         with ExitStack() as stack:
             stream = Stream(arguments.text_length, arguments.texts, arguments.decodes, arguments.steps_between)
-            vllm = start_vllm(stack, arguments.decodes + 1, steps_on_call=True)
+            vllm = start_vllm("first-token", stack, arguments.decodes + 1, steps_on_call=True)
             figures["first_token"] = first_token.compare(engine, sources, vllm, stream, arguments.rounds)
     if "steps" in parts:
         figures["steps"] = [

@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.vllm_cpu MODEL DTYPE MAX_NUM_SEQS
 
-Replies with facts for the figures. Then performs the task in each file that standard input names, and replies with its result
-(``benchmarks.peers.protocol``). A task has a ``kind``:
+Replies with facts for the figures. Then performs the task in each file that standard input names, and replies with
+its result (``benchmarks.peers.protocol``). A task has a ``kind``:
 
 - ``generate``: ``new_tokens`` tokens for each of ``prompts``; the result is the number of tokens and the seconds;
 - ``token_times``: the arguments of ``measure_token_times``; the result is the fields of ``TokenTimes``. It needs

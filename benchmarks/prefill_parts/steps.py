@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
+from torch import nn
 
 from benchmarks.step_cost import Products
 from benchmarks.workload import VOCABULARY
+from server.engine.cpu import packed_linear
+from server.engine.cpu.packed_linear import PackedLinear, can_pack
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import GenerateRequest, SamplingParams
 
-SQUARE = 3072
+SQUARE = 4096
 """Rows and columns of the square product that measures the peak."""
 
 
-def square_product(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Floating-point operations of a large square product, and its seconds; the minimum of three."""
+def square_products(dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
+    """A large square product by each library that the engine may use."""
     left, right = (torch.randn(SQUARE, SQUARE, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        torch.mm(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * SQUARE**3, min(seconds)
+    ways: list[Callable[[], object]] = [lambda: torch.mm(left, right)]
+    if device.type == "cpu" and can_pack(dtype):
+        linear = nn.Linear(SQUARE, SQUARE, bias=False, dtype=dtype).requires_grad_(requires_grad=False)
+        with patch.object(packed_linear, "ROWS_HINT", SQUARE):
+            packed = PackedLinear(linear)
+        ways.append(lambda: packed(left))
+    return ways
 
 
 def prefill_step(engine: LLMEngine, products: Products, count: int, length: int) -> float:
@@ -46,7 +49,7 @@ def prefill_step(engine: LLMEngine, products: Products, count: int, length: int)
 
 
 def compare(engine: LLMEngine, count: int, length: int, rounds: int) -> dict[str, float]:
-    """Run steps, their products and a large square product in turn.
+    """Run steps, their products and large square products in turn.
 
     Args:
         engine: An engine without work and without prefix caching.
@@ -61,14 +64,15 @@ def compare(engine: LLMEngine, count: int, length: int, rounds: int) -> dict[str
     products = Products(engine)
     rows = count * length
     bare, flops = products.work(rows, sampled=count), products.flops(rows, sampled=count)
+    squares = square_products(engine.runner.dtype, engine.runner.device)
     steps, alone, peaks = [], [], []
     for number in range(rounds + 1):
         step, product = prefill_step(engine, products, count, length), products.timed(bare)
-        operations, seconds = square_product(engine.runner.dtype, engine.runner.device)
+        seconds = min(products.timed(square) for square in squares * 2)
         if number:  # round 0 is the warm-up
             steps.append(step)
             alone.append(product)
-            peaks.append(operations / seconds)
+            peaks.append(2 * SQUARE**3 / seconds)
     triples = list(zip(steps, alone, peaks, strict=True))
     figures = {
         "texts": count,
