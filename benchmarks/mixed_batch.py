@@ -13,6 +13,9 @@ tokens and 64 new tokens each, on a model of 135M shape with random weights, in 
 - ``vllm``: vLLM's build for this device in a separate environment, with texts that are 20 tokens longer and without
   prefix caching. ``make bench-vllm`` sets it up.
 
+The same alternatives then run a load of long inputs and short answers: 32 requests over 8 soft prompts, with texts of
+256 to 768 tokens and 8 new tokens each. The figures are under ``long_input``; ``benchmarks.prefill`` has more.
+
 The alternatives run in turn, several times, after one warm-up; the figures are medians of the ratios per round.
 """
 
@@ -21,24 +24,29 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.ways import (
-    Way,
-    default_dtype,
-    engine_way,
-    machine,
-    measure,
-    medians,
-    padded_way,
-    peft_way,
-    ratio,
-    vllm_way,
-)
-from benchmarks.workload import build_model, build_soft_prompts, make_texts, soft_prompt_source
+from benchmarks.peers.vllm_process import vllm_process
+from benchmarks.ways import Contenders, Way, default_dtype, machine, measure, medians, ratio
+from benchmarks.workload import Text, build_model, build_soft_prompts, make_texts, soft_prompt_source
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
+
+LONG_PROMPTS, LONG_NEW_TOKENS = 8, 8
+
+
+def compare(contenders: Contenders, texts: Sequence[Text], new_tokens: int, rounds: int) -> dict[str, object]:
+    """Run the alternatives in turn; returns their median speeds, and the ratios of ``mixed`` to the others."""
+    print(f"-- {len(texts)} requests, {new_tokens} new tokens each", flush=True)
+    ways: dict[str, Way] = {"mixed": contenders.with_soft_prompts(texts, new_tokens)}
+    ways |= contenders.others(texts, new_tokens)
+    speeds = measure(ways, rounds)
+    return {
+        "median_tokens_per_second": medians(speeds),
+        **{f"mixed_over_{name.replace(' ', '_')}": ratio(speeds, "mixed", name) for name in ways if name != "mixed"},
+    }
 
 
 def main() -> None:
@@ -48,6 +56,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--virtual-tokens", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--long-requests", type=int, default=32, help="requests of the long-input load")
+    parser.add_argument(
+        "--long-lengths", nargs=2, type=int, default=(256, 768), metavar=("SHORTEST", "LONGEST"), help="of its texts"
+    )
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=default_dtype())
@@ -55,7 +67,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     texts = make_texts(arguments.requests, num_prompts=arguments.prompts, shortest=32, longest=128)
-    new_tokens, dtype = arguments.new_tokens, arguments.dtype
+    shortest, longest = arguments.long_lengths
+    long_texts = make_texts(
+        arguments.long_requests,
+        num_prompts=min(LONG_PROMPTS, arguments.prompts),
+        shortest=shortest,
+        longest=longest,
+    )
+    dtype = arguments.dtype
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         model_folder = build_model(folder, layers=arguments.layers)
@@ -68,25 +87,19 @@ def main() -> None:
                 model=str(model_folder), dtype=dtype, enable_prefix_caching=False, kv_cache_memory=2 * 2**30
             )
         )
-        ways: dict[str, Way] = {
-            "mixed": engine_way(engine, texts, new_tokens, sources),
-            "no prompts": engine_way(engine, texts, new_tokens, None),
-            "peft": peft_way(model_folder, folders, texts, new_tokens, dtype),
-            "padded": padded_way(model_folder, texts, new_tokens, dtype),
-        }
+        vllm = None
         if arguments.vllm:
-            peer = vllm_way(arguments.vllm, model_folder, texts, new_tokens, dtype, extra_tokens=virtual)
-            ways["vllm"] = stack.enter_context(peer)
-        speeds = measure(ways, arguments.rounds)
-        mixed_most = engine.stats.max_batch_distinct_prompts
+            most = max(arguments.requests, arguments.long_requests)
+            vllm = stack.enter_context(vllm_process(arguments.vllm, model_folder, dtype, max_num_seqs=most))
+        contenders = Contenders(model_folder, dtype, engine, folders, sources, vllm)
+        figures = {
+            "machine": machine(),
+            "dtype": dtype,
+            **compare(contenders, texts, arguments.new_tokens, arguments.rounds),
+            "distinct_prompts_in_one_step": engine.stats.max_batch_distinct_prompts,
+            "long_input": compare(contenders, long_texts, LONG_NEW_TOKENS, arguments.rounds),
+        }
         engine.close()
-    figures = {
-        "machine": machine(),
-        "dtype": dtype,
-        "median_tokens_per_second": medians(speeds),
-        **{f"mixed_over_{name.replace(' ', '_')}": ratio(speeds, "mixed", name) for name in ways if name != "mixed"},
-        "distinct_prompts_in_one_step": mixed_most,
-    }
     print(json.dumps(figures, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

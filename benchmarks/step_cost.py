@@ -40,6 +40,48 @@ BATCH, CONTEXT, COUNT = 64, 128, 16
 """The values of the two other parameters while one is varied."""
 
 
+class Products:
+    """The matrix products of an engine's model, in the engine's layout, without the rest of a step."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        model: nn.Module = engine.runner.model
+        linears = (PackedLinear, nn.Linear)
+        self._runner = engine.runner
+        self._head: nn.Module | None = engine.runner.model.get_output_embeddings()
+        self._modules = [module for module in model.modules() if isinstance(module, linears)]
+
+    def flops(self, rows: int, sampled: int) -> int:
+        """Floating-point operations of ``work``."""
+        return sum(
+            2 * (sampled if module is self._head else rows) * module.in_features * module.out_features
+            for module in self._modules
+        )
+
+    def work(self, rows: int, sampled: int) -> Callable[[], object]:
+        """Each layer in order over ``rows`` random rows; the vocabulary head over ``sampled`` rows."""
+        heights = [sampled if module is self._head else rows for module in self._modules]
+        shapes = [(height, module.in_features) for height, module in zip(heights, self._modules, strict=True)]
+        drawn = {
+            shape: torch.randn(*shape, dtype=self._runner.dtype, device=self._runner.device) for shape in set(shapes)
+        }
+        pairs = [(module, drawn[shape]) for module, shape in zip(self._modules, shapes, strict=True)]
+
+        def products() -> None:
+            for module, inputs in pairs:
+                module(inputs)  # the output is released at once, as in a step
+
+        return products
+
+    @torch.inference_mode()
+    def timed(self, work: Callable[[], object]) -> float:
+        """Seconds of some work on the engine's device."""
+        started = time.perf_counter()
+        work()
+        if self._runner.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
 class Bench:
     """One engine, and the matrix products of its model.
 
@@ -51,20 +93,16 @@ class Bench:
     def __init__(self, engine: LLMEngine, sources: Sequence[SoftPromptSource]) -> None:
         self._engine = engine
         self._sources = sources
-        linears = (PackedLinear, nn.Linear)
-        self._products = [module for module in engine.runner.model.modules() if isinstance(module, linears)]
+        self._products = Products(engine)
 
     def step_and_products(self, batch: int, context: int, prompts: int) -> tuple[float, float]:
         """Median seconds of a decode step, and of its bare products."""
         self._start(batch, context, prompts)
-        rows = {
-            width: torch.randn(batch, width, dtype=self._engine.runner.dtype, device=self._engine.runner.device)
-            for width in {module.in_features for module in self._products}
-        }
+        bare = self._products.work(batch, sampled=batch)
         steps, products = [], []
         for _ in range(STEPS):
-            steps.append(self._timed(self._engine.step))
-            products.append(self._timed(lambda: [module(rows[module.in_features]) for module in self._products]))
+            steps.append(self._products.timed(self._engine.step))
+            products.append(self._products.timed(bare))
         self._abort(batch)
         return statistics.median(steps), statistics.median(products)
 
@@ -108,14 +146,6 @@ class Bench:
     def _abort(self, batch: int) -> None:
         for index in range(batch):
             self._engine.abort(f"{index}")
-
-    @torch.inference_mode()
-    def _timed(self, work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        if self._engine.runner.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
 
 def plot(tables: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:

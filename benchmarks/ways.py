@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.peers.vllm_process import VllmProcess
 from benchmarks.workload import Text
 from server.engine.cpu.packed_linear import has_fast_bfloat16
 from server.engine.llm_engine import LLMEngine
@@ -27,8 +25,6 @@ Way = Callable[[], tuple[int, float]]
 
 PAUSE_SECONDS = 2.0
 """Pause before each way; threads of the previous one may still spin for a while."""
-
-VLLM_SCRIPT = Path(__file__).parent / "peers" / "vllm_cpu.py"
 
 
 def default_dtype() -> Literal["float32", "bfloat16"]:
@@ -107,54 +103,73 @@ def engine_way(
     return timed(run)
 
 
-@contextmanager
-def vllm_way(
-    python: Path, model_folder: Path, texts: Sequence[Text], new_tokens: int, dtype: str, *, extra_tokens: int
-) -> Iterator[Way]:
-    """vLLM, in a process of the interpreter ``python``; ``extra_tokens`` stand in for a soft prompt."""
-    work = model_folder.parent / "vllm.json"
+def vllm_way(vllm: VllmProcess, texts: Sequence[Text], new_tokens: int, *, extra_tokens: int) -> Way:
+    """vLLM; ``extra_tokens`` stand in for a soft prompt."""
     prompts = [[1 + index % 1000 for index in range(extra_tokens)] + text.token_ids for text in texts]
-    work.write_text(json.dumps({"prompts": prompts, "new_tokens": new_tokens}))
-    log = work.with_suffix(".log")
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [python, VLLM_SCRIPT, model_folder, dtype, work],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"},
-        )
-    if process.stdin is None or process.stdout is None:
-        raise RuntimeError("the process has no pipes")
-    requests, replies = process.stdin, process.stdout
-
-    def reply() -> str:
-        for line in replies:
-            if line.startswith("peer: "):
-                return line.removeprefix("peer: ").strip()
-        raise RuntimeError(f"vLLM ended with status {process.wait()}: {log.read_text()[-2000:]}")
+    task = vllm.generate_task(prompts, new_tokens)
 
     def way() -> tuple[int, float]:
-        requests.write("run\n")
-        requests.flush()
-        count, seconds = reply().split()
-        return int(count), float(seconds)
+        count, seconds = vllm.perform(task)
+        return count, seconds
 
-    try:
-        reply()
-        yield way
-    finally:
-        requests.close()
-        process.wait(timeout=60)
+    return way
 
 
-def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Contenders:
+    """What the ways to serve one model need.
+
+    Attributes:
+        model_folder: The model.
+        dtype: Of its weights.
+        engine: Our engine with this model, without prefix caching: every round computes all texts.
+        folders: Soft prompts in PEFT's format.
+        sources: The same soft prompts for the engine.
+        vllm: vLLM with this model; None to leave it out.
+    """
+
+    model_folder: Path
+    dtype: str
+    engine: LLMEngine
+    folders: Sequence[Path]
+    sources: Sequence[SoftPromptSource]
+    vllm: VllmProcess | None
+
+    def with_soft_prompts(self, texts: Sequence[Text], new_tokens: int) -> Way:
+        """Our engine, with the soft prompts of the texts."""
+        return engine_way(self.engine, texts, new_tokens, self.sources)
+
+    def others(self, texts: Sequence[Text], new_tokens: int, *, peft: bool = True) -> dict[str, Way]:
+        """The ways to compare with: ``no prompts``, ``peft``, ``padded`` and ``vllm``."""
+        ways = {"no prompts": engine_way(self.engine, texts, new_tokens, None)}
+        if peft:
+            used = self.folders[: 1 + max(text.prompt for text in texts)]
+            ways["peft"] = peft_way(self.model_folder, used, texts, new_tokens, self.dtype)
+        ways["padded"] = padded_way(self.model_folder, texts, new_tokens, self.dtype)
+        if self.vllm is not None:
+            ways["vllm"] = vllm_way(self.vllm, texts, new_tokens, extra_tokens=self.sources[0].num_virtual_tokens)
+        return ways
+
+
+def lasting(way: Way, seconds: float) -> Way:
+    """Repeat a way until its runs took ``seconds`` together: one short run says little."""
+
+    def repeated() -> tuple[int, float]:
+        count, duration = way()
+        while duration < seconds:
+            more, longer = way()
+            count, duration = count + more, duration + longer
+        return count, duration
+
+    return repeated
+
+
+def measure(ways: dict[str, Way], rounds: int, pause: float = PAUSE_SECONDS) -> dict[str, list[float]]:
     """Run the ways in turn, after one warm-up round; returns tokens per second of each way by round."""
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(pause)
             count, seconds = way()
             if number:  # round 0 is the warm-up
                 speeds[name].append(count / seconds)

@@ -1,1 +1,1 @@
-"""Scripts that the comparisons run in separate environments."""
+"""What the comparisons run in other processes, and how they talk to it."""
