@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
-from math import isfinite
+from math import isfinite, isnan
 
 from server.config import EngineSettings
 from server.engine.device_faults import is_device_fault
@@ -356,9 +356,11 @@ class LLMEngine:
         self, seq: Sequence, token: int, logprobs: Logprobs | None, class_logits: list[float] | None
     ) -> TokenEvent:
         """Append the next token to a sequence, and end the sequence if the token is its last."""
-        if token == NOT_FINITE or not all(map(isfinite, class_logits or ())):
-            return self._finish_failed(seq, ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
         params = seq.request.params
+        # A text without new tokens has no token that says so.
+        scores = [entry.logprob for entry in seq.prompt_logprobs if entry] if params.max_tokens == 0 else []
+        if token == NOT_FINITE or not all(map(isfinite, class_logits or ())) or any(map(isnan, scores)):
+            return self._finish_failed(seq, ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
         event = TokenEvent(request_id=seq.request_id, num_cached_tokens=seq.num_cached_tokens)
         if seq.num_new_tokens == 0:
             if seq.first_run is not None:

@@ -22,7 +22,6 @@ from server.engine.cpu.tile_code import (
     TILE_VECTORS,
     add_narrow_tile,
     add_tile,
-    masked_softmax_tile,
     multiply_tile,
     softmax_tile,
     transpose_keys,
@@ -177,20 +176,21 @@ def _attend_tile(tiles, num_rows, column, lengths, num_heads, scale, window, sof
         longest = lengths[min((row + TILE_ROWS - 1) // num_heads, last)]
         if longest <= column or (window and shortest - window >= column + TILE_KEYS):
             continue
-        num_keys = min(TILE_KEYS, (longest - column + _TILE_COLUMNS - 1) // _TILE_COLUMNS * _TILE_COLUMNS)
+        num_keys = min(TILE_KEYS, (longest - column + LANES - 1) // LANES * LANES)
         at = row * width
         for key in range(0, num_keys, _TILE_COLUMNS):
             multiply_tile(queries, at, width, keys, size * key, TILE_KEYS, width, scores, key, TILE_KEYS)
         if softcap > 0.0:
             _cap(scores, scale, softcap)
-        if shortest >= column + num_keys and (not window or longest - window <= column):
-            softmax_tile(scores, num_keys, factor, row, largest, sums, scales, weights)
-        else:
+        num_whole = min(num_keys, max(0, shortest - column) // LANES * LANES)
+        if window and longest - window > column:
+            num_whole = 0
+        if num_whole < num_keys:
             for index in range(TILE_ROWS):
                 high = lengths[min((row + index) // num_heads, last)]
                 lows[index] = high - window - column if window else 0
                 highs[index] = high - column
-            masked_softmax_tile(scores, num_keys, factor, row, largest, sums, scales, weights, lows, highs)
+        softmax_tile(scores, num_whole, num_keys, lows, highs, factor, row, largest, sums, scales, weights)
         for d in range(0, whole, _TILE_COLUMNS):
             add_tile(weights, 0, TILE_KEYS, values, size * d, width, num_keys, mixed, at + d, width, scales, 0)
         for d in range(whole, width, LANES):

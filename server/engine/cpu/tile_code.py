@@ -14,7 +14,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba.core import types
-from numba.core.cgutils import alloca_once_value, get_or_insert_function
+from numba.core.cgutils import alloca_once_value, for_range_slice, get_or_insert_function
 from numba.extending import intrinsic
 
 from server.engine.cpu.bf16_dot import BFloat, BFloat16Code
@@ -33,7 +33,7 @@ _HAS_WIDE_REGISTERS = bool(binding.get_host_cpu_features().get("avx512f", False)
 TILE_VECTORS = 4 if _HAS_WIDE_REGISTERS else 1
 """Vectors of sums of each row of one product."""
 
-_BFLOATS = ir.VectorType(BFloat(), LANES)
+_BFLOATS, _BOOLS = ir.VectorType(BFloat(), LANES), ir.VectorType(ir.IntType(1), LANES)
 
 
 def _constant(number: float) -> ir.Constant:
@@ -230,58 +230,18 @@ add_narrow_tile = _add_tile(1)
 """``add_tile`` for one vector of columns."""
 
 
-def _emit_softmax(code: TileCode, arguments: Sequence[Any], *, is_masked: bool) -> None:
-    """The code of ``softmax_tile`` or ``masked_softmax_tile``."""
-    builder = code.builder
-    scale, row = code.repeat(arguments[2]), arguments[3]
-    rows = range(TILE_ROWS)
-    keys = ir.Constant(INTS, list(range(LANES)))
-
-    def load(number: int, at: Any) -> Any:
-        score = code.load(0, builder.add(at, LONG(number * TILE_KEYS)))
-        if not is_masked:
-            return score
-        key = builder.add(code.repeat(builder.trunc(at, INT)), keys)
-        low, high = (code.repeat(builder.load(code.pointer(index, LONG(number), INT, INT))) for index in (8, 9))
-        is_seen = builder.and_(builder.icmp_signed(">=", key, low), builder.icmp_signed("<", key, high))
-        return builder.select(is_seen, score, _MINUS_INFINITY)
-
-    maxima = [alloca_once_value(builder, _MINUS_INFINITY) for _ in rows]
-    with code.steps(width=1) as at:
-        for number, most in enumerate(maxima):
-            builder.store(code.largest(load(number, at), builder.load(most)), most)
-    before = code.load(4, row)
-    after = before
-    for number, most in enumerate(maxima):
-        one = code.across(builder.load(most), code.largest)
-        is_row = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [lane == number for lane in range(LANES)])
-        after = builder.select(is_row, code.largest(code.multiply(one, scale), before), after)
-    code.store(after, 4, row)
-    # A row that has seen no key yet has no largest score; -inf minus -inf is NaN.
-    after = builder.select(builder.fcmp_ordered("==", after, _MINUS_INFINITY), ZERO, after)
-    code.store(code.exp2(code.subtract(before, after)), 6, LONG(0))
-    bounds = [builder.shuffle_vector(after, after, ir.Constant(INTS, [number] * LANES)) for number in rows]
-    places = [builder.mul(builder.add(row, LONG(number)), LONG(LANES)) for number in rows]
-    totals = [
-        alloca_once_value(builder, code.multiply(code.load(5, place), code.splat(6, LONG(number))))
-        for number, place in enumerate(places)
-    ]
-    with code.steps(width=1) as at:
-        for number, (bound, total) in enumerate(zip(bounds, totals, strict=True)):
-            weight = code.exp2(code.subtract(code.multiply(load(number, at), scale), bound))
-            builder.store(code.add(builder.load(total), weight), total)
-            code.store_weights(weight, 7, builder.add(at, LONG(number * TILE_KEYS)))
-    for place, total in zip(places, totals, strict=True):
-        code.store(builder.load(total), 5, place)
-
-
 @_intrinsic
-def softmax_tile(_context, scores, num_keys, scale, row, largest, sums, scales, weights):  # type: ignore[no-untyped-def]
+def softmax_tile(  # type: ignore[no-untyped-def]
+    _context, scores, num_whole, num_keys, lows, highs, scale, row, largest, sums, scales, weights
+):
     """Continue the softmax of ``TILE_ROWS`` rows with the scores of one tile. Exponentials are powers of two.
 
     Args:
         scores: [TILE_ROWS, TILE_KEYS] float32.
-        num_keys: int64, a multiple of 16: the number of the tile's keys to use.
+        num_whole: int64, a multiple of 16: the number of the tile's first keys that all rows see.
+        num_keys: int64, a multiple of 16: the number of the tile's keys that some row sees.
+        lows: [TILE_ROWS] int32. Of the keys from ``num_whole`` on, each row sees those from its low on.
+        highs: [TILE_ROWS] int32. It sees those before its high. Both may be outside of the tile.
         scale: float32 factor of the scores, times log2(e).
         row: int64, the first row in ``largest`` and ``sums``.
         largest: [rows + 16] float32, the largest scaled score up to now; updated. -inf before the first tile.
@@ -291,25 +251,53 @@ def softmax_tile(_context, scores, num_keys, scale, row, largest, sums, scales, 
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        _emit_softmax(TileCode(context, builder, signature.args, arguments), arguments, is_masked=False)
+        code = TileCode(context, builder, signature.args, arguments)
+        num_whole, num_keys, row = arguments[1], arguments[2], arguments[6]
+        scale = code.repeat(arguments[5])
+        keys = ir.Constant(INTS, list(range(LANES)))
+
+        def load(number: int, at: Any, *, is_masked: bool) -> Any:
+            score = code.load(0, builder.add(at, LONG(number * TILE_KEYS)))
+            if not is_masked:
+                return score
+            key = builder.add(code.repeat(builder.trunc(at, INT)), keys)
+            low, high = (code.repeat(builder.load(code.pointer(index, LONG(number), INT, INT))) for index in (3, 4))
+            is_seen = builder.and_(builder.icmp_signed(">=", key, low), builder.icmp_signed("<", key, high))
+            return builder.select(is_seen, score, _MINUS_INFINITY)
+
+        parts = (LONG(0), num_whole, False), (num_whole, num_keys, True)
+        maxima = [alloca_once_value(builder, _MINUS_INFINITY) for _ in range(TILE_ROWS)]
+        for start, stop, is_masked in parts:
+            with for_range_slice(builder, start, stop, LONG(LANES)) as (at, _):
+                for number, most in enumerate(maxima):
+                    score = load(number, at, is_masked=is_masked)
+                    builder.store(code.largest(score, builder.load(most)), most)
+        before = code.load(7, row)
+        after = before
+        for number, most in enumerate(maxima):
+            one = code.multiply(code.across(builder.load(most), code.largest), scale)
+            is_row = ir.Constant(_BOOLS, [lane == number for lane in range(LANES)])
+            after = builder.select(is_row, code.largest(one, before), after)
+        code.store(after, 7, row)
+        # A row that has seen no key yet has no largest score; -inf minus -inf is NaN.
+        after = builder.select(builder.fcmp_ordered("==", after, _MINUS_INFINITY), ZERO, after)
+        code.store(code.exp2(code.subtract(before, after)), 9, LONG(0))
+        bounds, totals, places = [], [], []
+        for number in range(TILE_ROWS):
+            bounds.append(builder.shuffle_vector(after, after, ir.Constant(INTS, [number] * LANES)))
+            places.append(builder.mul(builder.add(row, LONG(number)), LONG(LANES)))
+            total = code.multiply(code.load(8, places[-1]), code.splat(9, LONG(number)))
+            totals.append(alloca_once_value(builder, total))
+        for start, stop, is_masked in parts:
+            with for_range_slice(builder, start, stop, LONG(LANES)) as (at, _):
+                for number, (bound, total) in enumerate(zip(bounds, totals, strict=True)):
+                    score = code.multiply(load(number, at, is_masked=is_masked), scale)
+                    weight = code.exp2(code.subtract(score, bound))
+                    builder.store(code.add(builder.load(total), weight), total)
+                    code.store_weights(weight, 10, builder.add(at, LONG(number * TILE_KEYS)))
+        for place, total in zip(places, totals, strict=True):
+            code.store(builder.load(total), 8, place)
         return context.get_dummy_value()
 
-    return types.void(scores, num_keys, scale, row, largest, sums, scales, weights), generate
-
-
-@_intrinsic
-def masked_softmax_tile(  # type: ignore[no-untyped-def]
-    _context, scores, num_keys, scale, row, largest, sums, scales, weights, lows, highs
-):
-    """``softmax_tile`` over the keys from ``lows[r]`` to ``highs[r] - 1`` of the tile for row r.
-
-    Args:
-        lows: [TILE_ROWS] int32, which may be negative.
-        highs: [TILE_ROWS] int32, which may be past the tile.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        _emit_softmax(TileCode(context, builder, signature.args, arguments), arguments, is_masked=True)
-        return context.get_dummy_value()
-
-    return types.void(scores, num_keys, scale, row, largest, sums, scales, weights, lows, highs), generate
+    kinds = (scores, num_whole, num_keys, lows, highs, scale, row, largest, sums, scales, weights)
+    return types.void(*kinds), generate

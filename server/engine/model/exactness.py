@@ -246,13 +246,14 @@ class ExactnessCheck:
         what: str = "over paged keys and values its logits differ from its own",
     ) -> None:
         by_row = (got.float() - expected.float()).abs().amax(dim=-1)
+        allowed = PROBE_TOLERANCE[self._dtype] * expected.float().std().item()
         if self._dtype != torch.float32 and self._has_experts:
-            # Rounding may send a token to another expert, which changes the logits of a few rows. Wrong attention
-            # changes most rows of a part.
-            difference = max(part.median().item() for part in torch.split(by_row, parts))
+            # Rounding may send a token to another expert. That changes its logits, and to some degree those of the
+            # rows that see it. Wrong attention changes nearly all rows of a part, and changes them more.
+            allowed *= 2.0
+            difference = max(part.quantile(0.25).item() for part in torch.split(by_row, parts))
         else:
             difference = by_row.max().item()
-        allowed = PROBE_TOLERANCE[self._dtype] * expected.float().std().item()
         if not difference <= allowed:
             raise EngineStartError(
                 f"{self._name} cannot be served: {what} by {difference:.3g}, more than rounding explains "

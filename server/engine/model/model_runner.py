@@ -23,7 +23,7 @@ from server.engine.model.platform import MakeBackend, Platform, choose_platform
 from server.engine.model.prompt_scoring import PromptScorer
 from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.sampling.ensembles import merge_ensembles
-from server.engine.sampling.sampler import Sampler
+from server.engine.sampling.sampler import NO_TOKEN, Sampler
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.types import Logprobs, ModelInfo, StepOutput
 from server.errors import EngineStartError
@@ -85,8 +85,10 @@ class ModelRunner:
         self._scorer = PromptScorer(self.model)
         with torch.inference_mode():
             ids = torch.arange(min(4, settings.block_size), device=self.device)
+            spans, inputs = [([0], 0, len(ids))], {"input_ids": ids[None]}
             self._scorer.check(
-                lambda: self.paged_model.forward([([0], 0, len(ids))], {"input_ids": ids[None]}, range(len(ids))),
+                lambda: self.paged_model.forward(spans, inputs, range(len(ids))),
+                lambda: self.paged_model.forward_base(spans, inputs),
                 PROBE_TOLERANCE[self.dtype],
             )
         self.info = ModelInfo(
@@ -120,8 +122,8 @@ class ModelRunner:
             soft_prompts: Has the rows of the soft prompts to fill.
 
         Returns:
-            A new token (or NOT_FINITE) for each chunk that samples, one per ensemble; the requested logprobs; and the
-            chunks whose shared blocks contain a value that is not finite.
+            A new token (or NOT_FINITE, or NO_TOKEN if none is wanted) for each chunk that samples, one per ensemble;
+            the requested logprobs; and the chunks whose shared blocks contain a value that is not finite.
         """
         for run in plan.key_value_fills:
             self.cache.fill(run.blocks, soft_prompts.rows(run.source))
@@ -141,9 +143,7 @@ class ModelRunner:
                     plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
                 )
         are_finite = self._check_shared(plan.chunks)
-        seqs = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
-        logits, leaders = merge_ensembles(logits, seqs)
-        tokens, logprobs = self.sampler.choose(logits, leaders) if leaders else ([], [])
+        tokens, logprobs = self._choose(logits, plan.chunks)
         # The device has finished already, because the tokens are on the host.
         spoiled = {} if are_finite is None else self._spoiled(plan.chunks, are_finite.tolist())
         return StepOutput(tokens, logprobs, scores, class_logits, spoiled)
@@ -234,7 +234,7 @@ class ModelRunner:
         """Whether a step consists of decodes only, and needs nothing but logits."""
         return (
             len(chunks) <= self._buffers.max_rows
-            and all(chunk.num_tokens == 1 and chunk.samples for chunk in chunks)
+            and all(chunk.num_tokens == 1 and chunk.needs_logits for chunk in chunks)
             and not self._scorer.wants(chunks)
         )
 
@@ -248,16 +248,35 @@ class ModelRunner:
         return self.paged_model.launch_decodes(token_ids, positions, tables, len(chunks))
 
     def _launch(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> torch.Tensor:
-        """Logits [chunks that sample, vocabulary] of any step; of its last row if no chunk samples."""
+        """Logits [chunks that need them, vocabulary] of any step; [0] or arbitrary if no chunk does."""
         last_rows: list[int] = []
         row = 0
         for chunk in chunks:
             row += chunk.num_tokens
-            if chunk.samples:
+            if chunk.needs_logits:
                 last_rows.append(row - 1)
         spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
-        # A step without samples needs the pass for its keys and values, with at least one row of logits.
-        return self.paged_model.forward(spans, self._inputs(chunks, soft_prompts), last_rows or [row - 1])
+        inputs = self._inputs(chunks, soft_prompts)
+        if not last_rows and self._scorer.base_suffices:
+            self.paged_model.forward_base(spans, inputs)
+            return torch.empty(0, device=self.device)
+        return self.paged_model.forward(spans, inputs, last_rows or [row - 1])
+
+    def _choose(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> tuple[list[int], list[Logprobs | None]]:
+        """Tokens and logprobs as in ``StepOutput``, from the logits of the chunks that need them."""
+        seqs = [chunk.seq for chunk in chunks if chunk.seq is not None and chunk.needs_logits]
+        tokens: list[int] = []
+        logprobs: list[Logprobs | None] = []
+        if seqs:
+            logits, leaders = merge_ensembles(logits, seqs)
+            tokens, logprobs = self.sampler.choose(logits, leaders)
+        sampled = [chunk for chunk in chunks if chunk.samples and chunk.seq is not None and not chunk.seq.is_follower]
+        for index, chunk in enumerate(sampled):
+            if not chunk.needs_logits:
+                tokens.insert(index, NO_TOKEN)
+                if logprobs:
+                    logprobs.insert(index, None)
+        return tokens, logprobs
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
         """Token ids [1, rows], or embeddings [1, rows, width] if the step computes virtual tokens."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from server.engine.attention.backend import AttentionBackend, AttentionMetadata, make_metadata
 from server.engine.attention.decode_batch import DecodeBatch, DecodeBuffers
@@ -32,16 +34,22 @@ class PagedModel:
     def forward(
         self, spans: Sequence[Span], inputs: dict[str, torch.Tensor], logit_rows: Sequence[int]
     ) -> torch.Tensor:
-        """Logits [len(logit_rows), vocabulary] of one flat batch.
+        """Logits [rows, vocabulary] of some rows of one flat batch.
 
         Args:
             spans: As for ``make_metadata``.
             inputs: Token ids [1, rows] or embeddings [1, rows, width], by the name of the model's parameter.
-            logit_rows: Rows whose logits are computed.
+            logit_rows: Rows whose logits are computed, at least one.
         """
-        metadata = make_metadata(spans, self._block_size, self._device)
-        positions = torch.cat([rows.query_positions.flatten() for rows in metadata.groups])
-        return self._pass(metadata, positions[None], **inputs, logits_to_keep=to_device(logit_rows, self._device))
+        metadata, position_ids = self._prepare(spans)
+        return self._pass(metadata, position_ids, **inputs, logits_to_keep=to_device(logit_rows, self._device))
+
+    def forward_base(self, spans: Sequence[Span], inputs: dict[str, torch.Tensor]) -> ModelOutput:
+        """The output of the base model, without the vocabulary head. Arguments are those of ``forward``."""
+        metadata, position_ids = self._prepare(spans)
+        with self._attending(metadata):
+            output: ModelOutput = self._model.base_model(**inputs, position_ids=position_ids, use_cache=False)
+        return output
 
     def forward_decodes(self, batch: DecodeBatch) -> torch.Tensor:
         """Logits [rows, vocabulary] of all rows of a batch of decodes."""
@@ -61,10 +69,20 @@ class PagedModel:
         width = self._buffers.fill(token_ids, positions, tables, size)
         return self.forward_decodes(self._buffers.batch(size, width))[: len(token_ids)]
 
+    def _prepare(self, spans: Sequence[Span]) -> tuple[AttentionMetadata, torch.Tensor]:
+        """The metadata of a flat batch, and its positions [1, rows]."""
+        metadata = make_metadata(spans, self._block_size, self._device)
+        return metadata, torch.cat([rows.query_positions.flatten() for rows in metadata.groups])[None]
+
     def _pass(self, metadata: AttentionMetadata, position_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        with self._attending(metadata):
+            logits: torch.Tensor = self._model(**inputs, position_ids=position_ids, use_cache=False).logits
+        return logits[0]
+
+    @contextmanager
+    def _attending(self, metadata: AttentionMetadata) -> Iterator[None]:
         self.backend.begin(metadata)
         try:
-            logits: torch.Tensor = self._model(**inputs, position_ids=position_ids, use_cache=False).logits
+            yield
         finally:
             self.backend.end()
-        return logits[0]

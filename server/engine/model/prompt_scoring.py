@@ -39,12 +39,14 @@ class PromptScorer:
 
     Attributes:
         is_exact: Whether ``check`` found that it computes the model's own logits.
+        base_suffices: Whether ``check`` found that the base model alone computes the same hidden states, so that
+            a pass that needs no logits needs nothing else.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._base: nn.Module = model.base_model
-        self.is_exact = False
+        self.is_exact = self.base_suffices = False
         self._boundaries: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def wants(self, chunks: Sequence[Chunk]) -> bool:
@@ -60,22 +62,28 @@ class PromptScorer:
         else:
             yield []
 
-    def check(self, forward: Callable[[], torch.Tensor], tolerance: float) -> None:
-        """Set ``is_exact``, by comparing with logits that the model computes.
+    def check(
+        self, forward: Callable[[], torch.Tensor], forward_base: Callable[[], ModelOutput], tolerance: float
+    ) -> None:
+        """Set ``is_exact`` and ``base_suffices``, by comparing with what the model computes.
 
         Args:
             forward: Runs a forward pass; returns the logits of all its rows, [rows, vocabulary].
-            tolerance: Largest difference due to rounding, as a fraction of the logits' standard deviation.
+            forward_base: Runs the same pass through the base model alone.
+            tolerance: Largest difference due to rounding, as a fraction of the standard deviation.
         """
         try:
             with self._keeping() as kept:
                 expected = forward().float()
             got = self._logits(kept[0], range(len(expected))).float()
             self.is_exact = bool((got - expected).abs().max() <= tolerance * expected.std())
+            hidden, alone = kept[0][0].float(), forward_base()[0].float()
+            is_equal = bool((alone - hidden).abs().max() <= tolerance * hidden.std())
+            self.base_suffices = self.is_exact and is_equal
         except Exception as error:  # a model that cannot be scored can still generate
             reason = f"{type(error).__name__}: {error}"
             logger.warning("prompt logprobs cannot be computed for this model: %s", reason)
-            self.is_exact = False
+            self.is_exact = self.base_suffices = False
 
     def score(
         self, chunks: Sequence[Chunk], output: ModelOutput, boundary: Callable[[Chunk], torch.Tensor]

@@ -53,8 +53,13 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the last position's logits choose a new token."""
+        """Whether the sequence's last position is computed: a token is chosen, or a text without new tokens ends."""
         return self.seq is not None and self.stop == self.seq.num_positions
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the last position's logits choose a new token."""
+        return self.seq is not None and self.samples and self.seq.request.params.max_tokens > 0
 
 
 @dataclass(slots=True)

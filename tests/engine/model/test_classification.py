@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils.generic import ModelOutput
 
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import ErrorCode, FinishReason, GenerateRequest
@@ -186,7 +187,7 @@ def test_a_model_that_cannot_classify_refuses_requests(
         )
         (output,) = engine.add(request)
         assert failure_of(output).message == "only a soft prompt with a classification head classifies"
-    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called
+    engine.runner._scorer.check(lambda: torch.zeros(2, 3), ModelOutput, 1.0)  # the base model is not called
     request = GenerateRequest(
         request_id="r", prompt_token_ids=[1], params=greedy(0, classify=True), soft_prompt=classifier.source
     )

@@ -205,15 +205,15 @@ def test_the_first_logprob_behind_a_cold_soft_prompt_needs_no_second_pass(
     engine = make_engine(llama)
     source = llama.soft_prompts["prompt_tuning_20"]
     load(engine, source)
-    forward = Mock(side_effect=engine.runner.paged_model.forward)
-    monkeypatch.setattr(engine.runner.paged_model, "forward", forward)
+    passes = Mock(side_effect=engine.runner.backend.begin)
+    monkeypatch.setattr(engine.runner.backend, "begin", passes)
     for attempt, num_passes in (("cold", 1), ("warm", 2), ("warm again", 1)):
-        forward.reset_mock()
+        passes.reset_mock()
         add(engine, attempt, TEXTS[0], greedy(0, prompt_logprobs=3), soft_prompt=source)
         (event,) = engine.step()
         want = llama.expected_logprobs("prompt_tuning_20", TEXTS[0])
         check_logprobs(event.prompt_logprobs, TEXTS[0], want, num_top=3)
-        assert forward.call_count == num_passes
+        assert passes.call_count == num_passes
 
 
 @pytest.mark.parametrize("budget", [2048, 26])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils.generic import ModelOutput
 
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import (
@@ -98,7 +99,7 @@ def test_preemption_in_the_middle_of_a_text_loses_and_repeats_nothing(
 
 def test_a_model_that_cannot_be_scored_refuses_requests(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     engine = make_engine(llama)
-    engine.runner._scorer.check(lambda: torch.zeros(2, 3), 1.0)  # the base model is not called
+    engine.runner._scorer.check(lambda: torch.zeros(2, 3), ModelOutput, 1.0)  # the base model is not called
     (output,) = engine.add(GenerateRequest(request_id="r", prompt_token_ids=[1], params=greedy(1, prompt_logprobs=0)))
     assert failure_of(output) == RequestFailure(
         ErrorCode.REFUSED,
