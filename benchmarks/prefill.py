@@ -74,6 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--texts", type=int, default=20, help="texts in each round")
     group.add_argument("--decodes", type=int, default=32, help="running decodes")
     group.add_argument("--steps-between", type=int, default=8, help="steps between a text's token and the next text")
+    group.add_argument(
+        "--limits", nargs="*", type=int, default=(), help="values of --max-num-batched-tokens to compare with 2048"
+    )
     group = parser.add_argument_group("steps")
     group.add_argument(
         "--steps", nargs="+", type=_texts, default=((4, 512), (1, 1900)), metavar="TEXTSxTOKENS", help="e.g. 4x512"
@@ -133,7 +136,9 @@ def measure_engines(arguments: argparse.Namespace, folder: Path, figures: dict[s
             figures["throughput"] = measure_throughput(contenders, arguments)
     if "first-token" in parts:
         with ExitStack() as stack:
-            stream = Stream(arguments.text_length, arguments.texts, arguments.decodes, arguments.steps_between)
+            stream = Stream(
+                arguments.text_length, arguments.texts, arguments.decodes, arguments.steps_between, arguments.limits
+            )
             vllm = start_vllm("first-token", stack, arguments.decodes + 1, steps_on_call=True)
             figures["first_token"] = first_token.compare(engine, sources, vllm, stream, arguments.rounds)
     if "steps" in parts:

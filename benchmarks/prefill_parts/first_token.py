@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.peers.token_times import TokenTimes, measure_token_times
 from benchmarks.peers.vllm_process import VllmProcess
@@ -28,12 +29,14 @@ class Stream:
         texts: Number of texts.
         decodes: Number of running decodes.
         steps_between: Number of steps between a text's token and the next text.
+        limits: Values of ``max_num_batched_tokens`` to compare with the engine's own.
     """
 
     length: int
     texts: int
     decodes: int
     steps_between: int
+    limits: Sequence[int] = ()
 
 
 class EngineStepper:
@@ -110,21 +113,28 @@ def compare(
     texts = _token_ids(stream.texts, stream.length)
     decodes = _token_ids(stream.decodes, DECODE_TEXT)
 
-    def ours(used: Sequence[SoftPromptSource]) -> dict[str, float]:
-        return _both(
-            lambda running: measure_token_times(
-                EngineStepper(engine, used),
-                texts,
-                running,
-                steps_between=stream.steps_between,
-                decode_tokens=DECODE_TOKENS,
-            ),
-            decodes,
-        )
+    default = engine.scheduler.max_num_batched_tokens
+
+    def ours(used: Sequence[SoftPromptSource], limit: int = default) -> dict[str, float]:
+        engine.scheduler.max_num_batched_tokens = limit
+        try:
+            return _both(
+                lambda running: measure_token_times(
+                    EngineStepper(engine, used),
+                    texts,
+                    running,
+                    steps_between=stream.steps_between,
+                    decode_tokens=DECODE_TOKENS,
+                ),
+                decodes,
+            )
+        finally:
+            engine.scheduler.max_num_batched_tokens = default
 
     runs: dict[str, Callable[[], dict[str, float]]] = {
         "soft prompts": lambda: ours(sources),
         "no prompts": lambda: ours([]),
+        **{f"limit {limit}": partial(ours, sources, limit) for limit in stream.limits},
     }
     if vllm is not None:
         peer, virtual = vllm, [1] * sources[0].num_virtual_tokens
