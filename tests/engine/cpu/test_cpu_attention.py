@@ -279,3 +279,29 @@ print(len(os.listdir("/proc/self/task")) - before)
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "1", "2", "0"], done.stderr
+
+
+def test_processors_without_bfloat16_products_use_float32() -> None:
+    """In a separate process, whose kernels are compiled for this processor without AVX512_BF16."""
+    script = """
+import torch
+from server.engine.attention.backend import AttentionCall, make_metadata
+from server.engine.cpu.bf16_dot import has_bf16_dot
+from server.engine.cpu.cpu_attention import CPUBackend
+from tests.support.engine.caches import CPU, make_cache, plain_attention
+torch.manual_seed(0)
+assert not has_bf16_dot()
+cache = make_cache(torch.bfloat16, block_size=16, num_blocks=40, head_dim=40)
+query = torch.randn(6, 103, 40).to(torch.bfloat16)
+spans = [([0, 1], 20, 1), ([2, 3, 4], 30, 2), ([*range(5, 25)], 200, 100)]
+metadata, call = make_metadata(spans, 16, CPU), AttentionCall(0.2, window=150)
+backend = CPUBackend(cache)
+backend.begin(metadata)
+want = plain_attention(query, cache, spans, call)
+print((backend.attend(query, 0, metadata, call) - want).abs().max().item())
+"""
+    features = binding.get_host_cpu_features()
+    features["avx512bf16"] = False
+    environment = {**os.environ, "NUMBA_CPU_FEATURES": features.flatten()}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1e-2, done.stderr
