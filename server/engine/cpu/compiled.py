@@ -108,6 +108,17 @@ def _overload_array_at(address, shape, kind):  # type: ignore[no-untyped-def]
     return lambda address, shape, kind: carray(_pointer(address), shape, dtype)
 
 
+def is_bfloat16(_array: Any) -> Any:
+    """Whether an array holds bfloat16, viewed as uint16; in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(is_bfloat16, inline="always")
+def _overload_is_bfloat16(array):  # type: ignore[no-untyped-def]
+    is_bfloat16 = array.dtype == types.uint16
+    return lambda array: is_bfloat16
+
+
 def float32_of(_element: Any) -> Any:
     """An element as float32, in compiled code only."""
     raise NotImplementedError

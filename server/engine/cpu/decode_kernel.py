@@ -28,6 +28,7 @@ from server.engine.cpu.compiled import (
     exp,
     float32_of,
     float32_of_ordered,
+    is_bfloat16,
     ordered_int,
 )
 from server.engine.cpu.row_kernels import rotate_row
@@ -50,17 +51,6 @@ class _Scratch(NamedTuple):
     order: Any
     interleaved: Any
     rounded: Any
-
-
-def _is_bfloat16(_array: Any) -> Any:
-    """Whether an array holds bfloat16, viewed as uint16; in compiled code only."""
-    raise NotImplementedError
-
-
-@overload(_is_bfloat16, inline="always")
-def _overload_is_bfloat16(array):  # type: ignore[no-untyped-def]
-    is_bfloat16 = array.dtype == types.uint16
-    return lambda array: is_bfloat16
 
 
 @compiled()
@@ -100,7 +90,7 @@ def _score_float32(query, row, scale, keys, values, slots, first, seen, scores, 
     own, widened, order = scratch.query, scratch.widened, scratch.order
     for index in range(num_heads * head_dim):
         own[index] = float32_of(query[row, index]) * scale
-    widens = _is_bfloat16(keys) and group_size > 1  # once for all heads of a group
+    widens = is_bfloat16(keys) and group_size > 1  # once for all heads of a group
     for column in range(0, seen, LANES):
         at = first + column
         for kv_head in range(num_kv_heads):
@@ -126,7 +116,7 @@ def _mix_float32(weights, values, keys, slots, first, then, seen, mixed, scratch
     num_heads, num_kv_heads, head_dim = weights.shape[0], keys.shape[1], keys.shape[2]
     stride, group_size, whole = num_kv_heads * head_dim, num_heads // num_kv_heads, head_dim // LANES * LANES
     widened, order = scratch.widened, scratch.order
-    widens = _is_bfloat16(values) and group_size > 1
+    widens = is_bfloat16(values) and group_size > 1
     for column in range(0, seen, LANES):
         at = first + column
         for kv_head in range(num_kv_heads):

@@ -15,7 +15,7 @@ from numba import prange, types
 from numba.extending import overload
 
 from server.engine.cpu.bf16_dot import has_bf16_dot, interleave_positions
-from server.engine.cpu.compiled import compiled, compiled_twice, element_of, exp, float32_of
+from server.engine.cpu.compiled import compiled, compiled_twice, element_of, exp, float32_of, is_bfloat16
 from server.engine.cpu.tile_code import (
     TILE_KEYS,
     TILE_ROWS,
@@ -86,17 +86,6 @@ def _overload_factor_of(element, array):  # type: ignore[no-untyped-def]
     return lambda element, array: float32_of(element)
 
 
-def _is_paired(_array: Any) -> Any:
-    """Whether factors are multiplied in pairs, in compiled code only."""
-    raise NotImplementedError
-
-
-@overload(_is_paired, inline="always")
-def _overload_is_paired(array):  # type: ignore[no-untyped-def]
-    is_paired = array.dtype == types.uint16
-    return lambda array: is_paired
-
-
 def _pack_values(*_arguments: Any) -> Any:
     """Copy the values of sixteen positions into a tile, in compiled code only."""
     raise NotImplementedError
@@ -124,7 +113,7 @@ def _pack_tile(keys, values, slots, first, kv_head, tiles):  # type: ignore[no-u
     """Pack the keys and values of one head at ``slots[first:first + TILE_KEYS]``."""
     head_dim, stride, base = keys.shape[2], keys.shape[1] * keys.shape[2], kv_head * keys.shape[2]
     packed_keys, packed_values = tiles.keys, tiles.values
-    size = 2 if _is_paired(packed_keys) else 1
+    size = 2 if is_bfloat16(packed_keys) else 1
     whole = head_dim // (LANES * size) * (LANES * size)
     width = packed_values.shape[1]
     flat_keys, flat_values = packed_keys.reshape(-1), packed_values.reshape(-1)
@@ -168,7 +157,7 @@ def _attend_tile(tiles, num_rows, column, lengths, num_heads, scale, window, sof
     largest, sums, mixed, scales = tiles.largest, tiles.sums, tiles.mixed, tiles.scales
     lows, highs = tiles.lows, tiles.highs
     width, last = queries.shape[1], lengths.shape[0] - 1
-    size = 2 if _is_paired(keys) else 1
+    size = 2 if is_bfloat16(keys) else 1
     whole = width // _TILE_COLUMNS * _TILE_COLUMNS
     factor = np.float32(_LOG2_E if softcap > 0.0 else scale * _LOG2_E)
     for row in range(0, num_rows, TILE_ROWS):
