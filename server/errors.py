@@ -26,7 +26,8 @@ ServerError
 │   ├── RequestRefusedError  the engine can never serve the request
 │   └── RequestFailedError   the engine failed on this request
 │       └── NotFiniteError   the model computed NaN or infinity
-└── EngineStartError         the engine cannot start: wrong model, too little memory
+├── EngineStartError         the engine cannot start: wrong model, too little memory
+└── DeviceError              the device failed; ends the engine process
 """
 
 from __future__ import annotations
@@ -168,3 +169,7 @@ class NotFiniteError(RequestFailedError):
 
 class EngineStartError(ServerError):
     """The engine cannot start with these settings."""
+
+
+class DeviceError(ServerError):
+    """The device failed, and computes nothing more in this process."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from server.errors import DeviceError
 
 _MARKS = ("CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")
 """Texts of device errors that arrive as plain RuntimeErrors."""
@@ -19,3 +23,24 @@ def is_device_fault(error: BaseException) -> bool:
     if isinstance(error, torch.AcceleratorError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
+
+
+def raise_if_device_failed(error: Exception, check_device: Callable[[], None]) -> None:
+    """Return if the device can compute further passes after one has failed.
+
+    Args:
+        error: The exception of the pass.
+        check_device: ``Platform.check_device``.
+
+    Raises:
+        DeviceError: If it cannot.
+    """
+    fault = error
+    if not is_device_fault(error):
+        try:
+            check_device()
+        except Exception as found:  # of any type, because the device's state is unknown
+            fault = found
+        else:
+            return
+    raise DeviceError(f"the device failed ({type(fault).__name__}: {fault})") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from math import isfinite, isnan
 
 from server.config import EngineSettings
-from server.engine.device_faults import is_device_fault
+from server.engine.device_faults import raise_if_device_failed
 from server.engine.messages import Inspect, Inspected, Pin, Unpin
 from server.engine.model.inspection import Inspector
 from server.engine.model.model_runner import ModelRunner
@@ -55,8 +55,8 @@ class LLMEngine:
 
     Args:
         settings: The model and its limits.
-        on_loaded: Called from another thread when a soft prompt has been read or a grammar compiled, to wake a
-            sleeping loop.
+        on_loaded: Called from another thread when a soft prompt has been read, a grammar compiled, or the device has
+            failed, to wake a sleeping loop.
         platform: The device; None chooses it from the settings.
 
     Raises:
@@ -92,7 +92,7 @@ class LLMEngine:
             budget_bytes=settings.soft_prompt_host_bytes,
             on_loaded=on_loaded,
         )
-        self._inspector = Inspector(self.runner, self.soft_prompts.read)
+        self._inspector = Inspector(self.runner, self.soft_prompts.read, on_device_error=on_loaded)
         self._grammars = GrammarCompiler(
             lambda: load_tokenizer(settings.model, settings.revision),
             vocab_size=self.model.vocab_size,
@@ -176,7 +176,10 @@ class LLMEngine:
             self.soft_prompts.unpin(message.soft_prompt)
 
     def inspect(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
-        """Compare a soft prompt with the model in another thread, which calls ``on_inspected`` once."""
+        """Compare a soft prompt with the model in another thread, which calls ``on_inspected`` once.
+
+        If the device fails, the next step raises instead.
+        """
         self._inspector.inspect(message, on_inspected)
 
     def take_loaded(self) -> list[TokenEvent]:
@@ -204,7 +207,13 @@ class LLMEngine:
         return events
 
     def step(self) -> list[TokenEvent]:
-        """Compute one token for every sequence that is ready; returns the new events."""
+        """Compute one token for every sequence that is ready; returns the new events.
+
+        Raises:
+            DeviceError: If the device failed; the engine cannot be used again.
+        """
+        if self._inspector.device_error is not None:
+            raise self._inspector.device_error
         started = time.monotonic()
         events = self.take_loaded() + self._expire(started)
         plan = self.scheduler.schedule(started)
@@ -290,22 +299,20 @@ class LLMEngine:
 
         Returns:
             The part of the plan that was computed, its output, and the last events of the sequences that failed.
+
+        Raises:
+            DeviceError: If the device failed.
         """
+        raise_if_device_failed(error, self.runner.platform.check_device)
         logger.error("a step failed; computing its parts one by one", exc_info=error)
-        try:
-            if is_device_fault(error):
-                raise error
-            retry = retry_in_parts(
-                plan,
-                self.scheduler.running,
-                lambda part: self.runner.run(part, self.soft_prompts),
-                error,
-                block_size=self.scheduler.block_manager.block_size,
-                is_fatal=is_device_fault,
-            )
-        except Exception as fault:
-            logger.exception("the device failed; all sequences are ended and the cache is cleared")
-            return StepPlan(), StepOutput([]), self._fail_all(_reason(fault))
+        retry = retry_in_parts(
+            plan,
+            self.scheduler.running,
+            lambda part: self.runner.run(part, self.soft_prompts),
+            error,
+            block_size=self.scheduler.block_manager.block_size,
+            on_error=lambda cause: raise_if_device_failed(cause, self.runner.platform.check_device),
+        )
         self.scheduler.undo(retry.undone)
         failed = []
         for part, cause in retry.failed:
@@ -446,14 +453,6 @@ class LLMEngine:
     def _admit_pending(self, need: Hashable) -> None:
         for seq in self._pending.supply(need):
             self.scheduler.add(seq)
-
-    def _fail_all(self, message: str) -> list[TokenEvent]:
-        """End every scheduled sequence and clear the cache, because no block can be trusted."""
-        seqs = [*self.scheduler.running, *self.scheduler.waiting]
-        for seq in seqs:
-            self._release_soft_prompts(seq)
-        self.scheduler = self._make_scheduler()
-        return [_fail(seq, ErrorCode.FAILED, message) for seq in seqs]
 
     def _record_step(self, plan: StepPlan, seconds: float) -> None:
         stats = self._stats

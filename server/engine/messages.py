@@ -19,6 +19,9 @@ from server.engine.types import (
     TokenEvent,
 )
 
+DEVICE_FAILED_STATUS = 3
+"""Exit status of an engine process whose device failed."""
+
 
 class Start(msgspec.Struct, tag=True, frozen=True):
     """The first message: load the model. The reply is Ready or StartFailed."""

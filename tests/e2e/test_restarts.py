@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,64 @@ def test_an_engine_killed_under_load_restarts_with_correct_answers(tmp_path: Pat
         assert value(client, "prelude_engine_restarts_total") == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
+
+
+FAILING = """#!{python}
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import torch
+
+from server.engine.model.model_runner import ModelRunner
+from server.engine.process import engine_process
+
+trigger, compute = Path({trigger!r}), ModelRunner.run
+
+def run(*arguments):
+    if trigger.exists():
+        trigger.unlink()
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    return compute(*arguments)
+
+ModelRunner.run = run
+sys.argv = sys.argv[2:]  # after the script's name and -m
+engine_process.main()
+"""
+"""Replaces Python in the command of an engine process. Its next step after the trigger exists fails once."""
+
+
+def test_a_device_error_ends_the_process_and_the_next_one_serves(tmp_path: Path) -> None:
+    trigger, engine = tmp_path / "trigger", tmp_path / "engine.py"
+    root = str(Path(__file__).parents[2])
+    engine.write_text(FAILING.format(python=sys.executable, root=root, trigger=str(trigger)))
+    engine.chmod(0o700)
+    start = f"import sys; sys.executable = {str(engine)!r}; from server.cli import main; main()"
+    question = {"model": BASE, "prompt": "x", "temperature": 0, "max_tokens": 8}
+    with (
+        serving(tmp_path, *FLAGS, program=[sys.executable, "-c", start]) as (client, process),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        right = client.post("/v1/completions", json=question).json()["choices"][0]["text"]
+        failed = engine_of(psutil.Process(process.pid))
+        begun: list[str] = []
+        streams = [pool.submit(stream, client, BASE, begun) for _ in range(4)]
+        wait_until(lambda: len(begun) == 4, 60)
+        trigger.touch()
+        for status, events in (future.result() for future in streams):
+            assert status == 200
+            assert [event["error"]["code"] for event in events if "error" in event] == ["engine_dead"]
+            assert "error" in events[-1]
+        wait_until(lambda: "ended with status 3: the device failed" in client.get("/ready").text, 60)
+        refused = client.get("/ready")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_restarting")
+        wait_until(lambda: client.get("/ready").status_code == 200, 60)
+        assert client.post("/v1/completions", json=question).json()["choices"][0]["text"] == right
+        assert engine_of(psutil.Process(process.pid)) != failed
+        assert value(client, "prelude_engine_restarts_total") == 1
+    log = (tmp_path / "log").read_text()
+    assert "AcceleratorError: CUDA error: an illegal memory access was encountered" in log
+    assert "ended with status 3: the device failed; 4 requests fail" in log
 
 
 def test_a_stalled_engine_is_replaced_and_a_failed_start_is_reported(tmp_path: Path) -> None:

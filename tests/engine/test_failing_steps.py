@@ -26,8 +26,10 @@ from server.engine.types import (
     StepOutput,
     TokenEvent,
 )
+from server.errors import DeviceError
 from tests.support.engine.classifiers import make_classifier
 from tests.support.engine.harness import Family, add, check_logprobs, failure_of, greedy, random_text, run, tokens
+from tests.support.engine.platforms import PlainPlatform
 from tests.support.engine.sequences import make_sequence
 
 pytestmark = pytest.mark.slow
@@ -180,29 +182,67 @@ def test_sequences_that_only_wait_are_not_ended_by_anothers_step(
     assert tokens(outputs["waits"]) == llama.expected(None, TEXT, 5)
 
 
-@pytest.mark.parametrize("at", [1, 2], ids=["at once", "in a half"])
-def test_a_broken_device_is_not_tried_again(at: int, llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+def test_a_device_error_is_raised_at_once_and_ends_no_sequence(
+    llama: Family, make_engine: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(llama)
     calls: list[int] = []
 
     def break_down(plan: StepPlan, _soft_prompts: SoftPromptLoader) -> StepOutput:
         calls.append(len(plan.chunks))
-        if len(calls) == at:
+        if len(calls) == 2:
             raise torch.AcceleratorError("CUDA error: device-side assert triggered")
         raise IndexError("bad row")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.runner, "run", break_down)
-        for name in "abcd":
-            add(engine, name, TEXT, greedy(5))
-        outputs = run(engine)
-    assert len(calls) == at
-    assert {name: [failure_of(output).code for output in own] for name, own in outputs.items()} == {
-        name: [ErrorCode.FAILED] for name in "abcd"
-    }
-    assert "AcceleratorError" in failure_of(outputs["a"][0]).message
-    add(engine, "after", TEXT, greedy(5))
-    assert tokens(run(engine)["after"]) == llama.expected(None, TEXT, 5)
+    monkeypatch.setattr(engine.runner, "run", break_down)
+    for name in "abcd":
+        add(engine, name, TEXT, greedy(5))
+    with pytest.raises(DeviceError, match="the device failed .AcceleratorError: CUDA error: device-side assert"):
+        run(engine)
+    assert calls == [4, 2]
+    assert engine.num_unfinished == 4
+
+
+class CheckedPlatform(PlainPlatform):
+    """Fails its check from some call on; 0 for the first, None for never."""
+
+    def __init__(self, fails_at: int | None) -> None:
+        super().__init__()
+        self.num_checks = 0
+        self._fails_at = fails_at
+
+    def check_device(self) -> None:
+        self.num_checks += 1
+        if self._fails_at is not None and self.num_checks > self._fails_at:
+            raise RuntimeError("unspecified launch failure")
+
+
+@pytest.mark.parametrize("fails_at", [0, 1], ids=["at once", "in a half"])
+def test_an_error_after_which_the_device_fails_its_check_is_the_devices(
+    fails_at: int, llama: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
+    platform = CheckedPlatform(fails_at)
+    engine = make_engine(llama, platform)
+    sizes = break_steps(engine, of_bad)
+    add(engine, "bad", TEXT, greedy(5))
+    add(engine, "good", TEXT[1:], greedy(5))
+    with pytest.raises(DeviceError, match="the device failed .RuntimeError: unspecified launch failure"):
+        run(engine)
+    assert len(sizes) == platform.num_checks == fails_at + 1
+
+
+def test_an_error_after_which_the_device_passes_its_check_is_the_requests(
+    llama: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
+    platform = CheckedPlatform(None)
+    engine = make_engine(llama, platform)
+    break_steps(engine, of_bad)
+    add(engine, "bad", TEXT, greedy(5))
+    add(engine, "good", TEXT[1:], greedy(5))
+    outputs = run(engine)
+    assert [failure_of(output).message for output in outputs["bad"]] == [MESSAGE]
+    assert tokens(outputs["good"]) == llama.expected(None, TEXT[1:], 5)
+    assert platform.num_checks == 2
 
 
 @pytest.mark.parametrize(
@@ -254,7 +294,7 @@ def test_a_reader_without_a_part_in_the_step_is_recomputed_too() -> None:
         return StepOutput([])
 
     retry = retry_in_parts(
-        plan, [writer, reader, other], run_plan, IndexError(), block_size=2, is_fatal=lambda _: False
+        plan, [writer, reader, other], run_plan, IndexError(), block_size=2, on_error=lambda _: None
     )
     assert [part.owner for part, _ in retry.failed] == [writer]
     assert retry.unserved == [reader]

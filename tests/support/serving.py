@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,12 +34,13 @@ def serving(
     model: Path = MODEL_DIRECTORY,
     store: str | None = None,
     environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = PRELUDE,
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     """Run ``prelude serve`` until the block ends, by default with the embedded model; it is ready to answer."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
-        *PRELUDE,
+        *program,
         "serve",
         "--model",
         str(model),

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from server.engine.device_faults import raise_if_device_failed
 from server.engine.messages import Inspect, Inspected
 from server.engine.model.model_runner import ModelRunner
 from server.engine.model.soft_prompts import SoftPromptLoadError
@@ -23,6 +24,7 @@ from server.engine.types import (
     RequestFailure,
     SoftPromptSource,
 )
+from server.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +43,29 @@ class Inspector:
     Args:
         runner: The model; only its input embeddings are used.
         read: Reads a soft prompt's rows, from any thread.
+        on_device_error: Called from the inspector's thread when the device has failed.
+
+    Attributes:
+        device_error: The failure of the device; None if it works.
     """
 
-    def __init__(self, runner: ModelRunner, read: Callable[[SoftPromptSource], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        read: Callable[[SoftPromptSource], torch.Tensor],
+        on_device_error: Callable[[], None],
+    ) -> None:
+        self.device_error: DeviceError | None = None
         self._runner = runner
         self._read = read
+        self._on_device_error = on_device_error
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="inspector", initializer=_lower_priority)
 
     def inspect(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
-        """Start an inspection; ``on_inspected`` is called once, from the thread, with the result or an error."""
+        """Start an inspection.
+
+        ``on_inspected`` is called once, from the thread, with the result or an error, unless the device fails.
+        """
         self._executor.submit(self._answer, message, on_inspected)
 
     def close(self) -> None:
@@ -64,6 +80,12 @@ class Inspector:
             outcome = RequestFailure(ErrorCode.FAILED, str(error))
         except Exception as error:
             logger.exception("an inspection failed")
+            try:
+                raise_if_device_failed(error, self._runner.platform.check_device)
+            except DeviceError as device_error:
+                self.device_error = device_error
+                self._on_device_error()
+                return
             outcome = RequestFailure(ErrorCode.FAILED, f"{type(error).__name__}: {error}")
         on_inspected(Inspected(message.inspection_id, outcome))
 

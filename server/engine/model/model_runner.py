@@ -198,7 +198,11 @@ class ModelRunner:
         return paged
 
     def _record_decodes(self, check: ExactnessCheck) -> DecodeGraphs | None:
-        """Record decode steps; None if the device, the backend or the model does not allow it."""
+        """Record decode steps; None if the device, the backend or the model does not allow it.
+
+        Raises:
+            EngineStartError: If the device cannot be used after a failed attempt.
+        """
         record = self.platform.recorder()
         if record is None or not self.backend.is_capturable:
             return None
@@ -209,6 +213,13 @@ class ModelRunner:
                 check.run_decodes(graphs.run, graphs.sizes)
         except Exception as error:  # a model that cannot be recorded runs without graphs
             reason = f"{type(error).__name__}: {error}"
+            try:
+                self.platform.check_device()
+            except Exception as fault:
+                raise EngineStartError(
+                    f"decode steps cannot be recorded in CUDA graphs ({reason}), and the device cannot be used after "
+                    f"the attempt ({type(fault).__name__}: {fault}); start the server with --enforce-eager"
+                ) from error
             logger.warning("decode steps do not use CUDA graphs, which is slower: %s", reason)
             return None
         logger.info("decode steps of up to %d sequences use CUDA graphs", max_rows)

@@ -99,6 +99,13 @@ class Platform:
         """A recorder of decode steps; None if steps are not recorded."""
         return None
 
+    def check_device(self) -> None:
+        """Check after an error that the device computes what was queued, and can compute more.
+
+        Raises:
+            Exception: Of any type, if it cannot in this process. A CPU always can.
+        """
+
 
 class CPUPlatform(Platform):
     """CPUs: kernels compiled by Numba, fused layers, linear layers packed by oneDNN.
@@ -206,6 +213,12 @@ class CUDAPlatform(Platform):
     def recorder(self) -> Recorder:
         """CUDA graphs."""
         return self._recorder()
+
+    def check_device(self) -> None:
+        """Wait for the GPU, which raises the error of any kernel before; see the base class."""
+        torch.cuda.synchronize(self.device)
+        # Up to torch 2.11, a capture that could not be ended leaves the allocator in a state in which this raises.
+        torch.cuda.empty_cache()
 
 
 def choose_platform(device: str) -> Platform:

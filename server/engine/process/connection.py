@@ -16,6 +16,7 @@ import msgspec
 from server.config import EngineSettings
 from server.engine.frames import HEADER_BYTES
 from server.engine.messages import (
+    DEVICE_FAILED_STATUS,
     FromEngine,
     Ready,
     Start,
@@ -190,6 +191,8 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 def _how_it_ended(status: int | None) -> str:
     if status is None:
         return "cannot be killed"
+    if status == DEVICE_FAILED_STATUS:
+        return f"ended with status {status}: the device failed"
     if status >= 0:
         return f"ended with status {status}"
     try:

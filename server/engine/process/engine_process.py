@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from server.engine.frames import receive
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import (
+    DEVICE_FAILED_STATUS,
     AbortRequest,
     FromEngine,
     Inspect,
@@ -35,7 +36,7 @@ from server.engine.messages import (
     to_engine_decoder,
 )
 from server.engine.types import GenerateRequest, TokenEvent
-from server.errors import EngineStartError
+from server.errors import DeviceError, EngineStartError
 from server.logs import configure_from_variables
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,11 @@ class EngineLoop:
         self._connection = connection
         self._inbox: SimpleQueue[ToEngine | None] = SimpleQueue()
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        # To close an engine or to free its tensors needs the device, so both stay until the process ends.
+        self._failed: tuple[LLMEngine, DeviceError] | None = None
 
     def run(self) -> int:
-        """Serve until a Shutdown arrives; returns the exit status."""
+        """Serve until a Shutdown arrives or the device fails; returns the exit status."""
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
         writer = threading.Thread(target=self._write, name="engine-writer")
         writer.start()
@@ -69,7 +72,12 @@ class EngineLoop:
                 self._send(StartFailed(error.message))
                 return 1
             self._send(Ready(engine.model))
-            self._loop(engine)
+            try:
+                self._loop(engine)
+            except DeviceError as error:
+                logger.exception("the engine process ends")
+                self._failed = engine, error
+                return DEVICE_FAILED_STATUS
             engine.close()
             return 0
         finally:
@@ -138,7 +146,8 @@ def main() -> None:
     # Ctrl-C reaches every process of the terminal; the server decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
-    status = EngineLoop(connection).run()
+    loop = EngineLoop(connection)
+    status = loop.run()
     logging.shutdown()
     # Everything is closed. A normal exit would spend a second on tearing down torch and transformers, and the server
     # waits for this process to end.

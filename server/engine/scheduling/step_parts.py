@@ -67,7 +67,7 @@ def retry_in_parts(
     error: Exception,
     *,
     block_size: int,
-    is_fatal: Callable[[Exception], bool],
+    on_error: Callable[[Exception], None],
 ) -> Retry:
     """Find the parts of a step that fail, and compute the others.
 
@@ -77,23 +77,23 @@ def retry_in_parts(
         run: Computes a plan, or raises.
         error: The exception of the whole step.
         block_size: Positions in a block.
-        is_fatal: Whether no further pass is possible after an exception.
+        on_error: Called with each exception of ``run``; it raises if no further pass is possible.
 
     Raises:
-        Exception: The exception of ``run``, if it is fatal.
+        Exception: Of ``on_error``.
     """
-    search = _Search(run, block_size, is_fatal)
+    search = _Search(run, block_size, on_error)
     search.divide(_parts(plan, running, block_size), error)
     search.set_aside_readers(running)
     return search.retry
 
 
 class _Search:
-    def __init__(self, run: RunPlan, block_size: int, is_fatal: Callable[[Exception], bool]) -> None:
+    def __init__(self, run: RunPlan, block_size: int, on_error: Callable[[Exception], None]) -> None:
         self.retry = Retry()
         self._run = run
         self._block_size = block_size
-        self._is_fatal = is_fatal
+        self._on_error = on_error
         self._unwritten: set[int] = set()
 
     def divide(self, parts: list[Part], error: Exception) -> None:
@@ -123,8 +123,7 @@ class _Search:
         try:
             output = self._run(plan)
         except Exception as error:
-            if self._is_fatal(error):
-                raise
+            self._on_error(error)
             self.divide(parts, error)
         else:
             self._take(plan, output)

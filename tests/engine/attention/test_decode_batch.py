@@ -19,6 +19,7 @@ from server.engine.llm_engine import LLMEngine
 from server.engine.model import exactness
 from server.errors import EngineStartError
 from tests.support.engine.caches import make_cache
+from tests.support.engine.fake_cuda import Recordable
 from tests.support.engine.families import FAMILIES
 from tests.support.engine.harness import PEFT_CONFIGS, Family, add, greedy, make_family, random_text, run, tokens
 from tests.support.engine.platforms import PlainPlatform
@@ -43,12 +44,6 @@ class Recorder:
             function()
 
         return replay
-
-
-class Recordable(SDPABackend):
-    """SDPA that may be recorded; faster than Triton's interpreter."""
-
-    is_capturable = True
 
 
 @given(st.integers(1, 700))

@@ -19,6 +19,7 @@ from server.engine.generation_defaults import TokenRules
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
+from tests.support.engine.fake_cuda import waits
 from tests.support.engine.families import FAMILIES
 from tests.support.engine.harness import CONFIGS, MORE_CONFIGS, VOCABULARY
 from tests.support.engine.sequences import make_sequence
@@ -26,8 +27,6 @@ from tests.support.presence import present
 
 EVERY = CONFIGS | MORE_CONFIGS | FAMILIES
 META = torch.device("meta")
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
-"""Operations that return a number to Python, or a tensor whose shape depends on its content."""
 
 
 class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -35,9 +34,7 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        assert function.overloadpacket.__name__ not in WAITING, function
-        if function.overloadpacket.__name__ in {"index", "index_put", "index_put_"}:
-            assert all(index is None or index.dtype is not torch.bool for index in arguments[1]), function
+        assert not waits(function, arguments), function
         return function(*arguments, **(named or {}))
 
 

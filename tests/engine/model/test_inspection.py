@@ -6,6 +6,7 @@ import asyncio
 import os
 import queue
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from server.engine.messages import Inspect, Inspected, encode_frame, from_engine
 from server.engine.model import inspection
 from server.engine.process import async_engine
 from server.engine.types import ErrorCode, GenerateRequest, Inspection, RequestFailure, SoftPromptSource
-from server.errors import EngineDeadError, EngineNotReadyError, OverloadedError, RequestFailedError
+from server.errors import DeviceError, EngineDeadError, EngineNotReadyError, OverloadedError, RequestFailedError
 from tests.engine.process.test_async_engine import TEXT, collect, running
 from tests.support.engine.harness import ALL_PEFT_CONFIGS, VOCABULARY, Family, greedy, make_family
 from tests.support.presence import present
@@ -129,6 +130,26 @@ def test_an_unexpected_error_is_answered(
     assert isinstance(answer.outcome, RequestFailure)
     assert "IndexError" in answer.outcome.message
     assert "an inspection failed" in caplog.text
+
+
+def test_a_device_error_ends_the_engine_instead_of_an_answer(
+    llama: Family, make_engine: Callable[..., LLMEngine]
+) -> None:
+    class Failing(torch.nn.Module):
+        def forward(self, _ids: torch.Tensor) -> torch.Tensor:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    engine = make_engine(llama)
+    woken, inspector = threading.Event(), engine._inspector
+    inspector._on_device_error = woken.set
+    engine.runner.embed_tokens = Failing()
+    answers: list[Inspected] = []
+    engine.inspect(Inspect(1, llama.soft_prompts["prompt_tuning_8"], 5), answers.append)
+    assert woken.wait(30)
+    with pytest.raises(DeviceError, match="unspecified launch failure"):
+        engine.step()
+    inspector.close()  # waits for the thread
+    assert answers == []
 
 
 @pytest.mark.anyio

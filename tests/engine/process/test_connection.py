@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
+from server.engine.messages import DEVICE_FAILED_STATUS
 from server.engine.model import environment as variables
 from server.engine.process import connection
 
@@ -38,3 +40,18 @@ def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(
     assert {name: environment[name] for name in expected} == expected
     told = {"PRELUDE_LOG_LEVEL", "PRELUDE_LOG_FORMAT"}  # as the server logs
     assert environment.keys() - told == (os.environ.keys() | expected.keys()) - told
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "ended with status 0"),
+        (1, "ended with status 1"),
+        (DEVICE_FAILED_STATUS, "ended with status 3: the device failed"),
+        (-signal.SIGKILL, "was ended by SIGKILL"),
+        (-99, "was ended by signal 99"),
+        (None, "cannot be killed"),
+    ],
+)
+def test_the_end_of_a_process_is_described(status: int | None, words: str) -> None:
+    assert connection._how_it_ended(status) == words

@@ -1,0 +1,174 @@
+"""A fake of torch.cuda on the host: operations that wait for a GPU, and captures that record what is computed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend
+from server.engine.model.platform import CUDAPlatform
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
+"""Operations that return a number to Python, or a tensor whose shape depends on its content."""
+
+_ERROR = 2
+"""Of ``torch.cuda.set_sync_debug_mode``."""
+
+
+def waits(function: Any, arguments: Any) -> bool:
+    """Whether an operation waits for the device, by its arguments."""
+    name = function.overloadpacket.__name__
+    if name in {"index", "index_put", "index_put_"}:
+        return any(index is not None and index.dtype is torch.bool for index in arguments[1])
+    return name in WAITING
+
+
+class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Replaces the parts of torch.cuda that record graphs; operations are seen while it is entered.
+
+    Args:
+        patch: Restores torch.cuda.
+        breaks_captures: Let every capture fail when it ends, as after an operation that torch does not detect.
+        stays_broken: Let the allocator fail after a failed capture, as up to torch 2.11.
+
+    Attributes:
+        num_captures: Calls of ``capture_begin``.
+        num_replays: Calls of ``replay``.
+        num_waits: Operations that raised because they wait.
+        mode: The sync debug mode.
+        stream: The current stream.
+    """
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, *, breaks_captures: bool = False, stays_broken: bool = False
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_captures = self.num_replays = self.num_waits = self.mode = 0
+        self.stream: object = "the default stream"
+        self._breaks_captures, self._stays_broken = breaks_captures, stays_broken
+        self._recording: list[tuple[Any, ...]] | None = None
+        self._is_invalid = self._is_poisoned = False
+        for name, value in {
+            "CUDAGraph": lambda: _Graph(self),
+            "Stream": lambda: "the capturing stream",
+            "current_stream": lambda: self.stream,
+            "empty_cache": self._empty_cache,
+            "get_sync_debug_mode": lambda: self.mode,
+            "graph_pool_handle": lambda: (0, 1),
+            "set_stream": self._set_stream,
+            "set_sync_debug_mode": self._set_mode,
+            "stream": lambda stream: _OnStream(self, stream),
+            "synchronize": self._synchronize,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.cuda.graph, "default_capture_stream", None)
+        patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        is_float32_experts = function.overloadpacket.__name__ == "_grouped_mm" and arguments[0].dtype is torch.float32
+        if is_float32_experts or waits(function, arguments):
+            self._wait()
+        result = function(*arguments, **(named or {}))
+        if self._recording is not None:
+            self._recording.append((function, arguments, named or {}, result))
+        return result
+
+    def _wait(self) -> None:
+        if self._recording is not None:
+            self._is_invalid = True
+            raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+        if self.mode == _ERROR:
+            self.num_waits += 1
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def _synchronize(self, _device: object = None) -> None:
+        if self._recording is not None:  # it does not depend on the debug mode
+            self._wait()
+
+    def _empty_cache(self) -> None:
+        if self._is_poisoned:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def _set_mode(self, mode: int | str) -> None:
+        self.mode = ["default", "warn", "error"].index(mode) if isinstance(mode, str) else mode
+
+    def _set_stream(self, stream: object) -> None:
+        self.stream = stream
+
+    def begin(self) -> None:
+        """``CUDAGraph.capture_begin``."""
+        assert self.stream != "the default stream"
+        self.num_captures += 1
+        self._recording, self._is_invalid = [], self._breaks_captures
+
+    def end(self) -> list[tuple[Any, ...]]:
+        """``CUDAGraph.capture_end``; returns the operations."""
+        recorded, self._recording = self._recording, None
+        if self._is_invalid:
+            self._is_poisoned = self._stays_broken
+            raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+        assert recorded is not None
+        return recorded
+
+
+class _OnStream:
+    """``torch.cuda.stream``."""
+
+    def __init__(self, cuda: FakeCUDA, stream: object) -> None:
+        self._cuda, self._stream, self._before = cuda, stream, cuda.stream
+
+    def __enter__(self) -> None:
+        self._cuda.stream = self._stream
+
+    def __exit__(self, *_: object) -> None:
+        self._cuda.stream = self._before
+
+
+class _Graph:
+    def __init__(self, cuda: FakeCUDA) -> None:
+        self._cuda = cuda
+        self._recorded: list[tuple[Any, ...]] = []
+
+    def capture_begin(self, *_: object, **__: object) -> None:
+        self._cuda.begin()
+
+    def capture_end(self) -> None:
+        self._recorded = self._cuda.end()
+
+    def replay(self) -> None:
+        """Compute the operations again, over the same tensors."""
+        self._cuda.num_replays += 1
+        for function, arguments, named, result in self._recorded:
+            again = function(*arguments, **named)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recordable(SDPABackend):
+    """SDPA that may be recorded; faster than Triton's interpreter."""
+
+    is_capturable = True
+
+    def attend(
+        self, query: torch.Tensor, layer: int, metadata: AttentionMetadata, call: AttentionCall
+    ) -> torch.Tensor:
+        # A replay reads other positions, so nothing may be left from the run before the capture.
+        metadata.past_end.clear()
+        metadata.masks.clear()
+        return super().attend(query, layer, metadata, call)
+
+
+def fake_cuda_platform(patch: pytest.MonkeyPatch) -> CUDAPlatform:
+    """A ``CUDAPlatform`` on the host, whose attention may be recorded. ``FakeCUDA`` has to replace torch.cuda."""
+    with patch.context() as found:
+        found.setattr(torch.cuda, "is_available", lambda: True)
+        found.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
+        platform = CUDAPlatform(torch.device("cpu"))
+    platform.backends = (Recordable,)
+    return platform
