@@ -58,8 +58,17 @@ class Chunk:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the last position's logits choose a new token."""
-        return self.seq is not None and self.samples and self.seq.request.params.max_tokens > 0
+        """Whether the last position's logits choose a new token, or tell whether the model computed finite values.
+
+        Without new tokens, the labels of a classified text, or the logprobs of a scored one, tell that.
+        """
+        if self.seq is None or not self.samples:
+            return False
+        params = self.seq.request.params
+        # A text's first token may have no logprob.
+        first_scored = max(1, params.prompt_logprobs_start)
+        is_scored = params.prompt_logprobs is not None and first_scored < self.seq.num_prompt_tokens
+        return params.max_tokens > 0 or not (params.classify or is_scored)
 
 
 @dataclass(slots=True)

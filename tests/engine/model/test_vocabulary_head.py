@@ -91,13 +91,14 @@ def test_scored_and_classified_texts_need_only_their_own_rows(
 def test_a_text_of_one_token_without_new_ones_runs_beside_decodes(
     llama: Family, make_engine: Callable[..., LLMEngine]
 ) -> None:
-    engine = make_engine(llama)
-    text = random_text(random.Random(1), 20, 20)
+    engine = make_engine(llama, max_num_batched_tokens=16, max_num_seqs=4)
+    text = random_text(random.Random(1), 15, 15)
     add(engine, "decoding", text, greedy(4))
     early = engine.step()
     add(engine, "read only", [5], greedy(0))
+    add(engine, "scored", [5, *text], greedy(0, prompt_logprobs=0))  # its last chunk is a row between decodes
     outputs = run(engine)
-    assert outputs["read only"][0].token_ids == []
+    assert outputs["read only"][0].token_ids == outputs["scored"][0].token_ids == []
     begun = [output for output in early if output.request_id == "decoding"]
     assert tokens(begun + outputs["decoding"]) == llama.expected(None, text, 4)
 
