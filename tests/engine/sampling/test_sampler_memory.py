@@ -14,6 +14,7 @@ from server.engine.sampling.ensembles import merge_ensembles
 from server.engine.sampling.grammars import TokenMasks
 from server.engine.sampling.logprobs import packed_logprobs
 from server.engine.sampling.sampler import Sampler
+from server.engine.sampling.slices import SLICE_BYTES
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 from tests.support.engine.live_bytes import LiveBytes
@@ -89,6 +90,21 @@ def test_ensembles_are_within_the_limit(num_members: int) -> None:
 def test_without_slices_a_step_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.sampling.slices.SLICE_BYTES", 2**40)
     assert peak(make_seqs(logprobs=20, **CUT, **PENALISED)) > LIMIT
+
+
+def test_slices_that_are_sorted_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sort has buffers within the operation, which are not counted."""
+    sizes = []
+    sort = torch.Tensor.sort
+
+    def measured(tensor: torch.Tensor, **options: Any) -> Any:
+        sizes.append(tensor.nbytes)
+        return sort(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "sort", measured)
+    peak(make_seqs(logprobs=20, top_p=0.9), sorts=True)
+    assert sum(sizes) == ROWS * VOCABULARY * 4
+    assert max(sizes) <= SLICE_BYTES // 4
 
 
 def test_logprobs_take_twice_the_logits_in_float32() -> None:

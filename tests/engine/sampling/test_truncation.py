@@ -149,6 +149,20 @@ def test_equal_logits_are_kept_in_the_order_of_their_ids() -> None:
         assert len(tokens) == min(top_k, 400)
 
 
+@pytest.mark.parametrize("params", [{"top_p": 0.0}, {"min_p": 1.0}, {"min_p": 1.5}, {"top_k": 1}])
+@pytest.mark.parametrize("vocabulary", [7, 5000])
+def test_the_most_likely_token_is_always_kept(params: dict[str, Any], vocabulary: int) -> None:
+    logits = torch.linspace(0, 5, vocabulary)[None]
+    assert Sampler().choose(logits, [make_seq(SamplingParams(**params), 0.99)])[0] == [vocabulary - 1]
+
+
+def test_a_top_p_of_one_keeps_tokens_after_a_sum_that_is_rounded_up() -> None:
+    probs = torch.full((1, 5000), 2.0**-30)
+    probs[0, 7] = 1.0
+    params = [SamplingParams(top_p=1.0, min_p=1e-12)]
+    assert draw_truncated(probs, params, torch.tensor([1.0 - 2.0**-24]), 5000)[0] > 4000
+
+
 def test_the_vocabulary_is_not_sorted_if_candidates_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "sort", lambda *_, **__: pytest.fail("sorted"))
     logits = torch.randn(3, 20_000) * 8
