@@ -5,7 +5,8 @@ So the most likely tokens, the *candidates*, suffice if the last of them is not 
 top-k. With top-p and min-p it is the rule, but a flat distribution keeps more tokens: its row gets NOT_COVERED, and
 the caller draws it again from all tokens.
 
-A token does not depend on the number of candidates, because all sums are cumulative, and none includes what follows.
+A token does not depend on the number of candidates (on GPUs: but for rounding), because all sums are cumulative, and
+none includes what follows.
 """
 
 from __future__ import annotations
@@ -113,7 +114,13 @@ def _draw_ordered(
 
 
 def _cumulated(probs: torch.Tensor) -> torch.Tensor:
-    """Cumulative sums along the rows. In float64, because a GPU's order of additions depends on the shape."""
+    """Cumulative sums along the rows; torch adds in float64 on CPUs.
+
+    On GPUs, torch's order of additions depends on the shape for rows as short as those of candidates, so these are
+    added in float64 there, too.
+    """
+    if probs.shape[-1] > CANDIDATES[-1]:
+        return probs.cumsum(dim=-1)
     return probs.cumsum(dim=-1, dtype=torch.float64).float()
 
 
