@@ -57,19 +57,19 @@ def make_seq(params: SamplingParams, draw: float) -> Sequence:
 
 
 def allowed(logits: torch.Tensor, params: SamplingParams, draw: float) -> set[int]:
-    """The tokens that the sort gives for about these parameters."""
-    tokens = set()
+    """The tokens that are kept for about these parameters, and whose share includes about this draw."""
+    scores = (logits - logits.max()) / torch.tensor(params.temperature)
+    probs, order = torch.softmax(scores, -1).sort(descending=True, stable=True)
+    tokens = {int(order[0])} if draw + SLACK >= 1.0 else set()
     for share in (-SLACK, 0.0, SLACK):
         for likely in (-SLACK, 0.0, SLACK):
-            near = SamplingParams(
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p if params.top_p >= 1.0 else params.top_p + share,
-                min_p=params.min_p * (1.0 + likely),
-            )
-            for offset in (-SLACK, 0.0, SLACK):
-                near_draw = min(max(draw + offset, 0.0), 1.0)
-                tokens.add(int(draw_by_sorting(logits[None], [near], [near_draw])[0]))
+            top_p = params.top_p if params.top_p >= 1.0 else params.top_p + share
+            near = SamplingParams(top_k=params.top_k, top_p=top_p, min_p=params.min_p * (1.0 + likely))
+            kept = probs.double().masked_fill(excluded(probs[None], [near])[0], 0.0)
+            kept /= kept.sum()
+            ends = kept.cumsum(-1)
+            matches = (kept > 0) & (ends - kept - SLACK <= draw) & (draw <= ends + SLACK)
+            tokens |= set(order[matches].tolist())
     return tokens
 
 
