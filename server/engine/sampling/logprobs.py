@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from server.engine.attention.transfers import to_device
+from server.engine.sampling.slices import row_slices
 from server.engine.types import MIN_LOGPROB, Logprobs
 
 
@@ -22,24 +23,28 @@ def logprobs_of(logits: torch.Tensor, token_ids: SequenceOf[int], num_top: Seque
     """
     if not token_ids:
         return []
-    packed = packed_logprobs(logits, to_device(token_ids, logits.device), num_top)
-    return unpacked_logprobs(packed.tolist(), num_top)
+    tokens = to_device(token_ids, logits.device)
+    parts = []
+    for part in row_slices(range(len(token_ids)), logits.shape[-1]):
+        own = slice(part[0], part[-1] + 1)
+        parts.append(packed_logprobs(logits[own], tokens[own], max(num_top)))
+    return unpacked_logprobs(torch.cat(parts).tolist(), num_top)
 
 
-def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: SequenceOf[int]) -> torch.Tensor:
-    """The result of ``logprobs_of`` in one tensor, for one copy to the host.
+def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> torch.Tensor:
+    """The result of ``logprobs_of`` in one tensor, for one copy to the host. Uses twice the memory of float32 logits.
 
     Args:
         logits: [rows, vocabulary].
         tokens: [rows] int64, on the logits' device.
-        num_top: How many of the likeliest tokens to report for each row.
+        num_top: Number of most likely tokens for each row; more than the vocabulary is the vocabulary.
 
     Returns:
-        [rows, 2 + 2 * max(num_top)] float64, which represents token ids and float32 exactly.
+        [rows, 2 + 2 * num_top] float64, which represents token ids and float32 exactly.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(-1, tokens[:, None]).clamp_min(MIN_LOGPROB)
-    top = torch.topk(logprobs, min(max(num_top), logits.shape[-1]), dim=-1)
+    top = torch.topk(logprobs, min(num_top, logits.shape[-1]), dim=-1)
     parts = (chosen, logits.argmax(dim=-1, keepdim=True), top.values.clamp_min(MIN_LOGPROB), top.indices)
     return torch.cat([part.double() for part in parts], dim=-1)
 

@@ -4,12 +4,16 @@ A row's parameters are applied in this order: the checkpoint's sequence bias, re
 presence penalty, logit bias, grammar mask, end-of-sequence mask of min_tokens, the checkpoint's masks, temperature,
 top-k, top-p, min-p. Where transformers' ``generate`` has the same step, order and arithmetic are the same; the other
 penalties are OpenAI's.
+
+Rows are processed in slices (``slices``), so that a step of many rows does not take much memory. No result depends on
+the slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +21,9 @@ from server.engine.attention.transfers import queue_copy, to_device
 from server.engine.generation_defaults import NO_RULES, TokenRules
 from server.engine.sampling.grammars import TokenMasks
 from server.engine.sampling.logprobs import packed_logprobs, unpacked_logprobs
+from server.engine.sampling.slices import row_slices
 from server.engine.sampling.token_rules import RuleMasks
+from server.engine.sampling.truncation import NOT_COVERED, draw_truncated, num_candidates, truncates
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import Logprobs, SamplingParams
 
@@ -34,6 +40,43 @@ Largest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 Places = SequenceOf[tuple[int, int]]
 """(row, token) pairs."""
+
+FLAT_TOKENS = 8
+"""Number of tokens for which a sequence is assumed to stay flat, once its candidates did not suffice. Drawing from
+candidates in vain costs time and a second synchronisation; sorting the vocabulary in vain costs more time."""
+
+_SORT_DIVISOR = 4
+"""Divides the size of slices that are sorted, which take 64 bits more per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a step, with what is computed once for each.
+
+    Attributes:
+        seqs: The sequence of each row.
+        adjusted: The rows whose logits are adjusted before the temperature.
+        draws: The random number of each row that is not greedy.
+        masks: The tokens [vocabulary] that a grammar allows, by row.
+        sorts: Whether all rows sort the vocabulary, because candidates did not suffice.
+    """
+
+    seqs: SequenceOf[Sequence]
+    adjusted: SequenceOf[int]
+    draws: dict[int, float]
+    masks: dict[int, torch.Tensor]
+    sorts: bool = False
+
+    def select(self, rows: SequenceOf[int], *, sorts: bool) -> _Rows:
+        """Some of the rows, in this order."""
+        adjusted = set(self.adjusted)
+        return _Rows(
+            [self.seqs[row] for row in rows],
+            [index for index, row in enumerate(rows) if row in adjusted],
+            {index: self.draws[row] for index, row in enumerate(rows) if row in self.draws},
+            {index: self.masks[row] for index, row in enumerate(rows) if row in self.masks},
+            sorts,
+        )
 
 
 def torch_largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +107,11 @@ class Sampler:
         self._masks = TokenMasks()
 
     def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> tuple[list[int], list[Logprobs | None]]:
-        """Choose one token for each row, with its logprobs if requested; synchronises with the device once.
+        """Choose one token for each row, with its logprobs if requested.
+
+        Synchronises with the device once, to copy the result of all rows. It does so once more, also for all rows, if
+        the result says that a row with top-p or min-p keeps more tokens than were selected from the vocabulary: these
+        rows are then chosen again, from the sorted vocabulary.
 
         Args:
             logits: [rows, vocabulary], any float dtype.
@@ -74,77 +121,95 @@ class Sampler:
             A token id for each row, or NOT_FINITE or NO_TOKEN; and the logprobs of each row, None if they are not
             requested or there is no token. The second list is empty if no row requests logprobs.
         """
-        tokens = self._tokens(logits, seqs)
-        num_tops = [seq.request.params.logprobs for seq in seqs]
-        requested = [(row, num_top) for row, num_top in enumerate(num_tops) if num_top is not None]
-        result: list[int]
-        if not requested:
-            result = tokens.tolist()
-            return result, []
-        counts = [count for _, count in requested]
-        index = to_device([row for row, _ in requested], logits.device)
-        packed = packed_logprobs(logits[index], tokens[index].clamp_min(0), counts)
-        flat: list[float] = torch.cat([tokens.double(), packed.flatten()]).tolist()
-        result = [int(token) for token in flat[: len(seqs)]]
-        width = packed.shape[-1]
-        parts = [flat[start : start + width] for start in range(len(seqs), len(flat), width)]
-        logprobs: list[Logprobs | None] = [None] * len(seqs)
-        for (row, _), own in zip(requested, unpacked_logprobs(parts, counts), strict=True):
-            if result[row] >= 0:
-                logprobs[row] = own
-        return result, logprobs
+        rows = self._rows(logits, seqs)
+        tokens, logprobs = self._attempt(logits, rows)
+        if NOT_COVERED in tokens:
+            missed = [row for row, token in enumerate(tokens) if token == NOT_COVERED]
+            again = self._attempt(logits[to_device(missed, logits.device)], rows.select(missed, sorts=True))
+            for index, row in enumerate(missed):
+                seqs[row].flat_until = seqs[row].num_new_tokens + 1 + FLAT_TOKENS
+                tokens[row] = again[0][index]
+                if again[1]:
+                    logprobs[row] = again[1][index]
+        return tokens, logprobs
 
-    def _tokens(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
-        """A token id for each row, or NOT_FINITE or NO_TOKEN, on the device."""
-        best, tokens = self._largest(logits)
-        # Rows are grouped by their own parameters only, so that a row's arithmetic, and the tokens of its seed, do
-        # not depend on the other rows.
+    def _rows(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> _Rows:
         has_rules = not self._rules.is_empty
-        adjusts = [has_rules or seq.adjusts_logits for seq in seqs]
-        self._draw(logits, seqs, [row for row in range(len(seqs)) if not adjusts[row]], tokens)
-        adjusted = [row for row in range(len(seqs)) if adjusts[row]]
-        if adjusted:
-            index = to_device(adjusted, logits.device)
-            own = [seqs[row] for row in adjusted]
-            scores = self._adjust(logits[index].float(), own)
-            chosen = scores.argmax(dim=-1)
-            self._draw(scores, own, range(len(own)), chosen)
-            tokens[index] = torch.where(scores.amax(dim=-1) == float("-inf"), NO_TOKEN, chosen)
+        adjusted = [row for row, seq in enumerate(seqs) if has_rules or seq.adjusts_logits]
+        draws = {row: seq.draw() for row, seq in enumerate(seqs) if not seq.request.params.is_greedy}
+        matchers = {row: matcher for row in adjusted if (matcher := seqs[row].matcher) is not None}
+        if not matchers:
+            return _Rows(seqs, adjusted, draws, {})
+        # For all rows at once, because the masks of a step are computed in parallel.
+        allowed = self._masks.allowed(list(matchers.values()), logits.shape[-1], logits.device)
+        return _Rows(seqs, adjusted, draws, dict(zip(matchers, allowed, strict=True)))
+
+    def _attempt(self, logits: torch.Tensor, rows: _Rows) -> tuple[list[int], list[Logprobs | None]]:
+        """As ``choose``, but a row may have NOT_COVERED instead of a token; synchronises once."""
+        num_tops = [seq.request.params.logprobs for seq in rows.seqs]
+        counts = [count for count in num_tops if count is not None]
+        if not counts:
+            result: list[int] = self._tokens(logits, rows).tolist()
+            return result, []
+        flat: list[float] = self._packed(logits, rows).tolist()
+        result = [int(token) for token in flat[: len(num_tops)]]
+        width = (len(flat) - len(num_tops)) // len(counts)
+        parts = [flat[start : start + width] for start in range(len(num_tops), len(flat), width)]
+        entries = iter(unpacked_logprobs(parts, counts))
+        own = [None if count is None else next(entries) for count in num_tops]
+        return result, [entry if token >= 0 else None for token, entry in zip(result, own, strict=True)]
+
+    def _packed(self, logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        """All tokens, then the ``packed_logprobs`` of the rows that request them: one float64 tensor [numbers]."""
+        tokens = self._tokens(logits, rows)
+        counts = {
+            row: count for row, seq in enumerate(rows.seqs) if (count := seq.request.params.logprobs) is not None
+        }
+        num_top = max(counts.values())
+        parts = [tokens.double()]
+        for part in row_slices(list(counts), logits.shape[-1]):
+            index = to_device(part, logits.device)
+            parts.append(packed_logprobs(logits[index], tokens[index].clamp_min(0), num_top).flatten())
+        return torch.cat(parts)
+
+    def _tokens(self, logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        """A token id for each row, or NOT_FINITE, NO_TOKEN or NOT_COVERED, on the device; does not synchronise."""
+        best, tokens = self._largest(logits)
+        adjusted = set(rows.adjusted)
+        self._draw(logits, rows, [row for row in rows.draws if row not in adjusted], tokens)
+        for part in row_slices(rows.adjusted, logits.shape[-1]):
+            index = to_device(part, logits.device)
+            tokens[index] = self._adjusted_tokens(logits[index].float(), rows.select(part, sorts=rows.sorts))
         return torch.where(best.isfinite(), tokens, NOT_FINITE)
 
-    def _adjust(self, scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> torch.Tensor:
+    def _adjusted_tokens(self, scores: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        """The tokens of rows whose scores have to be adjusted: [rows]; ``scores`` is overwritten."""
+        scores = self._adjust(scores, rows.seqs, rows.masks)
+        tokens = scores.argmax(dim=-1)
+        self._draw(scores, rows, rows.draws, tokens)
+        return torch.where(scores.amax(dim=-1) == float("-inf"), NO_TOKEN, tokens)
+
+    def _adjust(
+        self, scores: torch.Tensor, seqs: SequenceOf[Sequence], masks: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         """Scores [rows, vocabulary] in float32 after penalties, bias and the masks; ``scores`` is overwritten."""
         every = [seq.request.params for seq in seqs]
         impossible = scores == float("-inf")
         if not self._rules.is_empty:
             self._rules.add_biases(scores, seqs)
-        repeating = [row for row, params in enumerate(every) if params.repetition_penalty != 1.0]
-        if repeating:
-            counts = _counts(scores, [seqs[row].token_ids for row in repeating])
-            penalty = _column(scores, [every[row].repetition_penalty for row in repeating])
-            index = to_device(repeating, scores.device)
-            own = scores[index]
-            penalised = torch.where(own < 0, own * penalty, own / penalty)
-            scores[index] = torch.where(counts > 0, penalised, own)
-        counting = [row for row, params in enumerate(every) if params.presence_penalty or params.frequency_penalty]
-        if counting:
-            new = [seqs[row].token_ids[seqs[row].num_prompt_tokens :] for row in counting]
-            counts = _counts(scores, new)
-            presence = _column(scores, [every[row].presence_penalty for row in counting])
-            frequency = _column(scores, [every[row].frequency_penalty for row in counting])
-            scores[to_device(counting, scores.device)] -= frequency * counts + presence * (counts > 0)
+        _penalise_repetition(scores, seqs)
+        _penalise_counts(scores, seqs)
         biased = [(row, token, bias) for row, params in enumerate(every) for token, bias in params.logit_bias.items()]
         if biased:
-            rows, tokens, values = zip(*biased, strict=True)
-            places = to_device(rows, scores.device), to_device(tokens, scores.device)
+            in_rows, tokens, values = zip(*biased, strict=True)
+            places = to_device(in_rows, scores.device), to_device(tokens, scores.device)
             scores[places] += to_device(values, scores.device)
         # An overflow must not force or exclude a token; only the model's own -inf excludes one.
         scores.clamp_(_MIN, _MAX).masked_fill_(impossible, float("-inf"))
-        matchers = {row: seq.matcher for row, seq in enumerate(seqs) if seq.matcher is not None}
-        if matchers:
-            allowed = self._masks.allowed(list(matchers.values()), scores.shape[-1], scores.device)
-            constrained = to_device(list(matchers), scores.device)
-            scores[constrained] = scores[constrained].masked_fill(~allowed, float("-inf"))
+        if masks:
+            forbidden = ~torch.stack(list(masks.values()))
+            constrained = to_device(list(masks), scores.device)
+            scores[constrained] = scores[constrained].masked_fill_(forbidden, float("-inf"))
         _forbid(scores, self._excluded_ends(scores, seqs))
         return scores if self._rules.is_empty else self._rules.forbid(scores, seqs)
 
@@ -161,33 +226,67 @@ class Sampler:
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_token_ids if params.ignore_eos else params.stop_token_ids + self._eos_token_ids
 
-    def _draw(
-        self, logits: torch.Tensor, seqs: SequenceOf[Sequence], rows: Iterable[int], tokens: torch.Tensor
-    ) -> None:
-        """Draw the tokens of the rows in ``rows`` that are not greedy, into ``tokens`` [all rows]."""
-        drawn = [row for row in rows if not seqs[row].request.params.is_greedy]
-        plain = [row for row in drawn if not _cuts(seqs[row].request.params)]
-        cut = [row for row in drawn if _cuts(seqs[row].request.params)]
-        if plain:
-            probs, draws, index = self._probabilities(logits, seqs, plain)
-            tokens[index] = _inverse_transform(probs, draws)
-        if cut:
-            probs, draws, index = self._probabilities(logits, seqs, cut)
-            probs, order = probs.sort(dim=-1, descending=True, stable=True)
-            _cut(probs, [seqs[row].request.params for row in cut])
-            tokens[index] = order.gather(-1, _inverse_transform(probs, draws)[:, None])[:, 0]
+    def _draw(self, logits: torch.Tensor, rows: _Rows, own: Iterable[int], tokens: torch.Tensor) -> None:
+        """Draw the tokens of the rows in ``own``, which are not greedy, into ``tokens`` [all rows]."""
+        vocabulary = logits.shape[-1]
+        # Rows are grouped by their own parameters only, so that a row's arithmetic, and the tokens of its seed, do
+        # not depend on the other rows.
+        groups: dict[int, list[int]] = {}
+        for row in own:
+            seq = rows.seqs[row]
+            params = seq.request.params
+            is_flat = rows.sorts or seq.num_new_tokens < seq.flat_until
+            count = num_candidates(params, vocabulary, is_flat=is_flat) if truncates(params) else 0
+            groups.setdefault(count, []).append(row)
+        for count, members in groups.items():
+            for part in row_slices(members, vocabulary, divisor=_SORT_DIVISOR if count == vocabulary else 1):
+                index = to_device(part, logits.device)
+                tokens[index] = _drawn(logits[index].float(), rows.select(part, sorts=rows.sorts), count)
 
-    def _probabilities(
-        self, logits: torch.Tensor, seqs: SequenceOf[Sequence], rows: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        device = logits.device
-        index = to_device(rows, device)
-        temperatures = to_device([min(seqs[row].request.params.temperature, _MAX) for row in rows], device)
-        draws = to_device([seqs[row].draw() for row in rows], device)
-        scores = logits[index].float()
-        # The maximum is subtracted before the division, because a tiny temperature would overflow float32.
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures[:, None]
-        return torch.softmax(scores, dim=-1), draws, index
+
+def _drawn(scores: torch.Tensor, rows: _Rows, count: int) -> torch.Tensor:
+    """Draw a token for each row from ``count`` candidates, or without truncation if it is 0: [rows].
+
+    ``scores`` [rows, vocabulary] in float32 is overwritten.
+    """
+    params = [seq.request.params for seq in rows.seqs]
+    draws = to_device(list(rows.draws.values()), scores.device)
+    probs = _probabilities(scores, params)
+    return draw_truncated(probs, params, draws, count) if count else _inverse_transform(probs, draws)
+
+
+def _probabilities(scores: torch.Tensor, params: SequenceOf[SamplingParams]) -> torch.Tensor:
+    """Probabilities [rows, vocabulary] of scores in float32 after the temperature; ``scores`` is overwritten."""
+    temperatures = to_device([min(own.temperature, _MAX) for own in params], scores.device)
+    # The maximum is subtracted before the division, because a tiny temperature would overflow float32.
+    scores -= scores.amax(dim=-1, keepdim=True)
+    scores /= temperatures[:, None]
+    return torch.softmax(scores, dim=-1)
+
+
+def _penalise_repetition(scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
+    """Apply ``repetition_penalty``, in place."""
+    rows = [row for row, seq in enumerate(seqs) if seq.request.params.repetition_penalty != 1.0]
+    if not rows:
+        return
+    counts = _counts(scores, [seqs[row].token_ids for row in rows])
+    penalty = _column(scores, [seqs[row].request.params.repetition_penalty for row in rows])
+    index = to_device(rows, scores.device)
+    own = scores[index]
+    penalised = torch.where(own < 0, own * penalty, own / penalty)
+    scores[index] = torch.where(counts > 0, penalised, own)
+
+
+def _penalise_counts(scores: torch.Tensor, seqs: SequenceOf[Sequence]) -> None:
+    """Apply ``presence_penalty`` and ``frequency_penalty``, in place."""
+    every = [seq.request.params for seq in seqs]
+    rows = [row for row, params in enumerate(every) if params.presence_penalty or params.frequency_penalty]
+    if not rows:
+        return
+    counts = _counts(scores, [seqs[row].token_ids[seqs[row].num_prompt_tokens :] for row in rows])
+    presence = _column(scores, [every[row].presence_penalty for row in rows])
+    frequency = _column(scores, [every[row].frequency_penalty for row in rows])
+    scores[to_device(rows, scores.device)] -= frequency * counts + presence * (counts > 0)
 
 
 def _forbid(scores: torch.Tensor, places: Places) -> None:
@@ -217,26 +316,6 @@ def _counts(scores: torch.Tensor, token_ids: SequenceOf[list[int]]) -> torch.Ten
 
 def _column(scores: torch.Tensor, values: list[float]) -> torch.Tensor:
     return to_device(values, scores.device, scores.dtype)[:, None]
-
-
-def _cuts(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-
-
-def _cut(probs: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
-    """Apply top-k, top-p and min-p in place to probabilities in descending order; the first is always kept."""
-    vocabulary = probs.shape[-1]
-    limits = to_device([own.top_k or vocabulary for own in params], probs.device)
-    # Relative to the largest probability, so it is the same before and after top-k and top-p.
-    unlikely = probs < probs[:, :1] * _column(probs, [own.min_p for own in params])
-    probs.masked_fill_(torch.arange(vocabulary, device=probs.device) >= limits[:, None], 0.0)
-    probs /= probs.sum(dim=-1, keepdim=True)  # top-p applies to the distribution after top-k, as in transformers
-    before = probs.cumsum(dim=-1) - probs
-    # Rounded sums may reach 1 too early, and a top-p of 1 has to keep all tokens.
-    shares = [own.top_p if own.top_p < 1.0 else 2.0 for own in params]
-    out = (before >= _column(probs, shares)) | unlikely
-    out[:, 0] = False
-    probs.masked_fill_(out, 0.0)
 
 
 def _inverse_transform(probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

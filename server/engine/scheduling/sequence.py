@@ -57,6 +57,7 @@ class Sequence:
             so preemption does not affect it.
         adjusts_logits: ``request.params.adjusts_logits``, cached because every step reads it.
         ngrams: N-grams of the text, once a rule of the checkpoint needs them.
+        flat_until: Number of new tokens before which the sampler sorts the vocabulary, because many were likely.
         prompt_logprobs: Logprobs of the prompt from ``prompt_logprobs_start``, as far as computed. The first is None
             if no position precedes the token. They survive preemption.
         followers: The other members of the ensemble that it leads. Queueing, turns, ends, parameters and the
@@ -76,6 +77,7 @@ class Sequence:
         "drawn",
         "end_reason",
         "first_run",
+        "flat_until",
         "followers",
         "is_follower",
         "kept_draw",
@@ -123,6 +125,7 @@ class Sequence:
         self.matcher: TokenMatcher | None = None
         self.adjusts_logits = request.params.adjusts_logits
         self.ngrams: NgramIndex | None = None
+        self.flat_until = 0
         self.prompt_logprobs: list[Logprobs | None] = []
         self.is_follower = False
         self.followers = [self._follower(number, other) for number, other in enumerate(request.others, start=1)]

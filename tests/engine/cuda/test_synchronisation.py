@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from server.engine.attention.backend import ATTENTION, set_attention
 from server.engine.generation_defaults import TokenRules
-from server.engine.sampling.sampler import Sampler
+from server.engine.sampling.sampler import FLAT_TOKENS, Sampler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import SamplingParams
 from tests.support.engine.fake_cuda import waits
@@ -82,13 +82,18 @@ def make_seqs(names: list[str], **params: Any) -> list[Sequence]:
     ]
 
 
+def tokens_of(sampler: Sampler, logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
+    return sampler._tokens(logits, sampler._rows(logits, seqs))
+
+
 @pytest.mark.parametrize("names", [[name] for name in PARAMS] + [list(PARAMS) * 2])
 def test_tokens_are_chosen_without_waiting(names: list[str]) -> None:
     sampler = Sampler((0,))
-    tokens = sampler._tokens(torch.zeros(len(names), VOCABULARY, device=META), make_seqs(names))
-    assert (tokens.device, tokens.shape) == (META, (len(names),))
-    with NoWaiting():
-        sampler._tokens(torch.randn(len(names), VOCABULARY), make_seqs(names))
+    for vocabulary in (VOCABULARY, 3000):  # the second one is larger than the number of candidates
+        tokens = tokens_of(sampler, torch.zeros(len(names), vocabulary, device=META), make_seqs(names))
+        assert (tokens.device, tokens.shape) == (META, (len(names),))
+        with NoWaiting():
+            tokens_of(sampler, torch.randn(len(names), vocabulary), make_seqs(names))
 
 
 def test_the_checkpoints_rules_are_applied_without_waiting() -> None:
@@ -103,24 +108,53 @@ def test_the_checkpoints_rules_are_applied_without_waiting() -> None:
     )
     seqs = [*make_seqs(list(PARAMS)), make_sequence("last", [1], SamplingParams(max_tokens=1))]
     sampler = Sampler((0,), rules)
-    assert sampler._tokens(torch.zeros(len(seqs), VOCABULARY, device=META), seqs).device == META
+    assert tokens_of(sampler, torch.zeros(len(seqs), VOCABULARY, device=META), seqs).device == META
     with NoWaiting():
-        tokens = sampler._tokens(torch.randn(len(seqs), VOCABULARY), seqs)
+        tokens = tokens_of(sampler, torch.randn(len(seqs), VOCABULARY), seqs)
     assert tokens[-1] == 1
 
 
-def test_tokens_and_logprobs_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = []
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the tensors that are copied to the host."""
+    shapes = []
     tolist = torch.Tensor.tolist
 
     def counted(tensor: torch.Tensor) -> Any:
-        copies.append(tensor.shape)
+        shapes.append(tensor.shape)
         return tolist(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    return shapes
+
+
+def test_tokens_and_logprobs_are_copied_once(copies: list[torch.Size]) -> None:
     seqs = make_seqs(list(PARAMS), logprobs=3)
     with NoWaiting():
         tokens, logprobs = Sampler((0,)).choose(torch.randn(len(seqs), VOCABULARY), seqs)
     assert len(copies) == 1
     assert len(tokens) == len(logprobs) == len(seqs)
     assert all(len(present(entry).top) == 3 for entry in logprobs)
+
+
+def test_rows_that_keep_more_tokens_than_candidates_take_a_second_copy(copies: list[torch.Size]) -> None:
+    """Once for all such rows; their sequences then sort for some tokens, and try candidates again."""
+    flat, peaked = torch.zeros(3000), torch.arange(3000.0)
+    logits = torch.stack([flat, peaked, flat, flat])
+    every: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 1000, "top_p": 0.9}]
+    params = [SamplingParams(max_tokens=99, seed=7, logprobs=1, **own) for own in every]
+    seqs = [make_sequence(str(index), [1], own) for index, own in enumerate(params)]
+    counts = []
+    for _ in range(FLAT_TOKENS + 2):
+        with NoWaiting():
+            tokens, logprobs = Sampler().choose(logits, seqs)
+        assert tokens[1] == 2999
+        assert min(tokens) >= 0
+        assert [present(entry).logprob for entry in logprobs] == pytest.approx(
+            torch.log_softmax(logits, -1)[range(4), tokens]
+        )
+        for seq, token in zip(seqs, tokens, strict=True):
+            seq.token_ids.append(token)
+        counts.append(len(copies))
+        copies.clear()
+    assert counts == [2, *[1] * FLAT_TOKENS, 2]

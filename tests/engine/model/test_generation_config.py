@@ -329,7 +329,7 @@ def test_rules_equal_the_processors_of_transformers(
     )
     seq = make_sequence("s", text, SamplingParams(temperature=0.0, repetition_penalty=penalty))
     seq.token_ids += new
-    got = Sampler((EOS,), rules)._adjust(logits.clone(), [seq])
+    got = Sampler((EOS,), rules)._adjust(logits.clone(), [seq], {})
     if want.amax() == -torch.inf:  # generate would take token 0; here the rules are not applied
         assert got.isfinite().all()
     else:

@@ -140,7 +140,7 @@ def test_adjusted_logits_equal_a_brute_force_computation(
             score = -math.inf
         want.append(score)
     neighbour = make_seq([1, 1], [2], temperature=0.0, repetition_penalty=2.0)
-    got = MAKE._adjust(torch.cat([logits, logits]), [neighbour, seq])[1]
+    got = MAKE._adjust(torch.cat([logits, logits]), [neighbour, seq], {})[1]
     assert torch.allclose(got, torch.tensor(want), atol=1e-4)
     greedy = make_seq([5], [], temperature=0.0)
     tokens = MAKE.choose(logits.expand(3, -1), [greedy, seq, neighbour])[0]
@@ -151,7 +151,7 @@ def test_adjusted_logits_equal_a_brute_force_computation(
 def test_virtual_tokens_are_never_counted() -> None:
     seq = make_seq([1], [], repetition_penalty=2.0, presence_penalty=1.0)
     seq.num_virtual_tokens = 20
-    scores = MAKE._adjust(torch.ones(1, 4), [seq])
+    scores = MAKE._adjust(torch.ones(1, 4), [seq], {})
     assert scores.tolist() == [[1.0, 0.5, 1.0, 1.0]]
 
 
@@ -181,11 +181,10 @@ def test_the_tokens_of_a_seed_do_not_depend_on_the_batch(params: dict[str, objec
 
 
 def test_plain_rows_need_an_argmax_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_adjust", "_probabilities"):
-        monkeypatch.setattr(Sampler, name, lambda *_: pytest.fail("called for a greedy row"))
-    monkeypatch.setattr(
-        "server.engine.sampling.sampler.packed_logprobs", lambda *_: pytest.fail("no row requests logprobs")
-    )
+    for name in ("Sampler._adjust", "_drawn", "packed_logprobs"):
+        monkeypatch.setattr(
+            f"server.engine.sampling.sampler.{name}", lambda *_: pytest.fail("a greedy row needs none")
+        )
     rows = [make_seq([1], [], temperature=0.0)] * 3
     logits = torch.randn(3, VOCABULARY)
     assert MAKE.choose(logits, rows) == (logits.argmax(-1).tolist(), [])
