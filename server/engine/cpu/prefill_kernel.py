@@ -30,7 +30,8 @@ from server.engine.cpu.vector_code import LANES, widen_positions
 
 _TILE_COLUMNS = TILE_VECTORS * LANES
 _MINUS_INFINITY, _LOG2_E = np.float32(-np.inf), np.float32(1.44269504)
-_ONE, _TWO = np.float32(1.0), np.float32(2.0)
+_ONE, _TWO, _NEAR = np.float32(1.0), np.float32(2.0), np.float32(1 / 16)
+_T3, _T5, _T7, _T9 = (np.float32(factor) for factor in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
 
 
 class _Tiles(NamedTuple):
@@ -131,11 +132,17 @@ def _pack_tile(keys, values, slots, first, kv_head, tiles):  # type: ignore[no-u
 
 @compiled()
 def _cap(scores, scale, softcap):  # type: ignore[no-untyped-def]
-    """Scale and cap the scores of one tile in place. tanh(x) is 1 - 2 / (exp(2 x) + 1)."""
+    """Scale and cap the scores of one tile in place.
+
+    tanh(x) is 1 - 2 / (exp(2 x) + 1). Near 0 that loses digits, so its Taylor series up to x**9 is used there.
+    """
     for row in range(scores.shape[0]):
         for key in range(scores.shape[1]):
             x = scores[row, key] * scale / softcap
-            scores[row, key] = softcap * (_ONE - _TWO / (exp(x + x) + _ONE))
+            square = x * x
+            series = x * (_ONE + square * (_T3 + square * (_T5 + square * (_T7 + square * _T9))))
+            far = _ONE - _TWO / (exp(x + x) + _ONE)
+            scores[row, key] = softcap * (series if square < _NEAR else far)
 
 
 @compiled()
