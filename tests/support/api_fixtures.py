@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import LeasedPrompt
+from server.api.keys.limits import KeyLimiter
 from server.app import create_app
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 from tests.support.byte_tokenizer import ByteTokenizer
@@ -55,6 +57,12 @@ class CountingStore:
     def release(self, leased: Any) -> None:
         self.released.append(leased)
         self._store.release(leased)
+
+
+@pytest.fixture
+def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no limit of a key refill during a test, however slow the test is."""
+    monkeypatch.setattr("server.api.keys.key_file.KeyLimiter", partial(KeyLimiter, clock=lambda: 0.0))
 
 
 @pytest.fixture

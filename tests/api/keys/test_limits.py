@@ -22,7 +22,7 @@ from tests.support.keyed import bearer, key_entry
 from tests.support.presence import present
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("still_clock")]
 
 
 class Clock:

@@ -26,7 +26,7 @@ from tests.support.api_fixtures import CountingStore, Serve, UploadParts, WaitUn
 from tests.support.fake_engine import FakeEngine
 from tests.support.keyed import bearer, key_entry
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("still_clock")]
 
 KEYS = "".join(
     [
