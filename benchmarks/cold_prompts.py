@@ -1,8 +1,8 @@
 """Compare the time to the first token with an unused soft prompt and with a warm one.
 
-    python -m benchmarks.cold_prompts [--prefix]
+    python -m benchmarks.cold_prompts [--prefix] [--dtype float32]
 
-The server has 10,000 registered soft prompts of 20 tokens, on a model of 135M shape in bfloat16. Requests run one at
+The server has 10,000 registered soft prompts of 20 tokens, on a model of 135M shape. Requests run one at
 a time: first with a random soft prompt that was never used, then with one of eight that are on the device, each with
 a new text of 64 tokens. A cold request must look up the name, verify and read the file, copy the rows to the device,
 and, for prompt tuning, compute their keys and values.
@@ -28,9 +28,9 @@ from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec
 NUM_WARM = 8
 
 
-def register(store_path: Path, count: int, *, layers: int, is_prefix: bool) -> None:
+def register(store_path: Path, count: int, *, layers: int, is_prefix: bool, dtype: str) -> None:
     """Publish ``count`` soft prompts."""
-    base = BaseModelSpec(BASE, 576, layers, 3, 64, 2048, "bfloat16")
+    base = BaseModelSpec(BASE, 576, layers, 3, 64, 2048, dtype)
     store = open_store(store_path)
     for index in range(count):
         with store.upload() as upload:
@@ -65,13 +65,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--prefix", action="store_true", help="prefix tuning instead of prompt tuning")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     arguments = parser.parse_args()
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = build_served_model(folder, layers=arguments.layers)
         started = time.perf_counter()
-        register(folder / "store", arguments.count, layers=arguments.layers, is_prefix=arguments.prefix)
+        register(
+            folder / "store",
+            arguments.count,
+            layers=arguments.layers,
+            is_prefix=arguments.prefix,
+            dtype=arguments.dtype,
+        )
         print(f"{arguments.count} published in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         drawn = rng.sample(range(arguments.count), arguments.requests + NUM_WARM)
         warm, cold = drawn[:NUM_WARM], drawn[NUM_WARM:]
@@ -81,7 +88,7 @@ def main() -> None:
 
         seconds: dict[str, list[float]] = {"cold": [], "warm": []}
         with (
-            serving(model, folder / "store", "--kv-cache-memory", "1GiB") as url,
+            serving(model, folder / "store", "--kv-cache-memory", "1GiB", "--dtype", arguments.dtype) as url,
             httpx.Client(base_url=url, timeout=60) as client,
         ):
             for index in warm:
@@ -92,6 +99,7 @@ def main() -> None:
                 seconds["warm"].append(first_token_seconds(client, f"p{warm[turn % NUM_WARM]}", text()))
     figures = {
         "registered": arguments.count,
+        "dtype": arguments.dtype,
         "method": "PREFIX_TUNING" if arguments.prefix else "PROMPT_TUNING",
         "requests_of_each": arguments.requests,
         **{f"{kind}_median_ms": round(1000 * statistics.median(values), 1) for kind, values in seconds.items()},

@@ -14,11 +14,13 @@ from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import config
 from numba.extending import intrinsic, overload
 
+from server.engine.cpu.amx_code import has_amx
 from server.engine.cpu.kernel_cache import kernel_cache
 
 _intrinsic: Any = intrinsic  # compiled code calls the result without the context
 
-_KERNEL_CACHE = kernel_cache()
+# Whether AMX is permitted depends on the container, not on the processor.
+_KERNEL_CACHE = kernel_cache(variant="-amx" if has_amx() else "")
 if _KERNEL_CACHE is not None:
     config.CACHE_DIR = str(_KERNEL_CACHE)  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # torch's pool; a second one would compete for the cores

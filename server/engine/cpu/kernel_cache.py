@@ -19,13 +19,15 @@ MAX_FOLDERS = 4
 """Folders kept in one place, the current one included: checkouts and versions may share a place."""
 
 
-def kernel_cache(sources: Path = SOURCES) -> Path | None:
+def kernel_cache(sources: Path = SOURCES, *, variant: str = "") -> Path | None:
     """The folder for kernels compiled from these sources; None if none can be written.
+
+    Numba keeps kernels for different processors apart; ``variant`` names other differences.
 
     It is in ``NUMBA_CACHE_DIR`` if that is set, else in ``__pycache__`` beside the sources, else in the user's cache
     folder. The least recently used folders of other sources are deleted, down to ``MAX_FOLDERS``.
     """
-    name = PREFIX + source_digest(sources)
+    name = PREFIX + source_digest(sources) + variant
     configured = os.environ.get("NUMBA_CACHE_DIR")
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     places = [Path(configured)] if configured else [sources / "__pycache__", user_cache / "prelude"]

@@ -14,15 +14,17 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload
 
-from server.engine.cpu.bf16_dot import has_bf16_dot, interleave_positions
+from server.engine.cpu.amx_code import add_block, configure_tiles, multiply_block, release_tiles
+from server.engine.cpu.bf16_dot import BF16_LANES, has_bf16_dot, interleave_positions
 from server.engine.cpu.compiled import compiled, compiled_twice, element_of, exp, float32_of, is_bfloat16
 from server.engine.cpu.tile_code import (
     TILE_KEYS,
-    TILE_ROWS,
     TILE_VECTORS,
     add_narrow_tile,
     add_tile,
+    has_tile_registers,
     multiply_tile,
+    rows_of_tile,
     softmax_tile,
     transpose_keys,
 )
@@ -37,18 +39,20 @@ _T3, _T5, _T7, _T9 = (np.float32(factor) for factor in (-1 / 3, 2 / 15, -17 / 31
 class _Tiles(NamedTuple):
     """Buffers of one thread. Factors are float32, or bfloat16 viewed as uint16 (see ``tile_code``).
 
+    R is the number of rows that are multiplied together, ``_rows_of(keys)``.
+
     Attributes:
-        queries: [rows, width], factors; the width is the head's, rounded up to whole vectors.
+        queries: [rows, width], factors; the width is the head's, rounded up to a multiple of ``_step_of``.
         keys: [width, TILE_KEYS], factors of one tile, transposed.
         values: [TILE_KEYS, width], factors of one tile.
-        scores: [TILE_ROWS, TILE_KEYS] float32.
-        weights: [TILE_ROWS, TILE_KEYS], factors.
+        scores: [R, TILE_KEYS] float32.
+        weights: [R, TILE_KEYS], factors.
         largest: [rows + LANES] float32, each row's largest score.
         sums: [rows, LANES] float32, partial sums of each row's weights.
         mixed: [rows, width] float32, the sums of weighted values.
         scales: [LANES] float32, the factors of the rows' earlier sums.
-        lows: [TILE_ROWS] int32, the first key of the tile that each row sees.
-        highs: [TILE_ROWS] int32, the key after the last.
+        lows: [R] int32, the first key of the tile that each row sees.
+        highs: [R] int32, the key after the last.
     """
 
     queries: Any
@@ -109,6 +113,95 @@ def _overload_pack_values(values, slots, at, stride, base, whole, packed, column
     return widen
 
 
+def _rows_of(_factors: Any) -> Any:
+    """Rows that are multiplied together, by the type of the factors, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_rows_of, inline="always")
+def _overload_rows_of(factors):  # type: ignore[no-untyped-def]
+    num_rows = rows_of_tile(factors)
+    return lambda factors: num_rows
+
+
+def _step_of(_factors: Any) -> Any:
+    """Factors that are multiplied together, and columns of the smallest product, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_step_of, inline="always")
+def _overload_step_of(factors):  # type: ignore[no-untyped-def]
+    step = BF16_LANES if has_tile_registers(factors) else LANES
+    return lambda factors: step
+
+
+def _begin(_factors: Any) -> Any:
+    """Prepare this thread for products of factors, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_begin, inline="always")
+def _overload_begin(factors):  # type: ignore[no-untyped-def]
+    return (lambda factors: configure_tiles()) if has_tile_registers(factors) else (lambda factors: None)
+
+
+def _end(_factors: Any) -> Any:
+    """Undo ``_begin``, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_end, inline="always")
+def _overload_end(factors):  # type: ignore[no-untyped-def]
+    return (lambda factors: release_tiles()) if has_tile_registers(factors) else (lambda factors: None)
+
+
+def _score(*_arguments: Any) -> Any:
+    """Multiply the queries of some rows by the keys of a tile, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_score, inline="always")
+def _overload_score(queries, at, width, keys, num_keys, scores):  # type: ignore[no-untyped-def]
+    if has_tile_registers(queries):
+
+        def by_registers(queries, at, width, keys, num_keys, scores):  # type: ignore[no-untyped-def]
+            multiply_block(queries, at, width, keys, TILE_KEYS, num_keys, scores)
+
+        return by_registers
+
+    def by_vectors(queries, at, width, keys, num_keys, scores):  # type: ignore[no-untyped-def]
+        size = 2 if is_bfloat16(keys) else 1
+        for key in range(0, num_keys, _TILE_COLUMNS):
+            multiply_tile(queries, at, width, keys, size * key, TILE_KEYS, width, scores, key, TILE_KEYS)
+
+    return by_vectors
+
+
+def _mix(*_arguments: Any) -> Any:
+    """Scale what some rows have summed, and add the weighted values of a tile, in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_mix, inline="always")
+def _overload_mix(weights, num_keys, values, width, mixed, at, scales):  # type: ignore[no-untyped-def]
+    if has_tile_registers(weights):
+
+        def by_registers(weights, num_keys, values, width, mixed, at, scales):  # type: ignore[no-untyped-def]
+            add_block(weights, TILE_KEYS, num_keys, values, width, mixed, at, scales)
+
+        return by_registers
+
+    def by_vectors(weights, num_keys, values, width, mixed, at, scales):  # type: ignore[no-untyped-def]
+        size = 2 if is_bfloat16(values) else 1
+        whole = width // _TILE_COLUMNS * _TILE_COLUMNS
+        for d in range(0, whole, _TILE_COLUMNS):
+            add_tile(weights, 0, TILE_KEYS, values, size * d, width, num_keys, mixed, at + d, width, scales, 0)
+        for d in range(whole, width, LANES):
+            add_narrow_tile(weights, 0, TILE_KEYS, values, size * d, width, num_keys, mixed, at + d, width, scales, 0)
+
+    return by_vectors
+
+
 @compiled()
 def _pack_tile(keys, values, slots, first, kv_head, tiles):  # type: ignore[no-untyped-def]
     """Pack the keys and values of one head at ``slots[first:first + TILE_KEYS]``."""
@@ -151,7 +244,7 @@ def _attend_tile(tiles, num_rows, column, lengths, num_heads, scale, window, sof
 
     Args:
         tiles: The buffers.
-        num_rows: A multiple of ``TILE_ROWS``; rows past the last repeat it.
+        num_rows: A multiple of R; rows past the last are zero.
         column: The number of the tile's first key.
         lengths: [positions], the number of keys that each position of the unit sees.
         num_heads: Rows of each position.
@@ -164,33 +257,28 @@ def _attend_tile(tiles, num_rows, column, lengths, num_heads, scale, window, sof
     largest, sums, mixed, scales = tiles.largest, tiles.sums, tiles.mixed, tiles.scales
     lows, highs = tiles.lows, tiles.highs
     width, last = queries.shape[1], lengths.shape[0] - 1
-    size = 2 if is_bfloat16(keys) else 1
-    whole = width // _TILE_COLUMNS * _TILE_COLUMNS
+    block, step = _rows_of(keys), _step_of(keys)
     factor = np.float32(_LOG2_E if softcap > 0.0 else scale * _LOG2_E)
-    for row in range(0, num_rows, TILE_ROWS):
+    for row in range(0, num_rows, block):
         shortest = lengths[min(row // num_heads, last)]
-        longest = lengths[min((row + TILE_ROWS - 1) // num_heads, last)]
+        longest = lengths[min((row + block - 1) // num_heads, last)]
         if longest <= column or (window and shortest - window >= column + TILE_KEYS):
             continue
-        num_keys = min(TILE_KEYS, (longest - column + LANES - 1) // LANES * LANES)
+        num_keys = min(TILE_KEYS, (longest - column + step - 1) // step * step)
         at = row * width
-        for key in range(0, num_keys, _TILE_COLUMNS):
-            multiply_tile(queries, at, width, keys, size * key, TILE_KEYS, width, scores, key, TILE_KEYS)
+        _score(queries, at, width, keys, num_keys, scores)
         if softcap > 0.0:
             _cap(scores, scale, softcap)
         num_whole = min(num_keys, max(0, shortest - column) // LANES * LANES)
         if window and longest - window > column:
             num_whole = 0
         if num_whole < num_keys:
-            for index in range(TILE_ROWS):
+            for index in range(block):
                 high = lengths[min((row + index) // num_heads, last)]
                 lows[index] = high - window - column if window else 0
                 highs[index] = high - column
         softmax_tile(scores, num_whole, num_keys, lows, highs, factor, row, largest, sums, scales, weights)
-        for d in range(0, whole, _TILE_COLUMNS):
-            add_tile(weights, 0, TILE_KEYS, values, size * d, width, num_keys, mixed, at + d, width, scales, 0)
-        for d in range(whole, width, LANES):
-            add_narrow_tile(weights, 0, TILE_KEYS, values, size * d, width, num_keys, mixed, at + d, width, scales, 0)
+        _mix(weights, num_keys, values, width, mixed, at, scales)
 
 
 @compiled()
@@ -208,7 +296,8 @@ def _attend_unit(  # type: ignore[no-untyped-def]
             row = (position - start) * group_size + head
             for d in range(head_dim):
                 queries[row, d] = _factor_of(query[position, (first_head + head) * head_dim + d], queries)
-    num_padded = (num_rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    block = _rows_of(queries)
+    num_padded = (num_rows + block - 1) // block * block
     queries[num_rows:num_padded] = 0
     largest[:num_padded] = _MINUS_INFINITY
     sums[:num_padded] = 0
@@ -246,26 +335,30 @@ def _attend_all_tiles(  # type: ignore[no-untyped-def]
         max_positions: Most rows of a unit.
     """
     for part in prange(bounds.shape[0] - 1):
-        num_padded = max_positions * (out.shape[1] // keys.shape[1]) + TILE_ROWS - 1
-        width = (keys.shape[2] + LANES - 1) // LANES * LANES
+        queries = _new_factors((1, 1), keys)  # for its type
+        block, step = _rows_of(queries), _step_of(queries)
+        num_padded = max_positions * (out.shape[1] // keys.shape[1]) + block - 1
+        width = (keys.shape[2] + step - 1) // step * step
         tiles = _Tiles(
             _new_factors((num_padded, width), keys),
             _new_factors((width, TILE_KEYS), keys),
             _new_factors((TILE_KEYS, width), keys),
-            np.empty((TILE_ROWS, TILE_KEYS), np.float32),
-            _new_factors((TILE_ROWS, TILE_KEYS), keys),
+            np.empty((block, TILE_KEYS), np.float32),
+            _new_factors((block, TILE_KEYS), keys),
             np.empty(num_padded + LANES, np.float32),
             np.empty((num_padded, LANES), np.float32),
             np.empty((num_padded, width), np.float32),
             np.empty(LANES, np.float32),
-            np.empty(TILE_ROWS, np.int32),
-            np.empty(TILE_ROWS, np.int32),
+            np.empty(block, np.int32),
+            np.empty(block, np.int32),
         )
+        _begin(queries)
         for index in range(bounds[part], bounds[part + 1]):
             _attend_unit(
                 query, keys, values, slots, starts, lengths, units[index, 0], units[index, 1], units[index, 2],
                 np.float32(scale), window, np.float32(softcap), sinks, out, tiles,
             )  # fmt: skip
+        _end(queries)
 
 
 attend_tiles, attend_tiles_in_parallel = _attend_all_tiles

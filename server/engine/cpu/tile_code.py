@@ -17,6 +17,7 @@ from numba.core import types
 from numba.core.cgutils import alloca_once_value, for_range_slice, get_or_insert_function
 from numba.extending import intrinsic
 
+from server.engine.cpu.amx_code import AMX_ROWS, has_amx
 from server.engine.cpu.bf16_dot import BFloat, BFloat16Code
 from server.engine.cpu.vector_code import FLOAT, INT, INTS, LANES, LONG, SHORT, VECTOR, ZERO, Code
 
@@ -33,6 +34,9 @@ _HAS_WIDE_REGISTERS = bool(binding.get_host_cpu_features().get("avx512f", False)
 TILE_VECTORS = 4 if _HAS_WIDE_REGISTERS else 1
 """Vectors of sums of each row of one product."""
 
+_SOFTMAX_ROWS = 8
+"""Rows whose weights are computed together: their sums and largest scores take half of 32 registers."""
+
 _BFLOATS, _BOOLS = ir.VectorType(BFloat(), LANES), ir.VectorType(ir.IntType(1), LANES)
 
 
@@ -45,6 +49,16 @@ _LEAST = _constant(-126.0)
 _MINUS_INFINITY = _constant(float("-inf"))
 # Taylor coefficients of 2**x around 0, ln(2)**k / k!: below 2e-7 relative on [-1/2, 1/2].
 _EXP2 = [math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1)]
+
+
+def has_tile_registers(factors: Any) -> bool:
+    """Whether factors of a Numba array type are multiplied by AMX."""
+    return factors.dtype == types.uint16 and has_amx()
+
+
+def rows_of_tile(factors: Any) -> int:
+    """Query rows of one product, by the Numba array type of the factors."""
+    return AMX_ROWS if has_tile_registers(factors) else TILE_ROWS
 
 
 class TileCode(Code):
@@ -234,24 +248,27 @@ add_narrow_tile = _add_tile(1)
 def softmax_tile(  # type: ignore[no-untyped-def]
     _context, scores, num_whole, num_keys, lows, highs, scale, row, largest, sums, scales, weights
 ):
-    """Continue the softmax of ``TILE_ROWS`` rows with the scores of one tile. Exponentials are powers of two.
+    """Continue the softmax of some rows with the scores of one tile. Exponentials are powers of two.
+
+    The number of rows, R, is ``rows_of_tile`` of the weights.
 
     Args:
-        scores: [TILE_ROWS, TILE_KEYS] float32.
+        scores: [R, TILE_KEYS] float32.
         num_whole: int64, a multiple of 16: the number of the tile's first keys that all rows see.
         num_keys: int64, a multiple of 16: the number of the tile's keys that some row sees.
-        lows: [TILE_ROWS] int32. Of the keys from ``num_whole`` on, each row sees those from its low on.
-        highs: [TILE_ROWS] int32. It sees those before its high. Both may be outside of the tile.
+        lows: [R] int32. Of the keys from ``num_whole`` on, each row sees those from its low on.
+        highs: [R] int32. It sees those before its high. Both may be outside of the tile.
         scale: float32 factor of the scores, times log2(e).
         row: int64, the first row in ``largest`` and ``sums``.
         largest: [rows + 16] float32, the largest scaled score up to now; updated. -inf before the first tile.
         sums: [rows, 16] float32, partial sums of the weights; updated.
         scales: [16] float32; the factors of what the rows have summed before; overwritten.
-        weights: [TILE_ROWS, TILE_KEYS] factors; the exponentials of the scores minus the largest; overwritten.
+        weights: [R, TILE_KEYS] factors; the exponentials of the scores minus the largest; overwritten.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
         code = TileCode(context, builder, signature.args, arguments)
+        num_rows = rows_of_tile(signature.args[10])
         num_whole, num_keys, row = arguments[1], arguments[2], arguments[6]
         scale = code.repeat(arguments[5])
         keys = ir.Constant(INTS, list(range(LANES)))
@@ -266,7 +283,7 @@ def softmax_tile(  # type: ignore[no-untyped-def]
             return builder.select(is_seen, score, _MINUS_INFINITY)
 
         parts = (LONG(0), num_whole, False), (num_whole, num_keys, True)
-        maxima = [alloca_once_value(builder, _MINUS_INFINITY) for _ in range(TILE_ROWS)]
+        maxima = [alloca_once_value(builder, _MINUS_INFINITY) for _ in range(num_rows)]
         for start, stop, is_masked in parts:
             with for_range_slice(builder, start, stop, LONG(LANES)) as (at, _):
                 for number, most in enumerate(maxima):
@@ -282,21 +299,23 @@ def softmax_tile(  # type: ignore[no-untyped-def]
         # A row that has seen no key yet has no largest score; -inf minus -inf is NaN.
         after = builder.select(builder.fcmp_ordered("==", after, _MINUS_INFINITY), ZERO, after)
         code.store(code.exp2(code.subtract(before, after)), 9, LONG(0))
-        bounds, totals, places = [], [], []
-        for number in range(TILE_ROWS):
-            bounds.append(builder.shuffle_vector(after, after, ir.Constant(INTS, [number] * LANES)))
-            places.append(builder.mul(builder.add(row, LONG(number)), LONG(LANES)))
-            total = code.multiply(code.load(8, places[-1]), code.splat(9, LONG(number)))
-            totals.append(alloca_once_value(builder, total))
-        for start, stop, is_masked in parts:
-            with for_range_slice(builder, start, stop, LONG(LANES)) as (at, _):
-                for number, (bound, total) in enumerate(zip(bounds, totals, strict=True)):
-                    score = code.multiply(load(number, at, is_masked=is_masked), scale)
-                    weight = code.exp2(code.subtract(score, bound))
-                    builder.store(code.add(builder.load(total), weight), total)
-                    code.store_weights(weight, 10, builder.add(at, LONG(number * TILE_KEYS)))
-        for place, total in zip(places, totals, strict=True):
-            code.store(builder.load(total), 8, place)
+        for first in range(0, num_rows, _SOFTMAX_ROWS):
+            rows = range(first, min(first + _SOFTMAX_ROWS, num_rows))
+            bounds, totals, places = [], [], []
+            for number in rows:
+                bounds.append(builder.shuffle_vector(after, after, ir.Constant(INTS, [number] * LANES)))
+                places.append(builder.mul(builder.add(row, LONG(number)), LONG(LANES)))
+                total = code.multiply(code.load(8, places[-1]), code.splat(9, LONG(number)))
+                totals.append(alloca_once_value(builder, total))
+            for start, stop, is_masked in parts:
+                with for_range_slice(builder, start, stop, LONG(LANES)) as (at, _):
+                    for number, bound, total in zip(rows, bounds, totals, strict=True):
+                        score = code.multiply(load(number, at, is_masked=is_masked), scale)
+                        weight = code.exp2(code.subtract(score, bound))
+                        builder.store(code.add(builder.load(total), weight), total)
+                        code.store_weights(weight, 10, builder.add(at, LONG(number * TILE_KEYS)))
+            for place, total in zip(places, totals, strict=True):
+                code.store(builder.load(total), 8, place)
         return context.get_dummy_value()
 
     kinds = (scores, num_whole, num_keys, lows, highs, scale, row, largest, sums, scales, weights)

@@ -17,7 +17,7 @@ from numba.core import config
 
 from server.demo.tour import MODEL_DIRECTORY
 from server.engine.attention.backend import AttentionCall, SDPABackend, make_metadata
-from server.engine.cpu import bf16_dot, cpu_attention
+from server.engine.cpu import amx_code, bf16_dot, cpu_attention
 from server.engine.cpu.cpu_attention import MAX_POSITIONS, CPUBackend, divide_rows, make_backend
 from server.engine.cpu.tile_code import TILE_KEYS
 from server.engine.cpu.vector_code import LANES, VECTOR
@@ -186,6 +186,49 @@ def test_vdpbf16ps_is_used_on_this_processor_only(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(config, "CPU_NAME", None)
     monkeypatch.setattr(config, "CPU_FEATURES", "+avx2")
     assert not has_bf16_dot()
+
+
+@pytest.mark.parametrize(
+    ("missing", "is_permitted", "expected"),
+    [(None, True, True), ("amx-tile", True, False), ("amx-bf16", True, False), (None, False, False)],
+)
+def test_amx_is_used_if_processor_and_system_allow_it(
+    missing: str | None, is_permitted: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = {name: name != missing for name in ("amx-tile", "amx-bf16")}
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(amx_code, "has_bf16_dot", lambda: True)
+    monkeypatch.setattr(amx_code, "_is_permitted", lambda: is_permitted)
+    assert amx_code.has_amx.__wrapped__() is expected
+    monkeypatch.setattr(amx_code, "has_bf16_dot", lambda: False)  # another target is configured
+    assert not amx_code.has_amx.__wrapped__()
+
+
+def test_a_system_that_denies_the_registers_is_served_by_vectors() -> None:
+    """In a separate process, whose kernels must not be read from the cache of processes that may use AMX."""
+    script = """
+import torch
+from server.engine.cpu import amx_code
+amx_code._is_permitted = lambda: False
+from server.engine.attention.backend import AttentionCall, make_metadata
+from server.engine.cpu.compiled import _KERNEL_CACHE
+from server.engine.cpu.cpu_attention import CPUBackend
+from server.engine.cpu.tile_code import TILE_ROWS, rows_of_tile
+from numba import typeof
+from tests.support.engine.caches import CPU, make_cache, plain_attention
+torch.manual_seed(0)
+cache = make_cache(torch.bfloat16, block_size=16, num_blocks=20, head_dim=64)
+query = torch.randn(4, 90, 64).bfloat16()
+spans = [(list(range(20)), 200, 90)]
+backend, metadata, call = CPUBackend(cache), make_metadata(spans, 16, CPU), AttentionCall(0.125)
+assert rows_of_tile(typeof(torch.zeros(1, dtype=torch.uint16).numpy())) == TILE_ROWS
+backend.begin(metadata)
+got = backend.attend(query, 0, metadata, call).double()
+torch.testing.assert_close(got, plain_attention(query, cache, spans, call), rtol=1e-2, atol=1e-2)
+print(_KERNEL_CACHE.name.endswith("-amx"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_llvm_knows_the_instruction_and_its_element_type() -> None:
