@@ -113,6 +113,11 @@ class LLMEngine:
         return self.scheduler.has_work
 
     @property
+    def overlaps_host(self) -> bool:
+        """Whether the device computes a step while the host does other work."""
+        return self.runner.platform.overlaps_host
+
+    @property
     def idle_seconds(self) -> float | None:
         """Seconds until a step must end a sequence that waits for a file or a grammar; None if there is none."""
         deadline = self._pending.next_deadline
@@ -206,8 +211,14 @@ class LLMEngine:
             self._admit_pending(constraint)
         return events
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[TokenEvent]:
         """Compute one token for every sequence that is ready; returns the new events.
+
+        While the device computes, the decodes of the next step are planned.
+
+        Args:
+            meanwhile: Called once: after a step that is replayed has been queued, but before any other step is
+                queued, because that takes the host long. Not called if a replayed step cannot be queued.
 
         Raises:
             DeviceError: If the device failed; the engine cannot be used again.
@@ -218,10 +229,11 @@ class LLMEngine:
         events = self.take_loaded() + self._expire(started)
         plan = self.scheduler.schedule(started)
         if plan.is_empty:
+            meanwhile()
             return events
         computed = plan
         try:
-            output = self.runner.run(plan, self.soft_prompts)
+            output = self._run(plan, meanwhile)
         except Exception as error:
             computed, output, failed = self._recover(plan, error)
             events += failed
@@ -294,6 +306,17 @@ class LLMEngine:
             return "only a soft prompt with a classification head classifies"
         return None
 
+    def _run(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepOutput:
+        is_replayed = self.runner.replays(plan.chunks)
+        if not is_replayed:
+            meanwhile()
+        output = self.runner.launch(plan, self.soft_prompts)
+        if is_replayed:
+            meanwhile()
+        if self.overlaps_host:
+            self.scheduler.plan_ahead()
+        return output()
+
     def _recover(self, plan: StepPlan, error: Exception) -> tuple[StepPlan, StepOutput, list[TokenEvent]]:
         """End the sequences that made a step raise, and compute the others.
 
@@ -308,7 +331,7 @@ class LLMEngine:
         retry = retry_in_parts(
             plan,
             self.scheduler.running,
-            lambda part: self.runner.run(part, self.soft_prompts),
+            lambda part: self.runner.launch(part, self.soft_prompts)(),
             error,
             block_size=self.scheduler.block_manager.block_size,
             on_error=lambda cause: raise_if_device_failed(cause, self.runner.platform.check_device),
