@@ -263,7 +263,7 @@ def serve(
     **faults: Any,
 ) -> list[list[TokenEvent]]:
     """The events of each step; checks the scheduler's invariants after every step."""
-    engine.runner.platform.overlaps_host = overlaps_host
+    engine.overlaps_host = overlaps_host
     fails_from = {name: one.fails_from for name, one in requests.items() if one.fails_from is not None}
     runner = RecordingRunner(limits.block_size, fails_from, **faults)
     engine.runner.launch = runner.launch  # type: ignore[method-assign,assignment]

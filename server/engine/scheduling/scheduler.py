@@ -289,7 +289,7 @@ class Scheduler:
         if not self._held_runs.keys() <= {seq.request_id for seq in may_hold}:
             raise AssertionError("a soft prompt is held for a sequence whose turn has not come, or that ended")
         ready = [own for seq in self.running if _is_ready(seq) for own in seq.members]
-        if self._ahead is not None and [chunk.seq for chunk in self._ahead if _still_runs(chunk)] != ready:
+        if self._ahead is not None and [chunk.seq for chunk in self._ahead if chunk.still_runs] != ready:
             raise AssertionError("the decodes that were planned ahead are not those of the next step")
         self.waiting.check_integrity()
         self.block_manager.check_integrity(
@@ -315,7 +315,7 @@ class Scheduler:
     def _take_ahead(self, plan: StepPlan, ahead: list[Chunk]) -> int:
         """Plan the decodes of ``plan_ahead`` whose sequences still run; returns the remaining budget."""
         for chunk in ahead:
-            if chunk.seq is not None and _still_runs(chunk):
+            if chunk.seq is not None and chunk.still_runs:
                 self._commit(plan, chunk, chunk.seq)
         # A step has room for a decode of every running sequence.
         return self.max_num_batched_tokens - len(plan.chunks)
@@ -495,8 +495,3 @@ def _precedence(seq: Sequence) -> tuple[int, int]:
 def _is_ready(seq: Sequence) -> bool:
     """Whether a running sequence decodes: one position of each member is missing."""
     return all(own.num_computed == own.num_positions - 1 for own in seq.members)
-
-
-def _still_runs(chunk: Chunk) -> bool:
-    """Whether the sequence of a chunk planned ahead still runs. Otherwise it has lost its table, or has a new one."""
-    return chunk.seq is not None and chunk.seq.block_table is chunk.block_table
