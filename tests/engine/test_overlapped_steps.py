@@ -6,6 +6,7 @@ On the host nothing runs beside it; a test platform makes the engine keep the or
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from hypothesis import strategies as st
 from scripts import soak_poison
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import Pin
+from server.engine.messages import Pin, Shutdown, StepOutputs
 from server.engine.model.soft_prompts import SoftPromptLoader
+from server.engine.process.engine_process import EngineLoop
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.plan import StepPlan
 from server.engine.scheduling.scheduler import Scheduler
@@ -392,3 +394,29 @@ def test_poison_changes_no_healthy_token(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(soak_poison, "Platform", lambda _device: PlainPlatform(overlaps_host=True))
     counts = soak_poison.soak(80, seed=3, backend="torch", block_size=5)
     assert min(counts["healthy"], counts["poison: not_finite"]) > 2
+
+
+def test_the_loop_sends_every_event_of_an_overlapped_engine_once(
+    llama: Family, overlapped: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        loop = EngineLoop(theirs)
+        sent: dict[str, list[TokenEvent]] = {}
+
+        def send(message: StepOutputs) -> None:
+            for event in message.events:
+                sent.setdefault(event.request_id, []).append(event)
+            if not message.has_work:
+                loop._inbox.put(Shutdown())
+
+        monkeypatch.setattr(loop, "_send", send)
+        for index in range(4):
+            loop._inbox.put(
+                GenerateRequest(request_id=str(index), prompt_token_ids=TEXT[index:], params=greedy(3 + index))
+            )
+        loop._loop(overlapped)
+    for index in range(4):
+        events = sent[str(index)]
+        assert tokens(events) == llama.expected(None, TEXT[index:], 3 + index)
+        assert [event.finish_reason for event in events] == [None] * (2 + index) + [FinishReason.LENGTH]
