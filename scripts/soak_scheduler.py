@@ -73,9 +73,14 @@ class Drive:
     """One scheduler under random traffic; each method is one event.
 
     Every method checks the integrity of the scheduler, and raises AssertionError if it does not hold.
+
+    Args:
+        limits: The limits.
+        plans_ahead: Whether the decodes of a step are planned while the step before is computed.
     """
 
     limits: Limits = field(default_factory=Limits)
+    plans_ahead: bool = False
     tally: Tally = field(default_factory=Tally)
     scheduler: Scheduler = field(init=False)
     now: float = 0.0
@@ -202,6 +207,8 @@ class Drive:
         for chunk in plan.chunks:
             if chunk.seq is not None:
                 self._read(chunk.seq, chunk.stop)
+        if self.plans_ahead:
+            self.scheduler.plan_ahead()
         self._end_spoiled(plan)
         for chunk in plan.chunks:
             if chunk.seq is not None and chunk.samples and chunk.seq.block_table and not chunk.seq.is_follower:
@@ -295,8 +302,10 @@ class Drive:
             self.tally.not_finite += 1
             return
         seq.token_ids.append(len(seq.token_ids) % 3)
-        if seq.num_new_tokens == seq.request.params.max_tokens:
-            self.scheduler.finish(seq, FinishReason.LENGTH)
+        # Some sequences end before their maximum length.
+        stops = crc32(f"{seq.request_id} {seq.num_new_tokens}".encode()) % 16 == 0
+        if stops or seq.num_new_tokens == seq.request.params.max_tokens:
+            self.scheduler.finish(seq, FinishReason.STOP if stops else FinishReason.LENGTH)
             del self.live[seq.request_id]
             self.tally.finished += 1
             self.tally.ensembles += bool(seq.followers)
@@ -366,14 +375,16 @@ def _expect(holds: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def soak(num_steps: int, seed: int, limits: Limits | None = None) -> Drive:
+def soak(num_steps: int, seed: int, limits: Limits | None = None, *, plans_ahead: bool = False) -> Drive:
     """Run random traffic for ``num_steps`` steps, then run all sequences to their end.
+
+    See ``Drive`` for the other arguments.
 
     Raises:
         AssertionError: After the first event that breaks an invariant.
     """
     rng = random.Random(seed)
-    drive = Drive(limits or Limits())
+    drive = Drive(limits or Limits(), plans_ahead)
     while drive.tally.steps < num_steps:
         # Phases of overload alternate with phases in which the queue empties.
         is_burst = drive.tally.steps // 100 % 3 != 0
@@ -406,9 +417,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000, help="scheduler steps under traffic")
     parser.add_argument("--seed", type=int, default=0, help="seed of the traffic")
+    parser.add_argument("--plan-ahead", action="store_true", help="plan decodes while the step before is computed")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    drive = soak(arguments.steps, arguments.seed)
+    drive = soak(arguments.steps, arguments.seed, plans_ahead=arguments.plan_ahead)
     counts = ", ".join(f"{getattr(drive.tally, name)} {name}" for name in Tally.__slots__)
     seconds = time.perf_counter() - started
     print(f"{counts}, {drive.scheduler.num_preemptions} preemptions in {seconds:.1f} s: all invariants held")

@@ -59,6 +59,9 @@ class LLMEngine:
             failed, to wake a sleeping loop.
         platform: The device; None chooses it from the settings.
 
+    Attributes:
+        overlaps_host: Whether the device computes a step while the host does other work.
+
     Raises:
         EngineStartError: If the model cannot be served with these settings.
     """
@@ -79,6 +82,7 @@ class LLMEngine:
             raise EngineStartError(
                 f"the model {settings.model!r} cannot be served ({type(error).__name__}: {error})"
             ) from error
+        self.overlaps_host = self.runner.platform.overlaps_host
         try:
             self.scheduler = self._make_scheduler()
         except ValueError as error:
@@ -206,8 +210,12 @@ class LLMEngine:
             self._admit_pending(constraint)
         return events
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[TokenEvent]:
         """Compute one token for every sequence that is ready; returns the new events.
+
+        Args:
+            meanwhile: Called once: after a step that is replayed has been queued, but before any other step is
+                queued, because that takes the host long. Not called if a replayed step cannot be queued.
 
         Raises:
             DeviceError: If the device failed; the engine cannot be used again.
@@ -218,10 +226,11 @@ class LLMEngine:
         events = self.take_loaded() + self._expire(started)
         plan = self.scheduler.schedule(started)
         if plan.is_empty:
+            meanwhile()
             return events
         computed = plan
         try:
-            output = self.runner.run(plan, self.soft_prompts)
+            output = self._run(plan, meanwhile)
         except Exception as error:
             computed, output, failed = self._recover(plan, error)
             events += failed
@@ -279,7 +288,7 @@ class LLMEngine:
         params, soft_prompt = seq.request.params, seq.request.soft_prompt
         if seq.request_id in self._pending:
             return f"request id {seq.request_id!r} is in use"
-        wrong = _unknown_token_id(seq, self.model.vocab_size)
+        wrong = seq.unknown_token_id(self.model.vocab_size)
         if wrong is not None:
             return f"token id {wrong} is not in the vocabulary of {self.model.vocab_size} tokens"
         if params.prompt_logprobs_start < 0:
@@ -293,6 +302,18 @@ class LLMEngine:
         if params.classify and (soft_prompt is None or soft_prompt.num_labels is None):
             return "only a soft prompt with a classification head classifies"
         return None
+
+    def _run(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepOutput:
+        """Compute a step, and plan the decodes of the next one while the device computes."""
+        is_replayed = self.runner.replays(plan.chunks)
+        if not is_replayed:
+            meanwhile()
+        output = self.runner.launch(plan, self.soft_prompts)
+        if is_replayed:
+            meanwhile()
+        if self.overlaps_host:
+            self.scheduler.plan_ahead()
+        return output()
 
     def _recover(self, plan: StepPlan, error: Exception) -> tuple[StepPlan, StepOutput, list[TokenEvent]]:
         """End the sequences that made a step raise, and compute the others.
@@ -308,7 +329,7 @@ class LLMEngine:
         retry = retry_in_parts(
             plan,
             self.scheduler.running,
-            lambda part: self.runner.run(part, self.soft_prompts),
+            lambda part: self.runner.launch(part, self.soft_prompts)(),
             error,
             block_size=self.scheduler.block_manager.block_size,
             on_error=lambda cause: raise_if_device_failed(cause, self.runner.platform.check_device),
@@ -462,20 +483,6 @@ class LLMEngine:
         stats.batch_tokens.observe(BATCH_TOKENS_BOUNDS, plan.num_tokens)
         stats.batch_distinct_prompts.observe(DISTINCT_PROMPTS_BOUNDS, plan.num_distinct_prompts)
         stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, plan.num_distinct_prompts)
-
-
-def _unknown_token_id(seq: Sequence, vocab_size: int) -> int | None:
-    """A token id of the request that is not in the vocabulary; None if there is none.
-
-    A lookup beyond the end of a table fails the whole step, and on a GPU the process. So the engine checks, even if
-    the caller has checked before.
-    """
-    params = seq.request.params
-    for token_ids in (seq.token_ids, params.logit_bias, params.stop_token_ids):
-        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
-            if not 0 <= token_id < vocab_size:
-                return token_id
-    return None
 
 
 def _reason(error: Exception) -> str:

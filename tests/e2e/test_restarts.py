@@ -85,15 +85,15 @@ import torch
 from server.engine.model.model_runner import ModelRunner
 from server.engine.process import engine_process
 
-trigger, compute = Path({trigger!r}), ModelRunner.run
+trigger, queue = Path({trigger!r}), ModelRunner.launch
 
-def run(*arguments):
+def launch(*arguments):
     if trigger.exists():
         trigger.unlink()
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    return compute(*arguments)
+    return queue(*arguments)
 
-ModelRunner.run = run
+ModelRunner.launch = launch
 sys.argv = sys.argv[2:]  # after the script's name and -m
 engine_process.main()
 """

@@ -41,17 +41,17 @@ SMALL = {"block_size": 4, "max_num_batched_tokens": 32, "max_num_seqs": 12}
 
 def break_steps(engine: LLMEngine, is_bad: Callable[[Chunk], bool]) -> list[int]:
     """Let every pass with a bad chunk raise, after it has computed all; returns the sizes of the plans that came."""
-    compute = engine.runner.run
+    launch = engine.runner.launch
     sizes: list[int] = []
 
-    def run_or_raise(plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
+    def launch_or_raise(plan: StepPlan, soft_prompts: SoftPromptLoader) -> Callable[[], StepOutput]:
         sizes.append(len(plan.chunks))
-        output = compute(plan, soft_prompts)
+        output = launch(plan, soft_prompts)()
         if any(is_bad(chunk) for chunk in plan.chunks):
             raise IndexError("bad row")
-        return output
+        return lambda: output
 
-    engine.runner.run = run_or_raise  # type: ignore[method-assign]
+    engine.runner.launch = launch_or_raise  # type: ignore[method-assign]
     return sizes
 
 
@@ -155,14 +155,14 @@ def test_a_soft_prompt_that_cannot_be_filled_ends_those_that_use_it(
 def test_parts_that_pass_only_apart_all_pass(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     """Memory for a whole step may be short where it is enough for each half."""
     engine = make_engine(llama)
-    compute = engine.runner.run
+    launch = engine.runner.launch
 
-    def run_if_small(plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
+    def launch_if_small(plan: StepPlan, soft_prompts: SoftPromptLoader) -> Callable[[], StepOutput]:
         if len(plan.chunks) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return compute(plan, soft_prompts)
+        return launch(plan, soft_prompts)
 
-    engine.runner.run = run_if_small  # type: ignore[method-assign]
+    engine.runner.launch = launch_if_small  # type: ignore[method-assign]
     for index in range(7):
         add(engine, f"r{index}", TEXT[index:], greedy(5))
     outputs = run(engine)
@@ -188,13 +188,13 @@ def test_a_device_error_is_raised_at_once_and_ends_no_sequence(
     engine = make_engine(llama)
     calls: list[int] = []
 
-    def break_down(plan: StepPlan, _soft_prompts: SoftPromptLoader) -> StepOutput:
+    def break_down(plan: StepPlan, _soft_prompts: SoftPromptLoader) -> Callable[[], StepOutput]:
         calls.append(len(plan.chunks))
         if len(calls) == 2:
             raise torch.AcceleratorError("CUDA error: device-side assert triggered")
         raise IndexError("bad row")
 
-    monkeypatch.setattr(engine.runner, "run", break_down)
+    monkeypatch.setattr(engine.runner, "launch", break_down)
     for name in "abcd":
         add(engine, name, TEXT, greedy(5))
     with pytest.raises(DeviceError, match="the device failed .AcceleratorError: CUDA error: device-side assert"):

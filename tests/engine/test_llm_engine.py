@@ -191,7 +191,7 @@ def test_a_step_that_raises_ends_its_sequences_and_the_engine_goes_on(
     add(engine, "a", TEXT, greedy(5), soft_prompt=source)
     add(engine, "b", TEXT, greedy(5))
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("kernel fault")))
+        patch.setattr(engine.runner, "launch", lambda *_: (_ for _ in ()).throw(RuntimeError("kernel fault")))
         outputs = run(engine)
     assert {name: [failure_of(o).message for o in outs] for name, outs in outputs.items()} == {
         "a": ["the model failed to compute this request (RuntimeError: kernel fault)"],

@@ -13,9 +13,11 @@ from transformers import LlamaConfig
 
 from server.config import EngineSettings
 from server.engine.attention.backend import SDPABackend
+from server.engine.attention.transfers import queue_to_host
 from server.engine.cuda.triton_attention import TritonBackend
 from server.engine.llm_engine import LLMEngine
 from server.engine.model.platform import CUDAPlatform
+from server.engine.sampling import sampler
 from tests.support.engine.families import FAMILIES
 from tests.support.engine.harness import (
     CONFIGS,
@@ -130,25 +132,69 @@ def test_few_sequences_with_long_contexts_equal_peft(
     assert list(answers(engine, family, again, MAX_TOKENS).values()) == list(want.values())
 
 
-def test_a_step_synchronises_with_the_device_once(
-    family_of: Callable[[str], Family], make_engine: Callable[..., LLMEngine]
+@pytest.mark.parametrize("is_eager", [True, False], ids=["launched", "replayed"])
+def test_a_step_waits_for_the_device_once(
+    is_eager: bool,
+    family_of: Callable[[str], Family],
+    make_engine: Callable[..., LLMEngine],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    family = family_of("llama")
-    for is_eager in (False, True):
-        engine = make_engine(family, device="cuda", enforce_eager=is_eager)
-        for index in range(6):
-            add(engine, f"{is_eager}-{index}", [1, 2, 3, index], greedy(12, logprobs=2 if index % 2 else None))
-        for _ in range(3):
-            engine.step()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                engine.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
-        assert len(waits) == 1, waits
+    """It waits for the copy of its tokens, and the next step is planned before. Nothing else synchronises."""
+    done: list[str] = []
+    engine = make_engine(family_of("llama"), device="cuda", enforce_eager=is_eager)
+    for index in range(6):
+        add(engine, str(index), [1, 2, 3, index], greedy(12, logprobs=2 if index % 2 else None))
+    for _ in range(3):
+        engine.step()
+    plan_ahead = engine.scheduler.plan_ahead
+
+    def plan_and_note() -> None:
+        done.append("planned")
+        plan_ahead()
+
+    monkeypatch.setattr(engine.scheduler, "plan_ahead", plan_and_note)
+    monkeypatch.setattr(sampler, "queue_to_host", noted(done))
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine.step(lambda: done.append("meanwhile"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    begun = ["meanwhile", "queued"] if is_eager else ["queued", "meanwhile"]
+    assert done == [*begun, "planned", "waited"]
+    waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    assert waits == []
+
+
+def noted(done: list[str]) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
+    """``queue_to_host`` that records when a copy is queued and when it is awaited."""
+
+    def queue(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        done.append("queued")
+        copy = queue_to_host(tensor)
+
+        def wait() -> torch.Tensor:
+            done.append("waited")
+            return copy()
+
+        return wait
+
+    return queue
+
+
+def test_a_copy_to_the_host_waits_for_no_later_work() -> None:
+    numbers = torch.arange(5, device="cuda")
+    busy = torch.randn(4096, 4096, device="cuda")
+    copy = queue_to_host(numbers)
+    for _ in range(300):
+        busy = torch.tanh(busy @ busy)
+    later = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    later.record()
+    numbers.zero_()
+    assert copy().tolist() == [0, 1, 2, 3, 4]
+    assert not later.query()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
 
 
 def test_memory_is_allocated_at_the_start_and_freed_at_the_end(family_of: Callable[[str], Family]) -> None:

@@ -1,8 +1,8 @@
-"""Copies of small tensors from the host to the device that do not wait for the device."""
+"""Copies of small tensors between the host and the device that are queued, and do not wait for the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -44,3 +44,24 @@ def queue_copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[
     flat = queue_copy(torch.cat([tensor.flatten() for tensor in tensors]), device)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def queue_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queue a copy of a tensor to the host.
+
+    Returns:
+        A function that waits for the copy, and for nothing that is queued after it, and returns the copy. A tensor on
+        the host is returned itself.
+    """
+    if not pins(tensor.device):
+        return tensor.cpu
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    is_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    is_copied.record()
+
+    def wait() -> torch.Tensor:
+        is_copied.synchronize()
+        return copy
+
+    return wait

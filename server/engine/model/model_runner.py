@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
+from transformers.utils.generic import ModelOutput
 
 from server.config import EngineSettings
 from server.engine.attention.backend import ATTENTION
 from server.engine.attention.decode_batch import MAX_ROWS, DecodeBuffers, DecodeGraphs
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec, num_blocks_for
-from server.engine.attention.transfers import queue_copy, to_device
+from server.engine.attention.transfers import queue_copy, queue_to_host, to_device
 from server.engine.model.classification_head import head_logits
 from server.engine.model.exactness import PROBE_TOLERANCE, ExactnessCheck
 from server.engine.model.generation_config import read_generation_config
@@ -23,7 +25,7 @@ from server.engine.model.platform import MakeBackend, Platform, choose_platform
 from server.engine.model.prompt_scoring import PromptScorer
 from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.sampling.ensembles import merge_ensembles
-from server.engine.sampling.sampler import NO_TOKEN, Sampler
+from server.engine.sampling.sampler import NO_TOKEN, Choice, Sampler
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.types import Logprobs, ModelInfo, StepOutput
 from server.errors import EngineStartError
@@ -113,39 +115,57 @@ class ModelRunner:
         """Whether the logits at all positions of a text can be computed."""
         return self._scorer.is_exact
 
+    def replays(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a step is one CUDA graph, so that it is queued in a fraction of the time of its launches."""
+        graphs = self._graphs
+        return graphs is not None and len(chunks) <= graphs.sizes[-1] and all(one.num_tokens == 1 for one in chunks)
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
-        """Run one step.
+    def launch(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> Callable[[], StepOutput]:
+        """Queue one step on the device. Does not wait for it.
 
         Args:
             plan: The fills, copies and chunks.
             soft_prompts: Has the rows of the soft prompts to fill.
 
         Returns:
-            A new token (or NOT_FINITE, or NO_TOKEN if none is wanted) for each chunk that samples, one per ensemble;
-            the requested logprobs; and the chunks whose shared blocks contain a value that is not finite.
+            A function, to be called before the next launch, that waits for the step and returns a new token (or
+            NOT_FINITE, or NO_TOKEN if none is wanted) for each chunk that samples, one per ensemble; the requested
+            logprobs; and the chunks whose shared blocks contain a value that is not finite.
         """
         for run in plan.key_value_fills:
             self.cache.fill(run.blocks, soft_prompts.rows(run.source))
         self.cache.copy_blocks(plan.block_copies)
-        if not plan.chunks:
-            return StepOutput([])
+        chunks = plan.chunks
+        if not chunks:
+            return lambda: StepOutput([])
+        kept: list[ModelOutput] = []
+        if self._are_decodes(chunks):
+            logits = self._compute_decodes(chunks)
+        else:
+            with self._scorer.watching(chunks) as kept:
+                logits = self._launch(chunks, soft_prompts)
+        are_finite = self._check_shared(chunks)
+        choice = self._choose(logits, chunks)
+        return partial(self._output, chunks, choice, are_finite, kept, soft_prompts)
+
+    @torch.inference_mode()
+    def _output(
+        self,
+        chunks: Sequence[Chunk],
+        choice: Callable[[], Choice],
+        are_finite: Callable[[], torch.Tensor] | None,
+        kept: Sequence[ModelOutput],
+        soft_prompts: SoftPromptLoader,
+    ) -> StepOutput:
+        """Wait for a step that was launched. What the host computes from hidden states comes here: it waits, too."""
         scores: dict[str, list[Logprobs | None]] = {}
         class_logits: dict[str, list[float]] = {}
-        if self._are_decodes(plan.chunks):
-            logits = self._compute_decodes(plan.chunks)
-        else:
-            with self._scorer.watching(plan.chunks) as kept:
-                logits = self._launch(plan.chunks, soft_prompts)
-            if kept:
-                class_logits = head_logits(plan.chunks, kept[0][0], soft_prompts.head)
-                scores = self._scorer.score(
-                    plan.chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts)
-                )
-        are_finite = self._check_shared(plan.chunks)
-        tokens, logprobs = self._choose(logits, plan.chunks)
-        # The device has finished already, because the tokens are on the host.
-        spoiled = {} if are_finite is None else self._spoiled(plan.chunks, are_finite.tolist())
+        if kept:
+            class_logits = head_logits(chunks, kept[0][0], soft_prompts.head)
+            scores = self._scorer.score(chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts))
+        tokens, logprobs = choice()
+        spoiled = {} if are_finite is None else self._spoiled(chunks, are_finite().tolist())
         return StepOutput(tokens, logprobs, scores, class_logits, spoiled)
 
     def close(self) -> None:
@@ -225,10 +245,10 @@ class ModelRunner:
         logger.info("decode steps of up to %d sequences use CUDA graphs", max_rows)
         return graphs
 
-    def _check_shared(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+    def _check_shared(self, chunks: Sequence[Chunk]) -> Callable[[], torch.Tensor] | None:
         """``KVCache.are_finite`` of all blocks that the chunks share with later sequences; None if there are none."""
         blocks = [chunk.block_table[index] for chunk in chunks for index in chunk.shared]
-        return self.cache.are_finite(blocks) if blocks else None
+        return queue_to_host(self.cache.are_finite(blocks)) if blocks else None
 
     def _spoiled(self, chunks: Sequence[Chunk], are_finite: list[list[bool]]) -> dict[int, int]:
         """``StepOutput.spoiled``, from the result of ``_check_shared``."""
@@ -273,21 +293,26 @@ class ModelRunner:
             return torch.empty(0, device=self.device)
         return self.paged_model.forward(spans, inputs, last_rows or [row - 1])
 
-    def _choose(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> tuple[list[int], list[Logprobs | None]]:
-        """Tokens and logprobs as in ``StepOutput``, from the logits of the chunks that need them."""
+    def _choose(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> Callable[[], Choice]:
+        """Queue the choice of tokens and logprobs as in ``StepOutput``, from the logits of the chunks that need them.
+
+        Returns:
+            A function that waits for the result.
+        """
         seqs = [chunk.seq for chunk in chunks if chunk.seq is not None and chunk.needs_logits]
-        tokens: list[int] = []
-        logprobs: list[Logprobs | None] = []
-        if seqs:
-            logits, leaders = merge_ensembles(logits, seqs)
-            tokens, logprobs = self.sampler.choose(logits, leaders)
         sampled = [chunk for chunk in chunks if chunk.samples and chunk.seq is not None and not chunk.seq.is_follower]
-        for index, chunk in enumerate(sampled):
-            if not chunk.needs_logits:
+        without = [index for index, chunk in enumerate(sampled) if not chunk.needs_logits]
+        chosen = self.sampler.launch(*merge_ensembles(logits, seqs)) if seqs else None
+
+        def choice() -> Choice:
+            tokens, logprobs = chosen() if chosen is not None else ([], [])
+            for index in without:
                 tokens.insert(index, NO_TOKEN)
                 if logprobs:
                     logprobs.insert(index, None)
-        return tokens, logprobs
+            return tokens, logprobs
+
+        return choice
 
     def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
         """Token ids [1, rows], or embeddings [1, rows, width] if the step computes virtual tokens."""

@@ -42,7 +42,10 @@ class Platform:
 
     Attributes:
         largest: Returns each row's largest logit and its token, like ``torch_largest``.
+        overlaps_host: Whether queued operations run while the host goes on, so that it can prepare the next step.
     """
+
+    overlaps_host = False
 
     def __init__(self, device: torch.device, backends: Sequence[MakeBackend] = (SDPABackend,)) -> None:
         self.device = device
@@ -189,6 +192,8 @@ class CUDAPlatform(Platform):
     Raises:
         EngineStartError: If torch finds no CUDA device.
     """
+
+    overlaps_host = True
 
     def __init__(self, device: torch.device | None = None) -> None:
         if not torch.cuda.is_available():

@@ -85,34 +85,54 @@ class EngineLoop:
             writer.join(timeout=5)
 
     def _loop(self, engine: LLMEngine) -> None:
+        """Step until a Shutdown arrives.
+
+        If the device overlaps the host, a step's events are sent beside the next step.
+        """
+        events: list[TokenEvent] = []
         num_received = 0
-        while True:
-            events: list[TokenEvent] = []
-            message = None
-            if not engine.has_work:
-                message = self._wait(engine.idle_seconds)
-                if message is None:  # the API process does not know that a step starts, and must detect if it hangs
-                    self._send(StepOutputs(events=[], stats=engine.stats, num_received=num_received, has_work=True))
+
+        def report(*, has_work: bool = True) -> None:
+            stats = engine.stats
+            self._send(StepOutputs(events=events, stats=stats, num_received=num_received, has_work=has_work))
+            events.clear()
+
+        try:
             while True:
-                num_received += message is not None
-                if isinstance(message, Shutdown):
-                    return
-                if isinstance(message, GenerateRequest):
-                    events += engine.add(message)
-                elif isinstance(message, AbortRequest):
-                    events += engine.abort(message.request_id)
-                elif isinstance(message, Pin | Unpin):
-                    engine.pin(message)
-                elif isinstance(message, Inspect):
-                    engine.inspect(message, self._send)
-                try:
-                    message = self._inbox.get_nowait()
-                except Empty:
-                    break
-            events += engine.step()
-            self._send(
-                StepOutputs(events=events, stats=engine.stats, num_received=num_received, has_work=engine.has_work)
-            )
+                message = None
+                if not engine.has_work:
+                    message = self._wait(engine.idle_seconds)
+                    if message is None:  # the API process does not know that a step starts, and must detect a hang
+                        report()
+                while True:
+                    num_received += message is not None
+                    if isinstance(message, Shutdown):
+                        return
+                    events += self._handle(engine, message)
+                    try:
+                        message = self._inbox.get_nowait()
+                    except Empty:
+                        break
+                if engine.overlaps_host:
+                    events += engine.step(meanwhile=report)
+                else:
+                    events += engine.step()
+                if not engine.overlaps_host or not engine.has_work:
+                    report(has_work=engine.has_work)
+        finally:
+            if events:
+                report()
+
+    def _handle(self, engine: LLMEngine, message: ToEngine | None) -> list[TokenEvent]:
+        if isinstance(message, GenerateRequest):
+            return engine.add(message)
+        if isinstance(message, AbortRequest):
+            return engine.abort(message.request_id)
+        if isinstance(message, Pin | Unpin):
+            engine.pin(message)
+        elif isinstance(message, Inspect):
+            engine.inspect(message, self._send)
+        return []
 
     def _wait(self, seconds: float | None) -> ToEngine | None:
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.attention.transfers import queue_copy, to_device
+from server.engine.attention.transfers import queue_copy, queue_to_host, to_device
 from server.engine.generation_defaults import NO_RULES, TokenRules
 from server.engine.sampling.grammars import TokenMasks
 from server.engine.sampling.logprobs import packed_logprobs, unpacked_logprobs
@@ -40,6 +40,9 @@ Largest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 Places = SequenceOf[tuple[int, int]]
 """(row, token) pairs."""
+
+Choice = tuple[list[int], list[Logprobs | None]]
+"""The tokens and logprobs of all rows, as ``Sampler.choose`` returns them."""
 
 FLAT_TOKENS = 8
 """Number of tokens for which a sequence is assumed to stay flat, once its candidates did not suffice. Drawing from
@@ -106,12 +109,8 @@ class Sampler:
         self._rules = RuleMasks(rules, self._eos_token_ids)
         self._masks = TokenMasks()
 
-    def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> tuple[list[int], list[Logprobs | None]]:
-        """Choose one token for each row, with its logprobs if requested.
-
-        Synchronises with the device once, to copy the result of all rows. It does so once more, also for all rows, if
-        the result says that a row with top-p or min-p keeps more tokens than were selected from the vocabulary: these
-        rows are then chosen again, from the sorted vocabulary.
+    def choose(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> Choice:
+        """Choose one token for each row, with its logprobs if requested: ``launch``, and wait for the device.
 
         Args:
             logits: [rows, vocabulary], any float dtype.
@@ -121,17 +120,36 @@ class Sampler:
             A token id for each row, or NOT_FINITE or NO_TOKEN; and the logprobs of each row, None if they are not
             requested or there is no token. The second list is empty if no row requests logprobs.
         """
+        return self.launch(logits, seqs)()
+
+    def launch(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> Callable[[], Choice]:
+        """Queue the choice of one token for each row; does not wait for the device.
+
+        Args:
+            logits: As for ``choose``; not to be overwritten before the result is taken.
+            seqs: The rows' sequences, in order, which stay as they are until then.
+
+        Returns:
+            A function that waits for the result of all rows, and returns it. It waits once more, also for all rows,
+            if the result says that a row with top-p or min-p keeps more tokens than were selected from the
+            vocabulary: these rows are then chosen again, from the sorted vocabulary.
+        """
         rows = self._rows(logits, seqs)
-        tokens, logprobs = self._attempt(logits, rows)
-        if NOT_COVERED in tokens:
-            missed = [row for row, token in enumerate(tokens) if token == NOT_COVERED]
-            again = self._attempt(logits[to_device(missed, logits.device)], rows.select(missed, sorts=True))
-            for index, row in enumerate(missed):
-                seqs[row].flat_until = seqs[row].num_new_tokens + 1 + FLAT_TOKENS
-                tokens[row] = again[0][index]
-                if again[1]:
-                    logprobs[row] = again[1][index]
-        return tokens, logprobs
+        attempt = self._attempt(logits, rows)
+
+        def choice() -> Choice:
+            tokens, logprobs = attempt()
+            if NOT_COVERED in tokens:
+                missed = [row for row, token in enumerate(tokens) if token == NOT_COVERED]
+                again = self._attempt(logits[to_device(missed, logits.device)], rows.select(missed, sorts=True))()
+                for index, row in enumerate(missed):
+                    seqs[row].flat_until = seqs[row].num_new_tokens + 1 + FLAT_TOKENS
+                    tokens[row] = again[0][index]
+                    if again[1]:
+                        logprobs[row] = again[1][index]
+            return tokens, logprobs
+
+        return choice
 
     def _rows(self, logits: torch.Tensor, seqs: SequenceOf[Sequence]) -> _Rows:
         has_rules = not self._rules.is_empty
@@ -144,14 +162,19 @@ class Sampler:
         allowed = self._masks.allowed(list(matchers.values()), logits.shape[-1], logits.device)
         return _Rows(seqs, adjusted, draws, dict(zip(matchers, allowed, strict=True)))
 
-    def _attempt(self, logits: torch.Tensor, rows: _Rows) -> tuple[list[int], list[Logprobs | None]]:
-        """As ``choose``, but a row may have NOT_COVERED instead of a token; synchronises once."""
+    def _attempt(self, logits: torch.Tensor, rows: _Rows) -> Callable[[], Choice]:
+        """As ``launch``, but a row may have NOT_COVERED instead of a token, and the function waits once."""
         num_tops = [seq.request.params.logprobs for seq in rows.seqs]
+        if all(count is None for count in num_tops):
+            tokens = queue_to_host(self._tokens(logits, rows))
+            return lambda: (tokens().tolist(), [])
+        packed = queue_to_host(self._packed(logits, rows))
+        return lambda: self._unpacked(packed().tolist(), num_tops)
+
+    @staticmethod
+    def _unpacked(flat: list[float], num_tops: SequenceOf[int | None]) -> Choice:
+        """The numbers of ``_packed`` as tokens and logprobs."""
         counts = [count for count in num_tops if count is not None]
-        if not counts:
-            result: list[int] = self._tokens(logits, rows).tolist()
-            return result, []
-        flat: list[float] = self._packed(logits, rows).tolist()
         result = [int(token) for token in flat[: len(num_tops)]]
         width = (len(flat) - len(num_tops)) // len(counts)
         parts = [flat[start : start + width] for start in range(len(num_tops), len(flat), width)]

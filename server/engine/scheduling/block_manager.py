@@ -270,14 +270,19 @@ class BlockManager:
             admitted.append(seq)
         return admissions
 
-    def extend(self, seq: Sequence, num_positions: int) -> bool:
+    def extend(self, seq: Sequence, num_positions: int, *, evicts: bool = True) -> bool:
         """Give a sequence the blocks that its first ``num_positions`` positions need.
+
+        Args:
+            seq: A sequence with blocks.
+            num_positions: Positions that it must hold.
+            evicts: Whether idle blocks are taken if no block is free.
 
         Returns:
             False, with nothing changed, if there are too few blocks.
         """
         num_new = self.blocks_for(num_positions) - len(seq.block_table)
-        if num_new > self.num_available:
+        if num_new > (self.num_available if evicts else len(self._free)):
             return False
         for _ in range(num_new):
             seq.block_table.append(self._take_used())

@@ -52,6 +52,11 @@ class Chunk:
         return 0 if source is None else max(0, min(self.stop, source.num_virtual_tokens) - self.start)
 
     @property
+    def still_runs(self) -> bool:
+        """Whether the sequence has not ended or been preempted since; then it has no table, or a new one."""
+        return self.seq is not None and self.seq.block_table is self.block_table
+
+    @property
     def samples(self) -> bool:
         """Whether the sequence's last position is computed: a token is chosen, or a text without new tokens ends."""
         return self.seq is not None and self.stop == self.seq.num_positions

@@ -27,6 +27,7 @@ from math import inf
 
 from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
 from server.engine.scheduling.fair_queue import FairQueue
+from server.engine.scheduling.next_decodes import next_decodes
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
 from server.engine.types import ErrorCode, FinishReason
@@ -80,6 +81,7 @@ class Scheduler:
         self.num_running = 0
         self.num_preemptions = 0
         self._held_runs: dict[str, SoftPromptRun] = {}
+        self._ahead: list[Chunk] | None = None
         self._seqs: dict[str, Sequence] = {}
         self._deadlines: dict[str, float] = {}
         self._next_deadline = inf
@@ -176,13 +178,21 @@ class Scheduler:
             now: Seconds of the engine's clock; becomes ``first_run`` of sequences that start to run.
         """
         plan = StepPlan()
-        budget = self._schedule_decodes(plan, self.max_num_batched_tokens)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            budget = self._schedule_decodes(plan, self.max_num_batched_tokens)
+        else:
+            budget = self._take_ahead(plan, ahead)
         budget = self._schedule_prefills(plan, budget)
         self._schedule_waiting(plan, budget, now)
         if plan.is_empty and self._release_waiting_runs():
             # Soft prompts held for later sequences had left no block for the first one.
             self._schedule_waiting(plan, budget, now)
         return plan
+
+    def plan_ahead(self) -> None:
+        """Plan the decodes of the next step while the last one is computed. Optional: ``schedule`` also does it."""
+        self._ahead = next_decodes(self.running, self.block_manager)
 
     def undo(self, plan: StepPlan) -> None:
         """Undo a plan that could not be computed, so that no sequence finds blocks that were not written.
@@ -256,7 +266,7 @@ class Scheduler:
         return ended, holding
 
     def check_integrity(self) -> None:
-        """Check that queues, blocks and soft prompts are consistent.
+        """Check between two steps that queues, blocks, soft prompts and decodes planned ahead are consistent.
 
         Raises:
             AssertionError: If they are not; a bug in this package.
@@ -278,6 +288,9 @@ class Scheduler:
         may_hold = [*running, *(member for seq in self.waiting.returned for member in seq.members)]
         if not self._held_runs.keys() <= {seq.request_id for seq in may_hold}:
             raise AssertionError("a soft prompt is held for a sequence whose turn has not come, or that ended")
+        ready = [own for seq in self.running if _is_ready(seq) for own in seq.members]
+        if self._ahead is not None and [chunk.seq for chunk in self._ahead if chunk.still_runs] != ready:
+            raise AssertionError("the decodes that were planned ahead are not those of the next step")
         self.waiting.check_integrity()
         self.block_manager.check_integrity(
             [(seq, self._held_runs.get(seq.request_id)) for seq in [*running, *waiting]]
@@ -290,7 +303,7 @@ class Scheduler:
         while index < len(self.running):
             seq = self.running[index]
             members = seq.members
-            if budget >= len(members) and all(own.num_computed == own.num_positions - 1 for own in members):
+            if budget >= len(members) and _is_ready(seq):
                 if not self._make_room(seq):
                     break  # it was the last one, and has been preempted itself
                 for member in members:
@@ -298,6 +311,14 @@ class Scheduler:
                 budget -= len(members)
             index += 1
         return budget
+
+    def _take_ahead(self, plan: StepPlan, ahead: list[Chunk]) -> int:
+        """Plan the decodes of ``plan_ahead`` whose sequences still run; returns the remaining budget."""
+        for chunk in ahead:
+            if chunk.seq is not None and chunk.still_runs:
+                self._commit(plan, chunk, chunk.seq)
+        # A step has room for a decode of every running sequence.
+        return self.max_num_batched_tokens - len(plan.chunks)
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
         for seq in self.running:
@@ -424,10 +445,12 @@ class Scheduler:
         return self.block_manager.blocks_to_finish(seq.request.soft_prompt, longest)
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> None:
-        chunk = Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq)
+        self._commit(plan, Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq), seq)
+
+    def _commit(self, plan: StepPlan, chunk: Chunk, seq: Sequence) -> None:
         plan.chunks.append(chunk)
-        seq.num_computed += num_tokens
-        chunk.shared = self.block_manager.register(seq, seq.num_computed)
+        seq.num_computed = chunk.stop
+        chunk.shared = self.block_manager.register(seq, chunk.stop)
 
     def _make_room(self, seq: Sequence) -> bool:
         """Allocate blocks for the next position of a sequence and its followers; False if it was preempted itself."""
@@ -467,3 +490,8 @@ class Scheduler:
 def _precedence(seq: Sequence) -> tuple[int, int]:
     """The order of ``running``: urgency class, then turn."""
     return seq.urgency, -1 if seq.turn is None else seq.turn
+
+
+def _is_ready(seq: Sequence) -> bool:
+    """Whether a running sequence decodes: one position of each member is missing."""
+    return all(own.num_computed == own.num_positions - 1 for own in seq.members)

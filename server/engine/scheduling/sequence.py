@@ -153,6 +153,19 @@ class Sequence:
         if self.drawn is not None and self.drawn[0] == self.num_new_tokens:
             self.kept_draw = self.drawn[1]
 
+    def unknown_token_id(self, vocab_size: int) -> int | None:
+        """A token id of the request that is not in the vocabulary; None if there is none.
+
+        A lookup beyond the end of a table fails the whole step, and on a GPU the process. So the engine checks, even
+        if the caller has checked before.
+        """
+        params = self.request.params
+        for token_ids in (self.token_ids, params.logit_bias, params.stop_token_ids):
+            for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+                if not 0 <= token_id < vocab_size:
+                    return token_id
+        return None
+
     @property
     def request_id(self) -> str:
         """The request's id; a follower has a separate one."""

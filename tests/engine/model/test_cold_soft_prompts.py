@@ -51,13 +51,13 @@ def load(engine: LLMEngine, *sources: SoftPromptSource) -> None:
 def watch(engine: LLMEngine) -> list[StepPlan]:
     """A list that receives the plan of each step."""
     plans: list[StepPlan] = []
-    compute = engine.runner.run
+    launch = engine.runner.launch
 
-    def run_and_keep(plan: StepPlan, soft_prompts: SoftPromptLoader) -> StepOutput:
+    def launch_and_keep(plan: StepPlan, soft_prompts: SoftPromptLoader) -> Callable[[], StepOutput]:
         plans.append(plan)
-        return compute(plan, soft_prompts)
+        return launch(plan, soft_prompts)
 
-    engine.runner.run = run_and_keep  # type: ignore[method-assign]
+    engine.runner.launch = launch_and_keep  # type: ignore[method-assign]
     return plans
 
 

@@ -233,7 +233,7 @@ def test_a_failed_step_ends_an_ensemble_once(
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "run", fail)
+        patch.setattr(engine.runner, "launch", fail)
         (output,) = engine.step()
     assert output.request_id == "e"
     assert "RuntimeError: broken" in failure_of(output).message

@@ -1,15 +1,13 @@
 """Failing steps: the sequences at fault end, and the tokens of all others do not change.
 
-A recording runner replaces the model: each slot of each block holds a value that represents its keys and values, and
-the next token depends on the slots that are read. So a slot that was not written, was written by another sequence, or
-was left by a failed pass shows as a wrong token. A failed pass leaves garbage in all slots that it should write.
+A ``RecordingRunner`` replaces the model.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,19 +18,17 @@ from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import Pin
 from server.engine.scheduling.block_manager import BlockManager
-from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.scheduler import Scheduler
-from server.engine.scheduling.sequence import Sequence
 from server.engine.types import (
     ErrorCode,
     GenerateRequest,
     RequestFailure,
     SamplingParams,
     SoftPromptSource,
-    StepOutput,
     TokenEvent,
 )
-from tests.support.engine.harness import VOCABULARY, Family, failure_of
+from tests.support.engine.harness import Family, failure_of
+from tests.support.engine.recording_runner import RecordingRunner
 
 SOFT_PROMPTS = (None, "prefix_13", "prompt_tuning_8", "p_tuning_7")
 
@@ -61,83 +57,6 @@ class Request:
             others=tuple(others),
             salt=str(self.tenant),
         )
-
-
-@dataclass
-class RecordingRunner:
-    """Computes tokens from the slots that it reads, and raises if a sequence or a soft prompt is bad."""
-
-    block_size: int
-    fails_from: dict[str, int]
-    bad_run: str | None = None
-    slots: dict[tuple[int, int], int] = field(default_factory=dict)
-    num_raised: int = 0
-
-    def run(self, plan: StepPlan, _soft_prompts: object) -> StepOutput:
-        if self._is_bad(plan):
-            self.num_raised += 1
-            self._fill_with_rubbish(plan)
-            raise ValueError("bad row")
-        for run in plan.key_value_fills:
-            for position in range(run.source.num_virtual_tokens):
-                self._write(run.blocks, position, hash((run.key, position)))
-        for source, destination in plan.block_copies:
-            for offset in range(self.block_size):
-                self.slots[destination, offset] = self.slots.get((source, offset), -7)
-        ends: list[tuple[Sequence, int]] = []
-        for chunk in plan.chunks:
-            value = self._compute(chunk)
-            if chunk.seq is not None and chunk.samples:
-                ends.append((chunk.seq, value))
-        tokens = []
-        for index, (seq, _) in enumerate(ends):
-            if not seq.is_follower:
-                values = tuple(value for _, value in ends[index : index + len(seq.members)])
-                draw = 0.0 if seq.request.params.is_greedy else seq.draw()
-                tokens.append(hash((values, draw)) % VOCABULARY)
-        return StepOutput(tokens)
-
-    def _is_bad(self, plan: StepPlan) -> bool:
-        runs = [*plan.key_value_fills, *(chunk.run for chunk in plan.chunks if chunk.run is not None)]
-        if any(run.key == self.bad_run for run in runs):
-            return True
-        return any(
-            chunk.seq is not None
-            and chunk.stop
-            > chunk.seq.num_virtual_tokens + self.fails_from.get(chunk.seq.request_id.partition("/")[0], 10**9)
-            for chunk in plan.chunks
-        )
-
-    def _fill_with_rubbish(self, plan: StepPlan) -> None:
-        for chunk in plan.chunks:
-            if chunk.seq is not None and chunk.samples and not chunk.seq.is_follower:
-                chunk.seq.draw()
-        for run in plan.key_value_fills:
-            for position in range(run.source.num_virtual_tokens):
-                self._write(run.blocks, position, -1)
-        for _, destination in plan.block_copies:
-            for offset in range(self.block_size):
-                self.slots[destination, offset] = -2
-        for chunk in plan.chunks:
-            for position in range(chunk.start, chunk.stop):
-                self._write(chunk.block_table, position, -3)
-
-    def _compute(self, chunk: Chunk) -> int:
-        value = self._read(chunk.block_table, chunk.start - 1) if chunk.start else 0
-        for position in range(chunk.start, chunk.stop):
-            source = chunk.soft_prompt
-            if source is not None and position < source.num_virtual_tokens:
-                value = hash((value, source.identity, position))
-            elif chunk.seq is not None:
-                value = hash((value, chunk.seq.token_ids[position - chunk.seq.num_virtual_tokens]))
-            self._write(chunk.block_table, position, value)
-        return value
-
-    def _read(self, table: list[int], position: int) -> int:
-        return self.slots.get((table[position // self.block_size], position % self.block_size), -9)
-
-    def _write(self, table: list[int], position: int, value: int) -> None:
-        self.slots[table[position // self.block_size], position % self.block_size] = value
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +121,7 @@ def serve(
 ) -> tuple[dict[str, list[TokenEvent]], RecordingRunner]:
     """All outputs of each request; checks the scheduler's invariants after every step."""
     runner = RecordingRunner(sizes.block_size, **bad)
-    engine.runner.run = runner.run  # type: ignore[method-assign,assignment]
+    engine.runner.launch = runner.launch  # type: ignore[method-assign,assignment]
     engine.scheduler = Scheduler(
         BlockManager(sizes.num_blocks, sizes.block_size),
         max_num_seqs=sizes.max_num_seqs,

@@ -15,16 +15,22 @@ HOST = torch.device("cpu")
 
 
 class PlainPlatform(Platform):
-    """The model's own layers, with the given attention backends and recorder."""
+    """The model's own layers, with the given attention backends and recorder.
+
+    With ``overlaps_host`` the engine keeps the order of a device that computes beside the host.
+    """
 
     def __init__(
         self,
         backends: Sequence[MakeBackend] = (SDPABackend,),
         recorder: Recorder | None = None,
         device: torch.device = HOST,
+        *,
+        overlaps_host: bool = False,
     ) -> None:
         super().__init__(device, backends)
         self._recorder = recorder
+        self.overlaps_host = overlaps_host
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
         if type(backend) is not SDPABackend:
