@@ -152,8 +152,8 @@ def plan_attention(
     merged = torch.stack([first_rows, first_parts, shares], 1)[is_divided].repeat_interleave(rows, 0)
     merged[:, 0] += rank
     merges = torch.cat([merged, rank[:, None] * group_size], 1)
-    on_device = queue_copies([items[longest_first, :ITEM_FIELDS].int(), merges.int()], device)
-    return Plan(*on_device, num_parts=int(parts.sum()))
+    items, merges = queue_copies([items[longest_first, :ITEM_FIELDS].int(), merges.int()], device)
+    return Plan(items, merges, int(parts.sum()))
 
 
 def _ceil(numbers: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from server.engine.attention.backend import RowSpan
 from server.engine.cuda.attention_plan import MAX_SHARES, Plan, Tiling, choose_tiling, plan_attention
 from tests.support.engine.caches import CPU
 
+TILING = Tiling(64, 32, 4)
+
 
 def make_plan(
     sizes: list[tuple[int, int]],
-    tiling: Tiling = Tiling(64, 32, 4),
+    tiling: Tiling = TILING,
     *,
     group_size: int = 4,
     window: int | None = None,
@@ -83,7 +86,7 @@ def test_each_row_meets_each_key_that_it_sees_once(
         for position in range(first, first + count):
             shares = sorted(ranges.pop(row))
             assert {(own[3], own[4]) for own in shares} == {(position, 1000 * index)}
-            assert all(one[1] == other[0] for one, other in zip(shares, shares[1:], strict=False))
+            assert all(one[1] == other[0] for one, other in pairwise(shares))
             assert shares[0][0] <= max(0, position - window + 1 if window else 0)
             assert shares[-1][1] > position
             assert [own[5] for own in shares] == [1] + [0] * (len(shares) - 1)

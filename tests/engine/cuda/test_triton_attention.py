@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend, make_metadata
+from server.engine.cuda.attention_plan import MAX_SHARES
 from server.engine.model import exactness
 from server.errors import EngineStartError
 from tests.support.engine.caches import Span, make_cache, plain_attention
@@ -199,7 +200,7 @@ def test_a_value_that_is_not_finite_affects_its_row_only(num_shares: int, monkey
 def test_keys_are_divided_only_if_the_gpu_would_be_idle_otherwise() -> None:
     backend = triton_attention.TritonBackend(make_cache(num_blocks=1, num_kv_heads=1, device=DEVICE))
     backend._num_programs = 528  # an H100: four for each of 132 multiprocessors
-    assert backend.num_shares(8, 100_000) == triton_attention.MAX_SHARES
+    assert backend.num_shares(8, 100_000) == MAX_SHARES
     assert backend.num_shares(8, 2048) == 8
     assert backend.num_shares(100, 100_000) == 5
     assert backend.num_shares(528, 100_000) == backend.num_shares(8, 100) == backend.num_shares(4096, 100) == 1

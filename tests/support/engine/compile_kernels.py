@@ -104,7 +104,7 @@ def _type_of(argument: object) -> str:
 
 def main(capabilities: list[int], dtypes: list[str], head_dims: list[int], tiling: list[int] | None) -> None:
     if tiling is not None:
-        triton_attention.choose_tiling = lambda *_, **__: Tiling(*tiling)
+        vars(triton_attention)["choose_tiling"] = lambda *_, **__: Tiling(*tiling)
     for name, head_dim in itertools.product(dtypes, head_dims):
         dtype = getattr(torch, name)
         backend = TritonBackend(
