@@ -44,7 +44,7 @@ class Tiling:
 # were chosen by these limits, not by measurements on a GPU. In float32, products are computed without tensor cores
 # and need many registers; hence the smaller tiles and the 8 warps.
 _PREFILLS = {
-    (64, 2): Tiling(64, 64, 4),
+    (64, 2): Tiling(64, 32, 4),
     (64, 4): Tiling(32, 32, 4),
     (128, 2): Tiling(64, 32, 4),
     (128, 4): Tiling(32, 16, 8),

@@ -60,22 +60,11 @@ def test_keys_are_fetched_ahead_without_spilled_registers(
 
 
 def test_the_check_notices_spilled_registers_and_late_fetches(tmp_path: Path) -> None:
-    arguments = [
-        "--capabilities",
-        "90",
-        "--dtypes",
-        "float32",
-        "--head-dims",
-        "128",
-        "--tiling",
-        "32",
-        "32",
-        "4",
-        "2",
-    ]
-    attended = [one for one in compile_kernels(tmp_path, *arguments) if one["kernel"] == "attend"]
-    assert all(one["spilled"] > 0 and one["in_flight"] == 0 and one["buffers"] == 1 for one in attended)
+    arguments = ["--capabilities", "80", "--dtypes", "bfloat16", "--head-dims", "128", "--tiling"]
+    built = compile_kernels(tmp_path, *arguments, "128", "128", "4", "1")
+    attended = [one for one in built if one["kernel"] == "attend"]
     assert len(attended) == 2
+    assert all(one["spilled"] > 0 and one["in_flight"] == 0 and one["buffers"] < 2 for one in attended)
 
 
 @pytest.mark.slow
