@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -68,6 +68,22 @@ class Rows:
     query_positions: torch.Tensor
 
 
+class RowSpan(NamedTuple):
+    """The rows of one sequence in the flat batch, known on the host.
+
+    Attributes:
+        first_row: Its first row.
+        num_rows: Its number of rows.
+        first_position: The position of its first row.
+        first_block: Where its block table starts in ``AttentionMetadata.tables``.
+    """
+
+    first_row: int
+    num_rows: int
+    first_position: int
+    first_block: int
+
+
 @dataclass(slots=True)
 class AttentionMetadata:
     """Which rows attend to which keys, for one step.
@@ -76,6 +92,8 @@ class AttentionMetadata:
         slot_mapping: [rows] int64, the slot of each row's key and value.
         groups: One group of all decodes (one row each), then one for each prefill chunk.
         block_size: Positions in a block.
+        spans: The rows of each sequence; empty if the groups hold all that is known on the host.
+        tables: [blocks of all sequences] int64, the block tables of ``spans``; those of the groups are views of it.
         masks: Additive masks by (group, window), computed when first needed.
         past_end: By group, which of the last gathered keys are past their sequence's end, computed when first needed.
     """
@@ -83,6 +101,8 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     groups: list[Rows]
     block_size: int
+    spans: Sequence[RowSpan] = ()
+    tables: torch.Tensor | None = None
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
     past_end: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -313,7 +333,10 @@ def make_metadata(
     while num_decodes < len(spans) and spans[num_decodes][2] == 1:
         num_decodes += 1
     slot_mapping: list[torch.Tensor] = []
-    parts: list[torch.Tensor] = []
+    all_tables: list[torch.Tensor] = []
+    all_positions: list[torch.Tensor] = []
+    row_spans: list[RowSpan] = []
+    first_row = first_block = 0
     for batch in (spans[:num_decodes], *([span] for span in spans[num_decodes:])):
         if not batch:
             continue
@@ -326,15 +349,21 @@ def make_metadata(
         tables = torch.tensor([_fit(table, num_blocks) for table, _, _ in batch])
         blocks = tables.gather(1, query_positions // block_size)
         slot_mapping.append((blocks * block_size + query_positions % block_size).flatten())
-        parts += [tables, query_positions]
-    slots, *parts = queue_copies([torch.cat(slot_mapping), *parts], device)
+        all_tables.append(tables)
+        all_positions.append(query_positions)
+        for _, start, _ in batch:
+            row_spans.append(RowSpan(first_row, per_seq, start, first_block))
+            first_row, first_block = first_row + per_seq, first_block + num_blocks
+    host_tables = torch.cat([tables.flatten() for tables in all_tables])
+    slots, flat_tables, *positions = queue_copies([torch.cat(slot_mapping), host_tables, *all_positions], device)
+    tables_of_groups = torch.split(flat_tables, [tables.numel() for tables in all_tables])
     groups: list[Rows] = []
     first_row = 0
-    for tables, query_positions in zip(parts[::2], parts[1::2], strict=True):
+    for own, shaped, query_positions in zip(tables_of_groups, all_tables, positions, strict=True):
         last_row = first_row + query_positions.numel()
-        groups.append(Rows(first_row, last_row, tables, query_positions))
+        groups.append(Rows(first_row, last_row, own.view(shaped.shape), query_positions))
         first_row = last_row
-    return AttentionMetadata(slots, groups, block_size)
+    return AttentionMetadata(slots, groups, block_size, row_spans, flat_tables)
 
 
 def _gather(slots: torch.Tensor, tables: torch.Tensor, block_size: int, past_end: torch.Tensor) -> torch.Tensor:

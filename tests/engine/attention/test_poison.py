@@ -32,6 +32,7 @@ def make_backend(kind: str, cache: KVCache) -> AttentionBackend:
 
         backend = triton_attention.TritonBackend(cache)
         vars(backend)["num_shares"] = lambda *_: 2
+        vars(backend).update(_min_keys_of_share=16, _num_programs=1000)
         return backend
     return {"sdpa": SDPABackend, "compiled": CPUBackend}[kind](cache)
 
