@@ -10,6 +10,7 @@ from math import isfinite, isnan
 from server.config import EngineSettings
 from server.engine.device_faults import raise_if_device_failed
 from server.engine.messages import Inspect, Inspected, Pin, Unpin
+from server.engine.model.block_loads import BlockLoads
 from server.engine.model.inspection import Inspector
 from server.engine.model.model_runner import ModelRunner
 from server.engine.model.platform import Platform
@@ -55,8 +56,8 @@ class LLMEngine:
 
     Args:
         settings: The model and its limits.
-        on_loaded: Called from another thread when a soft prompt has been read, a grammar compiled, or the device has
-            failed, to wake a sleeping loop.
+        on_loaded: Called when a soft prompt has been read or copied, a grammar compiled, or the device has failed,
+            mostly from another thread, to wake a sleeping loop.
         platform: The device; None chooses it from the settings.
 
     Raises:
@@ -79,6 +80,8 @@ class LLMEngine:
             raise EngineStartError(
                 f"the model {settings.model!r} cannot be served ({type(error).__name__}: {error})"
             ) from error
+        self._loads = BlockLoads(self.runner.cache, self.runner.platform.copy_stream(), on_loaded)
+        self._waits_for_load = False
         try:
             self.scheduler = self._make_scheduler()
         except ValueError as error:
@@ -109,13 +112,19 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step has anything to do now. Sequences that wait for a file or a grammar do not count."""
-        return self.scheduler.has_work
+        """Whether a step has anything to do now. Sequences that wait for a soft prompt or a grammar do not count."""
+        return self.scheduler.has_work and not self._waits_for_load
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a soft prompt is copied beside the steps: if nothing hangs, there will be a step."""
+        return len(self._loads) > 0
 
     @property
     def idle_seconds(self) -> float | None:
-        """Seconds until a step must end a sequence that waits for a file or a grammar; None if there is none."""
-        deadline = self._pending.next_deadline
+        """Seconds until a step must end a sequence that waits; None if there is none with a deadline."""
+        deadlines = (self._pending.next_deadline, self.scheduler.next_deadline)
+        deadline = min((one for one in deadlines if one is not None), default=None)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     @property
@@ -150,7 +159,7 @@ class LLMEngine:
         if needs:
             self._pending.add(seq, needs)
         else:
-            self.scheduler.add(seq)
+            self._schedule(seq)
         return []
 
     def abort(self, request_id: str) -> list[TokenEvent]:
@@ -162,6 +171,7 @@ class LLMEngine:
             return []
         self._release_soft_prompts(seq)
         self._abandon_grammar(seq)
+        self._waits_for_load = False
         return [
             TokenEvent(
                 request_id=request_id, finish_reason=FinishReason.ABORT, num_cached_tokens=seq.num_cached_tokens
@@ -183,7 +193,11 @@ class LLMEngine:
         self._inspector.inspect(message, on_inspected)
 
     def take_loaded(self) -> list[TokenEvent]:
-        """Schedule the sequences that need nothing more; returns the last events of those whose need failed."""
+        """Schedule the sequences that need nothing more; returns the last events of those whose need failed.
+
+        Raises:
+            DeviceError: If a soft prompt could not be copied because the device failed.
+        """
         events: list[TokenEvent] = []
         loaded = self.soft_prompts.take_loaded()
         unreadable = {identity for identity, error in loaded if error is not None}
@@ -204,7 +218,7 @@ class LLMEngine:
                     self._release_soft_prompts(seq)
                     events.append(_fail(seq, failure.code, failure.message))
             self._admit_pending(constraint)
-        return events
+        return events + self._end_loads()
 
     def step(self) -> list[TokenEvent]:
         """Compute one token for every sequence that is ready; returns the new events.
@@ -217,6 +231,8 @@ class LLMEngine:
         started = time.monotonic()
         events = self.take_loaded() + self._expire(started)
         plan = self.scheduler.schedule(started)
+        self._loads.start(plan, self.soft_prompts)
+        self._waits_for_load = plan.is_empty and self.is_loading
         if plan.is_empty:
             return events
         computed = plan
@@ -255,6 +271,7 @@ class LLMEngine:
         self._grammars.close()
         self._inspector.close()
         self.soft_prompts.close()
+        self._loads.close()
         self.runner.close()
 
     def _make_scheduler(self) -> Scheduler:
@@ -268,6 +285,7 @@ class LLMEngine:
             max_num_seqs=self._settings.max_num_seqs,
             max_num_batched_tokens=self._settings.max_num_batched_tokens,
             max_model_len=self.model.max_model_len,
+            step_fill_tokens=self._loads.step_fill_tokens,
         )
 
     def _refusal(self, seq: Sequence) -> str | None:
@@ -293,6 +311,16 @@ class LLMEngine:
         if params.classify and (soft_prompt is None or soft_prompt.num_labels is None):
             return "only a soft prompt with a classification head classifies"
         return None
+
+    def _end_loads(self) -> list[TokenEvent]:
+        """Let the sequences of ended loads start; returns the last events of those whose load failed."""
+        events: list[TokenEvent] = []
+        for waiting, error in self._loads.end(self.scheduler):
+            raise_if_device_failed(error, self.runner.platform.check_device)
+            logger.error("a soft prompt cannot be copied to the device", exc_info=error)
+            reason = f"the soft prompt cannot be copied to the device ({_named(error)})"
+            events += [self._finish_failed(seq, ErrorCode.FAILED, reason) for seq in waiting]
+        return events
 
     def _recover(self, plan: StepPlan, error: Exception) -> tuple[StepPlan, StepOutput, list[TokenEvent]]:
         """End the sequences that made a step raise, and compute the others.
@@ -452,7 +480,11 @@ class LLMEngine:
 
     def _admit_pending(self, need: Hashable) -> None:
         for seq in self._pending.supply(need):
-            self.scheduler.add(seq)
+            self._schedule(seq)
+
+    def _schedule(self, seq: Sequence) -> None:
+        self.scheduler.add(seq)
+        self._waits_for_load = False
 
     def _record_step(self, plan: StepPlan, seconds: float) -> None:
         stats = self._stats
@@ -479,7 +511,11 @@ def _unknown_token_id(seq: Sequence, vocab_size: int) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    return f"the model failed to compute this request ({type(error).__name__}: {error})"
+    return f"the model failed to compute this request ({_named(error)})"
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _fail(seq: Sequence, code: ErrorCode, message: str) -> TokenEvent:

@@ -110,9 +110,8 @@ class EngineLoop:
                 except Empty:
                     break
             events += engine.step()
-            self._send(
-                StepOutputs(events=events, stats=engine.stats, num_received=num_received, has_work=engine.has_work)
-            )
+            has_work = engine.has_work or engine.is_loading  # a load that hangs must be detected, too
+            self._send(StepOutputs(events=events, stats=engine.stats, num_received=num_received, has_work=has_work))
 
     def _wait(self, seconds: float | None) -> ToEngine | None:
         try:

@@ -13,7 +13,11 @@ same holds for the next one. Later arrivals get later turns, and only finitely m
 with an earlier turn.
 
 A sequence whose soft prompt is not on the device acquires a run of blocks for it. Keys and values are copied into the
-run within the same step. Embeddings are computed as a separate chunk, shared by all sequences that wait for them.
+run within the same step, up to ``step_fill_tokens``. Larger ones are *loaded*: copied beside the steps, so that no
+step waits for them. The sequences that wait for a load start in the step after its end. Blocks that are loading
+cannot be taken, but every load ends; a running sequence that finds no other block to take waits for that.
+
+Embeddings are computed as a separate chunk, shared by all sequences that wait for them.
 These start in the step that completes the run, because each layer writes all keys and values before it reads any. A
 partial last block would have to be copied before the forward pass, so each of them computes the block's few virtual
 tokens again, in its own block.
@@ -29,7 +33,7 @@ from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
 from server.engine.scheduling.fair_queue import FairQueue
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import ErrorCode, FinishReason
+from server.engine.types import ErrorCode, FinishReason, SoftPromptSource
 
 AGING_TURNS = 16
 """Turns, or sequences of maximum size, that may overtake a less urgent class before it has a sequence promoted."""
@@ -44,6 +48,8 @@ class Scheduler:
         max_num_batched_tokens: Maximum number of positions that one step computes.
         max_model_len: Maximum number of positions of one sequence.
         quantum: Tokens of one turn of a waiting tenant; None is ``max_num_batched_tokens``.
+        step_fill_tokens: Virtual tokens of keys and values that one step copies at most; what is over it is loaded
+            beside the steps. None: a step copies all.
 
     Attributes:
         waiting: Sequences without blocks; an ensemble is represented by its leader.
@@ -64,6 +70,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         quantum: int | None = None,
+        step_fill_tokens: int | None = None,
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
@@ -74,6 +81,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self._step_fill_tokens = step_fill_tokens
         quantum = quantum or max_num_batched_tokens
         self.waiting = FairQueue(quantum=quantum, aging_tokens=AGING_TURNS * max(quantum, max_model_len))
         self.running: list[Sequence] = []
@@ -93,6 +101,11 @@ class Scheduler:
     def num_sequences(self) -> int:
         """Sequences that wait or run; an ensemble counts once."""
         return len(self._seqs)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a sequence that has not run, on the engine's clock; None if none has one."""
+        return min(self._deadlines.values(), default=None)
 
     def check(self, seq: Sequence) -> None:
         """Refuse a sequence that could never finish.
@@ -179,7 +192,7 @@ class Scheduler:
         budget = self._schedule_decodes(plan, self.max_num_batched_tokens)
         budget = self._schedule_prefills(plan, budget)
         self._schedule_waiting(plan, budget, now)
-        if plan.is_empty and self._release_waiting_runs():
+        if plan.is_empty and not self.block_manager.is_loading and self._release_waiting_runs():
             # Soft prompts held for later sequences had left no block for the first one.
             self._schedule_waiting(plan, budget, now)
         return plan
@@ -292,7 +305,7 @@ class Scheduler:
             members = seq.members
             if budget >= len(members) and all(own.num_computed == own.num_positions - 1 for own in members):
                 if not self._make_room(seq):
-                    break  # it was the last one, and has been preempted itself
+                    break  # it was the last one, and has been preempted itself or waits for blocks
                 for member in members:
                     self._add_chunk(plan, member, 1)
                 budget -= len(members)
@@ -301,7 +314,7 @@ class Scheduler:
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
         for seq in self.running:
-            if seq.num_computed < seq.num_positions:
+            if seq.num_computed < seq.num_positions and not self._lacks_blocks(seq):
                 budget = self._prefill(plan, seq, budget)
         return budget
 
@@ -385,11 +398,17 @@ class Scheduler:
             return None, 0
         run = self._held_runs.get(seq.request_id)
         if run is None:
-            run = self.block_manager.acquire_run(source)
+            # As for an admission: running sequences must not be stopped by blocks that cannot be taken for a while.
+            headroom = self.num_running if self._is_loaded_beside(plan, source) else 0
+            run = self.block_manager.acquire_run(source, headroom)
             if run is None:
                 return None, 0
             self._held_runs[seq.request_id] = run
-        if run.is_filled or run.key in filling:
+        if run.is_filled or run.is_loading or run.key in filling:
+            return run, 0
+        if self._is_loaded_beside(plan, source):
+            plan.loads.append(run)
+            run.is_loading = True
             return run, 0
         if source.is_key_values:
             plan.key_value_fills.append(run)
@@ -405,6 +424,13 @@ class Scheduler:
         run.num_computed += num_tokens
         filling.add(run.key)
         return run, num_tokens
+
+    def _is_loaded_beside(self, plan: StepPlan, source: SoftPromptSource) -> bool:
+        """Whether a soft prompt is too large for the copies of a step."""
+        if self._step_fill_tokens is None or not source.is_key_values:
+            return False
+        num_copied = sum(run.source.num_virtual_tokens for run in plan.key_value_fills)
+        return num_copied + source.num_virtual_tokens > self._step_fill_tokens
 
     def _can_start(self, members: tuple[Sequence, ...], budget: int, filling: set[str]) -> bool:
         """Whether sequences, which hold their soft prompts, start in this step.
@@ -430,38 +456,51 @@ class Scheduler:
         chunk.shared = self.block_manager.register(seq, seq.num_computed)
 
     def _make_room(self, seq: Sequence) -> bool:
-        """Allocate blocks for the next position of a sequence and its followers; False if it was preempted itself."""
+        """Allocate blocks for the next position of a sequence and its followers.
+
+        Returns:
+            False if it was preempted itself, or waits for blocks that are loading.
+        """
         for member in seq.members:
             while not self.block_manager.extend(member, member.num_positions):
                 if self._release_waiting_runs():
                     continue
                 victim = self.running[-1]
+                if victim is seq and self.block_manager.is_loading:
+                    return False
                 self.preempt(victim)
                 if victim is seq:
                     return False
         return True
+
+    def _lacks_blocks(self, seq: Sequence) -> bool:
+        """Whether ``_make_room`` found no block for the next position of a sequence or a follower."""
+        return any(len(own.block_table) < self.block_manager.blocks_for(own.num_positions) for own in seq.members)
 
     def _stop_running(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.num_running -= len(seq.members)
 
     def _release_waiting_runs(self) -> bool:
-        """Release the soft prompts of waiting sequences, which acquire them again later. False if none held any."""
-        holders = [
-            seq
-            for seq in self.waiting.returned
-            if any(member.request_id in self._held_runs for member in seq.members)
-        ]
-        for seq in holders:
-            self._release(seq)
+        """Release the soft prompts of waiting sequences, which acquire them again later. False if none held any.
+
+        Those that are loading are kept, because their blocks would not become available.
+        """
+        names = [member.request_id for seq in self.waiting.returned for member in seq.members]
+        holders = [name for name in names if (run := self._held_runs.get(name)) and not run.is_loading]
+        for name in holders:
+            self._release_run(name)
         return bool(holders)
 
     def _release(self, seq: Sequence) -> None:
         for member in seq.members:
             self.block_manager.free(member)
-            run = self._held_runs.pop(member.request_id, None)
-            if run is not None:
-                self.block_manager.release_run(run)
+            self._release_run(member.request_id)
+
+    def _release_run(self, name: str) -> None:
+        run = self._held_runs.pop(name, None)
+        if run is not None:
+            self.block_manager.release_run(run)
 
 
 def _precedence(seq: Sequence) -> tuple[int, int]:
