@@ -92,7 +92,10 @@ class Bench:
         other = make_cache()
         other.fill(self.run_of(name).blocks, rows)
         slots = self.cache.slots(self.run_of(name).blocks)[: len(rows)]
-        return all(torch.equal(own[slots], want[slots]) for own, want in zip(self.cache.layer(0), other.layer(0), strict=True))
+        return all(
+            torch.equal(own[slots], want[slots])
+            for own, want in zip(self.cache.layer(0), other.layer(0), strict=True)
+        )
 
 
 @pytest.fixture

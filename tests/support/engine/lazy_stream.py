@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from server.engine.attention.transfers import Mark
+
 
 class LazyMark:
     """A point behind some of a stream's copies."""
@@ -50,7 +52,7 @@ class LazyStream:
         return LazyMark(self, len(self._queued))
 
     @contextmanager
-    def after(self, mark: LazyMark) -> Iterator[None]:
+    def after(self, mark: Mark) -> Iterator[None]:
         self._thread = threading.current_thread()
         mark.wait()
         with _Queueing(self):
