@@ -319,7 +319,10 @@ class LLMEngine:
             raise_if_device_failed(error, self.runner.platform.check_device)
             logger.error("a soft prompt cannot be copied to the device", exc_info=error)
             reason = f"the soft prompt cannot be copied to the device ({_named(error)})"
-            events += [self._finish_failed(seq, ErrorCode.FAILED, reason) for seq in waiting]
+            # A member of an ensemble may have ended it already.
+            events += [
+                self._finish_failed(seq, ErrorCode.FAILED, reason) for seq in waiting if seq.end_reason is None
+            ]
         return events
 
     def _recover(self, plan: StepPlan, error: Exception) -> tuple[StepPlan, StepOutput, list[TokenEvent]]:

@@ -306,6 +306,25 @@ def test_a_piece_that_fails_ends_only_what_waits_for_it(
     assert tokens(served.run()["again"]) == served.expected("prefix_long", 4)
 
 
+def test_an_ensemble_whose_loads_fail_together_ends_once(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve()
+    served.is_free = True
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such slot")
+
+    monkeypatch.setattr(KVCache, "write", fail)
+    served.add("both", "prefix_long", 4, others=(served.family.soft_prompts["prefix_other"],))
+    assert served.step() == []
+    wait_until(lambda: served.engine._loads._jobs._ended.qsize() == 2, 10)
+    (event,) = served.step()
+    assert failure_of(event).code is ErrorCode.FAILED
+    assert served.step() == []
+    assert not served.engine.is_loading
+
+
 def test_a_device_error_in_a_piece_is_the_devices(
     serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
