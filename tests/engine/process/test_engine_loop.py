@@ -11,7 +11,7 @@ import pytest
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import Shutdown, StepOutputs, from_engine_decoder
 from server.engine.process.engine_process import EngineLoop
-from server.engine.types import EngineStats
+from server.engine.types import EngineStats, TokenEvent
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,12 @@ def test_a_load_counts_as_work_for_the_watchdog(has_work: bool, is_loading: bool
         loop = EngineLoop(near)
         engine = Mock(spec=LLMEngine, has_work=has_work, is_loading=is_loading, idle_seconds=None)
         engine.stats = EngineStats(num_blocks=1, block_size=1)
-        engine.step.side_effect = lambda: loop._inbox.put(Shutdown()) or []
+
+        def step() -> list[TokenEvent]:
+            loop._inbox.put(Shutdown())
+            return []
+
+        engine.step = step
         loop._inbox.put(None)
         loop._loop(engine)
         frames = [loop._outbox.get_nowait() for _ in range(loop._outbox.qsize())]

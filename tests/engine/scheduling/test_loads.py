@@ -161,13 +161,14 @@ def test_waiting_sequences_keep_what_is_loading_when_blocks_run_out() -> None:
 
 def test_the_earliest_deadline_of_what_has_not_run() -> None:
     scheduler = make()
-    assert scheduler.next_deadline is None
+    deadlines = [scheduler.next_deadline]
     source = SoftPromptSource(digest="d", num_virtual_tokens=40, is_key_values=True, path="/nowhere")
     for name, timeout in (("late", 9.0), ("early", 3.0), ("never", None)):
         scheduler.add(make_sequence(name, [1], SamplingParams(), source, timeout=timeout))
-    assert scheduler.next_deadline == 3.0
+    deadlines.append(scheduler.next_deadline)
     (run,) = step(scheduler).loads
-    assert scheduler.next_deadline == 3.0
+    deadlines.append(scheduler.next_deadline)
     scheduler.block_manager.end_load(run, is_filled=True)
     step(scheduler)
-    assert scheduler.next_deadline is None
+    deadlines.append(scheduler.next_deadline)
+    assert deadlines == [None, 3.0, 3.0, None]
