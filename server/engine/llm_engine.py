@@ -123,7 +123,9 @@ class LLMEngine:
     @property
     def idle_seconds(self) -> float | None:
         """Seconds until a step must end a sequence that waits; None if there is none with a deadline."""
-        deadlines = (self._pending.next_deadline, self.scheduler.next_deadline)
+        deadlines = [self._pending.next_deadline]
+        if self._waits_for_load:
+            deadlines.append(self.scheduler.next_deadline)
         deadline = min((one for one in deadlines if one is not None), default=None)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
