@@ -6,6 +6,9 @@ sequence's token, computed from that sequence's prefix, soft prompt and tenant. 
 shared wrongly, evicted in use, copied too early or never filled. Some texts and soft prompts are NaN from some
 position on. After the step that computes them, no findable block may contain NaN, and only the affected sequences may
 have ended.
+
+Large soft prompts of keys and values are loaded beside the steps, a few positions with each. A load that no sequence
+waits for stops, though it may write one piece more, and some loads fail.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
@@ -37,6 +40,7 @@ class Limits:
         max_num_seqs: Maximum number of running sequences.
         max_num_batched_tokens: Maximum number of positions per step.
         max_model_len: Maximum number of positions per sequence.
+        step_fill_tokens: Virtual tokens of keys and values that a step copies itself; None for all.
     """
 
     num_blocks: int = 14
@@ -44,6 +48,7 @@ class Limits:
     max_num_seqs: int = 5
     max_num_batched_tokens: int = 11
     max_model_len: int = 40
+    step_fill_tokens: int | None = 4
 
 
 @dataclass(slots=True)
@@ -52,7 +57,8 @@ class Tally:
 
     ``ensembles`` counts finished ensembles. ``spoiled`` counts sequences that ended because of a shared block that is
     not finite, and ``not_finite`` those that ended because of their own token. ``repeated`` counts chunks of
-    sequences that begin with virtual tokens.
+    sequences that begin with virtual tokens. ``loaded``, ``abandoned`` and ``unloadable`` count loads that ended with
+    all positions copied, that stopped early, and that failed; ``beside`` counts steps with chunks beside a load.
     """
 
     steps: int = 0
@@ -66,6 +72,25 @@ class Tally:
     spoiled: int = 0
     not_finite: int = 0
     repeated: int = 0
+    loaded: int = 0
+    abandoned: int = 0
+    unloadable: int = 0
+    beside: int = 0
+
+
+@dataclass(slots=True)
+class Load:
+    """A load in progress or in the queue.
+
+    Attributes:
+        run: The blocks.
+        num_copied: Positions that are written.
+        is_last: Whether no sequence waited for it after its last piece, so that the next one is the last.
+    """
+
+    run: SoftPromptRun
+    num_copied: int = 0
+    is_last: bool = False
 
 
 @dataclass(slots=True)
@@ -87,6 +112,7 @@ class Drive:
     live: dict[str, Sequence] = field(default_factory=dict)
     versions: list[int] = field(default_factory=lambda: [0] * NUM_PROMPTS)
     slots: dict[tuple[int, int], object] = field(default_factory=dict)
+    loads: list[Load] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         limits = self.limits
@@ -95,6 +121,7 @@ class Drive:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=limits.max_model_len,
+            step_fill_tokens=limits.step_fill_tokens,
         )
 
     def add(
@@ -190,6 +217,7 @@ class Drive:
         """Advance the clock by ``seconds``, then plan and run one step."""
         self.tally.steps += 1
         self.now += seconds
+        self._advance_loads()
         self._expire()
         first = self.scheduler.running[0] if self.scheduler.running else None
         waiting = {seq.request_id for seq in self.scheduler.waiting}
@@ -199,6 +227,8 @@ class Drive:
             if all(member.num_computed == member.num_positions - 1 for member in seq.members)
         ]
         plan = self.scheduler.schedule(self.now)
+        self.loads += [Load(run) for run in plan.loads]
+        self.tally.beside += bool(self.loads and plan.chunks)
         self._check_plan(plan, first)
         # A preempted sequence has lost its table, and may have a new one.
         self._check_decodes_first(plan, [seq for seq, table in ready if seq.block_table is table])
@@ -219,13 +249,41 @@ class Drive:
         self.scheduler.check_integrity()
 
     def finish(self, max_steps: int = 5000) -> None:
-        """Run all sequences to their end, and check that every block was released."""
+        """Run all sequences and loads to their end, and check that every block was released."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.loads:
                 break
             self.step()
         _expect(not self.scheduler.has_work and not self.live, f"{len(self.live)} sequences never ended")
         _expect(self.scheduler.block_manager.num_available == self.limits.num_blocks, "some blocks were not released")
+
+    def _advance_loads(self) -> None:
+        """Write a piece of the first load, and end it if it is complete, abandoned or failed."""
+        for load in self.loads[:1]:
+            run, first = load.run, load.num_copied
+            virtual = _virtual(run.source)
+            load.num_copied = min(first + 2, len(virtual))
+            for position in range(first, load.num_copied):
+                block = run.blocks[position // self.limits.block_size]
+                self.slots[block, position % self.limits.block_size] = virtual[position]
+            is_complete = load.num_copied == len(virtual)
+            has_failed = is_complete and crc32(run.key.encode()) % 5 == 0
+            if is_complete or load.is_last:
+                self.loads.remove(load)
+                self._end_load(load, has_failed=has_failed)
+            load.is_last = run.ref_count == 0
+
+    def _end_load(self, load: Load, *, has_failed: bool) -> None:
+        is_filled = not has_failed and load.num_copied == load.run.source.num_virtual_tokens
+        waiting = self.scheduler.holders(load.run) if has_failed else []
+        self.scheduler.block_manager.end_load(load.run, is_filled=is_filled)
+        for seq in waiting:
+            self.scheduler.finish(seq, ErrorCode.FAILED)
+            del self.live[seq.request_id]
+        self.tally.loaded += is_filled
+        self.tally.unloadable += has_failed
+        self.tally.abandoned += not is_filled and not has_failed
+        self.scheduler.check_integrity()
 
     def _expire(self) -> None:
         for seq in self.scheduler.expire(self.now):
@@ -241,7 +299,8 @@ class Drive:
         limits = self.limits
         _expect(plan.num_tokens <= limits.max_num_batched_tokens, f"the step computes {plan.num_tokens} tokens")
         _expect(self.scheduler.num_running <= limits.max_num_seqs, "too many sequences run")
-        _expect(not plan.is_empty or not self.scheduler.has_work, "the plan is empty, but sequences wait")
+        may_wait = bool(self.loads) or not self.scheduler.has_work
+        _expect(not plan.is_empty or may_wait, "the plan is empty, but sequences wait")
         _expect(first is None or bool(first.block_table), "the sequence that is first in order was preempted")
         seqs = [chunk.seq.request_id for chunk in plan.chunks if chunk.seq is not None]
         _expect(len(seqs) == len(set(seqs)), "a sequence is in the step twice")
@@ -254,8 +313,16 @@ class Drive:
 
     def _check_decodes_first(self, plan: StepPlan, ready: list[Sequence]) -> None:
         expected = [member for seq in ready for member in seq.members]
+        if self.loads and ready and self._lacks_blocks(ready[-1]):
+            expected = [member for seq in ready[:-1] for member in seq.members]
         leading = [chunk.seq for chunk in plan.chunks[: len(expected)] if chunk.num_tokens == 1]
         _expect(leading == expected, "a sequence that could decode had to wait")
+
+    def _lacks_blocks(self, seq: Sequence) -> bool:
+        """Whether a sequence waits for blocks that are loading: every other block is in use before its turn."""
+        blocks = self.scheduler.block_manager
+        needed = [blocks.blocks_for(member.num_positions) - len(member.block_table) for member in seq.members]
+        return seq is self.scheduler.running[-1] and sum(needed) > blocks.num_available
 
     def _check_ensembles(self, plan: StepPlan) -> None:
         """Check that the members of an ensemble sample in the same step, in adjacent rows."""

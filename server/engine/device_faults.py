@@ -25,7 +25,7 @@ def is_device_fault(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
 
 
-def raise_if_device_failed(error: Exception, check_device: Callable[[], None]) -> None:
+def raise_if_device_failed(error: BaseException, check_device: Callable[[], None]) -> None:
     """Return if the device can compute further passes after one has failed.
 
     Args:

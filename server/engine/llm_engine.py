@@ -9,7 +9,9 @@ from math import isfinite, isnan
 
 from server.config import EngineSettings
 from server.engine.device_faults import raise_if_device_failed
+from server.engine.failures import fail, failure_event, named, reason, refusal_of
 from server.engine.messages import Inspect, Inspected, Pin, Unpin
+from server.engine.model.block_loads import BlockLoads
 from server.engine.model.inspection import Inspector
 from server.engine.model.model_runner import ModelRunner
 from server.engine.model.platform import Platform
@@ -23,12 +25,7 @@ from server.engine.scheduling.plan import StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.scheduling.step_parts import retry_in_parts
-from server.engine.stats import (
-    BATCH_SIZE_BOUNDS,
-    BATCH_TOKENS_BOUNDS,
-    DISTINCT_PROMPTS_BOUNDS,
-    STEP_SECONDS_BOUNDS,
-)
+from server.engine.step_stats import record_step
 from server.engine.types import (
     EngineStats,
     ErrorCode,
@@ -36,7 +33,6 @@ from server.engine.types import (
     GenerateRequest,
     Logprobs,
     ModelInfo,
-    RequestFailure,
     StepOutput,
     TokenEvent,
 )
@@ -55,8 +51,8 @@ class LLMEngine:
 
     Args:
         settings: The model and its limits.
-        on_loaded: Called from another thread when a soft prompt has been read, a grammar compiled, or the device has
-            failed, to wake a sleeping loop.
+        on_loaded: Called when a soft prompt has been read or copied, a grammar compiled, or the device has failed,
+            mostly from another thread, to wake a sleeping loop.
         platform: The device; None chooses it from the settings.
 
     Attributes:
@@ -83,6 +79,8 @@ class LLMEngine:
                 f"the model {settings.model!r} cannot be served ({type(error).__name__}: {error})"
             ) from error
         self.overlaps_host = self.runner.platform.overlaps_host
+        self._loads = BlockLoads(self.runner.cache, self.runner.platform.copy_stream(), on_loaded)
+        self._waits_for_load = False
         try:
             self.scheduler = self._make_scheduler()
         except ValueError as error:
@@ -113,13 +111,21 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step has anything to do now. Sequences that wait for a file or a grammar do not count."""
-        return self.scheduler.has_work
+        """Whether a step has anything to do now. Sequences that wait for a soft prompt or a grammar do not count."""
+        return self.scheduler.has_work and not self._waits_for_load
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a soft prompt is copied beside the steps: if nothing hangs, there will be a step."""
+        return len(self._loads) > 0
 
     @property
     def idle_seconds(self) -> float | None:
-        """Seconds until a step must end a sequence that waits for a file or a grammar; None if there is none."""
-        deadline = self._pending.next_deadline
+        """Seconds until a step must end a sequence that waits; None if there is none with a deadline."""
+        deadlines = [self._pending.next_deadline]
+        if self._waits_for_load:
+            deadlines.append(self.scheduler.next_deadline)
+        deadline = min((one for one in deadlines if one is not None), default=None)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     @property
@@ -132,10 +138,10 @@ class LLMEngine:
         try:
             seq = Sequence(request, arrival=time.monotonic())
         except ValueError as error:
-            return [_failure_event(request.request_id, ErrorCode.REFUSED, str(error))]
-        refusal = self._refusal(seq)
+            return [failure_event(request.request_id, ErrorCode.REFUSED, str(error))]
+        refusal = self._refusal_of(seq)
         if refusal is not None:
-            return [_fail(seq, ErrorCode.REFUSED, refusal)]
+            return [fail(seq, ErrorCode.REFUSED, refusal)]
         needs: list[Hashable] = []
         for member in seq.members:
             self._stats.prompt_tokens += member.num_prompt_tokens
@@ -148,13 +154,13 @@ class LLMEngine:
                 seq.matcher = self._grammars.matcher(request.params.constraint, request.salt)
             except TooManyGrammarsError as error:
                 self._release_soft_prompts(seq)
-                return [_fail(seq, ErrorCode.WAIT_TIMEOUT, str(error))]
+                return [fail(seq, ErrorCode.WAIT_TIMEOUT, str(error))]
             if seq.matcher is None:
                 needs.append(request.params.constraint)
         if needs:
             self._pending.add(seq, needs)
         else:
-            self.scheduler.add(seq)
+            self._schedule(seq)
         return []
 
     def abort(self, request_id: str) -> list[TokenEvent]:
@@ -166,6 +172,7 @@ class LLMEngine:
             return []
         self._release_soft_prompts(seq)
         self._abandon_grammar(seq)
+        self._waits_for_load = False
         return [
             TokenEvent(
                 request_id=request_id, finish_reason=FinishReason.ABORT, num_cached_tokens=seq.num_cached_tokens
@@ -187,7 +194,11 @@ class LLMEngine:
         self._inspector.inspect(message, on_inspected)
 
     def take_loaded(self) -> list[TokenEvent]:
-        """Schedule the sequences that need nothing more; returns the last events of those whose need failed."""
+        """Schedule the sequences that need nothing more; returns the last events of those whose need failed.
+
+        Raises:
+            DeviceError: If a soft prompt could not be copied because the device failed.
+        """
         events: list[TokenEvent] = []
         loaded = self.soft_prompts.take_loaded()
         unreadable = {identity for identity, error in loaded if error is not None}
@@ -197,7 +208,7 @@ class LLMEngine:
                     self._pending.remove(seq.request_id)
                     self._release_soft_prompts(seq, unreadable)
                     self._abandon_grammar(seq)
-                    events.append(_fail(seq, ErrorCode.FAILED, error))
+                    events.append(fail(seq, ErrorCode.FAILED, error))
             self._admit_pending(identity)
         for constraint, failure in self._grammars.take_compiled():
             for seq in self._pending.waiting_for(constraint):
@@ -206,9 +217,9 @@ class LLMEngine:
                 else:
                     self._pending.remove(seq.request_id)
                     self._release_soft_prompts(seq)
-                    events.append(_fail(seq, failure.code, failure.message))
+                    events.append(fail(seq, failure.code, failure.message))
             self._admit_pending(constraint)
-        return events
+        return events + self._end_loads()
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[TokenEvent]:
         """Compute one token for every sequence that is ready; returns the new events.
@@ -225,6 +236,8 @@ class LLMEngine:
         started = time.monotonic()
         events = self.take_loaded() + self._expire(started)
         plan = self.scheduler.schedule(started)
+        self._loads.start(plan, self.soft_prompts)
+        self._waits_for_load = plan.is_empty and self.is_loading
         if plan.is_empty:
             meanwhile()
             return events
@@ -235,7 +248,7 @@ class LLMEngine:
             computed, output, failed = self._recover(plan, error)
             events += failed
         events += self._postprocess(computed, output)
-        self._record_step(plan, time.monotonic() - started)
+        record_step(self._stats, plan, time.monotonic() - started)
         return events
 
     @property
@@ -264,6 +277,7 @@ class LLMEngine:
         self._grammars.close()
         self._inspector.close()
         self.soft_prompts.close()
+        self._loads.close()
         self.runner.close()
 
     def _make_scheduler(self) -> Scheduler:
@@ -277,31 +291,18 @@ class LLMEngine:
             max_num_seqs=self._settings.max_num_seqs,
             max_num_batched_tokens=self._settings.max_num_batched_tokens,
             max_model_len=self.model.max_model_len,
+            step_fill_tokens=self._loads.step_fill_tokens,
         )
 
-    def _refusal(self, seq: Sequence) -> str | None:
+    def _refusal_of(self, seq: Sequence) -> str | None:
         """Why the engine can never serve a sequence; None if it can."""
         try:
             self.scheduler.check(seq)
         except ValueError as error:
             return str(error)
-        params, soft_prompt = seq.request.params, seq.request.soft_prompt
         if seq.request_id in self._pending:
             return f"request id {seq.request_id!r} is in use"
-        wrong = seq.unknown_token_id(self.model.vocab_size)
-        if wrong is not None:
-            return f"token id {wrong} is not in the vocabulary of {self.model.vocab_size} tokens"
-        if params.prompt_logprobs_start < 0:
-            return f"prompt_logprobs_start {params.prompt_logprobs_start} is before the text"
-        if seq.followers and (params.prompt_logprobs is not None or params.classify):
-            return "the members of an ensemble that generates together score no text"
-        if params.prompt_logprobs is not None and not self.runner.scores_prompts:
-            return f"{self.model.architecture} gives no logprobs of the text"
-        if params.classify and not self.runner.scores_prompts:
-            return f"{self.model.architecture} gives no hidden states to classify by"
-        if params.classify and (soft_prompt is None or soft_prompt.num_labels is None):
-            return "only a soft prompt with a classification head classifies"
-        return None
+        return refusal_of(seq, self.model, scores_prompts=self.runner.scores_prompts)
 
     def _run(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepOutput:
         """Compute a step, and plan the decodes of the next one while the device computes."""
@@ -314,6 +315,19 @@ class LLMEngine:
         if self.overlaps_host:
             self.scheduler.plan_ahead()
         return output()
+
+    def _end_loads(self) -> list[TokenEvent]:
+        """Let the sequences of ended loads start; returns the last events of those whose load failed."""
+        events: list[TokenEvent] = []
+        for waiting, error in self._loads.end(self.scheduler):
+            raise_if_device_failed(error, self.runner.platform.check_device)
+            logger.error("a soft prompt cannot be copied to the device", exc_info=error)
+            message = f"the soft prompt cannot be copied to the device ({named(error)})"
+            # A member of an ensemble may have ended it already.
+            events += [
+                self._finish_failed(seq, ErrorCode.FAILED, message) for seq in waiting if seq.end_reason is None
+            ]
+        return events
 
     def _recover(self, plan: StepPlan, error: Exception) -> tuple[StepPlan, StepOutput, list[TokenEvent]]:
         """End the sequences that made a step raise, and compute the others.
@@ -339,9 +353,7 @@ class LLMEngine:
         for part, cause in retry.failed:
             of_part = [part.owner] if isinstance(part.owner, Sequence) else self.scheduler.holders(part.owner)
             failed += [
-                self._finish_failed(seq, ErrorCode.FAILED, _reason(cause))
-                for seq in of_part
-                if seq.end_reason is None
+                self._finish_failed(seq, ErrorCode.FAILED, reason(cause)) for seq in of_part if seq.end_reason is None
             ]
         preempted = [seq for seq in retry.unserved if seq.end_reason is None]
         for seq in preempted:
@@ -363,7 +375,7 @@ class LLMEngine:
                 events.append(self._advance(seq, token, own, step.class_logits.get(seq.request_id)))
             except Exception as error:  # for example in its grammar; no other sequence is affected
                 logger.exception("a sequence failed after its step")
-                events.append(self._finish_failed(seq, ErrorCode.FAILED, _reason(error)))
+                events.append(self._finish_failed(seq, ErrorCode.FAILED, reason(error)))
         return events
 
     def _end_spoiled(self, plan: StepPlan, spoiled: Mapping[int, int]) -> list[TokenEvent]:
@@ -443,7 +455,7 @@ class LLMEngine:
         """End a scheduled sequence, unless it has ended already, and return its last event."""
         if seq.end_reason is None:
             self._finish(seq, code)
-        return _failure_event(seq.request_id, code, message)
+        return failure_event(seq.request_id, code, message)
 
     def _release_soft_prompts(self, seq: Sequence, unreadable: Collection[str] = ()) -> None:
         """Release the soft prompts of all members, except unreadable ones: the loader has dropped those already."""
@@ -468,32 +480,13 @@ class LLMEngine:
             self._abandon_grammar(seq)
             self._stats.num_timeouts += 1
             message = f"the request timed out after {now - seq.arrival:.1f} seconds in the queue; try again later"
-            events.append(_fail(seq, ErrorCode.WAIT_TIMEOUT, message))
+            events.append(fail(seq, ErrorCode.WAIT_TIMEOUT, message))
         return events
 
     def _admit_pending(self, need: Hashable) -> None:
         for seq in self._pending.supply(need):
-            self.scheduler.add(seq)
+            self._schedule(seq)
 
-    def _record_step(self, plan: StepPlan, seconds: float) -> None:
-        stats = self._stats
-        stats.steps += 1
-        stats.step_seconds.observe(STEP_SECONDS_BOUNDS, seconds)
-        stats.batch_size.observe(BATCH_SIZE_BOUNDS, sum(chunk.seq is not None for chunk in plan.chunks))
-        stats.batch_tokens.observe(BATCH_TOKENS_BOUNDS, plan.num_tokens)
-        stats.batch_distinct_prompts.observe(DISTINCT_PROMPTS_BOUNDS, plan.num_distinct_prompts)
-        stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, plan.num_distinct_prompts)
-
-
-def _reason(error: Exception) -> str:
-    return f"the model failed to compute this request ({type(error).__name__}: {error})"
-
-
-def _fail(seq: Sequence, code: ErrorCode, message: str) -> TokenEvent:
-    """Mark a sequence that is not scheduled as ended, and return its last event."""
-    seq.end_reason = code
-    return _failure_event(seq.request_id, code, message)
-
-
-def _failure_event(request_id: str, code: ErrorCode, message: str) -> TokenEvent:
-    return TokenEvent(request_id=request_id, failure=RequestFailure(code, message))
+    def _schedule(self, seq: Sequence) -> None:
+        self.scheduler.add(seq)
+        self._waits_for_load = False

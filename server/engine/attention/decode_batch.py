@@ -27,6 +27,15 @@ logger = logging.getLogger(__name__)
 MAX_ROWS = 512
 """Rows of the largest graph; larger batches keep the GPU busy without one."""
 
+_SLOTS = 3
+"""Lines of the buffers with ids, positions and slots."""
+
+_TABLES = 5
+"""First line of the tables, behind two with changes of them: where (line times rows, plus row), and which block."""
+
+WHOLE_COPY_BYTES = 64 * 1024
+"""Tables up to this size are copied whole when they change: that takes less time than to launch a kernel."""
+
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 """Records what a function does on the device; returns a function that replays it."""
 
@@ -50,7 +59,10 @@ class DecodeBuffers:
     """Input ids, positions, slots and block tables of decodes, at fixed addresses.
 
     All are parts of one tensor, so a step needs one copy from pinned memory. Block tables are stored by column, so
-    that the copy covers only the columns in use.
+    that a copy of all tables covers only the columns in use.
+
+    Only changes of the tables are written and copied. A table is a list that only grows while it is used, so the same
+    list in the same row needs no comparison.
 
     Args:
         max_rows: Rows of the largest batch.
@@ -62,16 +74,19 @@ class DecodeBuffers:
         device = cache.tensor.device
         self.max_rows = max_rows
         self._block_size, self._spare = cache.spec.block_size, cache.spare_block
-        host = torch.zeros(3 + max_blocks, max_rows, dtype=torch.int64, pin_memory=pins(device))
+        host = torch.zeros(_TABLES + max_blocks, max_rows, dtype=torch.int64, pin_memory=pins(device))
         self._host, self._numbers = host, host.numpy()
         self._device = host.to(device)
         self._copied = torch.cuda.Event() if pins(device) else None  # type: ignore[no-untyped-call]
-        self._tables: list[list[int]] = [[] for _ in range(max_rows)]
+        self._padding = [self._spare]
+        self._tables: list[Sequence[int]] = [[] for _ in range(max_rows)]
+        self._lengths = [0] * max_rows
+        """Blocks of each row's table that are written."""
 
     def batch(self, size: int, width: int | None = None) -> DecodeBatch:
         """The first ``size`` rows, with the first ``width`` blocks of each table; None for all blocks."""
-        ids, positions, slots = self._device[:3, :size]
-        tables = self._device[3:] if width is None else self._device[3 : 3 + width]
+        ids, positions, slots = self._device[:_SLOTS, :size]
+        tables = self._device[_TABLES:] if width is None else self._device[_TABLES : _TABLES + width]
         rows = Rows(0, size, tables[:, :size].t(), positions[:, None])
         return DecodeBatch(ids[None], positions[None], AttentionMetadata(slots, [rows], self._block_size))
 
@@ -83,7 +98,8 @@ class DecodeBuffers:
         Args:
             token_ids: The token of each row.
             positions: The position of each row.
-            tables: The block table of each row, at least up to its position.
+            tables: The block table of each row, at least up to its position. A list that was passed before may have
+                become longer, but holds the same blocks.
             size: Rows of the batch.
 
         Returns:
@@ -91,27 +107,72 @@ class DecodeBuffers:
         """
         if self._copied is not None:
             self._copied.synchronize()  # a step without a new token has not waited for the device
-        ids, own_positions, slots = self._numbers[:3]
-        count, width = len(token_ids), 1
+        ids, own_positions, slots = self._numbers[:_SLOTS]
+        count = len(token_ids)
+        lengths = [position // self._block_size + 1 for position in positions]
         ids[:count], ids[count:size] = token_ids, 0
         own_positions[:count], own_positions[count:size] = positions, 0
+        slots[:count] = [table[length - 1] for table, length in zip(tables, lengths, strict=True)]
+        slots[:count] *= self._block_size
+        slots[:count] += own_positions[:count] % self._block_size
         slots[count:size] = self._spare * self._block_size
-        for row in range(size):
-            position = positions[row] if row < count else 0
-            length = position // self._block_size + 1
-            # Compared by value, because the scheduler changes tables in place.
-            table = list(tables[row][:length]) if row < count else [self._spare]
-            if table != self._tables[row]:
-                self._numbers[3 : 3 + length, row] = table
-                self._tables[row] = table
-            if row < count:
-                slots[row] = table[-1] * self._block_size + position % self._block_size
-            width = max(width, length)
+        num_padding = size - count
+        changes = self._write_tables([*tables, *[self._padding] * num_padding], [*lengths, *[1] * num_padding])
+        width = max(lengths, default=1)
         if self._device is not self._host:
-            self._device[: 3 + width].copy_(self._host[: 3 + width], non_blocking=True)
+            self._copy(width, changes)
         if self._copied is not None:
             self._copied.record()
         return width
+
+    def _write_tables(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Write the first blocks of each row's table on the host, as far as they changed.
+
+        Returns:
+            The changes: (row, first block, end).
+        """
+        changes: list[tuple[int, int, int]] = []
+        # When a sequence ends, the rows behind it move.
+        others = [row for row, table in enumerate(tables) if self._tables[row] is not table]
+        if others:
+            known = {id(table): row for row, table in enumerate(self._tables)}
+            moves = [(row, known[id(tables[row])]) for row in others if id(tables[row]) in known]
+            num_kept = [min(self._lengths[before], lengths[row]) for row, before in moves]
+            for row in others:
+                self._tables[row], self._lengths[row] = tables[row], 0
+            if moves:
+                rows, before = map(list, zip(*moves, strict=True))
+                lines = slice(_TABLES, _TABLES + max(num_kept))
+                self._numbers[lines, rows] = self._numbers[lines, before]
+                for row, length in zip(rows, num_kept, strict=True):
+                    self._lengths[row] = length
+                    changes.append((row, 0, length))
+        for row, length in enumerate(lengths):
+            first = self._lengths[row]
+            if first < length:
+                self._numbers[_TABLES + first : _TABLES + length, row] = tables[row][first:length]
+                self._lengths[row] = length
+                changes.append((row, first, length))
+        return changes
+
+    def _copy(self, width: int, changes: Sequence[tuple[int, int, int]]) -> None:
+        """Copy a step's inputs to the device, with the changes of the tables."""
+        num_changed, num_lines = sum(stop - first for _, first, stop in changes), _TABLES + width
+        is_small = num_lines * self._host.stride(0) * self._host.itemsize <= WHOLE_COPY_BYTES
+        if not num_changed:
+            self._device[:_SLOTS].copy_(self._host[:_SLOTS], non_blocking=True)
+        elif is_small or num_changed > self.max_rows:
+            self._device[:num_lines].copy_(self._host[:num_lines], non_blocking=True)
+        else:
+            where, blocks = self._numbers[_SLOTS:_TABLES]
+            end = 0
+            for row, first, stop in changes:
+                begin, end = end, end + stop - first
+                where[begin:end] = range(first * self.max_rows + row, stop * self.max_rows + row, self.max_rows)
+                blocks[begin:end] = self._numbers[_TABLES + first : _TABLES + stop, row]
+            self._device[:_TABLES].copy_(self._host[:_TABLES], non_blocking=True)
+            index, values = self._device[_SLOTS:_TABLES, :end]
+            self._device[_TABLES:].view(-1)[index] = values
 
 
 class DecodeGraphs:

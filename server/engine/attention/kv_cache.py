@@ -29,9 +29,19 @@ class KVCacheSpec:
     dtype: torch.dtype
 
     @property
+    def token_width(self) -> int:
+        """Numbers of one position over all layers, keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one position over all layers, keys and values."""
+        return self.token_width * self.dtype.itemsize
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, keys and values."""
-        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.block_size * self.token_bytes
 
 
 class KVCache:
@@ -76,15 +86,22 @@ class KVCache:
             rows: [tokens, layers * 2 * kv_heads * head_dim], in PEFT's order: per token K0 V0 K1 V1 ..., with
                 positions and norms applied to the keys (peft.tuners.prefix_tuning).
         """
+        self.write(self.slots(blocks)[: len(rows)], queue_copy(rows, self.tensor.device))
+
+    def slots(self, blocks: Sequence[int]) -> torch.Tensor:
+        """All slots of some blocks, in order: [blocks * block_size] int64 on the device."""
+        starts = to_device(blocks, self.tensor.device) * self.spec.block_size
+        return (starts[:, None] + torch.arange(self.spec.block_size, device=starts.device)).flatten()
+
+    def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows of a key/value prefix, which are on the device, into slots.
+
+        Args:
+            slots: [tokens] int64.
+            rows: [tokens, layers * 2 * kv_heads * head_dim], in the order of ``fill``.
+        """
         spec = self.spec
-        num_tokens = rows.shape[0]
-        key_values = (
-            queue_copy(rows, self.tensor.device)
-            .to(self.tensor)
-            .view(num_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
-        )
-        starts = to_device(blocks, self.tensor.device) * spec.block_size
-        slots = (starts[:, None] + torch.arange(spec.block_size, device=starts.device)).flatten()[:num_tokens]
+        key_values = rows.to(self.tensor).view(len(rows), spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         self._slots[:, :, slots] = key_values.permute(2, 1, 0, 3, 4)
 
     def are_finite(self, blocks: Sequence[int]) -> torch.Tensor:

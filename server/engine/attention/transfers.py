@@ -1,13 +1,35 @@
-"""Copies of small tensors between the host and the device that are queued, and do not wait for the device."""
+"""Copies between the host and the device that are queued, and do not wait for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
+from typing import Protocol
 
 import torch
 
 _HOST = torch.device("cpu")
+
+
+class Mark(Protocol):
+    """A point in the operations that are queued on the device."""
+
+    def synchronize(self) -> None:
+        """Let the calling thread wait until the device has reached the point."""
+
+    def wait(self) -> None:
+        """Let operations that the calling thread queues from now on wait for the point."""
+
+
+class CopyStream(Protocol):
+    """Copies beside the computation of the steps."""
+
+    def mark(self) -> Mark:
+        """A point behind all operations that the calling thread has queued."""
+
+    def after(self, mark: Mark) -> AbstractContextManager[None]:
+        """Queue the calling thread's operations beside those of the steps, behind a point."""
 
 
 @cache

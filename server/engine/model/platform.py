@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from server.engine.attention.backend import AttentionBackend, SDPABackend
 from server.engine.attention.decode_batch import Recorder
 from server.engine.attention.kv_cache import KVCache
+from server.engine.attention.transfers import CopyStream
 from server.engine.model.exactness import check_kernels
 from server.engine.sampling.sampler import Largest, torch_largest
 from server.errors import EngineStartError
@@ -100,6 +101,10 @@ class Platform:
 
     def recorder(self) -> Recorder | None:
         """A recorder of decode steps; None if steps are not recorded."""
+        return None
+
+    def copy_stream(self) -> CopyStream | None:
+        """A stream for copies beside the steps; None if the device computes nothing while the host copies."""
         return None
 
     def check_device(self) -> None:
@@ -198,13 +203,14 @@ class CUDAPlatform(Platform):
     def __init__(self, device: torch.device | None = None) -> None:
         if not torch.cuda.is_available():
             raise EngineStartError("--device cuda: torch finds no CUDA device")
+        from server.engine.cuda.copy_stream import CUDACopyStream
         from server.engine.cuda.graphs import CUDARecorder
         from server.engine.cuda.triton_attention import TritonBackend
 
         device = device or torch.device("cuda")
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         super().__init__(device, (partial(TritonBackend, num_processors=num_processors), SDPABackend))
-        self._recorder = CUDARecorder
+        self._recorder, self._copy_stream = CUDARecorder, CUDACopyStream
 
     def free_memory(self) -> tuple[int, float]:
         """The GPU's memory; see the base class."""
@@ -218,6 +224,10 @@ class CUDAPlatform(Platform):
     def recorder(self) -> Recorder:
         """CUDA graphs."""
         return self._recorder()
+
+    def copy_stream(self) -> CopyStream:
+        """A CUDA stream."""
+        return self._copy_stream(self.device)
 
     def check_device(self) -> None:
         """Wait for the GPU, which raises the error of any kernel before; see the base class."""

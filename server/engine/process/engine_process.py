@@ -118,7 +118,8 @@ class EngineLoop:
                 else:
                     events += engine.step()
                 if not engine.overlaps_host or not engine.has_work:
-                    report(has_work=engine.has_work)
+                    # A load that hangs must be detected, too.
+                    report(has_work=engine.has_work or engine.is_loading)
         finally:
             if events:
                 report()

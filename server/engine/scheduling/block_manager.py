@@ -7,6 +7,9 @@ Every block is in exactly one of these states:
 - *idle*: no sequence refers to it, but it holds a cached prefix;
 - part of a *soft prompt's run*, which is used or idle as a whole.
 
+A run whose keys and values are copied beside the steps is *loading*: it is neither read nor evicted, and its blocks
+stay allocated until the copy has ended, even if no sequence waits for it any more, because the copy writes to them.
+
 If no block is free, idle blocks are evicted in least-recently-used order: a text block alone, a soft prompt's run
 as a whole.
 
@@ -43,12 +46,14 @@ class SoftPromptRun:
         blocks: Block ids in order; the last is full only if the block size divides the number of virtual tokens.
         num_computed: Virtual tokens whose keys and values are written.
         ref_count: Sequences that use it or wait for it.
+        is_loading: Whether a copy beside the steps writes to the blocks.
     """
 
     source: SoftPromptSource
     blocks: list[int]
     num_computed: int = 0
     ref_count: int = 0
+    is_loading: bool = False
 
     @property
     def key(self) -> str:
@@ -149,6 +154,11 @@ class BlockManager:
         return self._runs
 
     @property
+    def is_loading(self) -> bool:
+        """Whether a soft prompt's blocks are loading: they become available when the copy ends."""
+        return any(run.is_loading for run in self._runs.values())
+
+    @property
     def findable(self) -> Collection[int]:
         """Text blocks that a new sequence may find."""
         return self._by_hash.values()
@@ -164,8 +174,12 @@ class BlockManager:
 
     # Soft prompts
 
-    def acquire_run(self, source: SoftPromptSource) -> SoftPromptRun | None:
+    def acquire_run(self, source: SoftPromptSource, headroom: int = 0) -> SoftPromptRun | None:
         """Refer to a soft prompt's run, and take blocks for it if it has none.
+
+        Args:
+            source: The soft prompt.
+            headroom: Blocks that have to stay available for other sequences if it takes blocks.
 
         Returns:
             The run, which the caller has to fill if it is not filled; None if there are too few blocks.
@@ -174,29 +188,43 @@ class BlockManager:
         run = self._runs.get(key)
         if run is None:
             needed = self.blocks_for(source.num_virtual_tokens)
-            if needed > self.num_available:
+            if needed + headroom > self.num_available:
                 return None
             run = SoftPromptRun(source, [self._take() for _ in range(needed)])
             self._runs[key] = run
             self.stats.run_loads += 1
         else:
             self.stats.run_hits += 1
-            if run.ref_count == 0:
+            if run.ref_count == 0 and not run.is_loading:
                 self._num_idle_blocks -= self._idle.pop(key)
         run.ref_count += 1
         return run
 
     def release_run(self, run: SoftPromptRun) -> None:
-        """Release one reference; without references the run becomes idle, or is freed if it is not filled."""
+        """Release one reference; without references the run becomes idle, or is freed if it is not filled.
+
+        A run that is loading does so when its copy has ended.
+        """
         if run.ref_count < 1:
             raise AssertionError(f"soft prompt {run.key} released more often than acquired")
         run.ref_count -= 1
+        if run.ref_count == 0 and not run.is_loading:
+            self._retire(run)
+
+    def end_load(self, run: SoftPromptRun, *, is_filled: bool) -> None:
+        """End the loading of a run: nothing writes to its blocks any more.
+
+        Args:
+            run: A run that is loading.
+            is_filled: Whether all keys and values were copied. If not, and sequences wait for it, it is filled again.
+        """
+        if not run.is_loading:
+            raise AssertionError(f"soft prompt {run.key} was not loading")
+        run.is_loading = False
+        if is_filled:
+            run.num_computed = run.source.num_virtual_tokens
         if run.ref_count == 0:
-            if run.is_filled:
-                self._make_idle(run.key, len(run.blocks))
-            else:
-                del self._runs[run.key]
-                self._free.extend(run.blocks)
+            self._retire(run)
 
     # Sequences
 
@@ -349,6 +377,14 @@ class BlockManager:
 
     # Private methods
 
+    def _retire(self, run: SoftPromptRun) -> None:
+        """Make a run without references idle, or free it if it is not filled."""
+        if run.is_filled:
+            self._make_idle(run.key, len(run.blocks))
+        else:
+            del self._runs[run.key]
+            self._free.extend(run.blocks)
+
     def _seed(self, seq: Sequence) -> bytes:
         salt = seq.request.salt
         return blake2b(f"{len(salt)}:{salt}:{seq.flow}".encode(), digest_size=HASH_BYTES).digest()
@@ -441,7 +477,9 @@ class BlockManager:
             for block_id in run.blocks:
                 own(block_id, f"of soft prompt {run.key}")
             _expect(run.ref_count == run_refs.get(run.key, 0), f"soft prompt {run.key} is counted wrongly")
-            _expect((run.ref_count == 0) == (run.key in self._idle), f"soft prompt {run.key} is idle and used")
+            is_idle = run.ref_count == 0 and not run.is_loading
+            _expect(is_idle == (run.key in self._idle), f"soft prompt {run.key} is idle and used")
+            _expect(not (run.is_loading and run.num_computed), f"soft prompt {run.key} is read while it loads")
         for block_id, count in ref_counts.items():
             own(block_id, "used")
             _expect(self._blocks[block_id].ref_count == count, f"block {block_id} is counted wrongly")

@@ -84,15 +84,18 @@ class StepPlan:
         key_value_fills: Soft prompts whose keys and values are copied into their blocks.
         block_copies: (source, destination) blocks: partial last blocks of soft prompts.
         chunks: What the forward pass computes; decodes first.
+        loads: Soft prompts whose keys and values are copied into their blocks beside this step and later ones. They
+            are started once, whatever happens to the rest of the plan.
     """
 
     key_value_fills: list[SoftPromptRun] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    loads: list[SoftPromptRun] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether the step itself has nothing to do."""
         return not self.chunks and not self.key_value_fills
 
     @property

@@ -13,7 +13,11 @@ same holds for the next one. Later arrivals get later turns, and only finitely m
 with an earlier turn.
 
 A sequence whose soft prompt is not on the device acquires a run of blocks for it. Keys and values are copied into the
-run within the same step. Embeddings are computed as a separate chunk, shared by all sequences that wait for them.
+run within the same step, up to ``step_fill_tokens``. Larger ones are *loaded*: copied beside the steps, so that no
+step waits for them. The sequences that wait for a load start in the step after its end. Blocks that are loading
+cannot be taken, but every load ends; a running sequence that finds no other block to take waits for that.
+
+Embeddings are computed as a separate chunk, shared by all sequences that wait for them.
 These start in the step that completes the run, because each layer writes all keys and values before it reads any. A
 partial last block would have to be copied before the forward pass, so each of them computes the block's few virtual
 tokens again, in its own block.
@@ -30,6 +34,7 @@ from server.engine.scheduling.fair_queue import FairQueue
 from server.engine.scheduling.next_decodes import next_decodes
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.soft_prompt_fills import SoftPromptFills
 from server.engine.types import ErrorCode, FinishReason
 
 AGING_TURNS = 16
@@ -45,6 +50,8 @@ class Scheduler:
         max_num_batched_tokens: Maximum number of positions that one step computes.
         max_model_len: Maximum number of positions of one sequence.
         quantum: Tokens of one turn of a waiting tenant; None is ``max_num_batched_tokens``.
+        step_fill_tokens: Virtual tokens of keys and values that one step copies at most; what is over it is loaded
+            beside the steps. None: a step copies all.
 
     Attributes:
         waiting: Sequences without blocks; an ensemble is represented by its leader.
@@ -65,6 +72,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         quantum: int | None = None,
+        step_fill_tokens: int | None = None,
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
@@ -80,7 +88,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_running = 0
         self.num_preemptions = 0
-        self._held_runs: dict[str, SoftPromptRun] = {}
+        self._fills = SoftPromptFills(block_manager, step_fill_tokens)
+        self._held_runs = self._fills.held
         self._ahead: list[Chunk] | None = None
         self._seqs: dict[str, Sequence] = {}
         self._deadlines: dict[str, float] = {}
@@ -95,6 +104,11 @@ class Scheduler:
     def num_sequences(self) -> int:
         """Sequences that wait or run; an ensemble counts once."""
         return len(self._seqs)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a sequence that has not run, on the engine's clock; None if none has one."""
+        return min(self._deadlines.values(), default=None)
 
     def check(self, seq: Sequence) -> None:
         """Refuse a sequence that could never finish.
@@ -185,7 +199,7 @@ class Scheduler:
             budget = self._take_ahead(plan, ahead)
         budget = self._schedule_prefills(plan, budget)
         self._schedule_waiting(plan, budget, now)
-        if plan.is_empty and self._release_waiting_runs():
+        if plan.is_empty and not self.block_manager.is_loading and self._release_waiting_runs():
             # Soft prompts held for later sequences had left no block for the first one.
             self._schedule_waiting(plan, budget, now)
         return plan
@@ -305,7 +319,7 @@ class Scheduler:
             members = seq.members
             if budget >= len(members) and _is_ready(seq):
                 if not self._make_room(seq):
-                    break  # it was the last one, and has been preempted itself
+                    break  # it was the last one, and has been preempted itself or waits for blocks
                 for member in members:
                     self._add_chunk(plan, member, 1)
                 budget -= len(members)
@@ -322,7 +336,7 @@ class Scheduler:
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
         for seq in self.running:
-            if seq.num_computed < seq.num_positions:
+            if seq.num_computed < seq.num_positions and not self._lacks_blocks(seq):
                 budget = self._prefill(plan, seq, budget)
         return budget
 
@@ -338,7 +352,7 @@ class Scheduler:
             unserved.append(seq)
             if len(members) > num_slots:
                 break  # later sequences wait, or an ensemble could wait forever
-            has_blocks, budget = self._fill_soft_prompts(plan, members, budget, filling)
+            has_blocks, budget = self._fills.add(plan, members, budget, filling, self.num_running)
             if not has_blocks:
                 break  # later sequences wait, or one with a large soft prompt could wait forever
             if not self._can_start(members, budget, filling):
@@ -381,52 +395,6 @@ class Scheduler:
                 budget -= num_tokens
         return budget
 
-    def _fill_soft_prompts(
-        self, plan: StepPlan, members: tuple[Sequence, ...], budget: int, filling: set[str]
-    ) -> tuple[bool, int]:
-        """Acquire the members' soft prompts, and plan their missing positions.
-
-        Returns:
-            Whether every soft prompt has blocks, and the remaining budget.
-        """
-        for member in members:
-            if member.request.soft_prompt is not None:
-                run, used = self._fill_soft_prompt(plan, member, budget, filling)
-                budget -= used
-                if run is None:
-                    return False, budget
-        return True, budget
-
-    def _fill_soft_prompt(
-        self, plan: StepPlan, seq: Sequence, budget: int, filling: set[str]
-    ) -> tuple[SoftPromptRun | None, int]:
-        """Acquire the sequence's soft prompt, and plan its missing positions; returns its run and the budget used."""
-        source = seq.request.soft_prompt
-        if source is None:
-            return None, 0
-        run = self._held_runs.get(seq.request_id)
-        if run is None:
-            run = self.block_manager.acquire_run(source)
-            if run is None:
-                return None, 0
-            self._held_runs[seq.request_id] = run
-        if run.is_filled or run.key in filling:
-            return run, 0
-        if source.is_key_values:
-            plan.key_value_fills.append(run)
-            run.num_computed = source.num_virtual_tokens
-            return run, 0
-        if budget == 0:
-            return run, 0
-        num_tokens = min(source.num_virtual_tokens - run.num_computed, budget)
-        chunk = Chunk(run.blocks, run.num_computed, num_tokens, run=run)
-        block_size = self.block_manager.block_size
-        chunk.shared = list(range(chunk.start // block_size, self.block_manager.blocks_for(chunk.stop)))
-        plan.chunks.append(chunk)
-        run.num_computed += num_tokens
-        filling.add(run.key)
-        return run, num_tokens
-
     def _can_start(self, members: tuple[Sequence, ...], budget: int, filling: set[str]) -> bool:
         """Whether sequences, which hold their soft prompts, start in this step.
 
@@ -453,38 +421,46 @@ class Scheduler:
         chunk.shared = self.block_manager.register(seq, chunk.stop)
 
     def _make_room(self, seq: Sequence) -> bool:
-        """Allocate blocks for the next position of a sequence and its followers; False if it was preempted itself."""
+        """Allocate blocks for the next position of a sequence and its followers.
+
+        Returns:
+            False if it was preempted itself, or waits for blocks that are loading.
+        """
         for member in seq.members:
             while not self.block_manager.extend(member, member.num_positions):
                 if self._release_waiting_runs():
                     continue
                 victim = self.running[-1]
+                if victim is seq and self.block_manager.is_loading:
+                    return False
                 self.preempt(victim)
                 if victim is seq:
                     return False
         return True
+
+    def _lacks_blocks(self, seq: Sequence) -> bool:
+        """Whether ``_make_room`` found no block for the next position of a sequence or a follower."""
+        return any(len(own.block_table) < self.block_manager.blocks_for(own.num_positions) for own in seq.members)
 
     def _stop_running(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.num_running -= len(seq.members)
 
     def _release_waiting_runs(self) -> bool:
-        """Release the soft prompts of waiting sequences, which acquire them again later. False if none held any."""
-        holders = [
-            seq
-            for seq in self.waiting.returned
-            if any(member.request_id in self._held_runs for member in seq.members)
-        ]
-        for seq in holders:
-            self._release(seq)
+        """Release the soft prompts of waiting sequences, which acquire them again later. False if none held any.
+
+        Those that are loading are kept, because their blocks would not become available.
+        """
+        names = [member.request_id for seq in self.waiting.returned for member in seq.members]
+        holders = [name for name in names if (run := self._held_runs.get(name)) and not run.is_loading]
+        for name in holders:
+            self._fills.release(name)
         return bool(holders)
 
     def _release(self, seq: Sequence) -> None:
         for member in seq.members:
             self.block_manager.free(member)
-            run = self._held_runs.pop(member.request_id, None)
-            if run is not None:
-                self.block_manager.release_run(run)
+            self._fills.release(member.request_id)
 
 
 def _precedence(seq: Sequence) -> tuple[int, int]:

@@ -44,7 +44,8 @@ class Sequence:
         deadline: When it ends if it has not started to run, in seconds of the engine's clock; None is never.
         turn: Number of sequences that had their first turn before this one; None before its own first turn.
         first_run: When it first got blocks, in seconds of the engine's clock; None before.
-        block_table: Block ids by position // block_size; the first ones may be shared with other sequences.
+        block_table: Block ids by position // block_size; the first ones may be shared with other sequences. A list
+            only grows: when blocks are released, the sequence gets a new one.
         block_hashes: Chain hash of each full block of ``block_table`` that is registered or was matched.
         num_computed: Positions whose keys and values are in the cache, or are written in the current step.
         num_cached_tokens: Prompt tokens found in the prefix cache at the first admission.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from server.engine.attention import decode_batch
 from server.engine.attention.backend import AttentionBackend, SDPABackend
 from server.engine.attention.decode_batch import DecodeBatch, DecodeBuffers, DecodeGraphs, batch_sizes
 from server.engine.attention.kv_cache import KVCache
@@ -55,41 +58,137 @@ def test_batches_are_padded_by_at_most_a_third(max_rows: int) -> None:
     assert all(large - small - 1 <= large / 3 for small, large in pairwise(sizes))
 
 
-ROWS = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 27), st.randoms(use_true_random=False)), max_size=6)
+class Table(list[int]):
+    """A block table that counts the blocks that are read from it."""
+
+    num_read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.num_read += len(found) if isinstance(index, slice) else 1
+        return found
 
 
-@settings(deadline=None)
-@given(st.lists(st.tuples(ROWS, st.integers(1, 6)), min_size=1, max_size=6), st.data())
-def test_buffers_hold_each_step_at_fixed_addresses(steps: list[tuple[Any, int]], data: st.DataObject) -> None:
-    cache = make_cache()
-    buffers = DecodeBuffers(6, 7, cache)
-    batches = {size: buffers.batch(size) for size in range(1, 7)}
-    tables: list[list[int]] = [[] for _ in range(6)]
-    for rows, size in steps:
-        size = max(size, len(rows), 1)
-        for row, (_, _, rng) in enumerate(rows):
-            if not tables[row] or data.draw(st.booleans()):  # else the same list is used again, changed in place
-                tables[row] = rng.sample(range(40), 7)
-            tables[row][rng.randrange(7)] = rng.randrange(40)
-        ids, positions = [row[0] for row in rows], [row[1] for row in rows]
-        width = buffers.fill(ids, positions, tables[: len(rows)], size)
-        batch, padding = batches[size], size - len(rows)
+@dataclass
+class Row:
+    """A decode: its table may be longer than its position needs."""
+
+    table: Table
+    position: int
+
+    @property
+    def length(self) -> int:
+        return self.position // BLOCK_SIZE + 1
+
+
+BLOCK_SIZE, MAX_ROWS, MAX_BLOCKS = 4, 6, 7
+
+
+class Batches(RuleBasedStateMachine):
+    """Random admissions, growth, preemptions, reorderings and ends; the device is a second tensor on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = make_cache()
+        self.buffers = DecodeBuffers(MAX_ROWS, MAX_BLOCKS, self.cache)
+        self.buffers._device = self.buffers._host.clone()
+        self.rows: list[Row] = []
+
+    def is_free(self) -> bool:
+        return len(self.rows) < MAX_ROWS
+
+    @precondition(is_free)
+    @rule(position=st.integers(0, MAX_BLOCKS * BLOCK_SIZE - 1), rng=st.randoms(use_true_random=False))
+    def admit(self, position: int, rng: random.Random) -> None:
+        num_blocks = rng.randint(position // BLOCK_SIZE + 1, MAX_BLOCKS)
+        self.rows.append(Row(Table(rng.sample(range(40), num_blocks)), position))
+
+    @rule(choice=st.integers(0, MAX_ROWS - 1))
+    def end(self, choice: int) -> None:
+        if self.rows:
+            del self.rows[choice % len(self.rows)]
+
+    @rule(choice=st.integers(0, MAX_ROWS - 1), block=st.integers(0, 39))
+    def preempt_and_resume(self, choice: int, block: int) -> None:
+        """The sequence gets a new list, which may begin like the old one."""
+        if self.rows:
+            row = self.rows.pop(choice % len(self.rows))
+            self.rows.append(Row(Table([*row.table[: row.length - 1], block]), row.position))
+
+    @rule(rng=st.randoms(use_true_random=False))
+    def reorder(self, rng: random.Random) -> None:
+        rng.shuffle(self.rows)
+
+    @rule(size=st.integers(1, MAX_ROWS), is_small=st.booleans(), block=st.integers(0, 39))
+    def step(self, size: int, is_small: bool, block: int) -> None:
+        rows, size = self.rows, max(size, len(self.rows))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode_batch, "WHOLE_COPY_BYTES", 10**6 if is_small else 0)
+            ids = list(range(10, 10 + len(rows)))
+            width = self.buffers.fill(ids, [row.position for row in rows], [row.table for row in rows], size)
+        self.check(ids, size, width)
+        for row in rows:
+            if row.position + 1 < MAX_BLOCKS * BLOCK_SIZE:
+                row.position += 1
+            if len(row.table) < row.length:
+                row.table.append(block)
+
+    def check(self, ids: list[int], size: int, width: int) -> None:
+        rows, padding, spare = self.rows, size - len(self.rows), self.cache.spare_block
+        batch, positions = self.buffers.batch(size), [row.position for row in self.rows]
         group = batch.metadata.groups[0]
         assert batch.input_ids[0].tolist() == ids + [0] * padding
         assert batch.position_ids[0].tolist() == positions + [0] * padding
         assert group.query_positions[:, 0].tolist() == positions + [0] * padding
         assert (group.start, group.stop, *group.query_positions.shape) == (0, size, size, 1)
         slots = batch.metadata.slot_mapping.tolist()
-        for row, position in enumerate(positions):
-            length = position // 4 + 1
-            assert group.tables[row, :length].tolist() == tables[row][:length]
-            assert slots[row] == tables[row][position // 4] * 4 + position % 4
-        for row in range(len(rows), size):
-            assert group.tables[row, 0] == cache.spare_block
-            assert slots[row] == cache.spare_block * 4
-        assert width == max([position // 4 + 1 for position in positions], default=1)
-        assert torch.equal(buffers.batch(size, width).metadata.groups[0].tables, group.tables[:, :width])
-        assert batch.input_ids.data_ptr() == buffers.batch(size).input_ids.data_ptr()
+        for index, row in enumerate(rows):
+            assert group.tables[index, : row.length].tolist() == list(row.table)[: row.length]
+            last = list(row.table)[row.length - 1]
+            assert slots[index] == last * BLOCK_SIZE + row.position % BLOCK_SIZE
+        assert group.tables[len(rows) : size, 0].tolist() == [spare] * padding
+        assert slots[len(rows) :] == [spare * BLOCK_SIZE] * padding
+        assert width == max([row.length for row in rows], default=1)
+        assert torch.equal(self.buffers.batch(size, width).metadata.groups[0].tables, group.tables[:, :width])
+        assert batch.input_ids.data_ptr() == self.buffers._device.data_ptr()
+
+
+Batches.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestBatches = Batches.TestCase
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_a_step_reads_and_copies_what_changed(is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_batch, "WHOLE_COPY_BYTES", 10**6 if is_small else 0)
+    buffers = DecodeBuffers(4, 100, make_cache())
+    buffers._device = buffers._host.clone()
+    tables = [Table(range(number, number + 90)) for number in range(4)]
+
+    def fill(positions: list[int], own: list[Table]) -> tuple[list[int], set[tuple[int, int]]]:
+        """Blocks read from each table, and where the device's tables were written."""
+        for table in tables:
+            table.num_read = 0
+        on_device = buffers._device[5:]
+        before = on_device.clone()
+        on_device.fill_(-1)
+        buffers.fill([1] * len(own), positions, own, len(own))
+        written = {(row, column) for column, row in (on_device >= 0).nonzero().tolist()}
+        on_device[on_device < 0] = before[on_device < 0]
+        return [table.num_read for table in tables], written
+
+    assert fill([319, 319, 319, 319], tables) == (
+        [81] * 4,
+        {(row, column) for row in range(4) for column in range(80)},
+    )
+    assert fill([319, 319, 319, 319], tables) == ([1] * 4, set())
+    read, written = fill([320, 319, 319, 327], tables)  # two of them reach the next block or the one after it
+    assert read == [2, 1, 1, 3]
+    if not is_small:
+        assert written == {(0, 80), (3, 80), (3, 81)}
+    # The first ends, and the others move: their blocks are not read again.
+    read, written = fill([320, 320, 328], tables[1:])
+    assert read == [0, 2, 2, 2]
+    assert written >= {(0, 80), (1, 80), (2, 82), (0, 0), (2, 0)}
 
 
 def test_graphs_are_recorded_largest_first_and_replayed_by_size() -> None:

@@ -29,6 +29,7 @@ class FakeEngine:
     ) -> None:
         self.overlaps_host = overlaps_host
         self.idle_seconds: float | None = None
+        self.is_loading = False
         self.num_waiting = self.num_steps = 0
         self._diary, self._fails_at, self._cannot_queue = diary, fails_at, cannot_queue
 

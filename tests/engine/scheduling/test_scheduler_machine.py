@@ -84,8 +84,10 @@ TestMachine = Machine.TestCase
         Limits(num_blocks=9, block_size=5, max_num_seqs=9, max_num_batched_tokens=9),
         Limits(num_blocks=40, block_size=1, max_num_seqs=3, max_num_batched_tokens=3),
         Limits(num_blocks=60, block_size=4, max_num_seqs=16, max_num_batched_tokens=64),
+        Limits(step_fill_tokens=None),
+        Limits(num_blocks=9, block_size=5, max_num_seqs=9, max_num_batched_tokens=9, step_fill_tokens=0),
     ],
-    ids=["short", "hardly one", "blocks of one", "roomy"],
+    ids=["short", "hardly one", "blocks of one", "roomy", "no loads", "only loads"],
 )
 def test_a_short_soak(limits: Limits) -> None:
     drive = soak(1000, 5, limits)
@@ -98,6 +100,7 @@ def test_a_soak_covers_its_cases() -> None:
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats
     assert min(tally.finished, tally.aborted, tally.expired, tally.promoted, tally.ensembles) > 10
     assert min(tally.spoiled, tally.not_finite, tally.repeated) > 10
+    assert min(tally.loaded, tally.abandoned, tally.unloadable, tally.beside) > 10
     assert min(drive.scheduler.num_preemptions, blocks.hits, blocks.run_hits, blocks.run_evictions) > 10
 
 
@@ -150,6 +153,13 @@ def _spoil_no_followers(
     return [seq for seq in self.running if any(member.request_id in wrote for member in seq.members)], []
 
 
+def _release_early(self: BlockManager, run: SoftPromptRun) -> None:
+    run.ref_count -= 1
+    if run.ref_count == 0:
+        self._retire(run)
+        run.ref_count = -1  # so that the end of the load does nothing
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "fault"),
     [
@@ -168,6 +178,9 @@ def _spoil_no_followers(
         (Scheduler, "_schedule_prefills", lambda self, plan, budget: 0),  # never prefills
         (Scheduler, "_prefill", _prefill_apart),  # lets members of an ensemble finish prefill separately
         (BlockManager, "admit_all", _admit_some),  # admits only some members
+        (SoftPromptRun, "is_filled", property(lambda self: True)),  # reads what is loading
+        (BlockManager, "is_loading", property(lambda self: False)),  # preempts the first sequence during a load
+        (BlockManager, "release_run", _release_early),  # frees blocks to which a load still writes
     ],
     ids=[
         "findable poison",
@@ -181,6 +194,9 @@ def _spoil_no_followers(
         "no prefill",
         "apart",
         "some members",
+        "read early",
+        "preempted first",
+        "freed early",
     ],
 )
 def test_the_soak_finds_defects(

@@ -1,7 +1,12 @@
-"""A fake of torch.cuda on the host: operations that wait for a GPU, and captures that record what is computed."""
+"""A fake of torch.cuda on the host: operations that wait for a GPU, recorded captures, and events.
+
+Operations of all streams are computed at once, so the order is that of the calls.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +23,8 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "uniqu
 
 _ERROR = 2
 """Of ``torch.cuda.set_sync_debug_mode``."""
+
+DEFAULT_STREAM = "the default stream"
 
 
 def waits(function: Any, arguments: Any) -> bool:
@@ -41,7 +48,8 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
         num_replays: Calls of ``replay``.
         num_waits: Operations that raised because they wait.
         mode: The sync debug mode.
-        stream: The current stream.
+        events: What was done with events: "record", "wait" or "synchronize", the event's number, the current stream.
+        on_synchronize: Called when a thread waits for an event.
     """
 
     def __init__(
@@ -49,13 +57,17 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_captures = self.num_replays = self.num_waits = self.mode = 0
-        self.stream: object = "the default stream"
+        self.events: list[tuple[str, int, object]] = []
+        self.on_synchronize: Callable[[], None] = lambda: None
+        self._own = threading.local()
+        self._num_streams = self._num_events = 0
         self._breaks_captures, self._stays_broken = breaks_captures, stays_broken
         self._recording: list[tuple[Any, ...]] | None = None
         self._is_invalid = self._is_poisoned = False
         for name, value in {
             "CUDAGraph": lambda: _Graph(self),
-            "Stream": lambda: "the capturing stream",
+            "Event": lambda **_: self._make_event(),
+            "Stream": lambda _device=None: self._make_stream(),
             "current_stream": lambda: self.stream,
             "empty_cache": self._empty_cache,
             "get_sync_debug_mode": lambda: self.mode,
@@ -68,6 +80,23 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.cuda.graph, "default_capture_stream", None)
         patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+
+    @property
+    def stream(self) -> object:
+        """The current stream of the thread."""
+        return getattr(self._own, "stream", DEFAULT_STREAM)
+
+    @stream.setter
+    def stream(self, stream: object) -> None:
+        self._own.stream = stream
+
+    def _make_stream(self) -> str:
+        self._num_streams += 1
+        return f"stream {self._num_streams}"
+
+    def _make_event(self) -> _Event:
+        self._num_events += 1
+        return _Event(self, self._num_events)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         is_float32_experts = function.overloadpacket.__name__ == "_grouped_mm" and arguments[0].dtype is torch.float32
@@ -102,7 +131,7 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """``CUDAGraph.capture_begin``."""
-        assert self.stream != "the default stream"
+        assert self.stream != DEFAULT_STREAM
         self.num_captures += 1
         self._recording, self._is_invalid = [], self._breaks_captures
 
@@ -114,6 +143,26 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
         assert recorded is not None
         return recorded
+
+
+class _Event:
+    """``torch.cuda.Event``."""
+
+    def __init__(self, cuda: FakeCUDA, number: int) -> None:
+        self._cuda, self._number = cuda, number
+
+    def record(self) -> None:
+        self._note("record")
+
+    def wait(self) -> None:
+        self._note("wait")
+
+    def synchronize(self) -> None:
+        self._note("synchronize")
+        self._cuda.on_synchronize()
+
+    def _note(self, what: str) -> None:
+        self._cuda.events.append((what, self._number, self._cuda.stream))
 
 
 class _OnStream:
