@@ -61,7 +61,7 @@ class DecodeBuffers:
     def __init__(self, max_rows: int, max_blocks: int, cache: KVCache) -> None:
         device = cache.tensor.device
         self.max_rows = max_rows
-        self._block_size, self._spare = cache.spec.block_size, cache.spare_block
+        self._block_size, self._cache = cache.spec.block_size, cache
         host = torch.zeros(3 + max_blocks, max_rows, dtype=torch.int64, pin_memory=pins(device))
         self._host, self._numbers = host, host.numpy()
         self._device = host.to(device)
@@ -92,15 +92,15 @@ class DecodeBuffers:
         if self._copied is not None:
             self._copied.synchronize()  # a step without a new token has not waited for the device
         ids, own_positions, slots = self._numbers[:3]
-        count, width = len(token_ids), 1
+        count, width, spare = len(token_ids), 1, self._cache.spare_block
         ids[:count], ids[count:size] = token_ids, 0
         own_positions[:count], own_positions[count:size] = positions, 0
-        slots[count:size] = self._spare * self._block_size
+        slots[count:size] = spare * self._block_size
         for row in range(size):
             position = positions[row] if row < count else 0
             length = position // self._block_size + 1
             # Compared by value, because the scheduler changes tables in place.
-            table = list(tables[row][:length]) if row < count else [self._spare]
+            table = list(tables[row][:length]) if row < count else [spare]
             if table != self._tables[row]:
                 self._numbers[3 : 3 + length, row] = table
                 self._tables[row] = table
