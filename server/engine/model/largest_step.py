@@ -158,7 +158,8 @@ def measure(memory: DeviceMemory, without_graphs: MemoryReading, step: LargestSt
     peak = memory.read().peak
     after = memory.settle()
     cache_bytes = step.paged_model.backend.cache.tensor.nbytes
-    weights, graphs = without_graphs.reserved - cache_bytes, without_graphs.free - before.free
+    weights = without_graphs.reserved - cache_bytes
+    graphs = max(0, without_graphs.free - before.free)  # other processes may release memory meanwhile
     return MemoryProfile(
         total=after.total,
         outside=after.total - after.free - cache_bytes - weights - graphs,

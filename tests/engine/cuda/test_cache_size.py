@@ -87,14 +87,15 @@ def test_a_higher_peak_and_a_lower_utilization_leave_fewer_blocks(
 ) -> None:
     counts = []
     for extra_peak, others, utilization in ((0, 0, 0.9), (MIB // 2, 0, 0.9), (0, MIB // 2, 0.9), (0, 0, 0.85)):
-        memory = FakeMemory(total=8 * MIB, others=others, extra_peak=extra_peak)
+        memory = FakeMemory(total=7 * MIB, others=others, extra_peak=extra_peak)
         with monkeypatch.context() as patch, FakeCUDA(patch, memory=memory), memory.live:
             engine = start(make_engine, llama, patch, enforce_eager=True, gpu_memory_utilization=utilization)
             counts.append(engine.model.num_blocks)
-            size = engine.runner.cache_spec.block_bytes
+            spec, size = engine.runner.cache_spec, engine.runner.cache_spec.block_bytes
             engine.close()
             del engine
     most, of_peak, of_others, of_utilization = counts
+    assert most < max_blocks(spec, CONTEXT, LIMITS["max_num_seqs"])
     for count, less in ((of_peak, MIB // 2), (of_others, MIB // 2), (of_utilization, 0.05 * memory.total)):
         assert abs((most - count) * size - less) <= size
 
@@ -103,13 +104,13 @@ def test_a_higher_peak_and_a_lower_utilization_leave_fewer_blocks(
 def test_too_little_memory_is_refused_with_what_is_needed(
     is_eager: bool, llama: Family, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = FakeMemory(total=16 * MIB, others=12 * MIB)
+    memory = FakeMemory(total=32 * MIB, others=28 * MIB)
     with FakeCUDA(monkeypatch, memory=memory), memory.live, pytest.raises(EngineStartError) as caught:
         start(make_engine, llama, monkeypatch, enforce_eager=is_eager)
     assert re.fullmatch(
-        r"one sequence of 256 positions needs 0.02 GiB: .* for the weights, .* for the largest step, .* for CUDA "
-        r"graphs, 0.01 GiB outside of torch .CUDA and other processes., .* for keys and values; 0.01 GiB may be "
-        r"used, 0.9 of 0.02 GiB: raise --gpu-memory-utilization, or lower --max-model-len, --max-num-batched-tokens "
+        r"one sequence of 256 positions needs 0.03 GiB: .* for the weights, .* for the largest step, .* for CUDA "
+        r"graphs, 0.03 GiB outside of torch .CUDA and other processes., .* for keys and values; 0.03 GiB may be "
+        r"used, 0.9 of 0.03 GiB: raise --gpu-memory-utilization, or lower --max-model-len, --max-num-batched-tokens "
         r"or --max-num-seqs",
         str(caught.value),
     )
