@@ -70,6 +70,21 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
+def parse_fraction(text: str | float) -> float:
+    """Parse a number in (0, 1].
+
+    Raises:
+        typer.BadParameter: If the text is no such number.
+    """
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0.0 < fraction <= 1.0:
+        raise typer.BadParameter(f"{text!r} is not a fraction: give a number above 0, at most 1")
+    return fraction
+
+
 @dataclass(frozen=True, slots=True)
 class _Flag:
     """One of serve's flags: a field of the settings tree.
@@ -215,8 +230,16 @@ FLAGS = (
         EngineSettings,
         "kv_cache_memory",
         int | None,
-        "Memory for keys and values; default: most of the free memory.",
+        "Memory for keys and values; default: see --gpu-memory-utilization, or 40% of the free memory on CPUs.",
         **_BYTES,
+    ),
+    _flag(
+        EngineSettings,
+        "gpu_memory_utilization",
+        float,
+        "Fraction of the GPU's memory that may be in use; keys and values take what the largest step leaves.",
+        parser=parse_fraction,
+        metavar="FRACTION",
     ),
     _flag(
         EngineSettings,

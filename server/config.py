@@ -11,6 +11,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 GenerationConfigUse = Literal["auto", "none"]
 LogFormat = Literal["text", "json"]
 
+GPU_MEMORY_UTILIZATION = 0.9
+"""Default of ``EngineSettings.gpu_memory_utilization``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
@@ -24,7 +27,9 @@ class EngineSettings:
         max_num_seqs: Maximum number of sequences in one step.
         max_num_batched_tokens: Maximum number of tokens in one step; longer prompts are prefilled in chunks.
         block_size: Number of positions in one key/value block.
-        kv_cache_memory: Size of the key/value cache; None: most of the free memory.
+        kv_cache_memory: Size of the key/value cache; None: what ``gpu_memory_utilization`` leaves, or a part of the
+            free memory on CPUs.
+        gpu_memory_utilization: Fraction of a GPU's memory that may be in use, in (0, 1].
         enable_prefix_caching: Whether to keep full blocks of text for later sequences with the same beginning.
         num_threads: CPU threads for the model; None: all cores.
         soft_prompt_host_bytes: Host memory that caches unused, unpinned soft prompts.
@@ -43,6 +48,7 @@ class EngineSettings:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enable_prefix_caching: bool = True
     num_threads: int | None = None
     soft_prompt_host_bytes: int = 256 * 1024 * 1024

@@ -34,6 +34,7 @@ def test_serve_fills_the_settings(started: list[Settings]) -> None:
     assert settings.engine.model == "m"
     assert settings.http.port == 9
     assert settings.engine.kv_cache_memory == 512 * 2**20
+    assert settings.engine.gpu_memory_utilization == 0.9
     assert settings.store.max_upload_bytes == 2**30
     assert not settings.engine.enable_prefix_caching
     assert (settings.engine.device, settings.engine.max_model_len, settings.store.location) == ("cpu", 64, "s")
@@ -43,6 +44,7 @@ def test_variables_fill_the_settings(started: list[Settings]) -> None:
     variables = {
         "PRELUDE_MODEL": "m",
         "PRELUDE_KV_CACHE_MEMORY": "2GiB",
+        "PRELUDE_GPU_MEMORY_UTILIZATION": "1",
         "PRELUDE_ALLOW_OTHER_BASE": "1",
         "PRELUDE_PIN": "a, b@2",
     }
@@ -50,6 +52,7 @@ def test_variables_fill_the_settings(started: list[Settings]) -> None:
     assert result.exit_code == 0, result.output
     (settings,) = started
     assert settings.engine.kv_cache_memory == 2 * 2**30
+    assert settings.engine.gpu_memory_utilization == 1.0
     assert settings.store.allow_other_base
     assert settings.store.pin == ("a", "b@2")
     assert settings.store.preload == ()
@@ -88,6 +91,11 @@ def test_a_bad_origin_or_host_is_an_error_of_one_line(tmp_path: Path, flag: str,
         "serve --model m --port 70000",
         "serve --model m --device tpu",
         "serve --model m --kv-cache-memory lots",
+        "serve --model m --gpu-memory-utilization 0",
+        "serve --model m --gpu-memory-utilization 1.01",
+        "serve --model m --gpu-memory-utilization -0.5",
+        "serve --model m --gpu-memory-utilization nan",
+        "serve --model m --gpu-memory-utilization most",
         "serve --model m --max-num-seqs 0",
         "serve --model m --no-such-flag",
         "serve --model m --pin Bad",

@@ -214,6 +214,10 @@ def test_bfloat16_runs_every_type(llama: Family, make_engine: Callable[..., LLME
     [
         ({"max_model_len": 999}, "--max-model-len 999 is more than the model's limit of 256"),
         ({"kv_cache_memory": 1000}, "MiB too few: raise --kv-cache-memory or lower --max-model-len"),
+        ({"device": "cpu", "gpu_memory_utilization": 0.8}, "on a CPU, set --kv-cache-memory instead"),
+        ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization 0 must be above 0, and at most 1"),
+        ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization 1.1 must be above 0, and at most 1"),
+        ({"gpu_memory_utilization": float("nan")}, "--gpu-memory-utilization nan must be above 0"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"max_num_seqs": 99, "max_num_batched_tokens": 10}, "max_num_seqs 99 must be"),
     ],

@@ -73,12 +73,12 @@ class DecodeBuffers:
     def __init__(self, max_rows: int, max_blocks: int, cache: KVCache) -> None:
         device = cache.tensor.device
         self.max_rows = max_rows
-        self._block_size, self._spare = cache.spec.block_size, cache.spare_block
+        self._block_size, self._cache = cache.spec.block_size, cache
         host = torch.zeros(_TABLES + max_blocks, max_rows, dtype=torch.int64, pin_memory=pins(device))
         self._host, self._numbers = host, host.numpy()
         self._device = host.to(device)
         self._copied = torch.cuda.Event() if pins(device) else None  # type: ignore[no-untyped-call]
-        self._padding = [self._spare]
+        self._padding = [cache.spare_block]
         self._tables: list[Sequence[int]] = [[] for _ in range(max_rows)]
         self._lengths = [0] * max_rows
         """Blocks of each row's table that are written."""
@@ -115,8 +115,10 @@ class DecodeBuffers:
         slots[:count] = [table[length - 1] for table, length in zip(tables, lengths, strict=True)]
         slots[:count] *= self._block_size
         slots[:count] += own_positions[:count] % self._block_size
-        slots[count:size] = self._spare * self._block_size
+        slots[count:size] = self._cache.spare_block * self._block_size
         num_padding = size - count
+        if self._padding[0] != self._cache.spare_block:  # the cache was resized
+            self._padding = [self._cache.spare_block]
         changes = self._write_tables([*tables, *[self._padding] * num_padding], [*lengths, *[1] * num_padding])
         width = max(lengths, default=1)
         if self._device is not self._host:

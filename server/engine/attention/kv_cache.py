@@ -54,12 +54,25 @@ class KVCache:
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
         self.spec = spec
+        self._device = device
+        self._allocate(num_blocks)
+
+    def resize(self, num_blocks: int) -> None:
+        """Replace the blocks by another number of blocks of zeros, at another address.
+
+        CUDA graphs that were recorded before use the old address.
+        """
+        del self.tensor, self._slots, self._layers  # first, because both sizes may not fit
+        self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: int) -> None:
+        spec = self.spec
         self.num_blocks = self.spare_block = num_blocks
         # The content does not matter, but writing zeros allocates all the memory now, not during serving.
         self.tensor = torch.zeros(
             (2, spec.num_layers, num_blocks + 1, spec.block_size, spec.num_kv_heads, spec.head_dim),
             dtype=spec.dtype,
-            device=device,
+            device=self._device,
         )
         shape = (2, spec.num_layers, (num_blocks + 1) * spec.block_size, spec.num_kv_heads, spec.head_dim)
         self._slots = self.tensor.view(shape)
@@ -114,6 +127,16 @@ class KVCache:
         return gathered.abs_().amax(dim=(0, 1, 4, 5)) < torch.inf
 
 
+def min_blocks(spec: KVCacheSpec, max_model_len: int) -> int:
+    """Blocks that one sequence of ``max_model_len`` positions needs, with the copy of a soft prompt's last block."""
+    return -(-max_model_len // spec.block_size) + 1
+
+
+def max_blocks(spec: KVCacheSpec, max_model_len: int, max_num_seqs: int) -> int:
+    """Blocks that ``max_num_seqs`` sequences of ``max_model_len`` positions and as many soft prompts could use."""
+    return 2 * max_num_seqs * min_blocks(spec, max_model_len)
+
+
 def num_blocks_for(
     spec: KVCacheSpec,
     *,
@@ -126,8 +149,7 @@ def num_blocks_for(
 
     Args:
         spec: The shape of a block.
-        memory: Bytes to use; None for a fraction of the free memory, at most what ``max_num_seqs`` sequences of
-            ``max_model_len`` positions and as many soft prompts could use.
+        memory: Bytes to use; None for a fraction of the free memory, at most ``max_blocks``.
         free_memory: Returns the free bytes of the device, with the model loaded, and the fraction to use.
         max_model_len: Positions of one sequence.
         max_num_seqs: Sequences that run at once.
@@ -135,10 +157,10 @@ def num_blocks_for(
     Raises:
         ValueError: If one sequence of ``max_model_len`` positions does not fit; the message says what is missing.
     """
-    blocks_per_seq = -(-max_model_len // spec.block_size) + 1
+    blocks_per_seq = min_blocks(spec, max_model_len)
     if memory is None:
         free, fraction = free_memory()
-        num_blocks = min(int(free * fraction) // spec.block_bytes, 2 * max_num_seqs * blocks_per_seq)
+        num_blocks = min(int(free * fraction) // spec.block_bytes, max_blocks(spec, max_model_len, max_num_seqs))
         what = f"{fraction:.0%} of the {free / 2**20:.0f} MiB that are free"
     else:
         num_blocks = memory // spec.block_bytes

@@ -267,6 +267,12 @@ class ExactnessCheck:
         )
 
 
+def probe_blocks(block_size: int) -> int:
+    """Blocks of the smallest cache in which no check is shortened."""
+    in_blocks = (2 * -(-PROBE_TOKENS // block_size), 3 * -(-(SOFT_PROMPT_ROWS + TEXT_ROWS) // block_size))
+    return max(*in_blocks, -(-PROBE_KEYS // block_size))
+
+
 def check_kernels(backend: AttentionBackend, num_heads: int) -> None:
     """Compare a backend's attention with ``SDPABackend``'s, for each kind of call by the model's layers.
 

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from server.config import EngineSettings
+from server.config import GPU_MEMORY_UTILIZATION, EngineSettings
 from server.engine.attention.backend import ATTENTION
 from server.engine.attention.decode_batch import MAX_ROWS, DecodeBuffers, DecodeGraphs
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.attention.transfers import queue_copy, queue_to_host, to_device
 from server.engine.model.classification_head import head_logits
-from server.engine.model.exactness import PROBE_TOLERANCE, ExactnessCheck
+from server.engine.model.exactness import PROBE_TOLERANCE, ExactnessCheck, probe_blocks
 from server.engine.model.generation_config import read_generation_config
+from server.engine.model.largest_step import LargestStep, measure, report, resize_to_fit
 from server.engine.model.loading import eos_token_ids_of, load_model, max_model_len_of
 from server.engine.model.model_shape import config_value
 from server.engine.model.paged_model import PagedModel
@@ -56,6 +57,8 @@ class ModelRunner:
         self.platform = platform or choose_platform(settings.device)
         self.device = self.platform.device
         self.platform.set_num_threads(settings.num_threads)
+        memory = self.platform.device_memory()
+        _check_utilization(settings.gpu_memory_utilization, is_measured=memory is not None)
         self.model, config = load_model(settings, self.platform)
         self.dtype: torch.dtype = self.model.dtype
         max_model_len = max_model_len_of(settings.max_model_len, config)
@@ -68,11 +71,12 @@ class ModelRunner:
         self.cache_spec = KVCacheSpec(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, settings.block_size, self.dtype
         )
-        self.cache = self._make_cache(settings, max_model_len)
+        self.cache = self._make_cache(settings, max_model_len, is_measured=memory is not None)
         self._buffers = DecodeBuffers(settings.max_num_seqs, -(-max_model_len // settings.block_size), self.cache)
         num_heads = config_value(config, "num_attention_heads") or shape.num_kv_heads
         self.paged_model = self._connect(check, num_heads, unfuse)
         self.backend = self.paged_model.backend
+        without_graphs = None if memory is None else memory.settle()
         self._graphs = None if settings.enforce_eager else self._record_decodes(check)
         eos_token_ids = eos_token_ids_of(config, self.model.generation_config)
         generation = read_generation_config(
@@ -93,6 +97,26 @@ class ModelRunner:
                 lambda: self.paged_model.forward_base(spans, inputs),
                 PROBE_TOLERANCE[self.dtype],
             )
+        if memory is not None and without_graphs is not None:
+            step = LargestStep(
+                paged_model=self.paged_model,
+                sampler=self.sampler,
+                scorer=self._scorer,
+                embed=self.embed_tokens,
+                max_model_len=max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+            )
+            profile = measure(memory, without_graphs, step)
+            if settings.kv_cache_memory is None:
+                has_graphs = self._graphs is not None
+                self._graphs = None  # they use the address of the small cache
+                resize_to_fit(self.cache, memory, profile, settings, max_model_len)
+                self._check_served(check, self.paged_model, num_heads)
+                self._graphs = self._record_decodes(check) if has_graphs else None
+            report(memory, profile, self.cache, settings)
+        if self._graphs is not None:
+            logger.info("decode steps of up to %d sequences use CUDA graphs", self._graphs.sizes[-1])
         self.info = ModelInfo(
             architecture=type(self.model).__name__,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -172,7 +196,10 @@ class ModelRunner:
         """Release the CUDA graphs and their memory."""
         self._graphs = None
 
-    def _make_cache(self, settings: EngineSettings, max_model_len: int) -> KVCache:
+    def _make_cache(self, settings: EngineSettings, max_model_len: int, *, is_measured: bool) -> KVCache:
+        """The cache; a small one if its size follows from what the model needs, which is measured later."""
+        if is_measured and settings.kv_cache_memory is None:
+            return KVCache(self.cache_spec, probe_blocks(settings.block_size), self.device)
         try:
             num_blocks = num_blocks_for(
                 self.cache_spec,
@@ -209,13 +236,17 @@ class ModelRunner:
             raise EngineStartError(f"the attention kernels cannot be imported: {error}") from error
         paged = PagedModel(self.model, backend, self._buffers)
         self.platform.bind(self.model, backend)
-        with torch.inference_mode():
-            block_size, num_blocks = self.cache_spec.block_size, self.cache.num_blocks
-            check.run(paged.forward, num_blocks=num_blocks, block_size=block_size, layers=backend.layers)
-            check.run_soft_prompts(paged.forward, self.cache)
-            check.run_decodes(paged.launch_decodes, [min(2, self._buffers.max_rows)])
-            self.platform.check_kernels(backend, num_heads)
+        self._check_served(check, paged, num_heads)
         return paged
+
+    @torch.inference_mode()
+    def _check_served(self, check: ExactnessCheck, paged: PagedModel, num_heads: int) -> None:
+        """Check a model with its backend and the cache as it is now."""
+        backend, block_size, num_blocks = paged.backend, self.cache_spec.block_size, self.cache.num_blocks
+        check.run(paged.forward, num_blocks=num_blocks, block_size=block_size, layers=backend.layers)
+        check.run_soft_prompts(paged.forward, self.cache)
+        check.run_decodes(paged.launch_decodes, [min(2, self._buffers.max_rows)])
+        self.platform.check_kernels(backend, num_heads)
 
     def _record_decodes(self, check: ExactnessCheck) -> DecodeGraphs | None:
         """Record decode steps; None if the device, the backend or the model does not allow it.
@@ -242,7 +273,6 @@ class ModelRunner:
                 ) from error
             logger.warning("decode steps do not use CUDA graphs, which is slower: %s", reason)
             return None
-        logger.info("decode steps of up to %d sequences use CUDA graphs", max_rows)
         return graphs
 
     def _check_shared(self, chunks: Sequence[Chunk]) -> Callable[[], torch.Tensor] | None:
@@ -351,3 +381,11 @@ class ModelRunner:
             return self.paged_model.forward([(chunk.block_table, position, 1)], inputs, [0])
         finally:
             self.cache.tensor[:, :, block] = kept
+
+
+def _check_utilization(utilization: float, *, is_measured: bool) -> None:
+    """Raises ``EngineStartError`` if the device's memory cannot be used to this fraction."""
+    if not 0.0 < utilization <= 1.0:
+        raise EngineStartError(f"--gpu-memory-utilization {utilization:g} must be above 0, and at most 1")
+    if not is_measured and utilization != GPU_MEMORY_UTILIZATION:
+        raise EngineStartError("--gpu-memory-utilization is for GPUs; on a CPU, set --kv-cache-memory instead")

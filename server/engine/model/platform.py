@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from server.engine.attention.backend import AttentionBackend, SDPABackend
 from server.engine.attention.decode_batch import Recorder
 from server.engine.attention.kv_cache import KVCache
+from server.engine.attention.memory import DeviceMemory
 from server.engine.attention.transfers import CopyStream
 from server.engine.model.exactness import check_kernels
 from server.engine.sampling.sampler import Largest, torch_largest
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 MakeBackend = Callable[[KVCache], AttentionBackend]
 
 CPU_DEFAULT_FRACTION = 0.4
-CUDA_DEFAULT_FRACTION = 0.9
 
 NUMBA = {"numba", "llvmlite"}
 """Packages of the extra ``cpu``."""
@@ -68,8 +68,12 @@ class Platform:
         return checkpoint
 
     def free_memory(self) -> tuple[int, float]:
-        """Free bytes, and the fraction that keys and values take by default."""
+        """Free bytes, and the fraction that keys and values take by default, if there is no ``device_memory``."""
         return _available_host_memory(), CPU_DEFAULT_FRACTION
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Reads the device's memory, to give keys and values what the largest step leaves; None if nothing can."""
+        return None
 
     def prepare(self, model: PreTrainedModel) -> Callable[[], None] | None:
         """Replace modules of a loaded model by faster ones.
@@ -204,6 +208,7 @@ class CUDAPlatform(Platform):
         if not torch.cuda.is_available():
             raise EngineStartError("--device cuda: torch finds no CUDA device")
         from server.engine.cuda.copy_stream import CUDACopyStream
+        from server.engine.cuda.device_memory import CUDAMemory
         from server.engine.cuda.graphs import CUDARecorder
         from server.engine.cuda.triton_attention import TritonBackend
 
@@ -211,10 +216,11 @@ class CUDAPlatform(Platform):
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         super().__init__(device, (partial(TritonBackend, num_processors=num_processors), SDPABackend))
         self._recorder, self._copy_stream = CUDARecorder, CUDACopyStream
+        self._device_memory = CUDAMemory
 
-    def free_memory(self) -> tuple[int, float]:
+    def device_memory(self) -> DeviceMemory | None:
         """The GPU's memory; see the base class."""
-        return torch.cuda.mem_get_info(self.device)[0], CUDA_DEFAULT_FRACTION
+        return self._device_memory(self.device)
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
         """Compare Triton's kernels with torch's attention over many keys; see the base class."""

@@ -174,6 +174,7 @@ def test_a_capture_that_leaves_the_process_broken_fails_the_start(
         platform = fake_cuda_platform(monkeypatch)
         with pytest.raises(EngineStartError, match="the device cannot be used after .* --enforce-eager"):
             make_engine(family, platform)
-        engine = make_engine(family, platform, enforce_eager=True)
+    with FakeCUDA(monkeypatch, breaks_captures=True, stays_broken=True):  # another process
+        engine = make_engine(family, fake_cuda_platform(monkeypatch), enforce_eager=True)
         add(engine, "r", [1, 2, 3], greedy(8))
         assert tokens(run(engine)["r"]) == family.expected(None, [1, 2, 3], 8)

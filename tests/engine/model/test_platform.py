@@ -103,7 +103,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=4)
 platform = CUDAPlatform(torch.device("cpu"))
 torch.cuda.is_available = lambda: False
-platform.recorder = lambda: None
+platform.recorder = platform.device_memory = lambda: None
 engine, tokens = serve(platform)
 assert type(engine.runner.backend).__name__ == "TritonBackend"
 assert not [name for name in sys.modules if name.startswith(("numba", "llvmlite", "server.engine.cpu"))]
@@ -171,6 +171,7 @@ def test_the_plain_platform_changes_nothing() -> None:
     assert platform.backends == (SDPABackend,)
     assert platform.best_dtype(torch.float16) is torch.float16
     assert platform.recorder() is None
+    assert platform.device_memory() is None
     free, share = platform.free_memory()
     assert free > 0
     assert 0 < share < 1

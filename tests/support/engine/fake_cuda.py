@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend
 from server.engine.model.platform import CUDAPlatform
+from tests.support.engine.live_bytes import LiveBytes
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
 """Operations that return a number to Python, or a tensor whose shape depends on its content."""
@@ -35,6 +38,25 @@ def waits(function: Any, arguments: Any) -> bool:
     return name in WAITING
 
 
+@dataclass(kw_only=True)
+class FakeMemory:
+    """The memory of a made-up GPU. Tensors are counted while ``live`` is entered.
+
+    Attributes:
+        total: Memory of the device.
+        others: What other processes use, and the CUDA context.
+        per_graph: What each graph uses, outside of torch.
+        extra_peak: What every peak is higher than what was counted, as by buffers within operations.
+        live: Counts the tensors.
+    """
+
+    total: int = 2**40
+    others: int = 0
+    per_graph: int = 0
+    extra_peak: int = 0
+    live: LiveBytes = field(default_factory=lambda: LiveBytes(torch.device("cpu")))
+
+
 class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replaces the parts of torch.cuda that record graphs; operations are seen while it is entered.
 
@@ -42,6 +64,7 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
         patch: Restores torch.cuda.
         breaks_captures: Let every capture fail when it ends, as after an operation that torch does not detect.
         stays_broken: Let the allocator fail after a failed capture, as up to torch 2.11.
+        memory: The device's memory.
 
     Attributes:
         num_captures: Calls of ``capture_begin``.
@@ -50,10 +73,17 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mode: The sync debug mode.
         events: What was done with events: "record", "wait" or "synchronize", the event's number, the current stream.
         on_synchronize: Called when a thread waits for an event.
+        memory: The device's memory.
+        graphs: Graphs that are not released.
     """
 
     def __init__(
-        self, patch: pytest.MonkeyPatch, *, breaks_captures: bool = False, stays_broken: bool = False
+        self,
+        patch: pytest.MonkeyPatch,
+        *,
+        breaks_captures: bool = False,
+        stays_broken: bool = False,
+        memory: FakeMemory | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_captures = self.num_replays = self.num_waits = self.mode = 0
@@ -61,6 +91,8 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.on_synchronize: Callable[[], None] = lambda: None
         self._own = threading.local()
         self._num_streams = self._num_events = 0
+        self.memory = memory or FakeMemory()
+        self.graphs: WeakSet[_Graph] = WeakSet()
         self._breaks_captures, self._stays_broken = breaks_captures, stays_broken
         self._recording: list[tuple[Any, ...]] | None = None
         self._is_invalid = self._is_poisoned = False
@@ -72,6 +104,11 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "empty_cache": self._empty_cache,
             "get_sync_debug_mode": lambda: self.mode,
             "graph_pool_handle": lambda: (0, 1),
+            "max_memory_allocated": lambda _: self.memory.live.peak + self.memory.extra_peak,
+            "mem_get_info": lambda _: (self.memory.total - self.used, self.memory.total),
+            "memory_allocated": lambda _: self.memory.live.current,
+            "memory_reserved": lambda _: self.memory.live.current,
+            "reset_peak_memory_stats": lambda _: self.memory.live.reset_peak(),
             "set_stream": self._set_stream,
             "set_sync_debug_mode": self._set_mode,
             "stream": lambda stream: _OnStream(self, stream),
@@ -106,6 +143,11 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._recording is not None:
             self._recording.append((function, arguments, named or {}, result))
         return result
+
+    @property
+    def used(self) -> int:
+        """Memory that is in use."""
+        return self.memory.others + len(self.graphs) * self.memory.per_graph + self.memory.live.current
 
     def _wait(self) -> None:
         if self._recording is not None:
@@ -181,6 +223,7 @@ class _OnStream:
 class _Graph:
     def __init__(self, cuda: FakeCUDA) -> None:
         self._cuda = cuda
+        cuda.graphs.add(self)
         self._recorded: list[tuple[Any, ...]] = []
 
     def capture_begin(self, *_: object, **__: object) -> None:

@@ -27,13 +27,28 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak: int = 0
         self._device = device
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._bound = 0
+        """Bytes of ``_live``, including what was released since it was last searched."""
+
+    @property
+    def current(self) -> int:
+        """Bytes that are not released."""
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
+        self._bound = sum(size for _, size in self._live.values())
+        return self._bound
+
+    def reset_peak(self) -> None:
+        """Start a new maximum."""
+        self.peak = self.current
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = function(*arguments, **(named or {}))
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device == self._device:
                 storage = tensor.untyped_storage()
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+                key, size = storage._cdata, storage.nbytes()
+                self._bound += size - (self._live[key][1] if key in self._live else 0)
+                self._live[key] = StorageWeakRef(storage), size  # type: ignore[no-untyped-call]
+        if self._bound > self.peak:  # only then is there something to find
+            self.peak = max(self.peak, self.current)
         return result
