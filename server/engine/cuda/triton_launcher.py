@@ -5,8 +5,8 @@ Triton 3.7 and later compile it at the first launch, and need a C compiler then.
 and Triton loads it from there. Without that folder, or with another version of Triton, the library is compiled at
 the first launch as usual.
 
-Before 3.7, Triton compiles a launcher for each signature of a kernel. Those depend on the model, so these versions need
-a C compiler on the machine that serves.
+Before 3.7, Triton compiles a launcher for each signature of a kernel. Signatures depend on the model, so the machine
+that serves needs a C compiler.
 """
 
 from __future__ import annotations
