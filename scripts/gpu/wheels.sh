@@ -15,7 +15,8 @@ for name in llguidance msgspec peft transformers; do
   wanted+=("$(grep "^$name==" constraints.txt)")
 done
 platforms=()
-for libc in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014; do
+for libc in manylinux_2_39 manylinux_2_35 manylinux_2_34 manylinux_2_31 manylinux_2_28 manylinux_2_27 manylinux_2_24 \
+  manylinux_2_17 manylinux2014; do
   platforms+=(--platform "${libc}_x86_64")
 done
 "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \

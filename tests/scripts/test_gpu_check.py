@@ -164,7 +164,8 @@ def test_failed_tests_are_figures(tmp_path: Path) -> None:
 from pathlib import Path
 from scripts.gpu.results import Results
 from scripts.gpu.suite import run_tests
-run_tests(Results(Path({str(tmp_path / "f")!r}), "tests", judges_speed=True), ["-q", "-c", "/dev/null", {str(tmp_path)!r}])
+results = Results(Path({str(tmp_path / "f")!r}), "tests", judges_speed=True)
+run_tests(results, ["-q", "-c", "/dev/null", {str(tmp_path)!r}])
 """
     subprocess.run(python(code), cwd=ROOT, check=True, capture_output=True)
     figures = {figure.name: figure for figure in read_figures(tmp_path / "f")}
