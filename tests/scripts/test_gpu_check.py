@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,26 @@ def test_tests_that_cannot_run_are_an_error(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(pytest, "main", lambda *_, **__: pytest.ExitCode.USAGE_ERROR)
     with pytest.raises(RuntimeError, match="USAGE_ERROR"):
         run_tests(Results(tmp_path / "f", "tests", judges_speed=True), [])
+
+
+def test_wheels_are_installed_for_the_parts_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "packed-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("packed.py", "")
+        wheel.writestr("packed-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: packed\nVersion: 1.0\n")
+        wheel.writestr("packed-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("packed-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    assert check.paths(tmp_path, None) == [str(ROOT), "/before"]
+    site, *others = check.paths(tmp_path, wheels)
+    assert others == [str(ROOT), "/before"]
+    assert Path(site, "packed.py").exists()
+    (wheels / "broken-1.0-py3-none-any.whl").write_text("")
+    with pytest.raises(subprocess.CalledProcessError):
+        check.paths(tmp_path, wheels)
 
 
 @pytest.mark.slow
