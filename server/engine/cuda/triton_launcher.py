@@ -1,9 +1,12 @@
 """The C library by which Triton launches kernels, compiled ahead of time.
 
-Triton compiles it at the first launch, and needs a C compiler then. For an image without a compiler,
+Triton 3.7 and later compile it at the first launch, and need a C compiler then. For an image without a compiler,
 ``python -m server.engine.cuda.triton_launcher`` compiles it in an earlier build stage into a folder beside this file,
 and Triton loads it from there. Without that folder, or with another version of Triton, the library is compiled at
 the first launch as usual.
+
+Before 3.7, Triton compiles a launcher for each signature of a kernel. Signatures depend on the model, so the machine
+that serves needs a C compiler.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from typing import Any
 PREBUILT = Path(__file__).with_name("prebuilt")
 """The folder of the compiled library."""
 
+OLDEST = (3, 7)
+"""The first version of Triton with one launcher for all kernels."""
+
 _CUDA = "libcuda.so.1"  # the driver's library, which the host provides
 
 
@@ -30,8 +36,14 @@ def build(folder: Path = PREBUILT) -> Path:
 
     Raises:
         ImportError: If Triton is not installed.
-        RuntimeError: If there is no C compiler, or it fails.
+        RuntimeError: If Triton is older than ``OLDEST``, there is no C compiler, or the compiler fails.
     """
+    version: str = importlib.import_module("triton").__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        raise RuntimeError(
+            f"Triton {version} compiles a launcher for each kernel while it serves, and needs a C compiler then: "
+            f"install Triton {'.'.join(map(str, OLDEST))} or later, or serve with a C compiler"
+        )
     backend = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent
     source = backend / "driver.c"
     target = folder / _file_name("cuda_utils", source.read_text())

@@ -41,10 +41,13 @@ def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrained
         best = platform.best_dtype(config.dtype)
         if dtype == "auto" and best is not None and best is not config.dtype:
             dtype = best
+        # bitsandbytes quantises on the device, and some of its models cannot be moved afterwards.
+        is_placed = _quant_method(config) == "bitsandbytes"
         model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             settings.model,
             revision=settings.revision,
             dtype=dtype,
+            device_map=platform.device if is_placed else None,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,  # without it, transformers asks on the terminal
@@ -67,8 +70,22 @@ def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrained
         name = str(best).removeprefix("torch.")
         logger.warning("this CPU has no fast products of %s; --dtype %s would be faster", model.dtype, name)
     module: nn.Module = model
-    module.to(platform.device).eval().requires_grad_(False)
+    if not is_placed:
+        module.to(platform.device)
+    module.eval().requires_grad_(False)
     return model, config.get_text_config(decoder=True)
+
+
+def _quant_method(config: PreTrainedConfig) -> str | None:
+    """The library of a quantised checkpoint, by its name in transformers; None if the checkpoint is not quantised."""
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        return None
+    if not isinstance(described, dict):
+        described = described.to_dict()
+    if described.get("load_in_8bit") or described.get("load_in_4bit"):  # old checkpoints name no method
+        return "bitsandbytes"
+    return str(described.get("quant_method"))
 
 
 def _check_is_causal(config: PreTrainedConfig) -> None:

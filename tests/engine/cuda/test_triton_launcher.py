@@ -107,3 +107,16 @@ def test_building_without_a_compiler_is_an_error(
     monkeypatch.setattr(shutil, "which", lambda _name: compiler)
     with pytest.raises(RuntimeError, match=message):
         triton_launcher.build(tmp_path)
+
+
+def test_a_triton_that_compiles_while_it_serves_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    with pytest.raises(RuntimeError, match="Triton 3.6.0 compiles a launcher for each kernel .* Triton 3.7 or later"):
+        triton_launcher.build(tmp_path)
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git1")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    with pytest.raises(RuntimeError, match="there is no C compiler"):  # the version is right
+        triton_launcher.build(tmp_path)

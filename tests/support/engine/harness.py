@@ -185,7 +185,10 @@ def make_family(
     config: PreTrainedConfig | None = None,
 ) -> Family:
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(config or (CONFIGS | MORE_CONFIGS)[name]()).eval()
+    config = config or (CONFIGS | MORE_CONFIGS)[name]()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # SDPA ignores the cap, and some versions of transformers choose it
     # With "", PEFT does not look the base up, and no file contains a local path.
     model.config._name_or_path = model.name_or_path = ""
     path = folder / "model"
@@ -194,7 +197,7 @@ def make_family(
     for index, (key, make_config) in enumerate(peft_configs.items()):
         torch.manual_seed(100 + index)
         base = copy.deepcopy(model)
-        peft_model = get_peft_model(base, make_config())
+        peft_model = get_peft_model(base, _with_width(make_config(), key, config))
         _train(peft_model, key)
         peft_folder = folder / key
         peft_model.save_pretrained(str(peft_folder))
@@ -208,6 +211,14 @@ def make_family(
                 task_id=task_id,
             )
     return family
+
+
+def _with_width(made: PeftConfig, key: str, config: PreTrainedConfig) -> PeftConfig:
+    """Set the width of the embeddings where PEFT would take the model's."""
+    width = getattr(config, "word_embed_proj_dim", None)
+    if width is not None and not key.startswith(("prefix", "cartridge")):
+        vars(made)["token_dim"] = width
+    return made
 
 
 def _train(peft_model: Any, key: str) -> None:
