@@ -193,6 +193,7 @@ class CUDAPlatform(Platform):
     def __init__(self, device: torch.device | None = None) -> None:
         if not torch.cuda.is_available():
             raise EngineStartError("--device cuda: torch finds no CUDA device")
+        from server.engine.cuda.fused_layers import bind, fuse_layers, unfuse_layers
         from server.engine.cuda.graphs import CUDARecorder
         from server.engine.cuda.triton_attention import TritonBackend
 
@@ -200,10 +201,22 @@ class CUDAPlatform(Platform):
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         super().__init__(device, (partial(TritonBackend, num_processors=num_processors), SDPABackend))
         self._recorder = CUDARecorder
+        self._fuse_layers, self._unfuse_layers, self._bind = fuse_layers, unfuse_layers, bind
 
     def free_memory(self) -> tuple[int, float]:
         """The GPU's memory; see the base class."""
         return torch.cuda.mem_get_info(self.device)[0], CUDA_DEFAULT_FRACTION
+
+    def prepare(self, model: PreTrainedModel) -> Callable[[], None] | None:
+        """Fuse the layers of a known form; see the base class."""
+        num_fused = self._fuse_layers(model)
+        # The memory of the replaced weights is for keys and values.
+        torch.cuda.empty_cache()
+        return partial(self._unfuse_layers, model) if num_fused else None
+
+    def bind(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
+        """Set the backend of fused attention; see the base class."""
+        self._bind(model, backend)
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
         """Compare Triton's kernels with torch's attention over many keys; see the base class."""
