@@ -111,7 +111,7 @@ class FusedMLP(nn.Module):
     def add_to(self, total: torch.Tensor, rows: torch.Tensor) -> None:
         """Add the output of rows to ``total``; both are [rows, hidden]."""
         gated = self._gated(rows)
-        if self.down_proj.bias is not None:
+        if _bias(self.down_proj) is not None:
             total += _product(gated, self.down_proj)
         else:
             total.addmm_(gated, self.down_proj.weight.t())
@@ -319,8 +319,13 @@ def _fuse_layer(module: Any, fusible: Fusible) -> bool:
 
 def _product(rows: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     """[rows, in_features] to [rows, out_features], in one launch."""
-    weight = linear.weight.t()
-    return torch.mm(rows, weight) if linear.bias is None else torch.addmm(linear.bias, rows, weight)
+    weight, bias = linear.weight.t(), _bias(linear)
+    return torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor | None:
+    """The bias; torch's annotation says that there always is one."""
+    return linear.bias
 
 
 def _power_of_two(number: int) -> int:

@@ -278,8 +278,9 @@ def _is_attention(module: Any, form: AttentionForm, recording: _Recording, scale
     hidden = recording.again(module, scale)
     call, (cos, sin) = recording.calls[module], recording.positions(module)
     projected = torch.cat([getattr(module, name)(hidden) for name in form.projections], dim=-1)
-    heads = projected.unflatten(-1, (-1, form.head_dim))
-    query, key, value = heads.split([form.num_heads, form.num_kv_heads, form.num_kv_heads], dim=-2)
+    heads = projected.view(*projected.shape[:-1], -1, form.head_dim)
+    counts = [form.num_heads, form.num_kv_heads, form.num_kv_heads]
+    query, key, value = torch.split(heads, counts, dim=-2)
     if form.norms is not None:
         query, key = module.q_norm(query), module.k_norm(key)
     attended = call.query.transpose(1, 2).flatten(-2)
