@@ -7,25 +7,22 @@ may be replaced is decided by its outputs (``layer_probe``), not by its name.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine.attention.backend import AttentionBackend, AttentionCall
+from server.engine.attention.backend import AttentionBackend
 from server.engine.cpu import row_kernels
 from server.engine.cpu.cpu_attention import CPUBackend, HeadNorms, Positions
-from server.engine.cpu.layer_probe import HEAD_NORMS, PROJECTIONS, TOLERANCE, Fusible, probe
-from server.engine.cpu.packed_linear import PackedLinear, replace_modules, stacked
+from server.engine.cpu.packed_linear import PackedLinear
+from server.engine.layers.forms import Activation, norm_form
+from server.engine.layers.layer_probe import AttentionForm, Fusible, GatedForm, probe
+from server.engine.layers.replacement import Original, replace_modules, stacked
 from server.errors import EngineStartError
 
-_ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
-    row_kernels.SILU: nn.functional.silu,
-    row_kernels.GELU_TANH: lambda x: nn.functional.gelu(x, approximate="tanh"),
-}
+_ACTIVATIONS: dict[Activation, int] = {"silu": row_kernels.SILU, "gelu_tanh": row_kernels.GELU_TANH}
 
 
 class Workspace:
@@ -78,45 +75,21 @@ class FusedRMSNorm(nn.Module):
         return out
 
 
-class _Original:
-    """A replaced module without the weights of its linear layers; not a submodule of the model.
-
-    Args:
-        module: The module. Its linear layers named in ``packed`` are released.
-        packed: For each packed product of the fused module, the names of the layers in it.
-    """
-
-    def __init__(self, module: Any, packed: dict[str, list[str]]) -> None:
-        self._module = module
-        self._packed = packed
-        self._sizes = {name: [getattr(module, part).out_features for part in parts] for name, parts in packed.items()}
-        for name in itertools.chain(*packed.values()):
-            setattr(module, name, nn.Identity())
-
-    def restored_from(self, fused: Any) -> nn.Module:
-        """The module with its linear layers, unpacked from the products of the fused module."""
-        for name, parts in self._packed.items():
-            for part, linear in zip(parts, getattr(fused, name).unpacked(self._sizes[name]), strict=True):
-                setattr(self._module, part, linear)
-        module: nn.Module = self._module
-        return module
-
-
 class FusedMLP(nn.Module):
     """``down(activation(gate(x)) * up(x))``.
 
     Args:
         mlp: The module to replace; it is left without weights.
-        activation: Number of the activation function (see ``row_kernels.gate``).
+        form: The module's form.
         workspace: Shared with other modules.
     """
 
-    def __init__(self, mlp: Any, activation: int, workspace: Workspace) -> None:
+    def __init__(self, mlp: Any, form: GatedForm, workspace: Workspace) -> None:
         super().__init__()
-        self.gate_up_proj = PackedLinear(stacked([mlp.gate_proj, mlp.up_proj]))
+        self.gate_up_proj = PackedLinear(stacked([getattr(mlp, name) for name in form.projections]))
         self.down_proj = PackedLinear(mlp.down_proj)
-        self._original = _Original(mlp, {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]})
-        self._activation = activation
+        self._original = Original(mlp, {"gate_up_proj": form.projections, "down_proj": ["down_proj"]})
+        self._activation = _ACTIVATIONS[form.activation]
         self._workspace = workspace
         # Calling a module costs more than the kernels between the products of a few rows.
         self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
@@ -130,32 +103,32 @@ class FusedMLP(nn.Module):
 
     def restored(self) -> nn.Module:
         """The replaced module, with its weights."""
-        return self._original.restored_from(self)
+        return self._original.restored(lambda name, sizes: getattr(self, name).unpacked(sizes))
 
 
 class FusedAttention(nn.Module):
     """Attention of Llama's form over paged keys and values.
 
     Args:
-        attention: The module to replace; it is left without weights. Its head norms, if any, are fused already.
-        call: The module's scale, window, cap and sinks.
+        attention: The module to replace; it is left without weights.
+        form: The module's form.
         workspace: Shared with other modules.
     """
 
     _backend: CPUBackend
 
-    def __init__(self, attention: Any, call: AttentionCall, workspace: Workspace) -> None:
+    def __init__(self, attention: Any, form: AttentionForm, workspace: Workspace) -> None:
         super().__init__()
         self.layer_idx: int = attention.layer_idx
-        self._call = call
-        self._num_heads: int = attention.q_proj.out_features // attention.head_dim
-        self.qkv_proj = PackedLinear(stacked([attention.q_proj, attention.k_proj, attention.v_proj]))
+        self._call, self._num_heads = form.call, form.num_heads
+        self.qkv_proj = PackedLinear(stacked([getattr(attention, name) for name in form.projections]))
         self.o_proj = PackedLinear(attention.o_proj)
-        self._original = _Original(attention, {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]})
-        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self._original = Original(attention, {"qkv_proj": form.projections, "o_proj": ["o_proj"]})
         self._norms = HeadNorms()
-        if query_norm is not None and key_norm is not None:
-            self._norms = HeadNorms(query_norm.factors, key_norm.factors, query_norm.eps, query_norm.rounds_first)
+        if form.norms is not None:
+            query_norm, key_norm = form.norms
+            factors = query_norm.factors.numpy(), key_norm.factors.numpy()
+            self._norms = HeadNorms(*factors, query_norm.eps, query_norm.rounds_first)
         self._workspace = workspace
         self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
 
@@ -175,7 +148,7 @@ class FusedAttention(nn.Module):
 
     def restored(self) -> nn.Module:
         """The replaced module, with its weights; its head norms stay fused."""
-        return self._original.restored_from(self)
+        return self._original.restored(lambda name, sizes: getattr(self, name).unpacked(sizes))
 
 
 class FusedLayer:
@@ -251,55 +224,21 @@ def bind(model: nn.Module, backend: AttentionBackend) -> None:
             module.bind(backend)
 
 
-def _fused_norm(module: Any) -> nn.Module | None:
-    """A fused norm, if one of the known formulas gives the module's outputs."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if "RMSNorm" not in type(module).__name__ or eps is None or [*module.state_dict()] != ["weight"]:
+def _fused_norm(module: nn.Module) -> nn.Module | None:
+    form = norm_form(module)
+    if form is None:
         return None
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in TOLERANCE:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    # Includes rows so small that eps matters.
-    rows = torch.randn(4, len(weight), generator=generator) * torch.tensor([[1e-4], [1e-2], [1.0], [30.0]])
-    rows = rows.to(weight.dtype)
-    with torch.inference_mode():
-        expected = module(rows).float()
-        candidates = [
-            FusedRMSNorm(weight, eps, rounds_first=True),
-            FusedRMSNorm(weight, eps, rounds_first=False),
-            FusedRMSNorm(1.0 + weight.float(), eps, rounds_first=False),  # Gemma
-        ]
-        errors = [(candidate(rows).float() - expected).abs().max().item() for candidate in candidates]
-    best = min(range(len(candidates)), key=errors.__getitem__)
-    allowed = TOLERANCE[weight.dtype] * expected.abs().max().item()
-    if errors[best] > allowed:
-        return None
-    candidates[best].original.append(module)
-    return candidates[best]
+    fused = FusedRMSNorm(form.factors, form.eps, rounds_first=form.rounds_first)
+    fused.original.append(module)
+    return fused
 
 
-def _fused_mlp(module: Any, fusible: Fusible, workspace: Workspace) -> nn.Module | None:
-    if module not in fusible.mlps or not _are_plain(module, "gate_proj", "up_proj", "down_proj"):
-        return None
-    grid = torch.linspace(-12.0, 12.0, 997)
-    for activation, function in _ACTIVATIONS.items():
-        if torch.allclose(module.act_fn(grid), function(grid), rtol=1e-5, atol=1e-6):
-            return FusedMLP(module, activation, workspace)
-    return None
+def _fused_mlp(module: nn.Module, fusible: Fusible, workspace: Workspace) -> nn.Module | None:
+    return FusedMLP(module, fusible.mlps[module], workspace) if module in fusible.mlps else None
 
 
-def _fused_attention(module: Any, fusible: Fusible, workspace: Workspace) -> nn.Module | None:
-    if (
-        module not in fusible.attention
-        or not _are_plain(module, *PROJECTIONS)
-        or any(True for _ in module.parameters(recurse=False))
-    ):
-        return None
-    norms = [getattr(module, name) for name in HEAD_NORMS if hasattr(module, name)]
-    if not all(isinstance(norm, FusedRMSNorm) and len(norm.factors) == module.head_dim for norm in norms):
-        return None
-    return FusedAttention(module, fusible.attention[module], workspace)
+def _fused_attention(module: nn.Module, fusible: Fusible, workspace: Workspace) -> nn.Module | None:
+    return FusedAttention(module, fusible.attention[module], workspace) if module in fusible.attention else None
 
 
 def _fuse_layer(module: Any, fusible: Fusible, workspace: Workspace) -> bool:
@@ -316,9 +255,3 @@ def _fuse_layer(module: Any, fusible: Fusible, workspace: Workspace) -> bool:
         return False
     module.forward = FusedLayer(module, workspace).forward
     return True
-
-
-def _are_plain(module: nn.Module, *names: str) -> bool:
-    """Whether these are instances of ``nn.Linear`` itself, in dtypes that can be packed."""
-    linears = [getattr(module, name) for name in names]
-    return all(type(linear) is nn.Linear and linear.weight.dtype in TOLERANCE for linear in linears)

@@ -8,12 +8,14 @@ pyproject.toml bounds torch's version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from server.engine.layers.replacement import plain, replace_modules, unstacked
 
 ROWS_HINT = 64
 """Number of rows for which oneDNN chooses the layout; any number works."""
@@ -47,32 +49,7 @@ class PackedLinear(nn.Module):
         Args:
             sizes: Output features of each layer.
         """
-        weights = torch.split(self._weight.to_dense(), list(sizes))
-        bias: torch.Tensor | None = self.bias
-        biases = [None] * len(weights) if bias is None else torch.split(bias, list(sizes))
-        return [_plain(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-
-
-def stacked(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """One linear layer whose output is the concatenated output of several layers of the same input."""
-    weight = torch.cat([linear.weight for linear in linears])
-    biases: list[torch.Tensor | None] = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
-        return _plain(weight, None)
-    nothing = [linear.weight.new_zeros(linear.out_features) for linear in linears]
-    return _plain(
-        weight, torch.cat([zeros if bias is None else bias for bias, zeros in zip(biases, nothing, strict=True)])
-    )
-
-
-def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A frozen layer with the given weight [out_features, in_features], which is not copied."""
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+        return unstacked(plain(self._weight.to_dense(), self.bias), sizes)
 
 
 @cache
@@ -99,24 +76,3 @@ def pack_linears(model: nn.Module) -> int:
     Subclasses, such as quantised layers, stay.
     """
     return replace_modules(model, lambda module: PackedLinear(module) if type(module) is nn.Linear else None)
-
-
-def replace_modules(model: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> int:
-    """Replace each module for which ``make`` returns a module, and do not descend into it; returns the count.
-
-    Shared modules stay shared. Each module is released when it is replaced, so a model is never in memory twice.
-    """
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
-    replaced: list[str] = []
-    count = 0
-    for names in places.values():
-        own = [name for name in names if not name.startswith(tuple(replaced))]
-        replacement = make(model.get_submodule(own[0])) if own else None
-        if replacement is not None:
-            count += 1
-            for name in own:
-                model.set_submodule(name, replacement)
-                replaced.append(f"{name}.")
-    return count

@@ -209,6 +209,7 @@ class CUDAPlatform(Platform):
             raise EngineStartError("--device cuda: torch finds no CUDA device")
         from server.engine.cuda.copy_stream import CUDACopyStream
         from server.engine.cuda.device_memory import CUDAMemory
+        from server.engine.cuda.fused_layers import bind, fuse_layers, unfuse_layers
         from server.engine.cuda.graphs import CUDARecorder
         from server.engine.cuda.triton_attention import TritonBackend
 
@@ -217,10 +218,22 @@ class CUDAPlatform(Platform):
         super().__init__(device, (partial(TritonBackend, num_processors=num_processors), SDPABackend))
         self._recorder, self._copy_stream = CUDARecorder, CUDACopyStream
         self._device_memory = CUDAMemory
+        self._fuse_layers, self._unfuse_layers, self._bind = fuse_layers, unfuse_layers, bind
 
     def device_memory(self) -> DeviceMemory | None:
         """The GPU's memory; see the base class."""
         return self._device_memory(self.device)
+
+    def prepare(self, model: PreTrainedModel) -> Callable[[], None] | None:
+        """Fuse the layers of a known form; see the base class."""
+        num_fused = self._fuse_layers(model)
+        # The memory of the replaced weights is for keys and values.
+        torch.cuda.empty_cache()
+        return partial(self._unfuse_layers, model) if num_fused else None
+
+    def bind(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
+        """Set the backend of fused attention; see the base class."""
+        self._bind(model, backend)
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
         """Compare Triton's kernels with torch's attention over many keys; see the base class."""

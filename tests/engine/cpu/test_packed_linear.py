@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from server.engine.cpu import packed_linear
-from server.engine.cpu.packed_linear import PackedLinear, can_pack, pack_linears, replace_modules, stacked
+from server.engine.cpu.packed_linear import PackedLinear, can_pack, pack_linears
+from server.engine.layers.replacement import replace_modules, stacked
 
 PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 DTYPES = [

@@ -256,11 +256,23 @@ class Recordable(SDPABackend):
         return super().attend(query, layer, metadata, call)
 
 
-def fake_cuda_platform(patch: pytest.MonkeyPatch) -> CUDAPlatform:
-    """A ``CUDAPlatform`` on the host, whose attention may be recorded. ``FakeCUDA`` has to replace torch.cuda."""
+def host_cuda_platform(patch: pytest.MonkeyPatch) -> CUDAPlatform:
+    """A ``CUDAPlatform`` on the host, whose kernels run in Triton's interpreter and whose steps are not recorded."""
     with patch.context() as found:
         found.setattr(torch.cuda, "is_available", lambda: True)
         found.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
         platform = CUDAPlatform(torch.device("cpu"))
+    patch.setattr(platform, "recorder", lambda: None)
+    return platform
+
+
+def fake_cuda_platform(patch: pytest.MonkeyPatch) -> CUDAPlatform:
+    """A ``CUDAPlatform`` on the host, whose attention may be recorded. ``FakeCUDA`` has to replace torch.cuda.
+
+    Layers are not fused: a replay does not run kernels in Triton's interpreter.
+    """
+    with patch.context() as own:
+        platform = host_cuda_platform(own)
     platform.backends = (Recordable,)
+    patch.setattr(platform, "prepare", lambda _model: None)
     return platform

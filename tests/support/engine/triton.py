@@ -31,6 +31,16 @@ if DEVICE.type == "cpu":
         """Widen bfloat16 first: NumPy lacks it, so the interpreter would multiply its bits as integers."""
         return _dot(self, _widened(a), _widened(b), *others)
 
+    _cast = InterpreterBuilder.cast_impl
+
+    def _cast_to_nearest(self: Any, source: Any, kind: Any) -> Any:
+        """Round float32 to the nearest bfloat16, as GPUs do; the interpreter drops the last bits."""
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return _cast(self, source, kind)
+        rounded = torch.from_numpy(np.array(source.data, np.float32)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
     InterpreterBuilder.create_dot = _dot_of_bfloat16
+    InterpreterBuilder.cast_impl = _cast_to_nearest
 
 __all__ = ["DEVICE", "triton_attention", "triton_kernels"]

@@ -8,7 +8,7 @@ few tokens, at positions from first to last. Each module is then called again on
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,21 +19,66 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.engine.attention.backend import AttentionCall, set_attention
+from server.engine.layers.forms import (
+    TOLERANCE,
+    Activation,
+    NormForm,
+    activation_of,
+    are_plain,
+    is_hooked,
+    norm_form,
+    shared_parameters,
+)
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-"""Largest difference from a formula, as a fraction of the largest value, for each dtype that is fused."""
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+"""Names of the layers that project queries, keys and values, in the forms of attention modules (Llama, Phi-3)."""
 
-PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+GATES = ((("gate_proj", "up_proj"), "act_fn"), (("gate_up_proj",), "activation_fn"))
+"""Names of the layers for gates and ups, and of the activation, in the forms of MLPs."""
+
 HEAD_NORMS = frozenset({"q_norm", "k_norm"})
-MLP_PARTS = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 LAYER_PARTS = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
 
-_SCALES = (1.0, 1000.0)
-"""Factors of a module's input; a module that clamps its values shows only with a large one."""
+_SCALES = {torch.float32: (1.0, 1000.0), torch.bfloat16: (1.0, 1000.0), torch.float16: (1.0, 30.0)}
+"""Factors of a module's input; a module that clamps its values shows only with a large one. float16 ends at 65504."""
 
 _NUM_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionForm:
+    """An attention module: it projects, applies the head norms if any, rotates, attends, and projects by ``o_proj``.
+
+    Attributes:
+        projections: Names of the layers whose outputs, concatenated, are queries, keys and values.
+        call: The module's scale, window, cap and sinks.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        head_dim: Width of a head; even.
+        norms: The norms of query heads and of key heads; they differ in ``factors`` only.
+    """
+
+    projections: tuple[str, ...]
+    call: AttentionCall
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norms: tuple[NormForm, NormForm] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GatedForm:
+    """An MLP that computes ``down_proj(activation(gate) * up)``.
+
+    Attributes:
+        projections: Names of the layers whose outputs, concatenated, are gates and ups.
+        activation: The activation of the gates.
+    """
+
+    projections: tuple[str, ...]
+    activation: Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +86,13 @@ class Fusible:
     """The modules of a model that have a known form, by weak references.
 
     Attributes:
-        attention: Attention modules of Llama's form, with or without head norms, and their attention calls.
-        mlps: Modules that compute ``down(act(gate(x)) * up(x))``.
+        attention: Attention modules and their forms.
+        mlps: MLPs and their forms.
         layers: Decoder layers that add attention and MLP to their input, each after a norm.
     """
 
-    attention: MutableMapping[nn.Module, AttentionCall] = field(default_factory=WeakKeyDictionary)
-    mlps: WeakSet[nn.Module] = field(default_factory=WeakSet)
+    attention: MutableMapping[nn.Module, AttentionForm] = field(default_factory=WeakKeyDictionary)
+    mlps: MutableMapping[nn.Module, GatedForm] = field(default_factory=WeakKeyDictionary)
     layers: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
@@ -55,9 +100,11 @@ def probe(model: PreTrainedModel) -> Fusible:
     """Find the modules of a model that have a known form.
 
     Args:
-        model: On the CPU, in a dtype of ``TOLERANCE``, with the attention ``ATTENTION`` and no module replaced.
+        model: In a dtype of ``TOLERANCE``, with the attention ``ATTENTION`` and no module replaced. Modules that
+            are hooked, offloaded or quantised, or that share weights with others, are not found.
     """
     fusible = Fusible()
+    shared, scales = shared_parameters(model), _SCALES[model.dtype]
     with torch.inference_mode(), _Recording(model).recording() as recording:
         try:
             recording.run()
@@ -66,22 +113,74 @@ def probe(model: PreTrainedModel) -> Fusible:
             return fusible
         for module in [*recording.inputs]:
             try:
-                _classify(module, recording, fusible)
+                _classify(module, recording, fusible, shared, scales)
             except Exception:
                 logger.debug("%s is not fused", type(module).__name__, exc_info=True)
     return fusible
 
 
-def _classify(module: nn.Module, recording: _Recording, fusible: Fusible) -> None:
-    parts = {name for name, _ in module.named_children()}
-    if parts >= PROJECTIONS and parts - PROJECTIONS in (set(), HEAD_NORMS):
-        if all(_is_attention(module, recording, scale) for scale in _SCALES):
-            fusible.attention[module] = recording.calls[module].call
-    elif parts == MLP_PARTS:
-        if all(_is_gated(module, recording, scale) for scale in _SCALES):
-            fusible.mlps.add(module)
-    elif parts == LAYER_PARTS and all(_is_layer(module, recording, scale) for scale in _SCALES):
+def _classify(
+    module: Any, recording: _Recording, fusible: Fusible, shared: Collection[int], scales: Collection[float]
+) -> None:
+    parts = _parts(module)
+    if (projections := _projections(parts)) is not None:
+        attention = _attention_form(module, projections, recording, shared)
+        if attention is not None and all(_is_attention(module, attention, recording, scale) for scale in scales):
+            fusible.attention[module] = attention
+    elif (gates := _gates(parts)) is not None:
+        names, activation_name = gates
+        if not are_plain([getattr(module, name) for name in (*names, "down_proj")], shared):
+            return
+        function = getattr(module, activation_name)
+        activation = activation_of(function)
+        if activation is not None and all(_is_gated(module, names, function, recording, scale) for scale in scales):
+            fusible.mlps[module] = GatedForm(names, activation)
+    elif parts == LAYER_PARTS and all(_is_layer(module, recording, scale) for scale in scales):
         fusible.layers.add(module)
+
+
+def _parts(module: nn.Module) -> set[str]:
+    """The names of a module's children that do something in inference."""
+    return {name for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
+
+
+def _projections(parts: set[str]) -> tuple[str, ...] | None:
+    """The projections of an attention module, by the names of its children; None for another module."""
+    for names in PROJECTIONS:
+        if parts - {*names, "o_proj"} in (set(), HEAD_NORMS) and parts >= {*names, "o_proj"}:
+            return names
+    return None
+
+
+def _gates(parts: set[str]) -> tuple[tuple[str, ...], str] | None:
+    """The projections and the activation of an MLP, by the names of its children; None for another module."""
+    for names, activation in GATES:
+        if parts == {*names, activation, "down_proj"}:
+            return names, activation
+    return None
+
+
+def _attention_form(
+    module: Any, projections: tuple[str, ...], recording: _Recording, shared: Collection[int]
+) -> AttentionForm | None:
+    """The form that an attention module may have; None if it cannot be fused."""
+    query, key = recording.calls[module].query, recording.calls[module].key
+    head_dim: int = query.shape[-1]
+    if not are_plain([getattr(module, name) for name in (*projections, "o_proj")], shared):
+        return None
+    if head_dim % 2 or any(True for _ in module.parameters(recurse=False)):
+        return None
+    norms: tuple[NormForm, NormForm] | None = None
+    if hasattr(module, "q_norm"):
+        query_norm, key_norm = norm_form(module.q_norm), norm_form(module.k_norm)
+        if query_norm is None or key_norm is None:
+            return None
+        if (query_norm.eps, query_norm.rounds_first) != (key_norm.eps, key_norm.rounds_first):
+            return None
+        if not len(query_norm.factors) == len(key_norm.factors) == head_dim:
+            return None
+        norms = query_norm, key_norm
+    return AttentionForm(projections, recording.calls[module].call, query.shape[1], key.shape[1], head_dim, norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +220,10 @@ class _Recording:
             set_attention(self._attend)
             stack.callback(set_attention, None)
             for module in self._model.modules():
-                parts = {child for child, _ in module.named_children()}
-                if parts >= PROJECTIONS or parts in (MLP_PARTS, LAYER_PARTS):
+                parts = _parts(module)
+                if is_hooked(module):
+                    continue
+                if _projections(parts) or _gates(parts) or parts == LAYER_PARTS:
                     stack.callback(module.register_forward_pre_hook(self._record_input, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(self._record_output).remove)
             yield self
@@ -131,8 +232,9 @@ class _Recording:
         """Run the model at its first and last positions."""
         config = self._model.config.get_text_config(decoder=True)
         last = int(getattr(config, "max_position_embeddings", None) or 2048) - 1
-        positions = torch.tensor([[0, min(1, last), last // 2, last]])
-        ids = torch.arange(_NUM_TOKENS)[None] % config.vocab_size
+        device = self._model.device
+        positions = torch.tensor([[0, min(1, last), last // 2, last]], device=device)
+        ids = torch.arange(_NUM_TOKENS, device=device)[None] % config.vocab_size
         self._model(input_ids=ids, position_ids=positions, use_cache=False)
 
     def again(self, module: nn.Module, scale: float) -> torch.Tensor:
@@ -171,15 +273,15 @@ class _Recording:
         self.outputs[module] = output
 
 
-def _is_attention(module: Any, recording: _Recording, scale: float) -> bool:
+def _is_attention(module: Any, form: AttentionForm, recording: _Recording, scale: float) -> bool:
     """Whether a module projects queries, keys and values, applies head norms if any, rotates, and projects."""
     hidden = recording.again(module, scale)
     call, (cos, sin) = recording.calls[module], recording.positions(module)
-    query, key, value = (
-        projection(hidden).unflatten(-1, (-1, module.head_dim))
-        for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    if hasattr(module, "q_norm"):
+    projected = torch.cat([getattr(module, name)(hidden) for name in form.projections], dim=-1)
+    heads = projected.view(*projected.shape[:-1], -1, form.head_dim)
+    counts = [form.num_heads, form.num_kv_heads, form.num_kv_heads]
+    query, key, value = torch.split(heads, counts, dim=-2)
+    if form.norms is not None:
         query, key = module.q_norm(query), module.k_norm(key)
     attended = call.query.transpose(1, 2).flatten(-2)
     output, weights = recording.outputs[module]
@@ -192,10 +294,10 @@ def _is_attention(module: Any, recording: _Recording, scale: float) -> bool:
     )
 
 
-def _is_gated(module: Any, recording: _Recording, scale: float) -> bool:
+def _is_gated(module: Any, names: tuple[str, ...], activation: Any, recording: _Recording, scale: float) -> bool:
     hidden = recording.again(module, scale)
-    gated = module.act_fn(module.gate_proj(hidden)) * module.up_proj(hidden)
-    return _is_close(recording.outputs[module], module.down_proj(gated))
+    gate, up = torch.cat([getattr(module, name)(hidden) for name in names], dim=-1).chunk(2, dim=-1)
+    return _is_close(recording.outputs[module], module.down_proj(activation(gate) * up))
 
 
 def _is_layer(module: Any, recording: _Recording, scale: float) -> bool:
