@@ -11,6 +11,7 @@ from typing import IO
 import sqlalchemy as sa
 
 from prompt_store.blobs.blobs import BlobDirectory, BlobStore
+from prompt_store.blobs.collector import RETENTION_SECONDS
 from prompt_store.blobs.object_store import ObjectBlobs
 from prompt_store.blobs.staging import Staging
 from prompt_store.catalog.catalog import Catalog
@@ -31,6 +32,7 @@ def open_store(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     max_upload_bytes: int = 512 * 1024 * 1024,
     collect_grace_seconds: float | None = None,
+    retention_seconds: float = RETENTION_SECONDS,
 ) -> PromptStore:
     """Open a prompt store, and create it if it does not exist.
 
@@ -42,6 +44,7 @@ def open_store(
         cache_bytes: Maximum size of the local copies.
         max_upload_bytes: Maximum size of a file.
         collect_grace_seconds: How long blobs without a name are kept; None for the default.
+        retention_seconds: How long a deleted version can be restored; 0: never.
 
     Raises:
         PromptStoreError: If another process uses the catalog or the cache, a newer release has written the catalog,
@@ -77,6 +80,7 @@ def open_store(
             staging,
             max_upload_bytes=max_upload_bytes,
             collect_grace_seconds=collect_grace_seconds,
+            retention_seconds=retention_seconds,
             close=lambda: lock.close() if lock is not None else None,
         )
         stack.pop_all()  # from now on the store closes them

@@ -182,6 +182,13 @@ FLAGS = (
     _flag(StoreSettings, "cache_bytes", int, "Maximum size of the local copies.", **_BYTES),
     _flag(StoreSettings, "max_upload_bytes", int, "Maximum size of one uploaded file.", **_BYTES),
     _flag(
+        StoreSettings,
+        "retention_days",
+        float,
+        "Days for which deleted versions can be restored and keep their files; 0: none.",
+        min=0.0,
+    ),
+    _flag(
         StoreSettings, "allow_other_base", bool, "Accept soft prompts whose configuration names another base model."
     ),
     _flag(
