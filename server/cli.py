@@ -19,7 +19,7 @@ from rich.console import Console
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
-from server import logs
+from server import logs, store_commands
 from server.client import commands
 from server.client.bulk import command as bulk
 from server.client.evaluation import command as evaluation
@@ -424,6 +424,7 @@ def key(
 
 for module in (commands, bulk, evaluation, training):
     app.add_typer(module.app)
+app.add_typer(store_commands.app)
 
 
 def main() -> None:

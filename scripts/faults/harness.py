@@ -29,7 +29,7 @@ from tests.support.serving import adapter, serving, upload
 from tests.support.waiting import seconds_until
 
 TASKS = ("sentiment", "intent", "extract", "dates")
-FLAGS = ("--dtype", "float32", "--num-threads", "1", "--log-level", "WARNING")
+FLAGS = ("--dtype", "float32", "--num-threads", "1", "--log-level", "WARNING", "--retention-days", "0")
 SETTLE_SECONDS = 20.0
 MAX_GROWTH_BYTES = 150 * 2**20
 
