@@ -1,12 +1,12 @@
 """Deletion and restoration of versions and names.
 
-A deleted version is a tombstone: it keeps its files and tags until it is forgotten, and ``deleted_in``, the revision
-of its deletion. The aliases that a deletion removes are in the history, with the same revision.
+A deleted version keeps its files, its tags and ``deleted_in``, the revision of its deletion, until it is forgotten.
+The aliases that a deletion removes are in the history, with the same revision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -20,7 +20,8 @@ from prompt_store.catalog.schema import aliases, blobs, history, prompts, tags, 
 from prompt_store.errors import PromptConflictError, PromptInUseError, PromptNotFoundError
 from prompt_store.types import Access, Deletion, HistoryAction, Restoration
 
-_has_files = sa.exists().where(version_files.c.version_id == versions.c.id)
+_is_kept = versions.c.deleted_in > 0
+"""The condition that a version is deleted and not forgotten; unlike IS NOT NULL, SQLite finds it by the index."""
 
 
 def delete_version(change: Change, name: str, version: int, access: Access | None, *, force: bool) -> Deletion:
@@ -87,24 +88,20 @@ def restore(
         which = versions.c.version == version
     else:
         last = connection.execute(
-            sa.select(sa.func.max(versions.c.deleted_in)).where(
-                mine, versions.c.deleted_at > deleted_after, _has_files
-            )
+            sa.select(sa.func.max(versions.c.deleted_in)).where(mine, versions.c.deleted_at > deleted_after, _is_kept)
         ).scalar_one()
         if last is None:
             raise PromptNotFoundError(f"soft prompt {name!r} has no deleted version that can be restored")
-        which = sa.and_(versions.c.deleted_in == last, _has_files)
+        which = versions.c.deleted_in == last
     found = connection.execute(
         sa.select(versions.c.version, versions.c.deleted_in).where(mine, which).order_by(versions.c.version)
     ).all()
     numbers = [row.version for row in found]
-    connection.execute(
-        versions.update().where(mine, versions.c.version.in_(numbers)).values(deleted_at=None, deleted_in=None)
-    )
+    connection.execute(versions.update().where(mine, which).values(deleted_at=None, deleted_in=None))
     _count(change, prompt, len(numbers))
     for number in numbers:
         change.add_entry(name, HistoryAction.RESTORE, version=number)
-    restored, kept = _restore_aliases(change, prompt, found[0].deleted_in, numbers)
+    restored, kept = _restore_aliases(change, prompt, found[0].deleted_in, set(numbers))
     return Restoration(tuple(numbers), restored, kept)
 
 
@@ -126,6 +123,7 @@ def forget(change: Change, before: int) -> None:
         lock_blobs(connection, digests)
         connection.execute(version_files.delete().where(files))
         connection.execute(tags.delete().where(tags.c.version_id.in_(ids)))
+        connection.execute(versions.update().where(versions.c.id.in_(ids)).values(deleted_in=None))
         named = sa.exists().where(version_files.c.sha256 == blobs.c.sha256)
         connection.execute(blobs.update().where(blobs.c.sha256.in_(digests), ~named).values(unnamed_since=change.at))
 
@@ -134,7 +132,7 @@ _BATCH = 500
 
 
 def _forgettable(before: int) -> sa.Select[tuple[int]]:
-    return sa.select(versions.c.id).where(versions.c.deleted_at <= before, _has_files)
+    return sa.select(versions.c.id).where(_is_kept, versions.c.deleted_at <= before)
 
 
 def _delete(
@@ -148,7 +146,9 @@ def _delete(
     """Make versions tombstones and remove aliases; the entry of the deletion follows those of the aliases."""
     change.connection.execute(
         versions.update()
-        .where(versions.c.prompt_id == prompt.id, versions.c.version.in_(numbers))
+        .where(
+            versions.c.prompt_id == prompt.id, live, sa.true() if version is None else versions.c.version == version
+        )
         .values(deleted_at=change.at, deleted_in=change.revision)
     )
     _count(change, prompt, -len(numbers))
@@ -159,7 +159,7 @@ def _delete(
 
 
 def _restore_aliases(
-    change: Change, prompt: Prompt, revision: int, numbers: Sequence[int]
+    change: Change, prompt: Prompt, revision: int, numbers: Collection[int]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Restore the aliases that a deletion removed; returns them, and those that exist again with their versions."""
     removed = (
@@ -168,22 +168,24 @@ def _restore_aliases(
             history.c.name == prompt.name,
             history.c.revision == revision,
             history.c.action == HistoryAction.DELETE_ALIAS.value,
-            history.c.previous_version.in_(numbers),
         )
         .order_by(history.c.alias)
     )
     current = _aliases(change, prompt)
-    restored: dict[str, int] = {}
+    restored, kept = {}, {}
     for alias, target in change.connection.execute(removed).all():
-        if alias not in current:
+        if target not in numbers:
+            continue
+        if alias in current:
+            kept[alias] = current[alias]
+        else:
             change.move_alias(prompt, alias, target, HistoryAction.RESTORE)
             restored[alias] = target
-    names = {row.alias for row in change.connection.execute(removed)}
-    return restored, {alias: target for alias, target in current.items() if alias in names}
+    return restored, kept
 
 
 def _check_restorable(change: Change, prompt: Prompt, version: int, deleted_after: int) -> None:
-    query = sa.select(versions.c.deleted_at, _has_files.label("has_files")).where(
+    query = sa.select(versions.c.deleted_at, versions.c.deleted_in).where(
         versions.c.prompt_id == prompt.id, versions.c.version == version
     )
     row = change.connection.execute(query).one_or_none()
@@ -191,7 +193,7 @@ def _check_restorable(change: Change, prompt: Prompt, version: int, deleted_afte
         raise PromptNotFoundError(f"soft prompt {prompt.name!r} never had a version {version}")
     if row.deleted_at is None:
         raise PromptConflictError(f"version {version} of {prompt.name!r} is not deleted")
-    if row.deleted_at <= deleted_after or not row.has_files:
+    if row.deleted_at <= deleted_after or row.deleted_in is None:
         when = datetime.fromtimestamp(row.deleted_at / 1e6, UTC)
         raise PromptNotFoundError(
             f"version {version} of {prompt.name!r} was deleted at {when:%Y-%m-%d %H:%M}Z: too late to restore it"

@@ -58,11 +58,11 @@ versions = sa.Table(
     sa.Column("created_by", sa.Text),
     # A deleted version keeps its files and tags until it can no longer be restored.
     sa.Column("deleted_at", sa.BigInteger),
-    # The revision of the deletion; its history entries name the removed aliases.
+    # The revision of the deletion, as long as it can be undone; its history entries name the removed aliases.
     sa.Column("deleted_in", sa.BigInteger),
     sa.UniqueConstraint("prompt_id", "version", name="versions_by_number"),
     sa.Index("versions_by_digest", "prompt_id", "digest"),
-    sa.Index("versions_by_deletion", "deleted_at"),
+    sa.Index("versions_by_deletion", "deleted_in"),
 )
 blobs = sa.Table(
     "blobs",

@@ -381,6 +381,14 @@ def test_the_staging_name_depends_on_the_run_directory(settings: MakeSettings) -
     assert names[0] == names[1] != names[2]
 
 
+def test_a_staging_name_with_versions_of_a_killed_run_is_removed(settings: MakeSettings) -> None:
+    removed: list[tuple[str, bool]] = []
+    client: Any = SimpleNamespace(remove=lambda name, *, force: removed.append((name, force)))
+    publisher = Publisher(client, settings(), NOTHING)
+    publisher._unstage()
+    assert removed == [(publisher._staging, True)]
+
+
 def test_the_error_has_the_difference_and_the_tolerance(
     settings: MakeSettings, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

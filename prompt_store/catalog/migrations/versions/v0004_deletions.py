@@ -17,7 +17,7 @@ depends_on = None
 def upgrade() -> None:
     """Upgrade the tables to this revision."""
     op.add_column("versions", sa.Column("deleted_in", sa.BigInteger(), nullable=True))
-    op.create_index("versions_by_deletion", "versions", ["deleted_at"], unique=False)
+    op.create_index("versions_by_deletion", "versions", ["deleted_in"], unique=False)
 
 
 def downgrade() -> None:
