@@ -323,7 +323,7 @@ def test_the_mean_difference_of_a_rounding_server_is_checked(
 ) -> None:
     client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
-        remove=lambda name: None,
+        remove=lambda name, *, force: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.1, -3.6])
@@ -395,7 +395,7 @@ def test_the_error_has_the_difference_and_the_tolerance(
     directory = RunDirectory(tmp_path)
     client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
-        remove=lambda name: None,
+        remove=lambda name, *, force: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.25, -3.5])
