@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prompt_store.blobs.staging import Upload
 from prompt_store.blobs.stored_files import disk_errors, version_digest
+from prompt_store.catalog.records import NewVersion
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files.validation import validate
-from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, SoftPrompt, StoredFile, TaskType
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, Lineage, SoftPrompt, StoredFile, TaskType
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,37 @@ class CheckedUpload:
     soft_prompt: SoftPrompt
     files: tuple[StoredFile, ...]
     digest: str
+
+    def new_version(
+        self,
+        name: str,
+        *,
+        description: str,
+        tags: tuple[str, ...],
+        metadata: Mapping[str, object],
+        lineage: Lineage,
+        owner: str,
+    ) -> NewVersion:
+        """A version of a name with these files, to be published."""
+        soft_prompt = self.soft_prompt
+        return NewVersion(
+            name=name,
+            digest=self.digest,
+            peft_type=soft_prompt.peft_type,
+            task_type=soft_prompt.task_type,
+            num_virtual_tokens=soft_prompt.num_virtual_tokens,
+            dtype=soft_prompt.prompt_embeddings.dtype,
+            base_model_name_or_path=soft_prompt.base_model_name_or_path,
+            files=self.files,
+            num_tasks=soft_prompt.num_tasks,
+            num_labels=soft_prompt.num_labels,
+            description=description,
+            tags=tags,
+            metadata=metadata,
+            lineage=lineage,
+            overrides=soft_prompt.overrides,
+            owner=owner,
+        )
 
 
 def check_upload(

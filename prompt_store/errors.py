@@ -2,9 +2,11 @@
 
 PromptStoreError
 ├── PromptNotFoundError      no such name, version or alias
+│   └── AliasNotFoundError   the name exists, but not this alias; lists those that do
 ├── InvalidPromptError       the uploaded files are not a soft prompt that this base can serve; lists every fault
 ├── PromptForbiddenError     the soft prompt may be used, but not changed
 ├── PromptConflictError      the catalog is not in the state that the caller expected
+│   └── PromptInUseError     a deletion would take aliases or several versions along
 ├── PromptTooLargeError      a file is over the size limit
 ├── CorruptBlobError         stored bytes no longer match their digest
 │   └── BlobNotFoundError    there are no bytes under that digest at all
@@ -23,6 +25,10 @@ class PromptStoreError(Exception):
 
 class PromptNotFoundError(PromptStoreError):
     """No such name, version or alias."""
+
+
+class AliasNotFoundError(PromptNotFoundError):
+    """The name exists but has no such alias; the message lists those that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,10 @@ class PromptForbiddenError(PromptStoreError):
 
 class PromptConflictError(PromptStoreError):
     """The catalog is not in the state that the caller expected."""
+
+
+class PromptInUseError(PromptConflictError):
+    """A deletion would also remove aliases, or several versions, and was not forced."""
 
 
 class PromptTooLargeError(PromptStoreError):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from prompt_store.blobs.blobs import BlobStore, TierStats
-from prompt_store.blobs.collector import Collector
+from prompt_store.blobs.collector import RETENTION_SECONDS, Collector
 from prompt_store.blobs.staging import Staging, Upload
-from prompt_store.blobs.stored_files import disk_errors, weights_of
+from prompt_store.blobs.stored_files import disk_errors
 from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.catalog.records import NewVersion
 from prompt_store.catalog.resolve_cache import ResolveCache
@@ -25,17 +23,20 @@ from prompt_store.errors import (
     PromptNotFoundError,
     StoreUnavailableError,
 )
+from prompt_store.leases import Leases
 from prompt_store.types import (
     DEFAULT_ALIAS,
     SHARED,
     Access,
     BaseModelSpec,
+    Deletion,
     HistoryEntry,
     LeasedPrompt,
     Lineage,
     PromptRef,
     PromptSummary,
     PromptVersion,
+    Restoration,
     StoreTotals,
     TaskType,
     check_name,
@@ -48,8 +49,9 @@ class PromptStore:
     """Named, versioned soft prompts. Thread-safe. ``open_store`` creates one.
 
     Files are on the disk (or in the object store) before the catalog names them, so a version never lacks its bytes.
-    A blob is removed if no version names it and this process does not hold it: at once if this process alone uses the
-    store, after ``COLLECT_GRACE_SECONDS`` if replicas share it, which cannot see the leases of each other.
+    A deleted version keeps its files for the retention time. A blob is removed if no version names it and it is not
+    held here: at once if this process alone uses the store, after ``COLLECT_GRACE_SECONDS`` if replicas share it,
+    which cannot see the leases of each other.
 
     Methods with an ``access`` raise PromptNotFoundError for a name that the caller does not see, and
     PromptForbiddenError for a change that it may not make. Without ``access`` everything is permitted.
@@ -60,6 +62,7 @@ class PromptStore:
         staging: Temporary files of uploads.
         max_upload_bytes: Maximum size of a file.
         collect_grace_seconds: How long blobs without a name are kept; None for the default.
+        retention_seconds: How long a deleted version can be restored.
         close: Called after catalog and blobs are closed.
     """
 
@@ -71,18 +74,17 @@ class PromptStore:
         *,
         max_upload_bytes: int = 512 * 1024 * 1024,
         collect_grace_seconds: float | None = None,
+        retention_seconds: float = RETENTION_SECONDS,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self._catalog = catalog
         self._blobs = blobs
         self._staging = staging
         self._max_upload_bytes = max_upload_bytes
-        self._collector = Collector(catalog, blobs, collect_grace_seconds)
+        self._collector = Collector(catalog, blobs, collect_grace_seconds, retention_seconds)
         self._on_close = close
         self._resolved = ResolveCache()
-        self._lock = threading.Lock()
-        self._leases: dict[int, tuple[str, ...]] = {}
-        self._lease_ids = itertools.count(1)
+        self._leases = Leases(blobs, self._collector)
         self._subscribers: list[Callable[[set[str] | None], None]] = []
         self._totals = (-1, StoreTotals())
         """With their generation: counting a hundred thousand names at each scrape would be slow."""
@@ -175,23 +177,12 @@ class PromptStore:
                 allow_float64=allow_float64,
                 task_type=task_type,
             )
-        soft_prompt, files = checked.soft_prompt, checked.files
-        new = NewVersion(
-            name=name,
-            digest=checked.digest,
-            peft_type=soft_prompt.peft_type,
-            task_type=soft_prompt.task_type,
-            num_virtual_tokens=soft_prompt.num_virtual_tokens,
-            dtype=soft_prompt.prompt_embeddings.dtype,
-            base_model_name_or_path=soft_prompt.base_model_name_or_path,
-            files=files,
-            num_tasks=soft_prompt.num_tasks,
-            num_labels=soft_prompt.num_labels,
+        new = checked.new_version(
+            name,
             description=description,
             tags=tuple(tags),
             metadata=metadata or {},
             lineage=lineage or Lineage(),
-            overrides=soft_prompt.overrides,
             owner=owner,
         )
         self._require_catalog()
@@ -233,22 +224,18 @@ class PromptStore:
         """
         version = self.resolve(ref, access)
         try:
-            return self._lease(version)
+            return self._leases.add(version)
         except BlobNotFoundError:
             # Deleted and collected since it was resolved, or lost: a second lookup decides. The cache is invalidated
             # only if that succeeds: while the catalog is unreachable, nothing else is known.
             self._require_catalog()
             fresh = self._catalog.resolve(ref, access)
             self._resolved.invalidate([ref.name])
-            return self._lease(fresh)
+            return self._leases.add(fresh)
 
     def release(self, leased: LeasedPrompt) -> None:
         """End a lease. Deleted files are removed with the last lease. Releasing twice has no effect."""
-        with self._lock:
-            digests = self._leases.pop(leased.lease_id, ())
-        if digests:
-            self._blobs.unpin(weights_of(leased.version).sha256)
-            self._collector.release(digests)
+        self._leases.release(leased)
 
     @contextmanager
     def leased(self, ref: PromptRef) -> Iterator[LeasedPrompt]:
@@ -396,17 +383,56 @@ class PromptStore:
         with self._changing(name, access):
             self._catalog.delete_alias(name, alias, actor, access)
 
-    def delete_version(self, name: str, version: int, actor: str | None = None, access: Access | None = None) -> None:
-        """Delete a version; its files stay while leased. PromptNotFoundError if there is none."""
-        with self._changing(name, access):
-            self._catalog.delete_version(name, version, actor, access)
-        self._collector.collect_if_alone()
+    def delete_version(
+        self,
+        name: str,
+        version: int,
+        *,
+        force: bool = False,
+        actor: str | None = None,
+        access: Access | None = None,
+    ) -> Deletion:
+        """Delete a version; it can be restored for the retention time, and its files stay while leased.
 
-    def delete_prompt(self, name: str, actor: str | None = None, access: Access | None = None) -> None:
-        """Delete a name with all its versions; files stay while leased. PromptNotFoundError if there is none."""
+        Raises:
+            PromptNotFoundError: If there is none.
+            PromptInUseError: If aliases point at it; ``force`` removes them too. No alias moves.
+        """
         with self._changing(name, access):
-            self._catalog.delete_prompt(name, actor, access)
+            deleted = self._catalog.delete_version(name, version, force=force, actor=actor, access=access)
         self._collector.collect_if_alone()
+        return deleted
+
+    def delete_prompt(
+        self, name: str, *, force: bool = False, actor: str | None = None, access: Access | None = None
+    ) -> Deletion:
+        """Delete a name with all versions and aliases; it can be restored for the retention time.
+
+        Raises:
+            PromptNotFoundError: If there is none.
+            PromptInUseError: If it has more than one version and ``force`` is not set.
+        """
+        with self._changing(name, access):
+            deleted = self._catalog.delete_prompt(name, force=force, actor=actor, access=access)
+        self._collector.collect_if_alone()
+        return deleted
+
+    def restore(
+        self, name: str, version: int | None = None, *, actor: str | None = None, access: Access | None = None
+    ) -> Restoration:
+        """Bring back a deleted version, or all that the last deletion of the name has deleted, with the aliases.
+
+        Raises:
+            PromptNotFoundError: If nothing was deleted, or the retention time is over.
+            PromptConflictError: If the version is not deleted.
+        """
+        with self._changing(name, access):
+            since = self._collector.restorable_since
+            return self._catalog.restore(name, version, deleted_after=since, actor=actor, access=access)
+
+    def restorable_until(self, deletion: Deletion) -> float | None:
+        """Unix time in seconds until which a deletion can be undone; None if it is final."""
+        return self._collector.restorable_until(deletion.at)
 
     def collect(self) -> int:
         """Remove unreferenced blobs that are not held and whose grace period is over; returns the number.
@@ -435,23 +461,6 @@ class PromptStore:
                     raise StoreUnavailableError(
                         f"the upload took longer than {seconds:.0f} s and was cancelled; send it again"
                     ) from None
-
-    def _lease(self, version: PromptVersion) -> LeasedPrompt:
-        weights = weights_of(version)
-        digests = tuple(file.sha256 for file in version.files)
-        self._collector.hold(digests)
-        self._blobs.pin(weights.sha256)
-        try:
-            with disk_errors():
-                path = self._blobs.fetch(weights.sha256, weights.size)
-        except BaseException:
-            self._blobs.unpin(weights.sha256)
-            self._collector.release(digests)
-            raise
-        lease_id = next(self._lease_ids)
-        with self._lock:
-            self._leases[lease_id] = digests
-        return LeasedPrompt(version, path, lease_id)
 
     def _apply_changes(self, names: set[str] | None) -> None:
         """Drop changed names from the cache, and resolve the recently used ones again."""

@@ -355,6 +355,7 @@ class HistoryAction(StrEnum):
     DELETE_ALIAS = "delete_alias"
     DELETE_VERSION = "delete_version"
     DELETE_PROMPT = "delete_prompt"
+    RESTORE = "restore"
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +366,7 @@ class HistoryEntry:
         id: Grows with every change of the catalog; the cursor of pages.
         action: The kind of change.
         alias: The alias that was moved or removed, if any.
-        version: The version that was published or deleted, or the new target of the alias.
+        version: The version that was published, deleted or restored, or the new target of the alias.
         previous_version: The previous target of the alias, or None.
         actor: Who made the change, if known.
         at: Time of the change, UTC.
@@ -378,6 +379,36 @@ class HistoryEntry:
     previous_version: int | None
     actor: str | None
     at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What a deletion has deleted.
+
+    Attributes:
+        versions: The deleted versions.
+        aliases: The removed aliases, with the versions that they pointed at.
+        at: Time of the deletion, in microseconds since 1970, UTC.
+    """
+
+    versions: tuple[int, ...]
+    aliases: Mapping[str, int]
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """What a restoration has brought back.
+
+    Attributes:
+        versions: The restored versions.
+        aliases: The restored aliases, with the versions that they point at.
+        kept_aliases: Aliases that were deleted too but exist again; they still point at these versions.
+    """
+
+    versions: tuple[int, ...]
+    aliases: Mapping[str, int]
+    kept_aliases: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,8 +86,6 @@ class Expected:
                 for alias, pointed in list(self.aliases.items()):
                     if pointed == version:
                         del self.aliases[alias]
-                        if alias == "latest" and self.versions:
-                            self.aliases[alias] = max(self.versions)
             case "delete_prompt":
                 self.versions.clear()
                 self.aliases.clear()
@@ -123,14 +121,14 @@ def perform(store: PromptStore, name: str, operation: dict[str, object]) -> None
         case "promote":
             store.set_alias(name, "prod", version)
         case "delete_version":
-            store.delete_version(name, version)
+            store.delete_version(name, version, force=True)
         case "delete_prompt":
-            store.delete_prompt(name)
+            store.delete_prompt(name, force=True)
 
 
 def write(folder: Path, states: dict[str, Expected], seed: int) -> None:
     """Write to the store until the process is killed; never returns."""
-    store = open_store(folder)
+    store = open_store(folder, retention_seconds=0)
     log_lock = threading.Lock()
 
     def log(event: str, name: str, operation: dict[str, object]) -> None:
@@ -203,7 +201,7 @@ def check(folder: Path, states: dict[str, Expected], in_progress: dict[str, dict
 
     ``states`` are updated with the operations in progress that took effect.
     """
-    store = open_store(folder)
+    store = open_store(folder, retention_seconds=0)
     digests: set[str] = set()
     try:
         for name, before in states.items():

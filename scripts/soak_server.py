@@ -65,7 +65,7 @@ class Churn:
             case "warm":
                 return client.post(f"{path}/warm")
             case _:
-                return client.delete(path)
+                return client.delete(path, params={"force": "true"})
 
 
 def disconnect(url: str, ends: threading.Event, seed: int, counts: Counter[str]) -> None:

@@ -455,6 +455,7 @@ def _open_store(settings: StoreSettings) -> PromptStore:
         cache_path=settings.cache_path,
         cache_bytes=settings.cache_bytes,
         max_upload_bytes=settings.max_upload_bytes,
+        retention_seconds=settings.retention_days * 86400,
     )
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
-from server import logs
+from server import logs, store_commands
 from server.client import commands
 from server.client.bulk import command as bulk
 from server.client.evaluation import command as evaluation
@@ -196,6 +196,13 @@ FLAGS = (
     _flag(StoreSettings, "cache_path", Path, "Directory for local copies of an object store's files.", name="cache"),
     _flag(StoreSettings, "cache_bytes", int, "Maximum size of the local copies.", **_BYTES),
     _flag(StoreSettings, "max_upload_bytes", int, "Maximum size of one uploaded file.", **_BYTES),
+    _flag(
+        StoreSettings,
+        "retention_days",
+        float,
+        "Days for which deleted versions can be restored and keep their files; 0: none.",
+        min=0.0,
+    ),
     _flag(
         StoreSettings, "allow_other_base", bool, "Accept soft prompts whose configuration names another base model."
     ),
@@ -440,6 +447,7 @@ def key(
 
 for module in (commands, bulk, evaluation, training):
     app.add_typer(module.app)
+app.add_typer(store_commands.app)
 
 
 def main() -> None:

@@ -67,6 +67,7 @@ class StoreSettings:
         cache_path: Directory for local copies of an object store's blobs.
         cache_bytes: Maximum size of the local copies.
         max_upload_bytes: Maximum size of an uploaded file.
+        retention_days: How long deleted versions can be restored, in days; 0: never.
         allow_other_base: Whether to accept soft prompts whose configuration names another base model.
         allow_float64: Whether to accept float64 files; they are rounded to the serving dtype.
         preload: Soft prompts (``NAME`` or ``NAME@...``) to load onto the device at startup.
@@ -81,6 +82,7 @@ class StoreSettings:
     cache_path: Path = Path("prelude-cache")
     cache_bytes: int = 10 * 1024**3
     max_upload_bytes: int = 512 * 1024 * 1024
+    retention_days: float = 7.0
     allow_other_base: bool = False
     allow_float64: bool = False
     preload: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -147,6 +147,20 @@ class BlobStore(ABC):
         """
 
     @abstractmethod
+    def digests(self) -> Iterator[str]:
+        """The digests of all stored blobs; StoreUnavailableError if they cannot be listed."""
+
+    @abstractmethod
+    def chunks(self, digest: str, size: int) -> Iterator[bytes]:
+        """The bytes of a blob as they are stored. Unlike ``fetch``, this changes, caches and counts nothing.
+
+        Raises:
+            BlobNotFoundError: If there is no such blob.
+            CorruptBlobError: After the last chunk, if they do not match.
+            StoreUnavailableError: If this cannot be determined now.
+        """
+
+    @abstractmethod
     def stats(self) -> list[TierStats]:
         """Statistics of each tier, the nearest one first."""
 
@@ -215,6 +229,18 @@ class BlobDirectory(BlobStore):
         for folder in self._blobs.iterdir():
             for file in folder.iterdir():
                 yield file.name
+
+    def chunks(self, digest: str, size: int) -> Iterator[bytes]:
+        """The bytes of a blob's file. Raises what ``BlobStore.chunks`` does."""
+        try:
+            file = self.path(digest).open("rb")
+        except FileNotFoundError as error:
+            self._require_directory()
+            raise BlobNotFoundError(f"blob {digest} is missing from {self._blobs}") from error
+        except OSError as error:
+            raise StoreUnavailableError(f"blob {digest} cannot be read: {error}") from error
+        with file:
+            yield from checked_chunks(iter(lambda: file.read(CHUNK_BYTES), b""), digest, size)
 
     def put(self, staged: Path, digest: str, size: int) -> None:
         """Move a file on the same file system to its place; OSError if the disk is full or fails."""
@@ -356,6 +382,20 @@ class FileIdentity:
         """Of the file at a path; FileNotFoundError if there is none."""
         status = path.stat()
         return cls(status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def checked_chunks(chunks: Iterable[bytes], digest: str, size: int) -> Iterator[bytes]:
+    """Pass chunks on; CorruptBlobError at the end if they are not a blob's bytes. At most ``size`` bytes pass."""
+    sha256 = hashlib.sha256()
+    received = 0
+    for chunk in chunks:
+        received += len(chunk)
+        if received > size:
+            break
+        sha256.update(chunk)
+        yield chunk
+    if received != size or sha256.hexdigest() != digest:
+        raise CorruptBlobError(f"blob {digest} does not match its digest")
 
 
 def sha256_of(path: Path) -> str:

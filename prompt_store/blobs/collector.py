@@ -18,26 +18,40 @@ logger = logging.getLogger(__name__)
 COLLECT_GRACE_SECONDS = 3600.0
 """How long a blob without a name is kept if other replicas may be uploading or reading it."""
 
+RETENTION_SECONDS = 7 * 86400.0
+"""How long a deleted version can be restored."""
+
+_MAX_INTERVAL_SECONDS = 3600.0
+
 _BATCH = 100
 
 
 class Collector:
     """Removes unreferenced blobs after their grace period, unless this process holds them. Thread-safe.
 
-    If this process alone uses the catalog, the period is zero. Replicas that share a catalog cannot see the holds of
-    the others, so a blob stays for some time after it has lost its last name, and a thread collects periodically.
+    A deleted version keeps its blobs until it can no longer be restored. If this process alone uses the catalog, the
+    grace period is zero. Replicas that share a catalog cannot see the holds of the others, so a blob stays for some
+    time after it has lost its last name. A thread collects periodically.
 
     Args:
         catalog: Knows which blobs have names.
         blobs: The bytes.
         grace_seconds: How long blobs without a name are kept; None for the default.
+        retention_seconds: How long a deleted version can be restored.
     """
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, grace_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        blobs: BlobStore,
+        grace_seconds: float | None = None,
+        retention_seconds: float = RETENTION_SECONDS,
+    ) -> None:
         self._catalog = catalog
         self._blobs = blobs
         shared_grace = COLLECT_GRACE_SECONDS if catalog.is_shared else 0.0
         self.grace_seconds = shared_grace if grace_seconds is None else grace_seconds
+        self.retention_seconds = retention_seconds
         self._lock = threading.Lock()
         """Guards the two below; held for a short time only."""
         self._held: Counter[str] = Counter()
@@ -48,9 +62,26 @@ class Collector:
         """Whether the last collection failed, so that garbage may be left."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        if catalog.is_shared:
+        if self.interval_seconds is not None:
             self._thread = threading.Thread(target=self._collect_periodically, name="collector", daemon=True)
             self._thread.start()
+
+    @property
+    def interval_seconds(self) -> float | None:
+        """Time between two collections by the thread; None if there is none, because nothing has to wait."""
+        waits = [self.retention_seconds] if self.retention_seconds > 0 else []
+        if self._catalog.is_shared:
+            waits.append(self.grace_seconds)
+        return min(_MAX_INTERVAL_SECONDS, max(1.0, min(waits) / 4)) if waits else None
+
+    @property
+    def restorable_since(self) -> int:
+        """The time before which deletions are final, in microseconds since 1970."""
+        return int((time.time() - self.retention_seconds) * 1e6)
+
+    def restorable_until(self, deleted_at: int) -> float | None:
+        """Unix time in seconds until which a deletion (microseconds) can be undone; None if it is final."""
+        return deleted_at / 1e6 + self.retention_seconds if self.retention_seconds > 0 else None
 
     def close(self) -> None:
         """Stop the thread."""
@@ -86,13 +117,14 @@ class Collector:
             self.release(digests)
 
     def collect(self) -> int:
-        """Collect now; returns the number of removed blobs.
+        """Give up versions that can no longer be restored, and collect; returns the number of removed blobs.
 
         Raises:
             StoreUnavailableError: If catalog or blobs cannot be reached; the rest is collected later.
         """
         total = 0
         with self._collecting:
+            self._catalog.forget_deleted(self.restorable_since)
             while True:
                 with self._lock:
                     limit = _BATCH + len(self._held)
@@ -133,5 +165,5 @@ class Collector:
             logger.exception("unreferenced blobs could not be collected")
 
     def _collect_periodically(self) -> None:
-        while not self._stopping.wait(max(self.grace_seconds / 4, 1.0)):
+        while not self._stopping.wait(self.interval_seconds):
             self.try_to_collect()

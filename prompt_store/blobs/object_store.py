@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from prompt_store.blobs.blob_cache import BlobCache
-from prompt_store.blobs.blobs import CHUNK_BYTES, BlobStore, TierCounters, TierStats
+from prompt_store.blobs.blobs import CHUNK_BYTES, BlobStore, TierCounters, TierStats, checked_chunks
 from prompt_store.blobs.single_flight import SingleFlight
 from prompt_store.errors import BlobNotFoundError, CorruptBlobError, PromptStoreError, StoreUnavailableError
 
@@ -139,6 +139,19 @@ class ObjectBlobs(BlobStore):
         if path is None:
             path = self._downloads.do((digest, size), lambda: self._load(digest, size))
         return path
+
+    def digests(self) -> Iterator[str]:
+        """The digests of all objects. Raises StoreUnavailableError."""
+        with self._translated_errors("listing blobs"):
+            for page in obstore.list(self._store, "blobs"):
+                for item in page:
+                    yield item["path"].rpartition("/")[2]
+
+    def chunks(self, digest: str, size: int) -> Iterator[bytes]:
+        """The bytes of an object, without the cache. Raises what ``BlobStore.chunks`` does."""
+        with self._translated_errors(f"reading blob {digest}"):
+            result: GetResult = obstore.get(self._store, _key(digest))
+            yield from checked_chunks(map(bytes, result.stream(min_chunk_size=CHUNK_BYTES)), digest, size)
 
     def pin(self, digest: str) -> None:
         """Keep the local copy, present or future, until each ``pin`` is matched by an ``unpin``."""

@@ -6,28 +6,30 @@ its own revision, and a reader of revision R has seen every change up to it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from prompt_store.catalog import lookups, records
+from prompt_store.catalog import deletion, lookups, records
+from prompt_store.catalog.change import Change, lock_blobs, now
 from prompt_store.catalog.database import Database, Listener
 from prompt_store.catalog.lookups import live
 from prompt_store.catalog.records import NewVersion, Prompt
-from prompt_store.catalog.schema import aliases, blobs, history, prompts, state, tags, version_files, versions
+from prompt_store.catalog.schema import blobs, history, prompts, state, tags, versions
 from prompt_store.errors import PromptConflictError, PromptNotFoundError
 from prompt_store.types import (
     DEFAULT_ALIAS,
     SHARED,
     Access,
+    Deletion,
     HistoryAction,
     HistoryEntry,
     PromptRef,
     PromptSummary,
     PromptVersion,
+    Restoration,
     StoredFile,
     StoreTotals,
 )
@@ -76,7 +78,7 @@ class Catalog:
             if version is None:
                 version = lookups.alias_target(connection, prompt, ref.alias or DEFAULT_ALIAS)
                 if version is None:
-                    raise PromptNotFoundError(f"soft prompt {ref.name!r} has no alias {ref.alias!r}")
+                    raise lookups.alias_not_found(connection, prompt, ref.alias or DEFAULT_ALIAS)
             return lookups.version_of(connection, prompt, version)
 
     def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
@@ -92,7 +94,11 @@ class Catalog:
         query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0, visible)
         if tag is not None:
             # The index on (tag, name) gives the names of one page in order, whatever the number of tagged names.
-            tagged = sa.select(tags.c.name).where(tags.c.tag == tag)
+            tagged = (
+                sa.select(tags.c.name)
+                .join(versions, versions.c.id == tags.c.version_id)
+                .where(tags.c.tag == tag, live)
+            )
             if access is not None:
                 owned = prompts.alias()
                 tagged = tagged.join(owned, owned.c.name == tags.c.name).where(
@@ -179,13 +185,15 @@ class Catalog:
     def reserve(self, files: Collection[StoredFile]) -> None:
         """Record blobs that are about to be put, so that no collection removes them before they have a name."""
         insert = (postgresql.insert if self.is_shared else sqlite.insert)(blobs)
-        now = _now()
+        reserved_at = now()
         statement = insert.on_conflict_do_update(
             index_elements=[blobs.c.sha256],
-            set_={"unnamed_since": sa.case((blobs.c.unnamed_since.is_not(None), now), else_=None)},
+            set_={"unnamed_since": sa.case((blobs.c.unnamed_since.is_not(None), reserved_at), else_=None)},
         )
         # Ordered, so that two uploads of the same files cannot deadlock.
-        values = {file.sha256: {"sha256": file.sha256, "size": file.size, "unnamed_since": now} for file in files}
+        values = {
+            file.sha256: {"sha256": file.sha256, "size": file.size, "unnamed_since": reserved_at} for file in files
+        }
         with self._database.writing() as connection:
             for _, row in sorted(values.items()):
                 connection.execute(statement, row)
@@ -203,7 +211,7 @@ class Catalog:
         with self._changing(actor) as change:
             connection = change.connection
             digests = {file.sha256 for file in new.files}
-            _lock_blobs(connection, digests)
+            lock_blobs(connection, digests)
             named = connection.execute(
                 blobs.update().where(blobs.c.sha256.in_(digests)).values(unnamed_since=None)
             ).rowcount
@@ -213,11 +221,12 @@ class Catalog:
             if prompt is None:
                 values = {"name": new.name, "owner": new.owner, "last_version": 0, "num_versions": 0}
                 prompt = Prompt(records.insert(connection, prompts, values), new.name, 0, new.owner)
+            # There can be two: a restored version, and the same bytes uploaded again while it was deleted.
             version: int | None = connection.execute(
-                sa.select(versions.c.version).where(
+                sa.select(sa.func.max(versions.c.version)).where(
                     versions.c.prompt_id == prompt.id, versions.c.digest == new.digest, live
                 )
-            ).scalar_one_or_none()
+            ).scalar_one()
             is_new = version is None
             if version is None:
                 version = prompt.last_version + 1
@@ -277,7 +286,7 @@ class Catalog:
             prompt = lookups.find(connection, name, access, to_change=True)
             current = lookups.alias_target(connection, prompt, alias)
             if current is None:
-                raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
+                raise lookups.alias_not_found(connection, prompt, alias)
             lookups.require_target(connection, prompt, alias, expected_version)
             earlier = lookups.earlier_versions(connection, name, alias)
             while earlier:
@@ -295,39 +304,41 @@ class Catalog:
             prompt = lookups.find(change.connection, name, access, to_change=True)
             previous = lookups.alias_target(change.connection, prompt, alias)
             if previous is None:
-                raise PromptNotFoundError(f"soft prompt {name!r} has no alias {alias!r}")
+                raise lookups.alias_not_found(change.connection, prompt, alias)
             change.remove_alias(prompt, alias, previous)
 
-    def delete_version(self, name: str, version: int, actor: str | None = None, access: Access | None = None) -> None:
-        """Delete one version; PromptNotFoundError if there is none.
-
-        ``latest`` moves to the highest remaining version; other aliases of the version are removed.
-        """
+    def delete_version(
+        self, name: str, version: int, *, force: bool = False, actor: str | None = None, access: Access | None = None
+    ) -> Deletion:
+        """Delete one version; raises what ``deletion.delete_version`` does."""
         with self._changing(actor) as change:
-            connection = change.connection
-            prompt = lookups.find(connection, name, access, to_change=True)
-            lookups.require_version(connection, prompt, version)
-            change.drop_versions(prompt, versions.c.version == version)
-            change.add_entry(name, HistoryAction.DELETE_VERSION, version=version)
-            pointing = sa.select(aliases.c.alias).where(
-                aliases.c.prompt_id == prompt.id, aliases.c.version == version
-            )
-            highest = connection.execute(
-                sa.select(sa.func.max(versions.c.version)).where(versions.c.prompt_id == prompt.id, live)
-            ).scalar_one()
-            for alias in connection.execute(pointing.order_by(aliases.c.alias)).scalars().all():
-                if alias == DEFAULT_ALIAS and highest is not None:
-                    change.move_alias(prompt, alias, highest, HistoryAction.PROMOTE)
-                else:
-                    change.remove_alias(prompt, alias, version)
+            return deletion.delete_version(change, name, version, access, force=force)
 
-    def delete_prompt(self, name: str, actor: str | None = None, access: Access | None = None) -> None:
-        """Delete all versions and aliases of a name; PromptNotFoundError if there is none."""
+    def delete_prompt(
+        self, name: str, *, force: bool = False, actor: str | None = None, access: Access | None = None
+    ) -> Deletion:
+        """Delete all versions and aliases of a name; raises what ``deletion.delete_prompt`` does."""
         with self._changing(actor) as change:
-            prompt = lookups.find(change.connection, name, access, to_change=True)
-            change.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id))
-            change.drop_versions(prompt, sa.true())
-            change.add_entry(name, HistoryAction.DELETE_PROMPT)
+            return deletion.delete_prompt(change, name, access, force=force)
+
+    def restore(
+        self,
+        name: str,
+        version: int | None,
+        *,
+        deleted_after: int,
+        actor: str | None = None,
+        access: Access | None = None,
+    ) -> Restoration:
+        """Undo the last deletion of a name, or that of one version; raises what ``deletion.restore`` does."""
+        with self._changing(actor) as change:
+            return deletion.restore(change, name, version, access, deleted_after=deleted_after)
+
+    def forget_deleted(self, before: int) -> None:
+        """Give up the files of versions deleted before a time (microseconds, UTC), which then cannot be restored."""
+        if deletion.has_forgettable(self._database, before):
+            with self._changing(None) as change:
+                deletion.forget(change, before)
 
     @contextmanager
     def garbage(self, unnamed_before: int, limit: int, is_held: Callable[[str], bool]) -> Iterator[list[str]]:
@@ -355,11 +366,11 @@ class Catalog:
                 connection.execute(blobs.delete().where(blobs.c.sha256.in_(digests)))
 
     @contextmanager
-    def _changing(self, actor: str | None) -> Iterator[_Change]:
+    def _changing(self, actor: str | None) -> Iterator[Change]:
         with self._database.writing() as connection:
             # On SQLite, FOR UPDATE has no effect, and BEGIN IMMEDIATE has locked everything.
             revision = connection.execute(_revision.with_for_update()).scalar_one()
-            change = _Change(connection, revision + 1, actor)
+            change = Change(connection, revision + 1, actor)
             yield change
             if change.has_entries:
                 connection.execute(state.update().values(revision=revision + 1))
@@ -367,87 +378,4 @@ class Catalog:
                     connection.execute(sa.select(sa.func.pg_notify(CHANNEL, str(revision + 1))))
 
 
-class _Change:
-    """One transaction that changes names."""
-
-    def __init__(self, connection: sa.Connection, revision: int, actor: str | None) -> None:
-        self.connection = connection
-        self.at = _now()
-        self.has_entries = False
-        self._revision = revision
-        self._actor = actor
-
-    def add_entry(
-        self,
-        name: str,
-        action: HistoryAction,
-        *,
-        alias: str | None = None,
-        version: int | None = None,
-        previous: int | None = None,
-    ) -> None:
-        """Add an entry to the history."""
-        self.has_entries = True
-        values = {
-            "revision": self._revision,
-            "name": name,
-            "action": action.value,
-            "alias": alias,
-            "version": version,
-            "previous_version": previous,
-            "actor": self._actor,
-            "at": self.at,
-        }
-        self.connection.execute(history.insert().values(values))
-
-    def move_alias(self, prompt: Prompt, alias: str, version: int, action: HistoryAction) -> None:
-        """Point an alias at a version; no entry is added if it points there already."""
-        previous = lookups.alias_target(self.connection, prompt, alias)
-        if previous == version:
-            return
-        mine = sa.and_(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
-        if previous is None:
-            values = {"prompt_id": prompt.id, "alias": alias, "version": version}
-            self.connection.execute(aliases.insert().values(values))
-        else:
-            self.connection.execute(aliases.update().where(mine).values(version=version))
-        self.add_entry(prompt.name, action, alias=alias, version=version, previous=previous)
-
-    def remove_alias(self, prompt: Prompt, alias: str, previous: int) -> None:
-        """Remove an alias."""
-        self.connection.execute(aliases.delete().where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias))
-        self.add_entry(prompt.name, HistoryAction.DELETE_ALIAS, alias=alias, previous=previous)
-
-    def drop_versions(self, prompt: Prompt, which: sa.ColumnElement[bool]) -> None:
-        """Mark versions as deleted; blobs that lose their last name become garbage."""
-        connection = self.connection
-        rows = connection.execute(
-            versions.update()
-            .where(versions.c.prompt_id == prompt.id, live, which)
-            .values(deleted_at=self.at)
-            .returning(versions.c.id)
-        )
-        ids = list(rows.scalars())
-        files = version_files.c.version_id.in_(ids)
-        digests = set(connection.execute(sa.select(version_files.c.sha256).where(files)).scalars())
-        _lock_blobs(connection, digests)
-        connection.execute(version_files.delete().where(files))
-        connection.execute(tags.delete().where(tags.c.version_id.in_(ids)))
-        connection.execute(
-            prompts.update().where(prompts.c.id == prompt.id).values(num_versions=prompts.c.num_versions - len(ids))
-        )
-        named = sa.exists().where(version_files.c.sha256 == blobs.c.sha256)
-        connection.execute(blobs.update().where(blobs.c.sha256.in_(digests), ~named).values(unnamed_since=self.at))
-
-
 _revision = sa.select(state.c.revision)
-
-
-def _lock_blobs(connection: sa.Connection, digests: Collection[str]) -> None:
-    """Lock in the order of ``reserve``; otherwise two uploads of the same files could deadlock."""
-    query = sa.select(blobs.c.sha256).where(blobs.c.sha256.in_(digests)).order_by(blobs.c.sha256)
-    connection.execute(query.with_for_update()).all()
-
-
-def _now() -> int:
-    return time.time_ns() // 1000

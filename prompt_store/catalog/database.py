@@ -17,6 +17,8 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 
 from prompt_store.errors import PromptStoreError, StoreUnavailableError
@@ -36,20 +38,23 @@ class Database:
 
     Args:
         url: ``sqlite:///PATH`` or ``postgresql://USER@HOST:PORT/DATABASE``.
+        is_migrated: Whether to create the tables, and to migrate those of an older release. Otherwise they must
+            exist and be those of this release.
 
     Attributes:
         is_shared: Whether other processes may write to it.
 
     Raises:
-        PromptStoreError: If the URL or its driver cannot be used, or a newer release has written the database.
+        PromptStoreError: If the URL or its driver cannot be used, or a newer release has written the database;
+            without migration, if any other release has.
         StoreUnavailableError: If the database cannot be reached.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, is_migrated: bool = True) -> None:
         parsed = read_url(url)
         self.is_shared = parsed.get_backend_name() == "postgresql"
         self._url = parsed
-        self._is_created = False
+        self._is_created = not is_migrated
         if self.is_shared:
             self._engine = _postgresql(parsed)
         elif parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -58,7 +63,10 @@ class Database:
         else:
             raise PromptStoreError(f"the catalog must be sqlite:///PATH or postgresql://..., not {str(parsed)!r}")
         try:
-            self._upgrade()
+            if is_migrated:
+                self._upgrade()
+            else:
+                self._require_schema()
         except sa.exc.DatabaseError as error:  # the file is not a catalog, or this user has no permission
             self._engine.dispose()
             raise PromptStoreError(f"the catalog {self} cannot be used: {_reason(error)}") from error
@@ -119,6 +127,19 @@ class Database:
             connection.exec_driver_sql(f'LISTEN "{channel}"')
         return listener
 
+    def schema_revision(self) -> str:
+        """The revision of the tables; empty if there are none."""
+        with self.reading() as connection:
+            return MigrationContext.configure(connection).get_current_revision() or ""
+
+    def _require_schema(self) -> None:
+        found, needed = self.schema_revision(), ScriptDirectory.from_config(_alembic()).get_current_head()
+        if found != needed:
+            raise PromptStoreError(
+                f"the catalog {self} has the schema {found or 'of nothing'}, this release has {needed}: "
+                "use the release that wrote it, or start a server of this release on it first"
+            )
+
     def _connect_sqlite(self) -> sqlite3.Connection:
         """Open the file, and create it only at the start: later, a missing file means an unmounted volume."""
         mode = "rw" if self._is_created else "rwc"
@@ -126,8 +147,7 @@ class Database:
         return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, check_same_thread=False)
 
     def _upgrade(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+        config = _alembic()
         logging.getLogger("alembic").setLevel(logging.WARNING)
         with self.writing() as connection:
             if self.is_shared:
@@ -139,6 +159,12 @@ class Database:
                 raise PromptStoreError(
                     f"the catalog {self} was written by a newer release ({error}): use a newer release"
                 ) from error
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    return config
 
 
 def read_url(url: str) -> sa.URL:

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from prompt_store.catalog import records
 from prompt_store.catalog.records import Prompt
 from prompt_store.catalog.schema import aliases, history, prompts, versions
-from prompt_store.errors import PromptConflictError, PromptForbiddenError, PromptNotFoundError
+from prompt_store.errors import AliasNotFoundError, PromptConflictError, PromptForbiddenError, PromptNotFoundError
 from prompt_store.types import Access, HistoryAction, PromptVersion
 
 live = versions.c.deleted_at.is_(None)
@@ -15,14 +15,24 @@ live = versions.c.deleted_at.is_(None)
 
 
 def find(connection: sa.Connection, name: str, access: Access | None, *, to_change: bool = False) -> Prompt:
-    """A name that has versions.
+    """A name that has versions; raises what ``find_known`` does."""
+    return _find(connection, sa.and_(prompts.c.name == name, prompts.c.num_versions > 0), name, access, to_change)
+
+
+def find_known(connection: sa.Connection, name: str, access: Access | None, *, to_change: bool = False) -> Prompt:
+    """A name that has or had versions.
 
     Raises:
         PromptNotFoundError: If it does not exist or belongs to another tenant; the error is the same.
         PromptForbiddenError: If ``to_change`` is set and the caller may only use it.
     """
-    query = sa.select(prompts).where(prompts.c.name == name, prompts.c.num_versions > 0)
-    row = connection.execute(query).one_or_none()
+    return _find(connection, prompts.c.name == name, name, access, to_change)
+
+
+def _find(
+    connection: sa.Connection, which: sa.ColumnElement[bool], name: str, access: Access | None, to_change: bool
+) -> Prompt:
+    row = connection.execute(sa.select(prompts).where(which)).one_or_none()
     if row is None or not (access is None or access.sees(row.owner)):
         raise PromptNotFoundError(f"soft prompt {name!r} does not exist")
     if to_change and not (access is None or access.changes(row.owner)):
@@ -73,6 +83,20 @@ def alias_target(connection: sa.Connection, prompt: Prompt, alias: str) -> int |
     return found
 
 
+_MAX_NAMED = 10
+
+
+def alias_not_found(connection: sa.Connection, prompt: Prompt, alias: str) -> AliasNotFoundError:
+    """The error for an alias that a name does not have; it lists those that it has."""
+    query = sa.select(aliases.c.alias, aliases.c.version).where(aliases.c.prompt_id == prompt.id)
+    rows = connection.execute(query.order_by(aliases.c.alias).limit(_MAX_NAMED + 1)).all()
+    known = ", ".join(f"{row.alias}={row.version}" for row in rows[:_MAX_NAMED])
+    if len(rows) > _MAX_NAMED:
+        known += ", ..."
+    has = f"its aliases are {known}" if rows else "it has none; name a version"
+    return AliasNotFoundError(f"soft prompt {prompt.name!r} has no alias {alias!r}: {has}")
+
+
 def require_target(connection: sa.Connection, prompt: Prompt, alias: str, expected: int | None) -> None:
     """Raise PromptConflictError if an alias does not point at the expected version; None expects nothing."""
     if expected is None:
@@ -87,7 +111,7 @@ def require_target(connection: sa.Connection, prompt: Prompt, alias: str, expect
 def earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[int]:
     """The earlier versions of an alias, oldest first, without promotions that were rolled back."""
     query = (
-        sa.select(history.c.action, history.c.version)
+        sa.select(history.c.action, history.c.version, history.c.previous_version)
         .where(
             history.c.name == name,
             sa.or_(history.c.alias == alias, history.c.action == HistoryAction.DELETE_PROMPT.value),
@@ -95,12 +119,18 @@ def earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[i
         .order_by(history.c.id)
     )
     found: list[int] = []
-    for action, version in connection.execute(query):
+    removed: dict[int, list[int]] = {}
+    """Those of removed aliases, by the version that each pointed at; a restored alias has them again."""
+    for action, version, previous in connection.execute(query):
         if action == HistoryAction.PROMOTE:
             found.append(version)
         elif action == HistoryAction.ROLLBACK:
             while found and found[-1] != version:
                 found.pop()
-        else:  # the alias was removed
-            found.clear()
+        elif action == HistoryAction.RESTORE:
+            found = list(removed.get(version, [version]))
+        else:  # the alias was removed, or the name with all its aliases, which may have entries of their own
+            if previous is not None:
+                removed[previous] = found
+            found = []
     return found[:-1]

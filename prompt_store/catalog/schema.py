@@ -56,17 +56,21 @@ versions = sa.Table(
     sa.Column("overrides", sa.Text, nullable=False, server_default="{}"),
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("created_by", sa.Text),
+    # A deleted version keeps its files and tags until it can no longer be restored.
     sa.Column("deleted_at", sa.BigInteger),
+    # The revision of the deletion, as long as it can be undone; its history entries name the removed aliases.
+    sa.Column("deleted_in", sa.BigInteger),
     sa.UniqueConstraint("prompt_id", "version", name="versions_by_number"),
     sa.Index("versions_by_digest", "prompt_id", "digest"),
+    sa.Index("versions_by_deletion", "deleted_in"),
 )
 blobs = sa.Table(
     "blobs",
     metadata,
     sa.Column("sha256", Digest, primary_key=True),
     sa.Column("size", sa.BigInteger, nullable=False),
-    # NULL while a version names it. Otherwise the time of the last upload or deletion that concerned it; a blob is
-    # garbage some time after that.
+    # NULL while a version names it, also a deleted one that can be restored. Otherwise the time of the last upload
+    # or deletion that concerned it; a blob is garbage some time after that.
     sa.Column("unnamed_since", sa.BigInteger, index=True),
 )
 version_files = sa.Table(

@@ -29,7 +29,7 @@ from tests.support.serving import adapter, serving, upload
 from tests.support.waiting import seconds_until
 
 TASKS = ("sentiment", "intent", "extract", "dates")
-FLAGS = ("--dtype", "float32", "--num-threads", "1", "--log-level", "WARNING")
+FLAGS = ("--dtype", "float32", "--num-threads", "1", "--log-level", "WARNING", "--retention-days", "0")
 SETTLE_SECONDS = 20.0
 MAX_GROWTH_BYTES = 150 * 2**20
 
@@ -304,7 +304,7 @@ def check_end(report: Report, server: Server, load: Load, before: Baseline, *, c
     report.check("memory of the API process, MiB", mebibytes, holds=num_bytes < before.num_bytes + MAX_GROWTH_BYTES)
     while names := [item["id"] for item in server.client.get("/v1/prompts").json()["data"]]:
         for name in names:
-            server.client.delete(f"/v1/prompts/{name}").raise_for_status()
+            server.client.delete(f"/v1/prompts/{name}", params={"force": "true"}).raise_for_status()
     blobs = server.folder / "store" / "blobs"
     if collects and blobs.is_dir():  # with an object store there is no such folder
         seconds_until(lambda: not _files(blobs), SETTLE_SECONDS)

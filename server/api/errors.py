@@ -18,6 +18,7 @@ from prompt_store.errors import (
     InvalidPromptError,
     PromptConflictError,
     PromptForbiddenError,
+    PromptInUseError,
     PromptNotFoundError,
     PromptStoreError,
     PromptTooLargeError,
@@ -97,6 +98,7 @@ _TABLE: dict[type[Exception], _Row] = {
     SoftPromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
     PromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
     PromptConflictError: _Row(409, "conflict_error", "conflict", {"x-should-retry": "false"}),
+    PromptInUseError: _Row(409, "conflict_error", "in_use", {"x-should-retry": "false"}),
     PinBudgetError: _Row(409, "conflict_error", "pin_budget_exceeded", {"x-should-retry": "false"}),
     # The rest of a body that is too large is not read, so the connection has to be closed.
     PayloadTooLargeError: _Row(413, _REQUEST_ERROR, "payload_too_large", _CLOSE),

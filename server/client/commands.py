@@ -211,20 +211,39 @@ def rollback(
 @_command("rm")
 def rm(
     target: Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt, or NAME@VERSION for one version.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", "-y", help="Do not ask, and delete aliases and several versions too."),
+    ] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Delete a soft prompt or one version; on a terminal, confirm before deleting all versions."""
-    ref = _ref(target)
-    if ref.version is None and "@" in target:
-        raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
-    if ref.version is None and not yes and sys.stdin.isatty():
-        typer.confirm(f"Delete {ref.name} with all its versions and aliases?", abort=True, err=True)
+    """Delete a soft prompt or one version; asks on a terminal. `restore` undoes it."""
+    ref = _number_or_name(target)
     with serving(url, api_key, as_json=as_json) as client:
-        deleted = client.remove(ref.name, ref.version)
-    answer(deleted, as_json, f"deleted {target}")
+        if not yes and sys.stdin.isatty():
+            what, yes = _removal(client.prompt(ref.name), ref.version)
+            typer.confirm(f"This deletes {what}. Continue?", abort=True, err=True)
+        # Without a terminal and without --yes, the server refuses what has to be forced.
+        deleted = client.remove(ref.name, ref.version, force=yes)
+    answer(deleted, as_json, *tables.deleted(target, deleted))
+
+
+@_command("restore")
+def restore(
+    target: Annotated[
+        str, typer.Argument(metavar="NAME", help="A soft prompt, or NAME@VERSION for one deleted version.")
+    ],
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Undo the last deletion of a soft prompt, or restore one version, with the aliases."""
+    ref = _number_or_name(target)
+    with serving(url, api_key, as_json=as_json) as client:
+        restored = client.restore(ref.name, ref.version)
+    answer(restored, as_json, *tables.restored(restored))
 
 
 @_command("inspect")
@@ -309,6 +328,25 @@ def answer(value: dict[str, Any], as_json: bool, *shown: Table | str) -> None:
         typer.echo(json.dumps(value))
     else:
         tables.show(*shown)
+
+
+def _removal(prompt: dict[str, Any], version: int | None) -> tuple[str, bool]:
+    """What the deletion of a soft prompt, or of one version, will delete; and whether it has to be forced."""
+    aliases = sorted(alias for alias, target in prompt["aliases"].items() if version in (None, target))
+    count = prompt["num_versions"]
+    what = f"{prompt['id']} with {count} version{'s' if count > 1 else ''}"
+    if version is not None:
+        what = f"{prompt['id']}@{version}"
+    if aliases:
+        what += f" and the alias{'es' if len(aliases) > 1 else ''} {', '.join(aliases)}"
+    return what, count > 1 if version is None else bool(aliases)
+
+
+def _number_or_name(target: str) -> PromptRef:
+    ref = _ref(target)
+    if ref.version is None and "@" in target:
+        raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
+    return ref
 
 
 def _ref(target: str) -> PromptRef:

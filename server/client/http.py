@@ -201,10 +201,13 @@ class PreludeClient:
         number = ref.version
         if number is None:
             alias = ref.alias or DEFAULT_ALIAS
-            number = self.prompt(ref.name)["aliases"].get(alias)
+            aliases = self.prompt(ref.name)["aliases"]
+            number = aliases.get(alias)
             if number is None:
+                known = ", ".join(f"{key}={value}" for key, value in sorted(aliases.items()))
+                has = f"its aliases are {known}" if known else "it has none; name a version"
                 raise ClientError(
-                    f"the soft prompt {ref.name!r} has no alias {alias!r}", status=404, code="prompt_not_found"
+                    f"the soft prompt {ref.name!r} has no alias {alias!r}: {has}", status=404, code="prompt_not_found"
                 )
         return _object(self._send("GET", f"/v1/prompts/{ref.name}/versions/{number}"))
 
@@ -259,10 +262,14 @@ class PreludeClient:
         body = _without_nones(version=ref.version, alias=ref.alias, task_id=task_id, pin=pin)
         return _object(self._send("POST", f"/v1/prompts/{ref.name}/warm", json=body, timeout=_ENGINE_SECONDS))
 
-    def remove(self, name: str, version: int | None = None) -> dict[str, Any]:
-        """Delete one version, or all of a name."""
+    def remove(self, name: str, version: int | None = None, *, force: bool = False) -> dict[str, Any]:
+        """Delete one version, or all of a name; ``force`` also deletes aliases and several versions."""
         path = f"/v1/prompts/{name}" if version is None else f"/v1/prompts/{name}/versions/{version}"
-        return _object(self._send("DELETE", path))
+        return _object(self._send("DELETE", path, params={"force": "true"} if force else None))
+
+    def restore(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Bring back a deleted version, or all that the last deletion of a name has deleted."""
+        return _object(self._send("POST", f"/v1/prompts/{name}/restore", json=_without_nones(version=version)))
 
     # Helpers
 

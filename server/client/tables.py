@@ -179,6 +179,24 @@ def training(result: Mapping[str, Any]) -> Iterator[Table | str]:
         yield from ("", table)
 
 
+def deleted(target: str, reply: Mapping[str, Any]) -> Iterator[str]:
+    """A deletion, and until when it can be undone."""
+    also = f" and {_pairs(reply['aliases'])}" if reply["aliases"] else ""
+    yield f"deleted {target}{also}"
+    if reply["restorable_until"] is not None:
+        yield f"prelude restore {target} brings it back until {_time(reply['restorable_until'])}"
+
+
+def restored(reply: Mapping[str, Any]) -> Iterator[str]:
+    """Restored versions and aliases."""
+    versions = (f"{reply['id']}@{version}" for version in reply["versions"])
+    yield f"restored {' '.join(versions)}"
+    if reply["aliases"]:
+        yield f"aliases: {_pairs(reply['aliases'])}"
+    if reply["kept_aliases"]:
+        yield f"not moved, because they exist again: {_pairs(reply['kept_aliases'])}"
+
+
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in headings:

@@ -239,7 +239,8 @@ class Publisher:
 
     def _unstage(self) -> None:
         try:
-            self._client.remove(self._staging)
+            # A killed run may have left another version.
+            self._client.remove(self._staging, force=True)
         except ClientError as error:
             if error.status != 404:
                 raise

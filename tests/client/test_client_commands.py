@@ -5,72 +5,23 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from server.cli import app as cli
 from server.client import commands, tables
 from server.client import http as http_client
 from server.client.http import ClientError, PreludeClient
 from server.errors import EngineDeadError, OverloadedError, RequestFailedError
+from tests.client.conftest import Data, Get, Ok, Prelude
 from tests.support.api_fixtures import PeftDirectory, Serve, UploadParts
 from tests.support.fake_engine import FakeEngine
 from tests.support.live_server import LiveServer
 
 pytestmark = pytest.mark.slow
-
-Get = Callable[[str], Any]
-Ok = Callable[..., str]
-Prelude = Callable[..., Result]
-Data = Callable[..., Any]
-
-
-@pytest.fixture
-def prelude(live: LiveServer) -> Prelude:
-    def invoke(*arguments: str, **options: Any) -> Any:
-        return CliRunner().invoke(cli, list(arguments), env={"PRELUDE_URL": live.url}, **options)
-
-    return invoke
-
-
-@pytest.fixture
-def ok(prelude: Prelude) -> Ok:
-    """Run a command that must succeed; returns its standard output."""
-
-    def invoke(*arguments: str) -> str:
-        result = prelude(*arguments)
-        assert result.exit_code == 0, result.output
-        assert result.stderr == ""
-        return result.stdout
-
-    return invoke
-
-
-@pytest.fixture
-def data(ok: Ok) -> Data:
-    """Run a command with --json; returns the parsed output."""
-
-    def invoke(*arguments: str) -> Any:
-        return json.loads(ok(*arguments, "--json"))
-
-    return invoke
-
-
-@pytest.fixture
-def get(live: LiveServer) -> Get:
-    return lambda path: httpx.get(f"{live.url}/v1/prompts{path}").json()
-
-
-@pytest.fixture
-def two(ok: Ok, peft_directory: PeftDirectory) -> None:
-    """Two versions of sentiment; the second is latest."""
-    for seed in (0, 1):
-        ok("push", str(peft_directory("sentiment", seed=seed)), "--id", "sentiment")
 
 
 def test_a_pushed_soft_prompt_is_listed_and_can_be_removed(prelude: Prelude, peft_directory: PeftDirectory) -> None:
@@ -84,7 +35,13 @@ def test_a_pushed_soft_prompt_is_listed_and_can_be_removed(prelude: Prelude, pef
     assert prelude("push", second, "--id", "sentiment", "--alias", "canary").stdout == "sentiment@2\n"
     listing = prelude("list").stdout.splitlines()
     assert listing[1].split()[:5] == ["sentiment", "1", "2", "canary=2", "latest=1"]
-    assert prelude("rm", "sentiment@2").stdout == "deleted sentiment@2\n"
+    refused = prelude("rm", "sentiment@2")
+    assert (refused.exit_code, refused.stdout) == (5, "")
+    assert "in use by the alias canary" in refused.stderr
+    assert "--yes" in refused.stderr
+    removed = prelude("rm", "sentiment@2", "--yes").stdout.splitlines()
+    assert removed[0] == "deleted sentiment@2 and canary=2"
+    assert removed[1].startswith("prelude restore sentiment@2 brings it back until ")
     assert prelude("rm", "sentiment").exit_code == 0
     assert "sentiment" not in prelude("list").stdout
 
@@ -262,25 +219,6 @@ def test_pull_verifies_the_digests(live: LiveServer, two: None, tmp_path: Path) 
         assert not (tmp_path / "evil").exists()
 
 
-def test_remove_asks_for_confirmation_on_a_terminal(
-    prelude: Prelude, data: Data, two: None, get: Get, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
-    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
-    refused = prelude("rm", "sentiment", input="n\n")
-    assert refused.exit_code == 1
-    assert "all its versions" in refused.stderr
-    assert get("/sentiment")["num_versions"] == 2
-    assert prelude("rm", "sentiment@2", input="").exit_code == 0
-    assert prelude("rm", "sentiment", input="y\n").exit_code == 0
-    assert get("")["data"] == []
-
-
-def test_remove_needs_no_confirmation_with_yes(data: Data, two: None) -> None:
-    assert data("rm", "sentiment@1") == {"id": "sentiment@1", "object": "prompt.version", "deleted": True}
-    assert data("rm", "sentiment", "--yes") == {"id": "sentiment", "object": "prompt", "deleted": True}
-
-
 def test_inspect_prints_the_servers_answer(ok: Ok, data: Data, get: Get, two: None) -> None:
     assert data("inspect", "sentiment@1", "--top-k", "2") == get("/sentiment/inspect?version=1&top_k=2")
     assert data("inspect", "sentiment") == get("/sentiment/inspect")
@@ -313,7 +251,18 @@ def test_warm_can_pin(ok: Ok, data: Data, get: Get, prelude: Prelude, two: None,
 
 
 NOT_FOUND = ["show x", "show sentiment@9", "show sentiment@none", "pull sentiment@none {tmp}", "promote sentiment 9"]
-NOT_FOUND += ["rollback x", "rm x", "rm sentiment@9", "inspect sentiment@9", "warm x", "pull x {tmp}", "promote x 1"]
+NOT_FOUND += [
+    "rollback x",
+    "rm x",
+    "rm sentiment@9",
+    "restore x",
+    "restore sentiment",
+    "restore sentiment@9",
+    "inspect sentiment@9",
+    "warm x",
+    "pull x {tmp}",
+    "promote x 1",
+]
 CONFLICT = ["promote sentiment 1 --expect 1", "rollback sentiment --expect 1"]
 
 

@@ -67,7 +67,7 @@ def test_uploads_and_promotions_reach_the_other_server_within_a_second(pair: Pai
     assert (reply.status_code, reply.json()["version"]) == (200, 1)
     assert answer(pair.here, "task") == (200, "weather")
     within_a_second(lambda: answer(pair.there, "task"), (200, "weather"))
-    pair.there.delete("/v1/prompts/task")
+    pair.there.delete("/v1/prompts/task?force=true")
     within_a_second(lambda: answer(pair.here, "task"), (404, "model_not_found"))
 
 
@@ -84,7 +84,7 @@ def test_a_pin_follows_promotions_on_the_other_server(pair: Pair) -> None:
     assert pair.there.post("/v1/prompts/pinned/warm", json={"pin": True}).json()["pinned"]
     upload(pair.here, "pinned", *adapter("sentiment"))
     within_a_second(lambda: pair.there.get("/v1/prompts/pinned").json()["pinned"], [2])
-    pair.here.delete("/v1/prompts/pinned")
+    pair.here.delete("/v1/prompts/pinned?force=true")
     within_a_second(lambda: pair.there.get("/v1/prompts/pinned").status_code, 404)
 
 

@@ -110,7 +110,7 @@ def test_a_new_version_changes_answers_and_the_old_one_stays(demo_server: httpx.
     assert complete(demo_server, BASE, text["input"], prompt_id="swap@1")["choices"][0]["text"] == before
     again = upload(demo_server, "swap", *adapter("intent"))
     assert (again.status_code, again.json()["version"]) == (200, 1)
-    assert demo_server.delete("/v1/prompts/swap").status_code in {200, 204}
+    assert demo_server.delete("/v1/prompts/swap?force=true").status_code == 200
     response = demo_server.post("/v1/completions", json={"model": "swap", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
@@ -139,7 +139,7 @@ def test_streams_keep_their_version_while_others_are_promoted(demo_server: httpx
             assert response.headers["x-prelude-prompt"] == f"moving@{version}"
         payloads = [line.removeprefix("data: ") for line in events if line.startswith("data: {")]
         assert "".join(json.loads(payload)["choices"][0]["text"] for payload in payloads) == whole[version]["text"]
-    demo_server.delete("/v1/prompts/moving")
+    demo_server.delete("/v1/prompts/moving?force=true").raise_for_status()
 
 
 def changed(task: str, change: Callable[[torch.Tensor], torch.Tensor]) -> bytes:

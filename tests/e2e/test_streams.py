@@ -26,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[tuple[httpx.Client, int]]:
-    with serving(folder, "--dtype", "float32", "--max-num-seqs", "64", "--head-timeout", "3") as (client, process):
+    flags = ["--dtype", "float32", "--max-num-seqs", "64", "--head-timeout", "3", "--retention-days", "0"]
+    with serving(folder, *flags) as (client, process):
         yield client, process.pid
 
 

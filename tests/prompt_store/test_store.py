@@ -4,7 +4,7 @@ import errno
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -167,23 +167,32 @@ def test_an_alias_moves_only_from_the_expected_version(
         store.resolve(PromptRef.parse("p@canary"))
 
 
-def test_latest_moves_back_and_numbers_are_never_reused(
+def test_a_forced_deletion_removes_aliases_and_numbers_are_never_reused(
     store: PromptStore, publish: Publish, peft_files: Files
 ) -> None:
     publish(store, peft_files["p_tuning"])
     publish(store, peft_files["prompt_tuning"])
     store.set_alias("p", "canary", 2)
-    store.delete_version("p", 2)
-    assert store.get_prompt("p").aliases == {"latest": 1}
+    store.delete_version("p", 2, force=True)
+    assert store.get_prompt("p").aliases == {}
     assert publish(store, peft_files["prompt_tuning"])[0].version == 3
-    store.delete_prompt("p")
+    store.delete_prompt("p", force=True)
     assert store.list_prompts() == ([], False)
     assert publish(store, peft_files["prompt_tuning"])[0].version == 4
 
 
+@pytest.fixture
+def final_store(tmp_path: Path) -> Iterator[PromptStore]:
+    """A store that restores nothing, and so keeps no file of a deleted version."""
+    opened = open_store(tmp_path / "store", retention_seconds=0)
+    yield opened
+    opened.close()
+
+
 def test_deleted_files_are_removed_with_the_last_lease(
-    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
+    final_store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
+    store = final_store
     publish(store, peft_files["p_tuning"])
     leases = [store.lease(PromptRef.parse("p")) for _ in range(2)]
     store.delete_prompt("p")
@@ -196,8 +205,9 @@ def test_deleted_files_are_removed_with_the_last_lease(
 
 
 def test_files_that_another_version_shares_are_not_collected(
-    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
+    final_store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path
 ) -> None:
+    store = final_store
     publish(store, peft_files["p_tuning"])
     publish(store, peft_files["p_tuning"], name="q")
     store.delete_prompt("p")
@@ -326,8 +336,9 @@ def away(root: Path, how: str) -> Callable[[], None]:
 
 @pytest.mark.parametrize("how", ["gone", "an empty folder", "an empty folder of blobs"])
 def test_an_unmounted_directory_has_lost_nothing(
-    store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path, how: str
+    final_store: PromptStore, publish: Publish, peft_files: Files, tmp_path: Path, how: str
 ) -> None:
+    store = final_store
     publish(store, peft_files["prompt_tuning"])
     publish(store, peft_files["prefix_tuning"], name="q")
     ref = PromptRef("p")

@@ -323,7 +323,7 @@ def test_the_mean_difference_of_a_rounding_server_is_checked(
 ) -> None:
     client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
-        remove=lambda name: None,
+        remove=lambda name, *, force: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.1, -3.6])
@@ -381,13 +381,21 @@ def test_the_staging_name_depends_on_the_run_directory(settings: MakeSettings) -
     assert names[0] == names[1] != names[2]
 
 
+def test_a_staging_name_with_versions_of_a_killed_run_is_removed(settings: MakeSettings) -> None:
+    removed: list[tuple[str, bool]] = []
+    client: Any = SimpleNamespace(remove=lambda name, *, force: removed.append((name, force)))
+    publisher = Publisher(client, settings(), NOTHING)
+    publisher._unstage()
+    assert removed == [(publisher._staging, True)]
+
+
 def test_the_error_has_the_difference_and_the_tolerance(
     settings: MakeSettings, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = RunDirectory(tmp_path)
     client: Any = SimpleNamespace(
         push=lambda *_, **__: ({"version": 1, "digest": "d"}, True),
-        remove=lambda name: None,
+        remove=lambda name, *, force: None,
         complete=lambda body: {"choices": [{"logprobs": {"token_logprobs": [None, -2.0, -3.5]}}]},
     )
     monkeypatch.setattr(publish, "text_logprobs", lambda model, example: [-2.25, -3.5])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prompt_store.errors import PromptNotFoundError
+from prompt_store.errors import AliasNotFoundError, PromptNotFoundError
 from prompt_store.types import Access, PromptRef, PromptVersion
 from server.api.services import Services
 from server.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, SoftPromptNotFoundError
@@ -28,7 +28,8 @@ class Target:
 
     def not_found(self, error: PromptNotFoundError) -> NotFoundError:
         """The error if the store does not have it; a bare name in ``model`` may have meant another base model."""
-        if self.param == "model" and self.ref is not None and self.model == self.ref.name:
+        is_unknown = not isinstance(error, AliasNotFoundError)
+        if is_unknown and self.param == "model" and self.ref is not None and self.model == self.ref.name:
             return _model_not_found(self.model)
         return SoftPromptNotFoundError(str(error), param=self.param)
 

@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from prompt_store.types import SHARED, HistoryEntry, PromptSummary, PromptVersion, check_name
+from prompt_store.types import (
+    SHARED,
+    Deletion,
+    HistoryEntry,
+    PromptSummary,
+    PromptVersion,
+    Restoration,
+    check_name,
+)
 from server.api.request_body import RequestBody
 
 ObjectType = Annotated[str, Field(description="Type of the object.")]
@@ -92,7 +100,9 @@ class PromptBody(BaseModel):
     aliases: dict[str, int] = Field(description="Version numbers by alias.")
     num_versions: int = Field(description="Number of versions.")
     pinned: list[int] = Field(description="Versions pinned on this server.")
-    latest: VersionBody = Field(description="The version that the alias `latest` points at.")
+    latest: VersionBody = Field(
+        description="The version that the alias `latest` points at; without this alias, the highest one."
+    )
 
     @classmethod
     def of(cls, summary: PromptSummary, *, pinned: list[int]) -> PromptBody:
@@ -130,12 +140,12 @@ class HistoryBody(BaseModel):
     object: ObjectType = "prompt.change"
     id: int = Field(description="Identifier of the change.")
     action: str = Field(
-        description="publish, promote, rollback, delete_alias, delete_version or delete_prompt; an upload that moves "
-        "an alias adds a publish and a promote."
+        description="publish, promote, rollback, delete_alias, delete_version, delete_prompt or restore; a change of "
+        "several versions or aliases adds an entry for each: an upload adds a publish and a promote."
     )
     alias: str | None = Field(description="The alias that was moved or deleted.")
     version: int | None = Field(
-        description="The version that was published or deleted, or that the alias points at now."
+        description="The version that was published, deleted or restored, or that the alias points at now."
     )
     previous_version: int | None = Field(description="The version that the alias pointed at before.")
     actor: str | None = Field(description="API key that made the change.")
@@ -221,3 +231,54 @@ class Deleted(BaseModel):
     id: str = Field(description="Name of the deleted object: NAME, NAME@VERSION or NAME@ALIAS.")
     object: ObjectType
     deleted: Annotated[bool, Field(description="Always true.")] = True
+
+
+class DeletedVersions(Deleted):
+    """A deleted version, or a deleted soft prompt with all its versions."""
+
+    versions: list[int] = Field(description="The deleted versions.")
+    aliases: dict[str, int] = Field(description="The removed aliases, with the versions that they pointed at.")
+    restorable_until: int | None = Field(
+        description="Unix time in seconds until which it can be restored; null if the deletion is final."
+    )
+
+    @classmethod
+    def of(cls, name: str, deletion: Deletion, *, object_: str, until: float | None) -> DeletedVersions:
+        """Convert the catalog's record."""
+        return cls(
+            id=name,
+            object=object_,
+            versions=list(deletion.versions),
+            aliases=dict(deletion.aliases),
+            restorable_until=None if until is None else int(until),
+        )
+
+
+class RestoreBody(RequestBody):
+    """The version to restore; default: all that the last deletion has deleted."""
+
+    version: int | None = Field(
+        None, ge=1, lt=2**63, description="Version number; default: all versions of the last deletion."
+    )
+
+
+class Restored(BaseModel):
+    """The restored versions and aliases."""
+
+    object: ObjectType = "prompt.restored"
+    id: PromptName
+    versions: list[int] = Field(description="The restored versions.")
+    aliases: dict[str, int] = Field(description="The restored aliases, with the versions that they point at.")
+    kept_aliases: dict[str, int] = Field(
+        description="Aliases that were deleted too but exist again, and so were not moved, with their versions."
+    )
+
+    @classmethod
+    def of(cls, name: str, restoration: Restoration) -> Restored:
+        """Convert the catalog's record."""
+        return cls(
+            id=name,
+            versions=list(restoration.versions),
+            aliases=dict(restoration.aliases),
+            kept_aliases=dict(restoration.kept_aliases),
+        )

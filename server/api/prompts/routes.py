@@ -32,10 +32,13 @@ from server.api.prompts.bodies import (
     AliasBody,
     AliasReply,
     Deleted,
+    DeletedVersions,
     HistoryBody,
     HistoryList,
     PromptBody,
     PromptList,
+    RestoreBody,
+    Restored,
     RollbackBody,
     VersionBody,
     VersionList,
@@ -86,6 +89,8 @@ Tag = Annotated[
     Query(description="Return only entries with this tag."),
     AfterValidator(lambda tag: tag and check_name(tag, "tag")),
 ]
+
+Force = Annotated[bool, Query(description="Delete it even if aliases point at it, or it has several versions.")]
 
 
 class _LeasedWeights(FileResponse):
@@ -224,12 +229,34 @@ async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -
 
 
 @router.delete("/{id}")
-@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
-async def delete_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> Deleted:
-    """Delete a soft prompt with all versions and aliases. Running requests finish with their version."""
-    await services.store.delete_prompt(name, actor=caller.name, access=caller.access)
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503))
+async def delete_prompt(
+    name: PromptId, services: ServicesDep, caller: CallerDep, force: Force = False
+) -> DeletedVersions:
+    """Delete a soft prompt with all versions and aliases; more than one version only with `force=true`.
+
+    Running requests finish with their version. The deletion can be undone for a time.
+    """
+    store = services.store
+    deletion = await store.delete_prompt(name, force=force, actor=caller.name, access=caller.access)
     await services.warmer.forget(name)
-    return Deleted(id=name, object="prompt")
+    return DeletedVersions.of(name, deletion, object_="prompt", until=store.restorable_until(deletion))
+
+
+@router.post("/{id}/restore", dependencies=[Depends(require_json_or_nothing)])
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={"version": 1})
+async def restore_prompt(
+    name: PromptId, services: ServicesDep, caller: CallerDep, body: RestoreBody | None = None
+) -> Restored:
+    """Bring back a deleted version, or all that the last deletion has deleted, with the aliases.
+
+    An alias that exists again is not moved.
+    """
+    version = None if body is None else body.version
+    restoration = await services.store.restore(name, version, actor=caller.name, access=caller.access)
+    for alias in restoration.aliases:
+        services.warmer.promoted(name, alias)
+    return Restored.of(name, restoration)
 
 
 @router.get("/{id}/versions")
@@ -289,12 +316,20 @@ async def get_file(
 
 
 @router.delete("/{id}/versions/{version}")
-@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
-async def delete_version(name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep) -> Deleted:
-    """Delete a version. Running requests finish with it."""
-    await services.store.delete_version(name, version, actor=caller.name, access=caller.access)
+@Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503))
+async def delete_version(
+    name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep, force: Force = False
+) -> DeletedVersions:
+    """Delete a version; one that an alias points at only with `force=true`, which deletes the alias too.
+
+    Running requests finish with it. The deletion can be undone for a time.
+    """
+    store = services.store
+    deletion = await store.delete_version(name, version, force=force, actor=caller.name, access=caller.access)
     await services.warmer.forget(name, version)
-    return Deleted(id=f"{name}@{version}", object="prompt.version")
+    return DeletedVersions.of(
+        f"{name}@{version}", deletion, object_="prompt.version", until=store.restorable_until(deletion)
+    )
 
 
 @router.put("/{id}/aliases/{alias}", dependencies=[Depends(require_json)])

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from prompt_store.blobs.staging import Upload
 from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.store import PromptStore
-from prompt_store.types import Access, LeasedPrompt, PromptRef
+from prompt_store.types import Access, Deletion, LeasedPrompt, PromptRef
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,16 @@ class AsyncPromptStore:
     delete_alias = _in_thread(PromptStore.delete_alias)
     delete_version = _in_thread(PromptStore.delete_version)
     delete_prompt = _in_thread(PromptStore.delete_prompt)
+    restore = _in_thread(PromptStore.restore)
 
     @property
     def status(self) -> CatalogStatus:
         """Whether the catalog can be reached; does not block."""
         return self._store.status
+
+    def restorable_until(self, deletion: Deletion) -> float | None:
+        """Unix time in seconds until which a deletion can be undone, or None; does not block."""
+        return self._store.restorable_until(deletion)
 
     def subscribe(self, callback: Callable[[set[str] | None], None]) -> None:
         """Register a callback for changed names, as ``PromptStore.subscribe`` does."""

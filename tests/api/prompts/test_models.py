@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from server.config import Settings
+from tests.support.api_fixtures import UploadParts
 from tests.support.in_process import ready
 
 pytestmark = pytest.mark.anyio
@@ -67,3 +68,17 @@ async def test_every_name_is_found(
 async def test_missing_models_are_404(client: httpx.AsyncClient, sentiment: str, name: str, code: str) -> None:
     response = await client.get(f"/v1/models/{name}")
     assert (response.status_code, response.json()["error"]["code"]) == (404, code)
+
+
+@pytest.mark.parametrize("model", ["sentiment", "tiny:sentiment"])
+async def test_a_name_without_latest_says_which_aliases_it_has(
+    client: httpx.AsyncClient, upload_parts: UploadParts, model: str
+) -> None:
+    (await client.post("/v1/prompts", **upload_parts("sentiment", alias="canary"))).raise_for_status()
+    asked = await client.post("/v1/completions", json={"model": model, "prompt": "x"})
+    for response in (asked, await client.get(f"/v1/models/{model}")):
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (404, "prompt_not_found", "model")
+        assert error["message"] == "soft prompt 'sentiment' has no alias 'latest': its aliases are canary=1"
+    listed = (await client.get("/v1/prompts/sentiment")).json()
+    assert (listed["aliases"], listed["latest"]["version"]) == ({"canary": 1}, 1)

@@ -300,16 +300,82 @@ async def test_bad_aliases_are_refused(
 
 async def test_a_version_can_be_deleted(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
     await upload(client, upload_parts("sentiment", seed=1))
-    reply = await client.delete("/v1/prompts/sentiment/versions/2")
-    assert reply.json() == {"id": "sentiment@2", "object": "prompt.version", "deleted": True}
-    assert (await client.get("/v1/prompts/sentiment/versions/2")).status_code == 404
-    assert (await client.get("/v1/prompts/sentiment/versions/1")).status_code == 200
+    reply = (await client.delete("/v1/prompts/sentiment/versions/1")).json()
+    assert reply.pop("restorable_until") > 1_700_000_000
+    assert reply == {
+        "id": "sentiment@1",
+        "object": "prompt.version",
+        "deleted": True,
+        "versions": [1],
+        "aliases": {},
+    }
+    assert (await client.get("/v1/prompts/sentiment/versions/1")).status_code == 404
+    assert (await client.get("/v1/prompts/sentiment/versions/2")).status_code == 200
 
 
-async def test_a_soft_prompt_can_be_deleted(client: httpx.AsyncClient, sentiment: str) -> None:
-    reply = await client.delete("/v1/prompts/sentiment")
-    assert reply.json() == {"id": "sentiment", "object": "prompt", "deleted": True}
+async def test_a_version_in_use_is_deleted_only_by_force(
+    client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str
+) -> None:
+    await upload(client, upload_parts("sentiment", seed=1))
+    url = "/v1/prompts/sentiment/versions/2"
+    for query in ("", "?force=false"):
+        refused = await client.delete(url + query)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "in_use")
+        assert "in use by the alias latest" in refused.json()["error"]["message"]
+        assert refused.headers["x-should-retry"] == "false"
+    assert (await client.delete(f"{url}?force=perhaps")).json()["error"]["param"] == "force"
+    deleted = (await client.delete(f"{url}?force=true")).json()
+    assert (deleted["versions"], deleted["aliases"]) == ([2], {"latest": 2})
+    prompt = (await client.get("/v1/prompts/sentiment")).json()
+    assert (prompt["aliases"], prompt["latest"]["version"]) == ({}, 1)  # no alias moves
+
+
+async def test_a_soft_prompt_can_be_deleted(
+    client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str
+) -> None:
+    reply = (await client.delete("/v1/prompts/sentiment")).json()
+    assert reply.items() >= {"id": "sentiment", "object": "prompt", "deleted": True}.items()
+    assert (reply["versions"], reply["aliases"]) == ([1], {"latest": 1})
     assert (await client.get("/v1/prompts")).json()["data"] == []
+    for seed in (0, 1):
+        await upload(client, upload_parts("sentiment", seed=seed))
+    refused = await client.delete("/v1/prompts/sentiment")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "in_use")
+    assert "has 2 versions and the alias latest" in refused.json()["error"]["message"]
+    assert (await client.delete("/v1/prompts/sentiment?force=true")).json()["versions"] == [2, 3]
+
+
+async def test_a_deletion_can_be_undone(client: httpx.AsyncClient, upload_parts: UploadParts, sentiment: str) -> None:
+    url = "/v1/prompts/sentiment/restore"
+    missing = await client.post(url)
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "prompt_not_found")
+    there = await client.post(url, json={"version": 1})
+    assert (there.status_code, there.json()["error"]["code"]) == (409, "conflict")
+    before = (await client.get("/v1/prompts/sentiment")).json()
+    for body in (None, {}, {"version": 1}):
+        await client.delete("/v1/prompts/sentiment")
+        reply = await client.post(url, json=body)
+        assert reply.json() == {
+            "object": "prompt.restored",
+            "id": "sentiment",
+            "versions": [1],
+            "aliases": {"latest": 1},
+            "kept_aliases": {},
+        }
+        assert (await client.get("/v1/prompts/sentiment")).json() == before
+    answer = await client.post("/v1/completions", json={"model": "sentiment", "prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 200
+    await client.delete("/v1/prompts/sentiment")
+    await upload(client, upload_parts("sentiment", seed=1))
+    reply = await client.post(url)
+    assert (reply.json()["aliases"], reply.json()["kept_aliases"]) == ({}, {"latest": 2})
+    history = (await client.get("/v1/prompts/sentiment/history?limit=1")).json()["data"]
+    assert (history[0]["action"], history[0]["version"]) == ("restore", 1)
+
+
+@pytest.mark.parametrize("body", [{"version": 0}, {"version": "x"}, []])
+async def test_bad_restorations_are_refused(client: httpx.AsyncClient, sentiment: str, body: Any) -> None:
+    assert (await client.post("/v1/prompts/sentiment/restore", json=body)).status_code == 400
 
 
 @pytest.mark.parametrize(

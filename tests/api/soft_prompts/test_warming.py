@@ -170,7 +170,8 @@ async def test_the_files_of_a_pinned_version_stay_until_it_is_deleted(
     await client.post(URL, json={"pin": True})
     path = store.leased[0].weights_path
     assert path.exists()
-    await client.delete("/v1/prompts/sentiment/versions/1")
+    store._collector.retention_seconds = 0  # the deletion is final
+    (await client.delete("/v1/prompts/sentiment/versions/1?force=true")).raise_for_status()
     assert engine.pinned == {}
     eventually(lambda: not path.exists())
 
@@ -187,7 +188,7 @@ async def test_deleting_the_name_ends_all_its_pins(
     for version in (1, 2):
         await client.post(URL, json={"pin": True, "version": version})
     assert await pinned(client) == [1, 2]
-    await client.delete("/v1/prompts/sentiment/versions/2")
+    (await client.delete("/v1/prompts/sentiment/versions/2?force=true")).raise_for_status()
     assert await pinned(client) == [1]
     await client.delete("/v1/prompts/sentiment")
     assert engine.pinned == {}
@@ -339,7 +340,8 @@ async def test_changes_of_other_servers_are_followed(
     store.set_alias("sentiment", "latest", 2)
     warmer.changed({"sentiment", "other"})
     await until(lambda: digests(engine) == [second["digest"]])
-    store.delete_version("sentiment", 2)  # latest falls back to 1
+    store.set_alias("sentiment", "latest", 1)
+    store.delete_version("sentiment", 2, force=True)  # with the alias canary
     warmer.changed(None)
     await until(lambda: warmer.pinned_versions("sentiment") == [1])
     store.delete_prompt("sentiment")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -19,7 +17,6 @@ import prompt_store
 from prompt_store.catalog import schema
 from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.catalog.database import Database
-from prompt_store.catalog.records import NewVersion
 from prompt_store.errors import (
     PromptConflictError,
     PromptForbiddenError,
@@ -27,58 +24,19 @@ from prompt_store.errors import (
     PromptStoreError,
     StoreUnavailableError,
 )
-from prompt_store.types import SHARED, Access, HistoryAction, Lineage, PeftType, PromptRef, StoredFile, StoreTotals
-from tests.prompt_store.databases import postgres_url, refuse_connections, sqlite_url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield sqlite_url(tmp_path)
-        return
-    with postgres_url() as found:
-        yield found
-
-
-@pytest.fixture
-def catalog(url: str) -> Iterator[Catalog]:
-    opened = Catalog(Database(url))
-    yield opened
-    opened.close()
-
-
-def digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def new(name: str, content: str, **fields: Any) -> NewVersion:
-    files = (
-        StoredFile("adapter_config.json", digest_of("config"), 100),
-        StoredFile("adapter_model.safetensors", digest_of(content), 2000),
-    )
-    common = {
-        "peft_type": PeftType.PREFIX_TUNING,
-        "task_type": "CAUSAL_LM",
-        "num_virtual_tokens": 7,
-        "dtype": "F32",
-        "base_model_name_or_path": "org/tiny",
-    }
-    return NewVersion(name=name, digest=digest_of(content), files=files, **{**common, **fields})
-
-
-def publish(catalog: Catalog, name: str, content: str, alias: str | None = "latest", **fields: Any) -> int:
-    version = new(name, content, **fields)
-    catalog.reserve(version.files)
-    return catalog.publish(version, alias)[0].version
-
-
-def resolve(catalog: Catalog, ref: str) -> int:
-    return catalog.resolve(PromptRef.parse(ref)).version
+from prompt_store.types import SHARED, Access, HistoryAction, Lineage, PromptRef, StoreTotals
+from tests.prompt_store.catalog.conftest import digest_of, new, publish, resolve
+from tests.prompt_store.databases import postgres_url, refuse_connections
 
 
 def garbage(catalog: Catalog, is_held: Callable[[str], bool] = lambda _: False) -> set[str]:
     with catalog.garbage(time.time_ns() // 1000, 100, is_held) as digests:
         return set(digests)
+
+
+def forget_all(catalog: Catalog) -> None:
+    """Give up the files of deleted versions."""
+    catalog.forget_deleted(time.time_ns() // 1000)
 
 
 def test_a_published_version_is_read_back(catalog: Catalog) -> None:
@@ -114,9 +72,9 @@ def test_equal_content_is_one_version_and_numbers_are_not_reused(catalog: Catalo
     assert resolve(catalog, "p") == 1
     catalog.delete_version("p", 2)
     assert publish(catalog, "p", "b") == 3
-    catalog.delete_prompt("p")
+    catalog.delete_prompt("p", force=True)
     assert publish(catalog, "p", "b") == 4
-    assert catalog.totals() == StoreTotals(1, 1, 3, 4100)  # one blob waits to be collected
+    assert catalog.totals() == StoreTotals(1, 1, 3, 4100)  # deleted versions keep their blobs
 
 
 def test_a_version_is_never_recorded_without_its_blobs(catalog: Catalog) -> None:
@@ -135,9 +93,12 @@ def test_blobs_without_a_name_become_garbage(catalog: Catalog) -> None:
     publish(catalog, "q", "a")
     publish(catalog, "q", "b")
     assert garbage(catalog) == set()
-    catalog.delete_version("p", 1)
+    catalog.delete_prompt("p")
+    forget_all(catalog)
     assert garbage(catalog) == set()
-    catalog.delete_prompt("q")
+    catalog.delete_prompt("q", force=True)
+    assert garbage(catalog) == set()
+    forget_all(catalog)
     held = digest_of("a")
     assert garbage(catalog, lambda digest: digest == held) == {digest_of("b"), digest_of("config")}
     with catalog.garbage(0, 100, lambda _: False) as digests:
@@ -229,16 +190,6 @@ def test_rollback_skips_deleted_versions_and_removed_aliases(catalog: Catalog) -
         catalog.rollback("p", "prod", None)
 
 
-def test_latest_moves_to_the_highest_remaining_version(catalog: Catalog) -> None:
-    for content in "abc":
-        publish(catalog, "p", content)
-    catalog.set_alias("p", "prod", 3, None)
-    catalog.delete_version("p", 3)
-    summary = catalog.get_prompt("p")
-    assert (summary.aliases, summary.latest.version, summary.num_versions) == ({"latest": 2}, 2, 2)
-    assert catalog.rollback("p", "latest", None) == 1
-
-
 def test_the_history_records_actors_and_outlives_the_name(catalog: Catalog) -> None:
     publish(catalog, "p", "a")
     version = new("p", "b")
@@ -246,15 +197,16 @@ def test_the_history_records_actors_and_outlives_the_name(catalog: Catalog) -> N
     catalog.publish(version, "latest", "ada")
     catalog.rollback("p", "latest", None, "bob")
     catalog.set_alias("p", "latest", 1, None)  # it is there already: nothing happens
-    catalog.delete_version("p", 2, "eve")
-    catalog.delete_prompt("p", "eve")
-    entries, has_more = catalog.list_history("p", 3, None)
+    catalog.delete_version("p", 2, actor="eve")
+    catalog.delete_prompt("p", actor="eve")
+    entries, has_more = catalog.list_history("p", 4, None)
     assert has_more
     rest, has_more = catalog.list_history("p", 10, entries[-1].id)
     assert not has_more
     found = [(e.action, e.alias, e.version, e.previous_version, e.actor) for e in [*entries, *rest]]
     assert found == [
         (HistoryAction.DELETE_PROMPT, None, None, None, "eve"),
+        (HistoryAction.DELETE_ALIAS, "latest", None, 1, "eve"),
         (HistoryAction.DELETE_VERSION, None, 2, None, "eve"),
         (HistoryAction.ROLLBACK, "latest", 1, 2, "bob"),
         (HistoryAction.PROMOTE, "latest", 2, 1, "ada"),

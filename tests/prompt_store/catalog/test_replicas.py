@@ -61,7 +61,7 @@ def test_changes_of_one_replica_are_served_by_the_other(
     there.set_alias("p", "latest", 1)
     wait_until(resolves_to(here, "p", 1), 1.0)
     with there.leased(PromptRef.parse("p@2")) as leased:
-        here.delete_version("p", 2)
+        here.delete_version("p", 2)  # latest is version 1
         wait_until(resolves_to(there, "p@2", None), 1.0)
         assert leased.weights_path.read_bytes() == peft_files["p_tuning"][1]
     here.delete_prompt("p")
@@ -126,13 +126,14 @@ def test_blobs_without_a_name_stay_for_the_grace_period(
     url: str, tmp_path: Path, publish: Publish, peft_files: Files
 ) -> None:
     folder = tmp_path / "shared"
-    store = open_store(folder, catalog_url=url)
+    store = open_store(folder, catalog_url=url, retention_seconds=0)
     version, _ = publish(store, peft_files["prompt_tuning"])
     store.delete_prompt("p")
     assert store.collect() == 0
     assert len([path for path in (folder / "blobs").rglob("*") if path.is_file()]) == 2
     store.close()
-    store = open_store(folder, catalog_url=url, collect_grace_seconds=0.0)  # collects at its start
+    # It collects at its start.
+    store = open_store(folder, catalog_url=url, collect_grace_seconds=0.0, retention_seconds=0)
     assert [path for path in (folder / "blobs").rglob("*") if path.is_file()] == []
     again, is_new = publish(store, peft_files["prompt_tuning"])
     assert is_new

@@ -1,0 +1,1 @@
+"""Backup, restoration and verification of a whole store."""
