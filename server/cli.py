@@ -248,7 +248,7 @@ FLAGS = (
         "Seconds before a hung step is killed and the engine restarted; 0: never.",
         min=0.0,
     ),
-    _flag(EngineSettings, "engine", EngineName, "native: one device, every feature; vllm: many GPUs, quantised models."),
+    _flag(EngineSettings, "engine", EngineName, "native: every feature, on one device; vllm: many GPUs."),
     _flag(EngineSettings, "engine_python", str | None, "Interpreter of an environment with vLLM, for --engine vllm."),
     _flag(
         EngineSettings, "tensor_parallel_size", int, "Number of devices that share each layer; engine vllm.", min=1

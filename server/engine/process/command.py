@@ -57,11 +57,14 @@ def environment(settings: EngineSettings) -> Iterator[dict[str, str]]:
 
 
 def _threads(settings: EngineSettings) -> dict[str, str]:
-    if settings.num_threads is None:
+    """The processors of each of vLLM's workers; vLLM itself finds none for several on one memory node."""
+    num_workers = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    if settings.num_threads is None and num_workers == 1:
         return {}
-    share = max(1, settings.num_threads // settings.tensor_parallel_size)
-    starts = range(0, share * settings.tensor_parallel_size, share)
-    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(f"{start}-{start + share - 1}" for start in starts)}
+    processors = sorted(os.sched_getaffinity(0))[: settings.num_threads]
+    share = max(1, len(processors) // num_workers)
+    parts = [processors[share * index : share * (index + 1)] or processors[-1:] for index in range(num_workers)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts)}
 
 
 def _first(folder: str, environment: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from server.engine.types import SoftPromptSource
 
 MAX_KNOWN = 65_536
-"""Identities that are remembered as computed. Forgetting one costs a short pass, in which nothing is computed twice."""
+"""Identities that are remembered as computed. Forgetting one costs a pass of one token."""
 
 
 class Computations:

@@ -59,7 +59,7 @@ def check_version() -> None:
 
 
 def vllm_config_of(settings: EngineSettings) -> VllmConfig:
-    """vLLM's configuration.
+    """Configure vLLM.
 
     Raises:
         EngineStartError: If vLLM refuses the settings or the model.
@@ -194,7 +194,9 @@ def _has_tokenizer(settings: EngineSettings) -> bool:
 def _generation_config(settings: EngineSettings) -> GenerationConfig | None:
     disable_progress_bar()
     try:
-        config: GenerationConfig = GenerationConfig.from_pretrained(settings.model, revision=settings.revision)
+        config: GenerationConfig = GenerationConfig.from_pretrained(
+            settings.model, revision=settings.revision or "main"
+        )
     except OSError:
         return None
     return config

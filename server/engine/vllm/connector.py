@@ -34,14 +34,14 @@ BUDGET_KEY = "soft_prompt_host_bytes"
 
 
 @dataclass
-class StepMetadata(KVConnectorMetadata):
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """The commands of one step."""
 
     commands: Commands = field(default_factory=Commands)
 
 
 @dataclass
-class WorkerReport(KVConnectorWorkerMetadata):
+class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What one worker, or several together, did in one step."""
 
     reported: Reported
@@ -53,7 +53,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         return self
 
 
-class Statistics(KVConnectorStats):
+class Statistics(KVConnectorStats):  # type: ignore[misc]
     """``ConnectorStats`` on vLLM's way to the process that reports statistics."""
 
     def is_empty(self) -> bool:
@@ -66,7 +66,7 @@ class Statistics(KVConnectorStats):
 
     def reset(self) -> None:
         """Clear the statistics."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def reduce(self) -> dict[str, int | float]:
         """Nothing for vLLM's own log lines."""

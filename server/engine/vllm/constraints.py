@@ -31,13 +31,13 @@ class Constraints:
     """
 
     def __init__(self, settings: EngineSettings, model: ModelInfo) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self._waiting: dict[Constraint, list[asyncio.Future[None]]] = {}
         self._compiler = GrammarCompiler(
             lambda: load_tokenizer(settings.model, settings.revision),
             vocab_size=model.vocab_size,
             eos_token_ids=model.eos_token_ids,
-            on_compiled=lambda: loop.call_soon_threadsafe(self._take_compiled),
+            on_compiled=self._on_compiled,
         )
 
     async def matcher(self, constraint: Constraint, tenant: str) -> Matcher:
@@ -64,6 +64,9 @@ class Constraints:
     def close(self) -> None:
         """End the compiling threads and their processes."""
         self._compiler.close()
+
+    def _on_compiled(self) -> None:
+        self._loop.call_soon_threadsafe(self._take_compiled)
 
     def _take_compiled(self) -> None:
         for constraint, failure in self._compiler.take_compiled():

@@ -162,9 +162,7 @@ class Front:
         self._flushed = time.monotonic()
         events, self._events = self._events, []
         has_work = bool(self._running or self._controls)
-        self._send(
-            StepOutputs(events=events, stats=self._stats, num_received=self._num_received, has_work=has_work)
-        )
+        self._send(StepOutputs(events=events, stats=self._stats, num_received=self._num_received, has_work=has_work))
 
     # Requests
 

@@ -13,8 +13,9 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from server.config import EngineSettings
 from server.engine.frames import HEADER_BYTES, MAX_BODY_BYTES
@@ -41,7 +42,7 @@ POLL_SECONDS = 0.2
 """Time between looks at vLLM's own processes, whose end nobody reports to an idle engine."""
 
 
-class Closed(Exception):
+class ClosedError(Exception):
     """The server has closed the connection."""
 
 
@@ -49,7 +50,7 @@ async def serve(connection: socket.socket) -> int:
     """Serve until a Shutdown arrives, or vLLM ends; returns the exit status.
 
     Raises:
-        Closed: If the server is gone.
+        ClosedError: If the server is gone.
     """
     reader, writer = await asyncio.open_connection(sock=connection)
 
@@ -73,7 +74,7 @@ async def serve(connection: socket.socket) -> int:
     return status
 
 
-def _start(settings: EngineSettings, send: object) -> Service:
+def _start(settings: EngineSettings, send: Callable[[FromEngine], None]) -> Service:
     """Load the model.
 
     Raises:
@@ -85,13 +86,14 @@ def _start(settings: EngineSettings, send: object) -> Service:
         raise EngineStartError(
             f"--engine-python {sys.executable} cannot import what engine vllm needs: {error}"
         ) from error
-    return Service(settings, send)  # type: ignore[arg-type]
+    return Service(settings, send)
 
 
 async def _loop(reader: asyncio.StreamReader, service: Service) -> int:
     receiving = asyncio.ensure_future(_receive(reader))
     while True:
-        await asyncio.wait([receiving, service.ended], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        waited: list[asyncio.Future[Any]] = [receiving, service.ended]
+        await asyncio.wait(waited, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if service.has_ended:
             receiving.cancel()
             logger.error("vLLM's own processes have ended")
@@ -108,10 +110,10 @@ async def _receive(reader: asyncio.StreamReader) -> ToEngine:
     try:
         length = int.from_bytes(await reader.readexactly(HEADER_BYTES), "big")
         if length > MAX_BODY_BYTES:
-            raise Closed
+            raise ClosedError
         return to_engine_decoder.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError) as error:
-        raise Closed from error
+        raise ClosedError from error
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
@@ -128,7 +130,7 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
         status = asyncio.run(serve(connection))
-    except Closed:
+    except ClosedError:
         # Nobody is left to end vLLM's processes.
         os.killpg(os.getpgid(0), signal.SIGKILL)
     logging.shutdown()

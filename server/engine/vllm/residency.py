@@ -7,7 +7,6 @@ request uses, or that is pinned, stays; the others are kept up to a budget, and 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 

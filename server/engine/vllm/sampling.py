@@ -16,7 +16,7 @@ MAX_SEED = 2**63 - 1
 
 
 def vllm_params(params: SamplingParams, use: Use, eos_token_ids: Sequence[int]) -> VllmSamplingParams:
-    """vLLM's parameters for a request.
+    """Convert the parameters of a request.
 
     Args:
         params: Ours; without a classification.

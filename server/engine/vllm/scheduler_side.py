@@ -1,4 +1,4 @@
-"""The connector in the scheduler's process: decides what is loaded where. Knows vLLM's objects by their shape only."""
+"""The connector in the scheduler's process: decides what is loaded where. It does not import vllm."""
 
 from __future__ import annotations
 
@@ -89,13 +89,15 @@ class ConnectorStats(msgspec.Struct):
 
     Attributes:
         host: Soft prompts in the workers' host memory.
-        num_loads: Soft prompts copied into blocks, since the engine's start.
+        num_loads: Requests whose soft prompt was copied into blocks, in whole or in part, since the engine's start.
+        num_hits: Requests whose soft prompt was in blocks already, since the engine's start.
         started: Ids of requests that were given blocks since the last report.
         steps: Steps since the last report.
     """
 
     host: HostTierStats
     num_loads: int
+    num_hits: int
     started: list[str]
     steps: list[StepStats]
 
@@ -128,7 +130,7 @@ class SchedulerSide:
         self._requests: dict[str, _Tracked] = {}
         self._computing: dict[str, _Tracked] = {}
         self._commands = Commands()
-        self._num_loads = 0
+        self._num_loads = self._num_hits = 0
         self._started: list[str] = []
         self._running: deque[tuple[float, int, int, int]] = deque(maxlen=MAX_PENDING_STEPS)
         self._steps: deque[StepStats] = deque(maxlen=MAX_PENDING_STEPS)
@@ -177,6 +179,7 @@ class SchedulerSide:
         if not tracked.has_started:
             tracked.has_started = True
             self._started.append(tracked.use.request_id)
+            self._num_hits += tracked.use.role is Role.LOAD and num_external <= 0
         source = tracked.use.source
         if num_external <= 0 or source is None:
             return
@@ -235,15 +238,15 @@ class SchedulerSide:
             began, num_sequences, num_tokens, num_distinct = self._running.popleft()
             seconds = time.perf_counter() - began
             self._steps.append(StepStats(seconds, num_sequences, num_tokens, num_distinct))
-        stats = ConnectorStats(self.residency.stats, self._num_loads, self._started, list(self._steps))
+        stats = ConnectorStats(
+            self.residency.stats, self._num_loads, self._num_hits, self._started, list(self._steps)
+        )
         self._started = []
         self._steps.clear()
         return stats
 
     def _blocks(self, block_ids: BlockIds, stop: int) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            tuple(ids[: -(-stop // size)]) for ids, size in zip(block_ids, self._block_sizes, strict=True)
-        )
+        return tuple(tuple(ids[: -(-stop // size)]) for ids, size in zip(block_ids, self._block_sizes, strict=True))
 
 
 def _computed(scheduler_output: Any) -> list[tuple[str, int]]:

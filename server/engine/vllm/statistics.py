@@ -52,7 +52,8 @@ class Statistics:
             return
         found = msgspec.convert(scheduler.kv_connector_stats, ConnectorStats)
         stats.host = found.host
-        stats.soft_prompt_loads = found.num_loads
+        stats.soft_prompt_loads = stats.soft_prompt_misses = found.num_loads
+        stats.soft_prompt_hits = found.num_hits
         for step in found.steps:
             stats.steps += 1
             stats.step_seconds.observe(STEP_SECONDS_BOUNDS, step.seconds)
@@ -68,7 +69,7 @@ class Statistics:
 
         class Logger(StatLoggerBase):  # type: ignore[misc]
             def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-                """vLLM creates it."""
+                """Created by vLLM."""
 
             def record(
                 self,

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ class Shard:
     num_own_heads: int
 
     def cut(self, rows: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, each [tokens, own heads, head_dim], of rows [tokens, layers * 2 * heads * dim]."""
+        """A layer's keys and values [tokens, own heads, head_dim], of rows [tokens, layers * 2 * heads * head_dim]."""
         of_layer = rows.view(len(rows), self.num_layers, 2, self.num_heads, self.head_dim)[:, layer]
         own = of_layer[:, :, self.first_head : self.first_head + self.num_own_heads]
         return own[:, 0].contiguous(), own[:, 1].contiguous()
@@ -241,8 +240,6 @@ class WorkerSide:
 def _slots(load: Load, ids: Sequence[int], layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions to write (on the host), and their slots (on the device)."""
     size = layer.block_size
-    positions = [
-        position for position in range(load.first, load.stop) if ids[position // size] != NULL_BLOCK
-    ]
+    positions = [position for position in range(load.first, load.stop) if ids[position // size] != NULL_BLOCK]
     slots = [ids[position // size] * size + position % size for position in positions]
     return torch.tensor(positions, dtype=torch.long), torch.tensor(slots, dtype=torch.long, device=layer.cache.device)
