@@ -36,6 +36,7 @@ class Computations:
         task = self._running.get(identity)
         if task is None:
             task = self._running[identity] = asyncio.ensure_future(self._run(source))
+            task.add_done_callback(lambda done: self._end(identity, done))
         self._num_waiting[identity] = self._num_waiting.get(identity, 0) + 1
         try:
             await asyncio.shield(task)
@@ -43,17 +44,22 @@ class Computations:
             self._num_waiting[identity] -= 1
             if not self._num_waiting[identity]:
                 del self._num_waiting[identity]
-                task.cancel()
+                if self._running.get(identity) is task:
+                    del self._running[identity]  # a request that comes now must not wait for this one
+                    task.cancel()
 
     def forget(self, identity: str) -> None:
         """The connector does not hold this any more."""
         self._known.pop(identity, None)
 
     async def _run(self, source: SoftPromptSource) -> None:
-        try:
-            await self._compute(source)
-        finally:
-            del self._running[source.identity]
+        await self._compute(source)
         self._known[source.identity] = None
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
+
+    def _end(self, identity: str, task: asyncio.Task[None]) -> None:
+        if self._running.get(identity) is task:
+            del self._running[identity]
+        if not task.cancelled():
+            task.exception()  # all that waited may be gone
