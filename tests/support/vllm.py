@@ -53,7 +53,7 @@ VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**WIDE),
     "mistral": lambda: MistralConfig(**WIDE, sliding_window=11),
     "qwen3": lambda: Qwen3Config(**WIDE),
-    "gemma2": lambda: Gemma2Config(**WINDOWS, attn_logit_softcapping=2.0),
+    "gemma2": lambda: Gemma2Config(**{**WINDOWS, "tie_word_embeddings": True}, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**WINDOWS),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY,

@@ -125,6 +125,8 @@ async def _close(writer: asyncio.StreamWriter) -> None:
 def main() -> None:
     """Entry point of the process."""
     configure_from_variables("engine")
+    if logging.getLogger().level > logging.DEBUG:
+        logging.getLogger("vllm").setLevel(logging.WARNING)  # its own account of a start takes a screen
     # Ctrl-C reaches every process of the terminal; the server decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))

@@ -42,7 +42,7 @@ class Shard:
     num_own_heads: int
 
     def cut(self, rows: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values [tokens, own heads, head_dim], of rows [tokens, layers * 2 * heads * head_dim]."""
+        """A layer's keys and values [tokens, own heads, head_dim], of rows as they are in PEFT's file."""
         of_layer = rows.view(len(rows), self.num_layers, 2, self.num_heads, self.head_dim)[:, layer]
         own = of_layer[:, :, self.first_head : self.first_head + self.num_own_heads]
         return own[:, 0].contiguous(), own[:, 1].contiguous()

@@ -19,16 +19,16 @@ KEYS = "\n".join(
 CHUNKS_OF_16 = ("--max-num-seqs", "16", "--max-num-batched-tokens", "16")
 EMBEDDINGS = tuple(key for key in ALL_PEFT_CONFIGS if not key.startswith(("prefix", "cartridge")))
 MEMORY = {"gpt2": "1200KiB"}
-"""Key/value memory of 12 blocks of 32 tokens, for 16 sequences of up to 8 blocks each."""
+"""Key/value memory of 12 blocks of 32 tokens, for 32 sequences of up to 4 blocks each."""
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
 async def test_all_types_equal_peft_in_one_batch(name: str, tmp_path: Path) -> None:
     family = make_vllm_family(name, tmp_path)
     (tmp_path / "keys.toml").write_text(KEYS)
-    flags = [*CHUNKS_OF_16, "--api-key-file", str(tmp_path / "keys.toml"), "--max-model-len", "256"]
-    flags += ["--kv-cache-memory", MEMORY.get(name, "600KiB")]
-    asked = questions(family, 42, longest=200)
+    flags = ["--max-num-seqs", "32", "--max-num-batched-tokens", "64", "--max-model-len", "160"]
+    flags += ["--kv-cache-memory", MEMORY.get(name, "600KiB"), "--api-key-file", str(tmp_path / "keys.toml")]
+    asked = questions(family, 42)
     expected = [family.expected(key, text, MAX_TOKENS) for key, text in asked]
     with serving_vllm(tmp_path / "server", *flags, model=family.path) as (client, _):
         client.headers["authorization"] = "Bearer a"
@@ -46,6 +46,7 @@ async def test_all_types_equal_peft_in_one_batch(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "keys", "flags"),
     [
+        ("llama", tuple(ALL_PEFT_CONFIGS), CHUNKS_OF_16),
         ("llama", tuple(ALL_PEFT_CONFIGS), ("--tensor-parallel-size", "2")),
         ("gemma3", tuple(ALL_PEFT_CONFIGS), ("--tensor-parallel-size", "2", *CHUNKS_OF_16)),
         ("qwen3", tuple(ALL_PEFT_CONFIGS), ("--pipeline-parallel-size", "2", "--no-enable-prefix-caching")),
@@ -60,13 +61,20 @@ async def test_all_types_equal_peft_in_one_batch(name: str, tmp_path: Path) -> N
         # PEFT makes no prefixes for it, and the native engine does not serve it.
         ("bloom", EMBEDDINGS, ()),
     ],
-    ids=["tensor_parallel", "tensor_parallel_windows", "pipeline_parallel", "ngram_speculation", "bloom"],
+    ids=[
+        "chunks_of_16",
+        "tensor_parallel",
+        "tensor_parallel_windows",
+        "pipeline_parallel",
+        "ngram_speculation",
+        "bloom",
+    ],
 )
 async def test_other_ways_to_run_equal_peft(
     name: str, keys: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path
 ) -> None:
     family = make_vllm_family(name, tmp_path, keys)
-    asked = questions(family, 30)
+    asked = questions(family, 40, longest=200)
     expected = [family.expected(key, text, MAX_TOKENS) for key, text in asked]
     with serving_vllm(tmp_path / "server", *flags, "--max-model-len", "256", model=family.path) as (client, _):
         upload_all(client, family)
