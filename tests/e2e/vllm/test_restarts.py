@@ -1,4 +1,4 @@
-"""Processes of vLLM's engine that are killed under load: service comes back with the same answers and no process is left."""
+"""Processes of vLLM's engine that are killed under load: the same answers afterwards, and no process is left."""
 
 from __future__ import annotations
 

@@ -50,6 +50,7 @@ class Engine:
             max_num_batched_tokens=64,
             soft_prompt_host_bytes=BUDGET,
             enforce_eager=True,
+            num_threads=1,
         )
         self.engine = AsyncEngine(settings)
         self.num_requests = 0
@@ -214,15 +215,16 @@ def test_64_requests_for_a_cold_soft_prompt_load_it_once(engine: Engine, tmp_pat
     assert engine.engine.stats.host.loads == before + 1
 
 
-def test_many_soft_prompts_over_a_small_budget_are_right_and_evicted(engine: Engine, tmp_path: Path) -> None:
-    family = engine.family
-    copies = [
-        (key, copy_of(family.soft_prompts[key], tmp_path, f"many{index}-{key}"))
-        for index in range(60)
-        for key in KEYS
-    ]
-    text = random_text(random.Random(4), 5, 5)
-    want = {key: family.expected(key, text, MAX_TOKENS) for key in KEYS}
+def copies(family: Family, folder: Path, name: str, count: int) -> list[tuple[str, SoftPromptSource]]:
+    """Copies of each soft prompt, as cold as new uploads."""
+    sources = family.soft_prompts
+    return [(key, copy_of(sources[key], folder, f"{name}{index}-{key}")) for index in range(count) for key in KEYS]
+
+
+def use_many(engine: Engine, folder: Path, name: str) -> None:
+    """Use 240 cold soft prompts once, 24 at a time; the answers are right, and most are evicted."""
+    many, text = copies(engine.family, folder, name, 60), random_text(random.Random(4), 5, 5)
+    want = {key: engine.family.expected(key, text, MAX_TOKENS) for key in KEYS}
 
     async def ask() -> list[list[int]]:
         gate = asyncio.Semaphore(24)
@@ -231,14 +233,18 @@ def test_many_soft_prompts_over_a_small_budget_are_right_and_evicted(engine: Eng
             async with gate:
                 return await engine.ask(source, text)
 
-        return await asyncio.gather(*(one(source) for _, source in copies))
+        return await asyncio.gather(*(one(source) for _, source in many))
 
-    assert engine.run(ask()) == [want[key] for key, _ in copies]
-    stats = engine.engine.stats.host
-    assert stats.evictions > 100
+    before = engine.engine.stats.host.evictions
+    assert engine.run(ask()) == [want[key] for key, _ in many]
+    assert engine.engine.stats.host.evictions > before + 100
+
+
+def test_many_soft_prompts_over_a_small_budget_are_right_and_evicted(engine: Engine, tmp_path: Path) -> None:
+    use_many(engine, tmp_path, "many")
+    engine.check(questions(engine.family, 8))
     # Computed ones stay beyond the budget until their first use.
-    assert stats.resident_bytes < 4 * BUDGET
-    engine.check(questions(family, 8))
+    assert engine.engine.stats.host.resident_bytes < 4 * BUDGET
 
 
 def test_pins_survive_what_evicts_others(engine: Engine, tmp_path: Path) -> None:
@@ -250,7 +256,7 @@ def test_pins_survive_what_evicts_others(engine: Engine, tmp_path: Path) -> None
         await asyncio.gather(*(engine.ask(source, [3]) for source in pinned))
 
     engine.run(pin())
-    test_many_soft_prompts_over_a_small_budget_are_right_and_evicted(engine, tmp_path)
+    use_many(engine, tmp_path, "others")
     before = engine.engine.stats.host.loads
     for source in pinned:
         Path(source.path).unlink()
@@ -268,9 +274,7 @@ def test_pins_survive_what_evicts_others(engine: Engine, tmp_path: Path) -> None
 
 def test_requests_aborted_at_every_moment_leave_no_block(engine: Engine, tmp_path: Path) -> None:
     family, rng = engine.family, random.Random(6)
-    cold = [
-        copy_of(family.soft_prompts[key], tmp_path, f"aborted{index}-{key}") for index in range(12) for key in KEYS
-    ]
+    cold = [source for _, source in copies(family, tmp_path, "aborted", 12)]
     asked = questions(family, 10)
 
     async def storm() -> list[list[int]]:
