@@ -25,7 +25,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.vllm.residency import Reported
 from server.engine.vllm.scheduler_side import Commands, SchedulerSide
-from server.engine.vllm.worker_side import CacheLayer, WorkerSide, shard_of
+from server.engine.vllm.worker_side import CacheLayer, WorkerSide, by_blocks, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,8 @@ class SoftPromptConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
                 place = extract_layer_index(name)
                 if name in kv_caches and place < num_layers:
                     size = group.kv_cache_spec.block_size
-                    write = _writer(modules[name], kv_caches[name])
-                    layers.append(CacheLayer(place, index, size, kv_caches[name], write))
+                    cache = by_blocks(kv_caches[name], self._kv_cache_config.num_blocks)
+                    layers.append(CacheLayer(place, index, size, cache, _writer(modules[name])))
         self._own_worker.register(layers)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -227,10 +227,10 @@ class SoftPromptConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return WorkerSide(shard, loader.read, pin_memory=torch.cuda.is_available())
 
 
-def _writer(module: Any, cache: torch.Tensor) -> Any:
-    """The attention backend's own function, for one layer."""
+def _writer(module: Any) -> Any:
+    """The attention backend's own function, for one layer, as its forward pass calls it."""
 
     def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        module.impl.do_kv_cache_update(module, keys, values, cache, slots)
+        module.impl.do_kv_cache_update(module, keys, values, module.kv_cache, slots)
 
     return write

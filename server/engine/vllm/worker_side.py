@@ -53,6 +53,19 @@ def shard_of(rank: int, world_size: int, *, num_layers: int, num_heads: int, hea
     return Shard(num_layers, num_heads, head_dim, rank * num_heads // world_size, max(1, num_heads // world_size))
 
 
+def by_blocks(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """A view of a layer's cache whose first dimension counts the scheduler's blocks; a kernel may use smaller ones.
+
+    Raises:
+        ValueError: If the blocks are no multiples of the kernel's.
+    """
+    if len(cache) == num_blocks:
+        return cache
+    if not num_blocks or len(cache) % num_blocks:
+        raise ValueError(f"a cache of {len(cache)} blocks does not divide into {num_blocks}")
+    return cache.unflatten(0, (num_blocks, -1))
+
+
 @dataclass(frozen=True, slots=True)
 class CacheLayer:
     """One attention layer of this worker.

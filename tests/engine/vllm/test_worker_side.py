@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch
 from server.engine.types import SoftPromptSource
 from server.engine.vllm.residency import Read, Reported
 from server.engine.vllm.scheduler_side import Commands, Load, Save
-from server.engine.vllm.worker_side import CacheLayer, Shard, WorkerSide, shard_of
+from server.engine.vllm.worker_side import CacheLayer, Shard, WorkerSide, by_blocks, shard_of
 from tests.support.waiting import wait_until
 
 LAYERS, HEADS, DIM, COUNT = 3, 2, 4, 6
@@ -123,7 +123,21 @@ def test_each_rank_holds_its_own_heads(world: int, num_own: int) -> None:
     assert sorted(seen) == sorted(list(range(4)) * max(1, world // 4))
 
 
-def test_computed_blocks_are_kept_as_they_lie(worker: Worker) -> None:
+ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 2, 1, 0)]
+"""Dimensions of a cache in the order in which they lie in memory."""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_computed_blocks_are_kept_as_they_lie(worker: Worker, order: tuple[int, ...], ratio: int) -> None:
+    layers = []
+    for layer in worker.layers:
+        shape = [10 * ratio, HEADS, layer.block_size // ratio, 2 * DIM]
+        inverse = [order.index(dimension) for dimension in range(4)]
+        cache = by_blocks(torch.zeros([shape[dimension] for dimension in order]).permute(inverse), 10)
+        layers.append(replace(layer, cache=cache))
+    worker.layers = layers
+    worker.side.register(layers)
     for layer in worker.layers:
         layer.cache.normal_()
     before = [layer.cache.clone() for layer in worker.layers]
@@ -182,3 +196,9 @@ def test_nothing_is_read_after_the_end(worker: Worker) -> None:
     worker.side.close()
     worker.gate.set()
     assert worker.report().loaded.keys() == {1}
+
+
+@pytest.mark.parametrize("num_blocks", [0, 3, 20])
+def test_blocks_that_a_kernel_cannot_divide_are_refused(num_blocks: int) -> None:
+    with pytest.raises(ValueError, match="does not divide"):
+        by_blocks(torch.zeros(10, 2), num_blocks)
