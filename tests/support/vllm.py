@@ -88,8 +88,8 @@ def make_vllm_family(name: str, folder: Path, keys: Sequence[str] = tuple(ALL_PE
 @contextmanager
 def serving_vllm(folder: Path, *flags: str, model: Path = MODEL_DIRECTORY) -> Iterator[tuple[httpx.Client, Any]]:
     """Run ``prelude serve --engine vllm`` in float32."""
-    own = ("--engine", "vllm", "--engine-python", PYTHON, "--dtype", "float32", "--enforce-eager")
-    own += ("--num-threads", "1")  # these models are so small that threads only wait for each other
+    own = ["--engine", "vllm", "--engine-python", PYTHON, "--dtype", "float32", "--enforce-eager"]
+    own += ["--num-threads", "1"]  # these models are so small that threads only wait for each other
     with serving(folder, *own, *flags, model=model) as (client, process):
         yield client, process
 

@@ -63,7 +63,8 @@ def by_blocks(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
         return cache
     if not num_blocks or len(cache) % num_blocks:
         raise ValueError(f"a cache of {len(cache)} blocks does not divide into {num_blocks}")
-    return cache.unflatten(0, (num_blocks, -1))
+    blocks: torch.Tensor = torch.unflatten(cache, 0, (num_blocks, len(cache) // num_blocks))
+    return blocks
 
 
 @dataclass(frozen=True, slots=True)

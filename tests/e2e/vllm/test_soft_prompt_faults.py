@@ -66,6 +66,7 @@ class Engine:
         self.run(self.engine.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     async def ask(
         self, source: SoftPromptSource | None, text: list[int], *, stop_after: int | None = None, **more: Any

@@ -111,7 +111,7 @@ def test_positions_in_the_prefix_cache_or_out_of_the_window_are_not_written(work
 def test_each_rank_holds_its_own_heads(world: int, num_own: int) -> None:
     rows = torch.randn(COUNT, LAYERS * 2 * 4 * DIM)
     whole = rows.view(COUNT, LAYERS, 2, 4, DIM)
-    seen = []
+    seen: list[int] = []
     for rank in range(world):
         shard = shard_of(rank, world, num_layers=LAYERS, num_heads=4, head_dim=DIM)
         assert shard.num_own_heads == num_own
