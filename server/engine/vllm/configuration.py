@@ -67,6 +67,9 @@ def vllm_config_of(settings: EngineSettings) -> VllmConfig:
     platform = "cpu" if current_platform.is_cpu() else "cuda"
     if settings.device not in ("auto", platform):
         raise EngineStartError(f"--device {settings.device}: the vLLM of --engine-python is built for {platform}")
+    if platform == "cpu" and settings.pipeline_parallel_size > 1:
+        # Its worker has no buffers for another's hidden states unless it has warmed up, and ends at the first step.
+        raise EngineStartError("--pipeline-parallel-size: vLLM's CPU build does not serve models in several parts")
     extra = _engine_args(settings)
     block_size = settings.block_size
     if platform == "cpu" and "block_size" not in extra:

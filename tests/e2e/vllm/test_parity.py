@@ -48,7 +48,7 @@ async def test_all_types_equal_peft_in_one_batch(name: str, tmp_path: Path) -> N
         ("llama", tuple(ALL_PEFT_CONFIGS), CHUNKS_OF_16),
         ("llama", tuple(ALL_PEFT_CONFIGS), ("--tensor-parallel-size", "2")),
         ("gemma3", tuple(ALL_PEFT_CONFIGS), ("--tensor-parallel-size", "2", *CHUNKS_OF_16)),
-        ("qwen3", tuple(ALL_PEFT_CONFIGS), ("--pipeline-parallel-size", "2", "--no-enable-prefix-caching")),
+        ("qwen3", tuple(ALL_PEFT_CONFIGS), ("--no-enable-prefix-caching",)),
         (
             "llama",
             tuple(ALL_PEFT_CONFIGS),
@@ -64,7 +64,7 @@ async def test_all_types_equal_peft_in_one_batch(name: str, tmp_path: Path) -> N
         "chunks_of_16",
         "tensor_parallel",
         "tensor_parallel_windows",
-        "pipeline_parallel",
+        "no_prefix_cache",
         "ngram_speculation",
         "bloom",
     ],

@@ -88,3 +88,8 @@ def test_a_model_that_vllm_cannot_serve_is_refused_in_words(tmp_path: Path) -> N
         serving_vllm(tmp_path / "2", "--engine-args", '{"kv_transfer_config": {}}'),
     ):
         pass
+    with (
+        pytest.raises(RuntimeError, match="prelude: --pipeline-parallel-size: vLLM's CPU build"),
+        serving_vllm(tmp_path / "3", "--pipeline-parallel-size", "2"),
+    ):
+        pass
