@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,6 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from server.engine.messages import AbortRequest, FromEngine, Inspect, Inspected, Pin, StepOutputs, ToEngine, Unpin
 from server.engine.model.soft_prompts import SoftPromptLoadError
-from server.engine.sampling.grammar_check import NO_WAY_ON
 from server.engine.sampling.grammars import Matcher, TooManyGrammarsError
 from server.engine.types import (
     Capability,
@@ -263,35 +262,50 @@ class Front:
             raise _RefusedError(str(error)) from error
         outputs = self._llm.generate(inputs, converted, request.request_id, priority=request.priority)
         is_first = True
-        num_new = 0
         async with aclosing(outputs):
             async for output in outputs:
-                (completion,) = output.outputs
-                if completion.finish_reason == "error":
+                if output.outputs[0].finish_reason == "error":
                     if is_first:
                         return False
                     raise SoftPromptLoadError(NOT_LOADED)
-                event = self._event(request, output, is_first=is_first)
+                for event in self._events_of(request, output, matcher, is_first=is_first):
+                    self._emit(event)
+                    if event.finish_reason is not None or event.failure is not None:
+                        return True
                 is_first = False
-                new = list(completion.token_ids) if params.max_tokens > 0 else []
-                num_new = self._append(event, request, new, completion, matcher, num_new)
-                if event.failure is None and event.finish_reason is None and completion.finish_reason is not None:
-                    event.finish_reason = FinishReason(completion.finish_reason)
-                self._emit(event)
-                if event.finish_reason is not None or event.failure is not None:
-                    return True
         raise EngineEndedError
 
-    def _event(self, request: GenerateRequest, output: Any, *, is_first: bool) -> TokenEvent:
-        """An event with what only the first one has, but no tokens."""
-        source, params = request.soft_prompt, request.params
-        num_virtual = 0 if source is None else source.num_virtual_tokens
+    def _events_of(
+        self, request: GenerateRequest, output: Any, matcher: Matcher | None, *, is_first: bool
+    ) -> Iterator[TokenEvent]:
+        """The events of an output, one for each token: a text ends at the first token that ends it."""
+        params, (completion,) = request.params, output.outputs
+        new = list(completion.token_ids) if params.max_tokens > 0 else []
+        event = self._first_event(request, output) if is_first else self._event(request, output)
+        for index, token in enumerate(new):
+            if event.failure is None:
+                logprobs = None if completion.logprobs is None else completion.logprobs[index]
+                self._append(event, request, token, logprobs, matcher)
+            if index < len(new) - 1 or event.failure is not None or event.finish_reason is not None:
+                yield event
+                event = self._event(request, output)
+        if params.max_tokens == 0:
+            event.finish_reason = FinishReason.LENGTH
+        elif completion.finish_reason is not None:
+            event.finish_reason = FinishReason(completion.finish_reason)
+        if event.failure is not None:
+            event.finish_reason = None
+        yield event
+
+    def _event(self, request: GenerateRequest, output: Any) -> TokenEvent:
+        num_virtual = 0 if request.soft_prompt is None else request.soft_prompt.num_virtual_tokens
         cached = max(0, (output.num_cached_tokens or 0) - num_virtual)
-        event = TokenEvent(request_id=request.request_id, num_cached_tokens=cached)
-        if not is_first:
-            return event
-        running = self._running[request.request_id]
-        running.has_started = True
+        return TokenEvent(request_id=request.request_id, num_cached_tokens=cached)
+
+    def _first_event(self, request: GenerateRequest, output: Any) -> TokenEvent:
+        """An event with what only the first one has, but no tokens."""
+        event, params = self._event(request, output), request.params
+        self._running[request.request_id].has_started = True
         metrics = output.metrics
         if metrics is not None and metrics.scheduled_ts:
             event.queue_seconds = max(0.0, metrics.scheduled_ts - metrics.queued_ts)
@@ -311,44 +325,30 @@ class Front:
         self,
         event: TokenEvent,
         request: GenerateRequest,
-        new: Sequence[int],
-        completion: Any,
+        token: int,
+        logprobs: Mapping[int, Any] | None,
         matcher: Matcher | None,
-        num_new: int,
-    ) -> int:
-        """Add new tokens to an event, up to the one that ends the text; returns the number of all new tokens."""
-        params = request.params
-        if params.max_tokens == 0:
-            event.finish_reason = FinishReason.LENGTH
-        entries = completion.logprobs or []
-        if params.logprobs is not None:
-            event.logprobs = []
-        for index, token in enumerate(new):
-            if not 0 <= token < self._model.vocab_size:  # what sampling from NaN gives
+    ) -> None:
+        """Add a new token to an event, and end the text if it does."""
+        if not 0 <= token < self._model.vocab_size:  # what sampling from NaN gives
+            event.failure = RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
+            return
+        event.token_ids.append(token)
+        self._stats.generation_tokens += 1
+        if request.params.logprobs is not None and logprobs is not None:
+            found = logprobs_of(logprobs, token, request.params.logprobs)
+            event.logprobs = [found]
+            if math.isnan(found.logprob):
                 event.failure = RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
-                break
-            num_new += 1
-            self._stats.generation_tokens += 1
-            event.token_ids.append(token)
-            if event.logprobs is not None:
-                found = logprobs_of(entries[index], token, params.logprobs or 0)
-                if math.isnan(found.logprob):
-                    event.failure = RequestFailure(ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
-                    break
-                event.logprobs.append(found)
-            if self._ends(request, token):
-                event.stop_token_id, event.finish_reason = token, FinishReason.STOP
-            if matcher is not None:
-                matcher.advance(token)
-                if event.finish_reason is None and matcher.error is not None:
-                    event.failure = RequestFailure(ErrorCode.CONSTRAINT, matcher.error or NO_WAY_ON)
-                elif event.finish_reason is None and matcher.is_finished:
-                    event.finish_reason = FinishReason.STOP
-            if event.finish_reason is not None or event.failure is not None:
-                break
-        if event.failure is not None:
-            event.finish_reason = None
-        return num_new
+                return
+        if self._ends(request, token):
+            event.stop_token_id, event.finish_reason = token, FinishReason.STOP
+        if matcher is not None:
+            matcher.advance(token)
+            if event.finish_reason is None and matcher.error is not None:
+                event.failure = RequestFailure(ErrorCode.CONSTRAINT, matcher.error)
+            elif event.finish_reason is None and matcher.is_finished:
+                event.finish_reason = FinishReason.STOP
 
     def _ends(self, request: GenerateRequest, token: int) -> bool:
         params = request.params
