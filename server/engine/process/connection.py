@@ -26,6 +26,7 @@ from server.engine.messages import (
     from_engine_decoder,
 )
 from server.engine.process.command import command, environment
+from server.engine.shared_memory import mapped_segments, remove_segments
 from server.engine.types import ModelInfo
 from server.errors import EngineDeadError, EngineStartError
 
@@ -169,6 +170,8 @@ async def launch(settings: EngineSettings) -> EngineConnection:
                 writer.close()
             await _end(process)
             raise
+        # vLLM's processes do not remove it when they are killed.
+        resources.callback(remove_segments, mapped_segments(process.pid))
         return ProcessConnection(process, reader, writer, first.model, resources.pop_all())
 
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from server.config import EngineSettings
 from server.engine.frames import HEADER_BYTES, MAX_BODY_BYTES
 from server.engine.messages import (
-    DEVICE_FAILED_STATUS,
     FromEngine,
     Ready,
     Shutdown,
@@ -30,6 +29,7 @@ from server.engine.messages import (
     encode_frame,
     to_engine_decoder,
 )
+from server.engine.shared_memory import mapped_segments, remove_segments
 from server.errors import EngineStartError
 from server.logs import configure_from_variables
 
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from server.engine.vllm.service import Service
 
 logger = logging.getLogger(__name__)
+
+VLLM_ENDED_STATUS = 4
+"""Exit status after the end of vLLM's own processes."""
 
 POLL_SECONDS = 0.2
 """Time between looks at vLLM's own processes, whose end nobody reports to an idle engine."""
@@ -97,7 +100,7 @@ async def _loop(reader: asyncio.StreamReader, service: Service) -> int:
         if service.has_ended:
             receiving.cancel()
             logger.error("vLLM's own processes have ended")
-            return DEVICE_FAILED_STATUS
+            return VLLM_ENDED_STATUS
         if receiving.done():
             message = receiving.result()
             if isinstance(message, Shutdown):
@@ -134,6 +137,7 @@ def main() -> None:
         status = asyncio.run(serve(connection))
     except ClosedError:
         # Nobody is left to end vLLM's processes.
+        remove_segments(mapped_segments(os.getpgid(0)))
         os.killpg(os.getpgid(0), signal.SIGKILL)
     logging.shutdown()
     os._exit(status)

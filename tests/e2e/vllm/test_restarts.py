@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from server.engine.shared_memory import mapped_segments
 from tests.e2e.test_restarts import stream, value
 from tests.support.serving import BASE, adapter, upload
 from tests.support.vllm import adapter_of, needs_vllm, serving_vllm
@@ -53,6 +54,8 @@ def test_killed_processes_are_replaced(tmp_path: Path) -> None:
         for index, victim in enumerate(victims):
             before = adapter_of(server)
             group = [before, *before.children(recursive=True)]
+            memory = mapped_segments(before.pid)
+            assert memory
             begun: list[str] = []
             streams = [pool.submit(stream, client, model, begun) for model in [BASE, "intent", "dates", BASE] * 5]
             wait_until(lambda begun=begun: len(begun) == 20, 120)  # type: ignore[misc]
@@ -64,6 +67,7 @@ def test_killed_processes_are_replaced(tmp_path: Path) -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_restarting")
             _, alive = psutil.wait_procs(group, timeout=10)
             assert alive == []
+            wait_until(lambda memory=memory: not any(segment.exists() for segment in memory))  # type: ignore[misc]
             wait_until(lambda: client.get("/ready").status_code == 200, 240)
             assert value(client, "prelude_engine_restarts_total") == index + 1
             assert texts(client) == right
