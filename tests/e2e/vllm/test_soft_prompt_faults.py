@@ -305,6 +305,26 @@ def test_a_request_that_does_not_start_in_time_is_failed(engine: Engine) -> None
     assert engine.engine.stats.num_timeouts == 1
 
 
+def test_cached_blocks_are_kept_apart_by_soft_prompt_and_tenant(engine: Engine, tmp_path: Path) -> None:
+    """A soft prompt's positions look like a text that repeats its first token; each has its own tokens."""
+    key, family = "prompt_tuning_20", engine.family
+    text = [5, *random_text(random.Random(8), 80, 80)]
+    like_it = [5] * 20 + text
+    reversed_rows = copy_of(family.soft_prompts[key], tmp_path, "reversed")
+    rows = load_file(reversed_rows.path)[ROWS_TENSOR]
+    save_file({ROWS_TENSOR: rows.flip(0).contiguous()}, reversed_rows.path)
+    alone = engine.run(engine.ask(reversed_rows, text, salt="alone"))
+    for _ in range(2):
+        assert engine.run(engine.ask(family.soft_prompts[key], text)) == family.expected(key, text, MAX_TOKENS)
+        assert engine.run(engine.ask(None, like_it)) == family.expected(None, like_it, MAX_TOKENS)
+        assert engine.run(engine.ask(reversed_rows, text)) == alone
+    hits = engine.engine.stats.prefix_cache_hits
+    assert engine.run(engine.ask(family.soft_prompts[key], text, salt="b")) == family.expected(key, text, MAX_TOKENS)
+    assert engine.engine.stats.prefix_cache_hits == hits
+    engine.run(engine.ask(family.soft_prompts[key], text, salt="b"))
+    assert engine.engine.stats.prefix_cache_hits > hits
+
+
 @pytest.mark.parametrize(
     ("more", "error"),
     [
