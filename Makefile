@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test test-quick test-clients check bench bench-vllm fuzz format build-demo wheel check-wheel secrets clean
+.PHONY: install demo test test-quick test-clients test-vllm check bench bench-vllm fuzz format build-demo wheel check-wheel secrets clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test: install
 # Without the tests that are marked slow: minutes less, for use while one works.
 test-quick: install
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
+
+# The engine vllm, in vLLM's own environment.
+test-vllm: install .venv-vllm/.installed
+	PRELUDE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/engine/vllm tests/e2e/vllm $(ARGS)
 
 # Clients that others wrote, in an environment of their own: they do not all go with this project's dependencies.
 test-clients: install $(CLIENTS_INSTALLED)

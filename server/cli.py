@@ -26,6 +26,7 @@ from server.client.evaluation import command as evaluation
 from server.config import (
     Device,
     DType,
+    EngineName,
     EngineSettings,
     GenerationConfigUse,
     HttpSettings,
@@ -277,6 +278,28 @@ FLAGS = (
         "Seconds before a hung step is killed and the engine restarted; 0: never.",
         min=0.0,
     ),
+    _flag(EngineSettings, "engine", EngineName, "native: every feature, on one device; vllm: many GPUs."),
+    _flag(EngineSettings, "engine_python", str | None, "Interpreter of an environment with vLLM, for --engine vllm."),
+    _flag(
+        EngineSettings, "tensor_parallel_size", int, "Number of devices that share each layer; engine vllm.", min=1
+    ),
+    _flag(
+        EngineSettings,
+        "pipeline_parallel_size",
+        int,
+        "Number of groups of devices with different layers; engine vllm.",
+        min=1,
+    ),
+    _flag(EngineSettings, "quantization", str | None, "vLLM's name of a quantisation; default: the checkpoint's."),
+    _flag(
+        EngineSettings,
+        "gpu_memory_utilization",
+        float,
+        "Share of a device's memory that engine vllm may use.",
+        min=0.01,
+        max=1.0,
+    ),
+    _flag(EngineSettings, "engine_args", str | None, "JSON object of further arguments of vLLM's engine."),
     _flag(
         HttpSettings,
         "api_key_file",

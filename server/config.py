@@ -9,6 +9,7 @@ from typing import Literal
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 GenerationConfigUse = Literal["auto", "none"]
+EngineName = Literal["native", "vllm"]
 LogFormat = Literal["text", "json"]
 
 GPU_MEMORY_UTILIZATION = 0.9
@@ -37,6 +38,13 @@ class EngineSettings:
         generation_config: ``auto``: the checkpoint's ``generation_config.json`` sets defaults. ``none``: it only
             sets the end-of-sequence tokens.
         step_timeout: Time after which a step counts as hung and the process is restarted; 0: never.
+        engine: Which engine serves the model. What follows is for vLLM only.
+        engine_python: Interpreter of an environment with vLLM.
+        tensor_parallel_size: Number of devices that share each layer.
+        pipeline_parallel_size: Number of groups of devices that have different layers.
+        quantization: vLLM's name of a quantisation; None: the checkpoint's.
+        gpu_memory_utilization: Share of a device's memory that vLLM may use.
+        engine_args: JSON object of further arguments of vLLM's engine.
     """
 
     model: str
@@ -55,6 +63,13 @@ class EngineSettings:
     enforce_eager: bool = False
     generation_config: GenerationConfigUse = "auto"
     step_timeout: float = 120.0
+    engine: EngineName = "native"
+    engine_python: str | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    quantization: str | None = None
+    gpu_memory_utilization: float = 0.9
+    engine_args: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ ServerError
 │   ├── WaitTimeoutError     the request timed out in the queue
 │   ├── ConstraintError      the engine cannot satisfy the request's constraint
 │   ├── RequestRefusedError  the engine can never serve the request
+│   ├── UnsupportedByEngineError  this engine lacks a capability that the request needs
 │   └── RequestFailedError   the engine failed on this request
 │       └── NotFiniteError   the model computed NaN or infinity
 ├── EngineStartError         the engine cannot start: wrong model, too little memory
@@ -157,6 +158,10 @@ class ConstraintError(EngineError):
 
 class RequestRefusedError(EngineError):
     """The engine can never serve the request with its model and memory; a client error."""
+
+
+class UnsupportedByEngineError(EngineError):
+    """This engine lacks a capability that the request needs; a client error."""
 
 
 class RequestFailedError(EngineError):

@@ -47,6 +47,7 @@ from server.errors import (
     RequestRefusedError,
     ServerError,
     SoftPromptNotFoundError,
+    UnsupportedByEngineError,
     UnsupportedError,
     WaitTimeoutError,
 )
@@ -110,6 +111,7 @@ _TABLE: dict[type[Exception], _Row] = {
     WaitTimeoutError: _Row(503, _UNAVAILABLE, "overloaded_waiting", {"retry-after": "5"}),
     ConstraintError: _Row(400, _REQUEST_ERROR, "invalid_constraint"),
     RequestRefusedError: _Row(400, _REQUEST_ERROR, "request_refused"),
+    UnsupportedByEngineError: _Row(400, _REQUEST_ERROR, "unsupported_by_engine"),
     RequestFailedError: _Row(500, _SERVER_ERROR, "request_failed"),
     EngineNotReadyError: _Row(503, _UNAVAILABLE, "engine_not_ready", {"retry-after": "2"}),
     EngineRestartingError: _Row(503, _UNAVAILABLE, "engine_restarting", {"retry-after": "5"}),

@@ -66,6 +66,7 @@ class Engine(Protocol):
             WaitTimeoutError: If the request did not start to run within its timeout.
             ConstraintError: If the constraint cannot be used or satisfied.
             RequestRefusedError: If the engine can never serve this request.
+            UnsupportedByEngineError: If the engine lacks a capability that the request needs (``ModelInfo``).
             RequestFailedError: If the engine failed on this request; NotFiniteError if the model computed NaN or
                 infinity.
         """
@@ -102,6 +103,7 @@ class Engine(Protocol):
         Raises:
             EngineNotReadyError: If the engine is loading, restarting or draining.
             EngineDeadError: If the engine process ends meanwhile.
+            UnsupportedByEngineError: If the engine does not inspect.
             OverloadedError: If too many inspections are waiting.
             RequestFailedError: If the soft prompt cannot be read.
         """

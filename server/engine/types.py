@@ -42,6 +42,31 @@ class ErrorCode(StrEnum):
     WAIT_TIMEOUT = "wait_timeout"
 
 
+class Capability(StrEnum):
+    """What an engine may be able to do with a model."""
+
+    CLASSIFICATION_HEADS = "classification_heads"
+    INSPECTION = "inspection"
+    KEY_VALUES = "key_values"
+    MEAN_ENSEMBLES = "mean_ensembles"
+    STRUCTURED_OUTPUT = "structured_output"
+
+    @property
+    def description(self) -> str:
+        """The capability in words, for errors."""
+        return _DESCRIPTIONS[self]
+
+
+_DESCRIPTIONS = {
+    Capability.CLASSIFICATION_HEADS: "classification by a soft prompt's head",
+    Capability.INSPECTION: "inspection of soft prompts",
+    Capability.KEY_VALUES: "soft prompts of keys and values",
+    Capability.MEAN_ENSEMBLES: "ensembles by the mean",
+    Capability.STRUCTURED_OUTPUT: "structured output",
+}
+ALL_CAPABILITIES = tuple(Capability)
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token, and when to stop.
 
@@ -341,6 +366,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         eos_token_ids: Tokens that end a text.
         hidden_size: Width of the last hidden states; None if it equals ``embedding_width``.
         generation_defaults: The checkpoint's defaults for fields that a request leaves out.
+        engine: The engine's name.
+        capabilities: What the engine can do with this model; requests for anything else are refused.
     """
 
     architecture: str
@@ -357,6 +384,26 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     hidden_size: int | None = None
     generation_defaults: GenerationDefaults = GenerationDefaults()
+    engine: str = "native"
+    capabilities: tuple[Capability, ...] = ALL_CAPABILITIES
+
+    def missing(self, request: GenerateRequest) -> Capability | None:
+        """A capability that a request needs and this engine lacks; None if there is none."""
+        params, members = request.params, (request.soft_prompt, *request.others)
+        needs = {
+            Capability.CLASSIFICATION_HEADS: params.classify,
+            Capability.MEAN_ENSEMBLES: bool(request.others),
+            Capability.KEY_VALUES: any(source is not None and source.is_key_values for source in members),
+            Capability.STRUCTURED_OUTPUT: params.constraint is not None,
+        }
+        return next((name for name, needed in needs.items() if needed and name not in self.capabilities), None)
+
+    def refusal(self, capability: Capability) -> str:
+        """Why a request that needs a missing capability is refused."""
+        return (
+            f"engine {self.engine} does not support {capability.description} for {self.architecture} "
+            f"(capability {capability.value})"
+        )
 
 
 class InspectedRow(msgspec.Struct, frozen=True, array_like=True):

@@ -16,7 +16,13 @@ import pytest
 
 from server.config import Settings
 from server.engine.types import FinishReason
-from server.errors import EngineDeadError, EngineStartError, RequestFailedError, RequestRefusedError
+from server.errors import (
+    EngineDeadError,
+    EngineStartError,
+    RequestFailedError,
+    RequestRefusedError,
+    UnsupportedByEngineError,
+)
 from tests.support.api_fixtures import CountingStore, Serve, UploadParts, WaitUntil
 from tests.support.fake_engine import FakeEngine
 from tests.support.live_server import LiveServer
@@ -144,6 +150,7 @@ def test_a_disconnect_aborts_and_releases_everything(
     [
         (RequestFailedError("out of blocks"), 500, "request_failed"),
         (RequestRefusedError("it needs 9 blocks"), 400, "request_refused"),
+        (UnsupportedByEngineError("engine vllm does not support it"), 400, "unsupported_by_engine"),
         (EngineDeadError("the engine process ended"), 503, "engine_dead"),
         (ZeroDivisionError("a secret"), 500, "internal_error"),
     ],

@@ -15,6 +15,7 @@ from server.engine.process.connection import STOP_SECONDS, EngineConnection, lau
 from server.engine.process.cumulative_stats import add_counters, counters_of
 from server.engine.process.supervision import Backoff, StepWatch
 from server.engine.types import (
+    Capability,
     EngineStats,
     ErrorCode,
     GenerateRequest,
@@ -36,6 +37,7 @@ from server.errors import (
     OverloadedError,
     RequestFailedError,
     RequestRefusedError,
+    UnsupportedByEngineError,
     WaitTimeoutError,
 )
 
@@ -129,6 +131,9 @@ class AsyncEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Continue one text; see ``Engine.generate``."""
         self._require_ready()
+        missing = self.model.missing(request)
+        if missing is not None:
+            raise UnsupportedByEngineError(self.model.refusal(missing))
         queue: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
         self._queues[request.request_id] = queue
         has_ended = False
@@ -172,6 +177,8 @@ class AsyncEngine:
     async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
         """Compare a soft prompt with the model; see ``Engine.inspect``."""
         self._require_ready()
+        if Capability.INSPECTION not in self.model.capabilities:
+            raise UnsupportedByEngineError(self.model.refusal(Capability.INSPECTION))
         if len(self._inspections) >= MAX_INSPECTIONS:
             raise OverloadedError(f"{MAX_INSPECTIONS} inspections are waiting; try again later")
         self._num_inspections += 1

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-import sys
+from contextlib import ExitStack
 from typing import Protocol
 
 import msgspec
@@ -25,10 +25,10 @@ from server.engine.messages import (
     encode_frame,
     from_engine_decoder,
 )
-from server.engine.model.environment import threads_and_memory
+from server.engine.process.command import command, environment
+from server.engine.shared_memory import mapped_segments, remove_segments
 from server.engine.types import ModelInfo
 from server.errors import EngineDeadError, EngineStartError
-from server.logs import variables as log_variables
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,15 @@ class EngineConnection(Protocol):
 
 
 class ProcessConnection:
-    """An ``EngineConnection`` to ``server.engine.process.engine_process``, created by ``launch``."""
+    """An ``EngineConnection`` to the process of either engine, created by ``launch``.
+
+    Args:
+        process: The process, which is the first of its process group.
+        reader: What it sends.
+        writer: What it receives.
+        model: The model that it has loaded.
+        resources: Closed when the process has ended.
+    """
 
     def __init__(
         self,
@@ -78,7 +86,9 @@ class ProcessConnection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         model: ModelInfo,
+        resources: ExitStack,
     ) -> None:
+        self._resources = resources
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -117,7 +127,8 @@ class ProcessConnection:
     async def close(self) -> str:
         """Wait until the process ends; see ``EngineConnection.close``."""
         self._writer.close()
-        return await _end(self._process)
+        with self._resources:
+            return await _end(self._process)
 
 
 async def launch(settings: EngineSettings) -> EngineConnection:
@@ -126,49 +137,42 @@ async def launch(settings: EngineSettings) -> EngineConnection:
     Raises:
         EngineStartError: If the process cannot serve with these settings.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
+    with ExitStack() as resources:
+        program, variables = command(settings), resources.enter_context(environment(settings))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *program, str(theirs.fileno()), pass_fds=[theirs.fileno()], start_new_session=True, env=variables
+                )
+            except OSError as error:
+                ours.close()
+                raise EngineStartError(f"the engine process cannot be started: {error}") from error
+            except BaseException:
+                ours.close()
+                raise
+        writer: asyncio.StreamWriter | None = None
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "server.engine.process.engine_process",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=environment(),
-            )
-        except OSError as error:
-            ours.close()
-            raise EngineStartError(f"the engine process cannot be started: {error}") from error
-        except BaseException:
-            ours.close()
+            reader, writer = await asyncio.open_connection(sock=ours)
+            writer.write(encode_frame(Start(settings)))
+            first = from_engine_decoder.decode(await _read_frame(reader))
+            if isinstance(first, StartFailed):
+                raise EngineStartError(first.message)
+            if not isinstance(first, Ready):
+                raise EngineStartError(f"the engine process began with {type(first).__name__}")
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            ended = await _end(process)
+            raise EngineStartError(f"the engine process {ended} while it started") from error
+        except BaseException as error:
+            if not isinstance(error, EngineStartError):
+                _kill(process)
+            if writer is not None:
+                writer.close()
+            await _end(process)
             raise
-    writer: asyncio.StreamWriter | None = None
-    try:
-        reader, writer = await asyncio.open_connection(sock=ours)
-        writer.write(encode_frame(Start(settings)))
-        first = from_engine_decoder.decode(await _read_frame(reader))
-        if isinstance(first, StartFailed):
-            raise EngineStartError(first.message)
-        if not isinstance(first, Ready):
-            raise EngineStartError(f"the engine process began with {type(first).__name__}")
-    except (asyncio.IncompleteReadError, ConnectionError) as error:
-        ended = await _end(process)
-        raise EngineStartError(f"the engine process {ended} while it started") from error
-    except BaseException as error:
-        if not isinstance(error, EngineStartError):
-            _kill(process)
-        if writer is not None:
-            writer.close()
-        await _end(process)
-        raise
-    return ProcessConnection(process, reader, writer, first.model)
-
-
-def environment() -> dict[str, str]:
-    """The environment of the process: logging as here; the operator's thread and memory settings take precedence."""
-    return {**os.environ, **threads_and_memory(os.environ), **log_variables()}
+        # vLLM's processes do not remove it when they are killed.
+        resources.callback(remove_segments, mapped_segments(process.pid))
+        return ProcessConnection(process, reader, writer, first.model, resources.pop_all())
 
 
 async def _end(process: asyncio.subprocess.Process) -> str:
@@ -180,12 +184,14 @@ async def _end(process: asyncio.subprocess.Process) -> str:
         _kill(process)
         with contextlib.suppress(TimeoutError):  # a dead device may block even a killed process in the kernel
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    _kill(process)  # what it has started may still run, and hold the device
     return _how_it_ended(process.returncode)
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
+    """Kill a process and all that it has started: they are one process group, which exists as long as one of them."""
     with contextlib.suppress(ProcessLookupError):
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _how_it_ended(status: int | None) -> str:

@@ -7,9 +7,11 @@ import signal
 
 import pytest
 
+from server.config import EngineSettings
 from server.engine.messages import DEVICE_FAILED_STATUS
 from server.engine.model import environment as variables
 from server.engine.process import connection
+from server.engine.process.command import environment
 
 CHOSEN = {
     "GOMP_SPINCOUNT": variables.SPIN_COUNT,
@@ -36,10 +38,10 @@ def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     expected = {name: value for name, value in CHOSEN.items() if name not in not_chosen} | given
-    environment = connection.environment()
-    assert {name: environment[name] for name in expected} == expected
-    told = {"PRELUDE_LOG_LEVEL", "PRELUDE_LOG_FORMAT"}  # as the server logs
-    assert environment.keys() - told == (os.environ.keys() | expected.keys()) - told
+    with environment(EngineSettings(model="m")) as chosen:
+        assert {name: chosen[name] for name in expected} == expected
+        told = {"PRELUDE_LOG_LEVEL", "PRELUDE_LOG_FORMAT"}  # as the server logs
+        assert chosen.keys() - told == (os.environ.keys() | expected.keys()) - told
 
 
 @pytest.mark.parametrize(

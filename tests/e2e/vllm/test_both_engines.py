@@ -1,0 +1,238 @@
+"""One API, two engines: the same requests get the same answers, or a refusal that names engine and capability."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY
+from tests.support.serving import BASE, adapter, serving, upload
+from tests.support.vllm import needs_vllm, serving_vllm
+
+pytestmark = [needs_vllm, pytest.mark.timeout(600)]
+
+TASKS = ("intent", "sentiment", "dates", "extract")
+TEXT = "when can you deliver the blue lamp?"
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+LABELS = ["\npositive", "\nnegative"]
+SCHEMA = {
+    "type": "object",
+    "properties": {"urgent": {"type": "boolean"}, "order": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["urgent", "order"],
+    "additionalProperties": False,
+}
+VARIABLE = {"id", "created", "system_fingerprint", "cached_tokens", "prompt_tokens_details", "timings"}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+    """A server of each engine, native first, with the embedded soft prompts."""
+    folder = tmp_path_factory.mktemp("engines")
+    limits = ("--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--max-model-len", "512")
+    with ExitStack() as stack:
+        native, _ = stack.enter_context(serving(folder / "native", "--dtype", "float32", *limits))
+        other, _ = stack.enter_context(serving_vllm(folder / "vllm", *limits))
+        for client in (native, other):
+            for task in TASKS:
+                response = upload(client, task, *adapter(task))
+                assert response.status_code == 201, response.text
+        yield native, other
+
+
+def constant(value: Any) -> Any:
+    """An answer without what differs from one request to the next; floats are compared in part."""
+    if isinstance(value, dict):
+        return {key: constant(item) for key, item in value.items() if key not in VARIABLE}
+    if isinstance(value, list):
+        return [constant(item) for item in value]
+    return pytest.approx(value, abs=2e-4) if isinstance(value, float) else value
+
+
+def check_equal(engines: tuple[httpx.Client, httpx.Client], path: str, body: dict[str, Any]) -> Any:
+    """Both answers are equal; returns vLLM's."""
+    native, other = (client.post(path, json=body) for client in engines)
+    assert (native.status_code, other.status_code) == (200, 200), (native.text, other.text)
+    assert other.json().keys() == native.json().keys()
+    got = {key: item for key, item in other.json().items() if key not in VARIABLE}
+    want = constant(native.json())
+    assert _strip(got) == want
+    return other.json()
+
+
+def _strip(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strip(item) for key, item in value.items() if key not in VARIABLE}
+    return [_strip(item) for item in value] if isinstance(value, list) else value
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "several_texts": {"prompt": [TEXT, "I love it", "x"]},
+    "stop_string": {"stop": ["e"]},
+    "stop_string_kept": {"stop": ["e"], "include_stop_str_in_output": True},
+    "stop_token": {"stop_token_ids": [30, 40, 50]},
+    "ignore_eos": {"ignore_eos": True, "max_tokens": 60},
+    "min_tokens": {"min_tokens": 12},
+    "repetition_penalty": {"repetition_penalty": 1.3, "ignore_eos": True},
+    "less_than_no_repetition_penalty": {"repetition_penalty": 0.7, "ignore_eos": True},
+    "presence_penalty": {"presence_penalty": 1.5, "ignore_eos": True},
+    "frequency_penalty": {"frequency_penalty": 1.5, "ignore_eos": True},
+    "min_p_and_top_k": {"min_p": 0.9, "top_k": 1, "temperature": 1.0, "seed": 5},
+    "logit_bias": {"logit_bias": {"25": 60.0, "26": -100.0}, "ignore_eos": True},
+    "logprobs": {"logprobs": 5},
+    "logprobs_of_the_token_alone": {"logprobs": 0},
+    "token_ids": {"return_token_ids": True},
+    "choice": {"structured_outputs": {"choice": ["refund", "delivery", "other"]}},
+    "regex": {"structured_outputs": {"regex": "[0-9]{3}-[a-z]{2}"}},
+    "json_schema": {"structured_outputs": {"json": SCHEMA}, "max_tokens": 60},
+    "grammar": {"structured_outputs": {"grammar": 'start: "yes" | "no" "!"'}},
+    "regex_at_its_limit": {"structured_outputs": {"regex": "[0-9]{3}"}, "max_tokens": 3},
+    "no_new_tokens": {"max_tokens": 0, "echo": True},
+}
+
+
+@pytest.mark.parametrize("model", [BASE, "intent", "dates"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_completions(engines: tuple[httpx.Client, httpx.Client], name: str, model: str) -> None:
+    check_equal(engines, "/v1/completions", {"model": model, "prompt": TEXT, **GREEDY, **FIELDS[name]})
+
+
+@pytest.mark.parametrize("model", [BASE, *TASKS])
+def test_chat(engines: tuple[httpx.Client, httpx.Client], model: str) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": TEXT}], **GREEDY}
+    check_equal(engines, "/v1/chat/completions", body)
+    check_equal(engines, "/v1/chat/completions", body | {"logprobs": True, "top_logprobs": 3})
+
+
+@pytest.mark.parametrize("model", [BASE, "sentiment", "dates"])
+def test_scores_of_a_text_twice(engines: tuple[httpx.Client, httpx.Client], model: str) -> None:
+    """The second time, soft prompt and text are in the prefix cache."""
+    body = {"model": model, "prompt": TEXT * 4, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 2}
+    for _ in range(2):
+        native, other = (client.post("/v1/completions", json=body).json() for client in engines)
+        got, want = (answer["choices"][0]["logprobs"] for answer in (other, native))
+        assert got["tokens"] == want["tokens"]
+        # A text's first token follows a virtual one, whose logits vLLM has computed for another request.
+        assert got["token_logprobs"][0] is None
+        assert got["token_logprobs"][1:] == pytest.approx(want["token_logprobs"][1:], abs=2e-4)
+        for mine, theirs in zip(got["top_logprobs"][1:], want["top_logprobs"][1:], strict=True):
+            assert mine == pytest.approx(theirs, abs=2e-4)
+
+
+def test_labels_are_scored(engines: tuple[httpx.Client, httpx.Client]) -> None:
+    pairs = [json.loads(line) for line in (HELDOUT_DIRECTORY / "sentiment.jsonl").read_text().splitlines()][:20]
+    body = {"model": "sentiment", "input": [pair["input"] for pair in pairs], "labels": LABELS}
+    check_equal(engines, "/v1/classify", body)
+    check_equal(engines, "/v1/classify", body | {"model": ["sentiment", "intent"], "ensemble": "vote"})
+
+
+@pytest.mark.parametrize("model", [BASE, "intent", "dates"])
+def test_streams(engines: tuple[httpx.Client, httpx.Client], model: str) -> None:
+    body = {"model": model, "prompt": TEXT, **GREEDY, "stream": True, "stream_options": {"include_usage": True}}
+    texts, usages = [], []
+    for client in engines:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+        assert lines.pop() == "[DONE]"
+        events = [json.loads(line) for line in lines]
+        texts.append("".join(choice["text"] for event in events for choice in event["choices"]))
+        usages.append(_strip(events[-1]["usage"]))
+    assert texts[0] == texts[1]
+    assert usages[0] == usages[1]
+
+
+def test_choices_are_repeatable_by_seed_and_differ(engines: tuple[httpx.Client, httpx.Client]) -> None:
+    _, client = engines
+    body = {"model": "dates", "prompt": TEXT, "n": 4, "seed": 7, "temperature": 1.5, "max_tokens": 12}
+
+    def texts(**fields: object) -> list[str]:
+        answer = client.post("/v1/completions", json=body | fields).json()
+        return [choice["text"] for choice in answer["choices"]]
+
+    first = texts()
+    assert len(set(first)) > 1
+    assert texts() == first
+    assert texts(seed=8) != first
+    assert texts(seed=None) != texts(seed=None)
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ({"structured_outputs": {"regex": "[0-9"}}, "regex"),
+        ({"structured_outputs": {"grammar": "start: missing"}}, "missing"),
+    ],
+)
+def test_a_constraint_that_cannot_be_compiled_is_a_clients_error(
+    engines: tuple[httpx.Client, httpx.Client], body: dict[str, Any], word: str
+) -> None:
+    responses = [client.post("/v1/completions", json={"model": BASE, "prompt": TEXT, **body}) for client in engines]
+    codes = [(response.status_code, response.json()["error"]["code"]) for response in responses]
+    assert codes[0] == codes[1]
+    assert codes[1][0] == 400
+    assert word in responses[1].json()["error"]["message"]
+
+
+def refusal(response: httpx.Response) -> str:
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["code"] == "unsupported_by_engine"
+    message: str = error["message"]
+    assert "engine vllm" in message
+    return message
+
+
+def test_what_the_engine_cannot_do_is_refused_by_name(
+    engines: tuple[httpx.Client, httpx.Client], tmp_path: Path
+) -> None:
+    native, client = engines
+    body = {"model": ["sentiment", "intent"], "prompt": TEXT, "ensemble": "mean", "max_tokens": 2}
+    assert native.post("/v1/completions", json=body).status_code == 200
+    assert "mean_ensembles" in refusal(client.post("/v1/completions", json=body))
+    assert "mean_ensembles" in refusal(client.post("/v1/completions", json=body | {"stream": True}))
+    assert native.get("/v1/prompts/intent/inspect").status_code == 200
+    assert "inspection" in refusal(client.get("/v1/prompts/intent/inspect"))
+    config, weights = with_a_head(tmp_path)
+    assert "classification_heads" in refusal(upload(client, "head", config, weights, allow_other_base="true"))
+
+
+def with_a_head(folder: Path) -> tuple[bytes, bytes]:
+    """The files of a soft prompt that was trained to classify."""
+    base = AutoModelForSequenceClassification.from_pretrained(MODEL_DIRECTORY, num_labels=3)
+    base.config._name_or_path = base.name_or_path = ""
+    config = PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=4)
+    model: PeftModel = get_peft_model(base, config)
+    model.save_pretrained(str(folder))
+    return (folder / "adapter_config.json").read_bytes(), (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_model_is_described(engines: tuple[httpx.Client, httpx.Client]) -> None:
+    native, other = (client.get("/v1/models").json()["data"] for client in engines)
+    assert [model["id"] for model in native] == [model["id"] for model in other]
+    assert {model["max_model_len"] for model in other if "max_model_len" in model} <= {512}
+
+
+def test_too_long_a_text_is_refused_alike(engines: tuple[httpx.Client, httpx.Client]) -> None:
+    body = {"model": "dates", "prompt": [7] * 505, "max_tokens": 20}
+    native, other = (client.post("/v1/completions", json=body) for client in engines)
+    assert (native.status_code, native.json()["error"]["code"]) == (other.status_code, other.json()["error"]["code"])
+    assert other.status_code == 400
+
+
+def test_metrics_count_what_has_been_served(engines: tuple[httpx.Client, httpx.Client]) -> None:
+    _, client = engines
+    check_equal(engines, "/v1/completions", {"model": "intent", "prompt": TEXT, **GREEDY})
+    lines = client.get("/metrics").text.splitlines()
+    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+    for name in ("generation_tokens", "prompt_tokens", "virtual_tokens", "engine_steps"):
+        assert values[f"prelude_{name}_total"] > 0
+    assert values["prelude_step_seconds_count"] > 0
+    assert values['prelude_soft_prompt_resident{tier="host"}'] >= 2

@@ -1,0 +1,144 @@
+"""Servers whose engine is vLLM, run by the interpreter that ``PRELUDE_VLLM_PYTHON`` names (``make test-vllm``)."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import psutil
+import pytest
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from server.demo.tour import MODEL_DIRECTORY
+from tests.support.engine.harness import (
+    ALL_PEFT_CONFIGS,
+    CONFIGS,
+    CONTEXT,
+    MIXED_WINDOWS,
+    MORE_CONFIGS,
+    SHAPE,
+    VOCABULARY,
+    Family,
+    make_family,
+    random_text,
+)
+from tests.support.serving import BASE, serving, upload
+
+PYTHON = os.environ.get("PRELUDE_VLLM_PYTHON", "")
+
+needs_vllm = pytest.mark.skipif(
+    not PYTHON or not Path(PYTHON).is_file(), reason="PRELUDE_VLLM_PYTHON names no interpreter with vLLM"
+)
+
+# vLLM's attention on CPUs needs heads of at least 32.
+WIDE = {**SHAPE, "hidden_size": 64, "head_dim": 32}
+WINDOWS = {**WIDE, **MIXED_WINDOWS, "head_dim": 32}
+VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**WIDE),
+    "mistral": lambda: MistralConfig(**WIDE, sliding_window=11),
+    "qwen3": lambda: Qwen3Config(**WIDE),
+    "gemma2": lambda: Gemma2Config(**{**WINDOWS, "tie_word_embeddings": True}, attn_logit_softcapping=2.0),
+    "gemma3": lambda: Gemma3TextConfig(**WINDOWS),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_embd=128,
+        n_layer=3,
+        n_head=4,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    "bloom": lambda: BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=128, n_layer=3, n_head=4, initializer_range=0.25, eos_token_id=None
+    ),
+}
+assert CONFIGS.keys() <= {*VLLM_CONFIGS, "qwen2"}
+assert MORE_CONFIGS.keys() <= VLLM_CONFIGS.keys()
+
+Question = tuple[str | None, list[int]]
+"""A soft prompt and a text."""
+
+
+def make_vllm_family(name: str, folder: Path, keys: Sequence[str] = tuple(ALL_PEFT_CONFIGS)) -> Family:
+    """A family that vLLM can serve, with a tokenizer; texts are given as token ids."""
+    configs = {key: ALL_PEFT_CONFIGS[key] for key in keys}
+    family = make_family(name, folder, configs, VLLM_CONFIGS[name]())
+    for path in MODEL_DIRECTORY.glob("tokenizer*"):
+        shutil.copy(path, family.path)
+    return family
+
+
+@contextmanager
+def serving_vllm(folder: Path, *flags: str, model: Path = MODEL_DIRECTORY) -> Iterator[tuple[httpx.Client, Any]]:
+    """Run ``prelude serve --engine vllm`` in float32."""
+    own = ["--engine", "vllm", "--engine-python", PYTHON, "--dtype", "float32", "--enforce-eager"]
+    own += ["--num-threads", "1"]  # these models are so small that threads only wait for each other
+    with serving(folder, *own, *flags, model=model) as (client, process):
+        yield client, process
+
+
+def upload_all(client: httpx.Client, family: Family) -> None:
+    """Upload every soft prompt of a family under its key."""
+    for key, folder in family.peft_folders.items():
+        config, weights = (folder / "adapter_config.json").read_bytes(), folder / "adapter_model.safetensors"
+        response = upload(client, key, config, weights.read_bytes(), shared="true")
+        assert response.status_code == 201, response.text
+
+
+def questions(family: Family, count: int, seed: int = 0, longest: int = 60) -> list[Question]:
+    """Requests for every soft prompt and the bare base in turn; the first texts have 1 and ``longest`` tokens."""
+    rng = random.Random(seed)
+    keys = [None, *family.soft_prompts]
+    texts = [random_text(rng, 1, 1), random_text(rng, longest, longest)]
+    texts += [random_text(rng, 1, longest) for _ in range(count)]
+    return [(keys[index % len(keys)], texts[index]) for index in range(count)]
+
+
+def body_of(question: Question, max_tokens: int, **fields: object) -> dict[str, object]:
+    """A greedy completion."""
+    key, text = question
+    model, _, task_id = (key or BASE).partition("/")
+    body: dict[str, object] = {"model": model, "prompt": text, "max_tokens": max_tokens, "temperature": 0}
+    body |= {"ignore_eos": True, "return_token_ids": True} | ({"task_id": int(task_id)} if task_id else {})
+    return body | fields
+
+
+async def answers(
+    url: httpx.URL, asked: Sequence[Question], max_tokens: int, headers: Mapping[str, str] | None = None
+) -> list[list[int]]:
+    """The token ids of greedy completions, all sent at once."""
+    found: dict[int, list[int]] = {}
+    async with httpx.AsyncClient(base_url=url, timeout=240, headers=headers) as http:
+
+        async def ask(index: int, question: Question) -> None:
+            response = await http.post("/v1/completions", json=body_of(question, max_tokens))
+            assert response.status_code == 200, response.text
+            found[index] = response.json()["choices"][0]["token_ids"]
+
+        async with anyio.create_task_group() as tasks:
+            for index, question in enumerate(asked):
+                tasks.start_soon(ask, index, question)
+    return [found[index] for index in range(len(asked))]
+
+
+def adapter_of(server: psutil.Process) -> psutil.Process:
+    """Our process of a server's engine; vLLM's own are its children."""
+    (adapter,) = [child for child in server.children() if "server.engine.vllm.main" in child.cmdline()]
+    return adapter
