@@ -291,14 +291,6 @@ FLAGS = (
         min=1,
     ),
     _flag(EngineSettings, "quantization", str | None, "vLLM's name of a quantisation; default: the checkpoint's."),
-    _flag(
-        EngineSettings,
-        "gpu_memory_utilization",
-        float,
-        "Share of a device's memory that engine vllm may use.",
-        min=0.01,
-        max=1.0,
-    ),
     _flag(EngineSettings, "engine_args", str | None, "JSON object of further arguments of vLLM's engine."),
     _flag(
         HttpSettings,

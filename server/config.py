@@ -30,7 +30,7 @@ class EngineSettings:
         block_size: Number of positions in one key/value block.
         kv_cache_memory: Size of the key/value cache; None: what ``gpu_memory_utilization`` leaves, or a part of the
             free memory on CPUs.
-        gpu_memory_utilization: Fraction of a GPU's memory that may be in use, in (0, 1].
+        gpu_memory_utilization: Fraction of a GPU's memory that may be in use, in (0, 1]; of each of vLLM's devices.
         enable_prefix_caching: Whether to keep full blocks of text for later sequences with the same beginning.
         num_threads: CPU threads for the model; None: all cores.
         soft_prompt_host_bytes: Host memory that caches unused, unpinned soft prompts.
@@ -43,7 +43,6 @@ class EngineSettings:
         tensor_parallel_size: Number of devices that share each layer.
         pipeline_parallel_size: Number of groups of devices that have different layers.
         quantization: vLLM's name of a quantisation; None: the checkpoint's.
-        gpu_memory_utilization: Share of a device's memory that vLLM may use.
         engine_args: JSON object of further arguments of vLLM's engine.
     """
 
@@ -68,7 +67,6 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     quantization: str | None = None
-    gpu_memory_utilization: float = 0.9
     engine_args: str | None = None
 
 
