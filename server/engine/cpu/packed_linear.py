@@ -20,6 +20,13 @@ from server.engine.layers.replacement import plain, replace_modules, unstacked
 ROWS_HINT = 64
 """Number of rows for which oneDNN chooses the layout; any number works."""
 
+STEP = 32
+"""Elements that one instruction multiplies in bfloat16.
+
+With AMX, if the last step of a row is not whole, oneDNN multiplies the beginning of the next row by zeros. Where that
+row is not finite, this row's result is not either; so rows are padded to whole steps (seen with oneDNN 3.11).
+"""
+
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _product: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
@@ -36,10 +43,16 @@ class PackedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        self._weight = _reorder(linear.weight.detach(), ROWS_HINT)
+        weight = linear.weight.detach()
+        self._padding = -self.in_features % STEP if weight.dtype is torch.bfloat16 else 0
+        if self._padding:
+            weight = nn.functional.pad(weight, (0, self._padding))
+        self._weight = _reorder(weight, ROWS_HINT)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
+        if self._padding:
+            rows = nn.functional.pad(rows, (0, self._padding))
         product: torch.Tensor = _product(rows, self._weight, self.bias, "none", [], "")
         return product
 
@@ -49,7 +62,8 @@ class PackedLinear(nn.Module):
         Args:
             sizes: Output features of each layer.
         """
-        return unstacked(plain(self._weight.to_dense(), self.bias), sizes)
+        weight = self._weight.to_dense()[:, : self.in_features].contiguous()
+        return unstacked(plain(weight, self.bias), sizes)
 
 
 @cache

@@ -45,6 +45,23 @@ def test_products_equal_linear(rows: int, bias: bool, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 80, 100, 144])
+def test_a_row_that_is_not_finite_spoils_no_other(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(width)
+    packed = PackedLinear(nn.Linear(width, 64, dtype=dtype).requires_grad_(False))
+    rows = torch.randn(1, 33, width, dtype=dtype)
+    with torch.inference_mode():
+        want = packed(rows)
+        for spoiled in range(33):
+            others = torch.arange(33) != spoiled
+            beside = rows.clone()
+            beside[0, spoiled] = torch.nan
+            got = packed(beside)
+            assert got[0, spoiled].isnan().all()
+            assert got[0, others].equal(want[0, others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False)])
 def test_unpacked_weights_are_bit_equal(biases: tuple[bool, bool], dtype: torch.dtype) -> None:
     torch.manual_seed(1)
