@@ -57,14 +57,7 @@ async def test_all_types_equal_peft_in_one_batch(name: str, tmp_path: Path) -> N
             ),
         ),
     ],
-    ids=[
-        "chunks_of_16",
-        "tensor_parallel",
-        "tensor_parallel_windows",
-        "no_prefix_cache",
-        "ngram_speculation",
-        "bloom",
-    ],
+    ids=["chunks_of_16", "tensor_parallel", "tensor_parallel_windows", "no_prefix_cache", "ngram_speculation"],
 )
 async def test_other_ways_to_run_equal_peft(
     name: str, keys: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path
