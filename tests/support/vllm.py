@@ -15,7 +15,6 @@ import httpx
 import psutil
 import pytest
 from transformers import (
-    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -64,9 +63,6 @@ VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         initializer_range=0.25,
         bos_token_id=None,
         eos_token_id=None,
-    ),
-    "bloom": lambda: BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=128, n_layer=3, n_head=4, initializer_range=0.25, eos_token_id=None
     ),
 }
 assert CONFIGS.keys() <= {*VLLM_CONFIGS, "qwen2"}

@@ -17,7 +17,6 @@ KEYS = "\n".join(
     f'[[keys]]\nkey = "{key}"\ntenant = "{key}"\nscopes = ["generate", "prompts:write", "admin"]\n' for key in "ab"
 )
 CHUNKS_OF_16 = ("--max-num-seqs", "16", "--max-num-batched-tokens", "16")
-EMBEDDINGS = tuple(key for key in ALL_PEFT_CONFIGS if not key.startswith(("prefix", "cartridge")))
 MEMORY = {"gpt2": "1200KiB"}
 """Key/value memory of 12 blocks of 32 tokens, for 32 sequences of up to 4 blocks each."""
 
@@ -57,17 +56,8 @@ async def test_all_types_equal_peft_in_one_batch(name: str, tmp_path: Path) -> N
                 '{"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}',
             ),
         ),
-        # PEFT makes no prefixes for it, and the native engine does not serve it.
-        ("bloom", EMBEDDINGS, ()),
     ],
-    ids=[
-        "chunks_of_16",
-        "tensor_parallel",
-        "tensor_parallel_windows",
-        "no_prefix_cache",
-        "ngram_speculation",
-        "bloom",
-    ],
+    ids=["chunks_of_16", "tensor_parallel", "tensor_parallel_windows", "no_prefix_cache", "ngram_speculation"],
 )
 async def test_other_ways_to_run_equal_peft(
     name: str, keys: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path
