@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from scripts import soak_poison
 from server.config import EngineSettings
+from server.engine.cpu.packed_linear import can_pack, pack_linears
 from server.engine.llm_engine import LLMEngine
 from server.engine.model import exactness
 from server.engine.model.model_runner import ModelRunner
@@ -55,6 +57,14 @@ def runners(make_family: Make) -> Iterator[Runners]:
         yield get
 
 
+class PackedPlatform(PlainPlatform):
+    """torch's attention over packed products, as on a CPU without Numba. In torch's own products, AMX reads other rows."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        if can_pack(model.dtype):
+            pack_linears(model)
+
+
 @contextmanager
 def platform_with(backend: str) -> Iterator[Platform | None]:
     """The platform whose engine attends by this backend; the machine's own for the compiled kernels."""
@@ -66,7 +76,7 @@ def platform_with(backend: str) -> Iterator[Platform | None]:
         with patch.object(exactness, "PROBE_KEYS", 48):  # the interpreter is slow
             yield PlainPlatform([triton_attention.TritonBackend], device=DEVICE)
     else:
-        yield PlainPlatform()
+        yield PackedPlatform()
 
 
 @st.composite

@@ -342,12 +342,15 @@ class BlockManager:
         return registered
 
     def withdraw(self, block_ids: Iterable[int]) -> None:
-        """Make used blocks no longer findable; they become free with their last reference."""
+        """Make blocks no longer findable: idle ones become free now, used ones with their last reference."""
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.block_hash is not None:
                 del self._by_hash[block.block_hash]
                 block.block_hash = None
+                if block.ref_count == 0:  # its sequence has failed already
+                    self._num_idle_blocks -= self._idle.pop(block_id)
+                    self._free.append(block_id)
 
     def unregister(self, seq: Sequence, num_positions: int) -> None:
         """Undo ``register`` for the blocks that are not full with the first ``num_positions`` positions."""

@@ -35,7 +35,11 @@ MakeEngine = Callable[..., LLMEngine]
 
 
 def start(make_engine: MakeEngine, family: Family, patch: pytest.MonkeyPatch, **settings: Any) -> LLMEngine:
-    return make_engine(family, fake_cuda_platform(patch), **LIMITS | settings)
+    platform = fake_cuda_platform(patch)
+    patch.setattr(
+        platform, "copy_stream", lambda: None
+    )  # its buffers are pinned on the host, which is the device here
+    return make_engine(family, platform, **LIMITS | settings)
 
 
 def step_of(engine: LLMEngine) -> LargestStep:

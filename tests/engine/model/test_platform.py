@@ -103,7 +103,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=4)
 platform = CUDAPlatform(torch.device("cpu"))
 torch.cuda.is_available = lambda: False
-platform.recorder = platform.device_memory = lambda: None
+platform.recorder = platform.device_memory = platform.copy_stream = lambda: None
 engine, tokens = serve(platform)
 assert type(engine.runner.backend).__name__ == "TritonBackend"
 assert not [name for name in sys.modules if name.startswith(("numba", "llvmlite", "server.engine.cpu"))]

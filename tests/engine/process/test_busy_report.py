@@ -22,7 +22,9 @@ def test_a_load_counts_as_work_for_the_watchdog(has_work: bool, is_loading: bool
     near, far = socket.socketpair()
     with near, far:
         loop = EngineLoop(near)
-        engine = Mock(spec=LLMEngine, has_work=has_work, is_loading=is_loading, idle_seconds=None, overlaps_host=False)
+        engine = Mock(
+            spec=LLMEngine, has_work=has_work, is_loading=is_loading, idle_seconds=None, overlaps_host=False
+        )
         engine.stats = EngineStats(num_blocks=1, block_size=1)
 
         def step() -> list[TokenEvent]:

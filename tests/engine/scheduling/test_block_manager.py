@@ -328,3 +328,18 @@ def test_unregistering_behind_a_soft_prompt_counts_its_positions() -> None:
     blocks.unregister(seq, 6)
     assert seq.block_hashes == []
     blocks.check_integrity([(seq, run)])
+
+
+def test_idle_blocks_that_are_withdrawn_become_free() -> None:
+    blocks = BlockManager(4, 2)
+    seq = sequence([1, 2, 3, 4, 5])
+    assert blocks.admit(seq, None)
+    compute(blocks, seq)
+    written = seq.block_table[:2]
+    blocks.free(seq)  # the sequence fails before its blocks are found to be spoiled
+    assert blocks.num_cached == 2
+    blocks.withdraw(written)
+    blocks.check_integrity([])
+    assert (blocks.num_cached, blocks.num_available) == (0, 4)
+    again = sequence([1, 2, 3, 4, 5])
+    assert present(blocks.admit(again, None)).num_cached_tokens == 0

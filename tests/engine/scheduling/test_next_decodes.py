@@ -125,7 +125,7 @@ def test_plans_made_ahead_are_those_made_after_the_result(limits: Limits, seed: 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=IDS)
 def test_the_comparison_covers_its_cases(limits: Limits) -> None:
-    drive, num_taken = compare(limits, 7, 2500)
+    drive, num_taken = compare(limits, 7, 4000)
     assert num_taken > 300
     assert min(drive.tally.finished, drive.tally.aborted) > 10
     if limits is LIMITS[0]:

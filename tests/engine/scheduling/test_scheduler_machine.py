@@ -204,4 +204,4 @@ def test_the_soak_finds_defects(
 ) -> None:
     monkeypatch.setattr(owner, method, fault)
     with pytest.raises(AssertionError):
-        soak(2000, 1)
+        soak(4000, 2)

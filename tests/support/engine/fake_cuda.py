@@ -262,7 +262,8 @@ def host_cuda_platform(patch: pytest.MonkeyPatch) -> CUDAPlatform:
         found.setattr(torch.cuda, "is_available", lambda: True)
         found.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
         platform = CUDAPlatform(torch.device("cpu"))
-    patch.setattr(platform, "recorder", lambda: None)
+    for name in ("recorder", "device_memory", "copy_stream"):
+        patch.setattr(platform, name, lambda: None)
     return platform
 
 
