@@ -58,7 +58,7 @@ def runners(make_family: Make) -> Iterator[Runners]:
 
 
 class PackedPlatform(PlainPlatform):
-    """torch's attention over packed products, as on a CPU without Numba. In torch's own products, AMX reads other rows."""
+    """torch's attention over packed products, as on a CPU without Numba; unpacked ones may read other rows (AMX)."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         if can_pack(model.dtype):
