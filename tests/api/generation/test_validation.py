@@ -352,6 +352,7 @@ json_values = st.recursive(
 
 @given(json_values)
 def test_an_unpaired_surrogate_is_found_exactly_if_there_is_one(value: Any) -> None:
+    value = json.loads(json.dumps(value))  # two halves that stand beside each other become a character
     body = json.dumps(value)
     loc = half_pair_in(json.loads(body))
     try:
