@@ -16,6 +16,7 @@ from server.engine.process.command import environment
 CHOSEN = {
     "GOMP_SPINCOUNT": variables.SPIN_COUNT,
     variables.HUGE_PAGES: "1",
+    **variables.KEPT_MEMORY,
     **dict.fromkeys(variables.PRODUCT_CACHES, variables.MAX_PRODUCTS),
 }
 
@@ -27,6 +28,7 @@ CHOSEN = {
         ({"GOMP_SPINCOUNT": "7"}, set()),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT"}),
         ({variables.HUGE_PAGES: "0"}, set()),
+        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, set()),
         ({variables.PRODUCT_CACHES[1]: "1024"}, set()),
     ],
 )
